@@ -1,0 +1,478 @@
+"""One run as typed dataclasses, from a preset or YAML file and dotted overrides.
+
+The options of `data` and `mask` are the arguments of the classes in `d2v_fast.data` and `d2v_fast.masking`; which class,
+`modality` and `mask.kind` say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from d2v_fast.masking import BlockMask, RandomMask, SpanMask, TokenMask
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+PRESETS = Path(__file__).parent / "presets"
+MASKS = {"span": SpanMask, "block": BlockMask, "random": RandomMask, "token": TokenMask}
+MASK_KINDS = {"text": ("token",), "vision": ("block", "random"), "audio": ("span", "random")}
+
+
+class ConfigError(ValueError):
+    """A key or value that cannot be used; the message names it and what would do."""
+
+
+@dataclass
+class EncoderConfig:
+    """The encoder.
+
+    Args:
+        model: Model type of transformers (roberta, beit, wav2vec2, data2vec-audio, …) or your own "package.module:Class".
+        pretrained: Hub name or folder to start from instead of random weights.
+        config: Fields of the model's configuration class, such as encoder.config.num_hidden_layers.
+        init: hf = as transformers does; data2vec = as the authors do for BEiT and ViT (spec 3.3).
+        layers: Path of the list of blocks, where it is not found by itself.
+        ffn: Path inside a block of the FFN output, where it is not the block's last Linear.
+        feature_grad_mult: Scale of the gradient into the convolutions of a speech encoder.
+        attention: Attention implementation of transformers.
+    """
+
+    model: str | None = None
+    pretrained: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    init: Literal["hf", "data2vec"] = "hf"
+    layers: str | None = None
+    ffn: str | None = None
+    feature_grad_mult: float = 1.0
+    attention: str = "sdpa"
+
+
+@dataclass
+class TargetsConfig:
+    """What the student predicts.
+
+    Args:
+        top_k: Number of last layers of the teacher that are averaged.
+        source: A layer's result: FFN output, output or input of the block.
+        norm: Normalisation of each layer's result.
+        target_norm: Normalisation of the average.
+        teacher_fp32: Run the teacher in fp32 under mixed precision.
+    """
+
+    top_k: int = 8
+    source: Literal["ffn", "block_output", "block_input"] = "ffn"
+    norm: Literal["none", "layer", "instance", "batch", "group"] = "layer"
+    target_norm: Literal["none", "layer", "instance"] = "none"
+    teacher_fp32: bool = False
+
+
+@dataclass
+class LossConfig:
+    """How a prediction is scored.
+
+    Args:
+        beta: 0 = squared error, else smooth-L1 that is quadratic below it.
+        scale: Factor of the error summed over channels: auto = 1/sqrt(C), mean = 1/C, or a number.
+        reduction: global = mean over the masked positions of all ranks and micro-batches; local = mean of means.
+        impl: Implementation of the loss.
+    """
+
+    beta: float = 0.0
+    scale: float | Literal["auto", "mean"] = "auto"
+    reduction: Literal["global", "local"] = "global"
+    impl: Literal["auto", "eager", "compile"] = "auto"
+
+
+@dataclass
+class HeadConfig:
+    """The regression head.
+
+    Args:
+        layers: Linears, with GELU between; 0 = no head.
+        zero_init: Start the last Linear at zero.
+    """
+
+    layers: int = 1
+    zero_init: bool = False
+
+
+@dataclass
+class EMAConfig:
+    """How the teacher follows the student.
+
+    Args:
+        start: First decay.
+        end: Last decay.
+        anneal_steps: Steps from first to last.
+        scope: What is averaged: all, the encoder without its local features, or its layers; the rest is copied.
+        copied: Further patterns of parameter names to copy.
+    """
+
+    start: float = 0.999
+    end: float = 0.9999
+    anneal_steps: int = 30_000
+    scope: Literal["all", "encoder", "layers"] = "all"
+    copied: list[str] = field(default_factory=list)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW.
+
+    Args:
+        lr: Peak learning rate.
+        betas: Decay of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        decay_1d: Decay biases, norms and other vectors too, as fairseq does.
+        lr_scale: Factors of the learning rate by pattern of parameter names, such as {"*feature_extractor*": 0.1}.
+    """
+
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    decay_1d: bool = False
+    lr_scale: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate over time.
+
+    Args:
+        kind: Shape after warm-up; tri_stage holds the peak, then decays exponentially.
+        warmup: Steps, or below 1 the share of all steps.
+        hold: Share of all steps at the peak (tri_stage).
+        final: Last learning rate as a share of the peak.
+        initial: First learning rate as a share of the peak.
+    """
+
+    kind: Literal["cosine", "linear", "constant", "tri_stage"] = "cosine"
+    warmup: float = 0.03
+    hold: float = 0.9
+    final: float = 0.0
+    initial: float = 0.0
+
+
+@dataclass
+class TrainConfig:
+    """The run.
+
+    Args:
+        output: Folder of the run; default is runs/ with the name of the config and the time.
+        steps: Optimizer steps.
+        epochs: Passes over the data; replaces steps.
+        batch_size: Samples a process takes at once.
+        accumulate: Batches an optimizer step, on each process.
+        clip_norm: Largest norm of the gradient, 0 = no clipping.
+        precision: Precision of the computation; weights and teacher are fp32.
+        device: auto = GPU if there is one.
+        seed: Of weights, masks, augmentations and order.
+        workers: Processes that load data, on each rank.
+        threads: CPU threads of torch, 0 = its default.
+        log_every: Steps between lines of the log.
+        export_every: Steps between exports of the student, 0 = only at the end.
+        max_broken: Largest share of unreadable samples; the run stops above it.
+    """
+
+    output: str | None = None
+    steps: int = 100_000
+    epochs: float | None = None
+    batch_size: int = 16
+    accumulate: int = 1
+    clip_norm: float = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: Literal["auto", "cpu"] = "auto"
+    seed: int = 0
+    workers: int = 2
+    threads: int = 0
+    log_every: int = 50
+    export_every: int = 0
+    max_broken: float = 0.01
+
+
+@dataclass
+class CollapseConfig:
+    """When a run counts as collapsed (spec 1.7).
+
+    Args:
+        target_std: Least std of the targets.
+        prediction_std: Least std of the predictions.
+        after: First step that is judged.
+        action: What to do.
+    """
+
+    target_std: float = 0.1
+    prediction_std: float = 0.01
+    after: int = 5000
+    action: Literal["warn", "stop", "off"] = "warn"
+
+
+SECTIONS = {
+    "encoder": EncoderConfig,
+    "targets": TargetsConfig,
+    "loss": LossConfig,
+    "head": HeadConfig,
+    "ema": EMAConfig,
+    "optimizer": OptimizerConfig,
+    "schedule": ScheduleConfig,
+    "train": TrainConfig,
+    "collapse": CollapseConfig,
+}
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. `data` and `mask` hold the arguments of the classes of this modality."""
+
+    modality: Literal["text", "vision", "audio"]
+    encoder: EncoderConfig
+    targets: TargetsConfig
+    loss: LossConfig
+    head: HeadConfig
+    ema: EMAConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    collapse: CollapseConfig
+    mask: SpanMask | BlockMask | RandomMask | TokenMask
+    data: dict[str, Any]
+    yaml: str = ""
+
+    def check(self) -> None:
+        """Raise ConfigError for values that no run can use."""
+        t, m = self.train, self.mask
+        share = "a share between 0 and 1"
+        conditions = [
+            (
+                "mask.prob",
+                getattr(m, "prob", 0.5),
+                lambda v: 0 < v < 1,
+                f"{share}, both excluded: else nothing or all is masked",
+            ),
+            ("mask.length", getattr(m, "length", 1), lambda v: v >= 1, "at least 1"),
+            ("mask.count", getattr(m, "count", 1), lambda v: v >= 1, "at least 1: a mask must cover something"),
+            ("mask.min_area", getattr(m, "min_area", 1), lambda v: v >= 1, "at least 1"),
+            ("mask.min_aspect", getattr(m, "min_aspect", 0.3), lambda v: 0 < v <= 1, "in (0, 1]"),
+            ("mask.dropout", getattr(m, "dropout", 0.0), lambda v: 0 <= v < 1, f"{share}, below 1"),
+            (
+                "mask.random_prob + mask.keep_prob",
+                getattr(m, "random_prob", 0.0) + getattr(m, "keep_prob", 0.0),
+                lambda v: 0 <= v <= 1,
+                share,
+            ),
+            ("targets.top_k", self.targets.top_k, lambda v: v >= 1, "at least 1"),
+            ("loss.beta", self.loss.beta, lambda v: v >= 0, "0 for the squared error, or above"),
+            ("head.layers", self.head.layers, lambda v: v >= 0, "0 or more"),
+            ("ema.start", self.ema.start, lambda v: 0 <= v <= 1, "a decay in [0, 1]"),
+            ("ema.end", self.ema.end, lambda v: 0 <= v <= 1, "a decay in [0, 1]"),
+            ("ema.anneal_steps", self.ema.anneal_steps, lambda v: v >= 0, "0 or more"),
+            ("optimizer.lr", self.optimizer.lr, lambda v: v > 0, "above 0"),
+            ("optimizer.betas", max(self.optimizer.betas), lambda v: 0 <= v < 1, "numbers in [0, 1)"),
+            ("optimizer.weight_decay", self.optimizer.weight_decay, lambda v: v >= 0, "0 or more"),
+            ("schedule.warmup", self.schedule.warmup, lambda v: v >= 0, "0 or more"),
+            ("train.steps", t.steps, lambda v: v >= 1, "at least 1"),
+            ("train.epochs", 1 if t.epochs is None else t.epochs, lambda v: v > 0, "above 0"),
+            ("train.batch_size", t.batch_size, lambda v: v >= 1, "at least 1"),
+            ("train.accumulate", t.accumulate, lambda v: v >= 1, "at least 1"),
+            ("train.clip_norm", t.clip_norm, lambda v: v >= 0, "0 for no clipping, or above"),
+            ("train.workers", t.workers, lambda v: v >= 0, "0 or more"),
+            ("train.threads", t.threads, lambda v: v >= 0, "0 for torch's default, or above"),
+            ("train.log_every", t.log_every, lambda v: v >= 1, "at least 1"),
+            ("train.export_every", t.export_every, lambda v: v >= 0, "0 for the end only, or above"),
+            ("train.max_broken", t.max_broken, lambda v: 0 <= v <= 1, share),
+        ]
+        for key, value, holds, expected in conditions:
+            if not holds(value):
+                raise ConfigError(f"{key}: found {value}, expected {expected}")
+        if (self.encoder.model is None) == (self.encoder.pretrained is None) and not (self.encoder.model or "").count(":"):
+            raise ConfigError("encoder: give either encoder.model (random weights) or encoder.pretrained")
+        if self.mask.__class__ not in [MASKS[kind] for kind in MASK_KINDS[self.modality]]:
+            raise ConfigError(f"mask.kind: modality {self.modality} takes one of {MASK_KINDS[self.modality]}")
+
+
+def presets() -> list[str]:
+    """Names of the presets in the package, such as text/roberta-base."""
+    return sorted(str(file.relative_to(PRESETS).with_suffix("")) for file in PRESETS.rglob("*.yaml"))
+
+
+def nearest(word: str, words: Any) -> str:
+    """ "; did you mean …?" or nothing."""
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def read_yaml(name: str) -> dict[str, Any]:
+    """The settings of a preset or YAML file, those of arxyzan/data2vec-pytorch translated.
+
+    Raises:
+        ConfigError: No such preset or file, or not a mapping.
+    """
+    from jsonargparse import get_loader
+
+    from d2v_fast.compat import is_arxyzan, translate_arxyzan
+
+    file = Path(name)
+    if not file.is_file():
+        file = PRESETS / f"{name}.yaml"
+    if not file.is_file():
+        raise ConfigError(f"--config {name}: no such file or preset{nearest(name, presets())}\npresets: {', '.join(presets())}")
+    try:
+        settings = get_loader("yaml")(file.read_text())
+    except Exception as error:
+        raise ConfigError(f"--config {name}: not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--config {name}: found {type(settings).__name__}, expected a mapping of settings")
+    if is_arxyzan(settings):
+        settings, changes = translate_arxyzan(settings)
+        for change in changes:
+            print(f"{name}: {change}", file=sys.stderr)
+    return settings
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and prefix + key in {*SECTIONS, "mask", "data"}:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def data_class(modality: str) -> type:
+    """The data set of a modality; imported here, so that one does not need the libraries of the others."""
+    if modality == "text":
+        from d2v_fast.data.text import TextData as cls
+    elif modality == "vision":
+        from d2v_fast.data.vision import ImageData as cls
+    elif modality == "audio":
+        from d2v_fast.data.audio import AudioData as cls
+    else:
+        raise ConfigError(
+            f"modality: found {modality!r}, expected one of {', '.join(MASK_KINDS)}{nearest(str(modality), MASK_KINDS)}"
+        )
+    return cls
+
+
+DESCRIPTION = """Pre-train an encoder of text, images or speech with data2vec.
+
+  d2v-train --config vision/tiny                          a preset on builtin data
+  d2v-train --config text/roberta-base data.path=corpus/  a preset on your data
+  d2v-train --config mine.yaml train.batch_size=64        your settings, some changed
+  d2v-train --config audio/tiny --print_config > mine.yaml
+
+Settings are given as key=value; later ones win. A run writes its resolved config.yaml, a log.jsonl and, in Hugging Face
+format, the student in export/. What the data and mask of a modality take: d2v-train --config PRESET --help.
+
+presets: """
+
+
+def _parser(modality: str, kind: str) -> ArgumentParser:
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    parser = ArgumentParser(
+        prog="d2v-train",
+        description=DESCRIPTION + ", ".join(presets()),
+        formatter_class=Help,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="Preset or YAML file; several are merged.")
+    parser.add_argument("--fused", action="store_true", help="Use the fused kernels, or stop with the reason.")
+    parser.add_argument("--modality", type=Literal["text", "vision", "audio"], default=modality, help="What is learned from.")
+    for name, cls in SECTIONS.items():
+        parser.add_class_arguments(cls, name)
+    parser.add_class_arguments(data_class(modality), "data", skip={"mask", "seed"})
+    parser.add_argument("--mask.kind", type=Literal[MASK_KINDS[modality]], default=kind, help="How positions are chosen.")
+    parser.add_class_arguments(MASKS[kind], "mask")
+    return parser
+
+
+def parse(args: list[str]) -> tuple[Config, bool]:
+    """The config of a command line, and whether --fused was given.
+
+    Raises:
+        ConfigError: A key or value that does not fit.
+    """
+    settings: dict[str, Any] = {}
+    names: list[str] = []
+    rest: list[str] = []
+    arguments = iter(args)
+    for argument in arguments:
+        if argument == "--config" or argument.startswith("--config="):
+            name = argument.partition("=")[2] or next(arguments, "")
+            names.append(Path(name).stem if Path(name).is_file() else name.replace("/", "-"))
+            settings = _merge(settings, read_yaml(name))
+        elif "=" in argument and not argument.startswith("-"):
+            rest.append(f"--{argument}")
+        elif argument.startswith("-"):
+            rest.append(argument)
+        else:
+            raise ConfigError(f"{argument!r}: expected key=value, such as train.steps=1000")
+    given = _flat(settings)
+    overrides = {a[2:].partition("=")[0]: a.partition("=")[2] for a in rest if "=" in a}
+    asks_only = {"-h", "--help"} & set(rest)
+    if not settings and not overrides and not asks_only:
+        raise ConfigError(f"no settings: d2v-train --config PRESET, one of {', '.join(presets())}; --help explains")
+    modality = overrides.get("modality", given.get("modality", "text" if asks_only else None))
+    data_class(modality)
+    kind = overrides.get("mask.kind", given.get("mask.kind", MASK_KINDS[modality][0]))
+    if kind not in MASK_KINDS[modality]:
+        raise ConfigError(
+            f"mask.kind: found {kind!r}, expected for {modality} one of {', '.join(MASK_KINDS[modality])}"
+            f"{nearest(str(kind), MASK_KINDS[modality])}"
+        )
+    parser = _parser(modality, kind)
+    known = [action.dest for action in parser._actions]
+    for key in [*given, *overrides]:
+        if key not in known and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
+            raise ConfigError(f"{key}: no such setting{nearest(key, known)}")
+    try:
+        namespace = parser.parse_args(["--config", json.dumps(settings), *rest])
+    except argparse.ArgumentError as error:
+        raise ConfigError(_readable(str(error), given | overrides)) from None
+    fused, values = namespace.pop("fused"), namespace.as_dict()
+    values.pop("config")
+    kind = values["mask"].pop("kind")
+    config = Config(
+        modality=values["modality"],
+        **{name: cls(**values[name]) for name, cls in SECTIONS.items()},
+        mask=MASKS[kind](**values["mask"]),
+        data=values["data"],
+        yaml=parser.dump(namespace, skip_unset=False),
+    )
+    config.check()
+    if config.train.output is None:
+        config.train.output = f"runs/{'-'.join(names) or modality}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return config, fused
+
+
+def _readable(message: str, given: dict[str, Any]) -> str:
+    """jsonargparse's complaint as "key: found value, expected …", with the nearest of the values allowed."""
+    key = re.search(r'key "([^"]+)"', message)
+    expected = re.search(r"Expected an? (.*?)\. Got value: (.*)", message, re.DOTALL)
+    if not key or not expected:
+        return message
+    kind, found = expected.groups()
+    choices = re.findall(r"'([^']+)'", kind)
+    return f"{key[1]}: found {found.strip()}, expected {kind}{nearest(found.strip(), choices)}"

@@ -1,0 +1,159 @@
+"""Small data that needs no download: made here, or on any machine with Python already.
+
+Text is Python's own language reference (`pydoc` topics). Images are coloured shapes on textured grounds, speech is made of
+vowels and noises of several voices; both have ten classes, so that a probe can tell a trained encoder from an untrained one.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from d2v_fast.data import DataError, Source
+
+SIZES = {"train": 4000, "test": 1000}
+
+
+def _offset(split: str) -> int:
+    if split not in SIZES:
+        raise DataError(f"data.split={split}: builtin data have the splits {list(SIZES)}")
+    return list(SIZES).index(split) * 1_000_000
+
+
+def builtin_text() -> dict[str, list[str]]:
+    """Paragraphs of the Python reference, every tenth document for test."""
+    from pydoc_data.topics import topics
+
+    documents = [re.split(r"\n\s*\n", topics[name]) for name in sorted(topics)]
+    paragraphs = [[re.sub(r"\s+", " ", p).strip() for p in document] for document in documents]
+    return {
+        "train": [p for i, document in enumerate(paragraphs) if i % 10 for p in document],
+        "test": [p for i, document in enumerate(paragraphs) if not i % 10 for p in document],
+    }
+
+
+SHAPES = ("disc", "ring", "square", "frame", "triangle", "star", "cross", "bar", "moon", "hourglass")
+
+
+def _outline(shape: str) -> np.ndarray:
+    """Corners of a shape around the origin, within the unit circle."""
+    corners = {"disc": 24, "ring": 24, "moon": 24, "square": 4, "frame": 4, "triangle": 3}
+    if shape in corners:
+        angles = np.arange(corners[shape]) * 2 * np.pi / corners[shape]
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    if shape == "star":
+        angles, radius = np.arange(10) * np.pi / 5, np.tile([1.0, 0.42], 5)
+        return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
+    a = 0.3
+    points = {
+        "cross": [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)],
+        "bar": [(-1, -a), (1, -a), (1, a), (-1, a)],
+        "hourglass": [(-0.8, -0.8), (0.8, -0.8), (-0.8, 0.8), (0.8, 0.8)],
+    }
+    return np.array(points[shape])
+
+
+def _draw_shape(shape: str, rng: np.random.Generator, size: int = 32) -> Image.Image:
+    scale = 4  # drawn large and reduced, for smooth edges
+    side = size * scale
+    ground, colour = rng.uniform(0, 255, (2, 3))
+    while np.abs(ground - colour).sum() < 150:
+        colour = rng.uniform(0, 255, 3)
+    angle, waves = rng.uniform(0, np.pi), rng.uniform(1, 6)
+    y, x = np.mgrid[0:side, 0:side] / side
+    texture = np.sin(2 * np.pi * waves * (x * np.cos(angle) + y * np.sin(angle)) + rng.uniform(0, 2 * np.pi))
+    pixels = ground + rng.uniform(5, 40) * texture[..., None]
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    radius = rng.uniform(0.22, 0.4) * side
+    center = rng.uniform(radius * 0.9, side - radius * 0.9, 2)
+    turn = rng.uniform(0, 2 * np.pi)
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+
+    def polygon(factor: float, shift: float = 0.0) -> list[tuple[float, float]]:
+        corners = (_outline(shape) * factor + [shift, 0]) @ rotation.T * radius + center
+        return [tuple(corner) for corner in corners]
+
+    stencil = Image.new("L", image.size)
+    draw = ImageDraw.Draw(stencil)
+    draw.polygon(polygon(1.0), fill=255)
+    if shape in ("ring", "frame"):
+        draw.polygon(polygon(0.55), fill=0)
+    if shape == "moon":
+        draw.polygon(polygon(0.85, 0.45), fill=0)
+    image.paste(tuple(int(c) for c in colour), mask=stencil)
+    image = image.resize((size, size), Image.Resampling.BOX)
+    noisy = np.asarray(image, dtype=np.float64) + rng.normal(0, 6, (size, size, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def builtin_images(split: str) -> Source:
+    """Ten shapes of any colour, place, size and turn on striped grounds, 32×32 RGB."""
+    offset = _offset(split)
+    labels = [SHAPES[i % len(SHAPES)] for i in range(SIZES[split])]
+
+    @functools.cache
+    def read(i: int) -> Image.Image:
+        return _draw_shape(labels[i], np.random.default_rng([offset, i]))
+
+    return Source([f"builtin/{split}/{label}/{i}" for i, label in enumerate(labels)], read, labels)
+
+
+# First three formants in Hz of five vowels (Peterson and Barney 1952, men), and a noise band for two fricatives.
+FORMANTS = {
+    "a": (730, 1090, 2440),
+    "i": (270, 2290, 3010),
+    "u": (300, 870, 2240),
+    "e": (530, 1840, 2480),
+    "o": (570, 840, 2410),
+}
+NOISES = {"s": 5500.0, "f": 3000.0}
+WORDS = ("sa", "fi", "uso", "ife", "osa", "eu", "aif", "use", "ofi", "ias")
+SPEAKERS = 8
+
+
+def _speak(word: str, speaker: int, rng: np.random.Generator, rate: int = 16_000) -> np.ndarray:
+    """A word as a chain of phonemes: harmonics under a formant envelope for vowels, filtered noise for fricatives."""
+    voice = np.random.default_rng([77, speaker])
+    tract, pitch = voice.uniform(0.88, 1.2), voice.uniform(95, 230)
+    parts = []
+    for phoneme in word:
+        samples = int(rng.uniform(0.09, 0.2) * rate)
+        t = np.arange(samples) / rate
+        if phoneme in FORMANTS:
+            f0 = pitch * rng.uniform(0.9, 1.1) * (1 + 0.12 * rng.uniform(-1, 1) * t / t[-1])
+            phase = 2 * np.pi * np.cumsum(f0) / rate
+            harmonic = np.arange(1, int(4500 / f0.mean()))
+            formants = np.array(FORMANTS[phoneme]) * tract * rng.uniform(0.96, 1.04, 3)
+            distance = (harmonic[:, None] * f0.mean() - formants) / (60 + 0.06 * formants)
+            envelope = (1 / (1 + distance**2) * [1, 0.6, 0.3]).sum(1) / harmonic**0.4
+            sound = (envelope[:, None] * np.sin(harmonic[:, None] * phase)).sum(0)
+            sound = sound / np.abs(sound).max()
+        else:
+            spectrum = np.fft.rfft(rng.normal(size=samples))
+            frequency = np.fft.rfftfreq(samples, 1 / rate)
+            spectrum *= np.exp(-(((frequency - NOISES[phoneme] * tract) / 900) ** 2))
+            sound = np.fft.irfft(spectrum, samples)
+            sound = 0.4 * sound / np.abs(sound).max()
+        fade = np.minimum(1, np.minimum(t, t[::-1]) / 0.012)
+        parts.append(sound * fade)
+    pause = [np.zeros(int(rng.uniform(0.03, 0.12) * rate)) for _ in range(2)]
+    wave = np.concatenate([pause[0], *parts, pause[1]]) * rng.uniform(0.3, 1)
+    return (wave + rng.normal(0, 0.01, len(wave))).astype(np.float32)
+
+
+def builtin_speech(split: str) -> Source:
+    """Ten made-up words in eight voices, 16 kHz; a quarter as many as there are images."""
+    offset = _offset(split)
+    count = SIZES[split] // 4
+    words = [WORDS[i % len(WORDS)] for i in range(count)]
+    speakers = [i // len(WORDS) % SPEAKERS for i in range(count)]
+
+    @functools.cache
+    def read(i: int) -> np.ndarray:
+        return _speak(words[i], speakers[i], np.random.default_rng([offset, i]))
+
+    names = [f"builtin/{split}/{word}/{i}" for i, word in enumerate(words)]
+    return Source(names, read, words, [f"voice{s}" for s in speakers])

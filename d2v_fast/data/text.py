@@ -1,0 +1,257 @@
+"""Text: documents → tokens → packed blocks → masked source, full target, mask (spec 3.2)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from d2v_fast.data import DataError, PretrainingData, find_files, is_local, load_hub
+from d2v_fast.data.builtin import builtin_text
+from d2v_fast.masking import Draws, TokenMask, Vocabulary
+
+log = logging.getLogger(__name__)
+
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+LOADERS = {".txt": "text", ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+def load_documents(path: str, name: str | None, split: str) -> Any:
+    """A `datasets.Dataset` of documents: builtin, files (text, parquet, JSON lines, CSV) or a Hugging Face set.
+
+    Raises:
+        DataError: Nothing readable is there.
+    """
+    import datasets
+
+    if path == "builtin":
+        return datasets.Dataset.from_dict({"text": builtin_text()[split]})
+    if not is_local(path):
+        return load_hub(path, name, split)
+    files = find_files(os.path.expanduser(path), tuple(LOADERS))
+    suffixes = {Path(file).suffix.lower() for file in files}
+    if len(suffixes) > 1 or not suffixes <= set(LOADERS):
+        raise DataError(
+            f"data.path={path}: found files ending in {', '.join(sorted(suffixes))}, "
+            f"expected files of one kind: {', '.join(LOADERS)}"
+        )
+    try:
+        return datasets.load_dataset(LOADERS[suffixes.pop()], data_files=files, split="train")
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise DataError(f"data.path={path}: cannot be read: {reason}") from error
+
+
+def text_column(documents: Any, column: str | None) -> str:
+    """The column that holds the text.
+
+    Raises:
+        DataError: There is none, or not the one asked for.
+    """
+    strings = [name for name, kind in documents.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
+    wanted = column or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
+    if wanted not in strings:
+        raise DataError(f"data.column={column}: the set's columns of text are {strings}; name one of them")
+    return wanted
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int, max_length: int) -> Any:
+    """A byte-level BPE tokenizer with RoBERTa's special tokens, as a `PreTrainedTokenizerFast`."""
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer(add_prefix_space=True)
+    bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    tokenizer = bpe._tokenizer
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        cls_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_max_length=max_length,
+    )
+
+
+def load_tokenizer(name: str) -> Any:
+    """A fast tokenizer from a name or folder.
+
+    Raises:
+        DataError: It cannot be loaded or lacks a mask, padding or boundary token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"data.tokenizer={name}: cannot be loaded: {reason}; data.tokenizer=train makes one") from error
+    for role in ("mask_token_id", "pad_token_id", "cls_token_id", "sep_token_id"):
+        if getattr(tokenizer, role) is None:
+            raise DataError(f"data.tokenizer={name}: has no {role.removesuffix('_id')}; data.tokenizer=train makes one")
+    return tokenizer
+
+
+class TextData(PretrainingData):
+    """Blocks of tokens.
+
+    Args:
+        path: "builtin", a file, folder or pattern of text, parquet, JSON lines or CSV, or the name of a Hugging Face set.
+        name: Configuration of the Hugging Face set, such as wikitext-103-raw-v1.
+        split: Its split.
+        column: Column of the text; found by itself where there is one.
+        tokenizer: Name or folder of a tokenizer, or "train" for a byte-level BPE made from the corpus.
+        vocab_size: Size of a trained tokenizer.
+        block_size: Tokens a sample, <s> included.
+        cross_documents: Pack across documents, </s> between them; without, each document (row) fills blocks of its own.
+        teacher_input: "full", or as the reference code does "masked_only" (spec 3.2, the trap).
+        mask: How blocks are masked.
+        seed: Seed of masks and order.
+    """
+
+    def __init__(
+        self,
+        *,
+        mask: TokenMask,
+        seed: int = 0,
+        path: str = "builtin",
+        name: str | None = None,
+        split: str = "train",
+        column: str | None = None,
+        tokenizer: str = "train",
+        vocab_size: int = 4000,
+        block_size: int = 512,
+        cross_documents: bool = True,
+        teacher_input: Literal["full", "masked_only"] = "full",
+    ):
+        self.name, self.mask, self.seed = path, mask, seed
+        self.block_size, self.teacher_input = block_size, teacher_input
+        documents = load_documents(path, name, split)
+        column = text_column(documents, column)
+        if tokenizer == "train":
+            texts = (row for rows in documents.iter(1000) for row in rows[column] if row)
+            self.tokenizer = train_tokenizer(texts, vocab_size, block_size)
+        else:
+            self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer_name = tokenizer
+        self._pack(self._tokenize(documents, column), cross_documents)
+        size = max(len(self.tokenizer), int(self.ids.max()) + 1)
+        self.vocabulary = Vocabulary(
+            size=size,
+            mask_id=self.tokenizer.mask_token_id,
+            special=np.isin(np.arange(size), self.tokenizer.all_special_ids),
+            continues=_continues(self.tokenizer, size),
+            counts=np.bincount(self.ids, minlength=size),
+        )
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    def fit_to(self, encoder: Any) -> None:
+        config = getattr(encoder.model, "config", None)
+        vocab_size = getattr(config, "vocab_size", None)
+        if vocab_size is not None and self.vocabulary.size > vocab_size:
+            raise DataError(
+                f"data.tokenizer={self.tokenizer_name}: its {self.vocabulary.size} tokens exceed the encoder's "
+                f"vocab_size of {vocab_size}: use the encoder's own tokenizer or raise encoder.config.vocab_size"
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None:
+            # RoBERTa counts positions from pad_token_id + 1.
+            usable = positions - (
+                config.pad_token_id + 1 if "roberta" in config.model_type or "data2vec" in config.model_type else 0
+            )
+            if self.block_size > usable:
+                raise DataError(
+                    f"data.block_size={self.block_size}: the encoder has {usable} positions; "
+                    f"use data.block_size={usable} or raise encoder.config.max_position_embeddings"
+                )
+
+    def load(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        t = self.tokenizer
+        ids = self.ids[self.begins[index] : self.ends[index]]
+        tail = [] if self.cross_documents else [t.sep_token_id]
+        return np.concatenate([[t.cls_token_id], ids, tail]).astype(np.int64)
+
+    def collate(self, samples: list[np.ndarray], draws: Draws) -> dict[str, np.ndarray]:
+        pad = self.tokenizer.pad_token_id
+        lengths = np.array([len(ids) for ids in samples])
+        target = np.full((len(samples), lengths.max()), pad, dtype=np.int64)
+        for row, ids in zip(target, samples, strict=True):
+            row[: len(ids)] = ids
+        source, mask = self.mask(draws, target, self.vocabulary, lengths)
+        batch = {"source": source, "target": target, "mask": mask}
+        padding_mask = np.arange(target.shape[1]) >= lengths[:, None]
+        if padding_mask.any():
+            batch["padding_mask"] = padding_mask
+        if self.teacher_input == "masked_only":
+            batch["target"] = np.where(mask, target, pad)
+            batch["target_padding_mask"] = ~mask
+        return batch
+
+    def _tokenize(self, documents: Any, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """All token ids in one array, and the end of each document in it."""
+        backend = self.tokenizer.backend_tokenizer
+        parts, counts = [], []
+        for rows in documents.iter(1000):
+            texts = [text for text in rows[column] if text and text.strip()]
+            for encoded in backend.encode_batch(texts, add_special_tokens=False):
+                counts.append(len(encoded.ids))
+                parts.append(np.array(encoded.ids, dtype=np.int32))
+        if not parts:
+            raise DataError(f"data.path={self.name}: no text in column {column!r}")
+        return np.concatenate(parts), np.cumsum(counts)
+
+    def _pack(self, tokens: tuple[np.ndarray, np.ndarray], cross_documents: bool) -> None:
+        ids, document_ends = tokens
+        self.cross_documents = cross_documents
+        if cross_documents:
+            self.ids = np.insert(ids, document_ends, self.tokenizer.sep_token_id)
+            room = self.block_size - 1
+            self.begins = np.arange(0, len(self.ids) - room + 1, room)
+            self.ends = self.begins + room
+            if len(self.begins) == 0:
+                raise DataError(
+                    f"data.path={self.name}: its {len(self.ids)} tokens are fewer than one block of "
+                    f"data.block_size={self.block_size}: add text or use a smaller block"
+                )
+            return
+        self.ids = ids
+        room = self.block_size - 2
+        starts = np.concatenate([[0], document_ends[:-1]])
+        begins = [np.arange(a, b, room) for a, b in zip(starts, document_ends, strict=True)]
+        ends = [np.minimum(x + room, b) for x, b in zip(begins, document_ends, strict=True)]
+        self.begins, self.ends = np.concatenate(begins), np.concatenate(ends)
+        self.lengths = self.ends - self.begins + 2
+        mean = self.lengths.mean()
+        if mean < 0.5 * self.block_size:
+            log.warning(
+                "blocks are %.0f tokens long on average, block_size is %d: if the rows of %s are paragraphs and not "
+                "documents, data.cross_documents=true packs them",
+                mean,
+                self.block_size,
+                self.name,
+            )
+
+
+def _continues(tokenizer: Any, size: int) -> np.ndarray:
+    """Which ids continue a word, by the mark that each family of tokenizers puts on tokens."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
+    tokens += [""] * (size - len(tokens))
+    if any(token.startswith("##") for token in tokens):
+        return np.array([token.startswith("##") for token in tokens])
+    special = set(tokenizer.all_special_tokens)
+    return np.array([not token.startswith(("Ġ", "▁")) and token not in special for token in tokens])

@@ -1,0 +1,103 @@
+"""The teacher: an exponential moving average of a module, kept in fp32 (spec 1.5, 1.6)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+
+def linear_decay(step: int, start: float, end: float, anneal_steps: int) -> float:
+    """Decay of update number `step` = 1, 2, …: linear from `start` at 0 to `end` at `anneal_steps`, then constant."""
+    if step >= anneal_steps:
+        return end
+    return start + (end - start) * step / anneal_steps
+
+
+class EMATeacher(nn.Module):
+    """A copy of `student` that follows it: θ̄ ← τ(t)·θ̄ + (1 - τ(t))·θ after each successful optimizer step t = 1, 2, …
+
+    The copy is fp32, in eval mode and without gradients. Trainable floating-point parameters are averaged; frozen ones, those
+    named in `copied` and all buffers are copied. Nothing moves once τ(t) ≥ 1.
+
+    Args:
+        student: The module to follow; its dtype may be lower, its structure must not change.
+        start: Decay τ(0).
+        end: Decay τ(anneal_steps) and later.
+        anneal_steps: Optimizer steps from `start` to `end`.
+        copied: Name patterns (`fnmatch`) of parameters that are copied at each step instead of averaged.
+
+    Raises:
+        ValueError: A decay outside [0, 1], negative `anneal_steps`, or a pattern in `copied` that names no parameter.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        start: float = 0.999,
+        end: float = 0.9999,
+        anneal_steps: int = 30_000,
+        copied: Iterable[str] = (),
+    ):
+        super().__init__()
+        for name, value in (("start", start), ("end", end)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: found {value}, expected a decay in [0, 1]")
+        if anneal_steps < 0:
+            raise ValueError(f"anneal_steps: found {anneal_steps}, expected at least 0")
+        self.start, self.end, self.anneal_steps = start, end, anneal_steps
+        self.step = 0
+        names = [name for name, _ in student.named_parameters()]
+        copied = list(copied)
+        for pattern in copied:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"copied: pattern {pattern!r} names no parameter, expected one of {names}")
+        self.copied = frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in copied))
+        self.module = copy.deepcopy(student).float().eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> EMATeacher:
+        """Stay in eval mode whatever a surrounding module is put into."""
+        return super().train(False)
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def decay(self, step: int) -> float:
+        """τ(step), a pure function of the step."""
+        return linear_decay(step, self.start, self.end, self.anneal_steps)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module) -> None:
+        """Follow `student`; call once after each successful optimizer step."""
+        self.step += 1
+        decay = self.decay(self.step)
+        if decay >= 1:
+            return
+        averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
+        copied: tuple[list[Tensor], list[Tensor]] = ([], [])
+        sources = dict(student.named_parameters())
+        for name, ours in self.module.named_parameters():
+            source = sources[name].detach()
+            follows = sources[name].requires_grad and name not in self.copied
+            pair = averaged if follows else copied
+            pair[0].append(ours)
+            pair[1].append(source)
+        for ours, theirs in zip(self.module.buffers(), student.buffers(), strict=True):
+            copied[0].append(ours)
+            copied[1].append(theirs)
+        if averaged[0]:
+            torch._foreach_lerp_(averaged[0], [x.float() for x in averaged[1]], 1 - decay)
+        if copied[0]:
+            torch._foreach_copy_(*copied)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.step = int(state)
+
+    def extra_repr(self) -> str:
+        return f"start={self.start}, end={self.end}, anneal_steps={self.anneal_steps}, step={self.step}"

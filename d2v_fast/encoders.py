@@ -1,0 +1,441 @@
+"""Transformer encoders seen one way: embed → mask_features → contextualize, and taps on their last layers.
+
+Hugging Face models are recognised by what they eat (token ids, pixels, waveforms), not by name. An encoder of your own is an
+`nn.Module` with two methods and a name for what the teacher should hand out:
+
+    class Mine(nn.Module):
+        hidden_size = 256
+        def __init__(self): self.blocks = nn.ModuleList(...)
+        def embed(self, inputs): ...                             # → local features (B, T, C), before any mask
+        def contextualize(self, features, padding_mask=None): ...  # (B, T, C), padding_mask (B, T) True = padding
+
+    encoder = Encoder(Mine(), layers="blocks", ffn="mlp.2")  # ffn: the last Linear of a block's FFN, seen from the block
+    model = Data2Vec(encoder, top_k=4)
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+LayerSource = Literal["ffn", "block_output", "block_input"]
+
+
+class Encoder(nn.Module):
+    """A transformer encoder in the three pieces that data2vec needs.
+
+    Args:
+        model: A module with `embed(inputs) → (B, T, C)` and `contextualize(features, padding_mask) → (B, T, C)`.
+        layers: Dotted path of the `nn.ModuleList` of transformer blocks; found by itself in Hugging Face models.
+        ffn: Dotted path, seen from a block, of the module whose output is the FFN result before dropout and residual;
+            default is the last `nn.Linear` of the block.
+        hidden_size: Channels C; default is `model.hidden_size` or `model.config.hidden_size`.
+
+    Raises:
+        ValueError: The blocks, the FFN or the hidden size cannot be found; the message says how to name them.
+    """
+
+    local: tuple[str, ...] = ()  # parameters of the features before masking, as name prefixes
+    positional: tuple[str, ...] = ()  # parameters of positions inside `contextualize`, as name prefixes
+    mask_token_name: str | None = None
+
+    def __init__(self, model: nn.Module, layers: str | None = None, ffn: str | None = None, hidden_size: int | None = None):
+        super().__init__()
+        self.model = model
+        self.layers_name = layers or self._find_layers()
+        self.ffn_name = ffn
+        config = getattr(model, "config", None)
+        self.hidden_size = hidden_size or getattr(model, "hidden_size", None) or getattr(config, "hidden_size", None)
+        if self.hidden_size is None:
+            raise ValueError(f"{type(model).__name__} has neither hidden_size nor config.hidden_size: pass hidden_size=…")
+        if not isinstance(self.blocks, nn.ModuleList | nn.Sequential):
+            found = type(self.blocks).__name__
+            raise ValueError(f"layers={self.layers_name!r}: found a {found}, expected an nn.ModuleList of blocks")
+        self._taps: list[nn.Module] = []
+        if self.mask_token_name is None or self._lookup(self.mask_token_name) is None:
+            self.mask_token_name = None
+            self.mask_embedding = nn.Parameter(torch.empty(self.hidden_size).normal_(std=0.02))
+
+    # What an encoder does
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Local features (B, T, C), before masking and without context."""
+        return self.model.embed(inputs)
+
+    def mask_features(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Features with the learned mask vector at masked positions; features (B, T, C), mask (B, T) bool."""
+        return torch.where(mask.unsqueeze(-1), self.mask_token.to(features.dtype), features)
+
+    def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """States (B, T, C) of all positions; padding_mask (B, T) bool, True = padding."""
+        return self.model.contextualize(features, padding_mask)
+
+    def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """States of an unmasked input, as a probe or a user wants them."""
+        return self.contextualize(self.embed(inputs), padding_mask)
+
+    def positions(self, size: int) -> int | tuple[int, int]:
+        """Number of positions for an input of this size (tokens, samples), or the grid of patches for an image side."""
+        return self.model.positions(size) if hasattr(self.model, "positions") else size
+
+    @property
+    def mask_token(self) -> Tensor:
+        return self.mask_embedding if self.mask_token_name is None else self._lookup(self.mask_token_name)
+
+    # Its layers
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self._lookup(self.layers_name)
+
+    def tap(self, top_k: int, source: LayerSource) -> None:
+        """Keep the results of the last `top_k` blocks in each forward, to be read by `taps()` (spec 1.3).
+
+        Forward hooks and not `output_hidden_states`: that would force eager attention and keep every layer. Each result is
+        an attribute of its module, which stays one graph under `torch.compile`.
+
+        Raises:
+            ValueError: `top_k` is not between 1 and the number of blocks.
+        """
+        if not 1 <= top_k <= len(self.blocks):
+            raise ValueError(f"top_k: found {top_k}, but {type(self.model).__name__} has {len(self.blocks)} layers")
+
+        def keep_output(module, args, output):
+            module._tapped = output[0] if isinstance(output, tuple) else output
+
+        def keep_input(module, args, kwargs):
+            module._tapped = args[0] if args else kwargs["hidden_states"]
+
+        for block in self.blocks[-top_k:]:
+            if source == "block_input":
+                block.register_forward_pre_hook(keep_input, with_kwargs=True)
+                self._taps.append(block)
+            else:
+                module = self._ffn(block) if source == "ffn" else block
+                module.register_forward_hook(keep_output)
+                self._taps.append(module)
+        # BEiT scales the FFN result before the residual; its scaled form is the layer result (spec 1.3).
+        scales = [getattr(block, "lambda_2", None) for block in self.blocks[-top_k:]]
+        self._tap_scales = [x if source == "ffn" and isinstance(x, Tensor) else None for x in scales]
+
+    def taps(self, length: int) -> list[Tensor]:
+        """Tapped results of the last forward, first to last, without extra tokens: K × (B, length, C)."""
+        results = []
+        for module, scale in zip(self._taps, self._tap_scales, strict=True):
+            x = module._tapped
+            module._tapped = None
+            x = x[:, x.shape[1] - length :]
+            results.append(x if scale is None else x * scale)
+        return results
+
+    def not_averaged(self, scope: Literal["all", "encoder", "layers"]) -> list[str]:
+        """Patterns of the parameters that a teacher of this scope copies instead of averaging (spec 1.6)."""
+        prefixes = {"all": (), "encoder": self.local, "layers": self.local + self.positional}[scope]
+        names = [name for name, _ in self.named_parameters()]
+        patterns = [f"model.{prefix}*" for prefix in prefixes]
+        return [p for p in patterns if any(name.startswith(p[:-1]) for name in names)]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model alone: Hugging Face format where it has one, else its weights as safetensors."""
+        if hasattr(self.model, "save_pretrained"):
+            self.model.save_pretrained(folder)
+            return
+        from safetensors.torch import save_model
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(Path(folder) / "model.safetensors"))
+
+    def _lookup(self, path: str) -> Any:
+        found: Any = self.model
+        for name in path.split("."):
+            if not hasattr(found, name):
+                raise ValueError(f"{path!r}: {type(found).__name__} has no attribute {name!r}")
+            found = getattr(found, name)
+        return found
+
+    def _find_layers(self) -> str:
+        wanted = getattr(getattr(self.model, "config", None), "num_hidden_layers", None)
+        lists = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+        for name, modules in lists.items():
+            inner = " ".join(n for n, _ in modules[0].named_modules())
+            if len(modules) == wanted and "att" in inner:
+                return name
+        raise ValueError(
+            f"cannot find the transformer layers of {type(self.model).__name__}: no nn.ModuleList has "
+            f"config.num_hidden_layers = {wanted} blocks with attention inside. Name it: layers=… "
+            f"(found: {', '.join(f'{name} of {len(m)}' for name, m in lists.items()) or 'no nn.ModuleList'})"
+        )
+
+    def _ffn(self, block: nn.Module) -> nn.Module:
+        if self.ffn_name is not None:
+            try:
+                return block.get_submodule(self.ffn_name)
+            except AttributeError:
+                names = [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+                raise ValueError(f"ffn={self.ffn_name!r}: not in {type(block).__name__}; its Linears: {names}") from None
+        linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
+        if not linears:
+            raise ValueError(f"{type(block).__name__} has no nn.Linear: name the FFN output, ffn=…")
+        return linears[-1]
+
+
+class TokenEncoder(Encoder):
+    """RoBERTa, BERT, Data2VecText and their kin: ids → token and position embeddings → blocks.
+
+    Masking happens in the ids, so the student's features are masked already and `mask_features` serves data2vec 2.0 only.
+    """
+
+    local = ("embeddings",)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        return self.model.embeddings(input_ids=inputs)
+
+    def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        from transformers.masking_utils import create_bidirectional_mask
+
+        attend = None
+        if padding_mask is not None:
+            attend = create_bidirectional_mask(config=self.model.config, inputs_embeds=features, attention_mask=~padding_mask)
+        return self.model.encoder(features, attention_mask=attend).last_hidden_state
+
+
+class PatchEncoder(Encoder):
+    """BEiT, ViT, DeiT, Data2VecVision: pixels → patch embeddings → extra tokens and positions → blocks → final norm."""
+
+    local = ("embeddings",)
+    positional = ("shared_position_bias", "encoder.relative_position_bias")
+    mask_token_name = "embeddings.mask_token"
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        return self.model.embeddings.patch_embeddings(inputs)
+
+    def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        model, embeddings = self.model, self.model.embeddings
+        extra = [embeddings.cls_token]
+        if hasattr(embeddings, "distillation_token"):
+            extra.append(embeddings.distillation_token)
+        x = torch.cat([*(token.to(features.dtype).expand(len(features), -1, -1) for token in extra), features], dim=1)
+        if embeddings.position_embeddings is not None:
+            x = x + embeddings.position_embeddings
+        x = embeddings.dropout(x)
+        size = self._image_size()
+        if hasattr(model, "encoder"):  # Data2VecVision
+            x = model.encoder(x, resolution=size)[0]
+        elif hasattr(model, "shared_position_bias"):  # BEiT
+            bias = model.shared_position_bias
+            if bias is not None:
+                bias = bias(self.positions(size[0]), dim_size=x.shape[1])
+            for block in self.blocks:
+                x = block(x, attention_mask=bias, resolution=size)
+        else:
+            for block in self.blocks:
+                x = block(x)
+        return model.layernorm(x)[:, len(extra) :]
+
+    def positions(self, size: int) -> tuple[int, int]:
+        patch = self.model.config.patch_size
+        high, wide = self._image_size()
+        return high // patch, wide // patch
+
+    def _image_size(self) -> tuple[int, int]:
+        size = self.model.config.image_size
+        return tuple(size) if isinstance(size, list | tuple) else (size, size)
+
+
+class WaveEncoder(Encoder):
+    """Wav2Vec2, HuBERT, Data2VecAudio: waveform → conv stack → projection → positional conv → blocks.
+
+    `feature_grad_mult` scales the gradient into the conv stack; 0 freezes it (spec 3.1).
+    """
+
+    local = ("feature_extractor", "feature_projection", "masked_spec_embed")
+    positional = ("encoder.pos_conv_embed",)
+    mask_token_name = "masked_spec_embed"
+    feature_grad_mult: float = 1.0
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.feature_grad_mult > 0):
+            # The conv stack of transformers marks its input as requiring grad, in place.
+            features = self.model.feature_extractor(inputs.detach()).transpose(1, 2)
+        if 0 < self.feature_grad_mult < 1:
+            features = features * self.feature_grad_mult + features.detach() * (1 - self.feature_grad_mult)
+        projected = self.model.feature_projection(features)
+        return projected[0] if isinstance(projected, tuple) else projected
+
+    def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        attend = None
+        if padding_mask is not None:
+            attend = ~padding_mask
+            features = features.clone()  # transformers zeroes padding in place
+        return self.model.encoder(features, attention_mask=attend).last_hidden_state
+
+    def positions(self, size: int) -> int:
+        for kernel, stride in zip(self.model.config.conv_kernel, self.model.config.conv_stride, strict=True):
+            size = (size - kernel) // stride + 1 if size >= kernel else 0
+        return size
+
+
+ADAPTERS = {"input_ids": TokenEncoder, "pixel_values": PatchEncoder, "input_values": WaveEncoder}
+
+# Where the defaults of transformers are not what data2vec needs: BEiT has no mask token, no positions and no final norm.
+_BEIT = dict(
+    use_mask_token=True,
+    use_mean_pooling=False,
+    use_shared_relative_position_bias=True,
+    layer_norm_eps=1e-6,
+    layer_scale_init_value=1e-4,
+    drop_path_rate=0.0,
+)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "beit": _BEIT,
+    "data2vec-vision": _BEIT,
+    "data2vec-text": dict(layer_norm_eps=1e-5, type_vocab_size=1, max_position_embeddings=514),
+    "roberta": dict(layer_norm_eps=1e-5, type_vocab_size=1, max_position_embeddings=514),
+    # spec 8.1: here num_conv_pos_embeddings is the number of layers of the positional convolution.
+    "data2vec-audio": dict(conv_pos_kernel_size=19, num_conv_pos_embeddings=5),
+}
+
+
+def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None) -> Encoder:
+    """`model` as an Encoder: a Hugging Face model by its main input, anything else by its own `embed`/`contextualize`.
+
+    Raises:
+        ValueError: The module is neither.
+    """
+    if hasattr(model, "embed") and hasattr(model, "contextualize"):
+        return Encoder(model, layers, ffn)
+    adapter = ADAPTERS.get(getattr(model, "main_input_name", None))
+    if adapter is None:
+        raise ValueError(
+            f"{type(model).__name__} is neither a Hugging Face encoder of text, images or speech nor a module with the "
+            "methods embed(inputs) and contextualize(features, padding_mask); see d2v_fast.encoders"
+        )
+    for part in dict.fromkeys(p.split(".")[0] for p in adapter.local[:2]):
+        if not hasattr(model, part):
+            raise ValueError(
+                f"{type(model).__name__} has no {part!r}, so its features cannot be told from its context: "
+                "give it the methods embed and contextualize; see d2v_fast.encoders"
+            )
+    return adapter(model, layers, ffn)
+
+
+def build_encoder(
+    model: str | None = None,
+    pretrained: str | None = None,
+    config: dict[str, Any] | None = None,
+    init: Literal["hf", "data2vec"] = "hf",
+    layers: str | None = None,
+    ffn: str | None = None,
+    feature_grad_mult: float = 1.0,
+    attention: str = "sdpa",
+) -> Encoder:
+    """An encoder from a Hugging Face model type, from pretrained weights, or from your own class.
+
+    Args:
+        model: Model type of transformers ("roberta", "beit", "wav2vec2", "data2vec-audio", …) or "package.module:Class".
+        pretrained: Hub name or folder to load instead of starting from random weights.
+        config: Fields of the configuration class (of the constructor for your own class).
+        init: "data2vec" re-initialises a random BEiT or ViT as the authors do (spec 3.3).
+        layers: Path of the block list, where it is not found by itself.
+        ffn: Path inside a block of the FFN output, where it is not the last Linear.
+        feature_grad_mult: Gradient scale of the convolutions of a speech encoder.
+        attention: Attention implementation of transformers; models without it fall back to eager.
+
+    Raises:
+        ValueError: No such model type, config field or class.
+    """
+    config = dict(config or {})
+    if model is not None and ":" in model:
+        module, _, name = model.partition(":")
+        try:
+            cls = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"encoder.model={model!r}: {error}") from None
+        own = cls(**config)
+        if pretrained is not None:
+            from safetensors.torch import load_model
+
+            load_model(own, str(Path(pretrained) / "model.safetensors"))
+        return wrap(own, layers, ffn)
+
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    if pretrained is not None:
+        hf_config = AutoConfig.from_pretrained(pretrained, **config)
+    else:
+        hf_config = _new_config(model, config)
+    if type(hf_config) not in MODEL_MAPPING:
+        raise ValueError(f"encoder.model={hf_config.model_type!r}: transformers has no encoder for it")
+    cls = MODEL_MAPPING[type(hf_config)]
+    # Poolers get no gradient; mask tokens of ViT and DeiT are an argument and not a config field.
+    wanted = dict(add_pooling_layer=False, use_mask_token=True)
+    accepted = inspect.signature(cls.__init__).parameters
+    kwargs = {name: value for name, value in wanted.items() if name in accepted}
+    if attention == "sdpa" and not getattr(cls, "_supports_sdpa", False):
+        attention = "eager"
+    if pretrained is not None:
+        hf_model = cls.from_pretrained(
+            pretrained, config=hf_config, dtype=torch.float32, attn_implementation=attention, **kwargs
+        ).train()
+    else:
+        hf_config._attn_implementation = attention
+        hf_model = cls(hf_config, **kwargs)
+    encoder = wrap(hf_model, layers, ffn)
+    if isinstance(encoder, WaveEncoder):
+        encoder.feature_grad_mult = feature_grad_mult
+    if init == "data2vec" and pretrained is None:
+        _init_vision(encoder)
+    return encoder
+
+
+def _new_config(model: str | None, fields: dict[str, Any]):
+    import difflib
+
+    from transformers import CONFIG_MAPPING
+
+    if model not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model), list(CONFIG_MAPPING), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"encoder.model={model!r}: not a model type of transformers{hint}")
+    known = CONFIG_MAPPING[model]()
+    for name in fields:
+        if not hasattr(known, name):
+            near = difflib.get_close_matches(name, list(known.to_dict()), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"encoder.config.{name}: {type(known).__name__} has no such field{hint}")
+    return CONFIG_MAPPING[model](**{**DEFAULTS.get(model, {}), **fields})
+
+
+@torch.no_grad()
+def _init_vision(encoder: Encoder) -> None:
+    """Truncated normal .02 cut at one std; what writes to the residual of block i is divided by √(2i) (spec 3.3)."""
+
+    def draw(weight: Tensor) -> None:
+        nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
+
+    for name, parameter in encoder.named_parameters():
+        if name.endswith(("cls_token", "mask_token")) or (parameter.ndim > 1 and "position" not in name):
+            draw(parameter)
+    for depth, block in enumerate(encoder.blocks, start=1):
+        attention_out = [m for n, m in block.named_modules() if "att" in n and isinstance(m, nn.Linear)][-1]
+        for linear in (attention_out, encoder._ffn(block)):
+            linear.weight.div_((2 * depth) ** 0.5)
+
+
+def describe(encoder: Encoder) -> str:
+    """One line for the log."""
+    parameters = sum(p.numel() for p in encoder.parameters())
+    return json.dumps(
+        {
+            "encoder": type(encoder.model).__name__,
+            "layers": len(encoder.blocks),
+            "hidden_size": encoder.hidden_size,
+            "parameters": parameters,
+        }
+    )

@@ -1,0 +1,155 @@
+"""The data2vec loss as a part of its own: a function and a module that other codebases can take alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.ops import loss_implementation
+from d2v_fast.ops.reference import LossStats
+
+NORMS = ("none", "layer", "instance", "batch", "group")
+
+
+def data2vec_loss(
+    predictions: Tensor,
+    teacher_layers: Sequence[Tensor],
+    mask: Tensor,
+    *,
+    norm: Literal["none", "layer", "instance", "batch", "group"] = "layer",
+    target_norm: Literal["none", "layer", "instance"] = "none",
+    beta: float = 0.0,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    layout: Literal["BTC", "TBC"] = "BTC",
+    impl: str = "auto",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Masked regression of the normalised, averaged top-K teacher layers (data2vec section 3.3; spec 1.2, 1.4).
+
+    Args:
+        predictions: (N, C), one row for each masked position in batch-major order, or (B, T, C); any float dtype.
+        teacher_layers: K tensors (B, T, C), or (T, B, C) with layout="TBC"; any float dtype and strides.
+        mask: (B, T) bool, True = masked = scored.
+        norm: Normalisation of each layer: "layer" over C, "instance" over T, "batch" over B and T, "group" over T and C.
+            No affine, eps 1e-5, biased variance, at least fp32.
+        target_norm: The same for the average.
+        beta: 0 = squared error without ½; otherwise smooth-L1 that is quadratic below `beta`.
+        scale: Factor of the summed error; None = 1/√C.
+        padding_mask: (B, T) bool, True = padding: left out of the statistics over T and never scored.
+        reduction: "mean" over scored positions (C is summed), or "sum".
+        layout: Memory layout of the teacher layers.
+        impl: "auto", "eager" or "compile".
+        return_stats: Also return the moments of targets and predictions at the scored positions.
+
+    Returns:
+        The loss, a scalar in fp32 (fp64 for fp64 predictions); with `return_stats` a pair with `LossStats`.
+        An empty mask gives 0 and zero gradients.
+
+    Raises:
+        ValueError: A shape, dtype, device or choice does not fit; the message names argument, found and expected.
+    """
+    if not teacher_layers:
+        raise ValueError("teacher_layers: found no tensor, expected at least one")
+    if layout not in ("BTC", "TBC"):
+        raise ValueError(f"layout: found {layout!r}, expected 'BTC' or 'TBC'")
+    layers = [x.transpose(0, 1) if layout == "TBC" else x for x in teacher_layers]
+    _check(predictions, layers, mask, norm, target_norm, beta, padding_mask, reduction)
+    loss, stats = loss_implementation(impl)(
+        predictions,
+        layers,
+        mask,
+        norm=norm,
+        target_norm=target_norm,
+        beta=beta,
+        scale=predictions.shape[-1] ** -0.5 if scale is None else scale,
+        padding_mask=padding_mask,
+        reduction=reduction,
+        upcast=torch.promote_types(predictions.dtype, torch.float32),
+    )
+    return (loss, stats) if return_stats else loss
+
+
+def _check(predictions, layers, mask, norm, target_norm, beta, padding_mask, reduction) -> None:
+    first = layers[0]
+    if first.ndim != 3:
+        raise ValueError(f"teacher_layers[0]: found shape {tuple(first.shape)}, expected three dimensions")
+    batch, length, channels = first.shape
+    for k, layer in enumerate(layers):
+        if layer.shape != first.shape:
+            raise ValueError(
+                f"teacher_layers[{k}]: found shape {tuple(layer.shape)}, expected {tuple(first.shape)} like the first"
+            )
+        if not layer.is_floating_point():
+            raise ValueError(f"teacher_layers[{k}]: found dtype {layer.dtype}, expected a float dtype")
+    for name, flags in (("mask", mask), ("padding_mask", padding_mask)):
+        if flags is None:
+            continue
+        if flags.dtype != torch.bool:
+            raise ValueError(f"{name}: found dtype {flags.dtype}, expected torch.bool")
+        if flags.shape != (batch, length):
+            raise ValueError(f"{name}: found shape {tuple(flags.shape)}, expected (B, T) = {(batch, length)}")
+    if not predictions.is_floating_point():
+        raise ValueError(f"predictions: found dtype {predictions.dtype}, expected a float dtype")
+    if predictions.ndim == 3 and predictions.shape != first.shape:
+        raise ValueError(f"predictions: found shape {tuple(predictions.shape)}, expected (B, T, C) = {tuple(first.shape)}")
+    if predictions.ndim == 2 and predictions.shape[1] != channels:
+        raise ValueError(f"predictions: found {predictions.shape[1]} channels, expected {channels}")
+    if predictions.ndim not in (2, 3):
+        raise ValueError(f"predictions: found shape {tuple(predictions.shape)}, expected (N, C) or (B, T, C)")
+    # Counting the mask on a GPU would wait for it; there a wrong N is the caller's to avoid.
+    if predictions.ndim == 2 and mask.device.type == "cpu" and len(predictions) != int(mask.sum()):
+        raise ValueError(f"predictions: found {len(predictions)} rows, expected {int(mask.sum())}, the masked positions")
+    for name, tensor in (("mask", mask), ("teacher_layers[0]", first), ("padding_mask", padding_mask)):
+        if tensor is not None and tensor.device != predictions.device:
+            raise ValueError(f"{name}: found on {tensor.device}, expected {predictions.device} like the predictions")
+    for name, value in (("norm", norm), ("target_norm", target_norm)):
+        if value not in NORMS:
+            raise ValueError(f"{name}: found {value!r}, expected one of {NORMS}")
+    if beta < 0:
+        raise ValueError(f"beta: found {beta}, expected 0 (squared error) or a positive number")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: found {reduction!r}, expected 'mean' or 'sum'")
+
+
+class Data2VecLoss(nn.Module):
+    """`data2vec_loss` with its settings kept; see there for arguments, shapes and errors."""
+
+    def __init__(
+        self,
+        norm: str = "layer",
+        target_norm: str = "none",
+        beta: float = 0.0,
+        scale: float | None = None,
+        reduction: str = "mean",
+        layout: str = "BTC",
+        impl: str = "auto",
+        return_stats: bool = False,
+    ):
+        super().__init__()
+        self.settings = dict(
+            norm=norm,
+            target_norm=target_norm,
+            beta=beta,
+            scale=scale,
+            reduction=reduction,
+            layout=layout,
+            impl=impl,
+            return_stats=return_stats,
+        )
+
+    def forward(
+        self,
+        predictions: Tensor,
+        teacher_layers: Sequence[Tensor],
+        mask: Tensor,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, LossStats]:
+        return data2vec_loss(predictions, teacher_layers, mask, padding_mask=padding_mask, **self.settings)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

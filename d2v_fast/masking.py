@@ -1,0 +1,319 @@
+"""Masks of data2vec: spans, BEiT blocks, text tokens, random positions (spec section 2).
+
+Every mask is a pure function of (seed, epoch, sample), independent of batch composition, worker count and process, because all
+randomness comes from `uniform`, a counter-based generator. All samplers are vectorised over the batch and return numpy bool
+arrays, True = masked = scored. Padding is on the right and is never masked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST_MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND_MULTIPLIER = np.uint64(0x94D049BB133111EB)
+
+
+def _splitmix(x: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014): a bijective mix of 64 bits."""
+    x = (x ^ (x >> np.uint64(30))) * _FIRST_MULTIPLIER
+    x = (x ^ (x >> np.uint64(27))) * _SECOND_MULTIPLIER
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers of a batch of samples: row i depends only on (seed, epoch, samples[i]) and the stream asked for."""
+
+    seed: int
+    epoch: int
+    samples: Sequence[int]
+
+    def uniform(self, stream: int, *shape: int) -> np.ndarray:
+        """Float64 in [0, 1), shape (B, *shape); different streams are independent."""
+        with np.errstate(over="ignore"):
+            key = np.asarray(self.samples, dtype=np.uint64)
+            for part in (self.seed, self.epoch, stream):
+                key = _splitmix(key + np.uint64(part % 2**64) * _GOLDEN + _GOLDEN)
+            counter = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * _GOLDEN
+            bits = _splitmix(key[:, None] + counter) >> np.uint64(11)
+        return (bits * 2.0**-53).reshape(len(key), *shape)
+
+    def generator(self, row: int) -> np.random.Generator:
+        """A numpy generator of one sample, for augmentations that need many kinds of draws."""
+        return np.random.default_rng([self.seed % 2**64, self.epoch, int(self.samples[row])])
+
+
+def _choose(scores: np.ndarray, allowed: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Per row, `count` distinct allowed positions chosen uniformly: those with the smallest random scores. (B, T) bool."""
+    ranks = np.where(allowed, scores, np.inf).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    return (ranks < count[:, None]) & allowed
+
+
+def _paint(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Union of spans [t, t + lengths[b, t]) over all t with starts[b, t], clipped at the right edge. (B, T) bool."""
+    rows, cols = np.nonzero(starts)
+    edges = np.zeros((starts.shape[0], starts.shape[1] + 1), dtype=np.int32)
+    np.add.at(edges, (rows, cols), 1)
+    np.add.at(edges, (rows, np.minimum(cols + lengths[rows, cols], starts.shape[1])), -1)
+    return edges[:, :-1].cumsum(axis=1) > 0
+
+
+def _keep_one_visible(mask: np.ndarray, valid: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """A sample masked from end to end has nothing to predict from: uncover one random position."""
+    full = (mask | ~valid).all(axis=1)
+    return mask & ~(full[:, None] & _choose(scores, valid, np.ones(len(mask), dtype=np.int64)))
+
+
+def _normal(u: np.ndarray) -> np.ndarray:
+    """Standard normal deviates from pairs of uniforms (Box-Muller); u has a trailing axis of 2."""
+    return np.sqrt(-2 * np.log1p(-u[..., 0])) * np.cos(2 * np.pi * u[..., 1])
+
+
+def _poisson(u: np.ndarray, rate: float) -> np.ndarray:
+    """Poisson deviates by inversion."""
+    k = np.arange(int(rate + 12 * math.sqrt(rate) + 12))
+    log_pmf = k * math.log(rate) - rate - np.array([math.lgamma(i + 1) for i in k])
+    return np.searchsorted(np.exp(log_pmf).cumsum(), u)
+
+
+@dataclass(frozen=True)
+class SpanMask:
+    """Spans over time, as in wav2vec 2.0 and data2vec audio (spec 2.1).
+
+    Args:
+        prob: Share of positions that spans would cover if they never overlapped; coverage is about 1 - (1 - p/l)^l.
+        length: Span length in positions.
+        length_kind: "static"; "uniform" in [length_other, 2 length]; "normal" (length, length_other); "poisson" (length).
+        length_other: Lower bound (uniform) or standard deviation (normal).
+        min_spans: At least this many spans a sample.
+        overlap: Whether spans may overlap; without, gaps between them are uniform over all arrangements that fit.
+        min_space: Least distance between spans that do not overlap.
+        same_count: Give every sample of a batch the "min" or the "max" count by un-masking or masking random positions;
+            "none" leaves counts ragged. This is the one setting by which a mask depends on its batch.
+        dropout: Share of masked positions that is uncovered again.
+        last_start: Whether the last possible start is drawn; the reference code never draws it, so that its last frame is
+            never masked (spec quirk Q7).
+    """
+
+    prob: float = 0.65
+    length: int = 10
+    length_kind: Literal["static", "uniform", "normal", "poisson"] = "static"
+    length_other: float = 0.0
+    min_spans: int = 1
+    overlap: bool = True
+    min_space: int = 0
+    same_count: Literal["none", "min", "max"] = "none"
+    dropout: float = 0.0
+    last_start: bool = True
+
+    def __call__(self, draws: Draws, size: int, lengths: Sequence[int] | None = None) -> np.ndarray:
+        """Mask of shape (B, size); `lengths` (B,) are the unpadded lengths."""
+        batch = len(draws.samples)
+        sizes = np.full(batch, size) if lengths is None else np.asarray(lengths)
+        positions = np.arange(size)
+        valid = positions < sizes[:, None]
+        expected = self.prob * sizes / self.length
+        spans = np.maximum(self.min_spans, np.floor(expected + draws.uniform(0, 1)[:, 0])).astype(np.int64)
+        span_lengths = self._lengths(draws, size)
+        if self.overlap:
+            # A span must not swallow a short sample: at least one position stays outside.
+            span_lengths = np.minimum(span_lengths, np.maximum(sizes[:, None] - 1, 1))
+            first_forbidden = sizes[:, None] - span_lengths + self.last_start
+            allowed = (positions < np.maximum(first_forbidden, 1)) & valid
+            mask = _paint(_choose(draws.uniform(2, size), allowed, spans), span_lengths) & valid
+        else:
+            mask = self._apart(draws, sizes, spans, span_lengths, size) & valid
+        mask = _keep_one_visible(mask, valid, draws.uniform(3, size))
+        if self.same_count != "none":
+            wanted = np.full(batch, getattr(mask.sum(axis=1), self.same_count)())
+            # Masked positions first when some must go, all of them plus random others when some must come.
+            mask = _choose(draws.uniform(4, size) - mask, valid, wanted)
+        if self.dropout > 0:
+            kept = mask.sum(axis=1) - np.round(self.dropout * mask.sum(axis=1)).astype(np.int64)
+            mask = _choose(draws.uniform(5, size), mask, kept)
+        return mask
+
+    def _lengths(self, draws: Draws, size: int) -> np.ndarray:
+        """Length of the span that would start at each position, (B, size)."""
+        u = draws.uniform(1, size, 2)
+        if self.length_kind == "uniform":
+            low = int(self.length_other)
+            lengths = low + np.floor(u[..., 0] * (2 * self.length - low + 1))
+        elif self.length_kind == "normal":
+            lengths = np.maximum(1, np.round(self.length + self.length_other * _normal(u)))
+        elif self.length_kind == "poisson":
+            lengths = _poisson(u[..., 0], self.length)
+        else:
+            lengths = np.full(u.shape[:2], self.length)
+        return lengths.astype(np.int64)
+
+    def _apart(self, draws: Draws, sizes: np.ndarray, spans: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
+        """Spans that do not overlap: drop those that do not fit, then share the remaining room out as random gaps."""
+        room = lengths.cumsum(axis=1) + self.min_space * np.arange(size)
+        spans = np.minimum(spans, (room < sizes[:, None]).sum(axis=1))
+        slack = sizes - np.where(spans > 0, np.take_along_axis(room, np.maximum(spans - 1, 0)[:, None], 1)[:, 0], 0)
+        gaps = _choose(draws.uniform(2, 2 * size), np.arange(2 * size) < (slack + spans)[:, None], spans)
+        starts = np.zeros((len(sizes), size), dtype=bool)
+        placed = np.zeros_like(lengths)
+        rows, slots = np.nonzero(gaps)
+        order = gaps.cumsum(axis=1)[rows, slots] - 1
+        begin = slots - order + np.where(order > 0, room[rows, np.maximum(order - 1, 0)] + self.min_space, 0)
+        starts[rows, begin] = True
+        placed[rows, begin] = lengths[rows, order]
+        return _paint(starts, placed)
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """BEiT's blocks of patches, as in data2vec vision (spec 2.2).
+
+    Args:
+        count: Upper bound of masked patches; blocks are added until it is met or ten draws in a row do not fit.
+        min_area: Least patches in a block.
+        max_area: Most patches in a block.
+        min_aspect: Aspect ratios are log-uniform between this and its inverse.
+    """
+
+    count: int = 120
+    min_area: int = 16
+    max_area: int = 196
+    min_aspect: float = 0.3
+
+    def __call__(self, draws: Draws, grid: tuple[int, int]) -> np.ndarray:
+        """Mask of shape (B, H·W) over a grid of (H, W) patches, row-major."""
+        high, wide = grid
+        batch = len(draws.samples)
+        mask = np.zeros((batch, high, wide), dtype=bool)
+        masked = np.zeros(batch, dtype=np.int64)
+        failures = np.zeros(batch, dtype=np.int64)
+        rows, cols = np.arange(high), np.arange(wide)
+        attempt = 0
+        while (active := (masked < self.count) & (failures < 10)).any():
+            u = draws.uniform(attempt, 4)
+            attempt += 1
+            cap = np.minimum(self.count - masked, self.max_area)
+            # With a cap below min_area the interval is reversed, which fills the last gap with small blocks.
+            area = self.min_area + u[:, 0] * (cap - self.min_area)
+            aspect = np.exp((2 * u[:, 1] - 1) * -math.log(self.min_aspect))
+            h = np.round(np.sqrt(area * aspect)).astype(np.int64)
+            w = np.round(np.sqrt(area / aspect)).astype(np.int64)
+            top = np.floor(u[:, 2] * (high - h + 1))
+            left = np.floor(u[:, 3] * (wide - w + 1))
+            inside_rows = (rows >= top[:, None]) & (rows < (top + h)[:, None])
+            inside_cols = (cols >= left[:, None]) & (cols < (left + w)[:, None])
+            added = inside_rows[:, :, None] & inside_cols[:, None, :] & ~mask
+            new = added.sum(axis=(1, 2))
+            accepted = active & (w < wide) & (h < high) & (new > 0) & (new <= cap)
+            mask |= added & accepted[:, None, None]
+            masked += new * accepted
+            failures = np.where(accepted, 0, failures + active)
+        return mask.reshape(batch, -1)
+
+
+@dataclass(frozen=True)
+class RandomMask:
+    """Single positions drawn without replacement, the same count in every sample of one length (spec 2.4).
+
+    Args:
+        prob: Share of masked positions; floor(T·(1 - prob)) stay visible.
+    """
+
+    prob: float = 0.6
+
+    def __call__(self, draws: Draws, size: int | tuple[int, int], lengths: Sequence[int] | None = None) -> np.ndarray:
+        """Mask of shape (B, T); `size` is T or a grid (H, W), `lengths` (B,) are the unpadded lengths."""
+        total = math.prod(size) if isinstance(size, tuple) else size
+        sizes = np.full(len(draws.samples), total) if lengths is None else np.asarray(lengths)
+        masked = sizes - np.floor(sizes * (1 - self.prob)).astype(np.int64)
+        return _choose(draws.uniform(0, total), np.arange(total) < sizes[:, None], masked)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What text masking has to know of a tokenizer.
+
+    Args:
+        size: Number of token ids.
+        mask_id: Id of the mask token.
+        special: (size,) bool, True for ids that stand for no text.
+        continues: (size,) bool, True for ids that continue the word of the token before.
+        counts: (size,) occurrences in the corpus, for frequency-weighted replacement.
+    """
+
+    size: int
+    mask_id: int
+    special: np.ndarray
+    continues: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """Text masking (spec 2.3): spans of `length` tokens, of which some are replaced or left as they are.
+
+    BERT's 80/10/10 is prob .15, length 1, random_prob .1, keep_prob .1; data2vec's is prob .35, length 4.
+
+    Args:
+        prob: Share of tokens that spans would cover if they never overlapped.
+        length: Tokens (or words) a span.
+        length_std: Standard deviation of the span length, 0 = always `length`.
+        random_prob: Share of selected tokens that become a random token.
+        keep_prob: Share of selected tokens that stay as they are.
+        whole_words: Choose words and mask all their tokens.
+        keep_special: Never select special tokens; the reference code may mask <s> and </s>.
+        frequency_weighted: Draw random tokens by their frequency in the corpus and not uniformly.
+        loss_on: Score all "selected" tokens, or as the reference does only those that became the "mask_token" (quirk Q18).
+    """
+
+    prob: float = 0.35
+    length: int = 4
+    length_std: float = 0.0
+    random_prob: float = 0.0
+    keep_prob: float = 0.0
+    whole_words: bool = False
+    keep_special: bool = False
+    frequency_weighted: bool = False
+    loss_on: Literal["selected", "mask_token"] = "mask_token"
+
+    def __call__(
+        self, draws: Draws, ids: np.ndarray, vocabulary: Vocabulary, lengths: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Masked ids and mask, both (B, T), from ids (B, T) and their unpadded lengths (B,)."""
+        size = ids.shape[1]
+        sizes = np.full(len(ids), size) if lengths is None else np.asarray(lengths)
+        valid = np.arange(size) < sizes[:, None]
+        allowed = valid & ~vocabulary.special[ids] if self.keep_special else valid
+        if self.whole_words:
+            begins = valid & (~vocabulary.continues[ids] | (np.arange(size) == 0))
+            word = begins.cumsum(axis=1) - 1  # index of each token's word
+            units = np.arange(size) < begins.sum(axis=1)[:, None]
+        else:
+            units = valid
+        spans = np.floor(self.prob * units.sum(axis=1) / self.length + draws.uniform(0, 1)[:, 0]).astype(np.int64)
+        span_lengths = np.full(ids.shape, self.length)
+        if self.length_std > 0:
+            deviates = _normal(draws.uniform(1, size, 2))
+            span_lengths = np.maximum(0, np.round(self.length + self.length_std * deviates)).astype(np.int64)
+        selected = _paint(_choose(draws.uniform(2, size), units, spans), span_lengths)
+        if self.whole_words:
+            selected = np.take_along_axis(selected, np.maximum(word, 0), axis=1)
+        selected &= allowed
+        selected = _keep_one_visible(selected, allowed, draws.uniform(3, size))
+
+        fate = draws.uniform(4, size)
+        replaced = selected & (fate < self.random_prob)
+        kept = selected & (fate >= self.random_prob) & (fate < self.random_prob + self.keep_prob)
+        masked = selected & ~replaced & ~kept
+        source = np.where(masked, vocabulary.mask_id, ids)
+        if self.random_prob > 0:
+            weights = ~vocabulary.special * (vocabulary.counts if self.frequency_weighted else 1.0)
+            cumulative = weights.cumsum()
+            random_ids = np.searchsorted(cumulative, draws.uniform(5, size) * cumulative[-1], side="right")
+            source = np.where(replaced, random_ids, source)
+        return source, selected if self.loss_on == "selected" else masked

@@ -1,0 +1,117 @@
+"""The loss in plain PyTorch: the short, readable truth that every kernel is held against (spec 1.2, 1.4, 1.7).
+
+With `upcast=torch.float64` it is the oracle of the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS = 1e-5
+NORM_DIMS = {"layer": (2,), "instance": (1,), "batch": (0, 1), "group": (1, 2)}  # of (B, T, C)
+
+
+class Moments(NamedTuple):
+    """Mean and summed squared deviation per channel; unlike sums of squares they pool over ranks without cancellation."""
+
+    count: Tensor  # ()
+    mean: Tensor  # (C,)
+    m2: Tensor  # (C,)
+
+    @property
+    def std(self) -> Tensor:
+        """Mean over channels of sqrt(unbiased variance + 1e-6), the collapse figure of spec 1.7; 0 below two rows."""
+        variance = self.m2 / (self.count - 1).clamp(min=1)
+        return torch.where(self.count > 1, (variance + 1e-6).sqrt().mean(), 0.0)
+
+    @staticmethod
+    def pooled(parts: Sequence[Moments]) -> Moments:
+        """Moments of all rows together (Chan et al. 1979)."""
+        counts, means, m2s = (torch.stack(field) for field in zip(*parts, strict=True))
+        count = counts.sum()
+        mean = (counts[:, None] * means).sum(0) / count.clamp(min=1)
+        return Moments(count, mean, (m2s + counts[:, None] * (means - mean) ** 2).sum(0))
+
+
+class LossStats(NamedTuple):
+    """Moments of targets and predictions at the scored positions."""
+
+    target: Moments
+    prediction: Moments
+
+
+def normalize(x: Tensor, kind: str, padding_mask: Tensor | None = None) -> Tensor:
+    """Normalise x (B, T, C) without affine, biased variance, over the dimensions that `kind` names; padding is left out."""
+    if kind == "none":
+        return x
+    dims = NORM_DIMS[kind]
+    if padding_mask is None or kind == "layer":
+        variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    else:
+        padding = padding_mask.unsqueeze(-1)
+        count = (~padding).expand_as(x).sum(dims, keepdim=True).clamp(min=1)
+        mean = x.masked_fill(padding, 0).sum(dims, keepdim=True) / count
+        variance = ((x - mean) ** 2).masked_fill(padding, 0).sum(dims, keepdim=True) / count
+    return (x - mean) * (variance + EPS).rsqrt()
+
+
+def make_targets(
+    layers: Sequence[Tensor],
+    norm: str,
+    target_norm: str,
+    padding_mask: Tensor | None = None,
+    upcast: torch.dtype = torch.float32,
+) -> Tensor:
+    """Average of the normalised teacher layers, normalised again: K × (B, T, C) → (B, T, C) in `upcast` (spec 1.2)."""
+    total = 0
+    for layer in layers:
+        total = total + normalize(layer.to(upcast), norm, padding_mask)
+    return normalize(total / len(layers), target_norm, padding_mask)
+
+
+def _moments(rows: Tensor, scored: Tensor) -> Moments:
+    weight = scored.unsqueeze(-1).to(rows.dtype)
+    count = weight.sum()
+    mean = (rows * weight).sum(0) / count.clamp(min=1)
+    return Moments(count, mean, ((rows - mean) ** 2 * weight).sum(0))
+
+
+def data2vec_loss(
+    predictions: Tensor,
+    layers: Sequence[Tensor],
+    mask: Tensor,
+    *,
+    norm: str,
+    target_norm: str,
+    beta: float,
+    scale: float,
+    padding_mask: Tensor | None,
+    reduction: str,
+    upcast: torch.dtype = torch.float32,
+) -> tuple[Tensor, LossStats]:
+    """Loss and statistics; arguments as in `d2v_fast.loss.data2vec_loss`, layers in (B, T, C)."""
+    targets = make_targets(layers, norm, target_norm, padding_mask, upcast).flatten(0, 1)
+    scored = (mask if padding_mask is None else mask & ~padding_mask).flatten()
+    if predictions.ndim == 3:
+        rows = predictions.flatten(0, 1).to(upcast)
+    else:
+        rows = predictions.to(upcast)
+        # size= keeps the number of rows on the host, so that a GPU is not waited for.
+        index = torch.nonzero_static(mask.flatten(), size=len(rows)).squeeze(1)
+        targets, scored = targets[index], scored[index]
+    # Fill, not multiply: what is not scored may hold anything, NaN included.
+    rows = rows.masked_fill(~scored.unsqueeze(-1), 0)
+    targets = targets.masked_fill(~scored.unsqueeze(-1), 0)
+    error = rows - targets
+    if beta == 0:
+        values = error**2
+    else:
+        distance = error.abs()
+        values = torch.where(distance < beta, error**2 / (2 * beta), distance - beta / 2)
+    stats = LossStats(_moments(targets, scored), _moments(rows.detach(), scored))
+    loss = values.sum() * scale
+    return (loss / stats.target.count.clamp(min=1) if reduction == "mean" else loss), stats
