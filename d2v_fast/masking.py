@@ -221,7 +221,7 @@ class RandomMask:
     """Single positions drawn without replacement, the same count in every sample of one length (spec 2.4).
 
     Args:
-        prob: Share of masked positions; floor(T·(1 - prob)) stay visible.
+        prob: Share of masked positions; floor(T·(1 - prob)), and at least one, stay visible.
     """
 
     prob: float = 0.6
@@ -230,8 +230,8 @@ class RandomMask:
         """Mask of shape (B, T); `size` is T or a grid (H, W), `lengths` (B,) are the unpadded lengths."""
         total = math.prod(size) if isinstance(size, tuple) else size
         sizes = np.full(len(draws.samples), total) if lengths is None else np.asarray(lengths)
-        masked = sizes - np.floor(sizes * (1 - self.prob)).astype(np.int64)
-        return _choose(draws.uniform(0, total), np.arange(total) < sizes[:, None], masked)
+        visible = np.maximum(np.floor(sizes * (1 - self.prob)).astype(np.int64), 1)
+        return _choose(draws.uniform(0, total), np.arange(total) < sizes[:, None], sizes - visible)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,187 @@
+"""What a frozen encoder has learned, beside the same encoder untrained.
+
+Images and speech: states are averaged over positions; a k-NN and a linear classifier read the label from them.
+Text: the cloze probe. 15 % of the tokens are hidden, and a linear classifier reads from the state at each hidden position
+which token was there. It needs no labels; its floor is the unigram distribution.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from d2v_fast.config import Config, ConfigError, parse
+from d2v_fast.data import DataError, Source, is_local
+from d2v_fast.encoders import Encoder
+from d2v_fast.masking import Draws, TokenMask
+
+NEIGHBOURS = 20
+CLOZE_TOKENS = 500  # the cloze probe tells the most frequent tokens apart
+CLOZE_POSITIONS = 30_000
+
+
+def load_run(run: str | Path) -> tuple[Config, Encoder, Encoder]:
+    """Config, student and the same encoder as it was before training.
+
+    Raises:
+        ConfigError: The folder holds no finished run.
+    """
+    from d2v_fast.training import make_encoder
+
+    run = Path(run)
+    for part in ("config.yaml", "export"):
+        if not (run / part).exists():
+            raise ConfigError(f"{run}: has no {part}, so it is not the folder of a run that exported its student")
+    config, _ = parse(["--config", str(run / "config.yaml")])
+    vocab_size = None
+    if config.modality == "text":
+        config.data["tokenizer"] = str(run / "export")
+        vocab_size = json.loads((run / "export" / "config.json").read_text()).get("vocab_size")
+    untrained = make_encoder(config, vocab_size).eval()
+    config.encoder.pretrained, config.encoder.config = str(run / "export"), config.encoder.config if ":" in (config.encoder.model or "") else {}
+    return config, make_encoder(config).eval(), untrained
+
+
+def pooled_states(encoder: Encoder, inputs: Sequence[Any], collate: Callable, batch_size: int = 64) -> np.ndarray:
+    """Mean state of each input, (N, C); `collate` makes (source, padding_mask or None) of a list of inputs."""
+    rows = []
+    with torch.inference_mode():
+        for begin in range(0, len(inputs), batch_size):
+            source, padding_mask = collate(inputs[begin : begin + batch_size])
+            states = encoder(source, padding_mask)
+            if padding_mask is None:
+                rows.append(states.mean(1))
+            else:
+                seen = (~padding_mask).unsqueeze(-1)
+                rows.append((states * seen).sum(1) / seen.sum(1))
+    return torch.cat(rows).float().numpy()
+
+
+def score(train: np.ndarray, train_labels: Sequence, test: np.ndarray, test_labels: Sequence) -> dict[str, float]:
+    """Accuracy of a cosine k-NN and of logistic regression on standardised features."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    knn = KNeighborsClassifier(min(NEIGHBOURS, len(train)), metric="cosine").fit(train, train_labels)
+    linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(train, train_labels)
+    return {"knn": float(knn.score(test, test_labels)), "linear": float(linear.score(test, test_labels))}
+
+
+def split_sources(open_split: Callable[..., Source], data: str, name: str | None) -> tuple[Source, Source]:
+    """Sources for fitting and for testing: the folders or splits train and test, else a random fifth is for testing.
+
+    Raises:
+        DataError: No labels.
+    """
+    if data == "builtin":
+        parts = [open_split("builtin", None, split) for split in ("train", "test")]
+    elif is_local(data) and all((Path(data) / split).is_dir() for split in ("train", "test")):
+        parts = [open_split(str(Path(data) / split)) for split in ("train", "test")]
+    elif is_local(data):
+        whole = open_split(data)
+        order = np.random.default_rng(0).permutation(len(whole))
+        fifth = len(order) // 5
+        parts = [_subset(whole, order[fifth:]), _subset(whole, order[:fifth])]
+    else:
+        parts = [open_split(data, name, split) for split in ("train", "test")]
+    for part in parts:
+        if part.labels is None or len(set(part.labels)) < 2:
+            raise DataError(f"--data {data}: a probe needs labels of at least two classes, found {set(part.labels or [])}")
+    return parts[0], parts[1]
+
+
+def _subset(source: Source, indices: np.ndarray) -> Source:
+    return Source(
+        [source.names[i] for i in indices],
+        lambda i: source.read(indices[i]),
+        source.labels and [source.labels[i] for i in indices],
+    )
+
+
+def _read_all(source: Source, limit: int, seed: int = 0) -> tuple[list[Any], list[str]]:
+    """Up to `limit` samples, drawn at random, and their labels; unreadable ones are named and left out."""
+    samples, labels = [], []
+    for i in np.random.default_rng(seed).permutation(len(source))[:limit]:
+        try:
+            samples.append(source.read(i))
+        except Exception as error:
+            print(f"left out {source.names[i]}: {error}", file=sys.stderr)
+        else:
+            labels.append(source.labels[i])
+    return samples, labels
+
+
+def probe_labels(config: Config, encoders: dict[str, Encoder], data: str, name: str | None, limit: int) -> dict[str, dict]:
+    """Accuracies of each encoder on labelled images or speech."""
+    settings = config.data
+    if config.modality == "vision":
+        from d2v_fast.data.vision import center_crop, open_images, to_pixels
+
+        def collate(images: list) -> tuple[torch.Tensor, None]:
+            crops = [center_crop(image, settings["image_size"]) for image in images]
+            return torch.from_numpy(to_pixels(crops, settings["mean"], settings["std"])), None
+
+        parts = split_sources(open_images, data, name)
+    else:
+        from d2v_fast.data.audio import open_audio, standardize
+
+        frames = next(iter(encoders.values())).positions
+        longest = round(settings["max_seconds"] * settings["sample_rate"])
+
+        def collate(waves: list) -> tuple[torch.Tensor, torch.Tensor | None]:
+            waves = [(standardize(wave) if settings["normalize"] else wave)[:longest] for wave in waves]
+            lengths = [len(wave) for wave in waves]
+            source = np.zeros((len(waves), max(lengths)), dtype=np.float32)
+            for row, wave in zip(source, waves, strict=True):
+                row[: len(wave)] = wave
+            seen = torch.tensor([frames(n) for n in lengths])
+            padding_mask = torch.arange(frames(max(lengths))) >= seen[:, None]
+            return torch.from_numpy(source), padding_mask if padding_mask.any() else None
+
+        def open_split(path: str, name: str | None = None, split: str = "train") -> Source:
+            return open_audio(path, name, split, settings["sample_rate"])
+
+        parts = split_sources(open_split, data, name)
+    (train, train_labels), (test, test_labels) = (_read_all(part, limit) for part in parts)
+    results = {}
+    for title, encoder in encoders.items():
+        features = [pooled_states(encoder, samples, collate) for samples in (train, test)]
+        results[title] = score(features[0], train_labels, features[1], test_labels)
+    results["chance"] = dict.fromkeys(("knn", "linear"), max(np.bincount(np.unique(test_labels, return_inverse=True)[1])) / len(test_labels))
+    return results
+
+
+def main(args: list[str]) -> None:
+    """The command d2v-probe."""
+    parser = argparse.ArgumentParser(
+        prog="d2v-probe",
+        description="k-NN and linear probe of a run's frozen student, beside the same encoder untrained. "
+        "Images and speech need labels (folders, or metadata.csv with a column label); text needs none.",
+    )
+    parser.add_argument("run", help="folder of a run of d2v-train")
+    parser.add_argument("--data", default="builtin", help="folder with train/ and test/, a Hugging Face set, or builtin")
+    parser.add_argument("--name", help="configuration of the Hugging Face set")
+    parser.add_argument("--limit", type=int, default=10_000, help="most samples to fit and to test on (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's default")
+    options = parser.parse_args(args)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    config, trained, untrained = load_run(options.run)
+    encoders = {"untrained": untrained, "trained": trained}
+    run = probe_labels
+    results = run(config, encoders, os.path.expanduser(options.data), options.name, options.limit)
+    (Path(options.run) / "probe.json").write_text(json.dumps({"data": options.data, **results}, indent=2) + "\n")
+    columns = list(next(iter(results.values())))
+    print(f"{'':12}" + "".join(f"{column:>12}" for column in columns))
+    for title, row in results.items():
+        print(f"{title:12}" + "".join(f"{row[column]:12.1%}" for column in columns))

@@ -1,0 +1,206 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from d2v_fast import Data2VecLoss, data2vec_loss
+from d2v_fast.ops.reference import Moments, make_targets, normalize
+from tests import oracle
+
+NORMS = ("none", "layer", "instance", "batch", "group")
+
+
+def case(batch=2, length=7, channels=5, k=3, masked=0.5, padded=False, dtype=torch.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    layers = [torch.from_numpy(rng.normal(1.0, 2.0, (batch, length, channels))).to(dtype) for _ in range(k)]
+    predictions = torch.from_numpy(rng.normal(0.0, 2.0, (batch, length, channels))).to(dtype)
+    mask = torch.from_numpy(rng.random((batch, length)) < masked)
+    padding = None
+    if padded:
+        padding = torch.zeros(batch, length, dtype=torch.bool)
+        padding[0, length - 2 :] = True
+    return predictions, layers, mask, padding
+
+
+def relative(a, b):
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-300))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("norm, target_norm", list(itertools.product(NORMS, NORMS[:3])))
+@pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
+def test_against_a_second_transcription(norm, target_norm, beta, padded, dtype, tolerance):
+    predictions, layers, mask, padding = case(padded=padded)
+    expected, gradient = oracle.loss(
+        predictions.numpy(),
+        [x.numpy() for x in layers],
+        mask.numpy(),
+        norm,
+        target_norm,
+        beta,
+        5**-0.5,
+        None if padding is None else padding.numpy(),
+    )
+    dense = predictions.clone().to(dtype).requires_grad_()
+    rows = predictions[mask].clone().to(dtype).requires_grad_()
+    layers = [x.to(dtype) for x in layers]
+    settings = dict(norm=norm, target_norm=target_norm, beta=beta, padding_mask=padding)
+    for given, wanted in ((dense, torch.from_numpy(gradient)), (rows, torch.from_numpy(gradient)[mask])):
+        loss = data2vec_loss(given, layers, mask, **settings)
+        loss.backward()
+        assert relative(loss.detach(), expected) <= tolerance
+        assert relative(given.grad, wanted) <= tolerance
+
+
+@pytest.mark.parametrize("wrong", [lambda g: 0 * g, lambda g: -g, lambda g: g / 2])
+def test_a_wrong_gradient_would_be_seen(wrong):
+    predictions, layers, mask, _ = case()
+    rows = predictions[mask].requires_grad_()
+    data2vec_loss(rows, layers, mask).backward()
+    assert relative(wrong(rows.grad), rows.grad) > 0.4
+
+
+def test_by_hand():
+    # One channel pair, one masked position: layer norm of (1, 3) is (-1, 1), of (5, 1) it is (1, -1); their mean is 0.
+    layers = [torch.tensor([[[1.0, 3.0], [5.0, 1.0]]]), torch.tensor([[[4.0, 0.0], [9.0, 1.0]]])]
+    mask = torch.tensor([[True, False]])
+    predictions = torch.tensor([[3.0, -0.5]])
+    loss, stats = data2vec_loss(predictions, layers, mask, scale=1.0, return_stats=True)
+    assert loss == pytest.approx(9.25, rel=1e-4)
+    assert data2vec_loss(predictions, layers, mask, scale=1.0, beta=1.0) == pytest.approx(2.5 + 0.125, rel=1e-4)
+    assert stats.target.count == 1
+
+
+def test_instance_norm_is_over_time_and_layer_norm_over_channels():
+    x = torch.randn(3, 50, 20, dtype=torch.float64) * 3 + 5
+    over_time, over_channels = normalize(x, "instance"), normalize(x, "layer")
+    assert over_time.mean(1).abs().max() < 1e-12 and (over_time.var(1, correction=0) - 1).abs().max() < 1e-4
+    assert over_channels.mean(2).abs().max() < 1e-12 and (over_channels.var(2, correction=0) - 1).abs().max() < 1e-4
+    assert over_time.mean(2).abs().max() > 0.1 and over_channels.mean(1).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_padding_changes_nothing_and_may_hold_anything(norm):
+    predictions, layers, mask, _ = case(batch=2, length=6)
+    longer = [torch.cat([x, torch.full((2, 3, 5), float("nan"), dtype=x.dtype)], 1) for x in layers]
+    wide = torch.cat([predictions, torch.full((2, 3, 5), float("nan"), dtype=predictions.dtype)], 1).requires_grad_()
+    marked = torch.cat([mask, torch.ones(2, 3, dtype=torch.bool)], 1)
+    padding = torch.arange(9).expand(2, 9) >= 6
+    loss = data2vec_loss(wide, longer, marked, norm=norm, padding_mask=padding)
+    loss.backward()
+    assert loss.item() == pytest.approx(data2vec_loss(predictions, layers, mask, norm=norm).item(), rel=1e-12)
+    assert (wide.grad[:, 6:] == 0).all() and wide.grad[:, :6].isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["rows", "dense"])
+def test_an_empty_mask_costs_nothing(form):
+    predictions, layers, _, _ = case()
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    given = (predictions[mask] if form == "rows" else predictions).requires_grad_()
+    loss, stats = data2vec_loss(given, layers, mask, return_stats=True)
+    loss.backward()
+    assert loss == 0 and (given.grad == 0).all()
+    assert stats.target.std == 0 and stats.prediction.std == 0
+
+
+def test_an_all_masked_input_is_scored_everywhere():
+    predictions, layers, _, _ = case()
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    dense, rows = data2vec_loss(predictions, layers, mask), data2vec_loss(predictions.flatten(0, 1), layers, mask)
+    assert dense == pytest.approx(rows.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_time_first_layout_and_strides(norm):
+    predictions, layers, mask, _ = case()
+    expected = data2vec_loss(predictions, layers, mask, norm=norm)
+    time_first = [x.transpose(0, 1).contiguous() for x in layers]
+    assert data2vec_loss(predictions, time_first, mask, norm=norm, layout="TBC") == pytest.approx(expected.item(), rel=1e-12)
+    strided = [torch.stack([x, x.neg()], -1)[..., 0] for x in layers]
+    assert not strided[0].is_contiguous()
+    assert data2vec_loss(predictions, strided, mask, norm=norm) == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_computed_in_fp32(dtype):
+    predictions, layers, mask, _ = case(channels=64, dtype=dtype)
+    rows = predictions[mask].requires_grad_()
+    loss = data2vec_loss(rows, layers, mask, norm="instance")
+    exact = data2vec_loss(predictions[mask].double(), [x.double() for x in layers], mask, norm="instance")
+    assert loss.dtype == torch.float32 and relative(loss.detach(), exact) < 1e-5
+    loss.backward()
+    assert rows.grad.dtype == dtype
+
+
+def test_the_sum_is_the_mean_times_the_count():
+    predictions, layers, mask, _ = case()
+    mean = data2vec_loss(predictions, layers, mask)
+    assert data2vec_loss(predictions, layers, mask, reduction="sum") == pytest.approx(mean.item() * int(mask.sum()))
+
+
+def test_statistics_are_the_pooled_unbiased_std():
+    predictions, layers, mask, _ = case(batch=6, length=20, channels=8)
+    _, stats = data2vec_loss(predictions, layers, mask, return_stats=True)
+    z = predictions[mask]
+    assert float(stats.prediction.std) == pytest.approx(float((z.var(0) + 1e-6).sqrt().mean()), abs=1e-6)
+    y = make_targets(layers, "layer", "none", upcast=torch.float64)[mask]
+    assert float(stats.target.std) == pytest.approx(float((y.var(0) + 1e-6).sqrt().mean()), abs=1e-6)
+    # Over three simulated ranks with unequal shares.
+    parts = [data2vec_loss(predictions[i], [x[i] for x in layers], mask[i], return_stats=True)[1] for i in ([0], [1, 2, 3], [4, 5])]
+    pooled = Moments.pooled([part.prediction for part in parts])
+    assert float(pooled.std) == pytest.approx(float(stats.prediction.std), abs=1e-12)
+
+
+def test_statistics_survive_a_large_mean():
+    """E[x²] - μ² loses everything here in fp32; the moments must not."""
+    z = torch.randn(400, 16) * 0.1 + 300
+    mask = torch.ones(1, 400, dtype=torch.bool)
+    _, stats = data2vec_loss(z, [torch.randn(1, 400, 16)], mask, return_stats=True)
+    assert float(stats.prediction.std) == pytest.approx(float((z.double().var(0) + 1e-6).sqrt().mean()), rel=1e-3)
+
+
+def test_the_module_is_the_function():
+    predictions, layers, mask, padding = case(padded=True)
+    module = Data2VecLoss(norm="instance", target_norm="layer", beta=2.0)
+    expected = data2vec_loss(predictions, layers, mask, norm="instance", target_norm="layer", beta=2.0, padding_mask=padding)
+    assert module(predictions, layers, mask, padding) == expected
+    assert "instance" in repr(module)
+
+
+def test_compiled_equals_eager():
+    predictions, layers, mask, _ = case(dtype=torch.float32)
+    a, b = predictions.clone().requires_grad_(), predictions.clone().requires_grad_()
+    eager, compiled = data2vec_loss(a, layers, mask), data2vec_loss(b, layers, mask, impl="compile")
+    eager.backward()
+    compiled.backward()
+    assert relative(compiled.detach(), eager.detach()) < 1e-6 and relative(b.grad, a.grad) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (dict(predictions=torch.zeros(3, 5)), "predictions: found 3 rows"),
+        (dict(predictions=torch.zeros(2, 7, 4)), "predictions: found shape (2, 7, 4)"),
+        (dict(predictions=torch.zeros(2, 7, 5, dtype=torch.long)), "predictions: found dtype torch.int64"),
+        (dict(mask=torch.ones(2, 7, dtype=torch.long)), "mask: found dtype torch.int64"),
+        (dict(mask=torch.ones(2, 6, dtype=torch.bool)), "mask: found shape (2, 6)"),
+        (dict(padding_mask=torch.ones(7, 2, dtype=torch.bool)), "padding_mask: found shape (7, 2)"),
+        (dict(teacher_layers=[]), "teacher_layers: found no tensor"),
+        (dict(teacher_layers=[torch.zeros(2, 7, 5), torch.zeros(2, 7, 6)]), "teacher_layers[1]: found shape (2, 7, 6)"),
+        (dict(norm="batchnorm"), "norm: found 'batchnorm'"),
+        (dict(beta=-1.0), "beta: found -1.0"),
+        (dict(reduction="none"), "reduction: found 'none'"),
+        (dict(layout="CTB"), "layout: found 'CTB'"),
+        (dict(impl="magic"), "impl='magic'"),
+        (dict(mask=torch.ones(2, 7, dtype=torch.bool, device="meta")), "mask: found on meta"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, named):
+    predictions, layers, mask, _ = case()
+    arguments = dict(predictions=predictions, teacher_layers=layers, mask=mask) | change
+    with pytest.raises(ValueError) as error:
+        data2vec_loss(**arguments)
+    assert named in str(error.value)
