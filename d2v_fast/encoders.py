@@ -213,7 +213,8 @@ class PatchEncoder(Encoder):
     mask_token_name = "embeddings.mask_token"
 
     def embed(self, inputs: Tensor) -> Tensor:
-        return self.model.embeddings.patch_embeddings(inputs)
+        patches = self.model.embeddings.patch_embeddings(inputs)
+        return patches[0] if isinstance(patches, tuple) else patches
 
     def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         model, embeddings = self.model, self.model.embeddings
@@ -329,7 +330,7 @@ def build_encoder(
     model: str | None = None,
     pretrained: str | None = None,
     config: dict[str, Any] | None = None,
-    init: Literal["hf", "data2vec"] = "hf",
+    init: Literal["hf", "data2vec", "sincos"] = "hf",
     layers: str | None = None,
     ffn: str | None = None,
     feature_grad_mult: float = 1.0,
@@ -341,7 +342,8 @@ def build_encoder(
         model: Model type of transformers ("roberta", "beit", "wav2vec2", "data2vec-audio", …) or "package.module:Class".
         pretrained: Hub name or folder to load instead of starting from random weights.
         config: Fields of the configuration class (of the constructor for your own class).
-        init: "data2vec" re-initialises a random BEiT or ViT as the authors do (spec 3.3).
+        init: "data2vec" re-initialises a random BEiT or ViT as the authors do (spec 3.3); "sincos" gives a random ViT the
+            Xavier weights and fixed sin-cos positions of MAE and data2vec 2.0 (spec 4.1).
         layers: Path of the block list, where it is not found by itself.
         ffn: Path inside a block of the FFN output, where it is not the last Linear.
         feature_grad_mult: Gradient scale of the convolutions of a speech encoder.
@@ -389,8 +391,10 @@ def build_encoder(
     encoder = wrap(hf_model, layers, ffn)
     if isinstance(encoder, WaveEncoder):
         encoder.feature_grad_mult = feature_grad_mult
-    if init == "data2vec" and pretrained is None:
-        _init_vision(encoder)
+    if init != "hf" and pretrained is None:
+        if not isinstance(encoder, PatchEncoder):
+            raise ValueError(f"encoder.init={init!r}: is for images, found {type(encoder.model).__name__}")
+        (_init_data2vec if init == "data2vec" else _init_sincos)(encoder)
     return encoder
 
 
@@ -413,7 +417,7 @@ def _new_config(model: str | None, fields: dict[str, Any]):
 
 
 @torch.no_grad()
-def _init_vision(encoder: Encoder) -> None:
+def _init_data2vec(encoder: PatchEncoder) -> None:
     """Truncated normal .02 cut at one std; what writes to the residual of block i is divided by √(2i) (spec 3.3)."""
 
     def draw(weight: Tensor) -> None:
@@ -426,6 +430,24 @@ def _init_vision(encoder: Encoder) -> None:
         attention_out = [m for n, m in block.named_modules() if "att" in n and isinstance(m, nn.Linear)][-1]
         for linear in (attention_out, encoder._ffn(block)):
             linear.weight.div_((2 * depth) ** 0.5)
+
+
+@torch.no_grad()
+def _init_sincos(encoder: PatchEncoder) -> None:
+    """Xavier-uniform matrices; positions are sines and cosines of the column, then of the row, and stay as they are (spec 4.1)."""
+    positions = encoder.model.embeddings.position_embeddings
+    if positions is None:
+        raise ValueError("encoder.init='sincos': the encoder has no absolute positions")
+    for name, parameter in encoder.named_parameters():
+        if parameter.ndim > 1 and not name.endswith(("position_embeddings", "_token", "bias_table")):
+            nn.init.xavier_uniform_(parameter.flatten(1))
+    high, wide = encoder.positions(0)
+    omega = 10_000 ** -(torch.arange(encoder.hidden_size // 4) / (encoder.hidden_size // 4))
+    column, row = torch.arange(wide).repeat(high), torch.arange(high).repeat_interleave(wide)
+    angles = [axis[:, None] * omega for axis in (column, row)]
+    positions.zero_()
+    positions[0, -high * wide :] = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    positions.requires_grad_(False)
 
 
 def describe(encoder: Encoder) -> str:

@@ -46,7 +46,10 @@ def load_run(run: str | Path) -> tuple[Config, Encoder, Encoder]:
         config.data["tokenizer"] = str(run / "export")
         vocab_size = json.loads((run / "export" / "config.json").read_text()).get("vocab_size")
     untrained = make_encoder(config, vocab_size).eval()
-    config.encoder.pretrained, config.encoder.config = str(run / "export"), config.encoder.config if ":" in (config.encoder.model or "") else {}
+    config.encoder.pretrained, config.encoder.config = (
+        str(run / "export"),
+        config.encoder.config if ":" in (config.encoder.model or "") else {},
+    )
     return config, make_encoder(config).eval(), untrained
 
 
@@ -157,7 +160,9 @@ def probe_labels(config: Config, encoders: dict[str, Encoder], data: str, name: 
     for title, encoder in encoders.items():
         features = [pooled_states(encoder, samples, collate) for samples in (train, test)]
         results[title] = score(features[0], train_labels, features[1], test_labels)
-    results["chance"] = dict.fromkeys(("knn", "linear"), max(np.bincount(np.unique(test_labels, return_inverse=True)[1])) / len(test_labels))
+    results["chance"] = dict.fromkeys(
+        ("knn", "linear"), max(np.bincount(np.unique(test_labels, return_inverse=True)[1])) / len(test_labels)
+    )
     return results
 
 

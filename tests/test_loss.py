@@ -149,7 +149,9 @@ def test_statistics_are_the_pooled_unbiased_std():
     y = make_targets(layers, "layer", "none", upcast=torch.float64)[mask]
     assert float(stats.target.std) == pytest.approx(float((y.var(0) + 1e-6).sqrt().mean()), abs=1e-6)
     # Over three simulated ranks with unequal shares.
-    parts = [data2vec_loss(predictions[i], [x[i] for x in layers], mask[i], return_stats=True)[1] for i in ([0], [1, 2, 3], [4, 5])]
+    parts = [
+        data2vec_loss(predictions[i], [x[i] for x in layers], mask[i], return_stats=True)[1] for i in ([0], [1, 2, 3], [4, 5])
+    ]
     pooled = Moments.pooled([part.prediction for part in parts])
     assert float(pooled.std) == pytest.approx(float(stats.prediction.std), abs=1e-12)
 

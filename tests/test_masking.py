@@ -94,7 +94,9 @@ def test_number_of_spans_is_rounded_at_random():
     assert set(spans) == {3, 4} and (spans == 4).mean() == pytest.approx(0.25, abs=0.03)
 
 
-@pytest.mark.parametrize("kind, other, low, high, mean", [("uniform", 2, 2, 12, 7), ("normal", 2, 1, 16, 6), ("poisson", 0, 1, 20, 6)])
+@pytest.mark.parametrize(
+    "kind, other, low, high, mean", [("uniform", 2, 2, 12, 7), ("normal", 2, 1, 16, 6), ("poisson", 0, 1, 20, 6)]
+)
 def test_span_lengths(kind, other, low, high, mean):
     mask = SpanMask(0.06, 6, length_kind=kind, length_other=other, overlap=False, min_space=1)(Draws(0, 0, range(3000)), 100)
     lengths = np.concatenate([runs(row) for row in mask])
@@ -144,8 +146,9 @@ def reference_blocks(rng, high, wide, count, min_area, max_area, aspect):
     while done < count:
         cap, added = min(count - done, max_area), 0
         for _ in range(10):
-            area, ratio = rng.uniform(min_area, cap) if cap > min_area else rng.uniform(cap, min_area), np.exp(
-                rng.uniform(np.log(aspect), -np.log(aspect))
+            area, ratio = (
+                rng.uniform(min_area, cap) if cap > min_area else rng.uniform(cap, min_area),
+                np.exp(rng.uniform(np.log(aspect), -np.log(aspect))),
             )
             h, w = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
             if w < wide and h < high:

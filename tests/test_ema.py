@@ -1,0 +1,130 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from d2v_fast import EMATeacher
+from d2v_fast.ema import linear_decay
+
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.frozen = nn.Parameter(torch.randn(5), requires_grad=False)
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("ids", torch.arange(10))
+
+
+def drift(student, seed, size=0.1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * size)
+        student.ids.add_(1)
+        student.norm.running_mean.add_(0.5)
+
+
+def test_decay_is_linear_then_constant():
+    assert linear_decay(0, 0.9, 0.99, 10) == 0.9
+    assert linear_decay(1, 0.9, 0.99, 10) == pytest.approx(0.9 + 0.09 / 10)
+    assert linear_decay(10, 0.9, 0.99, 10) == linear_decay(10**9, 0.9, 0.99, 10) == 0.99
+    assert linear_decay(1, 0.9, 0.99, 0) == 0.99
+
+
+def test_follows_the_float64_recurrence_for_a_thousand_steps():
+    student = Student()
+    teacher = EMATeacher(student, 0.99, 0.9999, 500)
+    expected = {name: p.detach().double().numpy().copy() for name, p in student.named_parameters() if p.requires_grad}
+    for step in range(1, 1001):
+        drift(student, step, 0.002)
+        teacher.update(student)
+        tau = 0.99 + (0.9999 - 0.99) * min(step, 500) / 500
+        for name, p in student.named_parameters():
+            if p.requires_grad:
+                expected[name] = tau * expected[name] + (1 - tau) * p.detach().double().numpy()
+    for name, p in teacher.module.named_parameters():
+        if name in expected:
+            assert np.linalg.norm(p.double().numpy() - expected[name]) / np.linalg.norm(expected[name]) < 1e-6
+    assert teacher.step == 1000
+
+
+def test_the_first_update_uses_the_decay_of_step_one():
+    student = Student()
+    before = student.first.weight.detach().clone()
+    teacher = EMATeacher(student, 0.5, 0.7, 2)
+    drift(student, 0)
+    teacher.update(student)
+    expected = 0.6 * before + 0.4 * student.first.weight
+    assert torch.allclose(teacher.module.first.weight, expected, atol=1e-7)
+
+
+def test_buffers_frozen_and_named_parameters_are_copied():
+    student = Student()
+    teacher = EMATeacher(student, 0.9, 0.9, 1, copied=["second.*"])
+    drift(student, 0)
+    teacher.update(student)
+    for name in ("ids", "frozen"):
+        assert (getattr(teacher.module, name) == getattr(student, name)).all()
+    assert teacher.module.ids.dtype == torch.int64
+    assert (teacher.module.norm.running_mean == student.norm.running_mean).all()
+    assert (teacher.module.second.weight == student.second.weight).all()
+    assert (teacher.module.first.weight != student.first.weight).any()
+
+
+def test_a_frozen_teacher_does_not_move():
+    student = Student()
+    teacher = EMATeacher(student, 0.5, 1.0, 1)
+    state = copy.deepcopy(teacher.module.state_dict())
+    drift(student, 0)
+    teacher.update(student)
+    assert all((state[name] == value).all() for name, value in teacher.module.state_dict().items())
+
+
+def test_a_bf16_student_moves_an_fp32_teacher():
+    student = Student().bfloat16()
+    teacher = EMATeacher(student, 0.9999, 0.9999, 1)
+    start = teacher.module.first.weight.clone()
+    assert start.dtype == torch.float32
+    drift(student, 0)
+    for _ in range(200):
+        teacher.update(student)
+    moved = (teacher.module.first.weight != start).float()[student.first.weight != start.bfloat16()]
+    assert moved.mean() == 1
+
+
+def test_stays_in_eval_mode_without_gradients():
+    student = Student()
+    teacher = EMATeacher(student)
+    nn.ModuleList([teacher]).train()
+    assert not teacher.module.training and student.training
+    assert not any(p.requires_grad for p in teacher.parameters()) and student.first.weight.requires_grad
+
+
+def test_the_state_holds_weights_and_step():
+    student = Student()
+    teacher, other = EMATeacher(student, 0.5, 0.9, 10), EMATeacher(Student(), 0.5, 0.9, 10)
+    for i in range(3):
+        drift(student, i)
+        teacher.update(student)
+    other.load_state_dict(teacher.state_dict())
+    drift(student, 9)
+    for each in (teacher, other):
+        each.update(student)
+    assert other.step == 4
+    assert all((a == b).all() for a, b in zip(teacher.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        (dict(start=1.5), "start: found 1.5"),
+        (dict(anneal_steps=-1), "anneal_steps: found -1"),
+        (dict(copied=["frist.*"]), "'frist.*'"),
+    ],
+)
+def test_impossible_settings_are_named(settings, named):
+    with pytest.raises(ValueError, match=named.replace("*", r"\*")):
+        EMATeacher(Student(), **settings)

@@ -1,0 +1,240 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from d2v_fast import Data2Vec, Encoder
+from d2v_fast.model import regression_head
+from tests import oracle
+from tests.models import IMAGES, TEXTS, WAVES, Handwritten, inputs, make
+
+FAMILIES = (*TEXTS, *IMAGES, *WAVES)
+
+
+def batch(name, encoder, seed=0, size=2, share=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    source = inputs(name, size)
+    if source.is_floating_point():
+        source = source.to(next(encoder.parameters()).dtype)
+    with torch.no_grad():
+        length = encoder.embed(source).shape[1]
+    mask = torch.rand(size, length, generator=generator) < share
+    if name in TEXTS:
+        return dict(source=torch.where(mask, 4, source), target=source, mask=mask)
+    return dict(source=source, mask=mask)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(top_k=2, source="ffn", norm="layer", beta=4.0, scale=1.0, head_layers=2),
+        dict(top_k=3, source="block_output", norm="layer", target_norm="layer", beta=2.0, scale="mean"),
+        dict(top_k=2, source="ffn", norm="instance", ema_scope="encoder"),
+    ],
+)
+def test_loss_against_the_specification(name, settings):
+    """The whole step in float64: layer results by hooks of our own on a copy, the formulas in plain loops."""
+    encoder = make(name).double()
+    model = Data2Vec(encoder, **settings).double()
+    # A teacher that has moved away from the student, but not in what it shares with it.
+    shared = encoder.not_averaged(settings.get("ema_scope", "all"))
+    with torch.no_grad():
+        for (n, p), q in zip(encoder.named_parameters(), model.teacher.module.parameters(), strict=True):
+            if not any(n.startswith(pattern[:-1]) for pattern in shared):
+                q.add_(torch.randn_like(q) * 0.02)
+    data = batch(name, encoder)
+    teacher = copy.deepcopy(model.teacher.module)
+    found = []
+    for block in teacher.blocks[-settings["top_k"] :]:
+        module = (
+            block
+            if settings["source"] == "block_output"
+            else [m for m in block.modules() if isinstance(m, torch.nn.Linear)][-1]
+        )
+        factor = getattr(block, "lambda_2", 1.0) if settings["source"] == "ffn" else 1.0
+        module.register_forward_hook(lambda m, a, out, f=factor: found.append((out[0] if isinstance(out, tuple) else out) * f))
+    with torch.no_grad():
+        teacher(data.get("target", data["source"]))
+    length = data["mask"].shape[1]
+    layers = [x[:, x.shape[1] - length :].numpy() for x in found]
+    features = encoder.embed(data["source"])
+    if name not in TEXTS:
+        features = torch.where(data["mask"][..., None], encoder.mask_token, features)
+    predictions = model.head(encoder.contextualize(features))
+    scale = {"mean": 1 / 32, "auto": 32**-0.5}.get(settings.get("scale", "auto"), settings.get("scale"))
+    expected, gradient = oracle.loss(
+        predictions.detach().numpy(),
+        layers,
+        data["mask"].numpy(),
+        settings["norm"],
+        settings.get("target_norm", "none"),
+        settings.get("beta", 0.0),
+        scale,
+    )
+    predictions.backward(torch.from_numpy(gradient))
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    output = model(**data)
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx(expected, rel=1e-10)
+    for n, p in model.named_parameters():
+        if n in wanted:
+            assert (p.grad - wanted[n]).norm() <= 1e-9 * wanted[n].norm() + 1e-15, n
+
+
+@pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
+def test_the_teacher_sees_all_of_the_input(name):
+    """Targets do not depend on the mask; the loss does not change with what the student cannot see."""
+    encoder = make(name)
+    model = Data2Vec(encoder, top_k=2, ema_scope="encoder").eval()
+    data = batch(name, encoder)
+    other = ~data["mask"]
+
+    def layers():
+        target = data.get("target", data["source"])
+        return model.teacher_layers(target, None, other.shape[1], None)
+
+    before = layers()
+    model(**data)
+    assert all(torch.equal(a, b) for a, b in zip(before, layers(), strict=True))
+    if name == "roberta":
+        seen = []
+        model.teacher.module.model.embeddings.register_forward_pre_hook(
+            lambda m, a, kw: seen.append(kw["input_ids"]), with_kwargs=True
+        )
+        model(**data)
+        assert torch.equal(seen[0], data["target"])
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "data2vec-audio", "hubert"])
+def test_the_convolutions_of_speech_run_once(name):
+    encoder = make(name)
+    model = Data2Vec(encoder, top_k=2, ema_scope="encoder")
+    data, calls = batch(name, encoder), []
+    for each in (model.student, model.teacher.module):
+        each.model.feature_extractor.register_forward_hook(lambda m, a, out, each=each: calls.append(each))
+    model(**data)
+    assert len(calls) == 1 and calls[0] is model.student
+
+
+def test_gradients_reach_the_student_only():
+    encoder = make("data2vec-audio")
+    model = Data2Vec(encoder, top_k=2, ema_scope="encoder")
+    model(**batch("data2vec-audio", encoder)).loss.backward()
+    assert not any(p.grad is not None for p in model.teacher.parameters())
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", ["roberta", "beit", "vit", "data2vec-audio"])
+def test_equal_weight_for_each_masked_position(name):
+    """2 ranks × 2 micro-batches with unequal masks give the gradient of one big batch (spec 10.3 no. 3)."""
+    encoder = make(name)
+    model = Data2Vec(encoder, top_k=2).double()
+    parts = [batch(name, encoder, seed, 2, share) for seed, share in enumerate((0.2, 0.8, 0.5, 0.4))]
+    whole = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+    model(**whole).loss.backward()
+    wanted = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    ranks, count = 2, sum(int(part["mask"].sum()) for part in parts)
+    for part in parts:
+        # Data-parallel training averages the gradients of the ranks.
+        (model(**part, num_targets=count / ranks).loss / ranks).backward()
+    for p, grad in zip(model.parameters(), wanted, strict=True):
+        if grad is not None:
+            assert (p.grad - grad).norm() <= 1e-9 * grad.norm() + 1e-15
+
+
+def test_padding_does_not_change_the_loss():
+    encoder = make("roberta")
+    model = Data2Vec(encoder, top_k=2, norm="instance").eval()
+    data = batch("roberta", encoder)
+    padded = {k: torch.nn.functional.pad(v, (0, 5), value=1 if k != "mask" else 0) for k, v in data.items()}
+    padding = torch.arange(17).expand(2, 17) >= 12
+    assert model(**padded, padding_mask=padding).loss.item() == pytest.approx(model(**data).loss.item(), rel=1e-5)
+
+
+def test_channel_masks_reach_the_student_only():
+    encoder = make("data2vec-audio")
+    model = Data2Vec(encoder, top_k=2, ema_scope="encoder").eval()
+    data = batch("data2vec-audio", encoder)
+    channels = torch.zeros(2, 32, dtype=torch.bool)
+    plain = model(**data, channel_mask=channels)
+    channels[:, :16] = True
+    masked = model(**data, channel_mask=channels)
+    assert plain.loss == model(**data).loss and masked.loss != plain.loss
+    assert torch.equal(masked.stats.target.mean, plain.stats.target.mean)
+
+
+def test_an_index_saves_the_search():
+    encoder = make("beit")
+    model = Data2Vec(encoder, top_k=2).eval()
+    data = batch("beit", encoder)
+    assert model(**data, index=data["mask"].flatten().nonzero().squeeze(1)).loss == model(**data).loss
+
+
+def test_teacher_moves_once_per_update():
+    model = Data2Vec(make("roberta"), top_k=2, ema_start=0.5, ema_end=0.5, ema_anneal_steps=1, ema_scope="layers")
+    block, embedding = "model.encoder.layer.0.output.dense.weight", "model.embeddings.word_embeddings.weight"
+    student, teacher = dict(model.student.named_parameters()), dict(model.teacher.module.named_parameters())
+    old = teacher[block].clone()
+    with torch.no_grad():
+        for p in student.values():
+            p.add_(1.0)
+    for _ in range(3):
+        model(**batch("roberta", model.student))
+    assert torch.equal(teacher[block], old), "a forward pass moved the teacher"
+    model.update_teacher()
+    assert torch.allclose(teacher[block], old + 0.5) and torch.equal(teacher[embedding], student[embedding])
+
+
+def test_heads():
+    assert len(list(regression_head(8, 0).parameters())) == 0
+    assert [tuple(p.shape) for p in regression_head(8, 1).parameters()] == [(8, 8), (8,)]
+    assert [tuple(p.shape) for p in regression_head(8, 2).parameters()] == [(16, 8), (16,), (8, 16), (8,)]
+    assert [m.out_features for m in regression_head(8, 3) if hasattr(m, "out_features")] == [16, 16, 8]
+    assert (regression_head(8, 2, zero_init=True)(torch.randn(3, 8)) == 0).all()
+
+
+def test_dropout_and_layerdrop_touch_the_student_only():
+    encoder = make("wav2vec2")
+    encoder.model.config.layerdrop = 1.0
+    model = Data2Vec(encoder, top_k=3, ema_scope="encoder").train()
+    model(**batch("wav2vec2", encoder))  # a dropped layer of the teacher would leave nothing to tap
+
+
+@pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
+def test_bf16_is_close(name):
+    encoder = make(name)
+    model = Data2Vec(encoder, top_k=2, ema_scope="all")
+    data = batch(name, encoder)
+    exact = model(**data).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(**data).loss
+        model.teacher_fp32 = True
+        mixed = model(**data)
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(exact.item(), rel=0.03)
+    full = model(**data).stats.target.mean
+    assert torch.equal(mixed.stats.target.mean, full), "the teacher did not run in fp32"
+
+
+def test_your_own_encoder_learns():
+    torch.manual_seed(0)
+    model = Data2Vec(
+        Encoder(Handwritten(), layers="blocks", ffn="mlp.2"), top_k=2, ema_start=0.9, ema_end=0.99, ema_anneal_steps=50
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)
+    x = torch.randn(8, 16, 6).cumsum(1)
+    losses = []
+    for _ in range(60):
+        loss = model(x, torch.rand(8, 16) < 0.4).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update_teacher()
+        losses.append(loss.item())
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
