@@ -3,41 +3,61 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections.abc import Callable
 
-from d2v_fast.config import ConfigError
+from d2v_fast.config import ConfigError, parse
 
 
-def _setup() -> None:
+def _run(name: str, command: Callable[[list[str]], int | None]) -> None:
+    """Run a command: what the user can mend ends in one message and not in a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # Each request and each weight report of a library is not news to the user of this one.
-    for name in ("httpx", "datasets", "transformers", "accelerate"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # What a library logs is either not news to the user of this one, or said again in the error it raises.
+    for library in ("httpx", "transformers", "accelerate"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    os.environ.setdefault("TQDM_DELAY", "2")  # no bars for what takes a moment
+    sys.path.append(os.getcwd())  # where an encoder of your own lies
+    try:
+        sys.exit(command(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        message = str(error)
+        if "DataLoader worker" in message:  # the traceback of the worker, its last line is the error
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        sys.exit(f"{name}: {message}")
 
 
 def train() -> None:
     """d2v-train: pre-train."""
-    _setup()
-    try:
-        from d2v_fast.config import parse
 
-        config, fused = parse(sys.argv[1:])
+    def command(args: list[str]) -> int:
+        config, fused = parse(args)
         if fused:
             raise ConfigError("--fused: this version has no fused kernel for any device; leave it out to train without")
         from d2v_fast import training
 
-        code = training.train(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"d2v-train: {error}")
-    sys.exit(code)
+        try:
+            return training.train(config)
+        except training.CollapseError as error:
+            sys.exit(f"d2v-train: {error}")
+
+    _run("d2v-train", command)
 
 
 def probe() -> None:
     """d2v-probe: what a frozen encoder has learned."""
-    _setup()
-    try:
+
+    def command(args: list[str]) -> None:
         from d2v_fast.probe import main
 
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"d2v-probe: {error}")
+        main(args)
+
+    _run("d2v-probe", command)
+
+
+if __name__ == "__main__":
+    train()

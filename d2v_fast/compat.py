@@ -91,11 +91,14 @@ def translate_arxyzan(settings: dict[str, Any]) -> tuple[dict[str, Any], list[st
         put("mask.keep_special", True, "as it did")
         put("mask.loss_on", "selected", "as it did")
         lengths = take("dataset.valid_seq_lenghts")
-        if lengths is not None:
+        if isinstance(lengths, list) and len(lengths) == 2:
             put("data.block_size", lengths[1], "was dataset.valid_seq_lenghts; text is packed, not cut to lines")
     head_layers = take("model.head_layers")
     put("head.layers", 2 if modality == "text" else 1, f"model.head_layers ({head_layers}) was not read for this modality")
     put("loss.scale", 1.0, "as it did: no scaling")
+    changes.append(
+        "optimizer: AdamW, warm-up and cosine decay (schedule.*); it was Adam at a constant rate, weight_decay unread"
+    )
     changes.append("teacher sees the whole input, padding is masked, EMA is in the checkpoint (spec 7.1: A5, A6, E2)")
     for key in sorted(_leaves(settings) - used):
         changes.append(f"{key}: dropped, nothing here corresponds to it")

@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import re
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from d2v_fast.masking import BlockMask, RandomMask, SpanMask, TokenMask
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 PRESETS = Path(__file__).parent / "presets"
 MASKS = {"span": SpanMask, "block": BlockMask, "random": RandomMask, "token": TokenMask}
+FLAGS = ("-h", "--help", "--fused", "--print_config")
 MASK_KINDS = {"text": ("token",), "vision": ("block", "random"), "audio": ("span", "random")}
 
 
@@ -38,7 +41,8 @@ class EncoderConfig:
         model: Model type of transformers (roberta, beit, wav2vec2, data2vec-audio, …) or your own "package.module:Class".
         pretrained: Hub name or folder to start from instead of random weights.
         config: Fields of the model's configuration class, such as encoder.config.num_hidden_layers.
-        init: hf = as transformers does; data2vec = as the authors do for BEiT and ViT (spec 3.3).
+        init: hf = as transformers does; for images also data2vec = as the authors do (spec 3.3), sincos = Xavier weights
+            and fixed sin-cos positions (spec 4.1).
         layers: Path of the list of blocks, where it is not found by itself.
         ffn: Path inside a block of the FFN output, where it is not the block's last Linear.
         feature_grad_mult: Scale of the gradient into the convolutions of a speech encoder.
@@ -48,7 +52,7 @@ class EncoderConfig:
     model: str | None = None
     pretrained: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    init: Literal["hf", "data2vec"] = "hf"
+    init: Literal["hf", "data2vec", "sincos"] = "hf"
     layers: str | None = None
     ffn: str | None = None
     feature_grad_mult: float = 1.0
@@ -230,6 +234,80 @@ SECTIONS = {
 }
 
 
+GROUPS = {*SECTIONS, "mask", "data"}
+
+# The interval of a number or of each of several; a round bracket leaves the bound out.
+RANGES = {
+    "data.batch_seconds": "(0, inf)",
+    "data.block_size": "[2, inf)",
+    "data.channel_length": "[1, inf)",
+    "data.channel_prob": "[0, 1)",
+    "data.crop_ratio": "(0, inf)",
+    "data.crop_scale": "(0, 1]",
+    "data.flip": "[0, 1]",
+    "data.image_size": "[1, inf)",
+    "data.jitter": "[0, inf)",
+    "data.join_seconds": "[0, inf)",
+    "data.max_seconds": "(0, inf)",
+    "data.mean": "(-inf, inf)",
+    "data.min_seconds": "[0, inf)",
+    "data.sample_rate": "[1, inf)",
+    "data.std": "(0, inf)",
+    "data.vocab_size": "[261, inf)",  # 256 bytes and 5 special tokens
+    "ema.anneal_steps": "[0, inf)",
+    "ema.end": "[0, 1]",
+    "ema.start": "[0, 1]",
+    "encoder.feature_grad_mult": "[0, inf)",
+    "head.layers": "[0, inf)",
+    "loss.beta": "[0, inf)",
+    "mask.count": "[1, inf)",
+    "mask.dropout": "[0, 1)",
+    "mask.keep_prob": "[0, 1]",
+    "mask.length": "[1, inf)",
+    "mask.length_other": "[0, inf)",
+    "mask.length_std": "[0, inf)",
+    "mask.max_area": "[1, inf)",
+    "mask.min_area": "[1, inf)",
+    "mask.min_aspect": "(0, 1]",
+    "mask.min_space": "[0, inf)",
+    "mask.min_spans": "[0, inf)",
+    "mask.prob": "(0, 1)",
+    "mask.random_prob": "[0, 1]",
+    "optimizer.betas": "[0, 1)",
+    "optimizer.eps": "(0, inf)",
+    "optimizer.lr": "(0, inf)",
+    "optimizer.weight_decay": "[0, inf)",
+    "schedule.final": "[0, inf)",
+    "schedule.hold": "[0, 1]",
+    "schedule.initial": "[0, inf)",
+    "schedule.warmup": "[0, inf)",
+    "targets.top_k": "[1, inf)",
+    "train.accumulate": "[1, inf)",
+    "train.batch_size": "[1, inf)",
+    "train.clip_norm": "[0, inf)",
+    "train.epochs": "(0, inf)",
+    "train.export_every": "[0, inf)",
+    "train.log_every": "[1, inf)",
+    "train.max_broken": "[0, 1]",
+    "train.seed": "[0, 9223372036854775807]",
+    "train.steps": "[1, inf)",
+    "train.threads": "[0, inf)",
+    "train.workers": "[0, inf)",
+}
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    return (low <= value if interval[0] == "[" else low < value) and (value <= high if interval[-1] == "]" else value < high)
+
+
+def _in_words(interval: str) -> str:
+    low = interval[1:].partition(",")[0]
+    if interval.endswith("inf)"):
+        return {"[": f"at least {low}", "(": "a number" if low == "-inf" else f"a number above {low}"}[interval[0]]
+    return f"a number in {interval}"
+
+
 @dataclass
 class Config:
     """Everything a run depends on. `data` and `mask` hold the arguments of the classes of this modality."""
@@ -250,50 +328,27 @@ class Config:
 
     def check(self) -> None:
         """Raise ConfigError for values that no run can use."""
-        t, m = self.train, self.mask
-        share = "a share between 0 and 1"
-        conditions = [
-            (
-                "mask.prob",
-                getattr(m, "prob", 0.5),
-                lambda v: 0 < v < 1,
-                f"{share}, both excluded: else nothing or all is masked",
-            ),
-            ("mask.length", getattr(m, "length", 1), lambda v: v >= 1, "at least 1"),
-            ("mask.count", getattr(m, "count", 1), lambda v: v >= 1, "at least 1: a mask must cover something"),
-            ("mask.min_area", getattr(m, "min_area", 1), lambda v: v >= 1, "at least 1"),
-            ("mask.min_aspect", getattr(m, "min_aspect", 0.3), lambda v: 0 < v <= 1, "in (0, 1]"),
-            ("mask.dropout", getattr(m, "dropout", 0.0), lambda v: 0 <= v < 1, f"{share}, below 1"),
-            (
-                "mask.random_prob + mask.keep_prob",
-                getattr(m, "random_prob", 0.0) + getattr(m, "keep_prob", 0.0),
-                lambda v: 0 <= v <= 1,
-                share,
-            ),
-            ("targets.top_k", self.targets.top_k, lambda v: v >= 1, "at least 1"),
-            ("loss.beta", self.loss.beta, lambda v: v >= 0, "0 for the squared error, or above"),
-            ("head.layers", self.head.layers, lambda v: v >= 0, "0 or more"),
-            ("ema.start", self.ema.start, lambda v: 0 <= v <= 1, "a decay in [0, 1]"),
-            ("ema.end", self.ema.end, lambda v: 0 <= v <= 1, "a decay in [0, 1]"),
-            ("ema.anneal_steps", self.ema.anneal_steps, lambda v: v >= 0, "0 or more"),
-            ("optimizer.lr", self.optimizer.lr, lambda v: v > 0, "above 0"),
-            ("optimizer.betas", max(self.optimizer.betas), lambda v: 0 <= v < 1, "numbers in [0, 1)"),
-            ("optimizer.weight_decay", self.optimizer.weight_decay, lambda v: v >= 0, "0 or more"),
-            ("schedule.warmup", self.schedule.warmup, lambda v: v >= 0, "0 or more"),
-            ("train.steps", t.steps, lambda v: v >= 1, "at least 1"),
-            ("train.epochs", 1 if t.epochs is None else t.epochs, lambda v: v > 0, "above 0"),
-            ("train.batch_size", t.batch_size, lambda v: v >= 1, "at least 1"),
-            ("train.accumulate", t.accumulate, lambda v: v >= 1, "at least 1"),
-            ("train.clip_norm", t.clip_norm, lambda v: v >= 0, "0 for no clipping, or above"),
-            ("train.workers", t.workers, lambda v: v >= 0, "0 or more"),
-            ("train.threads", t.threads, lambda v: v >= 0, "0 for torch's default, or above"),
-            ("train.log_every", t.log_every, lambda v: v >= 1, "at least 1"),
-            ("train.export_every", t.export_every, lambda v: v >= 0, "0 for the end only, or above"),
-            ("train.max_broken", t.max_broken, lambda v: 0 <= v <= 1, share),
-        ]
-        for key, value, holds, expected in conditions:
-            if not holds(value):
-                raise ConfigError(f"{key}: found {value}, expected {expected}")
+        values = {f"{section}.{k}": v for section in (*SECTIONS, "mask") for k, v in vars(getattr(self, section)).items()}
+        values |= {f"data.{k}": v for k, v in self.data.items()}
+        for key, interval in RANGES.items():
+            value = values.get(key)
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if number is not None and not _inside(number, interval):
+                    raise ConfigError(f"{key}: found {number}, expected {_in_words(interval)}")
+        for key in ("data.crop_scale", "data.crop_ratio"):
+            if key in values and values[key][0] > values[key][1]:
+                raise ConfigError(f"{key}: found {list(values[key])}, expected the lower number first")
+        if values.get("mask.min_area", 0) > values.get("mask.max_area", 0):
+            raise ConfigError(
+                f"mask.min_area: found {values['mask.min_area']}, expected at most mask.max_area={self.mask.max_area}"
+            )
+        replaced = values.get("mask.random_prob", 0) + values.get("mask.keep_prob", 0)
+        if replaced > 1:
+            raise ConfigError(f"mask.random_prob + mask.keep_prob: found {replaced}, expected at most 1")
+        if values.get("data.block_size") == 2 and not values["data.cross_documents"]:
+            raise ConfigError("data.block_size: found 2, expected at least 3 without data.cross_documents: <s>, a token, </s>")
+        if not values["data.path"]:
+            raise ConfigError("data.path: found nothing, expected builtin, a file, a folder or the name of a Hugging Face set")
         if (self.encoder.model is None) == (self.encoder.pretrained is None) and not (self.encoder.model or "").count(":"):
             raise ConfigError("encoder: give either encoder.model (random weights) or encoder.pretrained")
         if self.mask.__class__ not in [MASKS[kind] for kind in MASK_KINDS[self.modality]]:
@@ -321,7 +376,9 @@ def read_yaml(name: str) -> dict[str, Any]:
 
     from d2v_fast.compat import is_arxyzan, translate_arxyzan
 
-    file = Path(name)
+    if not name:
+        raise ConfigError(f"--config: found nothing, expected a YAML file or one of {', '.join(presets())}")
+    file = Path(name).expanduser()
     if not file.is_file():
         file = PRESETS / f"{name}.yaml"
     if not file.is_file():
@@ -336,6 +393,10 @@ def read_yaml(name: str) -> dict[str, Any]:
         settings, changes = translate_arxyzan(settings)
         for change in changes:
             print(f"{name}: {change}", file=sys.stderr)
+    settings = {key: value for key, value in settings.items() if value is not None}
+    for key in filter(settings.__contains__, sorted(GROUPS)):
+        if not isinstance(settings[key], dict):
+            raise ConfigError(f"--config {name}: {key}: found {settings[key]}, expected a mapping of settings")
     return settings
 
 
@@ -347,11 +408,24 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _make_way(settings: dict[str, Any], later: dict[str, Any]) -> None:
+    """Take out of `settings` what goes with a mask or an encoder that `later`, as flat keys, replaces by another one."""
+    encoder, mask = settings.get("encoder", {}), settings.get("mask", {})
+    default = MASK_KINDS.get(settings.get("modality"), [None])[0]
+    if "mask.kind" in later and later["mask.kind"] != mask.get("kind", default):
+        settings.pop("mask", None)
+    if later.get("encoder.pretrained") and ":" not in (encoder.get("model") or ""):
+        encoder.pop("model", None)
+        encoder.pop("config", None)
+    elif later.get("encoder.model"):
+        encoder.pop("pretrained", None)
+
+
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in settings.items():
-        if isinstance(value, dict) and prefix + key in {*SECTIONS, "mask", "data"}:
-            flat |= _flat(value, f"{prefix}{key}.")
+        if key in GROUPS and not prefix:
+            flat |= _flat(value, f"{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -422,15 +496,21 @@ def parse(args: list[str]) -> tuple[Config, bool]:
         if argument == "--config" or argument.startswith("--config="):
             name = argument.partition("=")[2] or next(arguments, "")
             names.append(Path(name).stem if Path(name).is_file() else name.replace("/", "-"))
-            settings = _merge(settings, read_yaml(name))
-        elif "=" in argument and not argument.startswith("-"):
-            rest.append(f"--{argument}")
-        elif argument.startswith("-"):
+            layer = read_yaml(name)
+            _make_way(settings, _flat(layer))
+            settings = _merge(settings, layer)
+        elif argument in FLAGS or argument.startswith("--print_config="):
             rest.append(argument)
+        elif "=" in argument:
+            rest.append(argument if argument.startswith("-") else f"--{argument}")
+        elif argument.startswith("--"):
+            rest.append(f"{argument}={next(arguments, '')}")
         else:
             raise ConfigError(f"{argument!r}: expected key=value, such as train.steps=1000")
-    given = _flat(settings)
     overrides = {a[2:].partition("=")[0]: a.partition("=")[2] for a in rest if "=" in a}
+    overrides.pop("print_config", None)
+    _make_way(settings, overrides)
+    given = _flat(settings)
     asks_only = {"-h", "--help"} & set(rest)
     if not settings and not overrides and not asks_only:
         raise ConfigError(f"no settings: d2v-train --config PRESET, one of {', '.join(presets())}; --help explains")
@@ -445,12 +525,14 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     parser = _parser(modality, kind)
     known = [action.dest for action in parser._actions]
     for key in [*given, *overrides]:
+        if key in GROUPS:
+            raise ConfigError(f"{key}: found {overrides[key]}, expected one of its settings, {key}.…=value")
         if key not in known and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
             raise ConfigError(f"{key}: no such setting{nearest(key, known)}")
     try:
-        namespace = parser.parse_args(["--config", json.dumps(settings), *rest])
+        namespace = parser.parse_args(["--config", json.dumps(settings, default=str), *rest])
     except argparse.ArgumentError as error:
-        raise ConfigError(_readable(str(error), given | overrides)) from None
+        raise ConfigError(_readable(str(error), given | overrides, parser)) from None
     fused, values = namespace.pop("fused"), namespace.as_dict()
     values.pop("config")
     kind = values["mask"].pop("kind")
@@ -464,15 +546,29 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     config.check()
     if config.train.output is None:
         config.train.output = f"runs/{'-'.join(names) or modality}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config.train.output = os.path.expanduser(config.train.output)
     return config, fused
 
 
-def _readable(message: str, given: dict[str, Any]) -> str:
+def _readable(message: str, given: dict[str, Any], parser: ArgumentParser) -> str:
     """jsonargparse's complaint as "key: found value, expected …", with the nearest of the values allowed."""
     key = re.search(r'key "([^"]+)"', message)
-    expected = re.search(r"Expected an? (.*?)\. Got value: (.*)", message, re.DOTALL)
-    if not key or not expected:
+    hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    if not key or not hints.get(key[1]) or key[1] not in given:
         return message
-    kind, found = expected.groups()
-    choices = re.findall(r"'([^']+)'", kind)
-    return f"{key[1]}: found {found.strip()}, expected {kind}{nearest(found.strip(), choices)}"
+    found = given[key[1]]
+    kind, choices = _type_in_words(hints[key[1]])
+    return f"{key[1]}: found {found}, expected {kind}{nearest(str(found), choices)}"
+
+
+def _type_in_words(hint: Any) -> tuple[str, list[str]]:
+    """What a value of this type looks like, and the words among its values."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind is Literal:
+        return f"one of {', '.join(inner)}", list(inner)
+    if kind in (Union, UnionType):
+        parts = [_type_in_words(part) for part in inner]
+        return " or ".join(words for words, _ in parts), [choice for _, choices in parts for choice in choices]
+    numbers = f"a list of {len(inner)} numbers"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping", list: "a list"}
+    return {**names, tuple: numbers, NoneType: "null"}.get(kind, str(hint)), []

@@ -89,7 +89,8 @@ class EMATeacher(nn.Module):
             copied[0].append(ours)
             copied[1].append(theirs)
         if averaged[0]:
-            torch._foreach_lerp_(averaged[0], [x.float() for x in averaged[1]], 1 - decay)
+            ours, theirs = averaged
+            torch._foreach_lerp_(ours, [x.to(y.dtype) for x, y in zip(theirs, ours, strict=True)], 1 - decay)
         if copied[0]:
             torch._foreach_copy_(*copied)
 

@@ -250,7 +250,7 @@ class Trainer:
                     steps = (step - 1) % every + 1
                     record = {
                         "step": step,
-                        "loss": float(window_loss) / steps,
+                        "loss": float(self.accelerator.reduce(window_loss, "mean")) / steps,
                         **self._collapse_figures(outputs),
                         "grad_norm": float(grad_norm),
                         "lr": self.scheduler.get_last_lr()[0],

@@ -36,12 +36,14 @@ class Source:
         read: Reads one sample; whatever it raises marks the sample as broken.
         labels: A class for each sample, where known.
         groups: What belongs together (the speaker of a recording), where known.
+        size: Length of a sample, where it can be had without reading all of it.
     """
 
     names: Sequence[str]
     read: Callable[[int], Any]
     labels: Sequence[str] | None = None
     groups: Sequence[str] | None = None
+    size: Callable[[int], int] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -84,8 +86,7 @@ class PretrainingData(Dataset):
                 samples.append(self.load(index, every.generator(row)))
                 read.append(index)
             except Exception as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                broken.append((index, f"{self.sample_name(index)}: {reason}"))
+                broken.append((index, f"{self.sample_name(index)}: {first_line(error)}"))
         batch: Batch = {"epoch": epoch, "samples": read, "broken": broken}
         if samples:
             arrays = self.collate(samples, Draws(self.seed, epoch, read))
@@ -175,6 +176,8 @@ def make_loader(
         data,
         batch_sampler=batches,
         num_workers=workers,
+        # Copies of this process: functions that read samples cannot be pickled, as other ways of starting one would.
+        multiprocessing_context="fork" if workers else None,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
@@ -187,22 +190,29 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
-    """Files with one of `suffixes` below a folder, or those a path or pattern names, sorted.
+    """Files with one of `suffixes` below a folder (hidden ones left out), or those a path or pattern names, sorted.
 
     Raises:
         DataError: Nothing is there, or nothing of this kind.
     """
+    found = []
     if os.path.isdir(path):
-        found = [
-            os.path.join(folder, file)
-            for folder, _, files in os.walk(path, followlinks=True)
-            for file in files
-            if file.lower().endswith(tuple(suffixes))
-        ]
+        seen = set()
+        for folder, folders, files in os.walk(path, followlinks=True):
+            # A link to a folder above would lead round for ever.
+            if (real := os.path.realpath(folder)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            found += [os.path.join(folder, name) for name in files if not name.startswith(".")]
+    elif os.path.exists(path):
+        found = [path]
+    elif glob.has_magic(path):
+        found = glob.glob(path, recursive=True)
     else:
-        found = glob.glob(path)
-    if not found and not os.path.exists(path) and not glob.has_magic(path):
         raise DataError(f"data.path={path}: no such file or folder")
+    found = [file for file in found if file.lower().endswith(tuple(suffixes))]
     if not found:
         raise DataError(f"data.path={path}: no file with one of the endings {', '.join(suffixes)}")
     return sorted(found)
@@ -210,12 +220,13 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
 
 def is_local(path: str) -> bool:
     """Whether `path` means files here and not the name of a Hugging Face data set."""
-    looks_local = path.startswith((".", "/", "~")) or path.endswith(os.sep) or Path(path).suffix != ""
+    # An ending makes a file of it, but for the version in a name like user/corpus-2.5.
+    looks_local = path.startswith((".", "/", "~")) or path.endswith(os.sep) or Path(path).suffix[1:].isalpha()
     return os.path.exists(os.path.expanduser(path)) or glob.has_magic(path) or looks_local
 
 
 def load_hub(path: str, name: str | None, split: str) -> Any:
-    """A Hugging Face data set by name.
+    """A Hugging Face data set by name, or one that is stored here as parquet files.
 
     Raises:
         DataError: It cannot be had; the message tells what was tried.
@@ -223,10 +234,16 @@ def load_hub(path: str, name: str | None, split: str) -> Any:
     import datasets
 
     try:
+        if os.path.isdir(path):
+            return datasets.load_dataset(path, name, split=split)
+        if is_local(path):
+            return datasets.load_dataset("parquet", data_files=find_files(path, (".parquet",)), split="train")
         return datasets.load_dataset(path, name, split=split)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"data.path={path}: no such file or folder here, and as a Hugging Face data set "
-            f"(name={name}, split={split}) it cannot be loaded: {reason}"
-        ) from error
+        tried = f"as a Hugging Face data set (name={name}, split={split}) it cannot be loaded: {first_line(error)}"
+        raise DataError(f"data.path={path}: {'' if is_local(path) else 'no such file or folder here, and '}{tried}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without what follows on further lines."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

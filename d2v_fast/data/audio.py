@@ -7,12 +7,14 @@ import io
 import json
 import logging
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from d2v_fast.data import DataError, PretrainingData, Source, find_files, is_local, load_hub
+from d2v_fast.data import DataError, PretrainingData, Source, find_files, first_line, is_local, load_hub
 from d2v_fast.data.builtin import builtin_speech
 from d2v_fast.masking import Draws, SpanMask
 
@@ -28,7 +30,7 @@ def read_audio(file: str | io.BytesIO, sample_rate: int) -> np.ndarray:
     import soundfile
     import soxr
 
-    wave, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    wave, rate = soundfile.read(_existing(file), dtype="float32", always_2d=True)
     wave = wave.mean(axis=1)
     if len(wave) == 0:
         raise ValueError("holds no sample")
@@ -37,21 +39,40 @@ def read_audio(file: str | io.BytesIO, sample_rate: int) -> np.ndarray:
     return wave if rate == sample_rate else soxr.resample(wave, rate, sample_rate)
 
 
+def count_samples(file: str | io.BytesIO, sample_rate: int) -> int:
+    """What the header says of the length at `sample_rate`."""
+    import soundfile
+
+    info = soundfile.info(_existing(file))
+    return round(info.frames * sample_rate / info.samplerate)
+
+
+def _existing(file: str | io.BytesIO) -> str | io.BytesIO:
+    if isinstance(file, str) and not os.path.exists(file):
+        raise FileNotFoundError("no such file")  # libsndfile calls it a system error
+    return file
+
+
 def _manifest(path: str) -> list[dict[str, str]]:
-    """Rows of a manifest with a `file_name`: fairseq's TSV (root, then path and samples), CSV, or JSON lines."""
+    """Rows of a manifest with a `file_name`: fairseq's TSV (root, then path and samples), a table, or JSON lines."""
     root = Path(path).parent
-    with open(path, newline="") as file:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = [line for line in file.read().splitlines() if line.strip()]
         if path.endswith(".jsonl"):
-            rows = [json.loads(line) for line in file if line.strip()]
-        elif path.endswith(".tsv"):
-            root = Path(file.readline().strip())
-            rows = [{"file_name": line.split("\t")[0]} for line in file if line.strip()]
+            rows = [json.loads(line) for line in lines]
+        elif path.endswith(".tsv") and lines and "\t" not in lines[0]:
+            root = Path(lines[0])
+            rows = [{"file_name": line.split("\t")[0]} for line in lines[1:]]
         else:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(lines, delimiter="\t" if path.endswith(".tsv") else ","))
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"data.path={path}: not a manifest: {first_line(error)}") from error
     for number, row in enumerate(rows, start=1):
-        name = row.get("file_name") or row.get("path")
+        name = (row.get("file_name") or row.get("path")) if isinstance(row, dict) else None
         if not name:
-            raise DataError(f"{path}: row {number} has no file_name, its columns are {list(row)}")
+            found = list(row) if isinstance(row, dict) else row
+            raise DataError(f"data.path={path}: row {number} has no file_name, found {found}")
         row["file_name"] = str(root / name)
     return rows
 
@@ -66,20 +87,24 @@ def open_audio(path: str, name: str | None = None, split: str = "train", sample_
     """
     if path == "builtin":
         return builtin_speech(split)
+    path = os.path.expanduser(path)
     if is_local(path):
-        path = os.path.expanduser(path)
         table = os.path.join(path, "metadata.csv") if os.path.isdir(path) else path
         if os.path.isfile(table) and table.endswith(MANIFESTS):
             rows = _manifest(table)
+            if not rows:
+                raise DataError(f"data.path={path}: lists no file")
         else:
-            rows = [{"file_name": file} for file in find_files(path, SUFFIXES)]
-        if not rows:
-            raise DataError(f"data.path={path}: lists no file")
-        files = [row["file_name"] for row in rows]
-        folders = [Path(file).parent.name for file in files]
-        labels = [row["label"] for row in rows] if "label" in rows[0] else folders
-        speakers = [row["speaker"] for row in rows] if "speaker" in rows[0] else folders
-        return Source(files, lambda i: read_audio(files[i], sample_rate), labels, speakers)
+            found = find_files(path, (*SUFFIXES, ".parquet"))
+            rows = [{"file_name": file} for file in found if not file.lower().endswith(".parquet")]
+        if rows:
+            files = [row["file_name"] for row in rows]
+            folders = [Path(file).parent.name for file in files]
+
+            def column(key: str) -> list[str]:
+                return [str(row[key]) for row in rows] if all(key in row for row in rows) else folders
+
+            return _source(files, files.__getitem__, sample_rate, column("label"), column("speaker"))
     import datasets
 
     recordings = load_hub(path, name, split)
@@ -88,31 +113,36 @@ def open_audio(path: str, name: str | None = None, split: str = "train", sample_
         raise DataError(f"data.path={path}: the set has no column of audio, only {list(recordings.features)}")
     recordings = recordings.cast_column(columns[0], datasets.Audio(decode=False))
 
-    def read(i: int) -> np.ndarray:
+    def file(i: int) -> str | io.BytesIO:
         entry = recordings[i][columns[0]]
-        return read_audio(io.BytesIO(entry["bytes"]) if entry["bytes"] else entry["path"], sample_rate)
+        return io.BytesIO(entry["bytes"]) if entry["bytes"] else entry["path"]
 
-    def column(*names: str) -> list[str] | None:
+    def known(*names: str) -> list[str] | None:
         found = [n for n in names if n in recordings.features]
         return [str(value) for value in recordings[found[0]]] if found else None
 
     names = [f"{path}[{i}]" for i in range(len(recordings))]
-    return Source(names, read, column("label"), column("speaker_id", "speaker"))
+    return _source(names, file, sample_rate, known("label"), known("speaker_id", "speaker"))
 
 
-def durations(source: Source, sample_rate: int, workers: int = 8) -> np.ndarray:
-    """Samples of each recording at `sample_rate`, from the headers where files have one; 0 where it cannot be read."""
+def _source(
+    names: list[str], file: Callable[[int], str | io.BytesIO], sample_rate: int, labels: list | None, speakers: list | None
+) -> Source:
+    def read(i: int) -> np.ndarray:
+        return read_audio(file(i), sample_rate)
+
+    return Source(names, read, labels, speakers, lambda i: count_samples(file(i), sample_rate))
+
+
+def durations(source: Source, workers: int = 8) -> np.ndarray:
+    """Samples of each recording, from the headers where there are some; 0 where it cannot be read."""
     from concurrent.futures import ThreadPoolExecutor
 
-    import soundfile
     from tqdm import tqdm
 
     def samples(i: int) -> int:
         try:
-            if os.path.isfile(source.names[i]):
-                info = soundfile.info(source.names[i])
-                return round(info.frames * sample_rate / info.samplerate)
-            return len(source.read(i))
+            return source.size(i) if source.size else len(source.read(i))
         except Exception:
             return 0
 
@@ -171,11 +201,11 @@ class AudioData(PretrainingData):
         self.max_batch_length = None if batch_seconds is None else batch_seconds * sample_rate
         self.channel_mask = SpanMask(channel_prob, channel_length) if channel_prob > 0 else None
         self.source = open_audio(path, name, split, sample_rate)
-        found = durations(self.source, sample_rate)
+        found = durations(self.source)
         if self.join_samples:
             groups = self.source.groups or [""] * len(self.source)
             _, group = np.unique(np.asarray(groups), return_inverse=True)
-            self.siblings = [np.flatnonzero((group == g) & (found > 0)) for g in range(group.max() + 1)]
+            self.siblings = [np.flatnonzero(group == g) for g in range(group.max() + 1)]
             self.group = group
             found = np.maximum(found, self.join_samples)
         # A recording whose header cannot be read stays in: reading it reports it as broken, by name.
@@ -202,14 +232,19 @@ class AudioData(PretrainingData):
             raise DataError(
                 f"data.path={self.name}: the shortest recording, {shortest / self.sample_rate:.4f} s, gives "
                 f"{self.frames(shortest)} frames of the encoder, too few to mask one and see another: "
-                "raise data.min_seconds"
+                "raise data.min_seconds or data.max_seconds"
             )
 
     def load(self, index: int, rng: np.random.Generator) -> np.ndarray:
         first = self.kept[index]
         wave = self._read(first)
         while len(wave) < self.join_samples:
-            wave = np.concatenate([wave, self._read(rng.choice(self.siblings[self.group[first]]))])
+            # One that cannot be read is named when its own turn comes; the first of them is not to blame.
+            with suppress(Exception):
+                wave = np.concatenate([wave, self._read(rng.choice(self.siblings[self.group[first]]))])
+        if self.frames(len(wave)) < 2:
+            # Its header promised more. A batch is cropped to its shortest recording, so this one would spoil the others.
+            raise ValueError(f"is too short: {len(wave)} samples")
         start = rng.integers(0, max(0, len(wave) - self.max_samples) + 1)
         return wave[start : start + self.max_samples]
 

@@ -23,16 +23,13 @@ def _offset(split: str) -> int:
     return list(SIZES).index(split) * 1_000_000
 
 
-def builtin_text() -> dict[str, list[str]]:
+def builtin_text(split: str) -> list[str]:
     """Paragraphs of the Python reference, every tenth document for test."""
     from pydoc_data.topics import topics
 
-    documents = [re.split(r"\n\s*\n", topics[name]) for name in sorted(topics)]
-    paragraphs = [[re.sub(r"\s+", " ", p).strip() for p in document] for document in documents]
-    return {
-        "train": [p for i, document in enumerate(paragraphs) if i % 10 for p in document],
-        "test": [p for i, document in enumerate(paragraphs) if not i % 10 for p in document],
-    }
+    test = _offset(split) > 0
+    documents = [topics[name] for i, name in enumerate(sorted(topics)) if (i % 10 == 0) == test]
+    return [re.sub(r"\s+", " ", p).strip() for document in documents for p in re.split(r"\n\s*\n", document)]
 
 
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "star", "cross", "bar", "moon", "hourglass")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from d2v_fast.data import DataError, PretrainingData, find_files, is_local, load_hub
+from d2v_fast.data import DataError, PretrainingData, find_files, first_line, is_local, load_hub
 from d2v_fast.data.builtin import builtin_text
 from d2v_fast.masking import Draws, TokenMask, Vocabulary
 
@@ -29,21 +30,34 @@ def load_documents(path: str, name: str | None, split: str) -> Any:
     import datasets
 
     if path == "builtin":
-        return datasets.Dataset.from_dict({"text": builtin_text()[split]})
+        return datasets.Dataset.from_dict({"text": builtin_text(split)})
+    path = os.path.expanduser(path)
     if not is_local(path):
         return load_hub(path, name, split)
-    files = find_files(os.path.expanduser(path), tuple(LOADERS))
-    suffixes = {Path(file).suffix.lower() for file in files}
-    if len(suffixes) > 1 or not suffixes <= set(LOADERS):
+    found = find_files(path, tuple(LOADERS))
+    suffixes = sorted({Path(file).suffix.lower() for file in found})
+    if len(suffixes) > 1:
         raise DataError(
-            f"data.path={path}: found files ending in {', '.join(sorted(suffixes))}, "
-            f"expected files of one kind: {', '.join(LOADERS)}"
+            f"data.path={path}: found files ending in {', '.join(suffixes)}, expected one kind; "
+            f"a pattern chooses, such as data.path='{os.path.join(path, '*' + suffixes[0])}'"
         )
+    files = [file for file in found if os.path.getsize(file)]
+    if not files:
+        raise DataError(f"data.path={path}: holds no text, {len(found)} files are empty")
+    if len(files) < len(found):
+        log.warning("%d of %d files of %s are empty", len(found) - len(files), len(found), path)
+    return _load_files(LOADERS[suffixes[0]], files, path)
+
+
+def _load_files(kind: str, files: list[str], path: str) -> Any:
+    import datasets
+
     try:
-        return datasets.load_dataset(LOADERS[suffixes.pop()], data_files=files, split="train")
+        return datasets.load_dataset(kind, data_files=files, split="train")
     except Exception as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise DataError(f"data.path={path}: cannot be read: {reason}") from error
+        for file in files if len(files) > 1 else ():
+            _load_files(kind, [file], file)  # raises for the one at fault
+        raise DataError(f"data.path={path}: cannot be read: {first_line(error.__cause__ or error)}") from error
 
 
 def text_column(documents: Any, column: str | None) -> str:
@@ -55,7 +69,9 @@ def text_column(documents: Any, column: str | None) -> str:
     strings = [name for name, kind in documents.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
     wanted = column or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
     if wanted not in strings:
-        raise DataError(f"data.column={column}: the set's columns of text are {strings}; name one of them")
+        raise DataError(
+            f"data.column: found {column}, expected one of the set's columns of text: {', '.join(strings) or 'none'}"
+        )
     return wanted
 
 
@@ -97,8 +113,11 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"data.tokenizer={name}: cannot be loaded: {reason}; data.tokenizer=train makes one") from error
+        raise DataError(
+            f"data.tokenizer={name}: cannot be loaded: {first_line(error).rstrip('.')}; data.tokenizer=train makes one"
+        ) from error
+    if not tokenizer.is_fast:
+        raise DataError(f"data.tokenizer={name}: has no fast version; data.tokenizer=train makes one")
     for role in ("mask_token_id", "pad_token_id", "cls_token_id", "sep_token_id"):
         if getattr(tokenizer, role) is None:
             raise DataError(f"data.tokenizer={name}: has no {role.removesuffix('_id')}; data.tokenizer=train makes one")
@@ -162,7 +181,8 @@ class TextData(PretrainingData):
 
     def fit_to(self, encoder: Any) -> None:
         config = getattr(encoder.model, "config", None)
-        vocab_size = getattr(config, "vocab_size", None)
+        rows = [m.num_embeddings for m in encoder.model.modules() if isinstance(m, torch.nn.Embedding)]
+        vocab_size = getattr(config, "vocab_size", max(rows, default=None))
         if vocab_size is not None and self.vocabulary.size > vocab_size:
             raise DataError(
                 f"data.tokenizer={self.tokenizer_name}: its {self.vocabulary.size} tokens exceed the encoder's "

@@ -7,27 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFile
+from PIL import Image, ImageEnhance
 
 from d2v_fast.data import DataError, PretrainingData, Source, find_files, is_local, load_hub
 from d2v_fast.data.builtin import builtin_images
 from d2v_fast.masking import BlockMask, Draws, RandomMask
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
-ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB with 8 bits; Pillow's own conversion would cut 16 bits off at 255, which is white."""
+    if image.mode == "F":
+        raise ValueError("has floating-point pixels, whose range is not known")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def open_images(path: str, name: str | None = None, split: str = "train") -> Source:
-    """Images of "builtin", a folder (labels are the names of their folders) or a Hugging Face set.
+    """Images of "builtin", a folder (labels are the names of their folders) or a Hugging Face set, here (parquet) or by name.
 
     Raises:
         DataError: No image is there.
     """
     if path == "builtin":
         return builtin_images(split)
+    path = os.path.expanduser(path)
     if is_local(path):
-        files = find_files(os.path.expanduser(path), SUFFIXES)
-        return Source(files, lambda i: Image.open(files[i]).convert("RGB"), [Path(file).parent.name for file in files])
+        found = find_files(path, (*SUFFIXES, ".parquet"))
+        if files := [file for file in found if not file.lower().endswith(".parquet")]:
+            return Source(files, lambda i: to_rgb(Image.open(files[i])), [Path(file).parent.name for file in files])
     import datasets
 
     images = load_hub(path, name, split)
@@ -35,9 +45,9 @@ def open_images(path: str, name: str | None = None, split: str = "train") -> Sou
     if not columns:
         raise DataError(f"data.path={path}: the set has no column of images, only {list(images.features)}")
     classes = [c for c, kind in images.features.items() if isinstance(kind, datasets.ClassLabel)]
-    labels = [images.features[classes[0]].int2str(i) for i in images[classes[0]]] if classes else None
+    labels = [str(i) for i in images[classes[0]]] if classes else None
     names = [f"{path}[{i}]" for i in range(len(images))]
-    return Source(names, lambda i: images[i][columns[0]].convert("RGB"), labels)
+    return Source(names, lambda i: to_rgb(images[i][columns[0]]), labels)
 
 
 def random_resized_crop(
@@ -135,6 +145,10 @@ class ImageData(PretrainingData):
                 f"set data.image_size or encoder.config.image_size"
             )
         self.grid = encoder.positions(self.image_size)
+        if not isinstance(self.grid, tuple):
+            raise DataError(
+                f"encoder.model: {type(encoder.model).__name__} needs a method positions(image_size) → (rows, columns) of patches"
+            )
 
     def load(self, index: int, rng: np.random.Generator) -> Image.Image:
         image = random_resized_crop(self.source.read(index), self.image_size, self.crop_scale, self.crop_ratio, rng)

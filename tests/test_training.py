@@ -1,0 +1,224 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel
+
+from d2v_fast import training
+from d2v_fast.config import ConfigError, OptimizerConfig, ScheduleConfig, parse
+from d2v_fast.data import DataError
+from d2v_fast.training import BrokenSamples, Trainer, lr_factor, make_optimizer
+
+SMALL = {
+    "text": "encoder.config.hidden_size=32 encoder.config.num_hidden_layers=3 encoder.config.num_attention_heads=2 "
+    "encoder.config.intermediate_size=48 data.vocab_size=400 data.block_size=32",
+    "vision": "encoder.config.hidden_size=32 encoder.config.num_hidden_layers=3 encoder.config.num_attention_heads=2 "
+    "encoder.config.intermediate_size=48",
+    "audio": "encoder.config.hidden_size=32 encoder.config.num_hidden_layers=4 encoder.config.num_attention_heads=2 "
+    "encoder.config.intermediate_size=48 encoder.config.conv_dim=[8,8,8,8,8,8,8] data.max_seconds=0.5 data.join_seconds=0.5",
+}
+
+
+def arguments(modality, folder, *more):
+    settings = SMALL[modality].split() + ["train.batch_size=4", "train.steps=4", "train.workers=0", "train.log_every=2"]
+    return ["--config", f"{modality}/tiny", *settings, f"train.output={folder}", *more]
+
+
+def config(modality, folder, *more):
+    return parse(arguments(modality, folder, *more))[0]
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("modality", SMALL)
+def test_a_run_leaves_what_it_promises(modality, tmp_path):
+    run = tmp_path / "run"
+    assert training.train(config(modality, run)) == 0
+    log = records(run)
+    assert [r["step"] for r in log] == [1, 2, 4]
+    for r in log:
+        assert all(math.isfinite(r[k]) for k in ("loss", "target_std", "prediction_std", "feature_std", "grad_norm"))
+        assert 0 <= r["data_wait"] <= 1 and r["samples_per_s"] > 0
+    assert parse(["--config", str(run / "config.yaml")])[0].train == config(modality, run).train
+    model = AutoModel.from_pretrained(run / "export")
+    assert sum(p.numel() for p in model.parameters()) > 1000
+
+
+def test_the_export_is_the_student(tmp_path):
+    trainer = Trainer(config("vision", tmp_path / "run"))
+    trainer.run()
+    model = AutoModel.from_pretrained(tmp_path / "run" / "export", add_pooling_layer=False).eval()
+    student = trainer.core.student.eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(x).last_hidden_state[:, 1:], student(x))
+    assert (tmp_path / "run" / "export" / "config.json").exists()
+
+
+def test_the_same_seed_gives_the_same_bits(tmp_path):
+    for name in ("a", "b", "c"):
+        more = ["train.seed=1"] if name == "c" else []
+        training.train(config("text", tmp_path / name, *more))
+    a, b, c = ([r["loss"] for r in records(tmp_path / name)] for name in "abc")
+    assert a == b != c
+
+
+def test_one_optimizer_step_by_hand(tmp_path):
+    """Two micro-batches: divide by all their masked positions, clip, AdamW, then the teacher with τ(1)."""
+    trainer = Trainer(config("vision", tmp_path / "run", "train.accumulate=2", "train.clip_norm=0.5", "schedule.warmup=0"))
+    core = trainer.core.train()
+    stream = trainer._batches()
+    batches = [next(stream) for _ in range(2)]
+    before = {n: p.detach().clone() for n, p in core.named_parameters()}
+    total = sum(int(batch["mask"].sum()) for batch in batches)
+    for batch in batches:
+        output = core(batch["source"], batch["mask"])
+        (output.loss * batch["mask"].sum() / total).backward()
+    grads = {n: p.grad.clone() for n, p in core.named_parameters() if p.grad is not None}
+    core.zero_grad()
+    norm = torch.cat([g.flatten() for g in grads.values()]).norm()
+    assert norm > 0.5, "nothing to clip"
+
+    loss, _, reported = trainer.step(batches)
+    assert float(reported) == pytest.approx(float(norm), rel=1e-4)
+    cfg = trainer.config.optimizer
+    for name, p in core.named_parameters():
+        if name not in grads:
+            continue
+        g = grads[name] * 0.5 / norm
+        decay = 0.0 if name.endswith(("bias", "token")) or sum(n > 1 for n in p.shape) < 2 else cfg.weight_decay
+        # After one step of Adam the bias-corrected moments are g and g².
+        expected = before[name] * (1 - cfg.lr * decay) - cfg.lr * g / (g.abs() + cfg.eps)
+        close = (p.detach() - expected).abs() <= 1e-3 * cfg.lr + 1e-6 * expected.abs()
+        assert close[g.abs() > 1e-7].all(), name
+    tau = trainer.config.ema.start + (trainer.config.ema.end - trainer.config.ema.start) / trainer.config.ema.anneal_steps
+    name = "student.model.layers.0.mlp.fc1.weight"
+    teacher = dict(core.named_parameters())["teacher.module." + name.removeprefix("student.")]
+    expected = tau * before[name] + (1 - tau) * dict(core.named_parameters())[name]
+    assert torch.allclose(teacher, expected, atol=1e-7)
+    assert core.teacher.step == 1
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    """Four samples at once or two by two: the same gradient, also with unequal masks."""
+    norms = []
+    for size, accumulate in ((4, 1), (2, 2)):
+        run = config("audio", tmp_path / str(size), f"train.batch_size={size}", f"train.accumulate={accumulate}")
+        trainer = Trainer(run)
+        trainer.core.double()
+        batch = trainer.data.__getitems__([(0, i) for i in range(4)])
+        halves = [trainer.data.__getitems__([(0, i) for i in pair]) for pair in ((0, 1), (2, 3))]
+        for part in (batch, *halves):
+            part["source"] = part["source"].double()
+        _, _, norm = trainer.step([batch] if accumulate == 1 else halves)
+        norms.append(float(norm))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-9)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
+    trainer = Trainer(config("vision", tmp_path / "run"))
+    batch = next(trainer._batches())
+    batch["source"][0, 0, 0, 0] = float("nan")
+    before = {n: p.clone() for n, p in trainer.core.named_parameters()}
+    trainer.step([batch])
+    assert trainer.skipped == 1 and trainer.core.teacher.step == 0
+    assert all(torch.equal(p, before[n]) for n, p in trainer.core.named_parameters())
+    trainer.step([next(trainer._batches())])
+    assert trainer.core.teacher.step == 1 and all(p.isfinite().all() for p in trainer.core.parameters())
+
+
+def test_schedules():
+    cosine = ScheduleConfig("cosine", warmup=10, final=0.1)
+    values = [lr_factor(step, 100, cosine) for step in range(101)]
+    assert values[0] == pytest.approx(1 / 11) and values[10] == 1 and values[55] == pytest.approx(0.55) and values[100] == pytest.approx(0.1)
+    assert lr_factor(55, 100, ScheduleConfig("linear", warmup=10)) == pytest.approx(0.5)
+    assert lr_factor(99, 100, ScheduleConfig("constant", warmup=0.1)) == 1
+    # Spec 5.1: 3 % up from .01, 90 % at the peak, exponentially to .01 over the last 7 %.
+    tri = ScheduleConfig("tri_stage", warmup=0.03, hold=0.9, initial=0.01, final=0.01)
+    assert lr_factor(0, 1000, tri) == pytest.approx(0.01 + 0.99 / 31)
+    assert lr_factor(500, 1000, tri) == 1 and lr_factor(930, 1000, tri) == 1
+    assert lr_factor(965, 1000, tri) == pytest.approx(0.1) and lr_factor(1000, 1000, tri) == pytest.approx(0.01)
+
+
+def test_parameter_groups():
+    model = torch.nn.ModuleDict({"stem": torch.nn.Linear(3, 4), "norm": torch.nn.LayerNorm(4)})
+    model["token"] = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1, 1, 4))])
+    groups = make_optimizer(model, OptimizerConfig(lr=1.0, weight_decay=0.5, lr_scale={"stem.*": 0.1})).param_groups
+    found = {(g["lr"], g["weight_decay"]): {tuple(p.shape) for p in g["params"]} for g in groups}
+    assert found == {(0.1, 0.5): {(4, 3)}, (0.1, 0.0): {(4,)}, (1.0, 0.0): {(4,), (1, 1, 4)}}
+    every = make_optimizer(model, OptimizerConfig(weight_decay=0.5, decay_1d=True)).param_groups
+    assert [g["weight_decay"] for g in every] == [0.5]
+    with pytest.raises(ConfigError, match="nothing"):
+        make_optimizer(model, OptimizerConfig(lr_scale={"nothing": 2.0}))
+
+
+def test_broken_samples_are_named_once_and_limited(caplog):
+    broken = BrokenSamples(total=200, limit=0.01)
+    broken.note([(3, "a.jpg: truncated"), (4, "b.jpg: empty")])
+    broken.note([(3, "a.jpg: truncated")])
+    assert [r.message for r in caplog.records] == [f"skipped an unreadable sample: {x}" for x in ("a.jpg: truncated", "b.jpg: empty")]
+    with pytest.raises(DataError, match=r"3 of 200 .*(?s:.*)c\.jpg"):
+        broken.note([(5, "c.jpg: empty")])
+
+
+def test_collapse_rules(tmp_path, caplog):
+    run = config("vision", tmp_path / "run", "collapse.after=0", "collapse.target_std=2.0", "collapse.action=stop")
+    with pytest.raises(training.CollapseError, match="target_std is .* below collapse.target_std=2.0"):
+        training.train(run)
+    training.train(config("vision", tmp_path / "warn", "collapse.after=2", "collapse.target_std=2.0"))
+    assert [r.message.split(":")[0] for r in caplog.records if "target_std" in r.message] == ["step 4"]
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    training.train(config("vision", tmp_path / "run"))
+    with pytest.raises(ConfigError, match="holds a run already"):
+        Trainer(config("vision", tmp_path / "run"))
+
+
+def test_epochs_replace_steps(tmp_path):
+    trainer = Trainer(config("vision", tmp_path / "run", "train.epochs=0.5", "train.batch_size=100", "train.accumulate=2"))
+    assert trainer.steps == 10  # 4000 images
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGTERM, 130), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_leaves_its_student(how, code, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "d2v_fast.cli", *arguments("vision", run, "train.steps=100000", "train.log_every=1")],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.time() + 120
+    while not ((run / "log.jsonl").exists() and (run / "log.jsonl").read_text().count("\n") > 2):
+        assert process.poll() is None and time.time() < deadline, process.stderr.read().decode()
+        time.sleep(0.2)
+    process.send_signal(how)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code, error.decode()
+    assert b"stopped at step" in error and b"Traceback" not in error
+    AutoModel.from_pretrained(run / "export")
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """torchrun with two ranks: loss, statistics and gradient of each step are those of one process with twice the batch."""
+    losses = {}
+    for ranks, size in ((1, 4), (2, 2)):
+        run = tmp_path / str(ranks)
+        command = [sys.executable, "-m"] + (["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"] if ranks == 2 else [])
+        settings = [f"train.batch_size={size}", "train.device=cpu", "train.log_every=1", "data.flip=0", "data.jitter=0"]
+        subprocess.run(
+            [*command, "d2v_fast.cli", *arguments("vision", run, *settings)],
+            check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        losses[ranks] = [(r["loss"], r["target_std"], r["grad_norm"]) for r in records(run)]
+    assert len(losses[2]) == 4
+    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-3)
