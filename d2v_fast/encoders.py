@@ -44,6 +44,7 @@ class Encoder(nn.Module):
     local: tuple[str, ...] = ()  # parameters of the features before masking, as name prefixes
     positional: tuple[str, ...] = ()  # parameters of positions inside `contextualize`, as name prefixes
     mask_token_name: str | None = None
+    masks_features: bool = True  # else the input itself is masked, and no mask vector is learned
 
     def __init__(self, model: nn.Module, layers: str | None = None, ffn: str | None = None, hidden_size: int | None = None):
         super().__init__()
@@ -58,7 +59,7 @@ class Encoder(nn.Module):
             found = type(self.blocks).__name__
             raise ValueError(f"layers={self.layers_name!r}: found a {found}, expected an nn.ModuleList of blocks")
         self._taps: list[nn.Module] = []
-        if self.mask_token_name is None or self._lookup(self.mask_token_name) is None:
+        if self.masks_features and not self._has(self.mask_token_name):
             self.mask_token_name = None
             self.mask_embedding = nn.Parameter(torch.empty(self.hidden_size).normal_(std=0.02))
 
@@ -159,6 +160,10 @@ class Encoder(nn.Module):
             found = getattr(found, name)
         return found
 
+    def _has(self, path: str | None) -> bool:
+        """Whether the model has a parameter of this name; wav2vec 2.0 and ViT may lack their mask vector."""
+        return path is not None and path in dict(self.model.named_parameters())
+
     def _find_layers(self) -> str:
         wanted = getattr(getattr(self.model, "config", None), "num_hidden_layers", None)
         lists = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
@@ -188,10 +193,11 @@ class Encoder(nn.Module):
 class TokenEncoder(Encoder):
     """RoBERTa, BERT, Data2VecText and their kin: ids → token and position embeddings → blocks.
 
-    Masking happens in the ids, so the student's features are masked already and `mask_features` serves data2vec 2.0 only.
+    Masking happens in the ids, so the student's features are masked already.
     """
 
     local = ("embeddings",)
+    masks_features = False
 
     def embed(self, inputs: Tensor) -> Tensor:
         return self.model.embeddings(input_ids=inputs)
@@ -434,7 +440,7 @@ def _init_data2vec(encoder: PatchEncoder) -> None:
 
 @torch.no_grad()
 def _init_sincos(encoder: PatchEncoder) -> None:
-    """Xavier-uniform matrices; positions are sines and cosines of the column, then of the row, and stay as they are (spec 4.1)."""
+    """Xavier-uniform matrices; positions are sines and cosines of column and row, and stay as they are (spec 4.1)."""
     positions = encoder.model.embeddings.position_embeddings
     if positions is None:
         raise ValueError("encoder.init='sincos': the encoder has no absolute positions")

@@ -25,7 +25,7 @@ from d2v_fast.masking import Draws, TokenMask
 
 NEIGHBOURS = 20
 CLOZE_TOKENS = 500  # the cloze probe tells the most frequent tokens apart
-CLOZE_POSITIONS = 30_000
+CLOZE_C = 0.01
 
 
 def load_run(run: str | Path) -> tuple[Config, Encoder, Encoder]:
@@ -166,6 +166,71 @@ def probe_labels(config: Config, encoders: dict[str, Encoder], data: str, name: 
     return results
 
 
+def probe_cloze(config: Config, encoders: dict[str, Encoder], data: str, name: str | None, limit: int) -> dict[str, dict]:
+    """Accuracy and cross-entropy (nats) of a linear reading of hidden tokens, among the most frequent ones."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from d2v_fast.data.text import TextData
+
+    settings = config.data | {"name": name, "teacher_input": "full"}
+    mask = TokenMask(prob=0.15, length=1, keep_special=True)
+    parts = []
+    for split in ("train", "test"):
+        settings |= {"path": _split_path(data, split), "split": split}
+        parts.append(_hidden_tokens(TextData(mask=mask, **settings), encoders, limit))
+    (train, train_tokens), (test, test_tokens) = parts
+    frequent = np.unique(train_tokens, return_counts=True)
+    frequent = frequent[0][np.argsort(-frequent[1])[:CLOZE_TOKENS]]
+    keep, keep_test = np.isin(train_tokens, frequent), np.isin(test_tokens, frequent)
+    train_tokens, test_tokens = train_tokens[keep], test_tokens[keep_test]
+    classes, counts = np.unique(train_tokens, return_counts=True)
+    columns = np.searchsorted(classes, test_tokens)
+    results = {
+        "unigram": {
+            "accuracy": float((test_tokens == classes[counts.argmax()]).mean()),
+            "nats": float(-np.log(counts / counts.sum())[columns].mean()),
+        }
+    }
+    for title in encoders:
+        reader = make_pipeline(StandardScaler(), LogisticRegression(C=CLOZE_C, max_iter=300))
+        reader.fit(train[title][keep], train_tokens)
+        log_probabilities = reader.predict_log_proba(test[title][keep_test])
+        results[title] = {
+            "accuracy": float((log_probabilities.argmax(1) == columns).mean()),
+            "nats": float(-log_probabilities[np.arange(len(columns)), columns].mean()),
+        }
+    return results
+
+
+def _split_path(data: str, split: str) -> str:
+    """Where a split of `data` lies: its folder or file of that name; else the set itself has splits."""
+    if not is_local(data):
+        return data
+    if (Path(data) / split).is_dir():
+        return str(Path(data) / split)
+    if Path(data).is_dir() and list(Path(data).glob(f"{split}*")):
+        return str(Path(data) / f"{split}*")
+    raise DataError(f"--data {data}: expected a folder with {split}/ or {split}.txt in it")
+
+
+def _hidden_tokens(data: Any, encoders: dict[str, Encoder], limit: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """States of each encoder at hidden positions, and the tokens that were there."""
+    states: dict[str, list] = {title: [] for title in encoders}
+    tokens: list[np.ndarray] = []
+    order = np.random.default_rng(0).permutation(len(data))
+    for begin in range(0, len(order), 32):
+        batch = data.__getitems__([(0, int(i)) for i in order[begin : begin + 32]])
+        tokens.append(batch["target"][batch["mask"]].numpy())
+        with torch.inference_mode():
+            for title, encoder in encoders.items():
+                states[title].append(encoder(batch["source"], batch.get("padding_mask"))[batch["mask"]])
+        if sum(map(len, tokens)) >= limit:
+            break
+    return {title: torch.cat(rows).float().numpy() for title, rows in states.items()}, np.concatenate(tokens)
+
+
 def main(args: list[str]) -> None:
     """The command d2v-probe."""
     parser = argparse.ArgumentParser(
@@ -176,17 +241,18 @@ def main(args: list[str]) -> None:
     parser.add_argument("run", help="folder of a run of d2v-train")
     parser.add_argument("--data", default="builtin", help="folder with train/ and test/, a Hugging Face set, or builtin")
     parser.add_argument("--name", help="configuration of the Hugging Face set")
-    parser.add_argument("--limit", type=int, default=10_000, help="most samples to fit and to test on (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=10_000, help="most samples (text: hidden tokens) to fit and to test on (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's default")
     options = parser.parse_args(args)
     if options.threads:
         torch.set_num_threads(options.threads)
     config, trained, untrained = load_run(options.run)
     encoders = {"untrained": untrained, "trained": trained}
-    run = probe_labels
+    run = probe_cloze if config.modality == "text" else probe_labels
     results = run(config, encoders, os.path.expanduser(options.data), options.name, options.limit)
     (Path(options.run) / "probe.json").write_text(json.dumps({"data": options.data, **results}, indent=2) + "\n")
     columns = list(next(iter(results.values())))
     print(f"{'':12}" + "".join(f"{column:>12}" for column in columns))
     for title, row in results.items():
-        print(f"{title:12}" + "".join(f"{row[column]:12.1%}" for column in columns))
+        cells = [f"{row[column]:12.3f}" if column == "nats" else f"{row[column]:12.1%}" for column in columns]
+        print(f"{title:12}" + "".join(cells))

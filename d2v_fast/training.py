@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ from d2v_fast.ops.reference import Moments
 log = logging.getLogger(__name__)
 
 INTERRUPTED = 130  # exit code of a run that was asked to stop
+PROGRESS = (
+    "loss {loss:.4f}  target std {target_std:.3f}  prediction std {prediction_std:.3f}  "
+    "{samples_per_s:.1f} samples/s  data wait {data_wait:.0%}"
+)
 
 
 def make_data(config: Config) -> PretrainingData:
@@ -120,42 +124,74 @@ class BrokenSamples:
 
 
 class RunLog:
-    """log.jsonl, TensorBoard if it is installed."""
+    """log.jsonl and, if it is installed, TensorBoard; nothing without a folder."""
 
-    def __init__(self, folder: Path):
-        self.file = (folder / "log.jsonl").open("a", buffering=1)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, folder: Path | None):
+        self.folder, self.board = folder, None
 
-            self.board = SummaryWriter(str(folder / "tensorboard"))
-        except ImportError:
-            self.board = None
+    def __enter__(self) -> RunLog:
+        if self.folder is not None:
+            self.file = (self.folder / "log.jsonl").open("a", buffering=1)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
 
-    def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        if self.board is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, record["step"])
+                self.board = SummaryWriter(str(self.folder / "tensorboard"))
+            except ImportError:
+                pass
+        return self
 
-    def close(self) -> None:
-        self.file.close()
+    def __exit__(self, *error: Any) -> None:
+        if self.folder is not None:
+            self.file.close()
         if self.board is not None:
             self.board.close()
+
+    def write(self, record: dict[str, float]) -> None:
+        if self.folder is not None:
+            self.file.write(json.dumps(record) + "\n")
+        if self.board is not None:
+            for name in record.keys() - {"step", "time"}:
+                self.board.add_scalar(name, record[name], record["step"])
+
+
+class Window:
+    """What happened since the last line of the log."""
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros((), device=device)  # summed on the device, so that nobody waits for it
+        self.steps, self.samples, self.seconds_waited = 0, 0, 0.0
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds_waited += time.perf_counter() - begin
+
+    def add(self, loss: Tensor, samples: int) -> None:
+        self.loss += loss
+        self.steps += 1
+        self.samples += samples
 
 
 class StopRequest:
     """SIGTERM and Ctrl-C end the run at the next step, with its student exported; the second one ends it at once."""
 
-    def __init__(self):
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> StopRequest:
         self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._ask)
+        self.before = [signal.signal(number, self._ask) for number in self.SIGNALS]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in zip(self.SIGNALS, self.before, strict=True):
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = True
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, signal.SIG_DFL)
+        for each in self.SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
 
 
 class Trainer:
@@ -171,7 +207,7 @@ class Trainer:
 
     def __init__(self, config: Config):
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
         self.config = config
         if config.train.threads:
@@ -179,14 +215,15 @@ class Trainer:
         self.folder = Path(config.train.output)
         if (self.folder / "log.jsonl").exists():
             raise ConfigError(f"train.output={self.folder}: holds a run already; choose another folder")
+        parallel = DistributedDataParallelKwargs()
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
             cpu=config.train.device == "cpu",
-            # A student's layer that layer-drop skips on one rank has no gradient there.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[parallel],
         )
         self.world, self.device = self.accelerator.num_processes, self.accelerator.device
-        self.data = make_data(config)
+        with self.accelerator.main_process_first():  # the others find what it has cached
+            self.data = make_data(config)
         vocabulary = getattr(self.data, "vocabulary", None)
         encoder = make_encoder(config, vocabulary and vocabulary.size)
         self.data.fit_to(encoder)
@@ -209,7 +246,10 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, self.steps, config.schedule)
         )
+        # A layer that layer-drop skips on one rank has no gradient there.
+        parallel.find_unused_parameters = getattr(getattr(encoder.model, "config", None), "layerdrop", 0) > 0
         self.model, self.optimizer = self.accelerator.prepare(self.core, self.optimizer)
+        set_seed(config.train.seed, device_specific=True)  # dropout differs between ranks
         self.broken = BrokenSamples(len(self.data), config.train.max_broken)
         self.skipped = 0
 
@@ -217,72 +257,61 @@ class Trainer:
         """Train to the end or until asked to stop; returns the exit code."""
         from tqdm import tqdm
 
-        main = self.accelerator.is_main_process
-        every = self.config.train.log_every
+        main, train = self.accelerator.is_main_process, self.config.train
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(self.config.yaml)
             log.info("%s", describe(self.core.student))
-            log.info(
-                "%d samples, %d steps, %s on %s, run in %s",
-                len(self.data), self.steps, self.config.train.precision, self.device, self.folder,
-            )  # fmt: skip
-        run_log = RunLog(self.folder) if main else None
-        stop = StopRequest()
-        stream = self._batches()
+            place = f"{train.precision} on {self.device}" + (f" × {self.world}" if self.world > 1 else "")
+            log.info("%d samples, %d steps, %s, run in %s", len(self.data), self.steps, place, self.folder)
         self.model.train()
-        bar = tqdm(total=self.steps, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
-        seconds_waited, samples, window_loss = 0.0, 0, torch.zeros((), device=self.device)
-        window_start = time.perf_counter()
-        step = 0
+        stream, window, step = self._batches(), Window(self.device), 0
+        progress = tqdm(total=self.steps, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
         try:
-            while step < self.steps and not self._agreed(stop.asked):
-                begin = time.perf_counter()
-                micro_batches = [next(stream) for _ in range(self.config.train.accumulate)]
-                seconds_waited += time.perf_counter() - begin
-                loss, outputs, grad_norm = self.step(micro_batches)
-                step += 1
-                window_loss += loss
-                samples += sum(len(batch["samples"]) for batch in micro_batches)
-                bar.update()
-                if step % every == 0 or step in (1, self.steps):
-                    since = time.perf_counter() - window_start
-                    steps = (step - 1) % every + 1
-                    record = {
-                        "step": step,
-                        "loss": float(self.accelerator.reduce(window_loss, "mean")) / steps,
-                        **self._collapse_figures(outputs),
-                        "grad_norm": float(grad_norm),
-                        "lr": self.scheduler.get_last_lr()[0],
-                        "ema_decay": self.core.teacher.decay(self.core.teacher.step),
-                        "samples_per_s": samples * self.world / since,
-                        "data_wait": seconds_waited / since,
-                        "epoch": micro_batches[-1]["epoch"],
-                        "skipped_steps": self.skipped,
-                        "broken_samples": len(self.broken.seen),
-                        "time": time.time(),
-                    }
-                    if main:
+            with StopRequest() as stop, RunLog(self.folder if main else None) as run_log, progress as bar:
+                while step < self.steps and not self._agreed(stop.asked):
+                    with window.waiting():
+                        micro_batches = [next(stream) for _ in range(train.accumulate)]
+                    loss, outputs, grad_norm = self.step(micro_batches)
+                    step += 1
+                    window.add(loss, sum(len(batch["samples"]) for batch in micro_batches))
+                    bar.update()
+                    if step % train.log_every == 0 or step in (1, self.steps):
+                        record = self._record(step, micro_batches[-1]["epoch"], window, outputs, grad_norm)
+                        window = Window(self.device)
                         run_log.write(record)
-                        bar.set_postfix_str(
-                            "loss {loss:.4f}  target std {target_std:.3f}  prediction std {prediction_std:.3f}  "
-                            "{samples_per_s:.1f} samples/s  data wait {data_wait:.0%}".format(**record)
-                        )
-                    self._judge(record)
-                    if step % every == 0:
-                        seconds_waited, samples, window_start = 0.0, 0, time.perf_counter()
-                        window_loss.zero_()
-                if self.config.train.export_every and step % self.config.train.export_every == 0:
-                    self.export()
+                        bar.set_postfix_str(PROGRESS.format(**record))
+                        self._judge(record)
+                    if train.export_every and step % train.export_every == 0:
+                        self.export()
         finally:
-            bar.close()
-            if run_log is not None:
-                run_log.close()
-        self.export()
+            if step:  # whatever ended the run, what was learned is kept
+                self.export()
         if step < self.steps:
             log.warning("stopped at step %d of %d; the student so far is in %s", step, self.steps, self.folder / "export")
             return INTERRUPTED
         return 0
+
+    def _record(
+        self, step: int, epoch: int, window: Window, outputs: list[Data2VecOutput], grad_norm: Tensor
+    ) -> dict[str, float]:
+        """A line of the log; here the device is waited for."""
+        loss = float(self.accelerator.reduce(window.loss, "mean")) / window.steps
+        seconds = time.perf_counter() - window.start
+        return {
+            "step": step,
+            "loss": loss,
+            **self._collapse_figures(outputs),
+            "grad_norm": float(grad_norm),
+            "lr": self.scheduler.get_last_lr()[0],
+            "ema_decay": self.core.teacher.decay(self.core.teacher.step),
+            "samples_per_s": window.samples * self.world / seconds,
+            "data_wait": window.seconds_waited / seconds,
+            "epoch": epoch,
+            "skipped_steps": self.skipped,
+            "broken_samples": len(self.broken.seen),
+            "time": time.time(),
+        }
 
     def step(self, micro_batches: list[Batch]) -> tuple[Tensor, list[Data2VecOutput], Tensor]:
         """One optimizer step; loss on this rank's share, the outputs, and the gradient's norm before clipping."""
@@ -386,5 +415,8 @@ class CollapseError(RuntimeError):
 
 def train(config: Config) -> int:
     """Run `config`; returns the exit code of the process."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # ours is the one to watch
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     return Trainer(config).run()
