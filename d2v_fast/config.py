@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import json
 import os
 import re
@@ -441,7 +442,8 @@ def data_class(modality: str) -> type:
         from d2v_fast.data.audio import AudioData as cls
     else:
         raise ConfigError(
-            f"modality: found {modality!r}, expected one of {', '.join(MASK_KINDS)}{nearest(str(modality), MASK_KINDS)}"
+            f"modality: found {modality!r}, expected one of {', '.join(MASK_KINDS)}"
+            + (nearest(str(modality), MASK_KINDS) if modality else "; a preset without it is given after another")
         )
     return cls
 
@@ -545,7 +547,9 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     )
     config.check()
     if config.train.output is None:
-        config.train.output = f"runs/{'-'.join(names) or modality}-{time.strftime('%Y%m%d-%H%M%S')}"
+        base = f"runs/{'-'.join(names) or modality}-{time.strftime('%Y%m%d-%H%M%S')}"
+        numbered = (f"{base}-{n}" for n in itertools.count(2))  # a script may start several in a second
+        config.train.output = next(name for name in itertools.chain([base], numbered) if not os.path.exists(name))
     config.train.output = os.path.expanduser(config.train.output)
     return config, fused
 
@@ -554,9 +558,10 @@ def _readable(message: str, given: dict[str, Any], parser: ArgumentParser) -> st
     """jsonargparse's complaint as "key: found value, expected …", with the nearest of the values allowed."""
     key = re.search(r'key "([^"]+)"', message)
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
-    if not key or not hints.get(key[1]) or key[1] not in given:
+    if not key or not hints.get(key[1]):
         return message
-    found = given[key[1]]
+    # A complaint about one entry of a mapping names the mapping and shows the entry.
+    found = given.get(key[1], message.rpartition("Got value: ")[2])
     kind, choices = _type_in_words(hints[key[1]])
     return f"{key[1]}: found {found}, expected {kind}{nearest(str(found), choices)}"
 
@@ -569,6 +574,14 @@ def _type_in_words(hint: Any) -> tuple[str, list[str]]:
     if kind in (Union, UnionType):
         parts = [_type_in_words(part) for part in inner]
         return " or ".join(words for words, _ in parts), [choice for _, choices in parts for choice in choices]
-    numbers = f"a list of {len(inner)} numbers"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping", list: "a list"}
-    return {**names, tuple: numbers, NoneType: "null"}.get(kind, str(hint)), []
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        NoneType: "null",
+        list: "a list",
+        tuple: f"a list of {len(inner)} numbers",
+        dict: "a mapping to numbers" if float in inner else "a mapping",
+    }
+    return words.get(kind, str(hint)), []

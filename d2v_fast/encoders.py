@@ -1,13 +1,14 @@
 """Transformer encoders seen one way: embed → mask_features → contextualize, and taps on their last layers.
 
 Hugging Face models are recognised by what they eat (token ids, pixels, waveforms), not by name. An encoder of your own is an
-`nn.Module` with two methods and a name for what the teacher should hand out:
+`nn.Module` with two methods (three for images and speech) and a name for what the teacher should hand out:
 
     class Mine(nn.Module):
         hidden_size = 256
         def __init__(self): self.blocks = nn.ModuleList(...)
         def embed(self, inputs): ...                             # → local features (B, T, C), before any mask
         def contextualize(self, features, padding_mask=None): ...  # (B, T, C), padding_mask (B, T) True = padding
+        def positions(self, size): ...   # image side → (rows, columns); samples of a waveform → frames; not for tokens
 
     encoder = Encoder(Mine(), layers="blocks", ffn="mlp.2")  # ffn: the last Linear of a block's FFN, seen from the block
     model = Data2Vec(encoder, top_k=4)
@@ -365,7 +366,10 @@ def build_encoder(
             cls = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"encoder.model={model!r}: {error}") from None
-        own = cls(**config)
+        try:
+            own = cls(**config)
+        except TypeError as error:
+            raise ValueError(f"encoder.config: {error}") from error
         if pretrained is not None:
             from safetensors.torch import load_model
 
@@ -375,7 +379,13 @@ def build_encoder(
     from transformers import MODEL_MAPPING, AutoConfig
 
     if pretrained is not None:
-        hf_config = AutoConfig.from_pretrained(pretrained, **config)
+        try:
+            hf_config = AutoConfig.from_pretrained(pretrained, **config)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"encoder.pretrained={pretrained}: neither a folder with a model nor one to be had from the hub: {reason}"
+            ) from error
     else:
         hf_config = _new_config(model, config)
     if type(hf_config) not in MODEL_MAPPING:
@@ -419,7 +429,10 @@ def _new_config(model: str | None, fields: dict[str, Any]):
             near = difflib.get_close_matches(name, list(known.to_dict()), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"encoder.config.{name}: {type(known).__name__} has no such field{hint}")
-    return CONFIG_MAPPING[model](**{**DEFAULTS.get(model, {}), **fields})
+    try:
+        return CONFIG_MAPPING[model](**{**DEFAULTS.get(model, {}), **fields})
+    except Exception as error:  # each configuration class has errors of its own
+        raise ValueError(f"encoder.config: {' '.join(str(error).split())}") from error
 
 
 @torch.no_grad()

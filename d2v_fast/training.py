@@ -116,7 +116,7 @@ class BrokenSamples:
             if index not in self.seen:
                 self.seen[index] = message
                 log.warning("skipped an unreadable sample: %s", message)
-        if len(self.seen) > self.limit * self.total:
+        if len(self.seen) > self.limit * self.total or len(self.seen) == self.total:
             first = "\n  ".join(list(self.seen.values())[:5])
             raise DataError(
                 f"{len(self.seen)} of {self.total} samples cannot be read, more than train.max_broken={self.limit}:\n  {first}"
@@ -266,7 +266,7 @@ class Trainer:
             log.info("%d samples, %d steps, %s, run in %s", len(self.data), self.steps, place, self.folder)
         self.model.train()
         stream, window, step = self._batches(), Window(self.device), 0
-        progress = tqdm(total=self.steps, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
+        progress = tqdm(total=self.steps, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05, delay=0)
         try:
             with StopRequest() as stop, RunLog(self.folder if main else None) as run_log, progress as bar:
                 while step < self.steps and not self._agreed(stop.asked):

@@ -42,7 +42,7 @@ def test_loss_against_the_specification(name, settings):
     # A teacher that has moved away from the student, but not in what it shares with it.
     shared = encoder.not_averaged(settings.get("ema_scope", "all"))
     with torch.no_grad():
-        for (n, p), q in zip(encoder.named_parameters(), model.teacher.module.parameters(), strict=True):
+        for (n, _), q in zip(encoder.named_parameters(), model.teacher.module.parameters(), strict=True):
             if not any(n.startswith(pattern[:-1]) for pattern in shared):
                 q.add_(torch.randn_like(q) * 0.02)
     data = batch(name, encoder)

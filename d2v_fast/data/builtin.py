@@ -27,9 +27,15 @@ def builtin_text(split: str) -> list[str]:
     """Paragraphs of the Python reference, every tenth document for test."""
     from pydoc_data.topics import topics
 
-    test = _offset(split) > 0
-    documents = [topics[name] for i, name in enumerate(sorted(topics)) if (i % 10 == 0) == test]
-    return [re.sub(r"\s+", " ", p).strip() for document in documents for p in re.split(r"\n\s*\n", document)]
+    testing = _offset(split) > 0
+    documents = [re.split(r"\n\s*\n", topics[name]) for name in sorted(topics)]
+    paragraphs = [[re.sub(r"\s+", " ", p).strip() for p in document] for document in documents]
+    train = [p for i, document in enumerate(paragraphs) if i % 10 for p in document]
+    if not testing:
+        return train
+    # Documents share paragraphs; what was trained on must not be tested on.
+    seen = set(train)
+    return [p for document in paragraphs[::10] for p in document if p not in seen]
 
 
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "star", "cross", "bar", "moon", "hourglass")

@@ -55,9 +55,11 @@ def _load_files(kind: str, files: list[str], path: str) -> Any:
     try:
         return datasets.load_dataset(kind, data_files=files, split="train")
     except Exception as error:
-        for file in files if len(files) > 1 else ():
-            _load_files(kind, [file], file)  # raises for the one at fault
-        raise DataError(f"data.path={path}: cannot be read: {first_line(error.__cause__ or error)}") from error
+        if len(files) > 1:
+            for file in files:
+                _load_files(kind, [file], file)  # raises for the one at fault
+        culprit = path if len(files) > 1 else files[0]
+        raise DataError(f"data.path={culprit}: cannot be read: {first_line(error.__cause__ or error)}") from error
 
 
 def text_column(documents: Any, column: str | None) -> str:

@@ -105,7 +105,8 @@ class ImageData(PretrainingData):
         crop_ratio: Least and greatest aspect ratio of a crop.
         flip: Probability of a horizontal flip.
         jitter: Strength of brightness, contrast and saturation jitter, 0 for none.
-        mean, std: Normalisation per channel, ImageNet's by default.
+        mean: Subtracted from each channel, ImageNet's by default.
+        std: Each channel is divided by it, ImageNet's by default.
         mask: How patches are masked.
         seed: Seed of masks, augmentations and order.
     """
@@ -147,7 +148,8 @@ class ImageData(PretrainingData):
         self.grid = encoder.positions(self.image_size)
         if not isinstance(self.grid, tuple):
             raise DataError(
-                f"encoder.model: {type(encoder.model).__name__} needs a method positions(image_size) → (rows, columns) of patches"
+                f"encoder.model: {type(encoder.model).__name__} needs a method positions(image_size) that returns "
+                "the rows and columns of patches"
             )
 
     def load(self, index: int, rng: np.random.Generator) -> Image.Image:

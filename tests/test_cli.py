@@ -1,0 +1,269 @@
+"""The commands as a user meets them: exit code, the one message, and what a run leaves behind."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from PIL import Image
+
+from d2v_fast import cli
+from d2v_fast.data import DataError
+
+SMALL = [
+    "encoder.config.hidden_size=32",
+    "encoder.config.num_attention_heads=2",
+    "encoder.config.num_hidden_layers=2",
+    "encoder.config.intermediate_size=32",
+    "targets.top_k=2",
+    "train.steps=2",
+    "train.batch_size=4",
+    "train.workers=0",
+    "train.log_every=1",
+]
+VISION = ["--config", "vision/tiny", *SMALL]
+TEXT = ["--config", "text/tiny", *SMALL, "data.block_size=16", "data.vocab_size=300"]
+AUDIO = ["--config", "audio/tiny", *SMALL, f"encoder.config.conv_dim={[8] * 7}", "data.join_seconds=0"]
+
+OWN = """
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
+
+        def forward(self, x):
+            return x + self.down(torch.relu(self.up(x)))
+
+    class Mine(nn.Module):
+        hidden_size = 8
+
+        def __init__(self, tokens=300):
+            super().__init__()
+            self.embedding = nn.Embedding(tokens, 8)
+            self.layers = nn.ModuleList(Block(8) for _ in range(3))
+
+        def embed(self, ids):
+            return self.embedding(ids)
+
+        def contextualize(self, features, padding_mask=None):
+            for layer in self.layers:
+                features = layer(features)
+            return features
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty working folder, and a process left as it was."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("TQDM_DELAY", "2")
+    levels = {name: logging.getLogger(name).level for name in ("", "httpx", "transformers", "accelerate", "datasets")}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        folder = tmp_path / "images" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return "images"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    words = "one two three four five six seven".split()
+    rng = np.random.default_rng(0)
+    (tmp_path / "corpus.txt").write_text("\n".join(" ".join(rng.choice(words, 20)) for _ in range(40)))
+    return "corpus.txt"
+
+
+@pytest.fixture
+def waves(tmp_path):
+    (tmp_path / "waves").mkdir()
+    for i in range(8):
+        soundfile.write(tmp_path / f"waves/{i}.wav", 0.1 * np.random.default_rng(i).normal(size=6000), 16000)
+    return "waves"
+
+
+def train(monkeypatch, *args):
+    """Exit code or message of d2v-train."""
+    monkeypatch.setattr(sys, "argv", ["d2v-train", *args])
+    with pytest.raises(SystemExit) as exit:
+        cli.train()
+    return exit.value.code
+
+
+class TestRuns:
+    @pytest.mark.parametrize("modality", ["text", "vision", "audio"])
+    def test_leaves_log_config_and_student(self, modality, monkeypatch, request):
+        args, data = {"text": (TEXT, "corpus"), "vision": (VISION, "images"), "audio": (AUDIO, "waves")}[modality]
+        data = request.getfixturevalue(data)
+        assert train(monkeypatch, *args, f"data.path={data}", "train.output=run") in (0, None)
+        log = [json.loads(line) for line in open("run/log.jsonl")]
+        assert [record["step"] for record in log] == [1, 2] and all(np.isfinite(record["loss"]) for record in log)
+        assert yaml.safe_load(open("run/config.yaml"))["data"]["path"] == data
+        from transformers import AutoModel
+
+        assert AutoModel.from_pretrained("run/export").config.hidden_size == 32
+
+        assert "train.output=run: holds a run already" in train(monkeypatch, *args, f"data.path={data}", "train.output=run")
+        assert train(monkeypatch, "--config", "run/config.yaml", "train.output=again") in (0, None)
+        again = [json.loads(line) for line in open("again/log.jsonl")]
+        assert [record["loss"] for record in again] == [record["loss"] for record in log]
+
+    def test_on_data_reached_by_a_link(self, monkeypatch, images):
+        os.symlink("images", "link")
+        os.symlink("..", "images/up")
+        assert train(monkeypatch, *VISION, "data.path=./link/") in (0, None)
+        assert os.listdir("runs")[0].startswith("vision-tiny-")
+
+    def test_with_an_encoder_of_your_own(self, monkeypatch, corpus):
+        with open("my_encoder.py", "w") as file:
+            file.write(textwrap.dedent(OWN))
+        args = [
+            "modality=text",
+            "encoder.model=my_encoder:Mine",
+            "targets.top_k=2",
+            *SMALL[5:],
+            *TEXT[-2:],
+            f"data.path={corpus}",
+        ]
+        assert "Name it: layers=" in train(monkeypatch, *args)
+        args += ["encoder.layers=layers", "encoder.ffn=down"]
+        assert train(monkeypatch, *args) in (0, None)
+        assert "3 layers" in train(monkeypatch, *args, "targets.top_k=4")
+        assert "exceed the encoder's vocab_size of 9" in train(monkeypatch, *args, "encoder.config.tokens=9")
+        assert "has no attribute 'Yours'" in train(monkeypatch, *args, "encoder.model=my_encoder:Yours")
+        assert "No module named 'yours'" in train(monkeypatch, *args, "encoder.model=yours:Mine")
+
+    def test_broken_samples_are_skipped_and_named(self, monkeypatch, images, caplog):
+        for name in ("one.png", "two.png"):
+            open(f"images/{name}", "w").write("no image")
+        args = [*VISION, f"data.path={images}", "train.batch_size=14", "train.steps=1"]
+        with caplog.at_level("WARNING"):
+            assert train(monkeypatch, *args, "train.max_broken=0.2", "train.output=run") in (0, None)
+        assert all(f"unreadable sample: images/{name}: cannot identify" in caplog.text for name in ("one.png", "two.png"))
+        assert json.loads(open("run/log.jsonl").readline())["broken_samples"] == 2
+        message = train(monkeypatch, *args)
+        assert message.startswith("d2v-train: 2 of 14 samples cannot be read, more than train.max_broken=0.01:")
+        assert "images/one.png" in message and "images/two.png" in message
+
+
+class TestMessages:
+    @pytest.mark.parametrize(
+        "args, message",
+        [
+            ([], "no settings: d2v-train --config PRESET, one of audio/"),
+            (["--config", "vision/tinny"], "--config vision/tinny: no such file or preset; did you mean vision/tiny?"),
+            ([*VISION, "train.stepz=1"], "train.stepz: no such setting; did you mean train.steps?"),
+            ([*VISION, "mask.prob=1"], "mask.prob: found 1.0, expected a number in (0, 1)"),
+            ([*VISION, "encoder.model=biet"], "encoder.model='biet': not a model type of transformers; did you mean"),
+            (
+                [*VISION, "encoder.config.hidden_sise=8"],
+                "encoder.config.hidden_sise: BeitConfig has no such field; did you mean",
+            ),
+            ([*VISION, "targets.top_k=3"], "found 3, but BeitModel has 2 layers"),
+            ([*VISION, "data.path=nowhere/"], "data.path=nowhere/: no such file or folder"),
+            ([*VISION, "data.path=~/nowhere"], "nowhere: no such file or folder"),
+            ([*VISION, "data.path=some/set"], "no such file or folder here, and as a Hugging Face data set"),
+            ([*VISION, "data.split=tset"], "data.split=tset: builtin data have the splits"),
+            ([*VISION, "data.image_size=64"], "data.image_size=64: the encoder takes 32"),
+            ([*TEXT, "data.path=."], "data.path=.: no file with one of the endings .txt"),
+            ([*TEXT, "data.split=tset"], "data.split=tset: builtin data have the splits"),
+            ([*AUDIO, "data.path=."], "data.path=.: no file with one of the endings .wav"),
+        ],
+    )
+    def test_is_one_line(self, args, message, monkeypatch):
+        found = train(monkeypatch, *args)
+        assert found.startswith("d2v-train: ") and message in found
+        assert len(found.splitlines()) <= 2 and "Traceback" not in found
+
+    def test_text_shorter_than_a_block(self, monkeypatch):
+        open("short.txt", "w").write("brief")
+        assert "fewer than one block of data.block_size=16" in train(monkeypatch, *TEXT, "data.path=short.txt")
+
+    def test_vocabulary_larger_than_the_encoders(self, monkeypatch, corpus):
+        message = train(monkeypatch, *TEXT, f"data.path={corpus}", "encoder.config.vocab_size=20")
+        assert "exceed the encoder's vocab_size of 20" in message
+
+    def test_a_mask_that_covers_nothing(self, monkeypatch, corpus):
+        message = train(monkeypatch, *TEXT, f"data.path={corpus}", "mask.prob=0.0001")
+        assert "the mask covers none of the 64 positions" in message and "raise mask.prob" in message
+
+    def test_audio_shorter_than_a_frame(self, monkeypatch):
+        soundfile.write("a.wav", np.ones(100), 16000)
+        message = train(monkeypatch, *AUDIO, "data.path=a.wav", "data.min_seconds=0")
+        assert "0.0063 s, gives 0 frames" in message or "0.0062 s, gives 0 frames" in message
+
+    def test_collapse(self, monkeypatch, images):
+        settings = ["collapse.action=stop", "collapse.after=0", "collapse.target_std=9"]
+        assert "below collapse.target_std=9" in train(monkeypatch, *VISION, f"data.path={images}", *settings)
+
+    def test_fused_is_strict(self, monkeypatch):
+        assert train(monkeypatch, *VISION, "--fused").startswith("d2v-train: --fused: ")
+
+    def test_an_interrupted_start_is_silent(self, monkeypatch):
+        def interrupted(args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cli, "parse", interrupted)
+        assert train(monkeypatch, *VISION) == 130
+
+    def test_an_error_in_a_worker_arrives_plain(self, monkeypatch, images):
+        from d2v_fast.data.vision import ImageData
+
+        def collate(self, samples, draws):
+            raise DataError("data.mean: found nonsense, expected sense")
+
+        monkeypatch.setattr(ImageData, "collate", collate)
+        message = train(monkeypatch, *VISION, f"data.path={images}", "train.workers=1")
+        assert message == "d2v-train: data.mean: found nonsense, expected sense"
+
+
+class TestInformation:
+    def test_help_explains_the_settings_of_the_modality(self, monkeypatch, capsys):
+        assert train(monkeypatch, "--config", "audio/tiny", "--help") == 0
+        out = capsys.readouterr().out
+        assert "--data.join_seconds" in out and "--mask.min_spans" in out and "image_size" not in out
+        assert "Join recordings of one speaker" in " ".join(out.split())
+
+    def test_printed_config_can_be_loaded(self, monkeypatch, capsys):
+        assert train(monkeypatch, *TEXT, "--print_config") == 0
+        first = capsys.readouterr().out
+        open("mine.yaml", "w").write(first)
+        assert train(monkeypatch, "--config", "mine.yaml", "--print_config") == 0
+        assert capsys.readouterr().out == first
+        assert yaml.safe_load(first)["encoder"]["config"]["hidden_size"] == 32
+
+
+def test_the_installed_command(images):
+    """In a process of its own: exit code, nothing but messages on stderr."""
+    open("images/broken.png", "w").write("no image")
+    command = [sys.executable, "-m", "d2v_fast.cli", *VISION, "data.path=images", "train.workers=1", "train.batch_size=13"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert "Traceback" not in done.stderr and len(lines) == 5
+    assert lines[-2:] == [
+        "d2v-train: 1 of 13 samples cannot be read, more than train.max_broken=0.01:",
+        "  images/broken.png: cannot identify image file 'images/broken.png'",
+    ]

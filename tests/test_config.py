@@ -1,0 +1,395 @@
+"""Settings: what is accepted, what they become, and what the user is told."""
+
+import dataclasses
+import inspect
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig
+
+from d2v_fast.compat import is_arxyzan, translate_arxyzan
+from d2v_fast.config import MASK_KINDS, MASKS, PRESETS, RANGES, SECTIONS, ConfigError, data_class, parse, presets
+from d2v_fast.training import make_encoder
+
+VISION = ["modality=vision", "encoder.model=beit"]
+TEXT = ["modality=text", "encoder.model=roberta"]
+AUDIO = ["modality=audio", "encoder.model=data2vec-audio"]
+
+
+def values(config):
+    """A config as plain settings, without what depends on the clock."""
+    settings = {name: vars(getattr(config, name)) for name in (*SECTIONS, "mask")} | {"data": config.data}
+    return settings | {"train": settings["train"] | {"output": None}, "modality": config.modality}
+
+
+def refused(*args):
+    with pytest.raises(ConfigError) as error:
+        parse(list(args))
+    return str(error.value)
+
+
+def with_its_base(name):
+    """Arguments for a preset; one that completes another says so in its first lines."""
+    text = (PRESETS / f"{name}.yaml").read_text()
+    if "modality:" in text:
+        return ["--config", name]
+    base = re.search(r"after ([\w/-]+)|--config ([\w/-]+) --config", text)
+    return ["--config", base[1] or base[2], "--config", name]
+
+
+class TestPresets:
+    @pytest.mark.parametrize("name", presets())
+    def test_its_encoder_exists_and_fits(self, name):
+        args = with_its_base(name)
+        if "encoder.pretrained=" in (PRESETS / f"{name}.yaml").read_text():
+            assert parse([*args, "encoder.pretrained=run/export"])[0].encoder.pretrained == "run/export"
+            return
+        config, fused = parse(args)
+        assert not fused and config.modality == name.split("/")[0]
+        fields = config.encoder.config
+        model = AutoConfig.for_model(config.encoder.model, **fields)
+        unknown = set(fields) - set(inspect.signature(type(model)).parameters)
+        assert not unknown
+        assert config.targets.top_k <= model.num_hidden_layers
+        assert config.mask.__class__ in [MASKS[kind] for kind in MASK_KINDS[config.modality]]
+        if config.modality == "vision":
+            assert config.data["image_size"] == model.image_size
+        if config.modality == "text":
+            assert config.data["block_size"] <= fields.get("max_position_embeddings", 514) - 2
+        if config.modality == "audio":
+            assert config.data["max_seconds"] * config.data["sample_rate"] > 10 * np.prod(model.conv_stride)
+
+    @pytest.mark.parametrize("name", ["text/tiny", "vision/tiny", "audio/tiny"])
+    def test_its_encoder_builds(self, name):
+        config, _ = parse(["--config", name])
+        with torch.device("meta"):
+            encoder = make_encoder(config, 2000)
+        encoder.tap(config.targets.top_k, config.targets.source)
+        assert len(encoder.blocks) == config.encoder.config["num_hidden_layers"]
+
+    def test_a_mistyped_name(self):
+        message = refused("--config", "vision/tinny")
+        assert "--config vision/tinny: no such file or preset; did you mean vision/tiny?" in message
+        assert all(name in message for name in presets())
+
+    def test_a_file_in_the_home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "mine.yaml").write_text("{modality: vision, encoder: {model: beit}, train: {output: ~/run}}")
+        config, _ = parse(["--config=~/mine.yaml"])
+        assert config.train.output == str(tmp_path / "run")
+
+
+class TestSettings:
+    def test_later_ones_win(self, tmp_path):
+        (tmp_path / "a.yaml").write_text("train: {steps: 5, batch_size: 7}\noptimizer: {lr: 2e-3}")
+        (tmp_path / "b.yaml").write_text("train: {steps: 6}\nschedule:\n")
+        config, _ = parse(
+            ["--config", "vision/tiny", f"--config={tmp_path}/a.yaml", "--config", f"{tmp_path}/b.yaml", "train.log_every=3"]
+        )
+        assert (config.train.steps, config.train.batch_size, config.train.log_every) == (6, 7, 3)
+        assert config.optimizer.lr == 0.002 and config.data["image_size"] == 32
+
+    @pytest.mark.parametrize("form", [["train.steps=9"], ["--train.steps=9"], ["--train.steps", "9"]])
+    def test_forms_of_an_override(self, form):
+        assert parse([*VISION, *form])[0].train.steps == 9
+
+    def test_types(self):
+        config, _ = parse(
+            [
+                *VISION,
+                "optimizer.betas=[0.8,0.9]",
+                "optimizer.lr=1e-3",
+                'optimizer.lr_scale={"*bias": 0.5}',
+                "encoder.config.image_size=96",
+                "encoder.config.hidden_act=relu",
+                "loss.scale=mean",
+                "train.epochs=1.5",
+                "data.crop_scale=[0.5, 1]",
+                "head.zero_init=true",
+                "ema.copied=[a*, b*]",
+            ]
+        )
+        assert config.optimizer.betas == (0.8, 0.9) and config.optimizer.lr == 0.001
+        assert config.optimizer.lr_scale == {"*bias": 0.5} and config.ema.copied == ["a*", "b*"]
+        assert config.encoder.config == {"image_size": 96, "hidden_act": "relu"}
+        assert config.loss.scale == "mean" and config.train.epochs == 1.5 and config.head.zero_init is True
+        assert tuple(config.data["crop_scale"]) == (0.5, 1.0)
+
+    @pytest.mark.parametrize("name", ["text/tiny", "vision/tiny", "audio/tiny"])
+    def test_the_saved_yaml_gives_the_same_config(self, name, tmp_path):
+        config, _ = parse(["--config", name, "train.seed=7", 'optimizer.lr_scale={"*a*": 2.0}', "optimizer.lr=1e-5"])
+        (tmp_path / "config.yaml").write_text(config.yaml)
+        assert values(parse(["--config", str(tmp_path / "config.yaml")])[0]) == values(config)
+        assert yaml.safe_load(config.yaml)["train"]["seed"] == 7
+
+    def test_another_mask_leaves_the_options_of_the_first(self):
+        config, _ = parse(["--config", "vision/tiny", "mask.kind=block", "mask.count=30"])
+        assert dataclasses.asdict(config.mask) == {"count": 30, "min_area": 16, "max_area": 196, "min_aspect": 0.3}
+        config, _ = parse(["--config", "vision/tiny", "mask.kind=random"])
+        assert config.mask.prob == 0.6
+
+    def test_pretrained_weights_bring_their_own_config(self, tmp_path):
+        config, _ = parse(["--config", "vision/tiny", "encoder.pretrained=some/beit", "encoder.config.image_size=32"])
+        assert (config.encoder.model, config.encoder.config) == (None, {"image_size": 32})
+        (tmp_path / "a.yaml").write_text("{modality: text, encoder: {pretrained: roberta-base}}")
+        config, _ = parse(["--config", str(tmp_path / "a.yaml"), "encoder.model=bert"])
+        assert (config.encoder.model, config.encoder.pretrained) == ("bert", None)
+        (tmp_path / "b.yaml").write_text("{modality: text, encoder: {model: 'my.module:Class', config: {a: 1}}}")
+        config, _ = parse(["--config", str(tmp_path / "b.yaml"), "encoder.pretrained=run/export"])
+        assert (config.encoder.model, config.encoder.config) == ("my.module:Class", {"a": 1})
+
+    def test_fused(self):
+        assert parse([*VISION, "--fused"])[1] is True
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "args, message",
+        [
+            (["train.stepz=3"], "train.stepz: no such setting; did you mean train.steps?"),
+            (["trian.steps=3"], "trian.steps: no such setting; did you mean train.steps?"),
+            (["data.imagesize=32"], "data.imagesize: no such setting; did you mean data.image_size?"),
+            (["--fusedd"], "fusedd: no such setting; did you mean fused?"),
+            (["train=5"], "train: found 5, expected one of its settings"),
+            (["foo"], "'foo': expected key=value, such as train.steps=1000"),
+            (["mask.kind=blok"], "mask.kind: found 'blok', expected for vision one of block, random; did you mean block?"),
+            (["targets.norm=layr"], "targets.norm: found layr, expected one of none, layer, .*; did you mean layer?"),
+            (["train.steps=abc"], "train.steps: found abc, expected a whole number"),
+            (["train.steps=1.5"], "train.steps: found 1.5, expected a whole number"),
+            (["train.epochs=x"], "train.epochs: found x, expected a number or null"),
+            (["loss.scale=aut"], "loss.scale: found aut, expected a number or one of auto, mean; did you mean auto?"),
+            (["head.zero_init=maybe"], "head.zero_init: found maybe, expected true or false"),
+            (["data.crop_scale=[1]"], r"data.crop_scale: found \[1\], expected a list of 2 numbers"),
+            (["encoder.config=5"], "encoder.config: found 5, expected a mapping"),
+            (["optimizer.lr_scale.a=b"], "optimizer.lr_scale: found b, expected a mapping to numbers"),
+            (["data.path="], "data.path: found nothing, expected builtin, a file"),
+            (["data.crop_scale=[0.9,0.2]"], r"data.crop_scale: found \[0.9, 0.2\], expected the lower number first"),
+            (["mask.min_area=300"], "mask.min_area: found 300, expected at most mask.max_area=196"),
+            (["encoder.model=null"], "encoder: give either encoder.model .* or encoder.pretrained"),
+            (["--config"], "--config: found nothing, expected a YAML file or one of audio"),
+        ],
+    )
+    def test_one_clear_line(self, args, message):
+        found = refused(*VISION, *args)
+        assert re.fullmatch(message, found) or re.match(message, found)
+        assert "\n" not in found and "<class" not in found and "typing." not in found
+
+    def test_modality(self):
+        assert (
+            refused("modality=visoin") == "modality: found 'visoin', expected one of text, vision, audio; did you mean vision?"
+        )
+        assert "found None" in refused("--config", "vision/fairseq")
+        assert refused().startswith("no settings: d2v-train --config PRESET, one of ")
+
+    def test_masks_that_replace_more_than_all(self):
+        assert "mask.random_prob + mask.keep_prob: found 1.2" in refused(*TEXT, "mask.random_prob=.6", "mask.keep_prob=.6")
+
+    def test_blocks_without_room(self):
+        assert "expected at least 3" in refused(*TEXT, "data.block_size=2", "data.cross_documents=false")
+
+    @pytest.mark.parametrize(
+        "content, message",
+        [
+            ("train: 5", "train: found 5, expected a mapping of settings"),
+            ("a: [1", "not valid YAML"),
+            ("", "found NoneType, expected a mapping of settings"),
+            ("just words", "found str, expected a mapping of settings"),
+            ("{modality: vision, encoder: {modle: beit}}", "encoder.modle: no such setting; did you mean encoder.model"),
+            ("{modality: vision, foo: {a: 1}}", "foo: no such setting"),
+            ("{modality: vision, 1: 2}", "1: no such setting"),
+            (
+                "{modality: vision, encoder: {model: beit}, train: {steps: many}}",
+                "train.steps: found many, expected a whole number",
+            ),
+        ],
+    )
+    def test_files(self, tmp_path, content, message):
+        (tmp_path / "a.yaml").write_text(content)
+        assert message in refused("--config", str(tmp_path / "a.yaml"))
+
+
+def parameters():
+    """Every setting there is, with the arguments that lead to it."""
+    for args in (TEXT, VISION, AUDIO):
+        modality = args[0].partition("=")[2]
+        for kind in MASK_KINDS[modality]:
+            for name in inspect.signature(MASKS[kind]).parameters:
+                yield f"mask.{name}", [*args, f"mask.kind={kind}"]
+        for name in inspect.signature(data_class(modality)).parameters:
+            yield f"data.{name}", args
+    for section, cls in SECTIONS.items():
+        for field in dataclasses.fields(cls):
+            yield f"{section}.{field.name}", VISION
+
+
+# Independent of RANGES: the last value that makes sense, and the first that does not.
+BOUNDS = [
+    ("mask.prob", 0.99, 1),
+    ("mask.prob", 0.01, 0),
+    ("mask.length", 1, 0),
+    ("mask.count", 1, 0),
+    ("mask.dropout", 0, 1),
+    ("mask.min_aspect", 1, 0),
+    ("targets.top_k", 1, 0),
+    ("ema.start", 1, 1.01),
+    ("ema.end", 0, -0.1),
+    ("optimizer.lr", 1e-9, 0),
+    ("optimizer.lr", 1, ".inf"),
+    ("optimizer.lr", 1, ".nan"),
+    ("optimizer.betas", [0, 0.999], [0.9, 1]),
+    ("loss.beta", 0, -1),
+    ("head.layers", 0, -1),
+    ("schedule.warmup", 0, -1),
+    ("train.steps", 1, 0),
+    ("train.epochs", 0.1, 0),
+    ("train.batch_size", 1, 0),
+    ("train.accumulate", 1, 0),
+    ("train.workers", 0, -1),
+    ("train.max_broken", 1, 1.1),
+    ("train.seed", 2**63 - 1, -1),
+    ("data.flip", 1, 1.5),
+    ("data.image_size", 1, 0),
+    ("data.std", [1, 1, 0.1], [1, 1, 0]),
+    ("data.crop_scale", [0.1, 1], [0.1, 1.1]),
+    ("data.block_size", 2, 1),
+    ("data.vocab_size", 261, 260),
+    ("data.sample_rate", 1, 0),
+    ("data.max_seconds", 0.1, 0),
+    ("data.batch_seconds", 0.1, 0),
+    ("data.channel_prob", 0, 1),
+]
+
+
+class TestRanges:
+    @pytest.mark.parametrize("key, good, bad", BOUNDS)
+    def test_first_value_outside(self, key, good, bad):
+        message = refused(*dict(reversed(list(parameters())))[key], f"{key}={bad}")
+        assert message.startswith(f"{key}: found ") and "expected" in message
+
+    def test_last_values_inside(self):
+        together = {}
+        for key, good, _ in BOUNDS:
+            args = dict(reversed(list(parameters())))[key]
+            together.setdefault(tuple(args), []).append(f"{key}={good}")
+        for args, settings in together.items():
+            parse([*args, *settings])
+
+    def test_each_range_is_of_a_setting(self):
+        assert set(RANGES) <= {key for key, _ in parameters()}
+
+
+ARXYZAN = {
+    "text": """
+modality: text
+device: cuda
+train: {batch_size: 8, eval_batch_size: 8, num_epochs: 3, checkpoints_dir: out/text, log_dir: logs, save_ckpt_freq: 1}
+criterion: {loss_beta: 4}
+optimizer: {lr: 2e-4, weight_decay: 0.01}
+dataset: {name: wikitext-2-v1, mlm_probability: 0.2, valid_seq_lenghts: [10, 256], clean_dataset: true}
+model: {average_top_k_layers: 5, embed_dim: 64, num_classes: null, encoder_checkpoint: distilroberta-base,
+        normalize_targets: true, ema_decay: 0.998, ema_end_decay: 0.9999, ema_anneal_end_step: 1000}
+""",
+    "audio": """
+modality: audio
+device: cpu
+model: {encoder_checkpoint: facebook/wav2vec2-base, embed_dim: 768, average_top_k_layers: 4, head_layers: 2,
+        normalize_targets: false, ema_decay: 0.9998, ema_end_decay: 0.9999, ema_anneal_end_step: 300}
+dataset: {path: my/speech}
+optimizer: {lr: 0.0005}
+train: {batch_size: 2, num_epochs: 10, checkpoints_dir: out/audio}
+""",
+    "vision": """
+modality: vision
+device: cuda
+model: {encoder_checkpoint: microsoft/beit-base-patch16-224, average_top_k_layers: 6, head_layers: 2,
+        normalize_targets: true, ema_decay: 0.9998, ema_end_decay: 0.9999, ema_anneal_end_step: 300}
+dataset: {path: {train: pictures/train, test: pictures/test}, input_size: 224, interpolation: bicubic, num_mask_patches: 100,
+          max_mask_patches_per_block: 150, min_mask_patches_per_block: 12, imagenet_default_mean_and_std: false}
+train: {num_epochs: 8, batch_size: 16, shuffle: true}
+criterion: {loss_beta: 2}
+optimizer: {lr: 2e-3}
+""",
+}
+
+
+class TestArxyzan:
+    @pytest.fixture
+    def translated(self, request, tmp_path, capsys):
+        (tmp_path / "theirs.yaml").write_text(ARXYZAN[request.param])
+        config, _ = parse(["--config", str(tmp_path / "theirs.yaml")])
+        return config, capsys.readouterr().err
+
+    @pytest.mark.parametrize("translated", ["text"], indirect=True)
+    def test_text(self, translated):
+        config, said = translated
+        assert config.modality == "text" and config.encoder.pretrained == "distilroberta-base"
+        assert (config.targets.top_k, config.targets.source, config.targets.norm, config.targets.target_norm) == (
+            5,
+            "ffn",
+            "layer",
+            "layer",
+        )
+        assert (config.ema.start, config.ema.end, config.ema.anneal_steps) == (0.998, 0.9999, 1000)
+        assert (config.loss.beta, config.loss.scale, config.head.layers) == (4, 1.0, 2)
+        assert (config.optimizer.lr, config.optimizer.weight_decay) == (2e-4, 0.01)
+        assert (config.train.batch_size, config.train.epochs, config.train.output) == (8, 3, "out/text")
+        data = config.data
+        assert (data["path"], data["name"], data["tokenizer"], data["block_size"]) == (
+            "wikitext",
+            "wikitext-2-v1",
+            "distilroberta-base",
+            256,
+        )
+        mask = config.mask
+        assert (mask.prob, mask.length, mask.random_prob, mask.keep_prob, mask.keep_special, mask.loss_on) == (
+            0.2,
+            1,
+            0.1,
+            0.1,
+            True,
+            "selected",
+        )
+        for dropped in (
+            "dataset.clean_dataset",
+            "model.embed_dim",
+            "model.num_classes",
+            "train.log_dir",
+            "train.save_ckpt_freq",
+        ):
+            assert f"{dropped}: dropped" in said
+        assert "targets.top_k = 5: was model.average_top_k_layers" in said
+
+    @pytest.mark.parametrize("translated", ["audio"], indirect=True)
+    def test_audio(self, translated):
+        config, said = translated
+        assert (config.targets.norm, config.targets.target_norm, config.targets.top_k) == ("instance", "none", 4)
+        assert (config.ema.scope, config.head.layers, config.mask.prob) == ("encoder", 1, 0.65)
+        assert (config.data["path"], config.train.device, config.train.epochs) == ("my/speech", "cpu", 10)
+        assert "model.head_layers (2) was not read" in said
+
+    @pytest.mark.parametrize("translated", ["vision"], indirect=True)
+    def test_vision(self, translated):
+        config, said = translated
+        assert (config.targets.source, config.targets.norm, config.targets.target_norm) == ("block_output", "layer", "layer")
+        assert dataclasses.asdict(config.mask) == {"count": 100, "min_area": 12, "max_area": 150, "min_aspect": 0.3}
+        assert (config.data["path"], config.data["image_size"]) == ("pictures/train", 224)
+        assert tuple(config.data["mean"]) == tuple(config.data["std"]) == (0.5,) * 3
+        assert config.optimizer.lr == 0.002 and "dataset.interpolation: dropped" in said
+
+    def test_every_key_is_used_or_dropped_aloud(self):
+        for text in ARXYZAN.values():
+            theirs = yaml.safe_load(text)
+            _, changes = translate_arxyzan({**theirs, "extra": {"deep": {"key": 1}}})
+            assert "extra.deep.key: dropped, nothing here corresponds to it" in changes
+
+    def test_ours_are_not_theirs(self):
+        assert not is_arxyzan({"modality": "text", "encoder": {"model": "roberta"}})
+        assert not is_arxyzan({"modality": "text", "model": "roberta"})
+
+    def test_overrides_apply_on_top(self, tmp_path):
+        (tmp_path / "theirs.yaml").write_text(ARXYZAN["vision"])
+        config, _ = parse(["--config", str(tmp_path / "theirs.yaml"), "targets.top_k=2", "data.path=elsewhere"])
+        assert (config.targets.top_k, config.data["path"]) == (2, "elsewhere")

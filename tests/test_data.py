@@ -1,0 +1,612 @@
+"""Data sets against files whose content is known: what is read, cut, packed, masked, and by whom."""
+
+import collections
+import csv
+import itertools
+import json
+import os
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from d2v_fast.data import DataError, EpochBatches, find_files, is_local, make_loader
+from d2v_fast.data.audio import AudioData, count_samples, open_audio, read_audio, standardize
+from d2v_fast.data.builtin import SHAPES, WORDS, builtin_images, builtin_speech, builtin_text
+from d2v_fast.data.text import TextData, load_documents
+from d2v_fast.data.vision import ImageData, color_jitter, open_images, random_resized_crop, to_pixels, to_rgb
+from d2v_fast.masking import BlockMask, RandomMask, SpanMask, TokenMask
+
+RATE = 16_000
+WORDLIST = "alpha beta gamma delta dog runs over under épsilon 日本 ñandú naïve".split()
+
+
+class Encoder:
+    """What data ask of an encoder, without one: 4×4 patches, a frame of 400 samples every 320."""
+
+    hidden_size = 12
+
+    def __init__(self, kind="", **config):
+        self.kind, self.model = kind, torch.nn.Module()
+        self.model.config = type("Config", (), {"model_type": "bert", "pad_token_id": 0, **config})()
+
+    def positions(self, size):
+        return (size // 4, size // 4) if self.kind == "image" else max(0, (size - 400) // 320 + 1)
+
+
+def paragraphs(count, words=20, seed=0):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDLIST, words)) for _ in range(count)]
+
+
+def write_wave(path, wave, rate=RATE, **kwargs):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    soundfile.write(path, wave, rate, **kwargs)
+    return str(path)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    documents = paragraphs(60)
+    (tmp_path / "corpus.txt").write_text("\n".join(documents))
+    return str(tmp_path / "corpus.txt"), documents
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        folder = tmp_path / "images" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20 + i, 30, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return str(tmp_path / "images")
+
+
+@pytest.fixture
+def waves(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        write_wave(tmp_path / "waves" / f"s{i % 2}" / f"{i}.wav", 0.1 * rng.normal(size=RATE // 4 + 500 * i))
+    return str(tmp_path / "waves")
+
+
+def text_data(path, mask=None, **kwargs):
+    kwargs = {"block_size": 16, "vocab_size": 300} | kwargs
+    return TextData(path=path, mask=mask or TokenMask(0.3, 2), **kwargs)
+
+
+def image_data(path, mask=None, **kwargs):
+    data = ImageData(path=path, mask=mask or RandomMask(0.5), **{"image_size": 16} | kwargs)
+    data.fit_to(Encoder("image", image_size=data.image_size))
+    return data
+
+
+def audio_data(path, mask=None, **kwargs):
+    data = AudioData(path=path, mask=mask or SpanMask(0.5, 3), **{"min_seconds": 0.05, "max_seconds": 1.0} | kwargs)
+    data.fit_to(Encoder())
+    return data
+
+
+class TestEpochBatches:
+    def test_order_is_a_function_of_seed_and_epoch(self):
+        def order(seed, epoch):
+            return np.concatenate(EpochBatches(50, 5, seed).epoch(epoch)).tolist()
+
+        assert order(3, 7) == order(3, 7)
+        assert order(3, 7) != order(3, 8)
+        assert order(3, 7) != order(4, 7)
+
+    @pytest.mark.parametrize("lengths", [None, np.arange(60) % 17 + 1])
+    @pytest.mark.parametrize("world", [1, 3])
+    def test_ranks_share_every_sample_once_an_epoch(self, lengths, world):
+        ranks = [EpochBatches(60, 4, rank=rank, world=world, lengths=lengths).epoch(2) for rank in range(world)]
+        assert {len(batches) for batches in ranks} == {15 // world}
+        assert {len(batch) for batches in ranks for batch in batches} == {4}
+        assert sorted(np.concatenate([batch for batches in ranks for batch in batches])) == list(range(60))
+
+    @pytest.mark.parametrize("start", [1, 4, 5, 13])
+    def test_start_skips_exactly(self, start):
+        whole = list(itertools.islice(EpochBatches(22, 4), 20))
+        rest = list(itertools.islice(EpochBatches(22, 4, start=start), 20 - start))
+        assert rest == whole[start:]
+        assert [batch[0][0] for batch in whole[:11]] == [0] * 5 + [1] * 5 + [2]
+
+    def test_similar_lengths_share_a_batch(self):
+        lengths = np.random.default_rng(0).integers(1, 1000, 200)
+        batches = EpochBatches(200, 10, lengths=lengths).epoch(0)
+        assert max(np.ptp(lengths[batch]) for batch in batches) < 150
+        firsts = [lengths[batch].min() for batch in batches]
+        assert firsts != sorted(firsts)
+
+    def test_batches_fill_up_to_a_length(self):
+        lengths = np.random.default_rng(0).integers(1, 100, 90)
+        lengths[5] = 700
+        batches = EpochBatches(90, 8, lengths=lengths, max_batch_length=300).epoch(1)
+        assert sorted(np.concatenate(batches)) == list(range(90))
+        padded = [len(batch) * lengths[batch].max() for batch in batches]
+        assert [len(batch) for batch, size in zip(batches, padded, strict=True) if size > 300] == [1]
+        assert np.median(padded) > 200
+
+    def test_fewer_samples_than_a_batch(self):
+        assert [len(batch) for batch in EpochBatches(3, 16).epoch(0)] == [3]
+        with pytest.raises(DataError, match="fewer than the 4 processes"):
+            EpochBatches(3, 16, world=4).epoch(0)
+
+
+@pytest.mark.parametrize("kind", ["text", "images", "waves"])
+class TestPureFunctionOfKey:
+    @pytest.fixture
+    def data(self, kind, request):
+        if kind == "text":
+            return text_data(request.getfixturevalue("texts")[0], cross_documents=False)
+        path = request.getfixturevalue(kind)
+        return image_data(path) if kind == "images" else audio_data(path, crop=False, channel_prob=0.2)
+
+    def test_whatever_loads_it(self, data):
+        def batches(workers):
+            loader = make_loader(data, EpochBatches(len(data), 3, lengths=data.lengths), workers)
+            return list(itertools.islice(loader, 6))
+
+        alone, shared = batches(0), batches(2)
+        for one, other in zip(alone, shared, strict=True):
+            assert one.keys() == other.keys() and one["samples"] == other["samples"]
+            for name in one.keys() - {"samples", "broken", "epoch"}:
+                assert torch.equal(one[name], other[name]), name
+
+    def test_whatever_it_is_loaded_with(self, data):
+        def row(batch, i):
+            real = ~batch["padding_mask"][i] if "padding_mask" in batch else slice(None)
+            return batch["source"][i], batch["mask"][i][real]
+
+        one, other = data.__getitems__([(4, 2), (4, 5)]), data.__getitems__([(4, 1), (4, 3), (4, 2)])
+        (source, mask), (source_too, mask_too) = row(one, 0), row(other, 2)
+        size = min(source.shape[-1], source_too.shape[-1])  # padding is the one thing a batch may change
+        assert torch.equal(source[..., :size], source_too[..., :size])
+        assert torch.equal(mask, mask_too)
+
+    def test_epoch_and_seed_change_it(self, data):
+        masks = [data.__getitems__([(epoch, 2)])["mask"] for epoch in range(4)]
+        assert any(not torch.equal(masks[0], mask) for mask in masks[1:])
+
+
+class TestFiles:
+    def test_links_loops_and_hidden_files(self, tmp_path):
+        inner = tmp_path / "data" / "inner"
+        inner.mkdir(parents=True)
+        for name in ("a.png", "B.PNG", "._c.png", ".d.png", "e.txt"):
+            (inner / name).write_text("x")
+        (inner / ".cache").mkdir()
+        (inner / ".cache" / "f.png").write_text("x")
+        (inner / "up").symlink_to("..")
+        (tmp_path / "link").symlink_to("data")
+        found = find_files(str(tmp_path / "link"), (".png",))
+        assert [os.path.basename(file) for file in found] == ["B.PNG", "a.png"]
+
+    def test_patterns_and_odd_names(self, tmp_path):
+        for name in ("a[1].wav", "b.wav", "c.flac"):
+            (tmp_path / name).write_text("x")
+        assert find_files(str(tmp_path / "a[1].wav"), (".wav",)) == [str(tmp_path / "a[1].wav")]
+        assert find_files(str(tmp_path / "*"), (".wav",)) == [str(tmp_path / "a[1].wav"), str(tmp_path / "b.wav")]
+
+    @pytest.mark.parametrize("path, message", [("no", "no such file or folder"), (".", "no file with one of the endings .wav")])
+    def test_nothing_there(self, tmp_path, path, message):
+        with pytest.raises(DataError, match=message):
+            find_files(str(tmp_path / path), (".wav",))
+
+    def test_local_or_hub(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "here").mkdir()
+        names = ["here", "./there", "~/there", "/there", "there/", "there.txt", "there/*.wav"]
+        assert all(map(is_local, names))
+        assert not any(map(is_local, ["wikitext", "user/set", "teknium/OpenHermes-2.5"]))
+
+
+class TestImages:
+    def test_crops_keep_to_area_and_aspect(self):
+        y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
+        image = Image.fromarray(np.stack([x, y, x], axis=2))  # a pixel says where it is from
+        rng = np.random.default_rng(0)
+        areas, aspects = [], []
+        for _ in range(400):
+            crop = np.asarray(random_resized_crop(image, 8, (0.2, 0.6), (3 / 4, 4 / 3), rng), dtype=float)
+            assert crop.shape == (8, 8, 3)
+            # Away from the edges a pixel of the crop is w/8 (h/8) wide.
+            wide, high = (crop[4, 5, 0] - crop[4, 2, 0]) * 8 / 3, (crop[5, 4, 1] - crop[2, 4, 1]) * 8 / 3
+            areas.append(wide * high / 200**2)
+            aspects.append(wide / high)
+        assert 0.17 < min(areas) < 0.24 and 0.55 < max(areas) < 0.63
+        assert np.mean(areas) == pytest.approx(0.4, abs=0.03)
+        assert 0.71 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.41
+        assert np.mean(np.log(aspects)) == pytest.approx(0, abs=0.03)
+
+    @pytest.mark.parametrize("size", [(300, 1), (1, 300), (1, 1)])
+    def test_extreme_shapes(self, size):
+        image = Image.new("RGB", size, (9, 8, 7))
+        crop = random_resized_crop(image, 8, (0.08, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0))
+        assert np.array_equal(np.asarray(crop), np.tile(np.uint8([9, 8, 7]), (8, 8, 1)))
+
+    def test_to_pixels(self):
+        image = Image.new("RGB", (2, 3), (255, 0, 51))
+        image.putpixel((1, 2), (0, 255, 102))
+        pixels = to_pixels([image, image], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        assert pixels.shape == (2, 3, 3, 2) and pixels.dtype == np.float32
+        assert pixels[1, :, 0, 0] == pytest.approx([(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225], rel=1e-5)
+        assert pixels[1, :, 2, 1] == pytest.approx([-0.485 / 0.229, (1 - 0.456) / 0.224, (0.4 - 0.406) / 0.225], rel=1e-4)
+
+    def test_jitter_scales_brightness(self):
+        grey = Image.new("RGB", (4, 4), (100, 100, 100))  # contrast and saturation leave a grey plane as it is
+        rng = np.random.default_rng(0)
+        values = [np.asarray(color_jitter(grey, 0.4, rng)).mean() for _ in range(300)]
+        assert 59 <= min(values) < 65 and 135 < max(values) <= 140
+        assert np.mean(values) == pytest.approx(100, abs=5)
+
+    @pytest.mark.parametrize("flip", [0.0, 1.0])
+    def test_whole_image_without_augmentation(self, tmp_path, flip):
+        pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        data = image_data(str(tmp_path), crop_scale=(1, 1), crop_ratio=(1, 1), jitter=0, flip=flip, mean=(0,) * 3, std=(1,) * 3)
+        expected = pixels[:, ::-1] if flip else pixels
+        assert np.allclose(data.__getitems__([(0, 0)])["source"][0].numpy(), expected.transpose(2, 0, 1) / 255)
+
+    def test_every_mode_becomes_rgb(self):
+        colours = np.array([[[255, 0, 0], [0, 0, 255]]], dtype=np.uint8)
+        palette = Image.fromarray(colours).quantize(4)
+        assert np.array_equal(np.asarray(to_rgb(palette)), colours)
+        assert np.array_equal(np.asarray(to_rgb(Image.fromarray(np.dstack([colours, [[255, 0]]]).astype(np.uint8)))), colours)
+        assert np.asarray(to_rgb(Image.new("L", (1, 1), 7))).tolist() == [[[7] * 3]]
+        sixteen = Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16))
+        assert np.asarray(to_rgb(sixteen))[0, :, 0].tolist() == [0, 128, 255]
+        with pytest.raises(ValueError, match="floating-point"):
+            to_rgb(Image.new("F", (1, 1)))
+
+    def test_masks_have_the_grid_of_the_encoder(self, images):
+        batch = image_data(images, RandomMask(0.25)).__getitems__([(0, 0), (0, 3)])
+        assert batch["mask"].shape == (2, 16) and batch["mask"].sum(1).tolist() == [4, 4]
+        assert torch.equal(batch["mask"].flatten()[batch["index"]], torch.ones(8, dtype=torch.bool))
+        blocks = image_data(images, BlockMask(6, 2, 6), image_size=32).__getitems__([(0, 0)])["mask"]
+        assert blocks.shape == (1, 64) and 0 < blocks.sum() <= 6
+
+    def test_broken_files_are_named_and_the_rest_kept(self, images):
+        with open(f"{images}/a/0.png", "rb") as file:
+            whole = file.read()
+        for name, content in (("trunc.png", whole[: len(whole) // 2]), ("zero.png", b""), ("text.jpg", b"hello")):
+            with open(f"{images}/{name}", "wb") as file:
+                file.write(content)
+        data = image_data(images)
+        batch = data.__getitems__([(0, i) for i in range(len(data))])
+        assert len(data) == 15 and len(batch["samples"]) == len(batch["source"]) == len(batch["mask"]) == 12
+        assert sorted(os.path.basename(message.split(":")[0]) for _, message in batch["broken"]) == [
+            "text.jpg",
+            "trunc.png",
+            "zero.png",
+        ]
+        clean = data.__getitems__([(0, i) for i in batch["samples"]])
+        assert torch.equal(clean["source"], batch["source"]) and torch.equal(clean["mask"], batch["mask"])
+
+    def test_a_batch_of_nothing_but_broken(self, tmp_path):
+        (tmp_path / "a.png").write_bytes(b"")
+        batch = image_data(str(tmp_path)).__getitems__([(0, 0)])
+        assert batch["samples"] == [] and len(batch["broken"]) == 1 and "source" not in batch
+
+    def test_parquet_set(self, tmp_path, images):
+        import datasets
+
+        files = find_files(images, (".png",))
+        table = datasets.Dataset.from_dict({"image": files, "label": [-1, *range(1, 12)]})
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(12))
+        table.cast(features).to_parquet(str(tmp_path / "set" / "train-0.parquet"))
+        source = open_images(str(tmp_path / "set"))
+        assert np.array_equal(np.asarray(source.read(7)), np.asarray(Image.open(files[7])))
+        assert source.labels[7] == "7"
+
+    def test_size_must_be_the_encoders(self, images):
+        data = ImageData(path=images, mask=RandomMask(), image_size=16)
+        with pytest.raises(DataError, match=r"data.image_size=16: the encoder takes 32"):
+            data.fit_to(Encoder("image", image_size=32))
+
+
+class TestAudio:
+    @pytest.mark.parametrize(
+        "rate, channels, suffix", [(8000, 1, "wav"), (44100, 2, "flac"), (48000, 2, "wav"), (16000, 1, "flac")]
+    )
+    def test_resampling_keeps_duration_pitch_and_level(self, tmp_path, rate, channels, suffix):
+        t = np.arange(rate) / rate
+        tone = 0.5 * np.sin(2 * np.pi * 440 * t)
+        stereo = np.stack([tone, 0.5 * tone], axis=1)
+        path = write_wave(tmp_path / f"a.{suffix}", stereo if channels == 2 else tone, rate)
+        wave = read_audio(path, RATE)
+        assert wave.dtype == np.float32 and len(wave) == pytest.approx(RATE, abs=2)
+        assert count_samples(path, RATE) == pytest.approx(len(wave), abs=1)
+        spectrum = np.abs(np.fft.rfft(wave[:RATE] * np.hanning(len(wave[:RATE]))))
+        assert np.argmax(spectrum) * RATE / len(wave[:RATE]) == pytest.approx(440, abs=2)
+        assert wave[1000:-1000].std() == pytest.approx((0.375 if channels == 2 else 0.5) / np.sqrt(2), rel=0.01)
+
+    @pytest.mark.parametrize(
+        "subtype, error", [("PCM_U8", 1 / 127), ("PCM_16", 1e-4), ("PCM_24", 1e-6), ("FLOAT", 0), ("DOUBLE", 0)]
+    )
+    def test_sample_formats(self, tmp_path, subtype, error):
+        wave = np.float32(0.9) * np.random.default_rng(0).uniform(-1, 1, 1000).astype(np.float32)
+        assert np.abs(read_audio(write_wave(tmp_path / "a.wav", wave, subtype=subtype), RATE) - wave).max() <= error
+
+    def test_unreadable(self, tmp_path):
+        holed = np.ones(100)
+        holed[3] = np.nan
+        for wave, message in ((holed, "not finite"), (np.zeros(0), "no sample")):
+            with pytest.raises(ValueError, match=message):
+                read_audio(write_wave(tmp_path / "a.wav", wave, subtype="FLOAT"), RATE)
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            read_audio(str(tmp_path / "none.wav"), RATE)
+
+    def test_standardize(self):
+        wave = np.random.default_rng(0).normal(3, 5, 4000)
+        assert standardize(wave) == pytest.approx((wave - wave.mean()) / wave.std(), rel=1e-5)
+        assert np.array_equal(standardize(np.full(100, 0.25, dtype=np.float32)), np.zeros(100))
+
+    def test_crops_lie_within_their_recording(self, tmp_path):
+        sizes = [4000, 7000, 9000, 16000]
+        for i, size in enumerate(sizes):
+            write_wave(tmp_path / f"{i}.wav", np.arange(size) / 2**15, subtype="FLOAT")
+        data = audio_data(str(tmp_path), normalize=False, max_seconds=0.5, min_seconds=0)
+        starts = collections.defaultdict(set)
+        for epoch in range(40):
+            batch = data.__getitems__([(epoch, i) for i in (1, 2, 3)])
+            assert batch["source"].shape == (3, 7000)
+            for i, row in zip((1, 2, 3), batch["source"].numpy() * 2**15, strict=True):
+                assert np.array_equal(np.diff(row), np.ones(6999)) and 0 <= row[0] and row[-1] < sizes[i]
+                starts[i].add(row[0])
+        assert starts[1] == {0} and len(starts[2]) > 20 and len(starts[3]) > 20
+        assert max(starts[3]) > 7000 and min(starts[3]) < 2000
+        assert data.__getitems__([(0, 3)])["source"].shape == (1, 8000)  # max_seconds
+
+    def test_recordings_are_normalised_before_the_crop(self, tmp_path):
+        wave = np.random.default_rng(0).normal(size=16000) * np.linspace(0.01, 0.2, 16000)
+        path = write_wave(tmp_path / "a.wav", wave, subtype="FLOAT")
+        crop = audio_data(path, max_seconds=0.1).__getitems__([(0, 0)])["source"][0].numpy()
+        whole = (wave - wave.mean()) / wave.std()
+        start = np.argmin(np.abs(whole[: 16000 - 1600] - crop[0]))
+        assert crop == pytest.approx(whole[start : start + 1600], rel=1e-3)
+
+    def test_joined_clips_are_of_one_speaker(self, tmp_path):
+        with open(tmp_path / "metadata.csv", "w") as file:
+            rows = csv.writer(file)
+            rows.writerow(["file_name", "label", "speaker"])
+            for i in range(9):
+                write_wave(tmp_path / f"{i}.wav", np.full(1000 + i, (i % 3 + 1) / 8), subtype="FLOAT")
+                rows.writerow([f"{i}.wav", str(i), f"voice{i % 3}"])
+        data = audio_data(str(tmp_path), join_seconds=0.5, normalize=False)
+        for i in range(9):
+            wave = data.__getitems__([(0, i)])["source"][0].numpy()
+            assert 8000 <= len(wave) < 8000 + 1010
+            assert np.array_equal(np.unique(wave), [(i % 3 + 1) / 8])
+
+    def test_a_broken_clip_is_not_blamed_on_those_it_is_joined_to(self, waves):
+        bad = np.ones(RATE // 4)
+        bad[7] = np.nan
+        write_wave(f"{waves}/s0/bad.wav", bad, subtype="FLOAT")
+        data = audio_data(waves, join_seconds=1.0)
+        broken = [data.__getitems__([(epoch, i) for i in range(len(data))])["broken"] for epoch in range(3)]
+        assert [[os.path.basename(message.split(":")[0]) for _, message in each] for each in broken] == [["bad.wav"]] * 3
+
+    def test_padding(self, waves):
+        data = audio_data(waves, crop=False, min_seconds=0)
+        batch = data.__getitems__([(0, i) for i in range(10)])
+        lengths = [soundfile.info(file).frames for file in find_files(waves, (".wav",))]
+        frames = [(n - 400) // 320 + 1 for n in lengths]
+        assert batch["source"].shape == (10, max(lengths))
+        assert (~batch["padding_mask"]).sum(1).tolist() == frames
+        for row, mask, padding, n in zip(batch["source"], batch["mask"], batch["padding_mask"], lengths, strict=True):
+            assert row[n:].eq(0).all() and row[n - 1] != 0 and not (mask & padding).any() and mask.any()
+            assert not padding[: (n - 400) // 320 + 1].any()
+            assert row[:n].mean() == pytest.approx(0, abs=1e-4) and row[:n].var() == pytest.approx(1, abs=1e-2)
+
+    def test_short_recordings(self, tmp_path, caplog):
+        for i, seconds in enumerate((0.01, 0.3, 0.5)):
+            write_wave(tmp_path / f"{i}.wav", np.ones(int(seconds * RATE)))
+        with caplog.at_level("INFO"):
+            assert len(audio_data(str(tmp_path), min_seconds=0.1)) == 2
+        assert "1 recordings are shorter" in caplog.text
+        with pytest.raises(DataError, match=r"none of its 3 recordings is as long as data.min_seconds=9.*longest has 0.50 s"):
+            audio_data(str(tmp_path), min_seconds=9)
+        with pytest.raises(DataError, match=r"the shortest recording, 0.0100 s, gives 0 frames"):
+            audio_data(str(tmp_path), min_seconds=0)
+
+    def test_a_recording_shorter_than_its_header_says_spoils_no_batch(self, waves, monkeypatch):
+        data = audio_data(waves)
+        read = data.source.read
+        data.source.read = lambda i: read(i)[:50] if i == 1 else read(i)
+        batch = data.__getitems__([(0, 0), (0, 1), (0, 2)])
+        assert batch["samples"] == [0, 2] and "too short" in batch["broken"][0][1] and batch["source"].shape[1] >= 4000
+
+    def test_manifests(self, waves, tmp_path):
+        files = [os.path.relpath(file, tmp_path) for file in find_files(waves, (".wav",))][:3]
+        (tmp_path / "fairseq.tsv").write_text(f"{tmp_path}\n" + "".join(f"{file}\t4000\n" for file in files))
+        (tmp_path / "table.tsv").write_text("path\tlabel\n" + "".join(f"{file}\tx{i}\n" for i, file in enumerate(files)))
+        (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps({"file_name": f, "label": i}) for i, f in enumerate(files)))
+        (tmp_path / "excel.csv").write_bytes(
+            b"\xef\xbb\xbffile_name,label\r\n" + b"".join(f"{f},x\r\n".encode() for f in files)
+        )
+        for name in ("fairseq.tsv", "table.tsv", "lines.jsonl", "excel.csv"):
+            source = open_audio(str(tmp_path / name))
+            assert list(source.names) == [str(tmp_path / file) for file in files], name
+            assert np.array_equal(source.read(2), read_audio(source.names[2], RATE))
+        assert open_audio(str(tmp_path / "lines.jsonl")).labels == ["0", "1", "2"]
+        assert open_audio(str(tmp_path / "fairseq.tsv")).groups == [os.path.dirname(file).split("/")[-1] for file in files]
+
+    @pytest.mark.parametrize(
+        "name, content, message",
+        [
+            ("m.jsonl", '{"file_name": "a.wav"}\nnot json', "m.jsonl: not a manifest: Expecting value"),
+            ("m.jsonl", "[1, 2]", "row 1 has no file_name"),
+            ("m.csv", "a,b\n1,2", r"row 1 has no file_name, found \['a', 'b'\]"),
+            ("m.csv", "", "lists no file"),
+            ("m.tsv", "/root\n", "lists no file"),
+        ],
+    )
+    def test_bad_manifests(self, tmp_path, name, content, message):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=message):
+            open_audio(str(tmp_path / name))
+
+    def test_parquet_set(self, tmp_path, waves):
+        import datasets
+
+        files = find_files(waves, (".wav",))
+        rows = [{"bytes": open(file, "rb").read(), "path": None} for file in files]
+        table = datasets.Dataset.from_dict({"audio": rows, "speaker_id": list(range(10))})
+        table.cast_column("audio", datasets.Audio(decode=False)).to_parquet(str(tmp_path / "set.parquet"))
+        source = open_audio(str(tmp_path / "set.parquet"))
+        assert source.groups == [str(i) for i in range(10)]
+        assert np.array_equal(source.read(4), read_audio(files[4], RATE))
+        assert source.size(4) == soundfile.info(files[4]).frames
+
+    def test_channel_mask(self, waves):
+        data = audio_data(waves, channel_prob=0.5, channel_length=2)
+        masks = torch.cat([data.__getitems__([(epoch, i) for i in range(10)])["channel_mask"] for epoch in range(20)])
+        assert masks.shape == (200, Encoder.hidden_size) and masks.dtype == torch.bool
+        assert 0.3 < masks.float().mean() < 0.5  # spans of half the channels, some overlap
+
+
+class TestText:
+    def test_packed_blocks_are_the_corpus(self, texts):
+        path, documents = texts
+        data = text_data(path)
+        ids = data.tokenizer(documents, add_special_tokens=False)["input_ids"]
+        stream = [token for document in ids for token in [*document, data.tokenizer.sep_token_id]]
+        blocks = data.__getitems__([(0, i) for i in range(len(data))])["target"].tolist()
+        assert {len(block) for block in blocks} == {16} and {block[0] for block in blocks} == {data.tokenizer.cls_token_id}
+        packed = [token for block in blocks for token in block[1:]]
+        assert packed == stream[: len(packed)] and len(stream) - len(packed) < 15
+
+    def test_blocks_without_crossing_documents(self, texts):
+        path, documents = texts
+        data = text_data(path, cross_documents=False)
+        batch = data.__getitems__([(0, i) for i in range(len(data))])
+        padding = batch.get("padding_mask", torch.zeros_like(batch["mask"]))
+        blocks = [row[~pad].tolist() for row, pad in zip(batch["target"], padding, strict=True)]
+        assert [len(block) for block in blocks] == data.lengths.tolist() and max(map(len, blocks)) == 16
+        assert batch["target"][padding].eq(data.tokenizer.pad_token_id).all()
+        cls, sep = data.tokenizer.cls_token_id, data.tokenizer.sep_token_id
+        rest = [data.tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
+        for block in blocks:
+            assert block[0] == cls and block[-1] == sep and sep not in block[:-1]
+            assert rest[0][: len(block) - 2] == block[1:-1]
+            del rest[0][: len(block) - 2]
+            if not rest[0]:
+                rest.pop(0)
+        assert rest == []
+
+    def test_unicode_survives(self, tmp_path):
+        long = " ".join([*paragraphs(1, 500), "😀 ümlaut\u200bzero-width ﷽"])
+        (tmp_path / "a.txt").write_text(f"\n\n  \n{long}\n")
+        data = text_data(str(tmp_path / "a.txt"), cross_documents=False, block_size=10_000)
+        ids = data.__getitems__([(0, 0)])["target"][0]
+        assert len(data) == 1 and data.tokenizer.decode(ids, skip_special_tokens=True).strip() == long
+
+    def test_only_masked_positions_change(self, texts):
+        mask = TokenMask(0.5, 1, random_prob=0.3, keep_prob=0.2, loss_on="selected")
+        data = text_data(texts[0], mask)
+        batch = data.__getitems__([(0, i) for i in range(len(data))])
+        changed = batch["source"] != batch["target"]
+        assert not (changed & ~batch["mask"]).any()
+        is_mask = batch["source"] == data.tokenizer.mask_token_id
+        assert 0.4 < is_mask.sum() / batch["mask"].sum() < 0.6
+        assert (changed & ~is_mask).sum() / batch["mask"].sum() > 0.2
+
+    def test_teacher_input_masked_only(self, texts):
+        full, only = text_data(texts[0]), text_data(texts[0], teacher_input="masked_only")
+        keys = [(0, i) for i in range(10)]
+        a, b = full.__getitems__(keys), only.__getitems__(keys)
+        assert torch.equal(a["source"], b["source"]) and torch.equal(a["mask"], b["mask"])
+        assert torch.equal(b["target"][b["mask"]], a["target"][a["mask"]])
+        assert b["target"][~b["mask"]].eq(only.tokenizer.pad_token_id).all()
+        assert torch.equal(b["target_padding_mask"], ~b["mask"]) and "target_padding_mask" not in a
+
+    def test_vocabulary(self, texts):
+        data = text_data(texts[0])
+        tokens = data.tokenizer.convert_ids_to_tokens(list(range(data.vocabulary.size)))
+        special = {"<s>", "</s>", "<pad>", "<unk>", "<mask>"}
+        assert {tokens[i] for i in np.flatnonzero(data.vocabulary.special)} == special
+        assert data.vocabulary.continues.tolist() == [not t.startswith("Ġ") and t not in special for t in tokens]
+        counted = collections.Counter(data.ids.tolist())
+        assert data.vocabulary.counts.tolist() == [counted[i] for i in range(data.vocabulary.size)]
+        assert data.vocabulary.size <= 300
+
+    def test_every_format_reads_the_same(self, tmp_path):
+        import datasets
+
+        documents = paragraphs(30)
+        (tmp_path / "a.txt").write_text("\n".join(documents))
+        table = datasets.Dataset.from_dict({"n": list(range(30)), "text": documents})
+        table.to_parquet(str(tmp_path / "a.parquet"))
+        table.to_csv(str(tmp_path / "a.csv"))
+        table.to_json(str(tmp_path / "a.jsonl"))
+        ids = [text_data(str(tmp_path / f"a.{suffix}")).ids.tolist() for suffix in ("txt", "parquet", "csv", "jsonl")]
+        assert ids[0] == ids[1] == ids[2] == ids[3]
+
+    def test_tokenizer_of_a_run(self, texts, tmp_path):
+        data = text_data(texts[0])
+        data.tokenizer.save_pretrained(tmp_path / "tokenizer")
+        again = text_data(texts[0], tokenizer=str(tmp_path / "tokenizer"))
+        assert np.array_equal(again.ids, data.ids) and again.vocabulary.mask_id == data.vocabulary.mask_id
+
+    @pytest.mark.parametrize(
+        "files, kwargs, message",
+        [
+            ({"a.txt": "two words"}, {"block_size": 64}, "tokens are fewer than one block of data.block_size=64"),
+            ({"a.txt": ""}, {}, "holds no text"),
+            ({"a.txt": "\n \n"}, {}, "no text in column 'text'"),
+            ({"a.txt": "x", "b.csv": "text\nx"}, {}, "found files ending in .csv, .txt, expected one kind"),
+            ({"a.txt": "fine", "b.txt": "caf\xe9"}, {}, r"b.txt: cannot be read: 'utf-8' codec"),
+            ({"a.jsonl": '{"text": "a"}\n}{'}, {}, "a.jsonl: cannot be read"),
+            ({"a.parquet": "PAR1"}, {}, "a.parquet: cannot be read"),
+            ({"a.csv": "body,title\nx,y"}, {}, "data.column: found None, expected .* body, title"),
+            ({"a.csv": "body,title\nx,y"}, {"column": "bdy"}, "data.column: found bdy"),
+            ({"a.txt": "x y z"}, {"tokenizer": "./nowhere"}, "data.tokenizer=./nowhere: cannot be loaded"),
+        ],
+    )
+    def test_bad_input(self, tmp_path, files, kwargs, message):
+        for name, content in files.items():
+            (tmp_path / name).write_text(content, encoding="latin-1")
+        with pytest.raises(DataError, match=message):
+            text_data(str(tmp_path), **kwargs)
+
+    def test_encoder_must_fit(self, texts):
+        data = text_data(texts[0])
+        with pytest.raises(DataError, match=r"tokens exceed the encoder's vocab_size of 50"):
+            data.fit_to(Encoder(vocab_size=50))
+        with pytest.raises(DataError, match=r"data.block_size=16: the encoder has 12 positions"):
+            data.fit_to(Encoder(max_position_embeddings=12))
+        with pytest.raises(DataError, match=r"the encoder has 14 positions"):
+            data.fit_to(Encoder(max_position_embeddings=16, model_type="roberta", pad_token_id=1))
+        own = Encoder()
+        own.model = torch.nn.Sequential(torch.nn.Embedding(20, 4))
+        with pytest.raises(DataError, match="vocab_size of 20"):
+            data.fit_to(own)
+
+    def test_unreachable_set(self):
+        with pytest.raises(DataError, match=r"data.path=no/such: no such file or folder here, and as a Hugging Face data set"):
+            load_documents("no/such", None, "train")
+
+
+class TestBuiltin:
+    def test_splits_differ_and_repeat(self):
+        train, test = builtin_text("train"), builtin_text("test")
+        assert not set(train) & set(test) and sum(map(len, test)) > 0.05 * sum(map(len, train)) > 10_000
+        first = [np.asarray(builtin_images(split).read(0)) for split in ("train", "test", "train")]
+        assert np.array_equal(first[0], first[2]) and not np.array_equal(first[0], first[1])
+        with pytest.raises(DataError, match=r"data.split=dev"):
+            builtin_text("dev")
+
+    def test_images_are_balanced_classes(self):
+        source = builtin_images("train")
+        assert collections.Counter(source.labels) == dict.fromkeys(SHAPES, len(source) // 10)
+        assert all(np.asarray(source.read(i)).shape == (32, 32, 3) and np.asarray(source.read(i)).std() > 5 for i in range(20))
+
+    def test_speech_is_audible(self):
+        source = builtin_speech("test")
+        assert set(source.labels) == set(WORDS) and len(set(source.groups)) == 8
+        for i in range(10):
+            wave = source.read(i)
+            assert 0.2 * RATE < len(wave) < 1.2 * RATE and 0.03 < wave.std() < 0.5 and np.isfinite(wave).all()
