@@ -229,7 +229,8 @@ class AudioData(PretrainingData):
         self.frames, self.channels = encoder.positions, encoder.hidden_size
         if self.frames(self.sample_rate) == self.sample_rate:
             raise DataError(
-                f"encoder.model: {type(encoder.model).__name__} needs a method positions(samples) that returns the number of frames"
+                f"encoder.model: {type(encoder.model).__name__} needs a method positions(samples) that returns "
+                "the number of frames"
             )
         shortest = int(self.lengths[self.lengths > 0].min(initial=self.max_samples))
         if self.frames(shortest) < 2:
