@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -222,6 +223,21 @@ def test_the_authors_initialisation():
         assert float(block.attention.o_proj.weight.std()) == pytest.approx(float(inner) / (2 * depth) ** 0.5, rel=0.08)
     assert float(encoder.mask_token.std()) == pytest.approx(0.02 * 0.54, rel=0.3)
     assert (encoder.model.shared_position_bias.relative_position_bias_table == 0).all()
+
+
+def test_the_initialisation_of_mae():
+    encoder = build_encoder("vit", config=CONFIGS["vit"], init="mae")
+    positions = encoder.model.embeddings.position_embeddings
+    assert not positions.requires_grad and (positions[0, 0] == 0).all()
+    row, column, i = 2, 3, 5  # of a grid of 4 × 4, 32 channels: 8 frequencies
+    omega = 1 / 10_000 ** (i / 8)
+    found = positions[0, 1 + 4 * row + column, [i, 8 + i, 16 + i, 24 + i]].tolist()
+    expected = [math.sin(column * omega), math.cos(column * omega), math.sin(row * omega), math.cos(row * omega)]
+    assert found == pytest.approx(expected, abs=1e-6)
+    weight = encoder.blocks[0].mlp.fc1.weight
+    assert float(weight.detach().abs().max()) == pytest.approx(math.sqrt(6 / (32 + 48)), rel=0.02)
+    with pytest.raises(ValueError, match="is for images"):
+        build_encoder("roberta", config=CONFIGS["roberta"], init="mae")
 
 
 class NoBlocks(nn.Module):
