@@ -42,8 +42,8 @@ class EncoderConfig:
         model: Model type of transformers (roberta, beit, wav2vec2, data2vec-audio, …) or your own "package.module:Class".
         pretrained: Hub name or folder to start from instead of random weights.
         config: Fields of the model's configuration class, such as encoder.config.num_hidden_layers.
-        init: hf = as transformers does; for images also data2vec = as its authors do (spec 3.3), mae = Xavier weights and
-            fixed sin-cos positions (spec 4.1).
+        init: hf = as transformers does; for images also data2vec = as its authors do (spec 3.3), sincos = with fixed
+            sin-cos positions (spec 4.1).
         layers: Path of the list of blocks, where it is not found by itself.
         ffn: Path inside a block of the FFN output, where it is not the block's last Linear.
         feature_grad_mult: Scale of the gradient into the convolutions of a speech encoder.
@@ -53,7 +53,7 @@ class EncoderConfig:
     model: str | None = None
     pretrained: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    init: Literal["hf", "data2vec", "mae"] = "hf"
+    init: Literal["hf", "data2vec", "sincos"] = "hf"
     layers: str | None = None
     ffn: str | None = None
     feature_grad_mult: float = 1.0

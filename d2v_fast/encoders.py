@@ -337,7 +337,7 @@ def build_encoder(
     model: str | None = None,
     pretrained: str | None = None,
     config: dict[str, Any] | None = None,
-    init: Literal["hf", "data2vec", "mae"] = "hf",
+    init: Literal["hf", "data2vec", "sincos"] = "hf",
     layers: str | None = None,
     ffn: str | None = None,
     feature_grad_mult: float = 1.0,
@@ -349,8 +349,8 @@ def build_encoder(
         model: Model type of transformers ("roberta", "beit", "wav2vec2", "data2vec-audio", …) or "package.module:Class".
         pretrained: Hub name or folder to load instead of starting from random weights.
         config: Fields of the configuration class (of the constructor for your own class).
-        init: "data2vec" re-initialises a random BEiT or ViT as the authors do (spec 3.3); "mae" as MAE and data2vec 2.0
-            do, with Xavier weights and fixed sin-cos positions (spec 4.1).
+        init: "data2vec" re-initialises a random BEiT or ViT as the authors do (spec 3.3); "sincos" gives it the fixed
+            sin-cos positions of MAE and data2vec 2.0 (spec 4.1).
         layers: Path of the block list, where it is not found by itself.
         ffn: Path inside a block of the FFN output, where it is not the last Linear.
         feature_grad_mult: Gradient scale of the convolutions of a speech encoder.
@@ -410,7 +410,7 @@ def build_encoder(
     if init != "hf" and pretrained is None:
         if not isinstance(encoder, PatchEncoder):
             raise ValueError(f"encoder.init={init!r}: is for images, found {type(encoder.model).__name__}")
-        (_init_data2vec if init == "data2vec" else _init_mae)(encoder)
+        (_init_data2vec if init == "data2vec" else _init_sincos)(encoder)
     return encoder
 
 
@@ -452,14 +452,11 @@ def _init_data2vec(encoder: PatchEncoder) -> None:
 
 
 @torch.no_grad()
-def _init_mae(encoder: PatchEncoder) -> None:
-    """Xavier-uniform matrices; absolute positions become sines and cosines of column and row, and stay so (spec 4.1)."""
-    for name, parameter in encoder.named_parameters():
-        if parameter.ndim > 1 and not name.endswith(("position_embeddings", "_token", "bias_table")):
-            nn.init.xavier_uniform_(parameter.flatten(1))
+def _init_sincos(encoder: PatchEncoder) -> None:
+    """Absolute positions become sines and cosines of column and row, as in MAE, and stay so (spec 4.1)."""
     positions = encoder.model.embeddings.position_embeddings
     if positions is None:
-        return
+        raise ValueError(f"encoder.init='sincos': {type(encoder.model).__name__} has no absolute positions")
     high, wide = encoder.positions(0)
     omega = 10_000 ** -(torch.arange(encoder.hidden_size // 4) / (encoder.hidden_size // 4))
     column, row = torch.arange(wide).repeat(high), torch.arange(high).repeat_interleave(wide)
