@@ -32,7 +32,8 @@ def translate_arxyzan(settings: dict[str, Any]) -> tuple[dict[str, Any], list[st
         for section in sections:
             place = place.setdefault(section, {})
         place[name] = value
-        changes.append(f"{key} = {value}: {why}")
+        if why != f"was {key}":
+            changes.append(f"{key} = {value}: {why}")
 
     def move(old: str, new: str) -> None:
         if (value := take(old)) is not None:
@@ -99,7 +100,7 @@ def translate_arxyzan(settings: dict[str, Any]) -> tuple[dict[str, Any], list[st
     changes.append(
         "optimizer: AdamW, warm-up and cosine decay (schedule.*); it was Adam at a constant rate, weight_decay unread"
     )
-    changes.append("teacher sees the whole input, padding is masked, EMA is in the checkpoint (spec 7.1: A5, A6, E2)")
+    changes.append("teacher sees the whole input, padding is masked (spec 7.1: A5, A6)")
     for key in sorted(_leaves(settings) - used):
         changes.append(f"{key}: dropped, nothing here corresponds to it")
     return out, changes
