@@ -42,8 +42,8 @@ class EncoderConfig:
         model: Model type of transformers (roberta, beit, wav2vec2, data2vec-audio, …) or your own "package.module:Class".
         pretrained: Hub name or folder to start from instead of random weights.
         config: Fields of the model's configuration class, such as encoder.config.num_hidden_layers.
-        init: hf = as transformers does; for images also data2vec = as its authors do (spec 3.3), sincos = with fixed
-            sin-cos positions (spec 4.1).
+        init: hf = as transformers does; for images also data2vec = as its authors do, sincos = with fixed
+            sin-cos positions.
         layers: Path of the list of blocks, where it is not found by itself.
         ffn: Path inside a block of the FFN output, where it is not the block's last Linear.
         feature_grad_mult: Scale of the gradient into the convolutions of a speech encoder.
@@ -207,7 +207,7 @@ class TrainConfig:
 
 @dataclass
 class CollapseConfig:
-    """When a run counts as collapsed (spec 1.7).
+    """When a run counts as collapsed.
 
     Args:
         target_std: Least std of the targets.
@@ -469,6 +469,7 @@ def _parser(modality: str, kind: str) -> ArgumentParser:
 
     parser = ArgumentParser(
         prog="d2v-train",
+        usage="d2v-train --config PRESET|FILE [key=value ...]",
         description=DESCRIPTION + ", ".join(presets()),
         formatter_class=Help,
         exit_on_error=False,

@@ -98,7 +98,7 @@ class SpanMask:
             "none" leaves counts ragged. This is the one setting by which a mask depends on its batch.
         dropout: Share of masked positions that is uncovered again.
         last_start: Whether the last possible start is drawn; the reference code never draws it, so that its last frame is
-            never masked (spec quirk Q7).
+            never masked.
     """
 
     prob: float = 0.65
@@ -268,7 +268,7 @@ class TokenMask:
         whole_words: Choose words and mask all their tokens.
         keep_special: Never select special tokens; the reference code may mask <s> and </s>.
         frequency_weighted: Draw random tokens by their frequency in the corpus and not uniformly.
-        loss_on: Score all "selected" tokens, or as the reference does only those that became the "mask_token" (quirk Q18).
+        loss_on: Score all "selected" tokens, or as the reference does only those that became the "mask_token".
     """
 
     prob: float = 0.35

@@ -1,4 +1,4 @@
-"""Text: documents → tokens → packed blocks → masked source, full target, mask (spec 3.2)."""
+"""Text: documents → tokens → packed blocks → masked source, full target, mask."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class TextData(PretrainingData):
         vocab_size: Size of a trained tokenizer.
         block_size: Tokens a sample, <s> included.
         cross_documents: Pack across documents, </s> between them; without, each document (row) fills blocks of its own.
-        teacher_input: "full", or as the reference code does "masked_only" (spec 3.2, the trap).
+        teacher_input: "full", or "masked_only" as in the reference code, whose teacher sees the masked tokens alone.
         mask: How blocks are masked.
         seed: Seed of masks and order.
     """
