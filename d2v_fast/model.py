@@ -5,7 +5,6 @@ Baevski et al. 2022, section 3; spec section 1. Nothing here knows whether the i
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,7 +91,7 @@ class Data2Vec(nn.Module):
         super().__init__()
         self.student = encoder
         self.teacher = EMATeacher(
-            copy.deepcopy(encoder),
+            encoder,
             ema_start,
             ema_end,
             ema_anneal_steps,

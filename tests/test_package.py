@@ -1,0 +1,41 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import d2v_fast
+
+ROOT = Path(d2v_fast.__file__).parents[1]
+
+
+def loaded_by(statement):
+    code = f"import sys; {statement}; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
+
+
+def test_public_names_are_frozen():
+    assert d2v_fast.__all__ == [
+        "__version__", "Data2Vec", "Data2VecLoss", "EMATeacher", "Encoder", "build_encoder", "data2vec_loss", "wrap",
+    ]  # fmt: skip
+    assert all(getattr(d2v_fast, name) is not None for name in d2v_fast.__all__)
+
+
+def test_the_package_loads_nothing_before_it_is_used():
+    assert not loaded_by("import d2v_fast") & {"torch", "transformers", "datasets"}
+
+
+def test_loss_teacher_and_model_need_torch_alone():
+    """The parts that run on a bare GPU machine do not ask for the libraries of the data and the loop."""
+    heavy = {"transformers", "datasets", "accelerate", "jsonargparse", "soundfile", "sklearn", "PIL"}
+    assert not loaded_by("from d2v_fast import Data2Vec, Data2VecLoss, EMATeacher, data2vec_loss") & heavy
+
+
+def test_no_package_called_kernels():
+    """transformers would import it in place of Hugging Face's."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_presets_are_in_the_wheel():
+    assert 'package_data={"d2v_fast": ["presets/*/*.yaml"' in (ROOT / "setup.py").read_text()
+    assert len(list((ROOT / "d2v_fast" / "presets").glob("*/*.yaml"))) == len(
+        list((ROOT / "d2v_fast" / "presets").rglob("*.yaml"))
+    )
