@@ -196,6 +196,11 @@ def test_heads():
     assert [tuple(p.shape) for p in regression_head(8, 1).parameters()] == [(8, 8), (8,)]
     assert [tuple(p.shape) for p in regression_head(8, 2).parameters()] == [(16, 8), (16,), (8, 16), (8,)]
     assert [m.out_features for m in regression_head(8, 3) if hasattr(m, "out_features")] == [16, 16, 8]
+    head, x = regression_head(8, 2), torch.randn(3, 8)
+    (a, a_bias), (b, b_bias) = [(m.weight, m.bias) for m in head if hasattr(m, "weight")]
+    inner = x @ a.T + a_bias
+    gelu = inner * (1 + torch.erf(inner / 2**0.5)) / 2
+    assert torch.allclose(head(x), gelu @ b.T + b_bias, atol=1e-6)
     assert (regression_head(8, 2, zero_init=True)(torch.randn(3, 8)) == 0).all()
 
 
