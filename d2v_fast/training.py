@@ -207,6 +207,7 @@ class Trainer:
 
     def __init__(self, config: Config):
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
         self.config = config
@@ -215,6 +216,7 @@ class Trainer:
         self.folder = Path(config.train.output)
         if (self.folder / "log.jsonl").exists():
             raise ConfigError(f"train.output={self.folder}: holds a run already; choose another folder")
+        AcceleratorState._reset_state()  # else a second run in this process could not have another precision
         parallel = DistributedDataParallelKwargs()
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
@@ -266,7 +268,8 @@ class Trainer:
             log.info("%d samples, %d steps, %s, run in %s", len(self.data), self.steps, place, self.folder)
         self.model.train()
         stream, window, step = self._batches(), Window(self.device), 0
-        progress = tqdm(total=self.steps, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05, delay=0)
+        quiet = {} if main else {"disable": True}  # not False, which would overrule TQDM_DISABLE
+        progress = tqdm(total=self.steps, unit="step", dynamic_ncols=True, smoothing=0.05, delay=0, **quiet)
         try:
             with StopRequest() as stop, RunLog(self.folder if main else None) as run_log, progress as bar:
                 while step < self.steps and not self._agreed(stop.asked):

@@ -178,9 +178,9 @@ class TestMessages:
             ([*VISION, "encoder.model=biet"], "encoder.model='biet': not a model type of transformers; did you mean"),
             (
                 [*VISION, "encoder.config.hidden_sise=8"],
-                "encoder.config.hidden_sise: BeitConfig has no such field; did you mean",
+                "encoder.config.hidden_sise: ViTConfig has no such field; did you mean",
             ),
-            ([*VISION, "targets.top_k=3"], "found 3, but BeitModel has 2 layers"),
+            ([*VISION, "targets.top_k=3"], "found 3, but ViTModel has 2 layers"),
             ([*VISION, "data.path=nowhere/"], "data.path=nowhere/: no such file or folder"),
             ([*VISION, "data.path=~/nowhere"], "nowhere: no such file or folder"),
             ([*VISION, "data.path=some/set"], "no such file or folder here, and as a Hugging Face data set"),

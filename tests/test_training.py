@@ -28,6 +28,7 @@ SMALL = {
 
 def arguments(modality, folder, *more):
     settings = [*SMALL[modality].split(), "train.batch_size=4", "train.steps=4", "train.workers=0", "train.log_every=2"]
+    settings.append("train.precision=fp32")
     return ["--config", f"{modality}/tiny", *settings, f"train.output={folder}", *more]
 
 
@@ -183,6 +184,14 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     training.train(config("vision", tmp_path / "run"))
     with pytest.raises(ConfigError, match="holds a run already"):
         Trainer(config("vision", tmp_path / "run"))
+
+
+def test_runs_of_one_process_may_differ_in_precision(tmp_path):
+    for precision in ("fp32", "bf16", "fp32"):
+        trainer = Trainer(config("vision", tmp_path / precision, f"train.precision={precision}"))
+        assert trainer.accelerator.mixed_precision == {"fp32": "no"}.get(precision, precision)
+        trainer.step([next(trainer._batches())])
+        assert all(p.dtype == torch.float32 for p in trainer.core.parameters())
 
 
 def test_epochs_replace_steps(tmp_path):
