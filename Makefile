@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DEMO ?= audio/tiny
+DEMO ?= vision/tiny
 RUN ?= runs/demo
 
 .PHONY: demo test test-slow lint clean
