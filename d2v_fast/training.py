@@ -34,6 +34,10 @@ PROGRESS = (
     "loss {loss:.4f}  target std {target_std:.3f}  prediction std {prediction_std:.3f}  "
     "{samples_per_s:.1f} samples/s  data wait {data_wait:.0%}"
 )
+SUMMARY = (
+    "step {step}: loss {loss:.4f}, target std {target_std:.3f}, prediction std {prediction_std:.3f}, "
+    "feature std {feature_std:.3f}; student in {folder}"
+)
 
 
 def make_data(config: Config) -> PretrainingData:
@@ -267,7 +271,7 @@ class Trainer:
             place = f"{train.precision} on {self.device}" + (f" × {self.world}" if self.world > 1 else "")
             log.info("%d samples, %d steps, %s, run in %s", len(self.data), self.steps, place, self.folder)
         self.model.train()
-        stream, window, step = self._batches(), Window(self.device), 0
+        stream, window, step, record = self._batches(), Window(self.device), 0, None
         quiet = {} if main else {"disable": True}  # not False, which would overrule TQDM_DISABLE
         progress = tqdm(total=self.steps, unit="step", dynamic_ncols=True, smoothing=0.05, delay=0, **quiet)
         try:
@@ -290,6 +294,8 @@ class Trainer:
         finally:
             if step:  # whatever ended the run, what was learned is kept
                 self.export()
+        if main and record:
+            log.info(SUMMARY.format(folder=self.folder / "export", **record))
         if step < self.steps:
             log.warning("stopped at step %d of %d; the student so far is in %s", step, self.steps, self.folder / "export")
             return INTERRUPTED
