@@ -23,9 +23,7 @@ def runs(row):
 
 def every_mask(draws, size=60, lengths=None):
     """One mask of each kind, (B, size) or a grid of as many patches."""
-    rng = np.random.default_rng(0)
     ids = np.stack([np.random.default_rng(s).integers(5, 60, size) for s in draws.samples])
-    del rng
     yield SpanMask(0.65, 10)(draws, size, lengths)
     yield SpanMask(0.5, 6, length_kind="normal", length_other=2)(draws, size, lengths)
     yield SpanMask(0.5, 6, length_kind="uniform", length_other=2)(draws, size, lengths)
