@@ -324,8 +324,8 @@ def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None) ->
             f"{type(model).__name__} is neither a Hugging Face encoder of text, images or speech nor a module with the "
             "methods embed(inputs) and contextualize(features, padding_mask); see d2v_fast.encoders"
         )
-    for part in dict.fromkeys(p.split(".")[0] for p in adapter.local[:2]):
-        if not hasattr(model, part):
+    for part in adapter.local:
+        if part != adapter.mask_token_name and not hasattr(model, part):
             raise ValueError(
                 f"{type(model).__name__} has no {part!r}, so its features cannot be told from its context: "
                 "give it the methods embed and contextualize; see d2v_fast.encoders"
