@@ -1,7 +1,7 @@
 """Small data that needs no download: made here, or on any machine with Python already.
 
-Text is Python's own language reference (`pydoc` topics). Images are coloured shapes on textured grounds, speech is made of
-vowels and noises of several voices; both have ten classes, so that a probe can tell a trained encoder from an untrained one.
+Text is Python's own language reference (`pydoc` topics). Images are coloured shapes on textured grounds, speech is invented
+words in several voices; both have ten classes, so that a probe can tell a trained encoder from an untrained one.
 """
 
 from __future__ import annotations
@@ -104,47 +104,60 @@ def builtin_images(split: str) -> Source:
     return Source([f"builtin/{split}/{label}/{i}" for i, label in enumerate(labels)], read, labels)
 
 
-# First three formants in Hz of five vowels (Peterson and Barney 1952, men), and a noise band for two fricatives.
-FORMANTS = {
-    "a": (730, 1090, 2440),
-    "i": (270, 2290, 3010),
-    "u": (300, 870, 2240),
-    "e": (530, 1840, 2480),
-    "o": (570, 840, 2410),
+# Of each sound: three formants in Hz (of vowels: Peterson and Barney 1952, men), then the levels of the voice, of a low
+# and of a high hiss.
+SOUNDS = {
+    "a": (730, 1090, 2440, 1.0, 0.0, 0.0),
+    "e": (530, 1840, 2480, 1.0, 0.0, 0.0),
+    "i": (270, 2290, 3010, 0.8, 0.0, 0.0),
+    "o": (570, 840, 2410, 1.0, 0.0, 0.0),
+    "u": (300, 870, 2240, 0.8, 0.0, 0.0),
+    "m": (250, 1000, 2200, 0.3, 0.0, 0.0),
+    "n": (250, 1600, 2600, 0.3, 0.0, 0.0),
+    "l": (360, 1300, 2900, 0.5, 0.0, 0.0),
+    "r": (420, 1250, 1600, 0.5, 0.0, 0.0),
+    "f": (300, 1100, 2300, 0.0, 0.3, 0.0),
+    "s": (300, 1700, 2600, 0.0, 0.0, 0.5),
+    "z": (250, 1700, 2600, 0.3, 0.0, 0.3),
 }
-NOISES = {"s": 5500.0, "f": 3000.0}
-WORDS = ("sa", "fi", "uso", "ife", "osa", "eu", "aif", "use", "ofi", "ias")
+WORDS = ("masi", "luno", "fera", "sozi", "nelu", "zamo", "rifu", "fole", "suna", "mire")
 SPEAKERS = 8
 
 
 def _speak(word: str, speaker: int, rng: np.random.Generator, rate: int = 16_000) -> np.ndarray:
-    """A word as a chain of phonemes: harmonics under a formant envelope for vowels, filtered noise for fricatives."""
+    """A word: the pulses of a voice and noise, under a spectrum that glides from sound to sound."""
     voice = np.random.default_rng([77, speaker])
-    tract, pitch = voice.uniform(0.88, 1.2), voice.uniform(95, 230)
-    parts = []
-    for phoneme in word:
-        samples = int(rng.uniform(0.09, 0.2) * rate)
-        t = np.arange(samples) / rate
-        if phoneme in FORMANTS:
-            f0 = pitch * rng.uniform(0.9, 1.1) * (1 + 0.12 * rng.uniform(-1, 1) * t / t[-1])
-            phase = 2 * np.pi * np.cumsum(f0) / rate
-            harmonic = np.arange(1, int(4500 / f0.mean()))
-            formants = np.array(FORMANTS[phoneme]) * tract * rng.uniform(0.96, 1.04, 3)
-            distance = (harmonic[:, None] * f0.mean() - formants) / (60 + 0.06 * formants)
-            envelope = (1 / (1 + distance**2) * [1, 0.6, 0.3]).sum(1) / harmonic**0.4
-            sound = (envelope[:, None] * np.sin(harmonic[:, None] * phase)).sum(0)
-            sound = sound / np.abs(sound).max()
-        else:
-            spectrum = np.fft.rfft(rng.normal(size=samples))
-            frequency = np.fft.rfftfreq(samples, 1 / rate)
-            spectrum *= np.exp(-(((frequency - NOISES[phoneme] * tract) / 900) ** 2))
-            sound = np.fft.irfft(spectrum, samples)
-            sound = 0.4 * sound / np.abs(sound).max()
-        fade = np.minimum(1, np.minimum(t, t[::-1]) / 0.012)
-        parts.append(sound * fade)
-    pause = [np.zeros(int(rng.uniform(0.03, 0.12) * rate)) for _ in range(2)]
-    wave = np.concatenate([pause[0], *parts, pause[1]]) * rng.uniform(0.3, 1)
-    return (wave + rng.normal(0, 0.01, len(wave))).astype(np.float32)
+    tract, pitch = voice.uniform(0.85, 1.2), voice.uniform(95, 230)
+    hop = rate // 100
+    # A sound is held between two knots; from there to the next one everything moves in straight lines.
+    seconds = rng.uniform(0.7, 1.3) * rng.uniform(0.07, 0.15, len(word))
+    begin = np.cumsum(seconds) - seconds + rng.uniform(0.03, 0.1)
+    knots = np.stack([begin + 0.35 * seconds, begin + 0.65 * seconds], axis=1).ravel()
+    held = np.repeat([SOUNDS[sound] for sound in word], 2, axis=0)
+    held[:, :3] *= tract * rng.uniform(0.93, 1.07, (len(held), 3))
+    held[:, 3:] *= rng.uniform(0.6, 1.2, (len(held), 3))
+    held = np.pad(held, ((1, 1), (0, 0)), "edge")
+    held[[0, -1], 3:] = 0
+    knots = np.array([knots[0] - 0.05, *knots, knots[-1] + 0.05])
+    frames = int((knots[-1] + rng.uniform(0.02, 0.1)) * rate / hop)
+    track = np.stack([np.interp(np.arange(frames) * hop / rate, knots, column) for column in held.T])[..., None]
+
+    time = np.arange((frames + 1) * hop) / rate
+    f0 = pitch * rng.uniform(0.9, 1.1) * (1 + rng.uniform(-0.3, 0.15) * time)
+    pulses = np.diff(np.floor(np.cumsum(f0) / rate), prepend=0) * np.sqrt(rate / f0)
+    sources = np.stack([pulses, rng.normal(size=len(time))])
+    windows = np.lib.stride_tricks.sliding_window_view(sources, 2 * hop, axis=1)[:, ::hop]
+    pulses, noise = np.fft.rfft(windows * np.hanning(2 * hop + 1)[:-1])
+
+    f = np.fft.rfftfreq(2 * hop, 1 / rate)
+    peaks = [level / (1 + ((f - at) / (50 + 0.05 * at)) ** 2) for at, level in zip(track[:3], (1, 0.6, 0.4), strict=True)]
+    hiss = [level * np.exp(-(((f - at * tract) / 1000) ** 2)) for level, at in zip(track[4:], (2800, 5500), strict=True)]
+    microphone = 10 ** np.interp(f, np.linspace(0, rate / 2, 5), rng.normal(0, 0.2, 5))
+    spectrum = (pulses * track[3] * sum(peaks) / (1 + f / 1000) + noise * sum(hiss)) * microphone
+    pieces = np.fft.irfft(spectrum).reshape(frames, 2, hop)
+    wave = (pieces[1:, 0] + pieces[:-1, 1]).ravel()
+    wave += rng.normal(0, wave.std() * 10 ** rng.uniform(-1.75, -0.75), len(wave))
+    return (wave * rng.uniform(0.5, 1) / np.abs(wave).max()).astype(np.float32)
 
 
 def builtin_speech(split: str) -> Source:
