@@ -12,7 +12,7 @@ RUN ?= runs/demo
 .PHONY: demo test test-slow lint clean
 
 # torch first and by its exact version: a CPU build of it may be at hand, the newest one brings gigabytes of CUDA.
-$(BIN)/.installed: setup.py
+$(BIN)/.installed: setup.py CMakeLists.txt $(wildcard kernels/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e '.[dev,tensorboard]'
@@ -34,4 +34,4 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info d2v_fast/ops/*.so

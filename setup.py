@@ -1,6 +1,28 @@
+import subprocess
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).parent
+
+
+class CMakeBuild(build_ext):
+    """Builds the CPU kernels; as the extension is optional, a machine without cmake or compiler installs all the rest."""
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        try:
+            subprocess.run(["cmake", "-S", ROOT, "-B", build, f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}"], check=True)
+            subprocess.run(["cmake", "--build", build, "--parallel"], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"the CPU kernels were not built, the loss will run as plain PyTorch: {error}") from error
+
 
 setup(
     name="d2v-fast",
@@ -11,6 +33,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["d2v_fast", "d2v_fast.*"]),
     package_data={"d2v_fast": ["presets/*/*.yaml", "py.typed"]},
+    ext_modules=[Extension("d2v_fast.ops.libd2v_fast", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4",
@@ -26,7 +50,15 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard"],
-        "dev": ["hypothesis", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
+        "dev": [
+            "hypothesis",
+            "matplotlib",
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",
+            "ruff",
+            "triton>=3.6; platform_system == 'Linux'",
+        ],
     },
     entry_points={"console_scripts": ["d2v-train = d2v_fast.cli:train", "d2v-probe = d2v_fast.cli:probe"]},
 )

@@ -93,7 +93,7 @@ class LossConfig:
     beta: float = 0.0
     scale: float | Literal["auto", "mean"] = "auto"
     reduction: Literal["global", "local"] = "global"
-    impl: Literal["auto", "eager", "compile"] = "auto"
+    impl: Literal["auto", "eager", "compile", "native", "triton"] = "auto"
 
 
 @dataclass

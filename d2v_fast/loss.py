@@ -43,7 +43,7 @@ def data2vec_loss(
         padding_mask: (B, T) bool, True = padding: left out of the statistics over T and never scored.
         reduction: "mean" over scored positions (C is summed), or "sum".
         layout: Memory layout of the teacher layers.
-        impl: "auto", "eager" or "compile".
+        impl: "auto", "eager", "compile", "native" (CPU) or "triton" (GPU); `d2v_fast.ops` says which "auto" takes.
         return_stats: Also return the moments of targets and predictions at the scored positions.
 
     Returns:
@@ -59,7 +59,7 @@ def data2vec_loss(
         raise ValueError(f"layout: found {layout!r}, expected 'BTC' or 'TBC'")
     layers = [x.transpose(0, 1) if layout == "TBC" else x for x in teacher_layers]
     _check(predictions, layers, mask, norm, target_norm, beta, padding_mask, reduction)
-    loss, stats = loss_implementation(impl)(
+    loss, stats = loss_implementation(impl, predictions, layers, norm)(
         predictions,
         layers,
         mask,
@@ -69,7 +69,7 @@ def data2vec_loss(
         scale=predictions.shape[-1] ** -0.5 if scale is None else scale,
         padding_mask=padding_mask,
         reduction=reduction,
-        upcast=torch.promote_types(predictions.dtype, torch.float32),
+        stats=return_stats,
     )
     return (loss, stats) if return_stats else loss
 

@@ -1,13 +1,106 @@
-"""One operator, several implementations: the table of which exist and how one is chosen."""
+"""One operator, several implementations: which exist, which runs, and why.
+
+| impl    | runs on      | what it is                                                              |
+|---------|--------------|-------------------------------------------------------------------------|
+| eager   | everywhere   | `reference.py`, plain PyTorch under autograd; the only one with float64 |
+| compile | everywhere   | the same through `torch.compile`                                        |
+| native  | CPU          | `kernels/loss.cpp` through `native.py`                                  |
+| triton  | CUDA         | `triton_loss.py`; on a CPU with TRITON_INTERPRET=1                      |
+
+"auto" takes the last two where they can run and eager where not, and logs its choice once.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from d2v_fast.ops import reference
+from d2v_fast.ops.reference import LossStats, Moments
+
+logger = logging.getLogger(__name__)
+
+LOSS_IMPLEMENTATIONS = ("eager", "compile", "native", "triton")
+KERNELS = {"native": "d2v_fast.ops.native", "triton": "d2v_fast.ops.triton_loss"}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Everything a kernel computes in its one pass. `grad` · `factor` is the gradient: a kernel may leave scale and count to
+# `factor`, because 1/(√C·N) would push an fp16 gradient below its normal range.
+torch.library.define(
+    "d2v_fast::loss",
+    "(Tensor predictions, Tensor[] layers, Tensor mask, Tensor? padding_mask, str norm, str target_norm, float beta, "
+    "float scale, bool mean, bool stats, str impl) -> (Tensor loss, Tensor grad, Tensor factor, Tensor count, Tensor moments)",
+)
+torch.library.define("d2v_fast::scaled", "(Tensor x, Tensor factor) -> Tensor")
+
+
+@torch.library.impl("d2v_fast::loss", "CompositeExplicitAutograd")
+def _loss(predictions, layers, mask, padding_mask, norm, target_norm, beta, scale, mean, stats, impl):
+    kernel = importlib.import_module(KERNELS[impl]).loss
+    return kernel(predictions, layers, mask, padding_mask, norm, target_norm, beta, scale, mean, stats)
+
+
+@torch.library.register_fake("d2v_fast::loss")
+def _loss_fake(predictions, layers, mask, padding_mask, norm, target_norm, beta, scale, mean, stats, impl):
+    scalars = [predictions.new_empty((), dtype=torch.float32) for _ in range(3)]
+    grad = torch.empty_like(predictions, memory_format=torch.contiguous_format)
+    moments = predictions.new_empty((4, predictions.shape[-1] if stats else 0), dtype=torch.float32)
+    return scalars[0], grad, scalars[1], scalars[2], moments
+
+
+@torch.library.impl("d2v_fast::scaled", "CompositeExplicitAutograd")
+def _scaled(x, factor):
+    return (x.float() * factor).to(x.dtype) if x.is_cuda else x * factor.item()  # a Python number keeps fp32 inside
+
+
+@torch.library.register_fake("d2v_fast::scaled")
+def _scaled_fake(x, factor):
+    return torch.empty_like(x)
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, predictions, layers, mask, *settings):
+        loss, grad, factor, count, moments = torch.ops.d2v_fast.loss(predictions, layers, mask, *settings)
+        ctx.save_for_backward(grad, factor)
+        ctx.mark_non_differentiable(count, moments)
+        ctx.set_materialize_grads(False)
+        return loss, count, moments
+
+    @staticmethod
+    def backward(ctx, grad_loss, _count, _moments):
+        grad, factor = ctx.saved_tensors
+        factor = factor * grad_loss
+        # Reading a number is free on a CPU, a pass over the gradient is not.
+        done = not torch.compiler.is_compiling() and factor.device.type == "cpu" and factor.item() == 1
+        return (grad if done else torch.ops.d2v_fast.scaled(grad, factor), *[None] * 10)
+
+
+def _fused_loss(
+    impl: str,
+    predictions: Tensor,
+    layers: Sequence[Tensor],
+    mask: Tensor,
+    *,
+    norm: str,
+    target_norm: str,
+    beta: float,
+    scale: float,
+    padding_mask: Tensor | None,
+    reduction: str,
+    stats: bool,
+) -> tuple[Tensor, LossStats | None]:
+    settings = (padding_mask, norm, target_norm, beta, scale, reduction == "mean", stats, impl)
+    loss, count, moments = _FusedLoss.apply(predictions, list(layers), mask, *settings)
+    if not stats:
+        return loss, None
+    target_mean, target_m2, mean, m2 = moments
+    return loss, LossStats(Moments(count, target_mean, target_m2), Moments(count, mean, m2))
 
 
 @functools.cache
@@ -15,20 +108,38 @@ def _compiled() -> Callable:
     return torch.compile(reference.data2vec_loss, dynamic=True)
 
 
-LOSS_IMPLEMENTATIONS: dict[str, Callable[[], Callable]] = {
-    "eager": lambda: reference.data2vec_loss,
-    "compile": _compiled,
-}
+def obstacle(impl: str, predictions: Tensor, layers: Sequence[Tensor], norm: str) -> str | None:
+    """Why the kernel `impl` cannot run on these tensors, or None if it can."""
+    dtypes = {predictions.dtype, *(layer.dtype for layer in layers)}
+    if not dtypes <= set(KERNEL_DTYPES):
+        return f"it takes {[str(d) for d in KERNEL_DTYPES]}, found {sorted(str(d) for d in dtypes)}"
+    if len({layer.dtype for layer in layers}) > 1:
+        return "the teacher layers differ in dtype"
+    return importlib.import_module(KERNELS[impl]).obstacle(predictions.device, norm)
 
 
-def loss_implementation(impl: str) -> Callable:
-    """The implementation of the loss called `impl`; "auto" takes the best that works here.
+@functools.cache
+def _log_choice(impl: str, device: str, why: str) -> None:
+    logger.info("data2vec loss on %s: %s%s", device, impl, why)
+
+
+def loss_implementation(impl: str, predictions: Tensor, layers: Sequence[Tensor], norm: str) -> Callable:
+    """The implementation of the loss called `impl`; "auto" takes the best that works on these tensors.
 
     Raises:
-        ValueError: `impl` is not one of the implementations.
+        ValueError: `impl` is not one of the implementations, or cannot run on these tensors.
     """
     if impl == "auto":
-        impl = "eager"
+        kernel = "triton" if predictions.is_cuda else "native"
+        why = obstacle(kernel, predictions, layers, norm)
+        impl = "eager" if why else kernel
+        _log_choice(impl, predictions.device.type, f" ({kernel}: {why})" if why else "")
+    elif impl in KERNELS:
+        why = obstacle(impl, predictions, layers, norm)
+        if why:
+            raise ValueError(f"impl={impl!r} cannot run: {why}; impl='auto' falls back to 'eager'")
+    if impl in KERNELS:
+        return functools.partial(_fused_loss, impl)
     if impl not in LOSS_IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: expected 'auto' or one of {sorted(LOSS_IMPLEMENTATIONS)}")
-    return LOSS_IMPLEMENTATIONS[impl]()
+    return reference.data2vec_loss if impl == "eager" else _compiled()

@@ -91,9 +91,14 @@ def data2vec_loss(
     scale: float,
     padding_mask: Tensor | None,
     reduction: str,
-    upcast: torch.dtype = torch.float32,
-) -> tuple[Tensor, LossStats]:
-    """Loss and statistics; arguments as in `d2v_fast.loss.data2vec_loss`, layers in (B, T, C)."""
+    stats: bool = True,
+    upcast: torch.dtype | None = None,
+) -> tuple[Tensor, LossStats | None]:
+    """Loss and statistics; arguments as in `d2v_fast.loss.data2vec_loss`, layers in (B, T, C).
+
+    All is computed in `upcast`; None = fp32, or fp64 for fp64 predictions.
+    """
+    upcast = upcast or torch.promote_types(predictions.dtype, torch.float32)
     targets = make_targets(layers, norm, target_norm, padding_mask, upcast).flatten(0, 1)
     scored = (mask if padding_mask is None else mask & ~padding_mask).flatten()
     if predictions.ndim == 3:
@@ -112,6 +117,7 @@ def data2vec_loss(
     else:
         distance = error.abs()
         values = torch.where(distance < beta, error**2 / (2 * beta), distance - beta / 2)
-    stats = LossStats(_moments(targets, scored), _moments(rows.detach(), scored))
     loss = values.sum() * scale
-    return (loss / stats.target.count.clamp(min=1) if reduction == "mean" else loss), stats
+    if reduction == "mean":
+        loss = loss / scored.sum().clamp(min=1)
+    return loss, LossStats(_moments(targets, scored), _moments(rows.detach(), scored)) if stats else None

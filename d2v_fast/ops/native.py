@@ -1,0 +1,106 @@
+"""CPU kernels: finds the library built from `kernels/` and calls it through its C interface (`kernels/loss.h`)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI = 1
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NORMS = {"none": 0, "layer": 1, "instance": 2, "batch": 3, "group": 4}
+
+
+class _Loss(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "length", "channels", "n_layers")),
+        ("layers", POINTER(c_void_p)),
+        ("strides", POINTER(c_int64)),
+        *((name, c_void_p) for name in ("predictions", "grad", "mask", "padding")),
+        *((name, c_int32) for name in ("layer_dtype", "prediction_dtype", "dense")),
+        *((name, c_int32) for name in ("norm", "target_norm", "mean", "threads")),
+        ("beta", c_float),
+        ("scale", c_double),
+        *((name, c_void_p) for name in ("loss", "factor", "count", "moments")),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    path = Path(__file__).with_name("libd2v_fast.so")
+    if not path.exists():
+        return "the C++ library is not built; `pip install .` builds it where cmake and a C++ compiler are found"
+    # torch brings its own OpenMP; a second pool of threads beside it would fight it for the cores.
+    for openmp in Path(torch.__file__).parent.glob("lib/libgomp*"):
+        ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the C++ library does not load: {error}"
+    if loaded.d2v_abi() != ABI:
+        return f"{path} was built from other sources (ABI {loaded.d2v_abi()}, expected {ABI}); `pip install .` again"
+    loaded.d2v_isa.restype = ctypes.c_char_p
+    loaded.d2v_loss.argtypes = [POINTER(_Loss)]
+    return loaded
+
+
+def obstacle(device: torch.device, norm: str) -> str | None:
+    """Why the kernel cannot run, or None if it can."""
+    if device.type != "cpu":
+        return f"it runs on cpu, found {device.type}"
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def loss(
+    predictions: Tensor,
+    layers: list[Tensor],
+    mask: Tensor,
+    padding_mask: Tensor | None,
+    norm: str,
+    target_norm: str,
+    beta: float,
+    scale: float,
+    mean: bool,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), gradient like `predictions`, its factor (), count () and moments (4, C or 0), all but the gradient in fp32."""
+    predictions, mask = predictions.contiguous(), mask.contiguous()
+    padding_mask = None if padding_mask is None else padding_mask.contiguous()
+    batch, length, channels = layers[0].shape
+    grad = torch.empty_like(predictions)
+    scalars = torch.empty(3)
+    moments = torch.empty(4, channels if stats else 0)
+    arguments = _Loss(
+        batch=batch,
+        length=length,
+        channels=channels,
+        n_layers=len(layers),
+        layers=(c_void_p * len(layers))(*(layer.data_ptr() for layer in layers)),
+        strides=(c_int64 * (3 * len(layers)))(*(stride for layer in layers for stride in layer.stride())),
+        predictions=predictions.data_ptr(),
+        grad=grad.data_ptr(),
+        mask=mask.data_ptr(),
+        padding=None if padding_mask is None else padding_mask.data_ptr(),
+        layer_dtype=DTYPES[layers[0].dtype],
+        prediction_dtype=DTYPES[predictions.dtype],
+        dense=predictions.ndim == 3,
+        norm=NORMS[norm],
+        target_norm=NORMS[target_norm],
+        mean=mean,
+        threads=torch.get_num_threads(),
+        beta=beta,
+        scale=scale,
+        loss=scalars.data_ptr(),
+        factor=scalars[1:].data_ptr(),
+        count=scalars[2:].data_ptr(),
+        moments=moments.data_ptr() if stats else None,
+    )
+    if library().d2v_loss(arguments):
+        raise MemoryError(f"the loss of {batch} × {length} × {channels} found no memory for its workspace")
+    return scalars[0].clone(), grad, scalars[1].clone(), scalars[2].clone(), moments

@@ -1,0 +1,540 @@
+"""GPU kernels of the loss: of the teacher only masked rows are read where the norm allows it, and no target is stored.
+
+| norm                   | kernels                                                                                       |
+|------------------------|-----------------------------------------------------------------------------------------------|
+| layer, none            | `_loss_rows_kernel`: a warp owns a row, its channels stay in registers                        |
+| instance, T ≤ LONGEST  | `_loss_instance_kernel`: a program owns a sample × BLOCK_C channels and reads each layer once |
+| batch, group, longer T | `_channel_stats_kernel`, then `_loss_rows_kernel` with the mean and rstd of each channel;     |
+|                        | so does instance when target_norm is layer                                                    |
+| target_norm over T     | the averages of all rows are written out and become the only layer                            |
+
+`_finish_kernel` comes last: it sums what each of P programs left behind in a fixed order, so two runs agree bit by bit.
+Shapes: K teacher layers (B, T, C); the position of a token is b · T + t; N predictions (N, C), or B · T if dense.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from d2v_fast.ops.reference import EPS
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+LONGEST = 1024  # 16 warps hold that many positions × 32 bytes of channels in registers
+POOLED = {"instance": (), "batch": (1,), "group": (2,)}  # dimensions of (K, B, C) over which statistics over T are pooled
+_EPS = triton and tl.constexpr(EPS)
+
+
+def _jit(function=None, **options):
+    if triton is None:
+        return function or _jit
+    return triton.jit(function, **options)
+
+
+@_jit
+def _select(x_ptrs, k, K: tl.constexpr):
+    """x_ptrs[k] for a k known at run time only; all start at a multiple of 16 bytes."""
+    address = x_ptrs[0].to(tl.int64)
+    for j in tl.static_range(1, K):
+        address = tl.where(k == j, x_ptrs[j].to(tl.int64), address)
+    return tl.multiple_of(address.to(x_ptrs[0].dtype), 16)
+
+
+@_jit
+def _error(z, y, scored, beta, SQUARED: tl.constexpr):
+    """Loss and its derivative by the prediction z; 0 where not scored, whatever z and y hold."""
+    e = tl.where(scored, z - y, 0.0)
+    if SQUARED:
+        value = e * e
+        slope = 2 * e
+    else:
+        size = tl.abs(e)
+        value = tl.where(size < beta, e * e / (2 * beta), size - beta / 2)
+        slope = e / tl.maximum(size, beta)  # e / β clamped to ±1, but a NaN stays one
+    return value, slope
+
+
+@_jit
+def _welford(mean, m2, x, scored, share):
+    """Moments (R, C) with one more row each, of weight `share` = 1 / count; E[x²] - μ² would cancel under a large mean."""
+    off = tl.where(scored, x - mean, 0.0)
+    mean += off * share
+    return mean, m2 + tl.where(scored, off * (x - mean), 0.0)
+
+
+@_jit
+def _merge(count, mean, m2):
+    """Moments (R, C) of `count` (R, 1) rows each → count (1, 1), mean (1, C), m2 (1, C) of all."""
+    total = tl.sum(count, 0, keep_dims=True)
+    merged = tl.sum(count * mean, 0, keep_dims=True) / tl.maximum(total, 1)
+    off = mean - merged
+    return total, merged, tl.sum(m2 + count * off * off, 0, keep_dims=True)
+
+
+@_jit
+def _layer_norm(parts, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows in chunks of BLOCK_C channels, zero beyond C, normalised in two passes over registers."""
+    total = parts[0]
+    for i in tl.static_range(1, len(parts)):
+        total += parts[i]
+    mean = tl.sum(total, 1, keep_dims=True) / C
+    square = tl.zeros_like(total)
+    centred = ()
+    for i in tl.static_range(len(parts)):
+        inside = i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :] < C
+        centred += (tl.where(inside, parts[i] - mean, 0.0),)
+        square += centred[i] * centred[i]
+    rstd = tl.rsqrt(tl.sum(square, 1, keep_dims=True) / C + _EPS)
+    out = ()
+    for i in tl.static_range(len(parts)):
+        out += (centred[i] * rstd,)
+    return out
+
+
+@_jit(do_not_specialize=["n_rows", "n_batch", "n_time"])
+def _loss_rows_kernel(
+    x_ptrs,  # K × (B, T, C)
+    mean_ptr,  # (K, B, C) fp32, read by NORM "affine" only
+    rstd_ptr,  # (K, B, C) fp32
+    index_ptr,  # (N,) int64: the position of a row; -1 = not scored
+    n_scored_ptr,  # () int64, read if DENSE: how many of `index` are there
+    z_ptr,  # (N, C), DENSE (B·T, C): the predictions
+    grad_ptr,  # like z
+    loss_ptr,  # (P,) fp32
+    count_ptr,  # (P,) fp32
+    moments_ptr,  # (4, P, C) fp32: mean and m2 of the targets, mean and m2 of the predictions
+    n_rows, n_batch, n_time, stride_xb, stride_xt, stride_xc, beta,
+    K: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+    TARGET_NORM: tl.constexpr, DENSE: tl.constexpr, SQUARED: tl.constexpr, WITH_STATS: tl.constexpr,
+):  # fmt: skip
+    CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    column = tl.arange(0, BLOCK_C)[None, :]
+    zeros = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    count = tl.zeros((BLOCK_N, 1), tl.float32)
+    value = count
+    moments = ()
+    if WITH_STATS:
+        for _ in tl.static_range(4 * CHUNKS):
+            moments += (zeros,)
+    if DENSE:
+        n_rows = tl.load(n_scored_ptr).to(tl.int32)
+    for start in range(tl.program_id(0) * BLOCK_N, n_rows, tl.num_programs(0) * BLOCK_N):
+        row = start + tl.arange(0, BLOCK_N)[:, None]
+        written = row < n_rows
+        position = tl.load(index_ptr + row, mask=written, other=-1).to(tl.int32)
+        scored = position >= 0
+        position = tl.maximum(position, 0)
+        batch = position // n_time
+        offset = batch * tl.cast(stride_xb, tl.int64) + position % n_time * tl.cast(stride_xt, tl.int64)
+        if DENSE:
+            row = position
+            written = scored
+        z_offset = row.to(tl.int64) * C
+
+        y = ()
+        for _ in tl.static_range(CHUNKS):
+            y += (zeros,)
+        for k in tl.range(K, num_stages=STAGES):
+            x_ptr = _select(x_ptrs, k, K)
+            parts = ()
+            for i in tl.static_range(CHUNKS):
+                c = i * BLOCK_C + column
+                part = tl.load(x_ptr + offset + c * tl.cast(stride_xc, tl.int64), mask=scored & (c < C), other=0).to(tl.float32)
+                if NORM == "affine":
+                    s = (k * n_batch + batch).to(tl.int64) * C + c
+                    mean = tl.load(mean_ptr + s, mask=scored & (c < C), other=0)
+                    part = (part - mean) * tl.load(rstd_ptr + s, mask=scored & (c < C), other=0)
+                parts += (part,)
+            if NORM == "layer":
+                parts = _layer_norm(parts, C, BLOCK_C)
+            summed = ()
+            for i in tl.static_range(CHUNKS):
+                summed += (y[i] + parts[i],)
+            y = summed
+
+        average = ()
+        for i in tl.static_range(CHUNKS):
+            average += (y[i] / K,)
+        if TARGET_NORM == "layer":
+            average = _layer_norm(average, C, BLOCK_C)
+        count += scored.to(tl.float32)
+        share = 1 / tl.maximum(count, 1.0)
+        updated = ()
+        errors = zeros
+        for i in tl.static_range(CHUNKS):
+            c = i * BLOCK_C + column
+            z = tl.load(z_ptr + z_offset + c, mask=scored & (c < C), other=0).to(tl.float32)
+            if WITH_STATS:
+                updated += _welford(moments[4 * i], moments[4 * i + 1], average[i], scored, share)
+                updated += _welford(moments[4 * i + 2], moments[4 * i + 3], z, scored, share)
+            v, g = _error(z, average[i], scored, beta, SQUARED)
+            errors += v
+            tl.store(grad_ptr + z_offset + c, g.to(grad_ptr.dtype.element_ty), mask=written & (c < C))
+        value += tl.sum(errors, 1, keep_dims=True)
+        if WITH_STATS:
+            moments = updated
+
+    program = tl.program_id(0)
+    tl.store(loss_ptr + program, tl.sum(value))
+    tl.store(count_ptr + program, tl.sum(count))
+    if WITH_STATS:
+        n_programs = tl.num_programs(0)
+        for i in tl.static_range(CHUNKS):
+            c = i * BLOCK_C + column
+            for j in tl.static_range(2):
+                _, mean, m2 = _merge(count, moments[4 * i + 2 * j], moments[4 * i + 2 * j + 1])
+                out = moments_ptr + (2 * j * n_programs + program) * C + c
+                tl.store(out, mean, mask=c < C)
+                tl.store(out + n_programs * C, m2, mask=c < C)
+
+
+@_jit(do_not_specialize=["n_rows", "n_time"])
+def _loss_instance_kernel(
+    x_ptrs,  # K × (B, T, C)
+    mask_ptr,  # (B, T) bool
+    padding_ptr,  # (B, T) bool, read if PADDED
+    order_ptr,  # (B, T) int64: how many are masked up to here; not read if DENSE
+    z_ptr,  # (N, C), DENSE (B·T, C): the predictions
+    grad_ptr,  # like z
+    loss_ptr,  # (B, C / BLOCK_C) fp32
+    count_ptr,  # (B,) fp32
+    moments_ptr,  # (4, B, C) fp32: mean and m2 of the targets, mean and m2 of the predictions
+    n_rows, n_time, stride_xb, stride_xt, stride_xc, beta,
+    K: tl.constexpr, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
+    DENSE: tl.constexpr, SQUARED: tl.constexpr, WITH_STATS: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1)
+    n_batch = tl.num_programs(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    time = tl.arange(0, BLOCK_T)[:, None]
+    exists = time < n_time
+    position = batch * n_time + time
+    present = exists
+    if PADDED:
+        present = exists & (tl.load(padding_ptr + position, mask=exists, other=1) == 0)
+    masked = tl.load(mask_ptr + position, mask=exists, other=0) != 0
+    if DENSE:
+        row = position
+    else:
+        # Positions that are not masked get the rows behind the last: with too many predictions these become zero.
+        order = tl.load(order_ptr + position, mask=exists, other=0).to(tl.int32)
+        n_masked = tl.load(order_ptr + n_batch * n_time - 1).to(tl.int32)
+        row = tl.where(masked, order - 1, n_masked + position - order)
+    written = exists & (row < n_rows)
+    scored = masked & present & written
+    row = tl.where(written, row, 0).to(tl.int64)
+
+    n_present = tl.maximum(tl.sum(present.to(tl.float32), 0, keep_dims=True), 1.0)
+    offset = batch * tl.cast(stride_xb, tl.int64) + time * tl.cast(stride_xt, tl.int64) + c * tl.cast(stride_xc, tl.int64)
+    y = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for k in tl.range(K, num_stages=STAGES):
+        x = tl.load(_select(x_ptrs, k, K) + offset, mask=present & (c < C), other=0).to(tl.float32)
+        mean = tl.sum(x, 0, keep_dims=True) / n_present
+        off = tl.where(present, x - mean, 0.0)
+        y += off * tl.rsqrt(tl.sum(off * off, 0, keep_dims=True) / n_present + _EPS)
+    # The mean over T is 0 but for the rounding of each `mean`, which under a large mean is the largest error.
+    y = (y - tl.sum(y, 0, keep_dims=True) / n_present) / K
+
+    z = tl.load(z_ptr + row * C + c, mask=scored & (c < C), other=0).to(tl.float32)
+    value, slope = _error(z, y, scored & (c < C), beta, SQUARED)
+    tl.store(grad_ptr + row * C + c, slope.to(grad_ptr.dtype.element_ty), mask=written & (c < C))
+    tl.store(loss_ptr + batch * tl.num_programs(0) + tl.program_id(0), tl.sum(value))
+    ones = scored.to(tl.float32)
+    tl.store(count_ptr + batch, tl.sum(ones), mask=tl.program_id(0) == 0)
+    if WITH_STATS:
+        for j in tl.static_range(2):
+            _, mean, m2 = _merge(ones, y if j == 0 else z, tl.zeros_like(y))
+            out = moments_ptr + (2 * j * n_batch + batch) * C + c
+            tl.store(out, mean, mask=c < C)
+            tl.store(out + n_batch * C, m2, mask=c < C)
+
+
+@_jit(do_not_specialize=["n_time"])
+def _channel_stats_kernel(
+    x_ptrs,  # K × (B, T, C)
+    padding_ptr,  # (B, T) bool, read if PADDED
+    mean_ptr,  # (K, B, C) fp32
+    m2_ptr,  # (K, B, C) fp32
+    n_time, stride_xb, stride_xt, stride_xc,
+    K: tl.constexpr, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    x_ptr = _select(x_ptrs, tl.program_id(2), K) + batch * tl.cast(stride_xb, tl.int64) + c * tl.cast(stride_xc, tl.int64)
+    mean = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    m2 = mean
+    count = tl.zeros((BLOCK_T, 1), tl.float32)
+    for start in range(0, n_time, BLOCK_T):
+        time = start + tl.arange(0, BLOCK_T)[:, None]
+        present = time < n_time
+        if PADDED:
+            present = present & (tl.load(padding_ptr + batch * n_time + time, mask=present, other=1) == 0)
+        x = tl.load(x_ptr + time * tl.cast(stride_xt, tl.int64), mask=present & (c < C), other=0).to(tl.float32)
+        count += present.to(tl.float32)
+        mean, m2 = _welford(mean, m2, x, present, 1 / tl.maximum(count, 1.0))
+    _, mean, m2 = _merge(count, mean, m2)
+    out = (tl.program_id(2) * tl.num_programs(1) + batch).to(tl.int64) * C + c
+    tl.store(mean_ptr + out, mean, mask=c < C)
+    tl.store(m2_ptr + out, m2, mask=c < C)
+
+
+@_jit(do_not_specialize=["n_losses", "n_counts"])
+def _finish_kernel(
+    part_loss_ptr,  # (n_losses,) fp32
+    part_count_ptr,  # (n_counts,) fp32
+    part_moments_ptr,  # (4, n_counts, C) fp32
+    loss_ptr,  # () fp32
+    factor_ptr,  # () fp32
+    count_ptr,  # () fp32
+    moments_ptr,  # (4, C) fp32
+    n_losses, n_counts, scale,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, MEAN: tl.constexpr, WITH_STATS: tl.constexpr,
+):  # fmt: skip
+    BLOCK: tl.constexpr = 1024
+    ROWS: tl.constexpr = 32
+    loss = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n_losses, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        loss += tl.load(part_loss_ptr + i, mask=i < n_losses, other=0)
+    count = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n_counts, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        count += tl.load(part_count_ptr + i, mask=i < n_counts, other=0)
+    n_scored = tl.sum(count)
+    factor = scale / tl.maximum(n_scored, 1.0) if MEAN else scale
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(loss_ptr, tl.sum(loss) * factor)
+        tl.store(factor_ptr, factor)
+        tl.store(count_ptr, n_scored)
+    if WITH_STATS:
+        c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        which = 2 * tl.program_id(1)
+        mean = tl.zeros((ROWS, BLOCK_C), tl.float32)
+        m2 = mean
+        rows = tl.zeros((ROWS, 1), tl.float32)
+        for start in range(0, n_counts, ROWS):
+            i = start + tl.arange(0, ROWS)[:, None]
+            n = tl.load(part_count_ptr + i, mask=i < n_counts, other=0)
+            part = part_moments_ptr + (which * n_counts + i).to(tl.int64) * C + c
+            off = tl.load(part, mask=(i < n_counts) & (c < C), other=0) - mean
+            rows += n
+            share = n / tl.maximum(rows, 1.0)
+            m2 += tl.load(part + n_counts * C, mask=(i < n_counts) & (c < C), other=0) + off * off * (rows - n) * share
+            mean += off * share
+        _, mean, m2 = _merge(rows, mean, m2)
+        tl.store(moments_ptr + which * C + c, mean, mask=c < C)
+        tl.store(moments_ptr + (which + 1) * C + c, m2, mask=c < C)
+
+
+def obstacle(device: torch.device, norm: str) -> str | None:
+    """Why these kernels cannot run on `device`, or None if they can; they offer every norm."""
+    if triton is None:
+        return "the package triton is not installed"
+    if device.type != "cuda" and not INTERPRETED:
+        return f"it runs on cuda, found {device.type} (TRITON_INTERPRET=1, set before the start, allows it)"
+    return None
+
+
+@functools.cache
+def _n_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _uniform(layers: Sequence[Tensor]) -> list[Tensor]:
+    """The layers with one set of strides for all and starts at multiples of 16 bytes; copies only what differs."""
+    strides = layers[0].stride()
+    if all(x.stride() == strides and x.data_ptr() % 16 == 0 for x in layers):
+        return list(layers)
+    return [x.clone(memory_format=torch.contiguous_format) for x in layers]
+
+
+def _stages(tile_bytes: int) -> int:
+    """Depth of the pipeline over layers: 3 holds two tiles in shared memory; consumer GPUs have 99 KB of it."""
+    return 3 if tile_bytes <= 32768 else 2 if tile_bytes <= 65536 else 1
+
+
+def rows_tile(channels: int, itemsize: int, stats: bool) -> dict:
+    """Launch table of `_loss_rows_kernel`: 16 bytes a thread and 512 a warp, as many warps a row as registers ask for."""
+    per_warp = 768 if stats else 1280  # moments are four more numbers for each channel
+    warps = min(triton.next_power_of_2(triton.cdiv(channels, per_warp)), 8)
+    full = warps * 512 // itemsize
+    block_c = min(full, triton.next_power_of_2(channels))
+    block_n = 4 * full // block_c  # narrow rows share a warp
+    return dict(
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        STAGES=_stages(block_n * block_c * triton.cdiv(channels, block_c) * itemsize),
+        num_warps=4 * warps,
+    )
+
+
+def instance_tile(length: int, channels: int, itemsize: int) -> dict:
+    """Launch table of `_loss_instance_kernel`: 32 elements of (T, BLOCK_C) a thread, at least 32 bytes of each row."""
+    block_t = max(triton.next_power_of_2(length), 16)
+    block_c = min(max(8192 // block_t, 32 // itemsize), 128, triton.next_power_of_2(channels))
+    size = block_t * block_c
+    warps = min(max(size // 1024, 1), 16)
+    return dict(BLOCK_T=block_t, BLOCK_C=block_c, STAGES=_stages(size * itemsize), num_warps=warps)
+
+
+def _channel_statistics(layers: list[Tensor], padding_mask: Tensor | None, norm: str) -> tuple[Tensor, Tensor]:
+    """Mean and 1/σ (K, B, C) of each layer and channel, in fp32, without padding."""
+    batch, length, channels = layers[0].shape
+    mean, m2 = (layers[0].new_empty((len(layers), batch, channels), dtype=torch.float32) for _ in range(2))
+    block_c = min(64, triton.next_power_of_2(channels))
+    _channel_stats_kernel[(triton.cdiv(channels, block_c), batch, len(layers))](
+        tuple(layers),
+        mean if padding_mask is None else padding_mask,
+        mean,
+        m2,
+        length,
+        *layers[0].stride(),
+        K=len(layers),
+        C=channels,
+        BLOCK_T=32,
+        BLOCK_C=block_c,
+        PADDED=padding_mask is not None,
+    )
+    count = mean.new_full((1, 1, 1), length) if padding_mask is None else (~padding_mask).sum(1)[None, :, None]
+    count = count.float().expand_as(mean)
+    total = count
+    for dim in POOLED[norm]:
+        total = count.sum(dim, keepdim=True).clamp(min=1)
+        pooled = (count * mean).sum(dim, keepdim=True) / total
+        m2 = (m2 + count * (mean - pooled) ** 2).sum(dim, keepdim=True)
+        mean = pooled
+    rstd = (m2 / total.clamp(min=1) + EPS).rsqrt()
+    shape = (len(layers), batch, channels)
+    return mean.expand(shape).contiguous(), rstd.expand(shape).contiguous()
+
+
+def loss(
+    predictions: Tensor,
+    layers: Sequence[Tensor],
+    mask: Tensor,
+    padding_mask: Tensor | None,
+    norm: str,
+    target_norm: str,
+    beta: float,
+    scale: float,
+    mean: bool,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, unscaled gradient, its factor, number of scored positions and moments, without waiting for the GPU.
+
+    Args:
+        predictions: (N, C), one row for each masked position in batch-major order, or (B, T, C); fp32, bf16 or fp16.
+        layers: K tensors (B, T, C) of any strides, all fp32, bf16 or fp16.
+        mask: (B, T) bool, True = scored.
+        padding_mask: (B, T) bool or None, True = left out of the statistics and never scored.
+        norm: "none", "layer", "instance", "batch" or "group".
+        target_norm: The same for the average.
+        beta: 0 = squared error, otherwise smooth-L1.
+        scale: Factor of the summed error.
+        mean: Divide by the number of scored positions.
+        stats: Compute the moments.
+
+    Returns:
+        loss () fp32; d Σ error / d predictions, contiguous, in shape and dtype of the predictions; factor () fp32 that it
+        lacks; count () fp32; moments (4, C) fp32 = mean and summed squared deviation of targets, then of predictions, per
+        channel over scored positions, (4, 0) without `stats`.
+    """
+    batch, length, channels = layers[0].shape
+    layers = _uniform(layers)
+    mask = mask.contiguous()
+    padding_mask = None if padding_mask is None else padding_mask.contiguous()
+    if mask.numel() == 0:
+        norm, target_norm, padding_mask = "none", "none", None
+    if target_norm not in ("none", "layer"):
+        # The gradient of the squared error at a prediction of 0 is -2 · target: no kernel of its own for the averages.
+        zeros = torch.zeros((*mask.shape, channels), dtype=torch.float32, device=mask.device)
+        everything = torch.ones_like(mask)
+        grad = loss(zeros, layers, everything, padding_mask, norm, "none", 0.0, 1.0, False, False)[1]
+        layers, norm, target_norm = [grad * -0.5], target_norm, "none"
+
+    z = predictions.reshape(-1, channels).contiguous()
+    dense = predictions.ndim == 3
+    on_chip = norm == "instance" and target_norm == "none" and length <= LONGEST
+    settings = dict(K=len(layers), C=channels, DENSE=dense, SQUARED=beta == 0, WITH_STATS=stats)
+    fp32 = functools.partial(torch.empty, dtype=torch.float32, device=z.device)
+    with torch.cuda.device_of(z):
+        if on_chip:
+            tile = instance_tile(length, channels, layers[0].element_size())
+            blocks = triton.cdiv(channels, tile["BLOCK_C"])
+            grad = torch.empty_like(z)
+            parts = fp32(blocks * batch), fp32(batch), fp32((4, batch, channels if stats else 0))
+            _loss_instance_kernel[(blocks, batch)](
+                tuple(layers),
+                mask,
+                mask if padding_mask is None else padding_mask,
+                mask if dense else mask.flatten().cumsum(0),
+                z,
+                grad,
+                *parts,
+                len(z),
+                length,
+                *layers[0].stride(),
+                float(beta),
+                PADDED=padding_mask is not None,
+                **settings,
+                **tile,
+            )
+        else:
+            tile = rows_tile(channels, layers[0].element_size(), stats)
+            programs = max(triton.cdiv(len(z), tile["BLOCK_N"]), 1)
+            if stats:  # few programs, because each leaves moments behind
+                programs = min(programs, 3 * _n_processors(z.device))
+            statistics = (z, z)
+            if norm in POOLED:
+                statistics, norm = _channel_statistics(layers, padding_mask, norm), "affine"
+            scored = mask if padding_mask is None else mask & ~padding_mask
+            index = torch.nonzero_static((scored if dense else mask).flatten(), size=len(z)).squeeze(1)
+            if not dense and padding_mask is not None:
+                index = index.masked_fill(padding_mask.flatten()[index], -1)
+            # Of dense rows the kernel visits only those that are scored.
+            grad = torch.zeros_like(z) if dense else torch.empty_like(z)
+            parts = fp32(programs), fp32(programs), fp32((4, programs, channels if stats else 0))
+            _loss_rows_kernel[(programs,)](
+                tuple(layers),
+                *statistics,
+                index,
+                scored.sum() if dense else index,
+                z,
+                grad,
+                *parts,
+                len(z),
+                batch,
+                length,
+                *layers[0].stride(),
+                float(beta),
+                NORM=norm,
+                TARGET_NORM=target_norm,
+                **settings,
+                **tile,
+            )
+        result, factor, count, moments = fp32(()), fp32(()), fp32(()), fp32((4, channels if stats else 0))
+        block_c = min(32, triton.next_power_of_2(channels))
+        _finish_kernel[(triton.cdiv(channels, block_c), 2) if stats else (1, 1)](
+            *parts,
+            result,
+            factor,
+            count,
+            moments,
+            len(parts[0]),
+            len(parts[1]),
+            float(scale),
+            C=channels,
+            BLOCK_C=block_c,
+            MEAN=mean,
+            WITH_STATS=stats,
+        )
+    return result, grad.view(predictions.shape), factor, count, moments

@@ -1,0 +1,419 @@
+// Norm of the top-K layers, their average, masked smooth-L1 and its gradient in one pass over memory (data2vec section 3.3;
+// formulas as in d2v_fast/ops/reference.py). Built once per instruction set, with D2V_ISA as its name.
+//
+// The work is cut into tiles: some positions × some columns. A tile adds the normalised layers up in a block that stays in
+// the cache, then scores it. What must be known before a position can be normalised decides the cut:
+//   layer norm:    one row, so tiles are a few scored positions × all columns, and nothing but scored rows is read;
+//   instance norm: one sample's columns, so tiles are a sample × as many columns as the cache holds;
+//   a mix of both: a sample × all columns.
+#include "loss.h"
+#include "vec.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+#endif
+
+namespace D2V_ISA {
+
+constexpr float EPS = 1e-5f;
+constexpr int64_t ROWS = 16;                // scored positions in a tile of layer norm
+constexpr int64_t AHEAD = 3;                // rows of layer norm that are on their way while one is worked on
+constexpr int64_t BLOCK = 1280 << 10;  // bytes of a thread's block; cutting columns below whole rows costs more than leaving the L2 cache
+constexpr int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+
+typedef std::unique_ptr<float[]> Floats;
+
+// y = ((x - shift) - delta) · weight. The mean is kept in two parts: shift is near it, delta is what is missing, so that
+// neither the variance nor the difference cancels where |mean| ≫ σ.
+struct Affine { float shift, delta, weight; };
+struct ColumnAffine { float *shift, *delta, *weight; };
+
+D2V_INLINE inline float total(const Vec s[4]) { return sum((s[0] + s[1]) + (s[2] + s[3])); }
+
+// The first sixteen values give the shift: as they are part of the row, cancellation is bounded by n / 16.
+// `next` is fetched on the way.
+template <class R> Affine row_stats(R row, R next, int64_t n, float *m2 = nullptr) {
+    const int64_t first = std::min(n, W);
+    const float shift = sum(n < W ? row.tail(0, n) : row(0)) / first;
+    Vec d1[4] = {}, d2[4] = {};
+    each(row, n, [&](int64_t i, Vec x, Mask lanes, int u) D2V_INLINE {
+        next.prefetch(i);
+        const Vec d = select(lanes, x - shift, Vec{});
+        d1[u] += d;
+        d2[u] += d * d;
+    });
+    const float delta = total(d1) / n, squares = std::max(total(d2) - n * delta * delta, 0.0f);
+    if (m2) *m2 = squares;
+    return {shift, delta, 1 / std::sqrt(squares / n + EPS)};
+}
+
+template <class R> void add_affine(R row, int64_t n, Affine f, float *block) {
+    each(row, n, [&](int64_t i, Vec x, Mask, int) D2V_INLINE {
+        narrow(widen(block + i) + ((x - f.shift) - f.delta) * f.weight, block + i);
+    });
+}
+
+template <class R> void add_affine(R row, int64_t n, ColumnAffine f, float *block) {
+    each(row, n, [&](int64_t i, Vec x, Mask, int) D2V_INLINE {
+        const Vec y = ((x - widen(f.shift + i)) - widen(f.delta + i)) * widen(f.weight + i);
+        narrow(widen(block + i) + y, block + i);
+    });
+}
+
+// Statistics of n columns over rows at(0) … at(rows - 1): f.shift and f.delta as above, f.weight = Σ(x - mean)².
+// The mean of the first rows is the shift; as they are part of the population, cancellation is bounded by rows / 16.
+template <class At> void column_squares(At at, int64_t rows, int64_t n, ColumnAffine f) {
+    const int64_t first = std::min<int64_t>(rows, 16);
+    std::fill_n(f.shift, padded(n), 0.0f);
+    for (int64_t r = 0; r < first; ++r) add_affine(at(r), n, Affine{0, 0, 1.0f / first}, f.shift);
+    std::fill_n(f.delta, padded(n), 0.0f);
+    std::fill_n(f.weight, padded(n), 0.0f);
+    // A row at a time: several at once would save additions and lose the processor's own prefetching, which costs more.
+    for (int64_t r = 0; r < rows; ++r)
+        each(at(r), n, [&](int64_t i, Vec x, Mask, int) D2V_INLINE {
+            const Vec d = x - widen(f.shift + i);
+            narrow(widen(f.delta + i) + d, f.delta + i);
+            narrow(widen(f.weight + i) + d * d, f.weight + i);
+        });
+    for (int64_t i = 0; i < n; ++i) {
+        f.delta[i] /= std::max<int64_t>(rows, 1);
+        f.weight[i] = std::max(f.weight[i] - rows * f.delta[i] * f.delta[i], 0.0f);
+    }
+}
+
+void squares_to_weights(float *squares, int64_t n, int64_t rows, int64_t n_layers) {
+    for (int64_t i = 0; i < n; ++i) squares[i] = 1 / (std::sqrt(squares[i] / std::max<int64_t>(rows, 1) + EPS) * n_layers);
+}
+
+// Mean and M2 of the rows seen so far, per column (Welford 1962).
+struct Moments {
+    std::vector<float> count;  // one per column, as threads take columns of different samples
+    Floats values;             // (4, C)
+    int64_t channels;
+
+    explicit Moments(int64_t c) : count(c), values(new float[4 * padded(c)]()), channels(c) {}
+    float *field(int64_t i) { return values.get() + i * padded(channels); }
+
+    void add(const float *target, Row<float> prediction, int64_t c0, int64_t n) {
+        const float next = ++count[c0];  // columns of one tile have the same count
+        for (int64_t i = 1; i < n; ++i) count[c0 + i] = next;
+        const float share = 1 / next;
+        auto update = [&](Row<float> row, float *mean, float *m2) {
+            each(row, n, [&](int64_t i, Vec x, Mask lanes, int) D2V_INLINE {
+                const Vec old = widen(mean + i), d = x - old, now = old + d * share;
+                narrow(select(lanes, now, old), mean + i);
+                narrow(select(lanes, widen(m2 + i) + d * (x - now), widen(m2 + i)), m2 + i);
+            });
+        };
+        update(Row<float>{target}, field(0) + c0, field(1) + c0);
+        update(prediction, field(2) + c0, field(3) + c0);
+    }
+
+    // Chan et al. 1979.
+    void merge(Moments &other) {
+        for (int64_t c = 0; c < channels; ++c) {
+            const double a = count[c], b = other.count[c];
+            if (b == 0) continue;
+            for (int64_t i = 0; i < 4; i += 2) {
+                float &mean = field(i)[c], &m2 = field(i + 1)[c];
+                const double d = (double)other.field(i)[c] - mean;
+                m2 = m2 + other.field(i + 1)[c] + d * d * a * b / (a + b);
+                mean = mean + d * b / (a + b);
+            }
+            count[c] = a + b;
+        }
+    }
+};
+
+template <class T, bool STRIDED> class Loss {
+    const D2VLoss &a;
+    const int64_t T_, C, K;
+    std::vector<int32_t> row_of;   // prediction row of each position, -1 = not scored
+    std::vector<int32_t> kept;     // positions that are not padding
+    std::vector<int32_t> scored;   // positions that are scored
+    std::vector<int64_t> kept_from, scored_from;  // where each sample begins
+    Floats batch;                  // (3, K, C): shift, delta, weight of batch norm
+    float grad_scale;
+
+    using R = std::conditional_t<STRIDED, StridedRow<T>, Row<T>>;
+
+    R row(int64_t k, int64_t position, int64_t c0) const {
+        const int64_t *s = a.strides + 3 * k, b = position / T_, t = position % T_;
+        const T *x = (const T *)a.layers[k] + b * s[0] + t * s[1] + c0 * s[2];
+        if constexpr (STRIDED) return {x, s[2]};
+        else return {x};
+    }
+
+    struct Workspace {
+        Floats block, affine, prediction;
+        Moments moments;
+        double loss = 0;
+    };
+
+    ColumnAffine batch_affine(int64_t k, int64_t c0) const {
+        float *x = batch.get() + k * padded(C) + c0;
+        return {x, x + K * padded(C), x + 2 * K * padded(C)};
+    }
+
+    static ColumnAffine affine(Workspace &w, int64_t n) {
+        float *x = w.affine.get();
+        return {x, x + padded(n), x + 2 * padded(n)};
+    }
+
+    // The normalised layers at some positions, averaged into w.block.
+    void average(Workspace &w, const int32_t *positions, int64_t count, int64_t b, int64_t c0, int64_t n) const {
+        const int64_t ld = padded(n);
+        std::fill_n(w.block.get(), count * ld, 0.0f);
+        for (int64_t k = 0; k < K; ++k) {
+            ColumnAffine columns = {};
+            Affine whole = {0, 0, 1.0f / K};
+            if (a.norm == D2V_INSTANCE) {
+                columns = affine(w, n);
+                const int32_t *all = kept.data() + kept_from[b];
+                const int64_t rows = kept_from[b + 1] - kept_from[b];
+                column_squares([&](int64_t r) { return row(k, all[r], c0); }, rows, n, columns);
+                squares_to_weights(columns.weight, n, rows, K);
+            } else if (a.norm == D2V_BATCH) {
+                columns = batch_affine(k, c0);
+            } else if (a.norm == D2V_GROUP) {
+                whole = group_stats(k, b);
+            }
+            for (int64_t r = 0; r < count; ++r) {
+                const R x = row(k, positions[r], c0);
+                float *block = w.block.get() + r * ld;
+                if (columns.shift) {
+                    add_affine(x, n, columns, block);
+                    continue;
+                }
+                if (a.norm == D2V_LAYER) {
+                    const int64_t ahead = std::min(k * count + r + AHEAD, K * count - 1);
+                    whole = row_stats(x, row(ahead / count, positions[ahead % count], c0), n);
+                    whole.weight /= K;
+                }
+                add_affine(x, n, whole, block);
+            }
+        }
+    }
+
+    Affine group_stats(int64_t k, int64_t b) const {
+        double mean = 0, m2 = 0, count = 0;
+        for (int64_t i = kept_from[b]; i < kept_from[b + 1]; ++i) {
+            float squares;
+            const Affine f = row_stats(row(k, kept[i], 0), row(k, kept[i], 0), C, &squares);
+            const double d = (double)f.shift + f.delta - mean;
+            m2 += squares + d * d * count * C / (count + C);
+            mean += d * C / (count + C);
+            count += C;
+        }
+        const float shift = mean;
+        return {shift, (float)(mean - shift), (float)(1 / (std::sqrt(m2 / std::max(count, 1.0) + EPS) * K))};
+    }
+
+    void normalize_block(Workspace &w, int64_t count, int64_t n) const {
+        const int64_t ld = padded(n);
+        float *block = w.block.get();
+        auto replace = [&](int64_t r, auto f) {
+            float *x = block + r * ld;
+            each(Row<float>{x}, n, [&](int64_t i, Vec v, Mask lanes, int) D2V_INLINE {
+                narrow(select(lanes, f(i, v), Vec{}), x + i);
+            });
+        };
+        if (a.target_norm == D2V_LAYER) {
+            for (int64_t r = 0; r < count; ++r) {
+                const Affine f = row_stats(Row<float>{block + r * ld}, Row<float>{block + r * ld}, n);
+                replace(r, [&](int64_t, Vec x) { return ((x - f.shift) - f.delta) * f.weight; });
+            }
+        } else if (a.target_norm == D2V_INSTANCE) {
+            const ColumnAffine f = affine(w, n);
+            column_squares([&](int64_t r) { return Row<float>{block + r * ld}; }, count, n, f);
+            squares_to_weights(f.weight, n, count, 1);
+            for (int64_t r = 0; r < count; ++r)
+                replace(r, [&](int64_t i, Vec x) {
+                    return ((x - widen(f.shift + i)) - widen(f.delta + i)) * widen(f.weight + i);
+                });
+        }
+    }
+
+    // Error and gradient of one row against its target.
+    template <class P> void score(Workspace &w, const float *target, int64_t row, int64_t c0, int64_t n) const {
+        const Row<P> prediction = {(const P *)a.predictions + row * C + c0};
+        P *grad = (P *)a.grad + row * C + c0;
+        const float beta = a.beta, inverse = beta ? 1 / beta : 0, slope = (beta ? 1 : 2) * grad_scale;
+        float *copy = a.moments ? w.prediction.get() : nullptr;
+        Vec values[4] = {};
+        each(prediction, n, [&](int64_t i, Vec x, Mask lanes, int u) D2V_INLINE {
+            const Vec e = select(lanes, x - widen(target + i), Vec{});
+            Vec g = e;
+            if (beta == 0) {
+                values[u] += e * e;
+            } else {
+                const Vec size = select(e < 0, -e, e);
+                values[u] += select(size < beta, e * e * (0.5f * inverse), size - select(lanes, splat(0.5f * beta), Vec{}));
+                g = select(size < beta, e * inverse, select(e < 0, splat(-1), splat(1)));
+            }
+            narrow(g * slope, grad + i, n - i);
+            if (copy) narrow(x, copy + i);
+        });
+        w.loss += total(values);
+        if (copy) w.moments.add(target, Row<float>{copy}, c0, n);
+    }
+
+    void tile(Workspace &w, const int32_t *positions, int64_t count, int64_t b, int64_t c0, int64_t n) const {
+        average(w, positions, count, b, c0, n);
+        normalize_block(w, count, n);
+        for (int64_t r = 0; r < count; ++r) {
+            const int32_t to = row_of[positions[r]];
+            if (to < 0) continue;
+            const float *target = w.block.get() + r * padded(n);
+            if (a.prediction_dtype == D2V_FP32) score<float>(w, target, to, c0, n);
+            else if (a.prediction_dtype == D2V_BF16) score<bf16>(w, target, to, c0, n);
+            else score<fp16>(w, target, to, c0, n);
+        }
+    }
+
+    // Every position is written and the end moved on only if it counts: a branch on a random mask is mispredicted half the time.
+    void list_positions() {
+        row_of.resize(a.batch * T_);
+        kept.resize(a.batch * T_);
+        scored.resize(a.batch * T_);
+        kept_from.push_back(0);
+        scored_from.push_back(0);
+        int32_t masked = 0;
+        int64_t n_kept = 0, n_scored = 0;
+        for (int64_t b = 0; b < a.batch; ++b) {
+            for (int64_t t = 0; t < T_; ++t) {
+                const int32_t position = b * T_ + t;
+                const bool keep = !a.padding || !a.padding[position], score = keep & a.mask[position];
+                kept[n_kept] = position;
+                n_kept += keep;
+                scored[n_scored] = position;
+                n_scored += score;
+                row_of[position] = score ? (a.dense ? position : masked) : -1;
+                masked += a.mask[position];
+            }
+            kept_from.push_back(n_kept);
+            scored_from.push_back(n_scored);
+        }
+        kept.resize(n_kept);
+        scored.resize(n_scored);
+    }
+
+    // Gradients of rows that no tile writes.
+    void zero_the_rest() const {
+        if (!a.dense && !a.padding) return;
+        const int64_t bytes = C * (a.prediction_dtype == D2V_FP32 ? 4 : 2);
+        int64_t masked = 0;
+        for (int64_t p = 0; p < a.batch * T_; ++p) {
+            const int64_t to = a.dense ? p : masked;
+            masked += a.mask[p];
+            if (row_of[p] < 0 && (a.dense || a.mask[p])) memset((char *)a.grad + to * bytes, 0, bytes);
+        }
+    }
+
+    void batch_stats(std::vector<Workspace> &workspaces, int64_t columns) {
+        batch.reset(new float[3 * K * padded(C)]());
+        const int64_t blocks = (C + columns - 1) / columns;
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+        for (int64_t i = 0; i < K * blocks; ++i) {
+            const int64_t k = i / blocks, c0 = i % blocks * columns, n = std::min(columns, C - c0);
+            const ColumnAffine f = affine(workspaces[omp_get_thread_num()], n), result = batch_affine(k, c0);
+            std::vector<double> mean(n), m2(n);
+            double count = 0;
+            for (int64_t b = 0; b < a.batch; ++b) {
+                const int32_t *all = kept.data() + kept_from[b];
+                const double rows = kept_from[b + 1] - kept_from[b];
+                if (rows == 0) continue;
+                column_squares([&](int64_t r) { return row(k, all[r], c0); }, rows, n, f);
+                for (int64_t c = 0; c < n; ++c) {
+                    const double d = (double)f.shift[c] + f.delta[c] - mean[c];
+                    m2[c] += f.weight[c] + d * d * count * rows / (count + rows);
+                    mean[c] += d * rows / (count + rows);
+                }
+                count += rows;
+            }
+            for (int64_t c = 0; c < n; ++c) {
+                result.shift[c] = mean[c];
+                result.delta[c] = mean[c] - result.shift[c];
+                result.weight[c] = 1 / (std::sqrt(m2[c] / std::max(count, 1.0) + EPS) * K);
+            }
+        }
+    }
+
+public:
+    explicit Loss(const D2VLoss &args) : a(args), T_(args.length), C(args.channels), K(args.n_layers) {}
+
+    void run() {
+        list_positions();
+        const double count = scored.size(), divided = a.scale / (a.mean ? std::max(count, 1.0) : 1.0);
+        // In fp16 the scaled gradient would leave the normal range.
+        grad_scale = a.prediction_dtype == D2V_FP16 ? 1 : divided;
+        *a.factor = a.prediction_dtype == D2V_FP16 ? divided : 1;
+        *a.count = count;
+
+        const bool by_row = (a.norm == D2V_LAYER || a.norm == D2V_NONE) && a.target_norm != D2V_INSTANCE;
+        const bool by_column = a.norm != D2V_LAYER && a.norm != D2V_GROUP && a.target_norm != D2V_LAYER;
+        // Positions that enter a tile: those that are scored, or all where the target's norm needs them.
+        const bool all = a.target_norm == D2V_INSTANCE;
+        const std::vector<int32_t> &used = all ? kept : scored;
+        const std::vector<int64_t> &from = all ? kept_from : scored_from;
+        int64_t rows = ROWS, columns = C;
+        if (!by_row) {
+            rows = 0;
+            for (int64_t b = 0; b < a.batch; ++b) rows = std::max(rows, from[b + 1] - from[b]);
+            const int64_t fit = BLOCK / (std::max<int64_t>(rows, 1) * sizeof(float)) / 64 * 64;
+            if (by_column) columns = std::min(C, std::max<int64_t>(fit, 64));
+        }
+
+        std::vector<Workspace> workspaces;
+        for (int i = 0; i < a.threads; ++i)
+            workspaces.push_back({Floats(new float[rows * padded(columns)]), Floats(new float[3 * padded(columns)]),
+                                  Floats(new float[padded(columns)]), Moments(a.moments ? C : 0)});
+        if (a.norm == D2V_BATCH) batch_stats(workspaces, columns);
+
+        const int64_t blocks = (C + columns - 1) / columns, chunks = ((int64_t)scored.size() + ROWS - 1) / ROWS;
+        const int64_t tiles = by_row ? chunks : a.batch * blocks;
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+        for (int64_t i = 0; i < tiles; ++i) {
+            Workspace &w = workspaces[omp_get_thread_num()];
+            if (by_row) {
+                const int64_t first = i * ROWS;
+                tile(w, used.data() + first, std::min<int64_t>(ROWS, used.size() - first), 0, 0, C);
+            } else {
+                const int64_t b = i / blocks, c0 = i % blocks * columns;
+                tile(w, used.data() + from[b], from[b + 1] - from[b], b, c0, std::min(columns, C - c0));
+            }
+        }
+        zero_the_rest();
+
+        double loss = 0;
+        for (Workspace &w : workspaces) {
+            loss += w.loss;
+            if (a.moments && &w != &workspaces[0]) workspaces[0].moments.merge(w.moments);
+        }
+        *a.loss = loss * divided;
+        if (a.moments)
+            for (int64_t i = 0; i < 4; ++i) std::copy_n(workspaces[0].moments.field(i), C, a.moments + i * C);
+    }
+};
+
+template <class T> void run(const D2VLoss &args) {
+    bool strided = false;
+    for (int64_t k = 0; k < args.n_layers; ++k) strided |= args.strides[3 * k + 2] != 1;
+    if (strided) Loss<T, true>(args).run();
+    else Loss<T, false>(args).run();
+}
+
+void loss(const D2VLoss &args) {
+    if (args.layer_dtype == D2V_FP32) run<float>(args);
+    else if (args.layer_dtype == D2V_BF16) run<bf16>(args);
+    else run<fp16>(args);
+}
+
+}  // namespace D2V_ISA

@@ -1,0 +1,38 @@
+// The fused data2vec loss for CPUs, as a plain C interface: no libtorch, so one binary serves every torch version.
+#pragma once
+#include <stdint.h>
+
+#define D2V_ABI 1  // one more whenever a struct or an enum here changes; d2v_fast/ops/native.py compares
+
+#define D2V_PUBLIC __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum D2VDtype { D2V_FP32, D2V_BF16, D2V_FP16 };
+enum D2VNorm { D2V_NONE, D2V_LAYER, D2V_INSTANCE, D2V_BATCH, D2V_GROUP };
+
+typedef struct {
+    int64_t batch, length, channels, n_layers;
+    const void *const *layers;   // K pointers to (B, T, C)
+    const int64_t *strides;      // (K, 3) in elements
+    const void *predictions;     // (N, C), a row for each masked position, or (B, T, C) if dense; contiguous
+    void *grad;                  // like predictions
+    const uint8_t *mask;         // (B, T)
+    const uint8_t *padding;      // (B, T) or NULL
+    int32_t layer_dtype, prediction_dtype, dense;
+    int32_t norm, target_norm, mean, threads;
+    float beta;
+    double scale;
+    float *loss, *factor, *count;  // scalars; the gradient is grad · factor
+    float *moments;                // (4, C): target mean, target M2, prediction mean, prediction M2; or NULL
+} D2VLoss;
+
+D2V_PUBLIC int d2v_abi(void);
+D2V_PUBLIC const char *d2v_isa(void);          // which of the builds runs here: "avx512", "avx2" or "baseline"
+D2V_PUBLIC int d2v_loss(const D2VLoss *args);  // 0, or 1 if memory ran out
+
+#ifdef __cplusplus
+}
+#endif

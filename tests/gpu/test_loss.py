@@ -1,0 +1,99 @@
+"""The fused loss on a real GPU: the gate of tests/test_triton_loss.py at real sizes, and what an interpreter cannot show."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from d2v_fast import data2vec_loss
+from tests.test_triton_loss import BF16, CASES, FP16, FP32, NORMS, Case, gate, inputs, outcome
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+HOT = [
+    Case(channels=768, length=512, k=10, dtype=BF16, dtype_z=BF16, masked=0.15, batch=8),
+    Case(channels=768, length=197, k=6, dtype=BF16, dtype_z=BF16, masked=0.6, batch=64, beta=2.0),
+    Case("instance", channels=768, length=800, k=8, dtype=BF16, dtype_z=BF16, batch=4, padded=True),
+]
+REAL = [
+    Case(norm, target_norm, beta, dense, dtype=dtype, dtype_z=dtype_z, k=12, channels=768, length=length, padded=padded)
+    for norm, target_norm, beta, dense, (dtype, dtype_z), (length, padded) in product(
+        NORMS[:4],
+        NORMS[:3],
+        (0.0, 1.0),
+        (False, True),
+        ((FP32, FP32), (BF16, BF16), (BF16, FP32), (FP16, FP16)),
+        ((800, True), (197, False)),
+    )
+]
+WIDE = [
+    Case(norm, dtype=dtype, channels=channels, length=length, k=2, layout=layout, batch=4)
+    for norm, dtype, channels, length, layout in product(
+        ("layer", "instance", "batch"), (FP32, BF16), (64, 100, 1024, 1280, 2048), (50, 1500), ("BTC", "TBC", "strided")
+    )
+]
+
+
+@pytest.mark.parametrize("case", [*HOT, *CASES, *REAL, *WIDE], ids=str)
+def test_against_float64(case):
+    assert gate(case, "cuda") == []
+
+
+def _step(case, run=data2vec_loss):
+    z, layers, mask, padding = inputs(case, "cuda")
+    z.requires_grad_()
+    settings = dict(norm=case.norm, target_norm=case.target_norm, beta=case.beta, padding_mask=padding)
+    return z, lambda: run(z, layers, mask, impl="triton", **settings).backward()
+
+
+@pytest.mark.parametrize("case", HOT, ids=str)
+def test_two_runs_agree_bit_by_bit(case):
+    first, second = outcome(case, "triton", "cuda"), outcome(case, "triton", "cuda")
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("target_norm", ["none", "layer", "instance"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dense", [False, True])
+def test_nothing_waits_for_the_gpu(norm, target_norm, dense):
+    _, step = _step(Case(norm, target_norm, dense=dense, padded=True))
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("case", HOT, ids=str)
+def test_inside_a_compiled_step(case):
+    z, step = _step(case)
+    step()
+    compiled_z, compiled_step = _step(case, torch.compile(data2vec_loss, fullgraph=True))
+    compiled_step()
+    torch.testing.assert_close(compiled_z.grad, z.grad)
+
+
+@pytest.mark.parametrize("norm", ["layer", "instance"])
+def test_another_length_or_number_of_rows_compiles_nothing(norm):
+    from d2v_fast.ops import triton_loss
+
+    kernel = triton_loss._loss_rows_kernel if norm == "layer" else triton_loss._loss_instance_kernel
+
+    def compiled():
+        return sum(len(cache[0]) for cache in kernel.device_caches.values())
+
+    counts = set()
+    for length, masked in ((97, 0.5), (101, 0.2), (112, 0.3), (128, 0.9), (65, 0.01)):
+        _step(Case(norm, length=length, masked=masked))[1]()
+        counts.add(compiled())
+    assert len(counts) == 1
+
+
+def test_auto_takes_it(caplog):
+    _, layers, mask, _ = inputs(Case(), "cuda")
+    with caplog.at_level("INFO", "d2v_fast.ops"):
+        data2vec_loss(torch.zeros(int(mask.sum()), 64, device="cuda"), layers, mask)
+    assert not caplog.messages or "triton" in caplog.text
