@@ -101,8 +101,9 @@ def _check(predictions, layers, mask, norm, target_norm, beta, padding_mask, red
         raise ValueError(f"predictions: found {predictions.shape[1]} channels, expected {channels}")
     if predictions.ndim not in (2, 3):
         raise ValueError(f"predictions: found shape {tuple(predictions.shape)}, expected (N, C) or (B, T, C)")
-    # Counting the mask on a GPU would wait for it; there a wrong N is the caller's to avoid.
-    if predictions.ndim == 2 and mask.device.type == "cpu" and len(predictions) != int(mask.sum()):
+    # Counting the mask would break a graph, and wait for a GPU; there a wrong N is the caller's to avoid.
+    countable = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if predictions.ndim == 2 and countable and len(predictions) != int(mask.sum()):
         raise ValueError(f"predictions: found {len(predictions)} rows, expected {int(mask.sum())}, the masked positions")
     for name, tensor in (("mask", mask), ("teacher_layers[0]", first), ("padding_mask", padding_mask)):
         if tensor is not None and tensor.device != predictions.device:

@@ -2,6 +2,7 @@
 #include "loss.h"
 
 #include <new>
+#include <stdexcept>
 
 #define D2V_DECLARE(isa) namespace isa { void loss(const D2VLoss &); }
 D2V_DECLARE(baseline)
@@ -44,6 +45,8 @@ int d2v_loss(const D2VLoss *args) {
         return 0;
     } catch (const std::bad_alloc &) {
         return 1;
+    } catch (const std::invalid_argument &) {
+        return 2;
     }
 }
 }

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #ifdef _OPENMP
@@ -303,6 +304,7 @@ template <class T, bool STRIDED> class Loss {
         }
         kept.resize(n_kept);
         scored.resize(n_scored);
+        if (!a.dense && masked != a.n_rows) throw std::invalid_argument("n_rows");
     }
 
     // Gradients of rows that no tile writes.

@@ -14,7 +14,7 @@ enum D2VDtype { D2V_FP32, D2V_BF16, D2V_FP16 };
 enum D2VNorm { D2V_NONE, D2V_LAYER, D2V_INSTANCE, D2V_BATCH, D2V_GROUP };
 
 typedef struct {
-    int64_t batch, length, channels, n_layers;
+    int64_t batch, length, channels, n_layers, n_rows;
     const void *const *layers;   // K pointers to (B, T, C)
     const int64_t *strides;      // (K, 3) in elements
     const void *predictions;     // (N, C), a row for each masked position, or (B, T, C) if dense; contiguous
@@ -31,7 +31,7 @@ typedef struct {
 
 D2V_PUBLIC int d2v_abi(void);
 D2V_PUBLIC const char *d2v_isa(void);          // which of the builds runs here: "avx512", "avx2" or "baseline"
-D2V_PUBLIC int d2v_loss(const D2VLoss *args);  // 0, or 1 if memory ran out
+D2V_PUBLIC int d2v_loss(const D2VLoss *args);  // 0; 1 if memory ran out; 2 if n_rows are not the masked positions
 
 #ifdef __cplusplus
 }

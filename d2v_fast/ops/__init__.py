@@ -108,38 +108,45 @@ def _compiled() -> Callable:
     return torch.compile(reference.data2vec_loss, dynamic=True)
 
 
-def obstacle(impl: str, predictions: Tensor, layers: Sequence[Tensor], norm: str) -> str | None:
-    """Why the kernel `impl` cannot run on these tensors, or None if it can."""
-    dtypes = {predictions.dtype, *(layer.dtype for layer in layers)}
-    if not dtypes <= set(KERNEL_DTYPES):
-        return f"it takes {[str(d) for d in KERNEL_DTYPES]}, found {sorted(str(d) for d in dtypes)}"
-    if len({layer.dtype for layer in layers}) > 1:
-        return "the teacher layers differ in dtype"
-    return importlib.import_module(KERNELS[impl]).obstacle(predictions.device, norm)
-
-
 @functools.cache
 def _log_choice(impl: str, device: str, why: str) -> None:
     logger.info("data2vec loss on %s: %s%s", device, impl, why)
 
 
-def loss_implementation(impl: str, predictions: Tensor, layers: Sequence[Tensor], norm: str) -> Callable:
-    """The implementation of the loss called `impl`; "auto" takes the best that works on these tensors.
+def obstacle(kernel: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[torch.dtype, ...], norm: str) -> str | None:
+    """Why the kernel cannot run on tensors of these dtypes and this type of device, or None if it can."""
+    unknown = {str(d) for d in (dtype, *layer_dtypes) if d not in KERNEL_DTYPES}
+    if unknown:
+        return f"found {', '.join(sorted(unknown))}, expected {', '.join(str(d) for d in KERNEL_DTYPES)}"
+    if len(set(layer_dtypes)) > 1:
+        return "the teacher layers differ in dtype"
+    return importlib.import_module(KERNELS[kernel]).obstacle(torch.device(device), norm)
+
+
+@torch.compiler.assume_constant_result  # a graph is made for one device and one set of dtypes
+def choose(impl: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[torch.dtype, ...], norm: str) -> str:
+    """The implementation that `impl` stands for; "auto" is the best that works on such tensors.
 
     Raises:
-        ValueError: `impl` is not one of the implementations, or cannot run on these tensors.
+        ValueError: `impl` is not one of the implementations, or cannot run on such tensors.
     """
     if impl == "auto":
-        kernel = "triton" if predictions.is_cuda else "native"
-        why = obstacle(kernel, predictions, layers, norm)
-        impl = "eager" if why else kernel
-        _log_choice(impl, predictions.device.type, f" ({kernel}: {why})" if why else "")
-    elif impl in KERNELS:
-        why = obstacle(impl, predictions, layers, norm)
-        if why:
-            raise ValueError(f"impl={impl!r} cannot run: {why}; impl='auto' falls back to 'eager'")
-    if impl in KERNELS:
-        return functools.partial(_fused_loss, impl)
+        kernel = "triton" if device == "cuda" else "native"
+        why = obstacle(kernel, device, dtype, layer_dtypes, norm)
+        _log_choice("eager" if why else kernel, device, f" ({kernel}: {why})" if why else "")
+        return "eager" if why else kernel
     if impl not in LOSS_IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: expected 'auto' or one of {sorted(LOSS_IMPLEMENTATIONS)}")
-    return reference.data2vec_loss if impl == "eager" else _compiled()
+    why = impl in KERNELS and obstacle(impl, device, dtype, layer_dtypes, norm)
+    if why:
+        raise ValueError(f"impl={impl!r} cannot run: {why}; impl='auto' falls back to 'eager'")
+    return impl
+
+
+def loss_implementation(impl: str, predictions: Tensor, layers: Sequence[Tensor], norm: str) -> Callable:
+    """The function that computes the loss of these tensors; see `choose`."""
+    layer_dtypes = tuple(layer.dtype for layer in layers)
+    chosen = choose(impl, predictions.device.type, predictions.dtype, layer_dtypes, norm)
+    if chosen in KERNELS:
+        return functools.partial(_fused_loss, chosen)
+    return _compiled() if chosen == "compile" else reference.data2vec_loss

@@ -17,7 +17,7 @@ NORMS = {"none": 0, "layer": 1, "instance": 2, "batch": 3, "group": 4}
 
 class _Loss(ctypes.Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("batch", "length", "channels", "n_layers")),
+        *((name, c_int64) for name in ("batch", "length", "channels", "n_layers", "n_rows")),
         ("layers", POINTER(c_void_p)),
         ("strides", POINTER(c_int64)),
         *((name, c_void_p) for name in ("predictions", "grad", "mask", "padding")),
@@ -81,6 +81,7 @@ def loss(
         length=length,
         channels=channels,
         n_layers=len(layers),
+        n_rows=len(predictions),
         layers=(c_void_p * len(layers))(*(layer.data_ptr() for layer in layers)),
         strides=(c_int64 * (3 * len(layers)))(*(stride for layer in layers for stride in layer.stride())),
         predictions=predictions.data_ptr(),
@@ -101,6 +102,9 @@ def loss(
         count=scalars[2:].data_ptr(),
         moments=moments.data_ptr() if stats else None,
     )
-    if library().d2v_loss(arguments):
+    failed = library().d2v_loss(arguments)
+    if failed == 1:
         raise MemoryError(f"the loss of {batch} × {length} × {channels} found no memory for its workspace")
+    if failed == 2:
+        raise ValueError(f"predictions: found {len(predictions)} rows, expected {int(mask.sum())}, the masked positions")
     return scalars[0].clone(), grad, scalars[1].clone(), scalars[2].clone(), moments
