@@ -112,7 +112,7 @@ def test_what_cannot_be_probed_is_explained(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("modality, steps, gain", [("text", 500, 0.05), ("vision", 400, 0.06)])
+@pytest.mark.parametrize("modality, steps, gain", [("text", 500, 0.05), ("vision", 400, 0.06), ("audio", 400, 0.25)])
 def test_training_teaches(modality, steps, gain, tmp_path):
     """A minute or two of the tiny presets on builtin data beats the untrained encoder clearly."""
     run = tmp_path / "run"
