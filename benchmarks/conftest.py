@@ -1,0 +1,39 @@
+import platform
+import subprocess
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.addoption("--seconds", type=float, default=3.0, help="time for the variants of one case together")
+
+
+@pytest.fixture
+def device(request):
+    return request.config.getoption("--device")
+
+
+@pytest.fixture
+def seconds(request):
+    return request.config.getoption("--seconds")
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """What a figure depends on, and not the name of the machine."""
+    cpu = {key: machine_info["cpu"].get(key) for key in ("brand_raw", "arch", "l2_cache_size", "l3_cache_size")}
+    machine_info.clear()
+    machine_info.update(cpu=cpu, threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
+    if config.getoption("--device") == "cuda":
+        import triton
+
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        machine_info.update(gpu=torch.cuda.get_device_name(), driver=driver, triton=triton.__version__)
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    for key in list(commit_info):
+        if key not in ("id", "time", "dirty"):
+            del commit_info[key]

@@ -1,0 +1,77 @@
+"""How time, bandwidth and memory are taken: variants interleaved in one process, medians, caches cold."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def timed(call: Callable[[], object], device: str) -> float:
+    """Seconds of one call, on a GPU by its own clock."""
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    call()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
+def interleaved(variants: dict[str, Callable[[], object]], device: str, seconds: float = 3.0) -> dict[str, float]:
+    """Median seconds of each variant.
+
+    The variants take turns, so that a drift of the machine meets all of them. Within its turn a variant runs four times and
+    the first is not counted: it pays for what the variant before it did to the allocator and the threads.
+    """
+    for call in variants.values():
+        call()
+        call()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    end = time.monotonic() + seconds
+    rounds = 0
+    while rounds < 3 or time.monotonic() < end:
+        for name, call in variants.items():
+            call()
+            times[name] += [timed(call, device) for _ in range(3)]
+        rounds += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def copy(device: str, size: int = 256 << 20) -> Callable[[], object]:
+    """Copies `size` bytes, far more than the caches hold: 2 · size bytes move."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def peak_extra_bytes(call: Callable[[], object], device: str) -> int:
+    """Memory that a call needs beyond what is allocated before it; what it returns is counted."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # pages that the allocator kept would hide what the call takes
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"/proc/self/status has no {field}")
