@@ -1,6 +1,9 @@
 # make demo   trains a tiny preset on builtin data and probes it, on the CPU
 # make test   runs the tests
 # make lint   ruff
+# make bench        measures the loss beside its alternatives, writes $(RESULTS)
+# make bench-check  the same, and fails if a ratio fell more than 15 % below the committed one
+# make bench-report the table in Markdown and the plot, from $(RESULTS)
 # Everything is installed into .venv; another Python: make PYTHON=python3.12 …
 
 PYTHON ?= python3
@@ -8,8 +11,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= vision/tiny
 RUN ?= runs/demo
+RESULTS ?= benchmarks/results/cpu-loss.json
+BENCH := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks -q --benchmark-columns=median
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint bench bench-check bench-report clean
 
 # torch first and by its exact version: a CPU build of it may be at hand, the newest one brings gigabytes of CUDA.
 $(BIN)/.installed: setup.py CMakeLists.txt $(wildcard kernels/*)
@@ -32,6 +37,17 @@ test-slow: $(BIN)/.installed
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(BIN)/.installed
+	$(BENCH) --benchmark-json=$(RESULTS)
+
+bench-check: $(BIN)/.installed
+	mkdir -p build
+	$(BENCH) --benchmark-json=build/bench.json
+	$(BIN)/python -m benchmarks.report build/bench.json --against $(RESULTS)
+
+bench-report: $(BIN)/.installed
+	$(BIN)/python -m benchmarks.report $(RESULTS) --plot $(RESULTS:.json=.svg)
 
 clean:
 	rm -rf $(VENV) build *.egg-info d2v_fast/ops/*.so

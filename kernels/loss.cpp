@@ -24,9 +24,12 @@ static int omp_get_thread_num() { return 0; }
 namespace D2V_ISA {
 
 constexpr float EPS = 1e-5f;
-constexpr int64_t ROWS = 16;                // scored positions in a tile of layer norm
-constexpr int64_t AHEAD = 3;                // rows of layer norm that are on their way while one is worked on
-constexpr int64_t BLOCK = 1280 << 10;  // bytes of a thread's block; cutting columns below whole rows costs more than leaving the L2 cache
+constexpr int64_t ROWS = 16;      // scored positions in a tile of layer norm
+constexpr int64_t TOGETHER = 4;   // of these, how many have their statistics taken before they are added up
+constexpr int64_t AHEAD = 8;      // and how many rows are fetched in advance: one row alone cannot hide the memory's latency
+// Bytes of a thread's block. Cutting rows to make it smaller costs more than leaving the L2 cache: the processor's own
+// prefetching lives on long runs.
+constexpr int64_t BLOCK = 1280 << 10;
 constexpr int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
 typedef std::unique_ptr<float[]> Floats;
@@ -45,7 +48,7 @@ template <class R> Affine row_stats(R row, R next, int64_t n, float *m2 = nullpt
     const float shift = sum(n < W ? row.tail(0, n) : row(0)) / first;
     Vec d1[4] = {}, d2[4] = {};
     each(row, n, [&](int64_t i, Vec x, Mask lanes, int u) D2V_INLINE {
-        next.prefetch(i);
+        if (u * R::bytes % 4 == 0) next.prefetch(i);  // once for each 64 bytes
         const Vec d = select(lanes, x - shift, Vec{});
         d1[u] += d;
         d2[u] += d * d;
@@ -186,19 +189,22 @@ template <class T, bool STRIDED> class Loss {
             } else if (a.norm == D2V_GROUP) {
                 whole = group_stats(k, b);
             }
-            for (int64_t r = 0; r < count; ++r) {
-                const R x = row(k, positions[r], c0);
-                float *block = w.block.get() + r * ld;
-                if (columns.shift) {
-                    add_affine(x, n, columns, block);
-                    continue;
+            // Statistics of a few rows, then their sums: the end of one row's statistics hides behind the next row's.
+            for (int64_t first = 0; first < count; first += TOGETHER) {
+                const int64_t end = std::min(first + TOGETHER, count);
+                Affine own[TOGETHER];
+                if (a.norm == D2V_LAYER)
+                    for (int64_t r = first; r < end; ++r) {
+                        const int64_t ahead = std::min(k * count + r + AHEAD, K * count - 1);
+                        own[r - first] = row_stats(row(k, positions[r], c0), row(ahead / count, positions[ahead % count], c0), n);
+                        own[r - first].weight /= K;
+                    }
+                for (int64_t r = first; r < end; ++r) {
+                    const R x = row(k, positions[r], c0);
+                    float *block = w.block.get() + r * ld;
+                    if (columns.shift) add_affine(x, n, columns, block);
+                    else add_affine(x, n, a.norm == D2V_LAYER ? own[r - first] : whole, block);
                 }
-                if (a.norm == D2V_LAYER) {
-                    const int64_t ahead = std::min(k * count + r + AHEAD, K * count - 1);
-                    whole = row_stats(x, row(ahead / count, positions[ahead % count], c0), n);
-                    whole.weight /= K;
-                }
-                add_affine(x, n, whole, block);
             }
         }
     }

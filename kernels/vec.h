@@ -105,13 +105,15 @@ template <class T> inline Vec widen(const T *x, int64_t n) {  // n < W elements,
 }
 
 template <class T> inline void narrow(Vec x, T *y, int64_t n) {
+    if (n >= W) return narrow(x, y);
     T part[W];
     narrow(x, part);
-    memcpy(y, part, (n < W ? n : W) * sizeof(T));
+    memcpy(y, part, n * sizeof(T));
 }
 
 // A row of a tensor, read as floats.
 template <class T> struct Row {
+    static constexpr int bytes = sizeof(T);
     const T *x;
     Vec operator()(int64_t i) const { return widen(x + i); }
     Vec tail(int64_t i, int64_t n) const { return widen(x + i, n); }
@@ -119,6 +121,7 @@ template <class T> struct Row {
 };
 
 template <class T> struct StridedRow {
+    static constexpr int bytes = sizeof(T);
     const T *x;
     int64_t stride;
     Vec operator()(int64_t i) const { return tail(i, W); }
