@@ -1,0 +1,151 @@
+"""Each example runs, learns, and computes what plain torch says it should."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from d2v_fast import Data2VecLoss, EMATeacher
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Calls(list):
+    """What the loss was called with and gave, with the gradient that reached the predictions."""
+
+    def __init__(self):
+        self.update = None
+        self.seen = []  # by the teacher
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    calls, forward, teacher, update = Calls(), Data2VecLoss.forward, EMATeacher.forward, EMATeacher.update
+
+    def spied_forward(self, predictions, teacher_layers, mask, padding_mask=None):
+        result = forward(self, predictions, teacher_layers, mask, padding_mask)
+        layers = [layer.detach().cpu().clone() for layer in teacher_layers]
+        call = dict(predictions=predictions.detach().cpu().clone(), layers=layers, mask=mask.cpu(), loss=result[0].item())
+        call["padding_mask"] = padding_mask if padding_mask is None else padding_mask.cpu()
+        calls.append(call)
+        if predictions.requires_grad:
+            predictions.register_hook(lambda gradient: call.update(gradient=gradient.cpu()))
+        return result
+
+    def spied_teacher(self, *inputs):
+        calls.seen.append(inputs)
+        return teacher(self, *inputs)
+
+    def spied_update(self, student):
+        before = [p.clone() for p in self.module.parameters()]
+        update(self, student)
+        if calls.update is None:
+            calls.update = [
+                (old.lerp(theirs.detach(), 1 - self.start), new.clone(), old)
+                for old, new, theirs in zip(before, self.module.parameters(), student.parameters(), strict=True)
+            ]
+
+    monkeypatch.setattr(Data2VecLoss, "forward", spied_forward)
+    monkeypatch.setattr(EMATeacher, "forward", spied_teacher)
+    monkeypatch.setattr(EMATeacher, "update", spied_update)
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def check(call, expected_loss, weight):
+    """`expected_loss` of the predictions against the call; `weight` is the loss's share of what was differentiated."""
+    predictions = call["predictions"].requires_grad_()
+    expected = expected_loss(predictions)
+    (gradient,) = torch.autograd.grad(expected * weight, predictions)
+    assert gradient.norm() > 0
+    assert call["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(call["gradient"], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+
+
+def check_teacher(calls):
+    moved = 0
+    for expected, new, old in calls.update:
+        # The decay anneals from the first step on, so that it is not quite `start`.
+        torch.testing.assert_close(new, expected, rtol=1e-3, atol=1e-4)
+        moved += not torch.equal(new, old)
+    assert moved > len(calls.update) / 2
+
+
+def test_bare_loop(calls):
+    history = load(EXAMPLES / "bare_loop.py").main(steps=60)
+    call = calls[0]
+    channels = call["predictions"].shape[1]
+    rows = []
+    for b, (mask, padding) in enumerate(zip(call["mask"], call["padding_mask"], strict=True)):
+        used = int((~padding).sum())
+        layers = [F.instance_norm(layer[:used, b].T.unsqueeze(0)).squeeze(0).T for layer in call["layers"]]
+        rows.append((sum(layers) / len(layers))[mask[:used]])
+    assert call["padding_mask"].any() and len(call["layers"]) == 3
+    assert all(len(inputs) == 2 for inputs in calls.seen)  # no mask for the teacher
+    check(call, lambda p: (p - torch.cat(rows)).pow(2).sum(1).mean() / channels**0.5, 1)
+    check_teacher(calls)
+    loss, std = history[-1]
+    assert loss < 0.75 * channels**0.5 * std**2  # what a constant prediction would give; so do rows in another order
+    assert std > 0.5
+
+
+def test_hf_trainer(calls):
+    example = load(EXAMPLES / "hf_trainer.py")
+    trainer = example.main(steps=60)
+    scored = sum(int(call["mask"].sum()) for call in calls[:2])
+    losses = []
+    for call in calls[:2]:
+        layers = [F.layer_norm(layer, layer.shape[-1:]) for layer in call["layers"]]
+        target = (sum(layers) / len(layers))[call["mask"]]
+        check(call, lambda p, y=target: (p - y).pow(2).sum() / p.shape[1] ** 0.5, 1 / scored)
+        losses.append(call["loss"])
+    check_teacher(calls)
+    assert not any((ids == example.MASK).any() for ids, _ in calls.seen)
+    first, *_, last, _ = trainer.state.log_history
+    assert first["loss"] == pytest.approx(sum(losses) / scored, rel=1e-3)
+    assert last["loss"] < 0.75 * example.C**0.5 * last["target_std"] ** 2
+    assert trainer.model.teacher.step == 60
+    assert not trainer.evaluate(example.make_samples(8))["eval_loss"] > first["loss"]
+
+
+def test_accumulation_in_the_trainer_changes_nothing(calls):
+    """Micro-batches with different numbers of masked positions give the gradient of their union."""
+    example = load(EXAMPLES / "hf_trainer.py")
+    whole, parts = (example.main(2, *sizes).state.log_history[0] for sizes in ((8, 1), (2, 4)))
+    assert len({int(call["mask"].sum()) for call in calls[2:6]}) > 1
+    for name in ("loss", "grad_norm"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4)
+
+
+def test_ijepa(calls):
+    example = load(EXAMPLES / "ijepa.py")
+    history = example.main(steps=60)
+    weight = 1 / example.BLOCKS
+    for call in calls[: example.BLOCKS] + calls[-example.BLOCKS :]:  # at first h is normalised already: an untrained LayerNorm
+        (h,) = call["layers"]
+        target = F.layer_norm(h, (example.C,))[call["mask"]]
+        check(call, lambda p, y=target: F.smooth_l1_loss(p, y), weight)
+    check_teacher(calls)
+    assert history[0][0] == pytest.approx(sum(call["loss"] for call in calls[: example.BLOCKS]) * weight, rel=1e-5)
+    loss, std = history[-1]
+    assert loss < 0.5 * history[0][0] and std > 0.5
+
+
+def test_hf_kernel():
+    folder = EXAMPLES / "hf_kernel"
+    if importlib.util.find_spec("kernels") and importlib.util.find_spec("kernels.load"):  # not our own folder kernels/
+        kernel = importlib.import_module("kernels.load").get_local_kernel(folder)
+    else:
+        kernel = load(folder / "torch-universal" / "__init__.py")
+    predictions, layer, mask = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.rand(2, 5) < 0.5
+    expected = (predictions - F.layer_norm(layer, (8,)))[mask].pow(2).sum() / 8**0.5
+    torch.testing.assert_close(kernel.data2vec_loss(predictions, [layer], mask, reduction="sum"), expected)
