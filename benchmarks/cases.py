@@ -49,3 +49,44 @@ LOSS_CASES = [
     LossCase("audio-8x780", 8, 780, 8, 0.49, "instance"),
     LossCase("audio-16x780", 16, 780, 8, 0.49, "instance"),
 ]
+
+
+@dataclass(frozen=True)
+class StepCase:
+    name: str
+    modality: str
+    model: str
+    batch: int
+    shape: tuple[int, ...]  # of one sample: tokens, (3, side, side), or samples of a waveform
+    masked: float
+    settings: dict  # of Data2Vec, as the published recipe has them
+
+    def batch_of(self, encoder, device: str) -> dict[str, Tensor]:
+        """Inputs of `Data2Vec.forward`: source, mask, index, for text also target; all of full length."""
+        generator = torch.Generator().manual_seed(0)
+        if self.modality == "text":
+            target = torch.randint(10, 50_000, (self.batch, *self.shape), generator=generator)
+            positions = self.shape[0]
+        else:
+            target = torch.randn(self.batch, *self.shape, generator=generator)
+            grid = encoder.positions(self.shape[-1])
+            positions = grid if isinstance(grid, int) else grid[0] * grid[1]
+        mask = torch.zeros(self.batch, positions, dtype=torch.bool)
+        for row in mask:  # every sample the same number
+            row[torch.randperm(positions, generator=generator)[: round(self.masked * positions)]] = True
+        batch = dict(source=target, mask=mask, index=mask.flatten().nonzero().squeeze(1))
+        if self.modality == "text":
+            batch |= dict(source=target.masked_fill(mask, 3), target=target)
+        return {name: value.to(device) for name, value in batch.items()}
+
+
+_TEXT = dict(top_k=10, beta=4.0, scale=1.0, head_layers=2, ema_scope="layers")
+_VISION = dict(top_k=6, beta=2.0, source="block_output", ema_start=0.9998)
+_AUDIO = dict(top_k=8, norm="instance", ema_scope="encoder")
+
+STEP_CASES = [
+    StepCase("text-8x128", "text", "roberta", 8, (128,), 0.15, _TEXT),
+    StepCase("text-4x512", "text", "roberta", 4, (512,), 0.15, _TEXT),
+    StepCase("vision-8x224", "vision", "beit", 8, (3, 224, 224), 0.60, _VISION),
+    StepCase("audio-4x5s", "audio", "data2vec-audio", 4, (80_000,), 0.49, _AUDIO),
+]

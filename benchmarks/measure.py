@@ -26,11 +26,13 @@ def timed(call: Callable[[], object], device: str) -> float:
     return before.elapsed_time(after) / 1e3
 
 
-def interleaved(variants: dict[str, Callable[[], object]], device: str, seconds: float = 3.0) -> dict[str, float]:
+def interleaved(
+    variants: dict[str, Callable[[], object]], device: str, seconds: float = 3.0, calls: int = 3
+) -> dict[str, float]:
     """Median seconds of each variant.
 
-    The variants take turns, so that a drift of the machine meets all of them. Within its turn a variant runs four times and
-    the first is not counted: it pays for what the variant before it did to the allocator and the threads.
+    The variants take turns, so that a drift of the machine meets all of them. Within its turn a variant runs `calls` times
+    after one that is not counted: that pays for what the variant before it did to the allocator and the threads.
     """
     for call in variants.values():
         call()
@@ -41,7 +43,7 @@ def interleaved(variants: dict[str, Callable[[], object]], device: str, seconds:
     while rounds < 3 or time.monotonic() < end:
         for name, call in variants.items():
             call()
-            times[name] += [timed(call, device) for _ in range(3)]
+            times[name] += [timed(call, device) for _ in range(calls)]
         rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}
 

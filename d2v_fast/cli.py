@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from d2v_fast.config import ConfigError, parse
+from d2v_fast.config import parse
 
 
 def _run(name: str, command: Callable[[list[str]], int | None]) -> None:
@@ -36,12 +36,10 @@ def train() -> None:
 
     def command(args: list[str]) -> int:
         config, fused = parse(args)
-        if fused:
-            raise ConfigError("--fused: this version has no fused kernel for any device; leave it out to train without")
         from d2v_fast import training
 
         try:
-            return training.train(config)
+            return training.train(config, fused)
         except training.CollapseError as error:
             sys.exit(f"d2v-train: {error}")
 

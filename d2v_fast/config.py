@@ -475,7 +475,7 @@ def _parser(modality: str, kind: str) -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="Preset or YAML file; several are merged.")
-    parser.add_argument("--fused", action="store_true", help="Use the fused kernels, or stop with the reason.")
+    parser.add_argument("--fused", action="store_true", help="Fused kernels and bf16, or stop with the reason.")
     parser.add_argument("--modality", type=Literal["text", "vision", "audio"], default=modality, help="What is learned from.")
     for name, cls in SECTIONS.items():
         parser.add_class_arguments(cls, name)
@@ -536,8 +536,10 @@ def parse(args: list[str]) -> tuple[Config, bool]:
         namespace = parser.parse_args(["--config", json.dumps(settings, default=str), *rest])
     except argparse.ArgumentError as error:
         raise ConfigError(_readable(str(error), given | overrides, parser)) from None
-    fused, values = namespace.pop("fused"), namespace.as_dict()
-    values.pop("config")
+    if namespace.fused and "train.precision" not in given | overrides:
+        namespace.train.precision = "bf16"
+    values = namespace.as_dict()
+    fused = values["fused"]
     kind = values["mask"].pop("kind")
     config = Config(
         modality=values["modality"],

@@ -12,6 +12,7 @@ from d2v_fast.ops import loss_implementation
 from d2v_fast.ops.reference import LossStats
 
 NORMS = ("none", "layer", "instance", "batch", "group")
+TARGET_NORMS = NORMS[:3]
 
 
 def data2vec_loss(
@@ -33,7 +34,7 @@ def data2vec_loss(
 
     Args:
         predictions: (N, C), one row for each masked position in batch-major order, or (B, T, C); any float dtype.
-        teacher_layers: K tensors (B, T, C), or (T, B, C) with layout="TBC"; any float dtype and strides.
+        teacher_layers: K tensors (B, T, C), or (T, B, C) with layout="TBC"; any float dtype and strides; no gradient.
         mask: (B, T) bool, True = masked = scored.
         norm: Normalisation of each layer: "layer" over C, "instance" over T, "batch" over B and T, "group" over T and C.
             No affine, eps 1e-5, biased variance, at least fp32.
@@ -108,9 +109,9 @@ def _check(predictions, layers, mask, norm, target_norm, beta, padding_mask, red
     for name, tensor in (("mask", mask), ("teacher_layers[0]", first), ("padding_mask", padding_mask)):
         if tensor is not None and tensor.device != predictions.device:
             raise ValueError(f"{name}: found on {tensor.device}, expected {predictions.device} like the predictions")
-    for name, value in (("norm", norm), ("target_norm", target_norm)):
-        if value not in NORMS:
-            raise ValueError(f"{name}: found {value!r}, expected one of {NORMS}")
+    for name, value, allowed in (("norm", norm, NORMS), ("target_norm", target_norm, TARGET_NORMS)):
+        if value not in allowed:
+            raise ValueError(f"{name}: found {value!r}, expected one of {allowed}")
     if beta < 0:
         raise ValueError(f"beta: found {beta}, expected 0 (squared error) or a positive number")
     if reduction not in ("mean", "sum"):

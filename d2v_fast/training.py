@@ -24,6 +24,7 @@ from torch import Tensor
 from d2v_fast.config import Config, ConfigError, OptimizerConfig, ScheduleConfig, data_class
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, make_loader
 from d2v_fast.encoders import Encoder, build_encoder, describe
+from d2v_fast.fused import fuse
 from d2v_fast.model import Data2Vec, Data2VecOutput
 from d2v_fast.ops.reference import Moments
 
@@ -69,8 +70,8 @@ def make_model(config: Config, encoder: Encoder) -> Data2Vec:
     )
 
 
-def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with vectors free of weight decay and learning rates scaled by name (spec 4.8)."""
+def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW with vectors free of weight decay and learning rates scaled by name (spec 4.8); `fused` = one pass per tensor."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     unused = set(config.lr_scale)
     for name, parameter in model.named_parameters():
@@ -89,6 +90,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.opt
         [{"params": p, "weight_decay": d, "lr": config.lr * s} for (d, s), p in groups.items()],
         betas=tuple(config.betas),
         eps=config.eps,
+        fused=fused or None,
     )
 
 
@@ -203,13 +205,14 @@ class Trainer:
 
     Args:
         config: What to train, on what, how.
+        fused: Put the fast parts in, `d2v_fast.fused`.
 
     Raises:
         ConfigError: Settings that do not fit each other.
         DataError: Data that cannot be used.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, fused: bool = False):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs, set_seed
@@ -234,6 +237,7 @@ class Trainer:
         encoder = make_encoder(config, vocabulary and vocabulary.size)
         self.data.fit_to(encoder)
         self.core = make_model(config, encoder)
+        self.fused = fuse(self.core, self.device) if fused else []
         batches = EpochBatches(
             len(self.data),
             config.train.batch_size,
@@ -248,7 +252,7 @@ class Trainer:
         if config.train.epochs is not None:
             self.steps = max(1, round(config.train.epochs * steps_per_epoch))
         self.loader = make_loader(self.data, batches, config.train.workers, pin_memory=self.device.type == "cuda")
-        self.optimizer = make_optimizer(self.core, config.optimizer)
+        self.optimizer = make_optimizer(self.core, config.optimizer, fused)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, self.steps, config.schedule)
         )
@@ -270,6 +274,8 @@ class Trainer:
             log.info("%s", describe(self.core.student))
             place = f"{train.precision} on {self.device}" + (f" × {self.world}" if self.world > 1 else "")
             log.info("%d samples, %d steps, %s, run in %s", len(self.data), self.steps, place, self.folder)
+            if self.fused:
+                log.info("fused: %s", ", ".join([*self.fused, "AdamW"]))
         self.model.train()
         stream, window, step, record = self._batches(), Window(self.device), 0, None
         quiet = {} if main else {"disable": True}  # not False, which would overrule TQDM_DISABLE
@@ -422,10 +428,10 @@ class CollapseError(RuntimeError):
     """Targets or predictions have become constant."""
 
 
-def train(config: Config) -> int:
-    """Run `config`; returns the exit code of the process."""
+def train(config: Config, fused: bool = False) -> int:
+    """Run `config`, with the fast parts or without; returns the exit code of the process."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # ours is the one to watch
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    return Trainer(config).run()
+    return Trainer(config, fused).run()

@@ -263,7 +263,7 @@ template <class T, bool STRIDED> class Loss {
             } else {
                 const Vec size = select(e < 0, -e, e);
                 values[u] += select(size < beta, e * e * (0.5f * inverse), size - select(lanes, splat(0.5f * beta), Vec{}));
-                g = select(size < beta, e * inverse, select(e < 0, splat(-1), splat(1)));
+                g = select(size < beta, e * inverse, select(e < 0, splat(-1), splat(1)) + (e - e));  // NaN if e is not finite
             }
             narrow(g * slope, grad + i, n - i);
             if (copy) narrow(x, copy + i);
@@ -360,9 +360,9 @@ public:
     void run() {
         list_positions();
         const double count = scored.size(), divided = a.scale / (a.mean ? std::max(count, 1.0) : 1.0);
-        // In fp16 the scaled gradient would leave the normal range.
-        grad_scale = a.prediction_dtype == D2V_FP16 ? 1 : divided;
-        *a.factor = a.prediction_dtype == D2V_FP16 ? divided : 1;
+        // In fp16 the scaled gradient would leave the normal range, and twice the error would overflow.
+        grad_scale = a.prediction_dtype == D2V_FP16 ? 0.25 : divided;
+        *a.factor = a.prediction_dtype == D2V_FP16 ? divided * 4 : 1;
         *a.count = count;
 
         const bool by_row = (a.norm == D2V_LAYER || a.norm == D2V_NONE) && a.target_norm != D2V_INSTANCE;
@@ -371,12 +371,12 @@ public:
         const bool all = a.target_norm == D2V_INSTANCE;
         const std::vector<int32_t> &used = all ? kept : scored;
         const std::vector<int64_t> &from = all ? kept_from : scored_from;
-        int64_t rows = ROWS, columns = C;
+        int64_t rows = ROWS, columns = std::max<int64_t>(C, 1);
         if (!by_row) {
             rows = 0;
             for (int64_t b = 0; b < a.batch; ++b) rows = std::max(rows, from[b + 1] - from[b]);
             const int64_t fit = BLOCK / (std::max<int64_t>(rows, 1) * sizeof(float)) / 64 * 64;
-            if (by_column) columns = std::min(C, std::max<int64_t>(fit, 64));
+            if (by_column) columns = std::min(columns, std::max<int64_t>(fit, 64));
         }
 
         std::vector<Workspace> workspaces;
@@ -386,7 +386,7 @@ public:
         if (a.norm == D2V_BATCH) batch_stats(workspaces, columns);
 
         const int64_t blocks = (C + columns - 1) / columns, chunks = ((int64_t)scored.size() + ROWS - 1) / ROWS;
-        const int64_t tiles = by_row ? chunks : a.batch * blocks;
+        const int64_t tiles = by_row && C ? chunks : a.batch * blocks;
 #pragma omp parallel for schedule(static) num_threads(a.threads)
         for (int64_t i = 0; i < tiles; ++i) {
             Workspace &w = workspaces[omp_get_thread_num()];

@@ -164,6 +164,14 @@ def test_statistics_survive_a_large_mean():
     assert float(stats.prediction.std) == pytest.approx(float((z.double().var(0) + 1e-6).sqrt().mean()), rel=1e-3)
 
 
+@pytest.mark.parametrize("impl", ["eager", "native"])
+def test_the_teacher_gets_no_gradient(impl):
+    predictions, layers, mask, _ = case(dtype=torch.float32)
+    layers = [x.requires_grad_() for x in layers]
+    data2vec_loss(predictions.requires_grad_(), layers, mask, impl=impl).backward()
+    assert predictions.grad.abs().sum() > 0 and all(x.grad is None for x in layers)
+
+
 def test_the_module_is_the_function():
     predictions, layers, mask, padding = case(padded=True)
     module = Data2VecLoss(norm="instance", target_norm="layer", beta=2.0)
@@ -193,6 +201,7 @@ def test_compiled_equals_eager():
         (dict(teacher_layers=[]), "teacher_layers: found no tensor"),
         (dict(teacher_layers=[torch.zeros(2, 7, 5), torch.zeros(2, 7, 6)]), "teacher_layers[1]: found shape (2, 7, 6)"),
         (dict(norm="batchnorm"), "norm: found 'batchnorm'"),
+        (dict(target_norm="batch"), "target_norm: found 'batch'"),
         (dict(beta=-1.0), "beta: found -1.0"),
         (dict(reduction="none"), "reduction: found 'none'"),
         (dict(layout="CTB"), "layout: found 'CTB'"),

@@ -73,6 +73,7 @@ class _FusedLoss(torch.autograd.Function):
         return loss, count, moments
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _count, _moments):
         grad, factor = ctx.saved_tensors
         factor = factor * grad_loss

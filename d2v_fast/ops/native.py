@@ -1,16 +1,17 @@
-"""CPU kernels: finds the library built from `kernels/` and calls it through its C interface (`kernels/loss.h`)."""
+"""CPU kernels: finds the library built from `kernels/` and calls it through its C interface (`kernels/*.h`)."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
+import os
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NORMS = {"none": 0, "layer": 1, "instance": 2, "batch": 3, "group": 4}
 
@@ -45,7 +46,10 @@ def library() -> ctypes.CDLL | str:
     if loaded.d2v_abi() != ABI:
         return f"{path} was built from other sources (ABI {loaded.d2v_abi()}, expected {ABI}); `pip install .` again"
     loaded.d2v_isa.restype = ctypes.c_char_p
+    if loaded.d2v_isa() is None:
+        return f"D2V_ISA={os.environ.get('D2V_ISA')!r}: expected 'avx512', 'avx2' or 'baseline', and a processor that runs it"
     loaded.d2v_loss.argtypes = [POINTER(_Loss)]
+    loaded.d2v_dropout.argtypes = [c_void_p, c_void_p, c_int64, c_int32, c_uint32, c_float, c_uint64, c_int32]
     return loaded
 
 
@@ -108,3 +112,14 @@ def loss(
     if failed == 2:
         raise ValueError(f"predictions: found {len(predictions)} rows, expected {int(mask.sum())}, the masked positions")
     return scalars[0].clone(), grad, scalars[1].clone(), scalars[2].clone(), moments
+
+
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """Contiguous, like x: value i is zero if the hash of (seed, i) is less than p · 2³², else x / (1 - p); 0 <= p < 1."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    threshold = min(round(p * 2**32), 2**32 - 1)
+    library().d2v_dropout(
+        x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], threshold, 1 / (1 - p), seed % 2**64, torch.get_num_threads()
+    )
+    return y

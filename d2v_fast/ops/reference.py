@@ -69,7 +69,7 @@ def make_targets(
     """Average of the normalised teacher layers, normalised again: K × (B, T, C) → (B, T, C) in `upcast` (spec 1.2)."""
     total = 0
     for layer in layers:
-        total = total + normalize(layer.to(upcast), norm, padding_mask)
+        total = total + normalize(layer.detach().to(upcast), norm, padding_mask)
     return normalize(total / len(layers), target_norm, padding_mask)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from d2v_fast import data2vec_loss
-from tests.test_triton_loss import BF16, CASES, FP16, FP32, NORMS, Case, gate, inputs, outcome
+from tests.gate import BF16, FP16, FP32, NORMS, Case, gate, inputs, outcome
+from tests.test_triton_loss import CASES
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -37,7 +38,7 @@ WIDE = [
 
 @pytest.mark.parametrize("case", [*HOT, *CASES, *REAL, *WIDE], ids=str)
 def test_against_float64(case):
-    assert gate(case, "cuda") == []
+    assert gate(case, "triton", "cuda") == []
 
 
 def _step(case, run=data2vec_loss):

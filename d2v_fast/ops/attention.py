@@ -1,0 +1,66 @@
+"""Attention of a student that trains on a CPU, as one more implementation of transformers.
+
+There `scaled_dot_product_attention` leaves its fast path for dropout, and its backward is slow at the lengths of data2vec.
+Two matrix products around a softmax, with the fast dropout between them, are quicker; without gradients they are not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.ops.dropout import dropout as fast_dropout
+
+NAME = "d2v_explicit"
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """softmax(Q·Kᵀ·scaling + mask)·V as transformers calls it.
+
+    Args:
+        module: The calling layer.
+        query: (B, H, T, D); key and value likewise.
+        attention_mask: Bool, True = attend, or a float bias that is added; broadcast to (B, H, T, T).
+        dropout: Share of the probabilities that is dropped.
+        scaling: Factor of the scores, None = 1/√D.
+
+    Returns:
+        (B, T, H, D) contiguous, and None in place of the probabilities.
+    """
+    if not torch.is_grad_enabled() or query.device.type != "cpu":
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2))
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        # The lowest number and not -inf: a row without any key must not become NaN.
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask.to(scores.dtype)
+    probabilities = fast_dropout(scores.softmax(-1, dtype=scores.dtype), dropout)
+    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), None
+
+
+def use(model: nn.Module) -> bool:
+    """Let a transformers model attend so; False if it takes no attention from outside."""
+    from transformers import AttentionInterface, PreTrainedModel
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    if not isinstance(model, PreTrainedModel) or model.config._attn_implementation != "sdpa":
+        return False
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # without it padding would be dropped in silence
+    try:
+        model.set_attn_implementation(NAME)
+    except ValueError:
+        return False
+    return model.config._attn_implementation == NAME

@@ -1,0 +1,126 @@
+"""The correctness gate of the fused loss: cases, what an implementation makes of one, and the error that it may have."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2v_fast import data2vec_loss
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+NORMS = ("none", "layer", "instance", "batch", "group")
+
+
+class Case(NamedTuple):
+    norm: str = "layer"
+    target_norm: str = "none"
+    beta: float = 0.0
+    dense: bool = False
+    layout: str = "BTC"  # or TBC, or strided: channels two apart
+    dtype: torch.dtype = FP32
+    dtype_z: torch.dtype = FP32
+    k: int = 3
+    channels: int = 64
+    length: int = 13
+    padded: bool = False
+    masked: float = 0.5
+    location: float = 0.0  # |mean| / σ of the layers
+    location_z: float = 0.0  # of the predictions
+    batch: int = 2
+    reduction: str = "mean"
+
+    def __str__(self):
+        short = [str(value).removeprefix("torch.") for value in self]
+        return "-".join(short).replace("bfloat", "bf").replace("float", "fp").replace("True", "1").replace("False", "0")
+
+
+def inputs(case: Case, device="cpu") -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
+    """Predictions, layers (B, T, C) in the memory layout of the case, mask, padding; padding holds NaN everywhere."""
+    random = dict(generator=torch.Generator(device).manual_seed(0), device=device)
+    shape = case.batch, case.length, case.channels
+    mask = torch.rand(shape[:2], **random) < case.masked
+    padding = None
+    if case.padded:
+        time, sample = torch.arange(case.length, device=device), torch.arange(case.batch, device=device)
+        padding = time.expand(shape[:2]) >= case.length - 3 * sample[:, None]
+    z = (torch.randn(shape, **random) + case.location_z).to(case.dtype_z)
+    layers = [(torch.randn(shape, **random) * 2 + 0.5 + 2 * case.location).to(case.dtype) for _ in range(case.k)]
+    for x in (z, *layers) if case.padded else ():
+        x[padding] = float("nan")
+    if case.layout == "TBC":
+        layers = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in layers]
+    if case.layout == "strided":
+        layers = [torch.stack([x, x + 1], -1)[..., 0] for x in layers]
+    return z if case.dense else z[mask], layers, mask, padding
+
+
+def outcome(case: Case, impl: str, device="cpu", exact=False) -> dict[str, Tensor]:
+    """Loss and gradient with and without moments, and these, by `impl`; all in float64 if `exact`."""
+    z, layers, mask, padding = inputs(case, device)
+    if exact:
+        z, layers = z.double(), [x.double() for x in layers]
+    z.requires_grad_()
+    settings = dict(norm=case.norm, target_norm=case.target_norm, beta=case.beta, padding_mask=padding)
+    settings |= dict(reduction=case.reduction, impl=impl)
+    if case.layout == "TBC":
+        settings["layout"], layers = "TBC", [x.transpose(0, 1) for x in layers]
+    plain = data2vec_loss(z, layers, mask, **settings)
+    (plain_gradient,) = torch.autograd.grad(plain, z)
+    loss, stats = data2vec_loss(z, layers, mask, return_stats=True, **settings)
+    (1.5 * loss).backward()
+    scored = mask if padding is None else mask & ~padding
+    moments = {}
+    for name, part in stats._asdict().items():
+        std = (part.m2 / part.count.clamp(min=1)).sqrt()
+        moments |= {name: torch.cat([part.mean, std]), f"{name} m2": part.m2}  # a mean of 0 is measured by the std beside it
+    return dict(
+        loss=loss.detach(),
+        gradient=z.grad,
+        plain_loss=plain.detach(),
+        plain_gradient=plain_gradient,
+        unscored=z.grad[~scored] if case.dense else z.grad[~scored[mask]],
+        count=stats.target.count,
+        **moments,
+    )
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def faults(found: dict, eager: dict, exact: dict, tolerance: float = 2e-6, rounding: float = 0.0) -> list[str]:
+    """What is wrong: error above 2 × that of eager PyTorch + `tolerance`, cosine, shape or dtype. Empty = the gate is passed.
+
+    Args:
+        rounding: Added tolerance of gradients.
+    """
+    wrong = []
+    for name, truth in exact.items():
+        value = found[name]
+        if value.shape != eager[name].shape or value.dtype != eager[name].dtype:
+            wrong.append(f"{name}: {value.shape} {value.dtype}, eager has {eager[name].shape} {eager[name].dtype}")
+            continue
+        error, limit = relative(value, truth), 2 * relative(eager[name], truth) + tolerance
+        limit += rounding if "gradient" in name else 0
+        a, b = value.double().flatten(), truth.flatten()
+        cosine = float(a @ b / (a.norm() * b.norm())) if b.norm() > 0 else 1.0
+        if not error <= limit or not cosine > 0.9999:  # "not", because of NaN
+            wrong.append(f"{name}: error {error:.1e}, allowed {limit:.1e}, cosine {cosine:.6f}")
+    if found["unscored"].any():
+        wrong.append("the gradient is not 0 where nothing is scored")
+    return wrong
+
+
+def gate(case: Case, impl: str, device="cpu", rounding: float | None = None) -> list[str]:
+    """The faults of `impl` in this case.
+
+    Args:
+        rounding: Added tolerance of gradients; None = half a unit in the last place, as the kernels round once before the
+            factor of the backward and once behind it.
+    """
+    # fp32 sums over many rows, or of what is 300 σ away from 0, cost a digit.
+    tolerance = 2e-5 if case.location or case.location_z or case.length > 1000 else 2e-6
+    if rounding is None:
+        rounding = {BF16: 2**-8, FP16: 2**-11}.get(case.dtype_z, 0.0)
+    exact = outcome(case, "eager", device, exact=True)
+    return faults(outcome(case, impl, device), outcome(case, "eager", device), exact, tolerance, rounding)

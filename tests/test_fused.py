@@ -1,0 +1,118 @@
+"""--fused is the same algorithm: parity with the plain path, strictness, and what each part replaces."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from d2v_fast import Data2Vec
+from d2v_fast.config import parse
+from d2v_fast.fused import fuse
+from d2v_fast.ops import attention, native
+from d2v_fast.training import Trainer
+from tests import models
+from tests.test_training import arguments, records
+
+CPU = torch.device("cpu")
+DROPOUT_OFF = {
+    "text": "encoder.config.hidden_dropout_prob=0 encoder.config.attention_probs_dropout_prob=0",
+    "vision": "encoder.config.hidden_dropout_prob=0 encoder.config.attention_probs_dropout_prob=0",
+    "audio": "",
+}
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def run(modality, folder, steps, precision, fused):
+    more = [*DROPOUT_OFF[modality].split(), f"train.steps={steps}", "train.log_every=10", f"train.precision={precision}"]
+    trainer = Trainer(parse([*arguments(modality, folder), *more])[0], fused)
+    assert trainer.run() == 0
+    return trainer.core, [r["loss"] for r in records(folder)]
+
+
+@pytest.mark.parametrize("modality", DROPOUT_OFF)
+@pytest.mark.parametrize(
+    "steps, precision, tolerance",
+    [
+        (20, "fp32", 1e-5),
+        (20, "bf16", 2e-2),
+        pytest.param(200, "fp32", 1e-5, marks=pytest.mark.slow),
+        pytest.param(200, "bf16", 2e-2, marks=pytest.mark.slow),
+    ],
+)
+def test_fused_and_plain_run_agree(modality, steps, precision, tolerance, tmp_path):
+    plain, expected = run(modality, tmp_path / "plain", steps, precision, fused=False)
+    fused, losses = run(modality, tmp_path / "fused", steps, precision, fused=True)
+    assert losses == pytest.approx(expected, rel=tolerance)
+    for ours, theirs in ((fused.student, plain.student), (fused.teacher.module, plain.teacher.module)):
+        both = zip(ours.parameters(), theirs.parameters(), strict=True)
+        assert max(relative(a.detach(), b.detach()) for a, b in both if b.norm() > 0.1) < 100 * tolerance
+
+
+@pytest.mark.parametrize("name", [name for name in models.CONFIGS if name != "data2vec-vision"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_explicit_attention_is_attention(name, padded, monkeypatch):
+    encoder = models.make(name).eval()
+    ours = copy.deepcopy(encoder)
+    assert attention.use(ours.model)
+    calls = []
+    monkeypatch.setattr(attention, "fast_dropout", lambda x, p: calls.append(p) or x)
+    features = encoder.embed(models.inputs(name)).detach()
+    padding = None
+    if padded and name not in models.IMAGES:
+        padding = torch.zeros(features.shape[:2], dtype=torch.bool)
+        padding[1, -4:] = True
+    kept = slice(None) if padding is None else ~padding
+    expected, found = (e.contextualize(features, padding)[kept] for e in (encoder, ours))
+    assert len(calls) == len(ours.blocks)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    for a, b in zip(ours.parameters(), encoder.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None and b.grad.norm() > 1e-4:
+            assert relative(a.grad, b.grad) < 1e-4
+
+
+def test_attention_that_cannot_be_replaced_is_left():
+    assert not attention.use(models.make("data2vec-vision").model)
+    assert not attention.use(models.Handwritten())
+
+
+def test_a_query_without_any_key_gives_numbers():
+    query = torch.randn(1, 2, 3, 4, requires_grad=True)
+    output, _ = attention.attention(nn.Module(), query, query, query, torch.zeros(1, 1, 3, 3, dtype=torch.bool))
+    output.sum().backward()
+    assert output.isfinite().all() and query.grad.isfinite().all()
+
+
+def test_the_teacher_keeps_its_attention_and_the_student_drops_fast():
+    model = Data2Vec(models.make("roberta"), top_k=2)
+    done = fuse(model, CPU)
+    assert model.student.model.config._attn_implementation == attention.NAME
+    assert model.teacher.module.model.config._attn_implementation == "sdpa"
+    assert model.loss_settings["impl"] == "native" and done[0].startswith("loss native")
+    assert not any(type(m) is nn.Dropout for m in model.student.modules())
+
+
+def test_without_a_fused_loss_it_stops_and_says_why(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: "the C++ library is not built")
+    with pytest.raises(ValueError, match="--fused: the native loss cannot run: the C\\+\\+ library is not built"):
+        fuse(Data2Vec(models.make("roberta"), top_k=2), CPU)
+
+
+def test_fused_means_bf16_unless_told_otherwise():
+    given = ["--config", "audio/tiny", "--fused"]
+    assert parse(given)[0].train.precision == "bf16"
+    assert parse([*given, "train.precision=fp32"])[0].train.precision == "fp32"
+    assert parse(given[:2])[0].train.precision == "fp32"
+
+
+def test_a_fused_run_is_repeated_by_its_config(tmp_path):
+    config, fused = parse([*arguments("vision", tmp_path / "run"), "--fused"])
+    assert fused
+    (tmp_path / "config.yaml").write_text(config.yaml)
+    assert parse(["--config", str(tmp_path / "config.yaml")])[1] is True
