@@ -218,7 +218,10 @@ class TestMessages:
         assert "below collapse.target_std=9" in train(monkeypatch, *VISION, f"data.path={images}", *settings)
 
     def test_fused_is_strict(self, monkeypatch):
-        assert train(monkeypatch, *VISION, "--fused").startswith("d2v-train: --fused: ")
+        monkeypatch.setattr("d2v_fast.ops.native.library", lambda: "the C++ library is not built")
+        assert train(monkeypatch, *VISION, "--fused") == (
+            "d2v-train: --fused: the native loss cannot run: the C++ library is not built"
+        )
 
     def test_an_interrupted_start_is_silent(self, monkeypatch):
         def interrupted(args):
