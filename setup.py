@@ -57,7 +57,7 @@ setup(
             "pytest-benchmark",
             "pytest-xdist",
             "ruff",
-            "triton>=3.6; platform_system == 'Linux'",
+            "triton==3.7.1; platform_system == 'Linux'",  # what torch 2.13 for CUDA brings with it
         ],
     },
     entry_points={"console_scripts": ["d2v-train = d2v_fast.cli:train", "d2v-probe = d2v_fast.cli:probe"]},
