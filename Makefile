@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 DEMO ?= vision/tiny
 RUN ?= runs/demo
 RESULTS ?= benchmarks/results/cpu-loss.json
-BENCH := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks -q --benchmark-columns=median
+BENCH := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_bench_loss.py -q --benchmark-columns=median
 
 .PHONY: demo test test-slow lint bench bench-check bench-report clean
 
