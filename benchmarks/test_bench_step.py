@@ -65,7 +65,7 @@ class Today:
 
 
 class Step:
-    """Our model: with `parts` none, bf16 autocast, sdpa, fused AdamW, foreach EMA; with --fused all that it turns on."""
+    """Our model in bf16 autocast with sdpa, fused AdamW and foreach EMA; `fused` adds what --fused puts into a model."""
 
     def __init__(self, case, device, fused):
         torch.manual_seed(0)

@@ -7,7 +7,6 @@ put into the model here. Strict where speed is the point: without a fused loss f
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from d2v_fast import ops
 from d2v_fast.model import Data2Vec
@@ -19,19 +18,21 @@ def fuse(model: Data2Vec, device: torch.device) -> list[str]:
     """Put the fast parts into a model that was just made; returns what was done, for the log.
 
     Raises:
-        ValueError: No fused loss runs on this device; the message says why.
+        ValueError: No fused loss runs on this device, or the model was made with another one; the message says why.
     """
     kernel = "triton" if device.type == "cuda" else "native"
-    why = ops.obstacle(kernel, device.type, torch.float32, (torch.float32,), model.loss_settings["norm"])
+    why = ops.obstacle(kernel, device.type, torch.float32, (torch.float32,))
     if why:
         raise ValueError(f"--fused: the {kernel} loss cannot run: {why}")
+    asked = model.loss_settings["impl"]
+    if asked not in ("auto", kernel):
+        raise ValueError(f"--fused: loss.impl={asked} asks for another loss than {kernel}; leave one of the two out")
     model.loss_settings["impl"] = kernel
     done = [f"loss {kernel}"]
     if device.type == "cpu":
         done[0] += f" ({native.library().d2v_isa().decode()})"
         if count := replace_dropout(model.student):
             done.append(f"{count} dropouts counter-based")
-        encoder: nn.Module = model.student.model
-        if attention.use(encoder):
+        if attention.use(model.student.model):
             done.append("attention explicit where it trains")
     return done

@@ -60,7 +60,7 @@ def data2vec_loss(
         raise ValueError(f"layout: found {layout!r}, expected 'BTC' or 'TBC'")
     layers = [x.transpose(0, 1) if layout == "TBC" else x for x in teacher_layers]
     _check(predictions, layers, mask, norm, target_norm, beta, padding_mask, reduction)
-    loss, stats = loss_implementation(impl, predictions, layers, norm)(
+    loss, stats = loss_implementation(impl, predictions, layers)(
         predictions,
         layers,
         mask,

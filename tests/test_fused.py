@@ -104,6 +104,11 @@ def test_without_a_fused_loss_it_stops_and_says_why(monkeypatch):
         fuse(Data2Vec(models.make("roberta"), top_k=2), CPU)
 
 
+def test_two_settings_that_contradict_each_other_are_named():
+    with pytest.raises(ValueError, match=r"--fused: loss\.impl=eager asks for another loss than native"):
+        fuse(Data2Vec(models.make("roberta"), top_k=2, impl="eager"), CPU)
+
+
 def test_fused_means_bf16_unless_told_otherwise():
     given = ["--config", "audio/tiny", "--fused"]
     assert parse(given)[0].train.precision == "bf16"

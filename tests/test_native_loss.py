@@ -210,7 +210,7 @@ def test_every_build_converts_as_pytorch_does(build):
 
 
 def test_an_unknown_build_is_refused():
-    code = "from d2v_fast.ops import native; print(native.obstacle(__import__('torch').device('cpu'), 'layer'))"
+    code = "from d2v_fast.ops import native; print(native.obstacle(__import__('torch').device('cpu')))"
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "D2V_ISA": "sse9"}).stdout
     assert "D2V_ISA='sse9': expected 'avx512', 'avx2' or 'baseline'" in found

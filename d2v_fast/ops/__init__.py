@@ -114,18 +114,18 @@ def _log_choice(impl: str, device: str, why: str) -> None:
     logger.info("data2vec loss on %s: %s%s", device, impl, why)
 
 
-def obstacle(kernel: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[torch.dtype, ...], norm: str) -> str | None:
+def obstacle(kernel: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why the kernel cannot run on tensors of these dtypes and this type of device, or None if it can."""
     unknown = {str(d) for d in (dtype, *layer_dtypes) if d not in KERNEL_DTYPES}
     if unknown:
         return f"found {', '.join(sorted(unknown))}, expected {', '.join(str(d) for d in KERNEL_DTYPES)}"
     if len(set(layer_dtypes)) > 1:
         return "the teacher layers differ in dtype"
-    return importlib.import_module(KERNELS[kernel]).obstacle(torch.device(device), norm)
+    return importlib.import_module(KERNELS[kernel]).obstacle(torch.device(device))
 
 
 @torch.compiler.assume_constant_result  # a graph is made for one device and one set of dtypes
-def choose(impl: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[torch.dtype, ...], norm: str) -> str:
+def choose(impl: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[torch.dtype, ...]) -> str:
     """The implementation that `impl` stands for; "auto" is the best that works on such tensors.
 
     Raises:
@@ -133,21 +133,21 @@ def choose(impl: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[torch
     """
     if impl == "auto":
         kernel = "triton" if device == "cuda" else "native"
-        why = obstacle(kernel, device, dtype, layer_dtypes, norm)
+        why = obstacle(kernel, device, dtype, layer_dtypes)
         _log_choice("eager" if why else kernel, device, f" ({kernel}: {why})" if why else "")
         return "eager" if why else kernel
     if impl not in LOSS_IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: expected 'auto' or one of {sorted(LOSS_IMPLEMENTATIONS)}")
-    why = impl in KERNELS and obstacle(impl, device, dtype, layer_dtypes, norm)
+    why = impl in KERNELS and obstacle(impl, device, dtype, layer_dtypes)
     if why:
         raise ValueError(f"impl={impl!r} cannot run: {why}; impl='auto' falls back to 'eager'")
     return impl
 
 
-def loss_implementation(impl: str, predictions: Tensor, layers: Sequence[Tensor], norm: str) -> Callable:
+def loss_implementation(impl: str, predictions: Tensor, layers: Sequence[Tensor]) -> Callable:
     """The function that computes the loss of these tensors; see `choose`."""
     layer_dtypes = tuple(layer.dtype for layer in layers)
-    chosen = choose(impl, predictions.device.type, predictions.dtype, layer_dtypes, norm)
+    chosen = choose(impl, predictions.device.type, predictions.dtype, layer_dtypes)
     if chosen in KERNELS:
         return functools.partial(_fused_loss, chosen)
     return _compiled() if chosen == "compile" else reference.data2vec_loss

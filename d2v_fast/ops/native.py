@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL | str:
     return loaded
 
 
-def obstacle(device: torch.device, norm: str) -> str | None:
+def obstacle(device: torch.device) -> str | None:
     """Why the kernel cannot run, or None if it can."""
     if device.type != "cpu":
         return f"it runs on cpu, found {device.type}"
@@ -78,7 +78,7 @@ def loss(
     padding_mask = None if padding_mask is None else padding_mask.contiguous()
     batch, length, channels = layers[0].shape
     grad = torch.empty_like(predictions)
-    scalars = torch.empty(3)
+    total, factor, count = (torch.empty(()) for _ in range(3))
     moments = torch.empty(4, channels if stats else 0)
     arguments = _Loss(
         batch=batch,
@@ -101,9 +101,9 @@ def loss(
         threads=torch.get_num_threads(),
         beta=beta,
         scale=scale,
-        loss=scalars.data_ptr(),
-        factor=scalars[1:].data_ptr(),
-        count=scalars[2:].data_ptr(),
+        loss=total.data_ptr(),
+        factor=factor.data_ptr(),
+        count=count.data_ptr(),
         moments=moments.data_ptr() if stats else None,
     )
     failed = library().d2v_loss(arguments)
@@ -111,7 +111,7 @@ def loss(
         raise MemoryError(f"the loss of {batch} × {length} × {channels} found no memory for its workspace")
     if failed == 2:
         raise ValueError(f"predictions: found {len(predictions)} rows, expected {int(mask.sum())}, the masked positions")
-    return scalars[0].clone(), grad, scalars[1].clone(), scalars[2].clone(), moments
+    return total, grad, factor, count, moments
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:

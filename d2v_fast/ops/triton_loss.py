@@ -335,7 +335,7 @@ def _finish_kernel(
         tl.store(moments_ptr + (which + 1) * C + c, m2, mask=c < C)
 
 
-def obstacle(device: torch.device, norm: str) -> str | None:
+def obstacle(device: torch.device) -> str | None:
     """Why these kernels cannot run on `device`, or None if they can; they offer every norm."""
     if triton is None:
         return "the package triton is not installed"
@@ -437,7 +437,7 @@ def loss(
         mask: (B, T) bool, True = scored.
         padding_mask: (B, T) bool or None, True = left out of the statistics and never scored.
         norm: "none", "layer", "instance", "batch" or "group".
-        target_norm: The same for the average.
+        target_norm: "none", "layer" or "instance", of the average.
         beta: 0 = squared error, otherwise smooth-L1.
         scale: Factor of the summed error.
         mean: Divide by the number of scored positions.
