@@ -1,13 +1,15 @@
-"""How time, bandwidth and memory are taken: variants interleaved in one process, medians, caches cold."""
+"""How time, bandwidth and memory are taken: variants interleaved in one run, medians, caches cold."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +48,50 @@ def interleaved(
             times[name] += [timed(call, device) for _ in range(calls)]
         rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+class Apart:
+    """An object that lives in a process of its own, so that what it asks of the allocator or the threads stays its own.
+
+    Its methods are called by name: `apart("method", *args)`; an error there is raised here.
+    """
+
+    def __init__(self, make: Callable[..., object], *args: Any):
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, make, args), daemon=True)
+        self.process.start()
+        other.close()
+
+    def __call__(self, method: str, *args: Any) -> Any:
+        self.connection.send((method, args))
+        result = self.connection.recv()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.join()
+
+
+def _serve(connection: Any, make: Callable[..., object], args: tuple) -> None:
+    served = make(*args)
+    try:
+        while True:
+            method, arguments = connection.recv()
+            try:
+                connection.send(getattr(served, method)(*arguments))
+            except Exception as error:
+                connection.send(error)
+    except EOFError:
+        pass
+
+
+def matmul_rate(device: str, dtype: torch.dtype, size: int = 4096) -> float:
+    """FLOP/s of a large square product, what the machine gives at best."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / interleaved({"matmul": lambda: a @ b}, device, seconds=1.0, calls=1)["matmul"]
 
 
 def copy(device: str, size: int = 256 << 20) -> Callable[[], object]:
