@@ -60,6 +60,11 @@ class Encoder(nn.Module):
             found = type(self.blocks).__name__
             raise ValueError(f"layers={self.layers_name!r}: found a {found}, expected an nn.ModuleList of blocks")
         self._taps: list[nn.Module] = []
+        self._asked: tuple[Tensor, int] | None = None  # positions that `contextualize_at` wants, and T
+        self._all: Tensor | None = None  # input of the narrowed block
+        self._rows: tuple[Tensor, int, Tensor] | None = (
+            None  # index, B, index among extra tokens too: what the last block was narrowed to
+        )
         if self.masks_features and not self._has(self.mask_token_name):
             self.mask_token_name = None
             self.mask_embedding = nn.Parameter(torch.empty(self.hidden_size).normal_(std=0.02))
@@ -77,6 +82,13 @@ class Encoder(nn.Module):
     def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """States (B, T, C) of all positions; padding_mask (B, T) bool, True = padding."""
         return self.model.contextualize(features, padding_mask)
+
+    def contextualize_at(self, features: Tensor, padding_mask: Tensor | None, index: Tensor) -> Tensor:
+        """States (N, C) at the positions `index` (N,) of the flattened (B, T)."""
+        self._asked, self._rows = (index, features.shape[1]), None
+        states = self.contextualize(features, padding_mask).flatten(0, 1)
+        self._asked = None
+        return states if self._rows else states[index]
 
     def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """States of an unmasked input, as a probe or a user wants them."""
@@ -127,14 +139,86 @@ class Encoder(nn.Module):
         self._tap_scales = [x if source == "ffn" and isinstance(x, Tensor) else None for x in scales]
 
     def taps(self, length: int) -> list[Tensor]:
-        """Tapped results of the last forward, first to last, without extra tokens: K × (B, length, C)."""
+        """Tapped results of the last forward, first to last, without extra tokens: K × (B, length, C).
+
+        Zeros where a narrowed last block computed nothing.
+        """
         results = []
         for module, scale in zip(self._taps, self._tap_scales, strict=True):
             x = module._tapped
             module._tapped = None
-            x = x[:, x.shape[1] - length :]
+            if self._rows and module is self._taps[-1]:
+                index, batch, _ = self._rows
+                x = x.new_zeros(batch * length, x.shape[-1]).index_copy_(0, index, x[0]).view(batch, length, -1)
+            else:
+                x = x[:, x.shape[1] - length :]
             results.append(x if scale is None else x * scale)
         return results
+
+    def narrow_last_block(self) -> bool:
+        """Let the last block compute what follows its attention only at the positions that `contextualize_at` asks for.
+
+        The block is given just these rows, its first module and so its attention all of them. Tried at once on random numbers:
+        False, and nothing is changed, for a block that does not come to the same result.
+        """
+        block = self.blocks[-1]
+        attention = getattr(block, "attention", None)
+        if not isinstance(attention, nn.Module):
+            return False
+        hooks = [
+            block.register_forward_pre_hook(self._give_rows, with_kwargs=True),
+            attention.register_forward_hook(self._take_rows),
+            *(child.register_forward_pre_hook(self._give_all, with_kwargs=True) for child in block.children()),
+        ]
+        if not self._narrow_is_exact(block):
+            for hook in hooks:
+                hook.remove()
+            return False
+        return True
+
+    @torch.no_grad()
+    def _narrow_is_exact(self, block: nn.Module) -> bool:
+        device, training = next(block.parameters()).device, block.training
+        x = torch.randn(2, 5, self.hidden_size, device=device, generator=torch.Generator(device).manual_seed(0))
+        index = torch.tensor([0, 3, 4, 7], device=device)
+        block.eval()
+        try:
+            expected = block(x)
+            self._asked = index, 5
+            found = block(x)
+            expected, found = (y[0] if isinstance(y, tuple) else y for y in (expected, found))
+            return torch.allclose(found.flatten(0, 1), expected.flatten(0, 1)[index], rtol=1e-3, atol=1e-5)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return False
+        finally:
+            self._asked = self._all = self._rows = None
+            block.train(training)
+
+    def _give_rows(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self._rows = None
+        if self._asked is None:
+            return None
+        if block.training and any(getattr(m, "drop_prob", None) for m in block.modules()):
+            return None  # stochastic depth drops samples, which rows no longer tell apart
+        index, length = self._asked
+        x = args[0] if args else kwargs["hidden_states"]
+        batch, extra = x.shape[0], x.shape[1] - length
+        flat = index if extra == 0 else index + extra * (index // length + 1)
+        self._all, self._rows = x, (index, batch, flat)
+        return _with_input(args, kwargs, x.flatten(0, 1)[flat].unsqueeze(0))
+
+    def _give_all(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self._all is None:
+            return None
+        x, self._all = self._all, None
+        return _with_input(args, kwargs, x)
+
+    def _take_rows(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self._asked is None or self._rows is None:
+            return None
+        x, *rest = output if isinstance(output, tuple) else (output,)
+        rows = x.flatten(0, 1)[self._rows[2]].unsqueeze(0)
+        return (rows, *rest) if isinstance(output, tuple) else rows
 
     def not_averaged(self, scope: Literal["all", "encoder", "layers"]) -> list[str]:
         """Patterns of the parameters that a teacher of this scope copies instead of averaging (spec 1.6)."""
@@ -191,6 +275,11 @@ class Encoder(nn.Module):
         return linears[-1]
 
 
+def _with_input(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict]:
+    """Arguments of a block or one of its modules with another input."""
+    return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
+
+
 class TokenEncoder(Encoder):
     """RoBERTa, BERT, Data2VecText and their kin: ids → token and position embeddings → blocks.
 
@@ -244,7 +333,8 @@ class PatchEncoder(Encoder):
         else:
             for block in self.blocks:
                 x = block(x)
-        return model.layernorm(x)[:, len(extra) :]
+        x = model.layernorm(x)
+        return x if self._rows else x[:, len(extra) :]
 
     def positions(self, size: int) -> tuple[int, int]:
         patch = self.model.config.patch_size

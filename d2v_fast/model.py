@@ -141,16 +141,16 @@ class Data2Vec(nn.Module):
             student_features = features
         if channel_mask is not None:
             student_features = student_features.masked_fill(channel_mask.unsqueeze(1), 0)
+        if index is None:
+            index = mask.flatten().nonzero().squeeze(1)
         layers = self.teacher_layers(
             source if target is None else target,
             teacher_features,
             length,
             padding_mask if target_padding_mask is None else target_padding_mask,
+            index,
         )
-        states = self.student.contextualize(student_features, padding_mask)
-        if index is None:
-            index = mask.flatten().nonzero().squeeze(1)
-        predictions = self.head(states.flatten(0, 1)[index])
+        predictions = self.head(self.student.contextualize_at(student_features, padding_mask, index))
         loss, stats = data2vec_loss(
             predictions,
             layers,
@@ -165,8 +165,18 @@ class Data2Vec(nn.Module):
         return Data2VecOutput(loss, stats, features.detach())
 
     @torch.no_grad()
-    def teacher_layers(self, inputs: Tensor, features: Tensor | None, length: int, padding_mask: Tensor | None) -> list[Tensor]:
-        """Results of the teacher's last K layers on the unmasked input, K × (B, T, C)."""
+    def teacher_layers(
+        self,
+        inputs: Tensor,
+        features: Tensor | None,
+        length: int,
+        padding_mask: Tensor | None,
+        index: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Results of the teacher's last K layers on the unmasked input, K × (B, T, C).
+
+        With `index` a narrowed teacher fills the last one only there.
+        """
         teacher = self.teacher.module
         device = inputs.device.type
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not self.teacher_fp32):
@@ -174,7 +184,10 @@ class Data2Vec(nn.Module):
                 features = teacher.embed(inputs)
             elif self.teacher_fp32:
                 features = features.float()
-            teacher.contextualize(features, padding_mask)
+            if index is None:
+                teacher.contextualize(features, padding_mask)
+            else:
+                teacher.contextualize_at(features, padding_mask, index)
         return teacher.taps(length)
 
     def update_teacher(self) -> None:
