@@ -62,9 +62,7 @@ class Encoder(nn.Module):
         self._taps: list[nn.Module] = []
         self._asked: tuple[Tensor, int] | None = None  # positions that `contextualize_at` wants, and T
         self._all: Tensor | None = None  # input of the narrowed block
-        self._rows: tuple[Tensor, int, Tensor] | None = (
-            None  # index, B, index among extra tokens too: what the last block was narrowed to
-        )
+        self._rows: tuple[Tensor, int, Tensor] | None = None  # index, B, index among extra tokens too; None = not narrowed
         if self.masks_features and not self._has(self.mask_token_name):
             self.mask_token_name = None
             self.mask_embedding = nn.Parameter(torch.empty(self.hidden_size).normal_(std=0.02))

@@ -13,7 +13,7 @@ import torch
 from d2v_fast import ops
 from d2v_fast.encoders import Encoder
 from d2v_fast.model import Data2Vec
-from d2v_fast.ops import attention, native
+from d2v_fast.ops import attention, conv, native
 from d2v_fast.ops.dropout import replace_dropout
 
 
@@ -39,10 +39,12 @@ def fuse(model: Data2Vec, device: torch.device) -> list[str]:
         done[0] += f" ({native.library().d2v_isa().decode()})"
         if _keep_freed_memory():
             done.append("freed memory kept")
+        if conv.use(getattr(model.student.model, "feature_extractor", None)):
+            done.append("convolutions as matrix products")
         if count := replace_dropout(model.student):
             done.append(f"{count} dropouts counter-based")
-        if attention.use(model.student.model):
-            done.append("attention explicit where it trains")
+        if attention.use(model.student.model) and attention.use(model.teacher.module.model):
+            done.append("attention explicit")
     return done
 
 

@@ -1,16 +1,20 @@
 // The C interface: picks, once, the build that fits this processor.
 #include "dropout.h"
 #include "loss.h"
+#include "norm_gelu.h"
 
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <stdexcept>
 
-#define D2V_DECLARE(isa)                                                               \
-    namespace isa {                                                                    \
-    void loss(const D2VLoss &);                                                        \
-    void dropout(const void *, void *, int64_t, int, uint32_t, float, uint64_t, int);  \
+#define D2V_DECLARE(isa)                                                                                               \
+    namespace isa {                                                                                                    \
+    void loss(const D2VLoss &);                                                                                        \
+    void dropout(const void *, void *, int64_t, int, uint32_t, float, uint64_t, int);                                  \
+    void norm_gelu(const void *, const float *, const float *, void *, float *, int64_t, int64_t, int, float, int);    \
+    void norm_gelu_backward(const void *, const void *, const float *, const float *, const float *, void *, float *,  \
+                            float *, int64_t, int64_t, int, int);                                                      \
     }
 D2V_DECLARE(baseline)
 #ifdef D2V_X86
@@ -18,12 +22,16 @@ D2V_DECLARE(avx2)
 D2V_DECLARE(avx512)
 #endif
 
+#define D2V_BUILD(isa) {#isa, isa::loss, isa::dropout, isa::norm_gelu, isa::norm_gelu_backward}
+
 namespace {
 
 struct Build {
     const char *isa;
-    void (*loss)(const D2VLoss &);
-    void (*dropout)(const void *, void *, int64_t, int, uint32_t, float, uint64_t, int);
+    decltype(&baseline::loss) loss;
+    decltype(&baseline::dropout) dropout;
+    decltype(&baseline::norm_gelu) norm_gelu;
+    decltype(&baseline::norm_gelu_backward) norm_gelu_backward;
 };
 
 Build choose() {
@@ -33,12 +41,12 @@ Build choose() {
     __builtin_cpu_init();
     if (fits("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return {"avx512", avx512::loss, avx512::dropout};
+        return D2V_BUILD(avx512);
     if (fits("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return {"avx2", avx2::loss, avx2::dropout};
+        return D2V_BUILD(avx2);
 #endif
-    if (fits("baseline")) return {"baseline", baseline::loss, baseline::dropout};
-    return {nullptr, nullptr, nullptr};
+    if (fits("baseline")) return D2V_BUILD(baseline);
+    return {};
 }
 
 const Build build = choose();
@@ -68,5 +76,24 @@ int d2v_dropout(const void *x, void *y, int64_t n, int32_t dtype, uint32_t thres
     if (!build.dropout) return 3;
     build.dropout(x, y, n, dtype, threshold, scale, seed, threads);
     return 0;
+}
+
+int d2v_norm_gelu(const void *x, const float *weight, const float *bias, void *y, float *stats, int64_t rows, int64_t columns,
+                  int32_t dtype, float eps, int32_t threads) {
+    if (!build.norm_gelu) return 3;
+    build.norm_gelu(x, weight, bias, y, stats, rows, columns, dtype, eps, threads);
+    return 0;
+}
+
+int d2v_norm_gelu_backward(const void *x, const void *grad, const float *weight, const float *bias, const float *stats,
+                           void *grad_x, float *grad_weight, float *grad_bias, int64_t rows, int64_t columns, int32_t dtype,
+                           int32_t threads) {
+    if (!build.norm_gelu_backward) return 3;
+    try {
+        build.norm_gelu_backward(x, grad, weight, bias, stats, grad_x, grad_weight, grad_bias, rows, columns, dtype, threads);
+        return 0;
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
 }
 }

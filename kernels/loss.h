@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define D2V_ABI 2  // one more whenever a struct or an enum here changes; d2v_fast/ops/native.py compares
+#define D2V_ABI 3  // one more whenever anything declared in these headers changes; d2v_fast/ops/native.py compares
 
 #define D2V_PUBLIC __attribute__((visibility("default")))
 

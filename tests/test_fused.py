@@ -9,7 +9,7 @@ from torch import nn
 from d2v_fast import Data2Vec
 from d2v_fast.config import parse
 from d2v_fast.fused import fuse
-from d2v_fast.ops import attention, native
+from d2v_fast.ops import attention, conv, native
 from d2v_fast.training import Trainer
 from tests import models
 from tests.test_training import arguments, records
@@ -89,13 +89,20 @@ def test_a_query_without_any_key_gives_numbers():
     assert output.isfinite().all() and query.grad.isfinite().all()
 
 
-def test_the_teacher_keeps_its_attention_and_the_student_drops_fast():
-    model = Data2Vec(models.make("roberta"), top_k=2)
+def test_what_fuse_puts_in():
+    model = Data2Vec(models.make("data2vec-audio"), top_k=2)
     done = fuse(model, CPU)
-    assert model.student.model.config._attn_implementation == attention.NAME
-    assert model.teacher.module.model.config._attn_implementation == "sdpa"
+    for encoder in (model.student, model.teacher.module):
+        assert encoder.model.config._attn_implementation == attention.NAME
     assert model.loss_settings["impl"] == "native" and done[0].startswith("loss native")
+    assert isinstance(model.student.model.feature_extractor, conv.FeatureEncoder)
     assert not any(type(m) is nn.Dropout for m in model.student.modules())
+    assert "last block of student and teacher at scored positions" in done
+
+
+def test_statistics_over_time_need_all_of_the_teacher():
+    done = fuse(Data2Vec(models.make("data2vec-audio"), top_k=2, norm="instance"), CPU)
+    assert "last block of student at scored positions" in done
 
 
 def test_without_a_fused_loss_it_stops_and_says_why(monkeypatch):
@@ -121,3 +128,15 @@ def test_a_fused_run_is_repeated_by_its_config(tmp_path):
     assert fused
     (tmp_path / "config.yaml").write_text(config.yaml)
     assert parse(["--config", str(tmp_path / "config.yaml")])[1] is True
+
+
+@pytest.mark.parametrize("length, explicit", [(attention.LONG, True), (attention.LONG + 1, False)])
+def test_long_inputs_without_gradients_are_left_to_torch(length, explicit, monkeypatch):
+    query = torch.randn(1, 2, length, 8)
+    calls = []
+    monkeypatch.setattr(attention, "fast_dropout", lambda x, p: calls.append(p) or x)
+    with torch.no_grad():
+        output, _ = attention.attention(nn.Module(), query, query, query, None)
+    assert len(calls) == explicit
+    expected = nn.functional.scaled_dot_product_attention(query, query, query).transpose(1, 2)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)

@@ -1,7 +1,8 @@
-"""Attention of a student that trains on a CPU, as one more implementation of transformers.
+"""Attention on a CPU, as one more implementation of transformers.
 
-There `scaled_dot_product_attention` leaves its fast path for dropout, and its backward is slow at the lengths of data2vec.
-Two matrix products around a softmax, with the fast dropout between them, are quicker; without gradients they are not.
+There `scaled_dot_product_attention` leaves its fast path for dropout, and is slow at the lengths of data2vec, in the backward
+above all. Two matrix products around a softmax, with the fast dropout between them, are quicker; for long inputs without
+gradients they are not.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from d2v_fast.ops.dropout import dropout as fast_dropout
 
 NAME = "d2v_explicit"
+LONG = 512  # positions from which the scores of all pairs no longer stay in the cache
 
 
 def attention(
@@ -36,7 +38,7 @@ def attention(
     Returns:
         (B, T, H, D) contiguous, and None in place of the probabilities.
     """
-    if not torch.is_grad_enabled() or query.device.type != "cpu":
+    if query.device.type != "cpu" or (not torch.is_grad_enabled() and query.shape[2] > LONG):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)

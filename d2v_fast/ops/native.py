@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NORMS = {"none": 0, "layer": 1, "instance": 2, "batch": 3, "group": 4}
 
@@ -49,6 +49,8 @@ def library() -> ctypes.CDLL | str:
     if loaded.d2v_isa() is None:
         return f"D2V_ISA={os.environ.get('D2V_ISA')!r}: expected 'avx512', 'avx2' or 'baseline', and a processor that runs it"
     loaded.d2v_loss.argtypes = [POINTER(_Loss)]
+    loaded.d2v_norm_gelu.argtypes = [*[c_void_p] * 5, c_int64, c_int64, c_int32, c_float, c_int32]
+    loaded.d2v_norm_gelu_backward.argtypes = [*[c_void_p] * 8, c_int64, c_int64, c_int32, c_int32]
     loaded.d2v_dropout.argtypes = [c_void_p, c_void_p, c_int64, c_int32, c_uint32, c_float, c_uint64, c_int32]
     return loaded
 
@@ -123,3 +125,24 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
         x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], threshold, 1 / (1 - p), seed % 2**64, torch.get_num_threads()
     )
     return y
+
+
+def norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """GELU of the layer norm of contiguous x (N, C), like x; and mean and 1/σ of each row, (N, 2) fp32. Parameters fp32."""
+    y, stats = torch.empty_like(x), torch.empty(len(x), 2)
+    parameters = (weight.data_ptr(), bias.data_ptr())
+    library().d2v_norm_gelu(
+        x.data_ptr(), *parameters, y.data_ptr(), stats.data_ptr(), *x.shape, DTYPES[x.dtype], eps, torch.get_num_threads()
+    )
+    return y, stats
+
+
+def norm_gelu_backward(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias from that of y, contiguous like x."""
+    gradients = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    tensors = (x, grad, weight, bias, stats, *gradients)
+    if library().d2v_norm_gelu_backward(
+        *(tensor.data_ptr() for tensor in tensors), *x.shape, DTYPES[x.dtype], torch.get_num_threads()
+    ):
+        raise MemoryError(f"the backward of layer norm and GELU over {tuple(x.shape)} found no memory for its workspace")
+    return gradients

@@ -1,0 +1,123 @@
+"""The convolutions over speech on a CPU: matrix products on frames that lie one behind the other, time first, channels last.
+
+All samples of a batch are put into one long waveform, each at a multiple of the stack's stride. A convolution is then one
+matrix product for each stride that its kernel is long, on views of its input and without any copy; layer norm and GELU are one
+pass over memory (`kernels/norm_gelu.cpp`). Frames that mix two samples are computed and thrown away.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_fast.ops import native
+
+
+def _pieces(x: Tensor, kernel: int, stride: int) -> list[tuple[slice, Tensor]]:
+    """Frames (L', kernel·C) of contiguous x (L, C), in pieces of at most `stride` taps: which columns, and a view of them."""
+    length, channels = x.shape
+    frames = (length - kernel) // stride + 1
+    if channels == 1:  # so short a row is better copied than read twice
+        return [(slice(0, kernel), x.squeeze(1).unfold(0, kernel, stride).contiguous())]
+    pieces = []
+    for tap in range(0, kernel, stride):
+        columns = slice(tap * channels, min(tap + stride, kernel) * channels)
+        shape, strides = (frames, columns.stop - columns.start), (stride * channels, 1)
+        pieces.append((columns, x.as_strided(shape, strides, x.storage_offset() + columns.start)))
+    return pieces
+
+
+class _Convolution(torch.autograd.Function):
+    """x (L, C), weight (C', C, kernel), bias (C') or None → (L', C') in the dtype of x, whatever that of the parameters."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride):
+        kernel = weight.shape[2]
+        matrix = torch.empty(len(weight), kernel, x.shape[1], dtype=x.dtype).copy_(weight.permute(0, 2, 1)).flatten(1)
+        ctx.save_for_backward(x, matrix, weight, bias)
+        ctx.stride = stride
+        (columns, view), *rest = _pieces(x, kernel, stride)
+        y = F.linear(view, matrix[:, columns], None if bias is None else bias.to(x.dtype))
+        for columns, view in rest:
+            y.addmm_(view, matrix[:, columns].t())
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, matrix, weight, bias = ctx.saved_tensors
+        kernel = weight.shape[2]
+        grad = grad.contiguous()
+        grad_matrix = torch.empty_like(matrix)
+        for columns, view in _pieces(x, kernel, ctx.stride):
+            torch.mm(grad.t(), view, out=grad_matrix[:, columns])
+        grad_weight = torch.empty_like(weight)
+        grad_weight.permute(0, 2, 1).copy_(grad_matrix.view(len(weight), kernel, -1))
+        grad_bias = None if bias is None else grad.sum(0, dtype=bias.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            (columns, view), *rest = _pieces(grad_x, kernel, ctx.stride)
+            torch.mm(grad, matrix[:, columns], out=view)
+            grad_x[len(grad) * ctx.stride :] = 0
+            for columns, view in rest:
+                view.addmm_(grad, matrix[:, columns])
+        return grad_x, grad_weight, grad_bias, None
+
+
+class _NormGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        y, stats = native.norm_gelu(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, stats)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, bias, stats = ctx.saved_tensors
+        return *native.norm_gelu_backward(x, grad.contiguous(), weight, bias, stats), None
+
+
+class FeatureEncoder:
+    """The forward of a feature encoder of transformers (Data2VecAudio, Wav2Vec2, HuBERT), by matrix products."""
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """Features (B, C, T) of waveforms (B, S)."""
+        batch, samples = waveforms.shape
+        convolutions = [layer.conv for layer in self.conv_layers]
+        stride, reach = 1, 1  # of the whole stack: samples from frame to frame, and those that a frame sees
+        for conv in convolutions:
+            reach += (conv.kernel_size[0] - 1) * stride
+            stride *= conv.stride[0]
+        frames = -(-samples // stride)  # of each sample, those that reach into the next included
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else convolutions[0].weight.dtype
+        x = waveforms.new_zeros(batch * frames * stride + max(0, reach - stride), dtype=dtype)
+        x[: batch * frames * stride].view(batch, -1)[:, :samples] = waveforms
+        x = x.unsqueeze(1)
+        for layer in self.conv_layers:
+            x = _Convolution.apply(x, layer.conv.weight, layer.conv.bias, layer.conv.stride[0])
+            norm = getattr(layer, "layer_norm", None)
+            x = F.gelu(x) if norm is None else _NormGelu.apply(x, norm.weight, norm.bias, norm.eps)
+        return x.view(batch, frames, -1)[:, : (samples - reach) // stride + 1].transpose(1, 2)
+
+
+def use(extractor: nn.Module) -> bool:
+    """Compute the features so; False, and nothing is changed, for layers of another kind."""
+    layers = getattr(extractor, "conv_layers", [])
+    if not layers or not all(_fits(layer) for layer in layers):
+        return False
+    extractor.__class__ = type(type(extractor).__name__, (FeatureEncoder, type(extractor)), {})
+    return True
+
+
+def _fits(layer: nn.Module) -> bool:
+    conv, norm, activation = (getattr(layer, name, None) for name in ("conv", "layer_norm", "activation"))
+    return (
+        type(conv) is nn.Conv1d
+        and (conv.padding, conv.dilation, conv.groups) == ((0,), (1,), 1)
+        and conv.kernel_size >= conv.stride
+        and (norm is None or (type(norm) is nn.LayerNorm and norm.bias is not None))
+        and (type(activation) is nn.GELU or type(activation).__name__ == "GELUActivation")
+    )

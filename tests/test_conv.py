@@ -1,0 +1,145 @@
+"""The convolutions over speech as matrix products: features and gradients of the stack of transformers."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from d2v_fast.ops import conv, native
+from tests import models
+
+PUBLISHED = dict(
+    conv_dim=(24,) * 7, conv_kernel=(10, 3, 3, 3, 3, 2, 2), conv_stride=(5, 2, 2, 2, 2, 2, 2), num_feat_extract_layers=7
+)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def relative(a, b):
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def stacks(name="data2vec-audio", **config):
+    plain = models.build_encoder(name, config=models.CONFIGS[name] | config).model.feature_extractor
+    fast = copy.deepcopy(plain)
+    assert conv.use(fast)
+    return plain, fast
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("data2vec-audio", {}),
+        ("wav2vec2", dict(feat_extract_norm="layer")),
+        ("hubert", dict(feat_extract_norm="layer", conv_bias=True)),
+        # The published stack, narrow; kernels of one, two and three strides; widths that no vector divides.
+        ("data2vec-audio", PUBLISHED),
+        ("data2vec-audio", dict(conv_dim=(7, 33, 18), conv_kernel=(10, 8, 4), conv_stride=(5, 3, 4), conv_bias=True)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("batch, samples", [(1, 1000), (3, 1237)])
+def test_features_and_gradients_are_those_of_transformers(name, config, batch, samples):
+    plain, fast = stacks(name, **config)
+    plain.double()
+    wave = torch.randn(batch, samples)
+    expected, found = plain(wave.double()), fast(wave)
+    assert found.shape == expected.shape and relative(found, expected) < 1e-5
+    weight = torch.randn(found.shape)
+    (expected * weight).sum().backward()
+    (found * weight).sum().backward()
+    for (parameter, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        assert q.grad.shape == p.grad.shape and relative(q.grad, p.grad) < 1e-4, parameter
+
+
+def test_samples_do_not_touch_each_other():
+    _, fast = stacks()
+    waves = torch.randn(3, 1237)
+    together = fast(waves)
+    for wave, row in zip(waves, together, strict=True):
+        torch.testing.assert_close(fast(wave[None])[0], row, rtol=1e-4, atol=1e-5)
+    waves[1] = float("nan")
+    assert torch.equal(fast(waves)[0], together[0]) and torch.equal(fast(waves)[2], together[2])
+
+
+def test_under_autocast_it_is_as_exact_as_transformers():
+    plain, fast = stacks()
+    wave = torch.randn(2, 1500)
+    exact = copy.deepcopy(plain).double()(wave.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = plain(wave.clone()), fast(wave)
+    assert ours.dtype == torch.bfloat16
+    assert relative(ours, exact) < 1.5 * relative(theirs, exact)
+
+
+def test_what_cannot_be_computed_so_is_left():
+    group = models.build_encoder("wav2vec2", config=models.CONFIGS["wav2vec2"] | dict(feat_extract_norm="group"))
+    kind = type(group.model.feature_extractor)
+    assert not conv.use(group.model.feature_extractor) and type(group.model.feature_extractor) is kind
+    relu = models.build_encoder(
+        "data2vec-audio", config=models.CONFIGS["data2vec-audio"] | dict(feat_extract_activation="relu")
+    )
+    assert not conv.use(relu.model.feature_extractor)
+    assert not conv.use(None) and not conv.use(nn.Linear(2, 2))
+
+
+def norm_gelu(x, weight, bias):
+    return conv._NormGelu.apply(x, weight, bias, 1e-5)
+
+
+def reference(x, weight, bias):
+    return F.gelu(F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 7), (5, 16), (33, 100), (2000, 512)])
+@pytest.mark.parametrize("location", [0.0, 100.0])
+def test_norm_and_gelu_against_float64(dtype, rows, columns, location):
+    """error ≤ 2 · error of torch in the same dtype + a few roundings, for values and all gradients."""
+    x = (torch.randn(rows, columns) + location).to(dtype)
+    weight, bias, grad = torch.randn(columns) + 1, torch.randn(columns), torch.randn(rows, columns).to(dtype)
+
+    def run(function, kind):
+        parameters = [p.to(torch.promote_types(kind, torch.float32)) for p in (weight, bias)]
+        inputs = [tensor.clone().requires_grad_() for tensor in (x.to(kind), *parameters)]
+        y = function(*inputs)
+        y.backward(grad.to(kind))
+        return [y.detach(), *(t.grad for t in inputs)]
+
+    exact, torchs, ours = run(reference, torch.float64), run(reference, dtype), run(norm_gelu, dtype)
+    for name, a, b, c in zip(("y", "x", "weight", "bias"), exact, torchs, ours, strict=True):
+        assert c.dtype == b.dtype and c.shape == b.shape
+        rounding = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+        # One column is constant after the norm: its gradient is rounding alone.
+        if columns > 1 or name != "x":
+            assert relative(c, a) <= 2 * relative(b, a) + rounding * (1 + location / 10), name
+
+
+def test_the_whole_range_of_gelu():
+    """Values far out, infinite and NaN: through a norm whose weight is 0 and whose bias is the value."""
+    values = torch.cat([torch.linspace(-12, 12, 997), torch.tensor([-1e4, 1e4, 90.0, -90.0, float("inf"), float("nan"), 0.0])])
+    y, _ = native.norm_gelu(torch.zeros(1, len(values)), torch.zeros(len(values)), values, 1e-5)
+    expected = F.gelu(values.double())
+    torch.testing.assert_close(y[0].double(), expected, rtol=1e-5, atol=2e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_every_build_gives_the_same(isa):
+    program = (
+        "import torch; from d2v_fast.ops import native; torch.manual_seed(0); x, g = torch.randn(2, 50, 99);"
+        "w, b = torch.randn(2, 99); y, s = native.norm_gelu(x, w, b, 1e-5);"
+        "print([float(t.double().sum()) for t in (y, *native.norm_gelu_backward(x, g, w, b, s))])"
+    )
+    here, there = (
+        subprocess.run([sys.executable, "-c", program], env={**os.environ, **more}, capture_output=True, text=True)
+        for more in ({}, {"D2V_ISA": isa})
+    )
+    assert here.returncode == 0, here.stderr
+    if there.returncode:  # this processor has no such build
+        assert "D2V_ISA" in there.stderr
+    else:
+        assert eval(there.stdout) == pytest.approx(eval(here.stdout), rel=1e-4, abs=1e-3)
