@@ -41,6 +41,7 @@ def attention(
     if query.device.type != "cpu" or (not torch.is_grad_enabled() and query.shape[2] > LONG):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        kwargs["is_causal"] = False  # which it would take for granted of a module that does not say
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2))
     if attention_mask is not None and attention_mask.dtype == torch.bool:
