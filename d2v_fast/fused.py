@@ -1,28 +1,39 @@
-"""What `d2v-train --fused` turns on: the same algorithm by faster means, one part a line.
+"""What `d2v-train --fused` turns on: the same algorithm by faster means, one part a function.
 
 bf16 computation with fp32 weights and the optimizer that updates all tensors in one pass are settings of the run; the rest is
-put into the model here. Strict where speed is the point: without a fused loss for the device it stops and says why.
+put into the model here. Strict where speed is the point: without a fused loss for the device it stops and says why. What each
+part is worth, `pytest benchmarks/test_bench_step.py -k parts` measures.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 
 import torch
 
 from d2v_fast import ops
-from d2v_fast.encoders import Encoder
 from d2v_fast.model import Data2Vec
 from d2v_fast.ops import attention, conv, native
 from d2v_fast.ops.dropout import replace_dropout
 
 
-def fuse(model: Data2Vec, device: torch.device) -> list[str]:
+def fuse(model: Data2Vec, device: torch.device, parts: Iterable[str] | None = None) -> list[str]:
     """Put the fast parts into a model that was just made; returns what was done, for the log.
+
+    Args:
+        model: Student, teacher and head.
+        device: Where they will run.
+        parts: Names of `PARTS`; all of them by default.
 
     Raises:
         ValueError: No fused loss runs on this device, or the model was made with another one; the message says why.
     """
+    done = [PARTS[name](model, device) for name in (PARTS if parts is None else parts)]
+    return [each for each in done if each]
+
+
+def _loss(model: Data2Vec, device: torch.device) -> str:
     kernel = "triton" if device.type == "cuda" else "native"
     why = ops.obstacle(kernel, device.type, torch.float32, (torch.float32,))
     if why:
@@ -31,36 +42,51 @@ def fuse(model: Data2Vec, device: torch.device) -> list[str]:
     if asked not in ("auto", kernel):
         raise ValueError(f"--fused: loss.impl={asked} asks for another loss than {kernel}; leave one of the two out")
     model.loss_settings["impl"] = kernel
-    done = [f"loss {kernel}"]
-    narrowed = [name for name, encoder in _narrowable(model).items() if encoder.narrow_last_block()]
-    if narrowed:
-        done.append(f"last block of {' and '.join(narrowed)} at scored positions")
-    if device.type == "cpu":
-        done[0] += f" ({native.library().d2v_isa().decode()})"
-        if _keep_freed_memory():
-            done.append("freed memory kept")
-        if conv.use(getattr(model.student.model, "feature_extractor", None)):
-            done.append("convolutions as matrix products")
-        if count := replace_dropout(model.student):
-            done.append(f"{count} dropouts counter-based")
-        if attention.use(model.student.model) and attention.use(model.teacher.module.model):
-            done.append("attention explicit")
-    return done
+    return f"loss {kernel}" + (f" ({native.library().d2v_isa().decode()})" if kernel == "native" else "")
 
 
-def _narrowable(model: Data2Vec) -> dict[str, Encoder]:
-    """Encoders of which only the scored positions are needed."""
-    settings = model.loss_settings
-    per_position = settings["norm"] in ("none", "layer") and settings["target_norm"] in ("none", "layer")
-    return {"student": model.student} | ({"teacher": model.teacher.module} if per_position else {})
+def _last_block(model: Data2Vec, device: torch.device) -> str:
+    """Nothing but the scored positions of the last block enters the loss, and of the teacher's where its norm is over C."""
+    encoders = {"student": model.student}
+    if {model.loss_settings["norm"], model.loss_settings["target_norm"]} <= {"none", "layer"}:
+        encoders["teacher"] = model.teacher.module
+    narrowed = [name for name, encoder in encoders.items() if encoder.narrow_last_block()]
+    return f"last block of {' and '.join(narrowed)} at scored positions" if narrowed else ""
 
 
-def _keep_freed_memory() -> bool:
-    """Stop the allocator of glibc from giving memory back; False where the process has another one.
+def _memory(model: Data2Vec, device: torch.device) -> str:
+    """Stop the allocator of glibc from giving memory back.
 
     It unmaps every large block that is freed, and the system zeroes each page of the next one anew: a fifth of a step of text
-    and a third of one of speech.
+    and a third of one of speech. Another allocator, by LD_PRELOAD or on another system, is left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if device.type != "cpu" or mallopt is None:
+        return ""
     mmap_max, trim_threshold = -4, -1  # malloc.h
-    return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+    return "freed memory kept" if mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1) else ""
+
+
+def _convolutions(model: Data2Vec, device: torch.device) -> str:
+    used = device.type == "cpu" and conv.use(getattr(model.student.model, "feature_extractor", None))
+    return "convolutions as matrix products" if used else ""
+
+
+def _dropout(model: Data2Vec, device: torch.device) -> str:
+    count = replace_dropout(model.student) if device.type == "cpu" else 0
+    return f"{count} dropouts counter-based" if count else ""
+
+
+def _attention(model: Data2Vec, device: torch.device) -> str:
+    found = {attention.use(encoder.model, device) for encoder in (model.student, model.teacher.module)}
+    return f"attention {found.pop()}" if None not in found else ""
+
+
+PARTS = {
+    "loss": _loss,
+    "last block": _last_block,
+    "memory": _memory,
+    "convolutions": _convolutions,
+    "dropout": _dropout,
+    "attention": _attention,
+}

@@ -57,7 +57,7 @@ def test_fused_and_plain_run_agree(modality, steps, precision, tolerance, tmp_pa
 def test_explicit_attention_is_attention(name, padded, monkeypatch):
     encoder = models.make(name).eval()
     ours = copy.deepcopy(encoder)
-    assert attention.use(ours.model)
+    assert attention.use(ours.model, CPU) == "explicit"
     calls = []
     monkeypatch.setattr(attention, "fast_dropout", lambda x, p: calls.append(p) or x)
     features = encoder.embed(models.inputs(name)).detach()
@@ -78,8 +78,26 @@ def test_explicit_attention_is_attention(name, padded, monkeypatch):
 
 
 def test_attention_that_cannot_be_replaced_is_left():
-    assert not attention.use(models.make("data2vec-vision").model)
-    assert not attention.use(models.Handwritten())
+    assert attention.use(models.make("data2vec-vision").model, CPU) is None
+    assert attention.use(models.Handwritten(), CPU) is None
+
+
+@pytest.mark.parametrize(
+    "name, installed, expected",
+    [("roberta", True, "flash_attention_2"), ("roberta", False, None), ("beit", True, None)],
+)
+def test_flash_attention_is_taken_where_it_is_installed(name, installed, expected, monkeypatch):
+    """By the interface of transformers, as the package needs a GPU."""
+    model, asked = models.make(name).model, []
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
+
+    def set_attn_implementation(wanted):
+        asked.append(wanted)
+        model.config._attn_implementation = wanted
+
+    monkeypatch.setattr(model, "set_attn_implementation", set_attn_implementation)
+    assert attention.use(model, torch.device("cuda")) == expected
+    assert asked == [expected] * (expected is not None)
 
 
 def test_a_query_without_any_key_gives_numbers():

@@ -53,17 +53,29 @@ def attention(
     return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), None
 
 
-def use(model: nn.Module) -> bool:
-    """Let a transformers model attend so; False if it takes no attention from outside."""
+def use(model: nn.Module, device: torch.device) -> str | None:
+    """Let a transformers model attend in the way that is fastest on this device.
+
+    Returns:
+        Its name: "explicit" on a CPU, "flash_attention_2" on a GPU where that package is installed; None if the model keeps
+        what it has, which on a GPU is torch's own choice of flash and cuDNN kernels.
+    """
     from transformers import AttentionInterface, PreTrainedModel
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.utils import is_flash_attn_2_available
 
     if not isinstance(model, PreTrainedModel) or model.config._attn_implementation != "sdpa":
-        return False
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)  # without it padding would be dropped in silence
+        return None
+    if device.type == "cpu":
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)  # without it padding would be dropped in silence
+        wanted = NAME
+    elif is_flash_attn_2_available() and model._supports_flash_attn:
+        wanted = "flash_attention_2"
+    else:
+        return None
     try:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(wanted)
     except ValueError:
-        return False
-    return model.config._attn_implementation == NAME
+        return None
+    return wanted.removeprefix("d2v_") if model.config._attn_implementation == wanted else None
