@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ class StepCase:
     shape: tuple[int, ...]  # of one sample: tokens, (3, side, side), or samples of a waveform
     masked: float
     settings: dict  # of Data2Vec, as the published recipe has them
+    config: dict = field(default_factory=dict)  # of the encoder
 
     def batch_of(self, encoder, device: str) -> dict[str, Tensor]:
         """Inputs of `Data2Vec.forward`: source, mask, index, for text also target; all of full length."""
@@ -90,3 +91,11 @@ STEP_CASES = [
     StepCase("vision-8x224", "vision", "beit", 8, (3, 224, 224), 0.60, _VISION),
     StepCase("audio-4x5s", "audio", "data2vec-audio", 4, (80_000,), 0.49, _AUDIO),
 ]
+
+# One size of the step at a time; 4 layers where it is not their number, so that the sweep takes minutes.
+_SMALL = StepCase("sweep", "text", "roberta", 4, (128,), 0.15, _TEXT | dict(top_k=2), dict(num_hidden_layers=4))
+SWEEPS = {
+    "batch": {size: replace(_SMALL, batch=size) for size in (1, 2, 4, 8, 16, 32)},
+    "length": {size: replace(_SMALL, shape=(size,)) for size in (32, 64, 128, 256, 384, 512)},
+    "layers": {size: replace(_SMALL, config=dict(num_hidden_layers=size)) for size in (2, 4, 6, 8, 10, 12)},
+}

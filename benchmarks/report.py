@@ -1,7 +1,7 @@
 """Tables and plots from the JSON that `pytest benchmarks --benchmark-json=FILE` writes, and the regression gate.
 
-python -m benchmarks.report FILE                   the table in Markdown
-python -m benchmarks.report FILE --plot FILE.svg   and a plot of it
+python -m benchmarks.report FILE                   the tables in Markdown
+python -m benchmarks.report FILE --plot FILE.svg   and a plot
 python -m benchmarks.report FILE --against OLD     exit code 1 if a ratio fell more than 15 % below that of OLD
 """
 
@@ -11,18 +11,24 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-BASELINES = ("eager", "compile", "gather first", "gather first, compile")
+BASELINES = {  # what is compared with "fused", by test
+    "test_loss": ("eager", "compile", "gather first", "gather first, compile"),
+    "test_step": ("today", "an hour's work"),
+}
 TOLERANCE = 0.15
 
 
-def rows(path: Path) -> list[dict]:
-    return [entry["extra_info"] for entry in json.loads(path.read_text())["benchmarks"]]
+def rows(path: Path, test: str) -> list[dict]:
+    """What a test noted, one dict for each of its cases."""
+    entries = json.loads(path.read_text())["benchmarks"]
+    return [entry["extra_info"] for entry in entries if entry["name"].partition("[")[0] == test]
 
 
-def ratios(row: dict) -> dict[str, float]:
+def ratios(row: dict, test: str) -> dict[str, float]:
     """How many times longer each baseline takes."""
-    return {name: row["seconds"][name] / row["seconds"]["fused"] for name in BASELINES}
+    return {name: row["seconds"][name] / row["seconds"]["fused"] for name in BASELINES[test]}
 
 
 def share(row: dict, limit: str) -> float:
@@ -38,25 +44,100 @@ def machine(path: Path) -> str:
     return f"{hardware}; {versions}; commit {info['commit_info']['id'][:7]}"
 
 
-def table(path: Path) -> str:
-    columns = "case, dtype, ms, GB/s, of copy, of row copy, memory beyond gradient, × eager, × compile, "
-    columns += "× gathered, × gathered compile"
-    lines = [f"| {columns.replace(', ', ' | ')} |", "|---" * (columns.count(",") + 1) + "|"]
-    for row in rows(path):
+def markdown(columns: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *lines])
+
+
+def loss_table(path: Path) -> str:
+    columns = ["case", "dtype", "ms", "GB/s", "of copy", "of row copy", "memory beyond gradient"]
+    columns += ["× eager", "× compile", "× gathered", "× gathered compile"]
+    lines = []
+    for row in rows(path, "test_loss"):
         seconds = row["seconds"]["fused"]
         extra = (row["extra_bytes"]["fused"] - row["gradient_bytes"]) / 2**20
-        cells = [
-            row["case"],
-            row["dtype"].replace("float32", "fp32").replace("bfloat16", "bf16"),
-            f"{seconds * 1e3:.2f}",
-            f"{row['bytes'] / seconds / 1e9:.1f}",
-            f"{share(row, 'copy_bandwidth'):.0%}",
-            f"{share(row, 'row_bandwidth'):.0%}" if "audio" not in row["case"] else "–",
-            f"{extra:.1f} MB",
-            *(f"{ratio:.1f}" for ratio in ratios(row).values()),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(
+            [
+                row["case"],
+                row["dtype"].replace("float32", "fp32").replace("bfloat16", "bf16"),
+                f"{seconds * 1e3:.2f}",
+                f"{row['bytes'] / seconds / 1e9:.1f}",
+                f"{share(row, 'copy_bandwidth'):.0%}",
+                f"{share(row, 'row_bandwidth'):.0%}" if "audio" not in row["case"] else "–",
+                f"{extra:.1f} MB",
+                *(f"{ratio:.1f}" for ratio in ratios(row, "test_loss").values()),
+            ]
+        )
+    return markdown(columns, lines)
+
+
+def step_table(path: Path) -> str:
+    lines = []
+    for row in rows(path, "test_step"):
+        for name, seconds in row["seconds"].items():
+            cells = [
+                row["case"],
+                name,
+                f"{seconds * 1e3:.0f}",
+                f"{row['samples'] / seconds:.1f}",
+                f"{row['targets'] / seconds:.0f}",
+                f"{row['flops'][name] / seconds / row['matmul_rate']:.0%}",
+                f"{row['extra_bytes'][name] / 2**30:.1f} GB",
+                f"{ratios(row, 'test_step')[name]:.1f}" if name != "fused" else "",
+            ]
+            lines.append(cells)
+    columns = ["case", "step", "ms", "samples/s", "masked targets/s", "of bf16 matmul", "memory", "× fused"]
+    return markdown(columns, lines)
+
+
+def breakdown_table(path: Path) -> str:
+    """Milliseconds of each part of a step; backward is that of the student, its features and its head together."""
+    parts = ["embed", "teacher", "student", "head", "loss", "backward", "optimizer", "EMA"]
+    lines = [
+        [row["case"], name, *(f"{seconds[part] * 1e3:.1f}" for part in parts)]
+        for row in rows(path, "test_step")
+        for name, seconds in row["parts"].items()
+    ]
+    return markdown(["ms", "step", *parts], lines)
+
+
+def parts_table(path: Path) -> str:
+    found = rows(path, "test_parts")
+    names = [name for name in found[0]["without"] if name != "all"]
+    lines = [[row["case"], *(f"{row['without'][n] / row['without']['all'] - 1:+.0%}" for n in names)] for row in found]
+    return markdown(["step without", *names], lines)
+
+
+TABLES = {"test_loss": [loss_table], "test_step": [step_table, breakdown_table], "test_parts": [parts_table]}
+
+
+def plot_loss(path: Path, plt: Any) -> Any:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    for axis, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
+        chosen = [row for row in rows(path, "test_loss") if row["dtype"] == dtype]
+        for i, name in enumerate(BASELINES["test_loss"]):
+            heights = [ratios(row, "test_loss")[name] for row in chosen]
+            axis.barh([y + (1.5 - i) * 0.2 for y in range(len(chosen))], heights, 0.2, label=name)
+        axis.set(title=dtype, xscale="log", xlabel="times longer than the fused loss")
+        axis.set_yticks(range(len(chosen)), [row["case"] for row in chosen])
+        axis.axvline(1, color="black", linewidth=0.8)
+    axes[0].invert_yaxis()
+    axes[1].legend()
+    figure.suptitle(f"Loss and gradient on {machine(path)}", fontsize=9)
+    return figure
+
+
+def plot_sweep(path: Path, plt: Any) -> Any:
+    found = rows(path, "test_sweep")
+    figure, axes = plt.subplots(1, len(found), figsize=(11, 3.5), layout="constrained")
+    for axis, row in zip(axes, found, strict=True):
+        sizes = [int(size) for size in row["seconds"]]
+        axis.plot(sizes, [seconds * 1e3 for seconds in row["seconds"].values()], marker="o")
+        axis.set(xlabel=row["axis"], ylabel="ms", ylim=(0, None), xlim=(0, None))
+    figure.suptitle(f"A fused step of text as one size grows, on {machine(path)}", fontsize=9)
+    return figure
+
+
+PLOTS = {"test_loss": plot_loss, "test_sweep": plot_sweep}
 
 
 def plot(path: Path, target: Path) -> None:
@@ -65,32 +146,23 @@ def plot(path: Path, target: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
-    for axis, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
-        chosen = [row for row in rows(path) if row["dtype"] == dtype]
-        for i, name in enumerate(BASELINES):
-            heights = [ratios(row)[name] for row in chosen]
-            axis.barh([y + (1.5 - i) * 0.2 for y in range(len(chosen))], heights, 0.2, label=name)
-        axis.set(title=dtype, xscale="log", xlabel="times longer than the fused loss")
-        axis.set_yticks(range(len(chosen)), [row["case"] for row in chosen])
-        axis.axvline(1, color="black", linewidth=0.8)
-    axes[0].invert_yaxis()
-    axes[1].legend()
-    figure.suptitle(f"Loss and gradient on {machine(path)}", fontsize=9)
-    figure.savefig(target)
+    made = next(draw for test, draw in PLOTS.items() if rows(path, test))
+    made(path, plt).savefig(target)
 
 
 def regressions(new: Path, old: Path) -> list[str]:
     """Ratios that fell, as sentences; ratios, because the speed of a machine drifts."""
-    committed = {(row["case"], row["dtype"]): row for row in rows(old)}
     found = []
-    for row in rows(new):
-        before = committed.get((row["case"], row["dtype"]))
-        for name, ratio in ratios(row).items() if before else ():
-            limit = ratios(before)[name] * (1 - TOLERANCE)
-            if ratio < limit:
-                was = ratios(before)[name]
-                found.append(f"{row['case']} {row['dtype']}: {ratio:.2f} × {name}, committed {was:.2f}, limit {limit:.2f}")
+    for test in BASELINES:
+        committed = {(row["case"], row.get("dtype")): row for row in rows(old, test)}
+        for row in rows(new, test):
+            before = committed.get((row["case"], row.get("dtype")))
+            for name, ratio in ratios(row, test).items() if before else ():
+                was = ratios(before, test)[name]
+                limit = was * (1 - TOLERANCE)
+                if ratio < limit:
+                    case = " ".join(filter(None, (row["case"], row.get("dtype"))))
+                    found.append(f"{case}: {ratio:.2f} × {name}, committed {was:.2f}, limit {limit:.2f}")
     return found
 
 
@@ -100,7 +172,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--against", type=Path)
     arguments = parser.parse_args()
-    print(f"{machine(arguments.results)}\n\n{table(arguments.results)}")
+    print(machine(arguments.results))
+    for test, tables in TABLES.items():
+        for table in tables if rows(arguments.results, test) else ():
+            print(f"\n{table(arguments.results)}")
     if arguments.plot:
         plot(arguments.results, arguments.plot)
     if arguments.against:

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import STEP_CASES
+from benchmarks.cases import STEP_CASES, SWEEPS
 from benchmarks.measure import Apart, matmul_rate, peak_extra_bytes, timed
 from d2v_fast import Data2Vec, build_encoder
 from d2v_fast import model as model_module
-from d2v_fast.fused import fuse
+from d2v_fast.fused import PARTS, fuse
 
 DECAY = 0.9998
 
@@ -96,16 +96,15 @@ class Today(Variant):
 
 
 class Ours(Variant):
-    """Our model in bf16 autocast with sdpa, fused AdamW and foreach EMA; `fused` adds what --fused puts into a model."""
+    """Our model in bf16 autocast with sdpa, fused AdamW and foreach EMA; `parts` adds what --fused puts into a model."""
 
-    def __init__(self, case, device, fused):
+    def __init__(self, case, device, parts):
         super().__init__(case, device)
         config = dict(layerdrop=0.0) if case.modality == "audio" else {}
-        encoder = build_encoder(case.model, config=config)
-        settings = dict(impl="eager", **case.settings) if not fused else case.settings
+        encoder = build_encoder(case.model, config=config | case.config)
+        settings = case.settings if "loss" in parts else dict(impl="eager", **case.settings)
         self.model = Data2Vec(encoder, **settings).to(device).train()
-        if fused:
-            fuse(self.model, torch.device(device))
+        fuse(self.model, torch.device(device), parts)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         self.batch = case.batch_of(encoder, device)
@@ -153,31 +152,59 @@ class Ours(Variant):
         return {name: seconds / rounds for name, seconds in self.clock.items()}
 
 
-VARIANTS = {"today": (Today,), "an hour's work": (Ours, False), "fused": (Ours, True)}
+VARIANTS = {"today": (Today,), "an hour's work": (Ours, ()), "fused": (Ours, tuple(PARTS))}
+
+
+@contextmanager
+def turns(variants, case, device, seconds):
+    """The variants, each in a process of its own, and the median seconds of a step of each, taken in turns."""
+    gc.collect()
+    running = {name: Apart(make, case, device, *rest) for name, (make, *rest) in variants.items()}
+    for _ in range(2):  # the first steps make the optimizer's state and fill the allocator
+        for variant in running.values():
+            variant("seconds")
+    times = {name: [] for name in running}
+    end = time.monotonic() + 10 * seconds
+    while min(map(len, times.values())) < 3 or time.monotonic() < end:
+        for name, variant in running.items():
+            times[name].append(variant("seconds"))
+    yield running, {name: statistics.median(values) for name, values in times.items()}
+    for variant in running.values():
+        variant.close()
 
 
 @pytest.mark.parametrize("case", STEP_CASES, ids=lambda case: case.name)
 def test_step(case, device, seconds, benchmark):
-    gc.collect()
-    variants = {name: Apart(make, case, device, *rest) for name, (make, *rest) in VARIANTS.items()}
-    for _ in range(2):  # the first steps make the optimizer's state and fill the allocator
-        for variant in variants.values():
-            variant("seconds")
-    times = {name: [] for name in variants}
-    end = time.monotonic() + 10 * seconds
-    while len(times["fused"]) < 3 or time.monotonic() < end:
-        for name, variant in variants.items():
-            times[name].append(variant("seconds"))
-    benchmark.extra_info.update(
-        case=case.name,
-        samples=case.batch,
-        targets=variants["fused"]("targets"),
-        seconds={name: statistics.median(values) for name, values in times.items()},
-        extra_bytes={name: variant("extra_bytes") for name, variant in variants.items()},
-        flops={name: variant("flops") for name, variant in variants.items()},
-        matmul_rate=matmul_rate(device, torch.bfloat16),
-        parts={name: variants[name]("parts") for name in ("an hour's work", "fused")} if device == "cpu" else {},
-    )
-    benchmark.pedantic(variants["fused"], args=("seconds",), rounds=2)
-    for variant in variants.values():
-        variant.close()
+    with turns(VARIANTS, case, device, seconds) as (variants, times):
+        benchmark.extra_info.update(
+            case=case.name,
+            samples=case.batch,
+            targets=variants["fused"]("targets"),
+            seconds=times,
+            extra_bytes={name: variant("extra_bytes") for name, variant in variants.items()},
+            flops={name: variant("flops") for name, variant in variants.items()},
+            matmul_rate=matmul_rate(device, torch.bfloat16),
+            parts={name: variants[name]("parts") for name in ("an hour's work", "fused")} if device == "cpu" else {},
+        )
+        benchmark.pedantic(variants["fused"], args=("seconds",), rounds=2)
+
+
+@pytest.mark.parametrize("case", STEP_CASES, ids=lambda case: case.name)
+def test_parts(case, device, seconds, benchmark):
+    """What each part of --fused is worth: the step without it beside the whole."""
+    without = {name: (Ours, tuple(part for part in PARTS if part != name)) for name in PARTS}
+    with turns({"all": (Ours, tuple(PARTS)), **without}, case, device, seconds) as (variants, times):
+        benchmark.extra_info.update(case=case.name, without=times)
+        benchmark.pedantic(variants["all"], args=("seconds",), rounds=2)
+
+
+@pytest.mark.parametrize("axis", SWEEPS)
+def test_sweep(axis, device, seconds, benchmark):
+    """The fused step as one size of it grows."""
+    times = {}
+    for size, case in SWEEPS[axis].items():
+        with turns({"fused": VARIANTS["fused"]}, case, device, seconds / 5) as (variants, found):
+            times[size] = found["fused"]
+            if size == max(SWEEPS[axis]):
+                benchmark.pedantic(variants["fused"], args=("seconds",), rounds=2)
+    benchmark.extra_info.update(axis=axis, seconds=times)

@@ -124,6 +124,7 @@ class Encoder(nn.Module):
         def keep_input(module, args, kwargs):
             module._tapped = args[0] if args else kwargs["hidden_states"]
 
+        self._tap_source = source
         for block in self.blocks[-top_k:]:
             if source == "block_input":
                 block.register_forward_pre_hook(keep_input, with_kwargs=True)
@@ -145,7 +146,7 @@ class Encoder(nn.Module):
         for module, scale in zip(self._taps, self._tap_scales, strict=True):
             x = module._tapped
             module._tapped = None
-            if self._rows and module is self._taps[-1]:
+            if self._rows and module is self._taps[-1] and self._tap_source != "block_input":
                 index, batch, _ = self._rows
                 x = x.new_zeros(batch * length, x.shape[-1]).index_copy_(0, index, x[0]).view(batch, length, -1)
             else:
@@ -198,6 +199,8 @@ class Encoder(nn.Module):
             return None
         if block.training and any(getattr(m, "drop_prob", None) for m in block.modules()):
             return None  # stochastic depth drops samples, which rows no longer tell apart
+        if getattr(block, "gradient_checkpointing", False):
+            return None  # it runs the block again when nobody asks any more
         index, length = self._asked
         x = args[0] if args else kwargs["hidden_states"]
         batch, extra = x.shape[0], x.shape[1] - length

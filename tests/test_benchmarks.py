@@ -9,9 +9,16 @@ from benchmarks.test_bench_loss import gather_first
 from d2v_fast import data2vec_loss
 
 
-def results(path, factor=1.0):
+def results(path, test, *infos):
+    machine = dict(cpu=dict(brand_raw="a processor"), threads=2, torch="2.13.0")
+    entries = [dict(name=f"{test}[{i}]", extra_info=info) for i, info in enumerate(infos)]
+    path.write_text(json.dumps(dict(benchmarks=entries, machine_info=machine, commit_info=dict(id="0123456789"))))
+    return path
+
+
+def loss_row(factor=1.0):
     seconds = {"fused": 1e-3, "eager": 2e-2 * factor, "compile": 5e-3, "gather first": 4e-3, "gather first, compile": 3e-3}
-    row = dict(
+    return dict(
         case="text",
         dtype="float32",
         bytes=10**7,
@@ -21,26 +28,51 @@ def results(path, factor=1.0):
         seconds=seconds,
         extra_bytes=dict.fromkeys(seconds, 10**6),
     )
-    machine = dict(cpu=dict(brand_raw="a processor"), threads=2, torch="2.13.0")
-    path.write_text(
-        json.dumps(dict(benchmarks=[dict(extra_info=row)], machine_info=machine, commit_info=dict(id="0123456789")))
+
+
+def step_row(factor=1.0):
+    seconds = {"today": 4.0 * factor, "an hour's work": 1.5, "fused": 1.0}
+    parts = ("embed", "teacher", "student", "head", "loss", "backward", "optimizer", "EMA", "step")
+    return dict(
+        case="speech",
+        samples=8,
+        targets=100,
+        matmul_rate=1e12,
+        seconds=seconds,
+        flops=dict.fromkeys(seconds, 5e11),
+        extra_bytes=dict.fromkeys(seconds, 2**30),
+        parts={"fused": {part: i / 10 for i, part in enumerate(parts)}},
     )
-    return path
 
 
-def test_the_gate_fails_on_a_ratio_that_fell_by_more_than_15_percent(tmp_path):
-    old = results(tmp_path / "old.json")
-    assert report.regressions(results(tmp_path / "same.json", 0.86), old) == []
-    found = report.regressions(results(tmp_path / "slow.json", 0.84), old)
-    assert len(found) == 1 and "text float32: 16.80 × eager, committed 20.00" in found[0]
+@pytest.mark.parametrize(
+    "test, row, sentence",
+    [
+        ("test_loss", loss_row, "text float32: 16.80 × eager, committed 20.00, limit 17.00"),
+        ("test_step", step_row, "speech: 3.36 × today, committed 4.00, limit 3.40"),
+    ],
+)
+def test_the_gate_fails_on_a_ratio_that_fell_by_more_than_15_percent(test, row, sentence, tmp_path):
+    old = results(tmp_path / "old.json", test, row())
+    assert report.regressions(results(tmp_path / "same.json", test, row(0.86)), old) == []
+    assert report.regressions(results(tmp_path / "slow.json", test, row(0.84)), old) == [sentence]
 
 
-def test_the_table_holds_the_figures(tmp_path):
-    path = results(tmp_path / "one.json")
-    assert "| text | fp32 | 1.00 | 10.0 | 50% | 100% | 0.0 MB | 20.0 | 5.0 | 4.0 | 3.0 |" in report.table(path)
+def test_the_tables_hold_the_figures(tmp_path):
+    path = results(tmp_path / "one.json", "test_loss", loss_row())
+    assert "| text | fp32 | 1.00 | 10.0 | 50% | 100% | 0.0 MB | 20.0 | 5.0 | 4.0 | 3.0 |" in report.loss_table(path)
     assert report.machine(path) == "a processor, 2 threads; torch 2.13.0; commit 0123456"
-    report.plot(results(tmp_path / "two.json"), tmp_path / "plot.svg")
+    report.plot(path, tmp_path / "plot.svg")
     assert "eager" in (tmp_path / "plot.svg").read_text()
+
+    path = results(tmp_path / "step.json", "test_step", step_row())
+    assert "| speech | an hour's work | 1500 | 5.3 | 67 | 33% | 1.0 GB | 1.5 |" in report.step_table(path)
+    assert "| speech | fused | 0.0 | 100.0 | 200.0 | 300.0 | 400.0 | 500.0 | 600.0 | 700.0 |" in report.breakdown_table(path)
+    path = results(tmp_path / "parts.json", "test_parts", dict(case="speech", without=dict(all=1.0, loss=1.25, memory=0.98)))
+    assert "| speech | +25% | -2% |" in report.parts_table(path)
+    path = results(tmp_path / "sweep.json", "test_sweep", *(dict(axis=axis, seconds={"1": 0.1, "2": 0.2}) for axis in "ab"))
+    report.plot(path, tmp_path / "sweep.svg")
+    assert "as one size grows" in (tmp_path / "sweep.svg").read_text()
 
 
 @pytest.mark.parametrize("norm", ["layer", "instance"])

@@ -15,10 +15,11 @@ from tests import models
 from tests.test_training import arguments, records
 
 CPU = torch.device("cpu")
-DROPOUT_OFF = {
+COMPARABLE = {
     "text": "encoder.config.hidden_dropout_prob=0 encoder.config.attention_probs_dropout_prob=0",
     "vision": "encoder.config.hidden_dropout_prob=0 encoder.config.attention_probs_dropout_prob=0",
-    "audio": "",
+    # At the preset's 2e-3 a run in bf16 is chaotic: weights changed by 1e-6 move single windows of 200 steps by 9 %.
+    "audio": "optimizer.lr=3e-4",
 }
 
 
@@ -27,13 +28,13 @@ def relative(a, b):
 
 
 def run(modality, folder, steps, precision, fused):
-    more = [*DROPOUT_OFF[modality].split(), f"train.steps={steps}", "train.log_every=10", f"train.precision={precision}"]
+    more = [*COMPARABLE[modality].split(), f"train.steps={steps}", "train.log_every=10", f"train.precision={precision}"]
     trainer = Trainer(parse([*arguments(modality, folder), *more])[0], fused)
     assert trainer.run() == 0
     return trainer.core, [r["loss"] for r in records(folder)]
 
 
-@pytest.mark.parametrize("modality", DROPOUT_OFF)
+@pytest.mark.parametrize("modality", COMPARABLE)
 @pytest.mark.parametrize(
     "steps, precision, tolerance",
     [

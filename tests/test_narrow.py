@@ -42,7 +42,7 @@ def assert_equal(plain, narrow):
 
 
 @pytest.mark.parametrize("name", models.CONFIGS)
-@pytest.mark.parametrize("source", ["ffn", "block_output"])
+@pytest.mark.parametrize("source", ["ffn", "block_output", "block_input"])
 def test_loss_and_gradients_are_the_same(name, source):
     assert_equal(*both(name, source=source))
 
@@ -80,6 +80,15 @@ def test_a_layer_that_is_dropped_leaves_the_others_rows():
     encoder.train()
     expected = encoder.contextualize(features.clone()).flatten(0, 1)[index]
     assert torch.equal(encoder.contextualize_at(features.clone(), None, index), expected)
+
+
+def test_a_block_that_is_checkpointed_runs_whole():
+    encoder = models.make("roberta").train()
+    features, index = encoder.embed(models.inputs("roberta")).detach().requires_grad_(), torch.tensor([1, 5, 20])
+    assert encoder.narrow_last_block()
+    encoder.model.gradient_checkpointing_enable()
+    encoder.contextualize_at(features, None, index).sum().backward()
+    assert encoder._rows is None and features.grad is not None
 
 
 def test_stochastic_depth_is_left_to_whole_samples():
