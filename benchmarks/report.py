@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 BASELINES = {  # what is compared with "fused", by test
+    "test_ema": ("state dict loop", "in-place loop", "foreach mul + add"),
     "test_loss": ("eager", "compile", "gather first", "gather first, compile"),
     "test_step": ("today", "an hour's work"),
 }
@@ -107,7 +108,26 @@ def parts_table(path: Path) -> str:
     return markdown(["step without", *names], lines)
 
 
-TABLES = {"test_loss": [loss_table], "test_step": [step_table, breakdown_table], "test_parts": [parts_table]}
+def ema_table(path: Path) -> str:
+    lines = []
+    for row in rows(path, "test_ema"):
+        seconds = row["seconds"]["fused"]
+        cells = [
+            row["case"],
+            f"{seconds * 1e3:.1f}",
+            f"{row['bytes'] / seconds / 1e9:.1f}",
+            f"{share(row, 'copy_bandwidth'):.0%}",
+        ]
+        lines.append(cells + [f"{ratio:.1f}" for ratio in ratios(row, "test_ema").values()])
+    return markdown(["case", "ms", "GB/s", "of copy", *(f"× {name}" for name in BASELINES["test_ema"])], lines)
+
+
+TABLES = {
+    "test_ema": [ema_table],
+    "test_loss": [loss_table],
+    "test_step": [step_table, breakdown_table],
+    "test_parts": [parts_table],
+}
 
 
 def plot_loss(path: Path, plt: Any) -> Any:

@@ -70,6 +70,9 @@ def test_the_tables_hold_the_figures(tmp_path):
     assert "| speech | fused | 0.0 | 100.0 | 200.0 | 300.0 | 400.0 | 500.0 | 600.0 | 700.0 |" in report.breakdown_table(path)
     path = results(tmp_path / "parts.json", "test_parts", dict(case="speech", without=dict(all=1.0, loss=1.25, memory=0.98)))
     assert "| speech | +25% | -2% |" in report.parts_table(path)
+    seconds = {"fused": 0.01, "state dict loop": 0.05, "in-place loop": 0.02, "foreach mul + add": 0.015}
+    row = dict(case="base", seconds=seconds, bytes=10**8, copy_bandwidth=2e10)
+    assert "| base | 10.0 | 10.0 | 50% | 5.0 | 2.0 | 1.5 |" in report.ema_table(results(tmp_path / "ema.json", "test_ema", row))
     path = results(tmp_path / "sweep.json", "test_sweep", *(dict(axis=axis, seconds={"1": 0.1, "2": 0.2}) for axis in "ab"))
     report.plot(path, tmp_path / "sweep.svg")
     assert "as one size grows" in (tmp_path / "sweep.svg").read_text()
