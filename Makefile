@@ -3,7 +3,8 @@
 # make lint   ruff
 # make bench        measures the loss beside its alternatives, writes $(RESULTS)
 # make bench-check  the same, and fails if a ratio fell more than 15 % below the committed one
-# make bench-report the table in Markdown and the plot, from $(RESULTS)
+# make bench-report the tables in Markdown and the plot, from $(RESULTS)
+# … BENCH=step      the same of whole steps, their parts and a sweep over sizes; BENCH=ema of the teacher's update
 # Everything is installed into .venv; another Python: make PYTHON=python3.12 …
 
 PYTHON ?= python3
@@ -11,8 +12,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= vision/tiny
 RUN ?= runs/demo
-RESULTS ?= benchmarks/results/cpu-loss.json
-BENCH := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_bench_loss.py -q --benchmark-columns=median
+BENCH ?= loss
+RESULTS ?= benchmarks/results/cpu-$(BENCH).json
+MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_bench_$(BENCH).py -q --benchmark-columns=median
 
 .PHONY: demo test test-slow lint bench bench-check bench-report clean
 
@@ -39,11 +41,11 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff format --check .
 
 bench: $(BIN)/.installed
-	$(BENCH) --benchmark-json=$(RESULTS)
+	$(MEASURE) --benchmark-json=$(RESULTS)
 
 bench-check: $(BIN)/.installed
 	mkdir -p build
-	$(BENCH) --benchmark-json=build/bench.json
+	$(MEASURE) --benchmark-json=build/bench.json
 	$(BIN)/python -m benchmarks.report build/bench.json --against $(RESULTS)
 
 bench-report: $(BIN)/.installed

@@ -53,6 +53,24 @@ def test_fused_and_plain_run_agree(modality, steps, precision, tolerance, tmp_pa
         assert max(relative(a.detach(), b.detach()) for a, b in both if b.norm() > 0.1) < 100 * tolerance
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("modality", ["text", "vision"])
+def test_with_dropout_the_mean_curve_is_the_same(modality, tmp_path):
+    """Masks of dropout differ, so means over three seeds are compared, by their own spread."""
+    rate = "encoder.config.hidden_dropout_prob=0.1 encoder.config.attention_probs_dropout_prob=0.1".split()
+    curves = []
+    for fused in (False, True):
+        for seed in range(3):
+            folder = tmp_path / f"{fused}-{seed}"
+            more = [*rate, "train.steps=150", "train.log_every=15", f"train.seed={seed}"]
+            Trainer(parse([*arguments(modality, folder), *more])[0], fused).run()
+            curves.append([r["loss"] for r in records(folder)][1:])  # the first is of one step
+    plain, fast = torch.tensor(curves).view(2, 3, -1)
+    spread = (plain.var(0) / 3 + fast.var(0) / 3).sqrt().clamp(min=0.002 * plain.mean())
+    assert ((fast.mean(0) - plain.mean(0)) / spread).abs().mean() < 1.5
+    assert fast.mean() == pytest.approx(float(plain.mean()), rel=0.02)
+
+
 @pytest.mark.parametrize("name", [name for name in models.CONFIGS if name != "data2vec-vision"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_explicit_attention_is_attention(name, padded, monkeypatch):
