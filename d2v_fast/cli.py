@@ -40,7 +40,7 @@ def train() -> None:
 
         try:
             return training.train(config, fused)
-        except training.CollapseError as error:
+        except (training.CollapseError, training.NotFiniteError) as error:
             sys.exit(f"d2v-train: {error}")
 
     _run("d2v-train", command)

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 PRESETS = Path(__file__).parent / "presets"
 MASKS = {"span": SpanMask, "block": BlockMask, "random": RandomMask, "token": TokenMask}
 FLAGS = ("-h", "--help", "--fused", "--print_config")
+# What may differ in a run that goes on, as no weight depends on it.
+FREE = (
+    *(f"train.{name}" for name in ("output", "workers", "log_every", "export_every", "save_every", "keep_last")),
+    *("train.max_broken", "train.max_skipped", "collapse"),
+)
 MASK_KINDS = {"text": ("token",), "vision": ("block", "random"), "audio": ("span", "random")}
 
 
@@ -186,7 +191,10 @@ class TrainConfig:
         threads: CPU threads of torch, 0 = its default.
         log_every: Steps between lines of the log.
         export_every: Steps between exports of the student, 0 = only at the end.
+        save_every: Steps between checkpoints, 0 = only when the run ends or is asked to stop.
+        keep_last: Checkpoints to keep.
         max_broken: Largest share of unreadable samples; the run stops above it.
+        max_skipped: Steps in a row whose loss or gradient is not finite; the run stops there.
     """
 
     output: str | None = None
@@ -202,7 +210,10 @@ class TrainConfig:
     threads: int = 0
     log_every: int = 50
     export_every: int = 0
+    save_every: int = 1000
+    keep_last: int = 2
     max_broken: float = 0.01
+    max_skipped: int = 20
 
 
 @dataclass
@@ -288,8 +299,11 @@ RANGES = {
     "train.clip_norm": "[0, inf)",
     "train.epochs": "(0, inf)",
     "train.export_every": "[0, inf)",
+    "train.keep_last": "[1, inf)",
     "train.log_every": "[1, inf)",
     "train.max_broken": "[0, 1]",
+    "train.max_skipped": "[1, inf)",
+    "train.save_every": "[0, inf)",
     "train.seed": "[0, 9223372036854775807]",
     "train.steps": "[1, inf)",
     "train.threads": "[0, inf)",
@@ -326,11 +340,17 @@ class Config:
     mask: SpanMask | BlockMask | RandomMask | TokenMask
     data: dict[str, Any]
     yaml: str = ""
+    resume: bool = False
+    resume_allow: list[str] = field(default_factory=list)
+
+    def settings(self) -> dict[str, Any]:
+        """All settings by their dotted keys."""
+        values = {f"{section}.{k}": v for section in (*SECTIONS, "mask") for k, v in vars(getattr(self, section)).items()}
+        return values | {f"data.{k}": v for k, v in self.data.items()}
 
     def check(self) -> None:
         """Raise ConfigError for values that no run can use."""
-        values = {f"{section}.{k}": v for section in (*SECTIONS, "mask") for k, v in vars(getattr(self, section)).items()}
-        values |= {f"data.{k}": v for k, v in self.data.items()}
+        values = self.settings()
         for key, interval in RANGES.items():
             value = values.get(key)
             for number in value if isinstance(value, list | tuple) else [value]:
@@ -454,9 +474,13 @@ DESCRIPTION = """Pre-train an encoder of text, images or speech with data2vec.
   d2v-train --config text/roberta-base data.path=corpus/  a preset on your data
   d2v-train --config mine.yaml train.batch_size=64        your settings, some changed
   d2v-train --config audio/tiny --print_config > mine.yaml
+  d2v-train --resume runs/mine                            a run goes on from its newest checkpoint
+  d2v-train --config mine.yaml train.output=run --resume  the same, by the command that began it
 
-Settings are given as key=value; later ones win. A run writes its resolved config.yaml, a log.jsonl and, in Hugging Face
-format, the student in export/. What the data and mask of a modality take: d2v-train --config PRESET --help.
+Settings are given as key=value; later ones win. A run writes its resolved config.yaml, a log.jsonl, checkpoints/ and, in
+Hugging Face format, the student in export/. Ctrl-C or SIGTERM: the run saves after the current step and ends with exit code
+130. It goes on only with the settings that it had; --resume-allow KEY, once for each, lets one that is changed on purpose pass.
+What the data and mask of a modality take: d2v-train --config PRESET --help.
 
 presets: """
 
@@ -469,7 +493,8 @@ def _parser(modality: str, kind: str) -> ArgumentParser:
 
     parser = ArgumentParser(
         prog="d2v-train",
-        usage="d2v-train --config PRESET|FILE [key=value ...]",
+        usage="d2v-train --config PRESET|FILE [key=value ...]\n"
+        "       d2v-train --resume RUN [--resume-allow KEY] [key=value ...]",
         description=DESCRIPTION + ", ".join(presets()),
         formatter_class=Help,
         exit_on_error=False,
@@ -494,12 +519,16 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     settings: dict[str, Any] = {}
     names: list[str] = []
     rest: list[str] = []
+    args, resume, resume_allow = _resume(args)
+    run = None
     arguments = iter(args)
     for argument in arguments:
         if argument == "--config" or argument.startswith("--config="):
             name = argument.partition("=")[2] or next(arguments, "")
             names.append(Path(name).stem if Path(name).is_file() else name.replace("/", "-"))
             layer = read_yaml(name)
+            if Path(name).with_name("log.jsonl").exists():
+                run = str(Path(name).parent)
             _make_way(settings, _flat(layer))
             settings = _merge(settings, layer)
         elif argument in FLAGS or argument.startswith("--print_config="):
@@ -547,14 +576,45 @@ def parse(args: list[str]) -> tuple[Config, bool]:
         mask=MASKS[kind](**values["mask"]),
         data=values["data"],
         yaml=parser.dump(namespace, skip_unset=False),
+        resume=resume,
+        resume_allow=resume_allow,
     )
     config.check()
+    for key in resume_allow:
+        if key not in [*known, *GROUPS] and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
+            raise ConfigError(f"--resume-allow {key}: no such setting{nearest(key, known)}")
+    if config.train.output is None and resume:
+        config.train.output = run
+        if run is None:
+            raise ConfigError("--resume: which run? --resume RUN, or train.output=RUN beside the settings it was begun with")
     if config.train.output is None:
         base = f"runs/{'-'.join(names) or modality}-{time.strftime('%Y%m%d-%H%M%S')}"
         numbered = (f"{base}-{n}" for n in itertools.count(2))  # a script may start several in a second
         config.train.output = next(name for name in itertools.chain([base], numbered) if not os.path.exists(name))
     config.train.output = os.path.expanduser(config.train.output)
     return config, fused
+
+
+def _resume(args: list[str]) -> tuple[list[str], bool, list[str]]:
+    """The command line with RUN's settings in place of --resume RUN; whether to resume, and --resume-allow's keys."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--resume", nargs="?", const="")
+    parser.add_argument("--resume-allow", action="append", default=[])
+    try:
+        found, rest = parser.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error).removeprefix("argument ")) from None
+    run = found.resume
+    if run and "=" in run:  # a setting that happened to follow
+        run, rest = "", [run, *rest]
+    if run:
+        from d2v_fast.checkpoint import refuse_pickle
+
+        refuse_pickle(run)
+        if not os.path.isfile(os.path.join(run, "config.yaml")):
+            raise ConfigError(f"--resume {run}: holds no config.yaml, so it is not the folder of a run")
+        rest = ["--config", os.path.join(run, "config.yaml"), *rest, f"train.output={run}"]
+    return rest, run is not None, found.resume_allow
 
 
 def _readable(message: str, given: dict[str, Any], parser: ArgumentParser) -> str:

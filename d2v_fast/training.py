@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import os
+import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -18,11 +20,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from d2v_fast.config import Config, ConfigError, OptimizerConfig, ScheduleConfig, data_class
-from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, make_loader
+from d2v_fast.checkpoint import Checkpoint, Checkpoints, Tensors, sync, write_text
+from d2v_fast.config import FREE, Config, ConfigError, OptimizerConfig, ScheduleConfig, data_class
+from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
 from d2v_fast.encoders import Encoder, build_encoder, describe
 from d2v_fast.fused import fuse
 from d2v_fast.model import Data2Vec, Data2VecOutput
@@ -30,7 +34,7 @@ from d2v_fast.ops.reference import Moments
 
 log = logging.getLogger(__name__)
 
-INTERRUPTED = 130  # exit code of a run that was asked to stop
+INTERRUPTED = 130  # exit code of a run that was asked to stop and can be resumed
 PROGRESS = (
     "loss {loss:.4f}  target std {target_std:.3f}  prediction std {prediction_std:.3f}  "
     "{samples_per_s:.1f} samples/s  data wait {data_wait:.0%}"
@@ -86,8 +90,10 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool 
         groups.setdefault((decay, scale), []).append(parameter)
     if unused:
         raise ConfigError(f"optimizer.lr_scale: {sorted(unused)} match no parameter, such as {name}")
+    # The schedule of a run that goes on looks for the initial_lr.
+    rates = {s: {"lr": config.lr * s, "initial_lr": config.lr * s} for _, s in groups}
     return torch.optim.AdamW(
-        [{"params": p, "weight_decay": d, "lr": config.lr * s} for (d, s), p in groups.items()],
+        [{"params": p, "weight_decay": d, **rates[s]} for (d, s), p in groups.items()],
         betas=tuple(config.betas),
         eps=config.eps,
         fused=fused or None,
@@ -130,43 +136,86 @@ class BrokenSamples:
 
 
 class RunLog:
-    """log.jsonl and, if it is installed, TensorBoard; nothing without a folder."""
+    """log.jsonl and, if it is installed, TensorBoard; nothing without a folder.
 
-    def __init__(self, folder: Path | None):
-        self.folder, self.board = folder, None
+    Args:
+        folder: The run's.
+        step: Last step of the checkpoint that the run goes on from; what was logged of later ones is cut.
+    """
+
+    def __init__(self, folder: Path | None, step: int = 0):
+        self.folder, self.step, self.board = folder, step, None
 
     def __enter__(self) -> RunLog:
         if self.folder is not None:
-            self.file = (self.folder / "log.jsonl").open("a", buffering=1)
+            file = self.folder / "log.jsonl"
+            if self.step:
+                write_text(file, "".join(line for line in _lines(file) if json.loads(line).get("step", 0) <= self.step))
+            self.file = file.open("a", buffering=1)
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(str(self.folder / "tensorboard"))
+                self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1 if self.step else None)
             except ImportError:
                 pass
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self.folder is not None:
-            self.file.close()
-        if self.board is not None:
-            self.board.close()
+        with disk_may_fail("log.jsonl"):
+            if self.folder is not None:
+                self.file.close()
+            if self.board is not None:
+                self.board.close()
 
     def write(self, record: dict[str, float]) -> None:
-        if self.folder is not None:
-            self.file.write(json.dumps(record) + "\n")
-        if self.board is not None:
-            for name in record.keys() - {"step", "time"}:
-                self.board.add_scalar(name, record[name], record["step"])
+        with disk_may_fail("log.jsonl"):
+            if self.folder is not None:
+                finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
+                self.file.write(json.dumps(finite) + "\n")
+            if self.board is not None:
+                for name in record.keys() - {"step", "time"}:
+                    self.board.add_scalar(name, record[name], record["step"])
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of a log; one that a killed process left unfinished is dropped."""
+    return [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")] if file.exists() else []
+
+
+@contextmanager
+def disk_may_fail(what: str) -> Iterator[None]:
+    """A disk that is full costs what is to be written and not the run."""
+    try:
+        yield
+    except OSError as error:
+        log.error("%s could not be written, training goes on: %s", what, error)
 
 
 class Window:
     """What happened since the last line of the log."""
 
-    def __init__(self, device: torch.device):
-        self.loss = torch.zeros((), device=device)  # summed on the device, so that nobody waits for it
-        self.steps, self.samples, self.seconds_waited = 0, 0, 0.0
-        self.start = time.perf_counter()
+    def __init__(
+        self,
+        device: torch.device,
+        loss: float = 0.0,
+        steps: int = 0,
+        samples: int = 0,
+        waited: float = 0.0,
+        seconds: float = 0.0,
+    ):
+        self.loss = torch.tensor(loss, device=device)  # summed on the device, so that nobody waits for it
+        self.steps, self.samples, self.seconds_waited = steps, samples, waited
+        self.start = time.perf_counter() - seconds
+
+    def state(self) -> dict[str, float]:
+        """The arguments that make it again, in a run that goes on."""
+        return {
+            "loss": float(self.loss),
+            "steps": self.steps,
+            "samples": self.samples,
+            "waited": self.seconds_waited,
+            "seconds": time.perf_counter() - self.start,
+        }
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -174,16 +223,19 @@ class Window:
         yield
         self.seconds_waited += time.perf_counter() - begin
 
-    def add(self, loss: Tensor, samples: int) -> None:
-        self.loss += loss
-        self.steps += 1
+    def add(self, loss: Tensor | None, samples: int) -> None:
+        """Count a step; its loss is None if it was skipped."""
+        if loss is not None:
+            self.loss += loss
+            self.steps += 1
         self.samples += samples
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C end the run at the next step, with its student exported; the second one ends it at once."""
+    """SIGTERM and Ctrl-C end the run after the current step, with a checkpoint; the second one ends it at once."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    ECHO = 1.0  # seconds in which torchrun passes on to its ranks the Ctrl-C that the terminal has sent them already
 
     def __enter__(self) -> StopRequest:
         self.asked = False
@@ -195,9 +247,18 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        for each in self.SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self.since = True, now
+        elif now - self.since > self.ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def ignore_signals(worker: int) -> None:
+    """In a loader worker: the run decides when to stop, even where a signal was sent to all of its processes."""
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 class Trainer:
@@ -210,6 +271,7 @@ class Trainer:
     Raises:
         ConfigError: Settings that do not fit each other.
         DataError: Data that cannot be used.
+        CheckpointError: `config.resume`, and no checkpoint that this run could go on from.
     """
 
     def __init__(self, config: Config, fused: bool = False):
@@ -221,8 +283,10 @@ class Trainer:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.folder = Path(config.train.output)
-        if (self.folder / "log.jsonl").exists():
-            raise ConfigError(f"train.output={self.folder}: holds a run already; choose another folder")
+        if not config.resume and ((self.folder / "log.jsonl").exists() or (self.folder / "checkpoints").exists()):
+            raise ConfigError(
+                f"train.output={self.folder}: holds a run already; --resume goes on with it, another folder starts a new one"
+            )
         AcceleratorState._reset_state()  # else a second run in this process could not have another precision
         parallel = DistributedDataParallelKwargs()
         self.accelerator = Accelerator(
@@ -231,11 +295,22 @@ class Trainer:
             kwargs_handlers=[parallel],
         )
         self.world, self.device = self.accelerator.num_processes, self.accelerator.device
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_last)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_last)
+        settings = {"modality": config.modality, "fused": fused, "processes": self.world, **config.settings()}
+        self.settings = json.loads(json.dumps(settings, default=str))
+        saved = self._newest() if config.resume else None
+        if saved:
+            saved.compare("settings", self.settings, (*FREE, *config.resume_allow))
+        self.done = self.saved = saved.step if saved else 0  # steps, now and at the newest checkpoint
         with self.accelerator.main_process_first():  # the others find what it has cached
             self.data = make_data(config)
         vocabulary = getattr(self.data, "vocabulary", None)
         encoder = make_encoder(config, vocabulary and vocabulary.size)
         self.data.fit_to(encoder)
+        self.samples = {"data": {"samples": len(self.data), "checksum": self.data.checksum()}}
+        if saved:
+            saved.compare("samples", self.samples, config.resume_allow)
         self.core = make_model(config, encoder)
         self.fused = fuse(self.core, self.device) if fused else []
         batches = EpochBatches(
@@ -246,7 +321,9 @@ class Trainer:
             self.world,
             self.data.lengths,
             getattr(self.data, "max_batch_length", None),
+            start=saved.state["batches"] if saved else 0,
         )
+        self.batches = self.taken = batches.start  # trained on, and taken from the loader
         steps_per_epoch = len(batches.epoch(0)) / config.train.accumulate
         self.steps = config.train.steps
         if config.train.epochs is not None:
@@ -254,14 +331,18 @@ class Trainer:
         self.loader = make_loader(self.data, batches, config.train.workers, pin_memory=self.device.type == "cuda")
         self.optimizer = make_optimizer(self.core, config.optimizer, fused)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: lr_factor(step, self.steps, config.schedule)
+            self.optimizer, lambda step: lr_factor(step, self.steps, config.schedule), last_epoch=self.done - 1
         )
         # A layer that layer-drop skips on one rank has no gradient there.
         parallel.find_unused_parameters = getattr(getattr(encoder.model, "config", None), "layerdrop", 0) > 0
         self.model, self.optimizer = self.accelerator.prepare(self.core, self.optimizer)
         set_seed(config.train.seed, device_specific=True)  # dropout differs between ranks
         self.broken = BrokenSamples(len(self.data), config.train.max_broken)
+        self.window = Window(self.device)
         self.skipped = 0
+        self.suspects: list[dict[str, Any]] = []  # the steps skipped last, one after the other
+        if saved:
+            self._restore(saved)
 
     def run(self) -> int:
         """Train to the end or until asked to stop; returns the exit code."""
@@ -270,48 +351,152 @@ class Trainer:
         main, train = self.accelerator.is_main_process, self.config.train
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(self.config.yaml)
+            write_text(self.folder / "config.yaml", self.config.yaml)
             log.info("%s", describe(self.core.student))
             place = f"{train.precision} on {self.device}" + (f" × {self.world}" if self.world > 1 else "")
             log.info("%d samples, %d steps, %s, run in %s", len(self.data), self.steps, place, self.folder)
             if self.fused:
                 log.info("fused: %s", ", ".join([*self.fused, "AdamW"]))
+            if self.done:
+                log.info("goes on after step %d%s", self.done, "; nothing is left to train" * (self.done >= self.steps))
         self.model.train()
-        stream, window, step, record = self._batches(), Window(self.device), 0, None
+        stream, record, stopped, begin = self._batches(), None, False, self.done
         quiet = {} if main else {"disable": True}  # not False, which would overrule TQDM_DISABLE
-        progress = tqdm(total=self.steps, unit="step", dynamic_ncols=True, smoothing=0.05, delay=0, **quiet)
+        progress = tqdm(total=self.steps, initial=begin, unit="step", dynamic_ncols=True, smoothing=0.05, delay=0, **quiet)
         try:
-            with StopRequest() as stop, RunLog(self.folder if main else None) as run_log, progress as bar:
-                while step < self.steps and not self._agreed(stop.asked):
-                    with window.waiting():
-                        micro_batches = [next(stream) for _ in range(train.accumulate)]
+            with StopRequest() as stop, RunLog(self.folder if main else None, begin) as run_log, progress as bar:
+                while self.done < self.steps:
+                    stopped, busy = self._agreed(stop.asked, self.checkpoints.busy)
+                    if stopped:
+                        break
+                    if not busy and train.save_every and self.done // train.save_every > self.saved // train.save_every:
+                        self.save()
+                    micro_batches = self._take(stream)
                     loss, outputs, grad_norm = self.step(micro_batches)
-                    step += 1
-                    window.add(loss, sum(len(batch["samples"]) for batch in micro_batches))
+                    self.done, self.batches = self.done + 1, self.taken
+                    self.window.add(None if self.suspects else loss, sum(len(batch["samples"]) for batch in micro_batches))
                     bar.update()
-                    if step % train.log_every == 0 or step in (1, self.steps):
-                        record = self._record(step, micro_batches[-1]["epoch"], window, outputs, grad_norm)
-                        window = Window(self.device)
+                    if self.done % train.log_every == 0 or self.done in (1, self.steps):
+                        record = self._record(self.done, micro_batches[-1]["epoch"], self.window, outputs, grad_norm)
+                        self.window = Window(self.device)
                         run_log.write(record)
                         bar.set_postfix_str(PROGRESS.format(**record))
                         self._judge(record)
-                    if train.export_every and step % train.export_every == 0:
-                        self.export()
+                    if len(self.suspects) >= train.max_skipped:
+                        self._give_up()
+                    if train.export_every and self.done % train.export_every == 0:
+                        with disk_may_fail("the export"):
+                            self.export()
+                    if main and train.save_every and self.done == begin + 1:
+                        self.checkpoints.reserve(self._tensors())
+                self.save()
+                self.checkpoints.wait()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(f"a process that loads data died: {first_line(error)}") from error
         finally:
-            if step:  # whatever ended the run, what was learned is kept
+            self.checkpoints.wait()
+            if self.done:  # whatever ended the run, what was learned is kept
                 self.export()
         if main and record:
             log.info(SUMMARY.format(folder=self.folder / "export", **record))
-        if step < self.steps:
-            log.warning("stopped at step %d of %d; the student so far is in %s", step, self.steps, self.folder / "export")
+        if stopped:
+            log.warning(
+                "stopped at step %d of %d; the student so far is in %s; d2v-train --resume %s goes on",
+                *(self.done, self.steps, self.folder / "export", self.folder),
+            )
             return INTERRUPTED
         return 0
+
+    def save(self) -> None:
+        """A checkpoint of the steps done: on all ranks at once, and only between two steps."""
+        from accelerate.utils import gather_object
+
+        if self.done == self.saved:
+            return
+        self.saved = self.done
+        name, keys, *rest = np.random.get_state()
+        rank = {
+            "python": random.getstate(),
+            "numpy": [name, keys.tolist(), *rest],
+            "broken": list(self.broken.seen.items()),
+            "window": self.window.state(),
+        }
+        generators = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        ranks = gather_object([(rank, generators)])
+        if self.accelerator.is_main_process:
+            tensors = self._tensors()
+            tensors["rng"] = {f"{i}.{kind}": states[kind] for i, (_, states) in enumerate(ranks) for kind in states}
+            scaler = self.accelerator.scaler
+            state = {
+                "batches": self.batches,
+                "skipped": self.skipped,
+                "suspects": self.suspects,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "settings": self.settings,
+                "samples": self.samples,
+                "ranks": [rank for rank, _ in ranks],
+            }
+            self.checkpoints.save(self.done, tensors, state)
+
+    def _tensors(self) -> Tensors:
+        """What a checkpoint holds of model and optimizer, by file and name."""
+        weights, kept = self.core.state_dict(), self.optimizer.state
+        return {
+            "student": {name: value for name, value in weights.items() if not name.startswith("teacher.")},
+            "teacher": {name: value for name, value in weights.items() if name.startswith("teacher.")},
+            "optimizer": {
+                f"{name}.{key}": value
+                for name, parameter in self.core.named_parameters()
+                for key, value in kept.get(parameter, {}).items()
+            },
+        }
+
+    def _newest(self) -> Checkpoint:
+        """The checkpoint to go on from; the main process chooses for all."""
+        from accelerate.utils import broadcast_object_list
+
+        if self.accelerator.is_main_process:
+            saved = self.checkpoints.newest()
+            broadcast_object_list([saved.folder])
+            return saved
+        return Checkpoint(broadcast_object_list([None])[0])
+
+    def _restore(self, saved: Checkpoint) -> None:
+        """Make everything as it was after the step of the checkpoint. The schedules are functions of the step."""
+        weights = saved.tensors("student") | saved.tensors("teacher")
+        moments = saved.tensors("optimizer")
+        parameters = dict(self.core.named_parameters())
+        saved.compare_shapes(weights, self.core.state_dict())
+        numbers = {p: i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
+        kept: dict[int, dict[str, Tensor]] = {}
+        for name, value in moments.items():
+            name, _, key = name.rpartition(".")
+            kept.setdefault(numbers[parameters[name]], {})[key] = value
+        self.core.load_state_dict(weights)
+        self.optimizer.load_state_dict({"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
+        self.skipped, self.suspects = saved.state["skipped"], saved.state["suspects"]
+        number = self.accelerator.process_index
+        rank, generators = saved.state["ranks"][number], saved.tensors("rng")
+        self.broken.seen = {index: message for index, message in rank["broken"]}
+        self.window = Window(self.device, **rank["window"])
+        version, keys, gauss = rank["python"]
+        random.setstate((version, tuple(keys), gauss))
+        np.random.set_state(tuple(rank["numpy"]))
+        torch.set_rng_state(generators[f"{number}.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(generators[f"{number}.cuda"], self.device)
 
     def _record(
         self, step: int, epoch: int, window: Window, outputs: list[Data2VecOutput], grad_norm: Tensor
     ) -> dict[str, float]:
         """A line of the log; here the device is waited for."""
-        loss = float(self.accelerator.reduce(window.loss, "mean")) / window.steps
+        loss = float(self.accelerator.reduce(window.loss, "mean")) / window.steps if window.steps else math.nan
         seconds = time.perf_counter() - window.start
         return {
             "step": step,
@@ -350,14 +535,19 @@ class Trainer:
             outputs.append(output)
         parameters = [p for p in self.core.parameters() if p.requires_grad]
         grad_norm = self.accelerator.clip_grad_norm_(parameters, config.train.clip_norm or math.inf)
-        if torch.isfinite(grad_norm):
+        finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
+        if self.world > 1:  # the gradient is everywhere the same, the loss is each rank's own
+            finite = self.accelerator.reduce(finite.float(), "sum") == self.world
+        if finite:
             self.optimizer.step()
             if not self.accelerator.optimizer_step_was_skipped:
                 self.core.update_teacher()
+            self.suspects = []
         else:
             # Neither weights nor teacher may see it: in an average a NaN stays for ever.
             self.skipped += 1
-            log.warning("gradient is not finite: step skipped, %d so far", self.skipped)
+            self.suspects.append(self._suspect(micro_batches, loss, grad_norm))
+            log.warning("step %d skipped: loss or gradient is not finite; %d so far", self.done + 1, self.skipped)
             if self.accelerator.scaler is not None:
                 self.optimizer.step()  # lets the scaler lower its factor; it skips the update itself
         self.scheduler.step()
@@ -365,16 +555,33 @@ class Trainer:
         return loss, outputs, grad_norm
 
     def export(self) -> None:
-        """The student in Hugging Face format, with its tokenizer."""
+        """The student in Hugging Face format, with its tokenizer; each file is replaced at once."""
         if self.accelerator.is_main_process:
-            self.core.student.save(self.folder / "export")
+            beside, place = self.folder / "export.tmp", self.folder / "export"
+            shutil.rmtree(beside, ignore_errors=True)
+            self.core.student.save(beside)
             if (tokenizer := getattr(self.data, "tokenizer", None)) is not None:
-                tokenizer.save_pretrained(self.folder / "export")
-        self.accelerator.wait_for_everyone()
+                tokenizer.save_pretrained(beside)
+            place.mkdir(exist_ok=True)
+            for file in beside.iterdir():
+                sync(file)
+                os.replace(file, place / file.name)
+            beside.rmdir()
+
+    def _take(self, stream: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of a step. If there are none to be had, the steps before are saved."""
+        try:
+            with self.window.waiting():
+                return [next(stream) for _ in range(self.config.train.accumulate)]
+        except Exception:
+            if self.world == 1:  # others would not know of it and not come to save
+                self.save()
+            raise
 
     def _batches(self) -> Iterator[Batch]:
         """Batches with something to score; unreadable samples are noted on the way."""
         for batch in self.loader:
+            self.taken += 1
             self.broken.note(batch["broken"])
             if not batch["samples"]:
                 continue
@@ -417,11 +624,34 @@ class Trainer:
                     raise CollapseError(message)
                 log.warning(message)
 
-    def _agreed(self, asked: bool) -> bool:
-        """Whether any rank was asked to stop."""
+    def _agreed(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank."""
         if self.world == 1:
-            return asked
-        return bool(self.accelerator.reduce(torch.tensor([float(asked)], device=self.device), "sum")[0] > 0)
+            return list(flags)
+        return (self.accelerator.reduce(torch.tensor(flags, dtype=torch.float, device=self.device), "sum") > 0).tolist()
+
+    def _suspect(self, micro_batches: list[Batch], loss: Tensor, grad_norm: Tensor) -> dict[str, Any]:
+        """What to look at after a step that was not finite."""
+        return {
+            "step": self.done + 1,
+            "loss": str(float(loss)),  # JSON has no NaN
+            "grad_norm": str(float(grad_norm)),
+            "epoch": micro_batches[-1]["epoch"],
+            "samples": {i: self.data.sample_name(i) for batch in micro_batches for i in batch["samples"]},
+        }
+
+    def _give_up(self) -> None:
+        number = f"-rank-{self.accelerator.process_index}" if self.world > 1 else ""
+        file = self.folder / f"not-finite-step-{self.done}{number}.json"
+        write_text(file, json.dumps({"skipped": self.suspects, "settings": self.settings}, indent=1))
+        raise NotFiniteError(
+            f"loss or gradient was not finite in {len(self.suspects)} steps in a row, up to step {self.done}: "
+            f"{file} names their samples; try a lower optimizer.lr, train.clip_norm, or train.precision=fp32"
+        )
+
+
+class NotFiniteError(RuntimeError):
+    """Too many steps in a row were skipped, as loss or gradient was not finite."""
 
 
 class CollapseError(RuntimeError):

@@ -7,6 +7,7 @@ A batch is a dict of tensors named after the arguments of `Data2Vec.forward`: `s
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ class PretrainingData(Dataset):
 
     def sample_name(self, index: int) -> str:
         return f"{self.name}[{index}]"
+
+    def checksum(self) -> str:
+        """SHA-256 of what tells these samples from others: their names and lengths. A run goes on with the same ones only."""
+        names = "\0".join(self.sample_name(index) for index in range(len(self)))
+        return hashlib.sha256(names.encode() + (b"" if self.lengths is None else self.lengths.tobytes())).hexdigest()
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         epoch = keys[0][0]
@@ -178,6 +184,7 @@ def make_loader(
         num_workers=workers,
         # Copies of this process: functions that read samples cannot be pickled, as other ways of starting one would.
         multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # else it would draw from the one of dropout, and a run that goes on would draw again
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,

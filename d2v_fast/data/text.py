@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -180,6 +181,9 @@ class TextData(PretrainingData):
 
     def __len__(self) -> int:
         return len(self.begins)
+
+    def checksum(self) -> str:
+        return hashlib.sha256(self.ids.tobytes() + self.begins.tobytes() + self.ends.tobytes()).hexdigest()
 
     def fit_to(self, encoder: Any) -> None:
         config = getattr(encoder.model, "config", None)

@@ -1,0 +1,302 @@
+"""Checkpoints: a folder each, whole or not there, and without pickle.
+
+    RUN/checkpoints/step-1000/
+        student.safetensors     weights of student and head
+        teacher.safetensors     the EMA
+        optimizer.safetensors   what the optimizer keeps of each parameter
+        rng.safetensors         states of torch's generators, by rank
+        state.json              step, place in the data, settings, counters, the other generators
+        manifest.json           size and SHA-256 of each file
+
+They are written as `step-1000.tmp`, the manifest last, and each file and folder is synced to the disk before the rename: what
+is called step-N was finished. The checkpoints of accelerate and torch.distributed are not used, as they contain pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+
+Tensors = dict[str, dict[str, Tensor]]  # by file, by name
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names it and what would do."""
+
+
+class Checkpoint:
+    """A finished checkpoint, its files compared with their checksums.
+
+    Args:
+        folder: RUN/checkpoints/step-N.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or outside of the folder, or another version wrote it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        manifest = self._json(MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("version") != VERSION or not isinstance(manifest.get("files"), dict):
+            raise CheckpointError(f"{folder}: {MANIFEST} is not one of version {VERSION}")
+        self.files = manifest["files"]
+        for name, found in self.files.items():
+            file = folder / name
+            if not re.fullmatch(r"\w[\w.-]*", name) or file.is_symlink():
+                raise CheckpointError(f"{folder}: {MANIFEST} names {name!r}, which may lead out of the folder")
+            try:
+                size, checksum = file.stat().st_size, found["sha256"]
+                if size != found["size"]:
+                    raise CheckpointError(f"{file} has {size} bytes instead of {found['size']}")
+                if _sha256(file) != checksum:
+                    raise CheckpointError(f"{file} is damaged: its checksum is not that of {MANIFEST}")
+            except FileNotFoundError:
+                raise CheckpointError(f"{file} is missing") from None
+            except (OSError, TypeError, KeyError) as error:
+                raise CheckpointError(f"{file} cannot be checked: {error}") from error
+        self.state = self._json(STATE) if STATE in self.files else None
+        if not isinstance(self.state, dict) or not isinstance(self.state.get("step"), int):
+            raise CheckpointError(f"{folder}: {STATE} tells no step")
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """What `name`.safetensors holds, on the CPU.
+
+        Raises:
+            CheckpointError: There is no such file, or it is not one of safetensors.
+        """
+        file = f"{name}.safetensors"
+        if file not in self.files:
+            raise CheckpointError(f"{self.folder}: holds no {name}: {MANIFEST} names {', '.join(self.files)}, but no {file}")
+        try:
+            return load_file(self.folder / file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.folder / file}: not a file of safetensors: {error}") from error
+
+    def compare(self, part: str, now: dict[str, Any], allowed: Iterable[str] = ()) -> None:
+        """Raise CheckpointError unless `part` of the state is `now`, but for keys that are allowed, or lie below one."""
+        was, now = _flat(self.state[part]), _flat(now)
+        differ = [key for key in {**was, **now} if was.get(key, "nothing") != now.get(key, "nothing")]
+        differ = [key for key in differ if not any(key == name or key.startswith(f"{name}.") for name in allowed)]
+        if differ:
+            lines = [f"{key}: was {was.get(key, 'nothing')}, is {now.get(key, 'nothing')}" for key in differ]
+            raise CheckpointError(
+                f"{self.folder}: its run had other {part}; --resume-allow KEY lets pass what was changed on purpose, "
+                f"as {differ[0].partition('.')[0]} or in full:\n  " + _first(lines)
+            )
+
+    def compare_shapes(self, saved: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+        """Raise CheckpointError unless names, shapes and dtypes are the same."""
+        was, now = ({n: f"{list(t.shape)} {t.dtype}" for n, t in tensors.items()} for tensors in (saved, expected))
+        lines = [
+            f"{name}: was {was.get(name, 'nothing')}, is {now.get(name, 'nothing')}"
+            for name in {**was, **now}
+            if was.get(name) != now.get(name)
+        ]
+        if lines:
+            raise CheckpointError(f"{self.folder} is of another model:\n  " + _first(lines))
+
+    def _json(self, name: str) -> Any:
+        try:
+            return json.loads((self.folder / name).read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.folder / name} is missing") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.folder / name} cannot be read: {error}") from error
+
+
+class Checkpoints:
+    """The checkpoints of a run, written by a thread, from a copy in memory, while training goes on.
+
+    Args:
+        folder: RUN/checkpoints.
+        keep_last: Finished checkpoints to keep; an older one is removed once a newer one was read back and found intact.
+    """
+
+    def __init__(self, folder: Path, keep_last: int):
+        self.folder, self.keep_last = folder, keep_last
+        self.damaged: list[Path] = []
+        self._copies: Tensors = {}
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._job: Future[None] | None = None
+
+    def newest(self) -> Checkpoint:
+        """The newest checkpoint that is intact; each one that had to be skipped is named in the log, with the reason.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        self.damaged = []
+        for folder in reversed(_finished(self.folder)):
+            try:
+                found = Checkpoint(folder)
+            except CheckpointError as error:
+                log.warning("skipped a checkpoint: %s", error)
+                self.damaged.append(folder)
+            else:
+                return found
+        reason = f"none of {len(self.damaged)} is intact" if self.damaged else "there is none"
+        raise CheckpointError(f"no checkpoint to resume from in {self.folder}: {reason}; to start anew leave --resume out")
+
+    def reserve(self, tensors: Tensors) -> None:
+        """Have the thread set aside the memory of the copies: new memory is the slowest part of a copy."""
+
+        def touch() -> None:
+            self._copies = {
+                file: {
+                    name: torch.zeros(value.shape, dtype=value.dtype, pin_memory=value.is_cuda).fill_(0)
+                    for name, value in values.items()
+                }
+                for file, values in tensors.items()
+            }
+
+        self._job = self._thread.submit(touch)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the thread is still at work; the copies are then not to be changed."""
+        return self._job is not None and not self._job.done()
+
+    def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
+        """Copy `tensors`, then write them and `state`, which JSON must know, in the thread; what fails there is logged."""
+        self.wait()
+        for file, values in tensors.items():
+            copies = self._copies.setdefault(file, {})
+            for name in copies.keys() - values.keys():
+                del copies[name]
+            for name, value in values.items():
+                if name not in copies:
+                    copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                copies[name].copy_(value, non_blocking=True)
+        if any(value.is_cuda for values in tensors.values() for value in values.values()):
+            torch.cuda.synchronize()
+        text = json.dumps({"step": step, **state})
+        self._job = self._thread.submit(self._write, step, self._copies, text)
+
+    def wait(self) -> None:
+        """Until the thread has nothing left to do."""
+        if self._job is not None:
+            self._job.result()
+
+    def _write(self, step: int, tensors: Tensors, state: str) -> None:
+        try:
+            write(self.folder, step, tensors, state)
+        except Exception as error:
+            log.error("the checkpoint of step %d could not be written, training goes on without it: %s", step, error)
+            return
+        old = [folder for folder in _finished(self.folder) if folder not in self.damaged]
+        later = [folder for folder in old if _step(folder) > step]
+        for folder in [*self.damaged, *later, *[f for f in old if f not in later][: -self.keep_last]]:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.damaged = []
+
+
+def write(folder: Path, step: int, tensors: Tensors, state: str) -> Checkpoint:
+    """Write `folder`/step-N whole or not at all, and read it back.
+
+    Raises:
+        OSError: The disk is full or at fault. What was written is removed.
+        CheckpointError: What was read is not what was written.
+    """
+    place = folder / f"step-{step}"
+    beside = place.with_suffix(".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        for name, values in tensors.items():
+            save_file(values, beside / f"{name}.safetensors")
+        (beside / STATE).write_text(state)
+        files = {}
+        for file in sorted(beside.iterdir()):
+            sync(file)
+            files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+        (beside / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
+        sync(beside / MANIFEST)
+        sync(beside)
+        shutil.rmtree(place, ignore_errors=True)  # one of this step that was skipped as damaged
+        os.replace(beside, place)
+        sync(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    try:
+        return Checkpoint(place)
+    except CheckpointError:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, last through a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file: whoever reads it finds the old or the new one."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(text)
+    sync(beside)
+    os.replace(beside, path)
+
+
+def refuse_pickle(path: str) -> None:
+    """Raise CheckpointError for a file of a kind that can run code when it is loaded."""
+    if path.lower().endswith(PICKLES):
+        raise CheckpointError(
+            f"{path}: a pickle, which can run any code when it is loaded, is not read. If it holds weights alone, "
+            f'torch.load("{path}", weights_only=True) reads it safely; save_pretrained(FOLDER) on a model that has them '
+            "writes safetensors, and encoder.pretrained=FOLDER starts from those"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _first(lines: list[str], count: int = 10) -> str:
+    more = [f"and {len(lines) - count} more"] if len(lines) > count else []
+    return "\n  ".join(lines[:count] + more)
+
+
+def _finished(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
