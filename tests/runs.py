@@ -1,0 +1,106 @@
+"""d2v-train in processes that may be killed. A server that has imported everything forks them, so that each starts at once."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [f"d2v_fast.{name}" for name in ("cli", "training", "data.text", "data.vision", "data.audio")]
+    + ["accelerate", "datasets", "jsonargparse", "soundfile", "soxr", "tqdm", "torch.utils.tensorboard"]
+    + [f"transformers.models.{name}" for name in ("roberta.modeling_roberta", "vit.modeling_vit")]
+    + ["transformers.models.data2vec.modeling_data2vec_audio", "tests.runs"]
+)
+
+SMALL = {
+    "text": "encoder.config.num_attention_heads=2 data.vocab_size=400 encoder.config.hidden_dropout_prob=0.1 "
+    "encoder.config.attention_probs_dropout_prob=0.1",
+    "vision": "encoder.config.num_attention_heads=2 encoder.config.hidden_dropout_prob=0.1",
+    "audio": "encoder.config.num_attention_heads=2 encoder.config.conv_dim=[8,8,8,8,8,8,8] data.max_seconds=0.5 "
+    "data.join_seconds=0.5 encoder.config.hidden_dropout=0.1 encoder.config.layerdrop=0.2 data.path=waves",
+}
+
+
+def arguments(modality, folder, *more):
+    """A run of some milliseconds a step, with dropout, so that the random numbers matter."""
+    settings = ["encoder.config.hidden_size=16", "encoder.config.num_hidden_layers=3", "encoder.config.intermediate_size=32"]
+    settings += ["targets.top_k=2", "train.batch_size=2", "train.workers=0", "train.precision=fp32", "train.log_every=4"]
+    settings += [*SMALL[modality].split(), f"train.output={folder}"]
+    return ["--config", f"{modality}/tiny", *settings, *more]
+
+
+class Run:
+    """One d2v-train; `before` is called in its process first."""
+
+    def __init__(self, args, before=None, threads=1):
+        self.file = Path(f"stderr-{time.monotonic_ns()}")
+        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # the server imports what is tested, and not what is installed
+        self.process = CONTEXT.Process(target=_train, args=(os.getcwd(), str(self.file), list(args), before, threads))
+        self.process.start()
+
+    def wait(self, timeout=120):
+        """(exit code, negative if a signal ended it; what it said)."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(self.said())
+        return self.process.exitcode, self.said()
+
+    def said(self):
+        return self.file.read_text() if self.file.exists() else ""
+
+    def send(self, number):
+        os.kill(self.process.pid, number)
+
+    def until(self, condition, timeout=60):
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.process.is_alive() and time.monotonic() < deadline, self.said()
+            time.sleep(0.01)
+
+
+def train(*args, **settings):
+    return Run(*args, **settings).wait()
+
+
+def _train(folder, stderr, args, before, threads):
+    import torch
+
+    from d2v_fast import cli
+
+    os.chdir(folder)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    torch.set_num_threads(threads)
+    if before is not None:
+        before()
+    sys.argv = ["d2v-train", *args]
+    cli.train()
+
+
+def traced(file, kill_at=None, after=None):
+    """Write each step's batches to a file; die at the begin of a step, once the folder `after` is there."""
+    from d2v_fast.training import Trainer
+
+    step = Trainer.step
+
+    def noted(self, micro_batches):
+        if self.done + 1 == kill_at:
+            while not Path(after).exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        batches = [
+            {k: hashlib.sha256(v.numpy().tobytes()).hexdigest() if hasattr(v, "numpy") else v for k, v in batch.items()}
+            for batch in micro_batches
+        ]
+        with open(file, "a") as out:
+            out.write(json.dumps({"step": self.done + 1, "batches": batches}) + "\n")
+        return step(self, micro_batches)
+
+    Trainer.step = noted
