@@ -139,6 +139,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep_last: int):
         self.folder, self.keep_last = folder, keep_last
         self.damaged: list[Path] = []
+        self.failed: str | None = None  # why the last one was not written
         self._copies: Tensors = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[None] | None = None
@@ -205,12 +206,14 @@ class Checkpoints:
         try:
             write(self.folder, step, tensors, state)
         except Exception as error:
-            log.error("the checkpoint of step %d could not be written, training goes on without it: %s", step, error)
+            self.failed = f"the checkpoint of step {step} could not be written: {error}"
+            log.error("%s; training goes on without it", self.failed)
             return
-        old = [folder for folder in _finished(self.folder) if folder not in self.damaged]
-        later = [folder for folder in old if _step(folder) > step]
-        for folder in [*self.damaged, *later, *[f for f in old if f not in later][: -self.keep_last]]:
-            shutil.rmtree(folder, ignore_errors=True)
+        self.failed = None
+        others = [other for other in _finished(self.folder) if _step(other) != step]
+        older = [other for other in others if _step(other) < step and other not in self.damaged]
+        for other in set(others) - set(older[max(0, len(older) + 1 - self.keep_last) :]):
+            shutil.rmtree(other, ignore_errors=True)
         self.damaged = []
 
 
@@ -223,7 +226,8 @@ def write(folder: Path, step: int, tensors: Tensors, state: str) -> Checkpoint:
     """
     place = folder / f"step-{step}"
     beside = place.with_suffix(".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    for unfinished in folder.glob("step-*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         for name, values in tensors.items():

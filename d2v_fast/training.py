@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v_fast.checkpoint import Checkpoint, Checkpoints, Tensors, sync, write_text
+from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, Tensors, sync, write_text
 from d2v_fast.config import FREE, Config, ConfigError, OptimizerConfig, ScheduleConfig, data_class
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
 from d2v_fast.encoders import Encoder, build_encoder, describe
@@ -401,6 +401,8 @@ class Trainer:
                 self.export()
         if main and record:
             log.info(SUMMARY.format(folder=self.folder / "export", **record))
+        if self.checkpoints.failed:
+            raise CheckpointError(f"{self.checkpoints.failed}; the student is in {self.folder / 'export'}")
         if stopped:
             log.warning(
                 "stopped at step %d of %d; the student so far is in %s; d2v-train --resume %s goes on",

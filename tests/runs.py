@@ -39,7 +39,7 @@ class Run:
 
     def __init__(self, args, before=None, threads=1):
         self.file = Path(f"stderr-{time.monotonic_ns()}")
-        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # the server imports what is tested, and not what is installed
+        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # so that the server imports what is tested
         self.process = CONTEXT.Process(target=_train, args=(os.getcwd(), str(self.file), list(args), before, threads))
         self.process.start()
 

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from d2v_fast.checkpoint import Checkpoint
-from tests.runs import Run, arguments, traced, train
+from tests.runs import arguments, traced, train
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,9 @@ def assert_same(one, other):
         ("vision", ["train.workers=0", "train.accumulate=2", "train.save_every=3"]),
         ("audio", ["train.workers=2", "train.accumulate=2", "--fused"]),
         *(
-            pytest.param(modality, [f"train.workers={workers}", f"train.accumulate={accumulate}", *fused], marks=pytest.mark.slow)
+            pytest.param(
+                modality, [f"train.workers={workers}", f"train.accumulate={accumulate}", *fused], marks=pytest.mark.slow
+            )
             for modality in ("text", "vision", "audio")
             for workers in (0, 2)
             for accumulate in (1, 2)

@@ -1,0 +1,323 @@
+"""Checkpoints are whole or not there, whatever happens while they are written, and nothing is read that was not written so."""
+
+import errno
+import json
+import os
+import pickle
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2v_fast import checkpoint
+from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, write
+from tests.runs import CONTEXT
+
+STATE = json.dumps({"step": 1, "settings": {"train.steps": 4}})
+
+
+def tensors(step, size=1000):
+    return {
+        "student": {"a.weight": torch.full((size,), float(step)), "b": torch.arange(3)},
+        "teacher": {"teacher.step": torch.tensor(step)},
+        "rng": {"0.cpu": torch.get_rng_state()},
+    }
+
+
+def written(folder, *steps, **sizes):
+    for step in steps:
+        write(folder, step, tensors(step, **sizes), json.dumps({"step": step}))
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_written_is_read(tmp_path):
+    written(tmp_path, 7)
+    found = Checkpoint(tmp_path / "step-7")
+    assert found.step == 7
+    for name, values in tensors(7).items():
+        read = found.tensors(name)
+        assert read.keys() == values.keys()
+        assert all(torch.equal(read[n], v) and read[n].dtype == v.dtype and read[n].shape == v.shape for n, v in values.items())
+    assert names(tmp_path) == ["step-7"]
+    # The manifest is what `sha256sum` says.
+    sums = subprocess.run(["sha256sum", *found.files], cwd=found.folder, capture_output=True, text=True, check=True).stdout
+    assert sums == "".join(f"{found.files[name]['sha256']}  {name}\n" for name in found.files)
+
+
+def test_no_pickle_is_written(tmp_path):
+    written(tmp_path, 1)
+    for file in (tmp_path / "step-1").iterdir():
+        with pytest.raises((pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError)):
+            pickle.loads(file.read_bytes())
+        assert file.suffix in (".safetensors", ".json")
+
+
+def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    """Each file, then the folder, then the rename, then the folder around: else a power cut leaves a name without content."""
+    done, opened = [], {}
+    real_open, real_sync, real_replace = os.open, os.fsync, os.replace
+
+    def open_(path, *args, **kwargs):
+        handle = real_open(path, *args, **kwargs)
+        opened[handle] = Path(path).name
+        return handle
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(opened[handle]) or real_sync(handle))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append("rename") or real_replace(a, b))
+    written(tmp_path, 5)
+    files = ["rng.safetensors", "state.json", "student.safetensors", "teacher.safetensors"]
+    assert done == [*files, "manifest.json", "step-5.tmp", "rename", tmp_path.name]
+
+
+def _die_at(number, after):
+    """Kill this process before, or after, the disk is touched for the n-th time."""
+    count = 0
+
+    def counted(function):
+        def touch(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == number and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **kwargs)
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return touch
+
+    disk = {os: ("fsync", "replace"), Path: ("mkdir", "write_text"), checkpoint: ("save_file",), checkpoint.shutil: ("rmtree",)}
+    for place, name in ((place, name) for place, names in disk.items() for name in names):
+        setattr(place, name, counted(getattr(place, name)))
+
+
+def _write_and_die(folder, number, after):
+    torch.set_num_threads(1)
+    _die_at(number, after)
+    found = Checkpoints(Path(folder), keep_last=1)
+    found.save(2, tensors(2), {})
+    found.wait()
+
+
+def test_killed_at_any_point_of_a_save_one_intact_checkpoint_remains(tmp_path):
+    seen = set()
+    for number in range(1, 40):
+        codes = []
+        for after in (False, True):
+            folder = written(tmp_path / f"{number}-{after}", 1)
+            process = CONTEXT.Process(target=_write_and_die, args=(str(folder), number, after))
+            process.start()
+            process.join(60)
+            codes.append(process.exitcode)
+            found = Checkpoints(folder, 1).newest()
+            seen.add((found.step, *names(folder)))
+            assert torch.equal(found.tensors("student")["a.weight"], torch.full((1000,), float(found.step)))
+            written(folder, 3)  # and the next one clears up
+            assert not list(folder.glob("*.tmp"))
+        if codes == [0, 0]:
+            break
+        assert codes == [-signal.SIGKILL] * 2
+    else:
+        pytest.fail("it never came to its end")
+    assert {(1, "step-1", "step-2.tmp"), (2, "step-1", "step-2"), (2, "step-2")} <= seen and number > 12
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "empty"])
+def test_a_damaged_one_is_skipped_by_name(name, how, tmp_path, caplog):
+    written(tmp_path, 1, 2)
+    file = tmp_path / "step-2" / name
+    content = bytearray(file.read_bytes())
+    if how == "missing":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes({"truncated": content[:-1], "flipped": content, "empty": b""}[how])
+    checkpoints = Checkpoints(tmp_path, 5)
+    assert checkpoints.newest().step == 1
+    said = [record.message for record in caplog.records]
+    assert len(said) == 1 and said[0].startswith("skipped a checkpoint:") and str(tmp_path / "step-2") in said[0]
+    # It neither counts nor stays once a newer one is there.
+    checkpoints.save(2, tensors(2), {})
+    checkpoints.wait()
+    assert Checkpoint(tmp_path / "step-2").step == 2 and names(tmp_path) == ["step-1", "step-2"]
+
+
+def test_every_bit_counts(tmp_path):
+    written(tmp_path, 1, size=4)
+    file = tmp_path / "step-1" / "student.safetensors"
+    content = file.read_bytes()
+    for position in range(0, 8 * len(content), 37):
+        flipped = bytearray(content)
+        flipped[position // 8] ^= 1 << position % 8
+        file.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match=r"student\.safetensors is damaged"):
+            Checkpoint(tmp_path / "step-1")
+
+
+def test_without_an_intact_one_there_is_no_fresh_start(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is none; to start anew leave --resume out"):
+        Checkpoints(tmp_path / "none", 1).newest()
+    written(tmp_path, 1, 2)
+    for step in (1, 2):
+        (tmp_path / f"step-{step}" / "teacher.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="none of 2 is intact"):
+        Checkpoints(tmp_path, 1).newest()
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 5, 9])
+def test_keep_last(keep_last, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last)
+    for step in range(1, 8):
+        checkpoints.save(step, tensors(step), {})
+        checkpoints.wait()
+        assert names(tmp_path) == [f"step-{i}" for i in range(max(1, step + 1 - keep_last), step + 1)]
+
+
+def test_older_ones_go_when_the_new_one_is_intact(tmp_path, monkeypatch, caplog):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step in (9, 10, 11):
+        checkpoints.save(step, tensors(step), {})
+        checkpoints.wait()
+    assert names(tmp_path) == ["step-10", "step-11"]
+    monkeypatch.setattr(checkpoint, "_sha256", lambda file: "wrong" if file.parent.name == "step-12" else "right")
+    checkpoints.save(12, tensors(12), {})
+    checkpoints.wait()
+    assert names(tmp_path) == ["step-10", "step-11"] and "step 12 could not be written" in caplog.text
+    assert "is damaged" in checkpoints.failed
+
+
+def test_what_lies_after_the_one_that_a_run_went_on_from_is_no_longer_its_future(tmp_path):
+    written(tmp_path, 4, 8)
+    (tmp_path / "step-8" / "state.json").unlink()
+    checkpoints = Checkpoints(tmp_path, keep_last=3)
+    assert checkpoints.newest().step == 4
+    checkpoints.save(6, tensors(6), {})
+    checkpoints.wait()
+    assert names(tmp_path) == ["step-4", "step-6"] and checkpoints.newest().step == 6
+
+
+def test_it_is_the_moment_of_the_save_that_is_saved(tmp_path, monkeypatch):
+    """The copy is made before save returns, the disk is waited for by the thread; the memory of the copies is used again."""
+    allowed = threading.Event()
+    real = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *args: allowed.wait(60) and real(*args))
+    checkpoints = Checkpoints(tmp_path, 2)
+    values = tensors(1)
+    checkpoints.reserve(values)
+    checkpoints.wait()
+    place = checkpoints._copies["student"]["a.weight"].data_ptr()
+    checkpoints.save(1, values, {})
+    assert checkpoints.busy and not (tmp_path / "step-1").exists()
+    values["student"]["a.weight"].fill_(99)
+    allowed.set()
+    checkpoints.wait()
+    assert not checkpoints.busy
+    assert torch.equal(Checkpoint(tmp_path / "step-1").tensors("student")["a.weight"], torch.ones(1000))
+    assert checkpoints._copies["student"]["a.weight"].data_ptr() == place
+
+
+def test_a_full_disk_costs_the_checkpoint_and_leaves_no_litter(tmp_path, monkeypatch, caplog):
+    written(tmp_path, 1)
+    checkpoints = Checkpoints(tmp_path, 1)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        checkpoints.save(2, tensors(2), {})
+        checkpoints.wait()
+    assert "step 2 could not be written: [Errno 28] No space left on device; training goes on without it" in caplog.text
+    assert names(tmp_path) == ["step-1"]
+    checkpoints.save(3, tensors(3), {})
+    checkpoints.wait()
+    assert names(tmp_path) == ["step-3"] and checkpoints.failed is None
+
+
+class TestHostile:
+    """A checkpoint from elsewhere: refused in words, and nothing outside of its folder is read."""
+
+    def altered(self, folder, **manifest):
+        written(folder, 1)
+        file = folder / "step-1" / "manifest.json"
+        content = json.loads(file.read_text())
+        content |= manifest
+        file.write_text(json.dumps(content))
+        return folder / "step-1"
+
+    @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "~/x", ".hidden"])
+    def test_a_manifest_that_leads_out(self, name, tmp_path, monkeypatch):
+        (tmp_path / "secret").write_text("secret")
+        folder = self.altered(tmp_path, files={name: {"size": 6, "sha256": "0"}})
+        monkeypatch.setattr(checkpoint, "_sha256", lambda file: pytest.fail(f"{file} was read"))
+        with pytest.raises(CheckpointError, match="may lead out of the folder"):
+            Checkpoint(folder)
+
+    def test_a_link_that_leads_out(self, tmp_path):
+        written(tmp_path, 1)
+        file = tmp_path / "step-1" / "student.safetensors"
+        os.rename(file, tmp_path / "elsewhere")
+        os.symlink(tmp_path / "elsewhere", file)
+        with pytest.raises(CheckpointError, match="may lead out of the folder"):
+            Checkpoint(tmp_path / "step-1")
+
+    @pytest.mark.parametrize(
+        "content", ["[]", "null", "7", '{"version": 99, "files": {}}', '{"version": 1, "files": []}', "[" * 100_000, "\0", "{"]
+    )
+    def test_a_manifest_that_is_none(self, content, tmp_path):
+        written(tmp_path, 1)
+        (tmp_path / "step-1" / "manifest.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
+            Checkpoint(tmp_path / "step-1")
+
+    @pytest.mark.parametrize("entry", [None, 5, {}, {"size": "6"}, {"size": None, "sha256": None}])
+    def test_an_entry_that_is_none(self, entry, tmp_path):
+        with pytest.raises(CheckpointError):
+            Checkpoint(self.altered(tmp_path, files={"state.json": entry}))
+
+    def test_a_pickle_in_the_place_of_tensors(self, tmp_path):
+        """Its checksum is right; it is still not loaded, as what is not safetensors is an error."""
+
+        class Bomb:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "exploded"),)
+
+        written(tmp_path, 1)
+        file = tmp_path / "step-1" / "student.safetensors"
+        file.write_bytes(pickle.dumps(Bomb()))
+        manifest = tmp_path / "step-1" / "manifest.json"
+        content = json.loads(manifest.read_text())
+        content["files"][file.name] = {"size": file.stat().st_size, "sha256": checkpoint._sha256(file)}
+        manifest.write_text(json.dumps(content))
+        found = Checkpoint(tmp_path / "step-1")
+        with pytest.raises(CheckpointError, match="not a file of safetensors"):
+            found.tensors("student")
+        with pytest.raises(CheckpointError, match="holds no optimizer"):
+            found.tensors("optimizer")
+        assert not (tmp_path / "exploded").exists()
+
+
+def test_differences_are_printed():
+    found = Checkpoint.__new__(Checkpoint)
+    found.folder, found.state = Path("run/step-1"), {"settings": {"a.b": 1, "a.c": {"d": 2}, "e": [1, 2], "gone": 0}}
+    found.compare("settings", {"a.b": 1, "a.c": {"d": 2}, "e": [1, 2], "gone": 0})
+    now = {"a.b": 2, "a.c": {"d": 3}, "e": [1, 2], "new": None}
+    with pytest.raises(CheckpointError) as error:
+        found.compare("settings", now, ["new"])
+    assert str(error.value).splitlines()[1:] == ["  a.b: was 1, is 2", "  a.c.d: was 2, is 3", "  gone: was 0, is nothing"]
+    for allowed in (["a", "new", "gone"], ["a.b", "a.c", "new", "gone"], ["a.b", "a.c.d", "new", "gone"]):
+        found.compare("settings", now, allowed)
+    with pytest.raises(CheckpointError, match=r"a\.b: was 1"):
+        found.compare("settings", now, ["a.bb", "a.c", "new", "gone"])
+    a, b = torch.ones(2), torch.ones(2, 3)
+    with pytest.raises(CheckpointError, match=r"w: was \[2\] torch\.float32, is \[2, 3\] torch\.float32\n  t: was nothing, is"):
+        found.compare_shapes({"w": a, "same": a}, {"w": b, "same": a, "t": a})
