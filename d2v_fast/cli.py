@@ -26,7 +26,7 @@ def _run(name: str, command: Callable[[list[str]], int | None]) -> None:
         sys.exit(130)
     except (ValueError, OSError) as error:
         message = str(error)
-        if "DataLoader worker" in message:  # the traceback of the worker, its last line is the error
+        if "in DataLoader worker" in message:  # the traceback of the worker, its last line is the error
             message = message.strip().splitlines()[-1].partition(": ")[2]
         sys.exit(f"{name}: {message}")
 

@@ -161,20 +161,23 @@ class RunLog:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with disk_may_fail("log.jsonl"):
-            if self.folder is not None:
+        if self.folder is not None:
+            with disk_may_fail("log.jsonl"):
                 self.file.close()
-            if self.board is not None:
-                self.board.close()
+        if self.board is not None:
+            self.board.close()
 
     def write(self, record: dict[str, float]) -> None:
-        with disk_may_fail("log.jsonl"):
-            if self.folder is not None:
-                finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
+        if self.folder is not None:
+            finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
+            with disk_may_fail("log.jsonl"):  # what could not be written stays in the buffer and comes with the next line
                 self.file.write(json.dumps(finite) + "\n")
-            if self.board is not None:
+        if self.board is not None:
+            board, self.board = self.board, None  # one that failed once fails for ever
+            with disk_may_fail("more for tensorboard"):
                 for name in record.keys() - {"step", "time"}:
-                    self.board.add_scalar(name, record[name], record["step"])
+                    board.add_scalar(name, record[name], record["step"])
+                self.board = board
 
 
 def _lines(file: Path) -> list[str]:
@@ -253,12 +256,6 @@ class StopRequest:
         elif now - self.since > self.ECHO:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-
-
-def ignore_signals(worker: int) -> None:
-    """In a loader worker: the run decides when to stop, even where a signal was sent to all of its processes."""
-    for number in StopRequest.SIGNALS:
-        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 class Trainer:
@@ -394,7 +391,9 @@ class Trainer:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise DataError(f"a process that loads data died: {first_line(error)}") from error
+            stopped = stop.asked
+            if not stopped:
+                raise DataError(f"a process that loads data died: {first_line(error)}") from error
         finally:
             self.checkpoints.wait()
             if self.done:  # whatever ended the run, what was learned is kept
@@ -582,7 +581,11 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         """Batches with something to score; unreadable samples are noted on the way."""
-        for batch in self.loader:
+        loaded = iter(self.loader)
+        # If a worker dies, torch raises from a signal handler, maybe in the midst of a step. Without it the loader raises when
+        # the next batch does not come, between two steps, which can be saved.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for batch in loaded:
             self.taken += 1
             self.broken.note(batch["broken"])
             if not batch["samples"]:

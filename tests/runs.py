@@ -35,15 +35,17 @@ def arguments(modality, folder, *more):
 
 
 class Run:
-    """One d2v-train; `before` is called in its process first."""
+    """One d2v-train; `before` is called in its process first, which may lead a group of its own."""
 
-    def __init__(self, args, before=None, threads=1):
+    def __init__(self, args, before=None, threads=1, own_group=False):
         self.file = Path(f"stderr-{time.monotonic_ns()}")
         os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # so that the server imports what is tested
-        self.process = CONTEXT.Process(target=_train, args=(os.getcwd(), str(self.file), list(args), before, threads))
+        os.environ["TQDM_DISABLE"] = "1"
+        args = (os.getcwd(), str(self.file), list(args), before, threads, own_group)
+        self.process = CONTEXT.Process(target=_train, args=args)
         self.process.start()
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=60):
         """(exit code, negative if a signal ended it; what it said)."""
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -57,6 +59,13 @@ class Run:
     def send(self, number):
         os.kill(self.process.pid, number)
 
+    def says(self, words, timeout=60):
+        """Wait until it says so, or has ended."""
+        deadline = time.monotonic() + timeout
+        while words not in self.said() and self.process.is_alive():
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.01)
+
     def until(self, condition, timeout=60):
         deadline = time.monotonic() + timeout
         while not condition():
@@ -68,15 +77,16 @@ def train(*args, **settings):
     return Run(*args, **settings).wait()
 
 
-def _train(folder, stderr, args, before, threads):
+def _train(folder, stderr, args, before, threads, own_group):
     import torch
 
     from d2v_fast import cli
 
     os.chdir(folder)
+    if own_group:
+        os.setsid()
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(threads)
     if before is not None:
         before()

@@ -1,6 +1,7 @@
 """A run that is stopped, killed or hit by a fault, and goes on as if nothing had been."""
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 import soundfile
 
 from d2v_fast.checkpoint import Checkpoint
-from tests.runs import arguments, traced, train
+from tests.runs import Run, arguments, traced, train
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,12 @@ def here(tmp_path, monkeypatch):
 
 def lines(file):
     return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def logged(run):
+    """The last step in the log so far."""
+    file = Path(run, "log.jsonl")
+    return max((json.loads(line)["step"] for line in file.read_text().split("\n")[:-1]), default=0) if file.exists() else 0
 
 
 def figures(run):
@@ -46,7 +53,7 @@ def assert_same(one, other):
     for name in ("student", "teacher", "optimizer", "rng"):
         assert a.files[f"{name}.safetensors"] == b.files[f"{name}.safetensors"], name
     for state in (a.state, b.state):
-        del state["settings"]["train.output"]
+        del state["settings"]["train.output"], state["settings"]["train.workers"]
         for rank in state["ranks"]:
             del rank["window"]["seconds"], rank["window"]["waited"]
     assert a.state == b.state
@@ -105,7 +112,7 @@ def test_two_ranks_stop_together_and_go_on():
     more = ["train.steps=60", "train.save_every=0", "train.log_every=1", "train.device=cpu"]
     process = torchrun(*arguments("vision", "run", *more))
     deadline = time.monotonic() + 120
-    while not Path("run/log.jsonl").exists() or len(lines("run/log.jsonl")) < 3:
+    while logged("run") < 3:
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -121,3 +128,359 @@ def test_two_ranks_stop_together_and_go_on():
     assert_same("whole", "run")
     code, said = train(["--resume", "run"])
     assert code == 1 and "processes: was 2, is 1" in said
+
+
+def vision(folder, *more):
+    return arguments("vision", folder, "train.save_every=2", *more)
+
+
+class TestAskedToStop:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_it_saves_after_the_step_and_goes_on_later(self, number):
+        """The signal goes to the loader workers too, as a terminal and a scheduler send it."""
+        more = ["train.steps=2000", "train.workers=2", "train.save_every=0"]
+        run = Run(arguments("vision", "run", *more), own_group=True)
+        run.until(lambda: logged("run") >= 8)
+        os.killpg(run.process.pid, number)
+        code, said = run.wait()
+        stopped = int(last("run").name[5:])
+        assert code == 130 and f"stopped at step {stopped} of 2000" in said and "--resume run goes on" in said
+        assert stopped >= 8 and "Traceback" not in said
+        code, said = train(["--resume", "run", f"train.steps={stopped + 4}", "--resume-allow", "train.steps"])
+        assert code == 0 and f"goes on after step {stopped}" in said
+        assert [record["step"] for record in lines("run/log.jsonl")] == sorted({1, *range(4, stopped + 5, 4), stopped + 4})
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_the_second_signal_ends_it_at_once(self, number):
+        run = Run(vision("run"), before=_endless_save)
+        run.says("saving")
+        run.send(number)
+        time.sleep(1.2)
+        assert run.process.is_alive()
+        run.send(number)
+        assert run.wait(10)[0] == -number
+
+    def test_the_echo_of_a_signal_is_no_second_one(self):
+        """torchrun passes Ctrl-C on to ranks that have it from the terminal."""
+        run = Run(vision("run", "train.steps=2000"))
+        run.until(lambda: logged("run"))
+        for _ in range(3):
+            run.send(signal.SIGINT)
+        assert run.wait()[0] == 130
+
+
+def _endless_save():
+    from d2v_fast import checkpoint
+
+    checkpoint.save_file = lambda *args: print("saving", file=sys.stderr, flush=True) or time.sleep(60)
+
+
+def check_after_a_kill(run):
+    """No file that cannot be read, and a checkpoint that is the newest finished one."""
+    from safetensors.torch import load_file
+
+    finished = [int(folder.name[5:]) for folder in Path(run, "checkpoints").glob("step-*[0-9]")]
+    for file in Path(run).rglob("*.safetensors"):
+        if not any(part.endswith(".tmp") for part in file.parts):
+            assert load_file(file)
+    *whole, _ = Path(run, "log.jsonl").read_text().split("\n")
+    assert all(json.loads(line) for line in whole)
+    assert not finished or Checkpoint(last(run)).step == max(finished)
+    return max(finished, default=0)
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_nothing_is_lost(kills):
+    """SIGKILL, again and again; each time the run goes on from its last finished checkpoint, and ends where it would have."""
+    steps = 30 * kills
+    more = [f"train.steps={steps}", "train.save_every=1", "train.export_every=3", "train.log_every=1"]
+    rng = np.random.default_rng(kills)
+    done, killed, inside = 0, 0, 0
+    for attempt in range(2 * kills):
+        run = Run(["--resume", "run"] if done else arguments("vision", "run", *more))
+        run.says(f"goes on after step {done}" if done else "samples, ")
+        run.process.join(rng.uniform(0, 0.6) if done else 2)
+        if run.process.exitcode is None:
+            run.process.kill()
+            killed += 1
+        code, said = run.wait()
+        assert code in (-signal.SIGKILL, 0) and "skipped a checkpoint" not in said, said
+        if code == 0:
+            break
+        inside += any(Path("run/checkpoints").glob("*.tmp"))
+        reached = check_after_a_kill("run")
+        assert reached >= done > 0 or attempt == 0
+        done = reached
+        if killed == kills:
+            code, said = train(["--resume", "run"])
+            assert code == 0, said
+            break
+    assert killed == kills and inside
+    assert train(arguments("vision", "whole", *more))[0] == 0
+    assert_same("whole", "run")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MB, where one may be mounted; else files that cannot grow beyond some size."""
+    (tmp_path / "disk").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", "disk"], capture_output=True).returncode == 0
+    yield mounted
+    if mounted:
+        subprocess.run(["umount", "-l", "disk"], check=True)
+
+
+def _full_from_step_5_to_8(mounted):
+    import resource
+
+    from d2v_fast.training import Trainer
+
+    step, hard = Trainer.step, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+    def stepping(self, micro_batches):
+        self.checkpoints.wait()
+        if self.done == 4 and mounted:
+            with open("disk/ballast", "wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(b"0" * 4096)
+                except OSError:
+                    pass
+        elif self.done == 8 and mounted:
+            os.unlink("disk/ballast")
+        elif not mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64 if 4 <= self.done < 8 else hard, hard))
+        return step(self, micro_batches)
+
+    Trainer.step = stepping
+
+
+def test_a_full_disk_does_not_end_the_training(small_disk):
+    more = ["train.steps=12", "train.export_every=6", "train.log_every=1"]
+    code, said = train(vision("disk/run", *more), functools.partial(_full_from_step_5_to_8, small_disk))
+    assert code == 0, said
+    reason = "No space left on device" if small_disk else "File too large"
+    for what in ("the checkpoint of step 6 could not be written", "the export could not be written, training goes on"):
+        assert [line for line in said.splitlines() if what in line and reason in line], said
+    assert train(vision("whole", *more))[0] == 0
+    assert_same("whole", "disk/run")
+
+
+def test_a_disk_that_stays_full_is_told_by_the_exit_code():
+    code, said = train(vision("run", "train.steps=4"), _no_checkpoint_fits)
+    assert code == 1 and said.splitlines()[-1].startswith("d2v-train: the checkpoint of step 4 could not be written")
+    assert Path("run/export/model.safetensors").exists()
+
+
+def _no_checkpoint_fits():
+    from d2v_fast import checkpoint
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    checkpoint.save_file = full
+
+
+def test_a_loader_worker_that_dies():
+    """One message, and the steps until then are saved."""
+    more = ["schedule.kind=constant", "schedule.warmup=0"]
+    run = Run(arguments("vision", "run", "train.steps=5000", "train.workers=2", "train.save_every=0", *more))
+    run.until(lambda: logged("run") >= 8)
+    worker = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()[0]
+    os.kill(int(worker), signal.SIGKILL)
+    code, said = run.wait()
+    assert code == 1 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("d2v-train: a process that loads data died: DataLoader worker (pid")
+    saved = int(last("run").name[5:])
+    assert saved >= logged("run") > saved - 4
+    code, said = train(["--resume", "run", f"train.steps={saved + 4}", "--resume-allow", "train.steps"])
+    assert code == 0
+    assert train(arguments("vision", "whole", f"train.steps={saved + 4}", "train.save_every=0", *more))[0] == 0
+    assert_same("whole", "run")
+
+
+def images(count, folder="images"):
+    from PIL import Image
+
+    Path(folder).mkdir(exist_ok=True)
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(f"{folder}/{i:02}.png")
+
+
+def test_counts_of_broken_samples_and_skipped_steps_survive():
+    images(12)
+    Path("images/03.png").write_text("no image")
+    more = ["data.path=images", "train.max_broken=0.5", "train.steps=12"]
+    assert train(vision("whole", *more), _infinite_at_step_2)[0] == 0
+    code, said = train(vision("run", *more, "train.steps=8"), _infinite_at_step_2)
+    assert code == 0 and said.count("skipped an unreadable sample: images/03.png") == 1
+    code, said = train(["--resume", "run", "train.steps=12", "--resume-allow", "train.steps"])
+    assert code == 0 and "unreadable" not in said
+    a, b = lines("whole/log.jsonl")[-1], lines("run/log.jsonl")[-1]
+    assert (b["broken_samples"], b["skipped_steps"]) == (a["broken_samples"], a["skipped_steps"]) == (1, 1)
+
+
+def _infinite_at_step_2(until=2):
+    from d2v_fast.training import Trainer
+
+    step = Trainer.step
+
+    def spoiled(self, micro_batches):
+        if 2 <= self.done + 1 <= until:
+            micro_batches[0]["source"][0, 0, 0, 0] = float("inf")
+        return step(self, micro_batches)
+
+    Trainer.step = spoiled
+
+
+def test_not_finite_again_and_again_it_gives_up_and_tells_with_what():
+    code, said = train(vision("run", "train.max_skipped=3"), functools.partial(_infinite_at_step_2, 99))
+    assert code == 1 and "Traceback" not in said
+    assert "not finite in 3 steps in a row, up to step 4: run/not-finite-step-4.json" in said.splitlines()[-1]
+    dump = json.loads(Path("run/not-finite-step-4.json").read_text())
+    assert [entry["step"] for entry in dump["skipped"]] == [2, 3, 4] and dump["settings"]["train.max_skipped"] == 3
+    assert all(len(entry["samples"]) == 2 and entry["loss"] in ("nan", "inf") for entry in dump["skipped"])
+    assert next(iter(dump["skipped"][0]["samples"].values())).startswith("builtin")
+    # The log stays JSON, and what was learned stays finite.
+    assert lines("run/log.jsonl")[-1]["step"] == 4 and "NaN" not in Path("run/log.jsonl").read_text()
+    student = Checkpoint(last("run")).tensors("student")
+    assert all(value.isfinite().all() for value in student.values() if value.is_floating_point())
+
+
+def test_a_file_that_vanishes_between_epochs():
+    """The run names it, counts it and goes on; but it does not start again with other samples, as their order would differ."""
+    images(12)
+    more = ["data.path=images", "train.steps=14", "train.max_broken=0.2"]
+    code, said = train(vision("run", *more), _vanishing)
+    assert code == 0 and said.count("skipped an unreadable sample: images/05.png: [Errno 2] No such file") == 1
+    assert lines("run/log.jsonl")[-1]["broken_samples"] == 1
+    code, said = train(["--resume", "run", "train.steps=16", "--resume-allow", "train.steps"])
+    assert code == 1 and "data.samples: was 12, is 11" in said
+    code, said = train(["--resume", "run", "train.steps=16", "--resume-allow", "train.steps", "--resume-allow", "data"])
+    assert code == 0 and "goes on after step 14" in said
+
+
+def _vanishing():
+    from d2v_fast.training import Trainer
+
+    step = Trainer.step
+
+    def stepping(self, micro_batches):
+        if self.done == 6:  # of 12 images, two a step
+            os.unlink("images/05.png")
+        return step(self, micro_batches)
+
+    Trainer.step = stepping
+
+
+def test_a_clock_that_jumps():
+    """Back by a day, then on by a year: no figure becomes negative, no checkpoint seems older, the bits are the same."""
+    more = ["train.steps=12", "train.log_every=1"]
+    assert train(vision("whole", *more))[0] == 0
+    code, said = train(vision("run", *more), _jumping_clock)
+    assert code == 0, said
+    assert_same("whole", "run")
+    log = lines("run/log.jsonl")
+    assert min(later["time"] - before["time"] for before, later in itertools.pairwise(log)) < -80_000
+    assert all(record["samples_per_s"] > 0 and 0 <= record["data_wait"] <= 1 for record in log)
+    code, said = train(["--resume", "run"], _jumping_clock)
+    assert code == 0 and "goes on after step 12; nothing is left to train" in said
+
+
+def _jumping_clock():
+    from d2v_fast.training import Trainer
+
+    step, real = Trainer.step, time.time
+
+    def stepping(self, micro_batches):
+        shift = 0 if self.done < 4 else -86_400 if self.done < 8 else 3e7
+        time.time = lambda: real() + shift
+        return step(self, micro_batches)
+
+    Trainer.step = stepping
+
+
+class TestStrict:
+    """What differs is printed, and no run starts anew in its place."""
+
+    @pytest.fixture(autouse=True)
+    def run(self, here):
+        assert train(vision("run", "train.steps=4"))[0] == 0
+
+    @pytest.mark.parametrize(
+        "more, message",
+        [
+            (["train.seed=3"], "train.seed: was 0, is 3"),
+            (["optimizer.lr=0.1", "mask.prob=0.5"], "optimizer.lr: was 0.002, is 0.1\n  mask.prob: was 0.6, is 0.5"),
+            (["--fused"], "fused: was False, is True"),
+            (["encoder.config.intermediate_size=48"], "encoder.config.intermediate_size: was 32, is 48"),
+            (
+                ["encoder.config.intermediate_size=48", "--resume-allow", "encoder"],
+                "is of another model:\n  student.model.layers.0.mlp.fc1.bias: was [32] torch.float32, is [48] torch.float32",
+            ),
+            (["head.layers=2", "--resume-allow", "head.layers"], "head.2.weight: was nothing, is [16, 32]"),
+            (["--resume-allow", "train.sed"], "--resume-allow train.sed: no such setting; did you mean train.seed?"),
+        ],
+    )
+    def test_another_run(self, more, message):
+        before = {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()}
+        code, said = train(["--resume", "run", *more])
+        assert code == 1 and message in said and "Traceback" not in said, said
+        assert {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()} == before
+
+    def test_what_no_weight_depends_on_may_change(self):
+        more = ["train.workers=1", "train.log_every=1", "train.save_every=1", "train.keep_last=1", "collapse.action=off"]
+        code, said = train(["--resume", "run", *more, "train.steps=6", "--resume-allow", "train.steps"])
+        assert code == 0 and [folder.name for folder in Path("run/checkpoints").iterdir()] == ["step-6"], said
+
+    def test_a_change_that_is_meant_is_made(self):
+        code, _ = train(
+            ["--resume", "run", "train.steps=5", "optimizer.lr=0.5", "schedule.kind=constant", "schedule.warmup=0"]
+            + [part for key in ("train.steps", "optimizer.lr", "schedule") for part in ("--resume-allow", key)]
+        )
+        assert code == 0 and lines("run/log.jsonl")[-1]["lr"] == 0.5
+
+    def test_a_missing_teacher(self):
+        folder = last("run")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["files"]["teacher.safetensors"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        code, said = train(["--resume", "run"])
+        assert code == 1 and f"{folder}: holds no teacher" in said
+
+    def test_the_newest_intact_one_is_taken(self):
+        (Path("run/checkpoints/step-4") / "optimizer.safetensors").unlink()
+        code, said = train(["--resume", "run"])
+        assert code == 0 and "goes on after step 2" in said
+        assert "skipped a checkpoint: run/checkpoints/step-4/optimizer.safetensors is missing" in said
+
+    def test_the_ways_to_name_a_run(self):
+        on = ["train.steps=6", "--resume-allow", "train.steps"]
+        for args in (
+            ["--resume", *vision("run")],
+            ["--config", "run/config.yaml", "--resume"],
+        ):
+            code, said = train([*args, *on])
+            assert code == 0 and "goes on after step" in said, said
+        os.rename("run", "moved")
+        code, said = train(["--resume=moved/", *on])
+        assert code == 0 and Path("moved/checkpoints/step-6").exists() and not Path("run").exists(), said
+
+    @pytest.mark.parametrize(
+        "args, message",
+        [
+            (["--resume", "nowhere"], "--resume nowhere: holds no config.yaml, so it is not the folder of a run"),
+            (["--resume", "--config", "vision/tiny"], "--resume: which run? --resume RUN, or train.output=RUN"),
+            (["--resume", "old.pt"], "old.pt: a pickle, which can run any code when it is loaded"),
+            (["--config", "run/config.yaml"], "holds a run already; --resume goes on with it"),
+        ],
+    )
+    def test_no_run_to_resume(self, args, message):
+        code, said = train(args)
+        assert code == 1 and message in said and len(said.strip().splitlines()) == 1
+
+    def test_a_run_without_a_checkpoint(self):
+        subprocess.run(["rm", "-r", "run/checkpoints"], check=True)
+        code, said = train(["--resume", "run"])
+        assert code == 1 and "no checkpoint to resume from in run/checkpoints: there is none" in said
