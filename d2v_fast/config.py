@@ -405,7 +405,9 @@ def read_yaml(name: str) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"--config {name}: no such file or preset{nearest(name, presets())}\npresets: {', '.join(presets())}")
     try:
-        settings = get_loader("yaml")(file.read_text())
+        text = file.read_text()
+        _refuse_bombs(text)
+        settings = get_loader("yaml")(text)
     except Exception as error:
         raise ConfigError(f"--config {name}: not valid YAML: {error}") from error
     if not isinstance(settings, dict):
@@ -419,6 +421,19 @@ def read_yaml(name: str) -> dict[str, Any]:
         if not isinstance(settings[key], dict):
             raise ConfigError(f"--config {name}: {key}: found {settings[key]}, expected a mapping of settings")
     return settings
+
+
+def _refuse_bombs(text: str) -> None:
+    """Raise ValueError for what a few lines of YAML can blow up: aliases unfold to any size, and nesting to any depth."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"*{event.anchor}: an alias; write out what it stands for")
+        if depth > 20:
+            raise ValueError("nested more than 20 deep")
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import pickle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -457,6 +458,8 @@ def build_encoder(
             cls = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"encoder.model={model!r}: {error}") from None
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):  # else os:system would do, with a config from elsewhere
+            raise ValueError(f"encoder.model={model!r}: found {cls!r}, expected a class that derives from nn.Module")
         try:
             own = cls(**config)
         except TypeError as error:
@@ -467,11 +470,17 @@ def build_encoder(
             load_model(own, str(Path(pretrained) / "model.safetensors"))
         return wrap(own, layers, ffn)
 
+    from safetensors import SafetensorError
     from transformers import MODEL_MAPPING, AutoConfig
 
+    if "trust_remote_code" in config:
+        raise ValueError(
+            "encoder.config.trust_remote_code: code that comes with a model is not run; to use a class that you have read: "
+            "encoder.model=package.module:Class"
+        )
     if pretrained is not None:
         try:
-            hf_config = AutoConfig.from_pretrained(pretrained, **config)
+            hf_config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False, **config)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
@@ -489,9 +498,17 @@ def build_encoder(
     if attention == "sdpa" and not getattr(cls, "_supports_sdpa", False):
         attention = "eager"
     if pretrained is not None:
-        hf_model = cls.from_pretrained(
-            pretrained, config=hf_config, dtype=torch.float32, attn_implementation=attention, **kwargs
-        ).train()
+        try:
+            hf_model = cls.from_pretrained(
+                pretrained, config=hf_config, dtype=torch.float32, attn_implementation=attention, **kwargs
+            ).train()
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"encoder.pretrained={pretrained}: its weights are a pickle that holds more than weights and could run any "
+                "code; it is not loaded. Ask its author for safetensors, which save_pretrained writes"
+            ) from error
+        except SafetensorError as error:
+            raise ValueError(f"encoder.pretrained={pretrained}: its weights cannot be read: {error}") from error
     else:
         hf_config._attn_implementation = attention
         hf_model = cls(hf_config, **kwargs)

@@ -25,13 +25,24 @@ MANIFESTS = (".tsv", ".csv", ".jsonl")
 EPS = 1e-5
 
 
+MAX_VALUES = 2**28  # of a recording, 1 GiB: 4.6 h of mono at 16 kHz
+
+
 def read_audio(file: str | io.BytesIO, sample_rate: int) -> np.ndarray:
     """Mono float32 waveform at `sample_rate`, from any rate and number of channels."""
     import soundfile
     import soxr
 
-    wave, rate = soundfile.read(_existing(file), dtype="float32", always_2d=True)
-    wave = wave.mean(axis=1)
+    with soundfile.SoundFile(_existing(file)) as recording:
+        # A header can claim any length, and some kilobytes of FLAC can hold hours of silence.
+        rate, frames = recording.samplerate, recording.frames
+        values = frames * max(recording.channels, sample_rate / rate)
+        if values > MAX_VALUES:
+            raise ValueError(
+                f"claims {frames} samples at {rate} Hz on {recording.channels} channels, "
+                f"{values / 2**28:.3g} GiB of numbers where 1 is the limit: cut it into parts"
+            )
+        wave = recording.read(dtype="float32", always_2d=True).mean(axis=1)
     if len(wave) == 0:
         raise ValueError("holds no sample")
     if not np.isfinite(wave).all():
@@ -94,6 +105,11 @@ def open_audio(path: str, name: str | None = None, split: str = "train", sample_
             rows = _manifest(table)
             if not rows:
                 raise DataError(f"data.path={path}: lists no file")
+            outside = [row["file_name"] for row in rows if os.path.relpath(row["file_name"], path).startswith("..")]
+            if outside and table != path:
+                raise DataError(
+                    f"{table}: names {outside[0]}, which is not in the folder; if that is meant, data.path={table} reads it"
+                )
         else:
             found = find_files(path, (*SUFFIXES, ".parquet"))
             rows = [{"file_name": file} for file in found if not file.lower().endswith(".parquet")]

@@ -114,7 +114,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise DataError(
             f"data.tokenizer={name}: cannot be loaded: {first_line(error).rstrip('.')}; data.tokenizer=train makes one"
