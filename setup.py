@@ -60,5 +60,5 @@ setup(
             "triton==3.7.1; platform_system == 'Linux'",  # what torch 2.13 for CUDA brings with it
         ],
     },
-    entry_points={"console_scripts": ["d2v-train = d2v_fast.cli:train", "d2v-probe = d2v_fast.cli:probe"]},
+    entry_points={"console_scripts": [f"d2v-{name} = d2v_fast.cli:{name}" for name in ("train", "probe", "export")]},
 )

@@ -1,4 +1,4 @@
-"""The commands: d2v-train and d2v-probe."""
+"""The commands: d2v-train, d2v-probe and d2v-export."""
 
 from __future__ import annotations
 
@@ -55,6 +55,17 @@ def probe() -> None:
         main(args)
 
     _run("d2v-probe", command)
+
+
+def export() -> None:
+    """d2v-export: to Hugging Face, from a run or from another project's checkpoint."""
+
+    def command(args: list[str]) -> None:
+        from d2v_fast.export import main
+
+        main(args)
+
+    _run("d2v-export", command)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,368 @@
+"""d2v-export: what `AutoModel.from_pretrained` loads, from a run or from a checkpoint of another project (spec 8).
+
+What is written is read back and has to compute what the training encoder does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import d2v_fast
+from d2v_fast.config import Config, ConfigError, nearest, parse
+from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, make_model
+from d2v_fast.data.text import load_tokenizer
+from d2v_fast.encoders import PatchEncoder, TokenEncoder, WaveEncoder, build_encoder, wrap
+
+TOLERANCE = 1e-6  # of states after a layer norm, in fp32
+# Two names of one architecture, with the same keys on disk.
+SAME = {"roberta": "data2vec-text", "data2vec-text": "roberta", "beit": "data2vec-vision", "data2vec-vision": "beit"}
+WHY_NOT = {
+    ("data2vec-audio", "wav2vec2"): "has one positional convolution with weight norm, where data2vec has several without",
+    ("wav2vec2", "data2vec-audio"): "has several positional convolutions with layer norms between, where wav2vec 2.0 has one",
+    ("bert", "roberta"): "counts positions from the padding index on and not from 0",
+    ("vit", "beit"): "has scaled residuals, relative positions and keys without bias",
+}
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+LOGGED = ("step", "loss", "target_std", "prediction_std", "feature_std", "lr", "ema_decay")
+
+
+class Exported:
+    """What goes into the folder: the encoder and what prepares its inputs.
+
+    Args:
+        encoder: As it was trained; its states are what the reloaded model has to compute.
+        tokenizer: Of a text encoder.
+        image_size, mean, std: Side in pixels, and how channels are normalised, of a vision encoder.
+        normalize, sample_rate: Whether a waveform is brought to zero mean and unit variance, and its rate in Hz.
+    """
+
+    def __init__(
+        self,
+        encoder: TokenEncoder | PatchEncoder | WaveEncoder,
+        *,
+        tokenizer: Any = None,
+        image_size: int = 224,
+        mean: tuple[float, ...] = IMAGENET["mean"],
+        std: tuple[float, ...] = IMAGENET["std"],
+        normalize: bool = True,
+        sample_rate: int = 16_000,
+    ):
+        self.encoder = encoder.eval()
+        self.processor = tokenizer
+        if isinstance(encoder, PatchEncoder):
+            self.processor = image_processor(image_size, mean, std)
+        elif isinstance(encoder, WaveEncoder):
+            from transformers import Wav2Vec2FeatureExtractor
+
+            masks = getattr(encoder.model.config, "feat_extract_norm", "layer") == "layer"
+            self.processor = Wav2Vec2FeatureExtractor(
+                sampling_rate=sample_rate, do_normalize=normalize, return_attention_mask=masks
+            )
+
+    def write(self, folder: Path, as_type: str | None = None) -> float:
+        """Model and processor; returns the largest difference between the reloaded model and the encoder.
+
+        Raises:
+            ConfigError: The folder is in use, or the encoder is not of the architecture `as_type`.
+        """
+        from transformers import AutoModel
+
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"--to {folder}: exists already; choose another folder")
+        model = self.encoder.model
+        if as_type not in (None, model.config.model_type):
+            model = retype(model, as_type)
+        model.save_pretrained(folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
+        inputs = self._example()
+        with torch.inference_mode():
+            expected = self.encoder(inputs)
+            found = AutoModel.from_pretrained(folder)(inputs).last_hidden_state
+        difference = float((found[:, -expected.shape[1] :] - expected).abs().max())
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"{folder}: {type(model).__name__} computes other states than the training encoder, off by {difference:.1e}; "
+                "do not use it, and please report this"
+            )
+        return difference
+
+    def _example(self) -> Tensor:
+        config, generator = self.encoder.model.config, torch.Generator().manual_seed(0)
+        if isinstance(self.encoder, TokenEncoder):
+            length = min(64, config.max_position_embeddings - 2)
+            return torch.randint(3, config.vocab_size, (2, length), generator=generator)
+        if isinstance(self.encoder, PatchEncoder):
+            return torch.randn(2, config.num_channels, *self.encoder._image_size(), generator=generator)
+        return torch.randn(2, 16_000, generator=generator)
+
+
+def image_processor(image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
+    """The largest centred square, resized bicubically and normalised by channel, as a probe sees an image."""
+    from transformers import ViTImageProcessor
+
+    side = {"height": image_size, "width": image_size}
+    return ViTImageProcessor(
+        size={"shortest_edge": image_size},
+        do_center_crop=True,
+        crop_size=side,
+        resample=3,
+        image_mean=list(mean),
+        image_std=list(std),
+        do_convert_rgb=True,
+    )
+
+
+def retype(model: Any, as_type: str) -> Any:
+    """The same weights in another class of the same architecture.
+
+    Raises:
+        ConfigError: The architectures differ; the message says where.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    found = model.config.model_type
+    if SAME.get(found) != as_type:
+        if as_type not in CONFIG_MAPPING:
+            raise ConfigError(f"--as {as_type}: not a model type of transformers{nearest(as_type, CONFIG_MAPPING.keys())}")
+        why = WHY_NOT.get((found, as_type), "is another architecture")
+        also = f" or {SAME[found]}" if found in SAME else ""
+        raise ConfigError(f"--as {as_type}: the encoder is {found}, but {as_type} {why}; exact is only {found}{also}")
+    ours, theirs = model.config.to_dict(), CONFIG_MAPPING[as_type]().to_dict()
+    backbone = {"model_type", "architectures", "transformers_version", "out_indices", "out_features", "stage_names"}
+    fields = {name: ours[name] for name in theirs.keys() & ours.keys() - backbone}
+    return make_model(AutoConfig.for_model(as_type, **fields), saved_state(model), found)
+
+
+def saved_state(model: Any) -> dict[str, Tensor]:
+    """The weights under the names that `save_pretrained` writes, which may differ from those of the modules."""
+    import tempfile
+
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size="1TB")
+        return load_file(Path(folder) / "model.safetensors")
+
+
+def open_run(run: Path, teacher: bool = False) -> tuple[Config, Exported]:
+    """The config of a run, and its student or teacher.
+
+    Raises:
+        ConfigError: No finished run, no teacher in it, or an encoder that transformers has no class for.
+    """
+    for part in ("config.yaml", "export"):
+        if not (run / part).exists():
+            raise ConfigError(f"{run}: has no {part}, so it is not the folder of a run that exported its student")
+    config, _ = parse(["--config", str(run / "config.yaml")])
+    if ":" in (config.encoder.model or ""):
+        raise ConfigError(
+            f"{run}: transformers has no class for the encoder {config.encoder.model}, so AutoModel cannot load it; "
+            f"its weights are in {run / 'export' / 'model.safetensors'}, for safetensors.torch.load_model"
+        )
+    encoder = build_encoder(pretrained=str(run / "export"), attention=config.encoder.attention)
+    if teacher:
+        load_teacher(encoder, run)
+    data = config.data
+    if config.modality == "text":
+        return config, Exported(encoder, tokenizer=load_tokenizer(str(run / "export")))
+    if config.modality == "vision":
+        return config, Exported(encoder, image_size=data["image_size"], mean=data["mean"], std=data["std"])
+    return config, Exported(encoder, normalize=data["normalize"], sample_rate=data["sample_rate"])
+
+
+def load_teacher(encoder: torch.nn.Module, run: Path) -> None:
+    """Put the teacher of the newest checkpoint into `encoder`.
+
+    Raises:
+        ConfigError: The run has no checkpoint.
+    """
+    from safetensors.torch import load_file
+
+    found = sorted((run / "checkpoints").glob("step-*/manifest.json"), key=lambda file: int(file.parent.name[5:]))
+    if not found:
+        raise ConfigError(f"--teacher: {run} has no checkpoint, and only checkpoints hold the teacher")
+    prefix = "teacher.module."
+    state = load_file(found[-1].with_name("teacher.safetensors"))
+    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+
+def model_card(title: str, facts: dict[str, Any], folder: Path, sections: list[str]) -> str:
+    """README.md of an exported model, in the format of the Hugging Face hub."""
+    from transformers import AutoConfig
+    from transformers import __version__ as transformers_version
+
+    config = AutoConfig.from_pretrained(folder)
+    facts |= {
+        "architecture": f"{config.architectures[0]}, {config.num_hidden_layers} layers, {config.hidden_size} wide",
+        "exported with": f"d2v-fast {d2v_fast.__version__}, torch {torch.__version__}, transformers {transformers_version}, "
+        f"Python {platform.python_version()}",
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    use = f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{folder}")'
+    for file, loader in (("tokenizer.json", "AutoTokenizer"), ("preprocessor_config.json", "AutoImageProcessor")):
+        if (folder / file).exists():
+            audio = "feature_extractor_type" in (folder / file).read_text()
+            name = "AutoFeatureExtractor" if audio else loader
+            use = use.replace("AutoModel\n", f"AutoModel, {name}\n") + f'\nprocessor = {name}.from_pretrained("{folder}")'
+    head = "---\nlibrary_name: transformers\ntags:\n- data2vec\n- d2v-fast\n---\n"
+    body = [f"# {title}", f"| | |\n|---|---|\n{rows}", f"```python\n{use}\n```", *sections]
+    return head + "\n\n".join(body) + "\n"
+
+
+def run_sections(run: Path, config: Config) -> tuple[dict[str, Any], list[str]]:
+    """What the files of a run say of it: facts for the table, and sections on probe, log and settings."""
+    log = run / "log.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    last = records[-1] if records else {}
+    data, train, targets = config.data, config.train, config.targets
+    start = f", from {config.encoder.pretrained}" if config.encoder.pretrained else ""
+    facts = {
+        "data": " ".join(str(data[key]) for key in ("path", "name", "split") if data.get(key)),
+        "recipe": f"data2vec on {config.modality}{start}: {targets.source} of the last {targets.top_k} layers, "
+        f"norm {targets.norm}, mask {type(config.mask).__name__}, {train.precision}",
+        "steps": f"{last.get('step', 'unknown')} of {train.batch_size} × {train.accumulate} samples a process",
+    }
+    sections = []
+    if (run / "probe.json").exists():
+        probe = json.loads((run / "probe.json").read_text())
+        data = probe.pop("data")
+        sections.append(f"## Probe of the frozen encoder\n\nOn {data}, by `d2v-probe`.\n\n" + _table(probe))
+    if records:
+        shown = [records[round(i * (len(records) - 1) / 9)] for i in range(10)] if len(records) > 10 else records
+        table = {str(i): {name: record[name] for name in LOGGED if name in record} for i, record in enumerate(shown)}
+        sections.append("## Log\n\nThe loss says little about what was learned; the std of targets and predictions tells a "
+                        "collapse.\n\n" + _table(table, labels=False))  # fmt: skip
+    sections.append(f"## Settings\n\n```yaml\n{config.yaml.strip()}\n```")
+    return facts, sections
+
+
+def _table(rows: dict[str, dict[str, float]], labels: bool = True) -> str:
+    """Markdown."""
+    columns = list(next(iter(rows.values())))
+    lines = [[*([""] if labels else []), *columns]]
+    for label, row in rows.items():
+        lines.append([*([label] if labels else []), *(f"{row[c]:.4g}" if c in row else "" for c in columns)])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def export_run(run: str | Path, to: str | Path, as_type: str | None = None, teacher: bool = False) -> float:
+    """Export a run; returns the largest difference between the reloaded model and the training encoder.
+
+    Args:
+        run: Folder of `d2v-train`.
+        to: Folder to write: model, tokenizer or processor, and a model card made from the run.
+        as_type: Model type of transformers, where the encoder's architecture has two names.
+        teacher: Take the teacher of the newest checkpoint instead of the student.
+
+    Raises:
+        ConfigError: No finished run, or an encoder that cannot be exported exactly; the message says why.
+    """
+    run, folder = Path(run), Path(to)
+    config, exported = open_run(run, teacher)
+    difference = exported.write(folder, as_type)
+    facts, sections = run_sections(run, config)
+    facts["weights"] = (
+        f"{'teacher' if teacher else 'student'}; reloaded, its states differ by {difference:.1g} from those in training"
+    )
+    (folder / "README.md").write_text(model_card(f"data2vec {config.modality}: {run.name}", facts, folder, sections))
+    return difference
+
+
+def import_checkpoint(
+    file: str | Path,
+    to: str | Path,
+    source: str,
+    as_type: str | None = None,
+    encoder: str | None = None,
+    tokenizer: str | None = None,
+) -> float:
+    """Export a checkpoint of another project; returns the largest difference after reloading.
+
+    Args:
+        file: The checkpoint.
+        to: Folder to write.
+        source: "fairseq", also for the vision code of the paper, or "data2vec-pytorch".
+        as_type: Model type of transformers, where the architecture has two names.
+        encoder: For data2vec-pytorch: model.encoder_checkpoint of its YAML file.
+        tokenizer: Tokenizer to put beside a text model, a name or folder.
+
+    Raises:
+        ValueError: Not such a checkpoint, or none that a class of transformers computes exactly.
+    """
+    file, folder, settings = str(file), Path(to), {}
+    if not os.path.isfile(file):
+        raise ConfigError(f"{file}: no such file")
+    if source == "fairseq":
+        model, settings = from_fairseq(file)
+    elif encoder is None:
+        raise ConfigError("--from data2vec-pytorch: needs --encoder, the model.encoder_checkpoint of the run's YAML file")
+    else:
+        model = from_data2vec_pytorch(file, encoder)
+    loaded = wrap(model)
+    if isinstance(loaded, TokenEncoder):
+        exported = Exported(loaded, tokenizer=tokenizer and load_tokenizer(tokenizer))
+    elif isinstance(loaded, PatchEncoder):
+        inception = settings.get("imagenet_default_mean_and_std", True) is False
+        values = dict(mean=(0.5,) * 3, std=(0.5,) * 3) if inception else IMAGENET
+        exported = Exported(loaded, image_size=loaded._image_size()[0], **values)
+    else:
+        exported = Exported(loaded, normalize=settings.get("task.normalize", settings.get("normalize", True)))
+    difference = exported.write(folder, as_type)
+    facts = {"data": settings.get("task.data", settings.get("data_path", "unknown")), "checkpoint": f"{file} of {source}"}
+    (folder / "README.md").write_text(model_card(f"data2vec: {Path(file).stem}", facts, folder, []))
+    return difference
+
+
+def main(args: list[str]) -> None:
+    """The command d2v-export."""
+    from transformers.utils import logging
+
+    # What it says of poolers that are not there, and of torchvision, changes nothing here.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(
+        prog="d2v-export",
+        usage="d2v-export RUN --to DIR [options]\n"
+        "       d2v-export --from fairseq|data2vec-pytorch CHECKPOINT --to DIR [options]",
+        description="Write what AutoModel.from_pretrained loads: weights, tokenizer or processor, and a model card. "
+        "The result is read back and compared with the training encoder.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run of d2v-train, or the checkpoint of another project")
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument(
+        "--as",
+        dest="as_type",
+        metavar="TYPE",
+        help="model type, where an architecture has two: " + ", ".join(f"{a} = {b}" for a, b in list(SAME.items())[::2]),
+    )
+    parser.add_argument("--teacher", action="store_true", help="the teacher of the newest checkpoint instead of the student")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        choices=["fairseq", "data2vec-pytorch"],
+        help="project that wrote the checkpoint; fairseq includes the vision code of the paper",
+    )
+    parser.add_argument("--encoder", metavar="NAME", help="with data2vec-pytorch: model.encoder_checkpoint of its YAML file")
+    parser.add_argument("--tokenizer", metavar="NAME", help="with --from: tokenizer to put beside a text model, name or folder")
+    options = parser.parse_args(args)
+    run, to = os.path.expanduser(options.run), os.path.expanduser(options.to)
+    if options.source is None:
+        for name in ("encoder", "tokenizer"):
+            if getattr(options, name):
+                raise ConfigError(f"--{name}: goes with --from; a run of d2v-train has its own")
+        difference = export_run(run, to, options.as_type, options.teacher)
+    elif options.teacher:
+        raise ConfigError("--teacher: is for runs of d2v-train; from other projects the student is taken, as they fine-tune it")
+    else:
+        difference = import_checkpoint(run, to, options.source, options.as_type, options.encoder, options.tokenizer)
+    print(f'{to}: AutoModel.from_pretrained("{to}") computes what the training encoder does, to {difference:.1g}')

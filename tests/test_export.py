@@ -1,0 +1,227 @@
+"""d2v-export: what AutoModel loads in a fresh process computes what the encoder did in training."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from d2v_fast import cli
+from d2v_fast.config import ConfigError, parse
+from d2v_fast.data.audio import standardize
+from d2v_fast.data.vision import center_crop, to_pixels
+from d2v_fast.export import Exported, export_run
+from d2v_fast.training import Trainer
+from tests.models import IMAGES, TEXTS, WAVES, inputs, make
+from tests.test_cli import AUDIO, TEXT, VISION
+
+RUNS = {"text": TEXT, "vision": VISION, "audio": AUDIO}
+
+
+class Run:
+    """A run of two steps, with the student and the teacher as they were in the process that trained them."""
+
+    def __init__(self, folder, modality):
+        self.folder = folder / modality
+        config, _ = parse([*RUNS[modality], f"train.output={self.folder}"])
+        self.trainer = Trainer(config)
+        self.trainer.run()
+        student, teacher = self.trainer.core.student.eval(), self.trainer.core.teacher
+        size = {"text": (2, 16), "vision": (2, 3, 32, 32), "audio": (2, 6000)}[modality]
+        self.inputs = torch.randint(5, 200, size) if modality == "text" else torch.randn(size)
+        with torch.no_grad():
+            self.student, self.teacher = student(self.inputs), teacher.module(self.inputs)
+        step = self.folder / "checkpoints" / "step-2"
+        step.mkdir(parents=True)
+        state = {f"teacher.{k}": v for k, v in teacher.state_dict().items()}
+        save_file(state, step / "teacher.safetensors")
+        (step / "manifest.json").write_text("{}")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return {modality: Run(folder, modality) for modality in RUNS}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def export(monkeypatch, *args):
+    """Exit code or message of d2v-export."""
+    monkeypatch.setattr(sys, "argv", ["d2v-export", *map(str, args)])
+    with pytest.raises(SystemExit) as exit:
+        cli.export()
+    return exit.value.code
+
+
+RELOAD = """
+import sys, torch
+from transformers import AutoModel
+for line in sys.argv[1:]:
+    model = AutoModel.from_pretrained(line)
+    with torch.no_grad():
+        torch.save(model(torch.load(line + "/inputs.pt")).last_hidden_state, line + "/states.pt")
+"""
+
+
+def test_a_fresh_process_loads_what_was_trained(runs, monkeypatch):
+    """Student and teacher of each modality."""
+    expected = {}
+    for modality, run in runs.items():
+        for role in ("student", "teacher"):
+            folder = f"{modality}-{role}"
+            assert export(monkeypatch, run.folder, "--to", folder, *(["--teacher"] if role == "teacher" else [])) in (0, None)
+            torch.save(run.inputs, f"{folder}/inputs.pt")
+            expected[folder] = getattr(run, role)
+        assert not torch.equal(run.student, run.teacher)
+    subprocess.run([sys.executable, "-c", RELOAD, *expected], check=True, capture_output=True)
+    for folder, states in expected.items():
+        found = torch.load(f"{folder}/states.pt")[:, -states.shape[1] :]
+        torch.testing.assert_close(found, states, rtol=0, atol=1e-6)
+
+
+class TestArchitectures:
+    @pytest.mark.parametrize("name", [*TEXTS, *IMAGES, *WAVES])
+    def test_each_is_exact(self, name, tmp_path):
+        encoder = make(name)
+        assert Exported(encoder, image_size=16).write(tmp_path / "out") <= 1e-6
+        x = inputs(name)
+        with torch.no_grad():
+            found = AutoModel.from_pretrained(tmp_path / "out")(x).last_hidden_state
+            torch.testing.assert_close(found[:, -encoder(x).shape[1] :], encoder(x), rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "name, other",
+        [("roberta", "data2vec-text"), ("data2vec-text", "roberta"), ("beit", "data2vec-vision"), ("data2vec-vision", "beit")],
+    )
+    def test_under_the_other_name(self, name, other, tmp_path):
+        encoder, x = make(name), inputs(name)
+        Exported(encoder, image_size=16).write(tmp_path / "out", other)
+        assert AutoConfig.from_pretrained(tmp_path / "out").model_type == other
+        with torch.no_grad():
+            found = AutoModel.from_pretrained(tmp_path / "out")(x).last_hidden_state
+            torch.testing.assert_close(found[:, -encoder(x).shape[1] :], encoder(x), rtol=0, atol=1e-6)
+
+    def test_what_is_not_the_same_is_refused_with_the_reason(self, runs, monkeypatch):
+        run = runs["audio"].folder
+        message = export(monkeypatch, run, "--to", "out", "--as", "wav2vec2")
+        assert message == (
+            "d2v-export: --as wav2vec2: the encoder is data2vec-audio, but wav2vec2 has one positional convolution with "
+            "weight norm, where data2vec has several without; exact is only data2vec-audio"
+        )
+        assert "did you mean data2vec-text?" in export(monkeypatch, run, "--to", "out", "--as", "data2vec-tex")
+        assert "but bert is another architecture" in export(monkeypatch, run, "--to", "out", "--as", "bert")
+
+    def test_another_result_is_noticed(self, tmp_path):
+        """Should a version of transformers compute something else than the encoder does."""
+        encoder = make("roberta")
+        contextualize = encoder.contextualize
+        encoder.contextualize = lambda *args: contextualize(*args) + 1e-4
+        with pytest.raises(RuntimeError, match="computes other states than the training encoder"):
+            Exported(encoder).write(tmp_path / "out")
+
+
+class TestInputs:
+    """Tokenizer and processors prepare what the encoder saw in pre-training."""
+
+    def test_text(self, runs):
+        export_run(runs["text"].folder, "out")
+        ours, theirs = runs["text"].trainer.data.tokenizer, AutoTokenizer.from_pretrained("out")
+        assert theirs("the exception is raised")["input_ids"] == ours("the exception is raised")["input_ids"]
+        assert AutoConfig.from_pretrained("out").pad_token_id == theirs.pad_token_id
+
+    def test_images(self, runs):
+        export_run(runs["vision"].folder, "out")
+        data = runs["vision"].trainer.data
+        processor = AutoImageProcessor.from_pretrained("out")
+        for size in ((32, 32), (64, 64)):
+            image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+            expected = to_pixels([center_crop(image, 32)], data.mean, data.std)
+            np.testing.assert_allclose(processor(image, return_tensors="np")["pixel_values"], expected, atol=1e-5)
+        assert processor(Image.new("L", (50, 90)), return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
+
+    def test_speech(self, runs):
+        run = runs["audio"]
+        export_run(run.folder, "out")
+        waves = [np.random.default_rng(n).normal(size=n).astype(np.float32) for n in (6000, 4000)]
+        batch = AutoFeatureExtractor.from_pretrained("out")(waves, sampling_rate=16_000, padding=True, return_tensors="pt")
+        student = run.trainer.core.student
+        with torch.no_grad():
+            found = AutoModel.from_pretrained("out")(**batch).last_hidden_state
+            for wave, states in zip(waves, found, strict=True):
+                alone = student(torch.from_numpy(standardize(wave))[None])[0]
+                torch.testing.assert_close(states[: len(alone)], alone, rtol=1e-3, atol=1e-3)  # another eps in the norm
+
+
+def test_the_card_tells_of_the_run(runs):
+    run = runs["text"].folder
+    probe = {"data": "builtin", "untrained": {"accuracy": 0.0384}, "trained": {"accuracy": 0.1912}}
+    (run / "probe.json").write_text(json.dumps(probe))
+    export_run(run, "out")
+    card = open("out/README.md").read()
+    last = [json.loads(line) for line in open(run / "log.jsonl")][-1]
+    for part in (
+        "library_name: transformers",
+        "| data | builtin train |",
+        "ffn of the last 2 layers",
+        "| steps | 2 of 4 × 1 samples",
+        "RobertaModel, 2 layers, 32 wide",
+        f"torch {torch.__version__}",
+        "AutoTokenizer.from_pretrained",
+        "| trained | 0.1912 |",
+        f"| 2 | {last['loss']:.4g} | {last['target_std']:.4g} |",
+        "block_size: 16",
+    ):
+        assert part in card
+    from huggingface_hub import ModelCard
+
+    assert ModelCard(card).data.to_dict()["tags"] == ["data2vec", "d2v-fast"]
+
+
+class TestMessages:
+    @pytest.mark.parametrize(
+        "args, message",
+        [
+            (["nowhere", "--to", "out"], "nowhere: has no config.yaml, so it is not the folder of a run"),
+            (["{run}", "--to", "."], "--to .: exists already; choose another folder"),
+            (["{run}", "--to", "out", "--encoder", "x"], "--encoder: goes with --from"),
+            (["{run}", "--to", "out", "--from", "fairseq", "--teacher"], "--teacher: is for runs of d2v-train"),
+            (["nowhere.pt", "--to", "out", "--from", "fairseq"], "nowhere.pt: no such file"),
+        ],
+    )
+    def test_are_one_line(self, args, message, runs, monkeypatch):
+        open("something", "w").close()
+        found = export(monkeypatch, *(arg.format(run=runs["vision"].folder) for arg in args))
+        assert found.startswith(f"d2v-export: {message}") and len(found.splitlines()) == 1
+
+    def test_no_teacher_without_a_checkpoint(self, runs, tmp_path):
+        (tmp_path / "run").mkdir()
+        for part in ("config.yaml", "export"):
+            (tmp_path / "run" / part).symlink_to(runs["text"].folder / part)
+        with pytest.raises(ConfigError, match="has no checkpoint, and only checkpoints hold the teacher"):
+            export_run("run", "out", teacher=True)
+
+    def test_an_encoder_of_your_own_has_no_class(self, runs, tmp_path):
+        (tmp_path / "run" / "export").mkdir(parents=True)
+        (tmp_path / "run" / "config.yaml").write_text("modality: text\nencoder:\n  model: my_encoder:Mine\n")
+        with pytest.raises(ConfigError, match=r"no class for the encoder my_encoder:Mine.*run/export/model\.safetensors"):
+            export_run("run", "out")
+
+
+def test_the_command_in_a_process_of_its_own(runs):
+    command = [sys.executable, "-c", "from d2v_fast.cli import export; export()", runs["vision"].folder, "--to", "out"]
+    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == 'out: AutoModel.from_pretrained("out") computes what the training encoder does, to 0\n'
