@@ -52,6 +52,7 @@ setup(
         "tensorboard": ["tensorboard"],
         "dev": [
             "hypothesis",
+            "lightning",  # for an example
             "matplotlib",
             "pytest",
             "pytest-benchmark",

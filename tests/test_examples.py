@@ -126,6 +126,19 @@ def test_accumulation_in_the_trainer_changes_nothing(calls):
         assert parts[name] == pytest.approx(whole[name], rel=1e-4)
 
 
+def test_three_loops_train_alike(calls, monkeypatch):
+    """Plain PyTorch, Trainer and Lightning: same seed, same losses, and a teacher that moves once a step."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    losses = {}
+    for name in ("plain_loop", "trainer_loop", "lightning_loop"):
+        calls.update = None
+        losses[name] = importlib.import_module(name).main(steps=30)
+        check_teacher(calls)
+    for name in ("trainer_loop", "lightning_loop"):
+        assert losses[name] == pytest.approx(losses["plain_loop"], rel=1e-6)
+    assert len(losses["plain_loop"]) == 30 and losses["plain_loop"][-1] < 0.5 * losses["plain_loop"][0]
+
+
 def test_ijepa(calls):
     example = load(EXAMPLES / "ijepa.py")
     history = example.main(steps=60)
