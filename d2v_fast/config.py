@@ -108,10 +108,12 @@ class HeadConfig:
     Args:
         layers: Linears, with GELU between; 0 = no head.
         zero_init: Start the last Linear at zero.
+        pretrained: Folder with the head.safetensors to start from, as d2v-export leaves of another project's checkpoint.
     """
 
     layers: int = 1
     zero_init: bool = False
+    pretrained: str | None = None
 
 
 @dataclass

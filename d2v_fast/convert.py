@@ -6,7 +6,6 @@ Neither project needs to be installed. The weights are renamed, never changed; a
 from __future__ import annotations
 
 import ast
-import copy
 import inspect
 import logging
 import math
@@ -20,8 +19,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from d2v_fast.model import Data2Vec
 
 log = logging.getLogger(__name__)
 
@@ -371,8 +368,8 @@ def _vision(state: State, file: str) -> PreTrainedModel:
     return make_model(AutoConfig.for_model("data2vec-vision", **fields), _rename(_split_qkv(state), VISION, file), file)
 
 
-def from_data2vec_pytorch(file: str, encoder: str) -> PreTrainedModel:
-    """The student in a checkpoint of arxyzan/data2vec-pytorch.
+def from_data2vec_pytorch(file: str, encoder: str) -> tuple[PreTrainedModel, State]:
+    """The student in a checkpoint of arxyzan/data2vec-pytorch, and its regression head under the names of `Data2Vec.head`.
 
     Args:
         file: A dict of `data2vec`, `encoder` and `optimizer`.
@@ -383,7 +380,11 @@ def from_data2vec_pytorch(file: str, encoder: str) -> PreTrainedModel:
     """
     from transformers import AutoConfig
 
-    state = _data2vec_pytorch(file, "encoder")
+    checkpoint = load_checkpoint(file)
+    if not all(isinstance(checkpoint.get(part), dict) for part in ("data2vec", "encoder")):
+        raise ValueError(
+            f"{file}: holds {list(checkpoint)[:8]}, expected 'data2vec', 'encoder' and 'optimizer' as data2vec-pytorch saves"
+        )
     try:
         config = AutoConfig.from_pretrained(encoder)
     except (OSError, ValueError) as error:
@@ -391,38 +392,8 @@ def from_data2vec_pytorch(file: str, encoder: str) -> PreTrainedModel:
         raise ValueError(
             f"--encoder {encoder}: neither a folder with config.json nor to be had from the hub: {reason}"
         ) from error
-    return make_model(config, state, file)
-
-
-def continue_from_data2vec_pytorch(model: Data2Vec, file: str) -> None:
-    """Put student and regression head of a checkpoint of arxyzan/data2vec-pytorch into `model`, to train it further.
-
-    Its teacher was not saved there: the teacher becomes a copy of the student, and a warning says so.
-
-    Raises:
-        ValueError: Not such a file, or weights of another encoder or head.
-    """
-    encoder = model.student.model
-    loaded = make_model(copy.deepcopy(encoder.config), _data2vec_pytorch(file, "encoder"), file)
-    head = {
-        # A single Linear there is a Sequential of one here.
-        re.sub(r"^(weight|bias)$", r"0.\1", key.removeprefix("regression_head.")): value
-        for key, value in _data2vec_pytorch(file, "data2vec").items()
-        if key.startswith("regression_head.")
-    }
-    try:
-        model.head.load_state_dict(head)
-    except RuntimeError as error:
-        raise ValueError(f"{file}: its regression head is another one than head_layers makes: {error}") from error
-    encoder.load_state_dict(loaded.state_dict())
-    model.teacher.module.load_state_dict(model.student.state_dict())
-    log.warning("%s: holds no teacher; it starts as a copy of the student", file)
-
-
-def _data2vec_pytorch(file: str, part: str) -> State:
-    checkpoint = load_checkpoint(file)
-    if not isinstance(checkpoint.get(part), dict):
-        raise ValueError(
-            f"{file}: holds {list(checkpoint)[:8]}, expected 'data2vec', 'encoder' and 'optimizer' as data2vec-pytorch saves"
-        )
-    return checkpoint[part]
+    prefix = "regression_head."
+    head = {k.removeprefix(prefix): v for k, v in checkpoint["data2vec"].items() if k.startswith(prefix)}
+    # A single Linear there is a Sequential of one here.
+    head = {f"0.{name}" if name in ("weight", "bias") else name: value for name, value in head.items()}
+    return make_model(config, checkpoint["encoder"], file), head

@@ -291,7 +291,8 @@ def import_checkpoint(
     Args:
         file: The checkpoint.
         to: Folder to write.
-        source: "fairseq", also for the vision code of the paper, or "data2vec-pytorch".
+        source: "fairseq", also for the vision code of the paper, or "data2vec-pytorch", whose regression head is then put
+            beside the encoder, for `head.pretrained` of `d2v-train`.
         as_type: Model type of transformers, where the architecture has two names.
         encoder: For data2vec-pytorch: model.encoder_checkpoint of its YAML file.
         tokenizer: Tokenizer to put beside a text model, a name or folder.
@@ -299,7 +300,9 @@ def import_checkpoint(
     Raises:
         ValueError: Not such a checkpoint, or none that a class of transformers computes exactly.
     """
-    file, folder, settings = str(file), Path(to), {}
+    from safetensors.torch import save_file
+
+    file, folder, settings, head = str(file), Path(to), {}, {}
     if not os.path.isfile(file):
         raise ConfigError(f"{file}: no such file")
     if source == "fairseq":
@@ -307,7 +310,7 @@ def import_checkpoint(
     elif encoder is None:
         raise ConfigError("--from data2vec-pytorch: needs --encoder, the model.encoder_checkpoint of the run's YAML file")
     else:
-        model = from_data2vec_pytorch(file, encoder)
+        model, head = from_data2vec_pytorch(file, encoder)
     loaded = wrap(model)
     if isinstance(loaded, TokenEncoder):
         exported = Exported(loaded, tokenizer=tokenizer and load_tokenizer(tokenizer))
@@ -318,6 +321,8 @@ def import_checkpoint(
     else:
         exported = Exported(loaded, normalize=settings.get("task.normalize", settings.get("normalize", True)))
     difference = exported.write(folder, as_type)
+    if head:
+        save_file(head, folder / "head.safetensors")
     facts = {"data": settings.get("task.data", settings.get("data_path", "unknown")), "checkpoint": f"{file} of {source}"}
     (folder / "README.md").write_text(model_card(f"data2vec: {Path(file).stem}", facts, folder, []))
     return difference
@@ -365,4 +370,9 @@ def main(args: list[str]) -> None:
         raise ConfigError("--teacher: is for runs of d2v-train; from other projects the student is taken, as they fine-tune it")
     else:
         difference = import_checkpoint(run, to, options.source, options.as_type, options.encoder, options.tokenizer)
+        if options.source == "data2vec-pytorch":
+            print(
+                f"to train it further: d2v-train --config ITS.yaml encoder.pretrained={to} head.pretrained={to}; "
+                "the teacher was not saved there and starts as a copy of the student"
+            )
     print(f'{to}: AutoModel.from_pretrained("{to}") computes what the training encoder does, to {difference:.1g}')

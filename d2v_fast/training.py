@@ -61,8 +61,12 @@ def make_encoder(config: Config, vocab_size: int | None = None) -> Encoder:
 
 
 def make_model(config: Config, encoder: Encoder) -> Data2Vec:
-    """Student, teacher and head."""
-    return Data2Vec(
+    """Student, teacher and head.
+
+    Raises:
+        ConfigError: head.pretrained holds no head, or another one.
+    """
+    model = Data2Vec(
         encoder,
         **vars(config.targets),
         beta=config.loss.beta,
@@ -72,6 +76,15 @@ def make_model(config: Config, encoder: Encoder) -> Data2Vec:
         head_zero_init=config.head.zero_init,
         **{f"ema_{name}": value for name, value in vars(config.ema).items()},
     )
+    if config.head.pretrained is not None:
+        from safetensors.torch import load_file
+
+        try:
+            model.head.load_state_dict(load_file(Path(config.head.pretrained) / "head.safetensors"))
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"head.pretrained={config.head.pretrained}: {' '.join(str(error).split())}") from error
+        log.warning("student and head go on from what they were; the teacher, which was not saved, is a copy of the student")
+    return model
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:

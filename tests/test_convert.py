@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from d2v_fast import Data2Vec, build_encoder
-from d2v_fast.convert import continue_from_data2vec_pytorch, from_data2vec_pytorch, from_fairseq, load_checkpoint
+from d2v_fast.config import ConfigError, parse
+from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, load_checkpoint
 from d2v_fast.export import import_checkpoint
+from d2v_fast.model import regression_head
+from d2v_fast.training import make_encoder, make_model
 from tests.models import CONFIGS
 
 C, HEADS, FFN, LAYERS = 32, 4, 48, 3
@@ -403,25 +405,35 @@ class TestData2VecPytorch:
             torch.testing.assert_close(found, roberta[0](ids).last_hidden_state)
 
     def test_training_continues(self, roberta, caplog):
+        """From encoder and head, by d2v-train."""
+        import_checkpoint("20.pt", "out", "data2vec-pytorch", encoder="config")
+        settings = ["--config", "text/tiny", "encoder.pretrained=out", "head.pretrained=out", "head.layers=2"]
+        config, _ = parse(settings)
+        model = make_model(config, make_encoder(config)).eval()
+        assert "the teacher, which was not saved, is a copy of the student" in caplog.text
         encoder, head = roberta
-        model = Data2Vec(build_encoder("roberta", config=CONFIGS["roberta"]), top_k=2, head_layers=2).eval()
-        continue_from_data2vec_pytorch(model, "20.pt")
-        assert "holds no teacher; it starts as a copy of the student" in caplog.text
         ids, states = torch.randint(5, 60, (2, 10)), torch.randn(3, C)
         with torch.no_grad():
             expected = encoder(ids).last_hidden_state
             torch.testing.assert_close(model.student(ids), expected)
             torch.testing.assert_close(model.teacher.module(ids), expected)
             torch.testing.assert_close(model.head(states), head(states))
-        mask = torch.rand(2, 10) < 0.5
-        assert model(ids.masked_fill(mask, 4), mask, ids).loss.isfinite()
+        for setting in ("head.layers=1", "head.pretrained=nowhere"):
+            config, _ = parse([*settings, setting])
+            with pytest.raises(ConfigError, match=r"^head\.pretrained="):
+                make_model(config, make_encoder(config))
 
-    def test_other_encoders_and_heads_are_refused(self, roberta):
-        model = Data2Vec(build_encoder("roberta", config=CONFIGS["roberta"]), top_k=2, head_layers=1)
-        before = [p.clone() for p in model.parameters()]
-        with pytest.raises(ValueError, match="head is another one than head_layers makes"):
-            continue_from_data2vec_pytorch(model, "20.pt")
-        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    def test_a_head_of_one_layer(self, roberta):
+        checkpoint = torch.load("20.pt", weights_only=True)
+        linear = {
+            "encoder.encoder.x": torch.ones(1),
+            "regression_head.weight": torch.ones(C, C),
+            "regression_head.bias": torch.ones(C),
+        }
+        torch.save(checkpoint | {"data2vec": linear}, "audio.pt")
+        regression_head(C, 1).load_state_dict(from_data2vec_pytorch("audio.pt", "config")[1])
+
+    def test_other_files_and_encoders_are_refused(self, roberta):
         with pytest.raises(ValueError, match="expected 'data2vec', 'encoder' and 'optimizer'"):
             from_data2vec_pytorch(save(text_state()), "config")
         with pytest.raises(ValueError, match=r"neither a folder with config\.json nor to be had"):
