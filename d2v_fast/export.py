@@ -21,6 +21,7 @@ from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, make_model
 from d2v_fast.data.text import load_tokenizer
 from d2v_fast.encoders import PatchEncoder, TokenEncoder, WaveEncoder, build_encoder, wrap
 
+OLDER = "data2vec-pytorch"
 TOLERANCE = 1e-6  # of states after a layer norm, in fp32
 # Two names of one architecture, with the same keys on disk.
 SAME = {"roberta": "data2vec-text", "data2vec-text": "roberta", "beit": "data2vec-vision", "data2vec-vision": "beit"}
@@ -261,7 +262,8 @@ def export_run(run: str | Path, to: str | Path, as_type: str | None = None, teac
     Args:
         run: Folder of `d2v-train`.
         to: Folder to write: model, tokenizer or processor, and a model card made from the run.
-        as_type: Model type of transformers, where the encoder's architecture has two names.
+        as_type: Model type of transformers, where the encoder's architecture has two names; "data2vec-pytorch" adds
+            data2vec.pt, whose `encoder` is the state dict that scripts for that project load.
         teacher: Take the teacher of the newest checkpoint instead of the student.
 
     Raises:
@@ -269,7 +271,13 @@ def export_run(run: str | Path, to: str | Path, as_type: str | None = None, teac
     """
     run, folder = Path(run), Path(to)
     config, exported = open_run(run, teacher)
-    difference = exported.write(folder, as_type)
+    old = as_type == OLDER
+    difference = exported.write(folder, None if old else as_type)
+    if old:
+        from transformers import AutoModel
+
+        # With the pooler that is there, and untrained, in that project too.
+        torch.save({"encoder": AutoModel.from_pretrained(folder).state_dict()}, folder / "data2vec.pt")
     facts, sections = run_sections(run, config)
     facts["weights"] = (
         f"{'teacher' if teacher else 'student'}; reloaded, its states differ by {difference:.1g} from those in training"
@@ -308,7 +316,7 @@ def import_checkpoint(
     if source == "fairseq":
         model, settings = from_fairseq(file)
     elif encoder is None:
-        raise ConfigError("--from data2vec-pytorch: needs --encoder, the model.encoder_checkpoint of the run's YAML file")
+        raise ConfigError(f"--from {OLDER}: needs --encoder, the model.encoder_checkpoint of the run's YAML file")
     else:
         model, head = from_data2vec_pytorch(file, encoder)
     loaded = wrap(model)
@@ -348,13 +356,15 @@ def main(args: list[str]) -> None:
         "--as",
         dest="as_type",
         metavar="TYPE",
-        help="model type, where an architecture has two: " + ", ".join(f"{a} = {b}" for a, b in list(SAME.items())[::2]),
+        help="model type, where an architecture has two: "
+        + ", ".join(f"{a} = {b}" for a, b in list(SAME.items())[::2])
+        + f"; {OLDER} adds data2vec.pt for scripts that load its 'encoder'",
     )
     parser.add_argument("--teacher", action="store_true", help="the teacher of the newest checkpoint instead of the student")
     parser.add_argument(
         "--from",
         dest="source",
-        choices=["fairseq", "data2vec-pytorch"],
+        choices=["fairseq", OLDER],
         help="project that wrote the checkpoint; fairseq includes the vision code of the paper",
     )
     parser.add_argument("--encoder", metavar="NAME", help="with data2vec-pytorch: model.encoder_checkpoint of its YAML file")
@@ -366,13 +376,16 @@ def main(args: list[str]) -> None:
             if getattr(options, name):
                 raise ConfigError(f"--{name}: goes with --from; a run of d2v-train has its own")
         difference = export_run(run, to, options.as_type, options.teacher)
+        print(f'{to}: AutoModel.from_pretrained("{to}") computes what the training encoder does, to {difference:.1g}')
     elif options.teacher:
         raise ConfigError("--teacher: is for runs of d2v-train; from other projects the student is taken, as they fine-tune it")
     else:
-        difference = import_checkpoint(run, to, options.source, options.as_type, options.encoder, options.tokenizer)
-        if options.source == "data2vec-pytorch":
+        import_checkpoint(run, to, options.source, options.as_type, options.encoder, options.tokenizer)
+        print(f'{to}: AutoModel.from_pretrained("{to}") has the weights of {run}')
+        if not any(Path(to).glob("tokenizer*")) and not (Path(to) / "preprocessor_config.json").exists():
+            print("without tokenizer: --tokenizer NAME puts one beside, for most text models the one of roberta-base")
+        if options.source == OLDER:
             print(
                 f"to train it further: d2v-train --config ITS.yaml encoder.pretrained={to} head.pretrained={to}; "
                 "the teacher was not saved there and starts as a copy of the student"
             )
-    print(f'{to}: AutoModel.from_pretrained("{to}") computes what the training encoder does, to {difference:.1g}')

@@ -1,4 +1,4 @@
-"""Text classification from an exported run and from scratch: are the words of a sentence in order, or were two swapped?
+"""Text classification from an exported run and from scratch: are the words of a sentence in order, or shuffled?
 
 d2v-train --config text/tiny train.output=run && d2v-export run --to encoder && python examples/finetune_text.py encoder
 """
@@ -6,15 +6,7 @@ d2v-train --config text/tiny train.output=run && d2v-export run --to encoder && 
 import sys
 
 import numpy as np
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from d2v_fast.data.builtin import builtin_text
 
@@ -50,8 +42,8 @@ def main(encoder, count=2000, epochs=8):
             model = AutoModelForSequenceClassification.from_config(config)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(encoder, config=config)
-        collate = DataCollatorWithPadding(tokenizer)
-        trainer = Trainer(model, arguments, collate, train, test, compute_metrics=accuracy)
+        data = dict(train_dataset=train, eval_dataset=test, processing_class=tokenizer)  # which pads the batches
+        trainer = Trainer(model, arguments, compute_metrics=accuracy, **data)
         trainer.train()
         found[start] = trainer.evaluate()["eval_accuracy"]
     print(f"accuracy from scratch {found['scratch']:.1%}, from {encoder} {found['pretrained']:.1%}")

@@ -23,6 +23,15 @@ def poisoned_empty(monkeypatch):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A finished run of each modality."""
+    from tests.finished import RUNS, Run
+
+    folder = tmp_path_factory.mktemp("runs")
+    return {modality: Run(folder, modality) for modality in RUNS}
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

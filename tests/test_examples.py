@@ -139,6 +139,52 @@ def test_three_loops_train_alike(calls, monkeypatch):
     assert len(losses["plain_loop"]) == 30 and losses["plain_loop"][-1] < 0.5 * losses["plain_loop"][0]
 
 
+FINE_TUNING = {"finetune_text": "text", "finetune_images": "vision", "finetune_speech": "audio", "finetune_ctc": "audio"}
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_fine_tuning_starts_from_the_run(name, runs, monkeypatch, tmp_path):
+    """And from other weights where it starts from scratch; all of them are trained."""
+    from transformers import Trainer
+
+    from d2v_fast.export import export_run
+
+    monkeypatch.chdir(tmp_path)
+    export_run(runs[FINE_TUNING[name]].folder, "encoder")
+    expected = dict(runs[FINE_TUNING[name]].trainer.core.student.model.named_parameters())
+    same, train = [], Trainer.train
+
+    def spied(self):
+        begin = {k: p.detach().clone() for k, p in self.model.base_model.named_parameters()}
+        found = [torch.equal(p, expected[k]) for k, p in begin.items() if k in expected and p.std() > 0]
+        same.append(sum(found) / len(found))
+        train(self)
+        moved = [not torch.equal(p, begin[k]) for k, p in self.model.base_model.named_parameters() if k in expected]
+        assert sum(moved) / len(moved) > 0.8
+
+    monkeypatch.setattr(Trainer, "train", spied)
+    found = load(EXAMPLES / f"{name}.py").main("encoder", count=64, epochs=1)  # at the first step the learning rate is 0
+    scratch, pretrained = same
+    assert scratch < 0.5 and pretrained > 0.95
+    assert all(0 <= value <= 1 for value in found.values()) and list(found) == ["scratch", "pretrained"]
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_fine_tuning_beats_scratch(name, tmp_path, monkeypatch):
+    from d2v_fast.config import parse
+    from d2v_fast.export import export_run
+    from d2v_fast.training import Trainer
+
+    monkeypatch.chdir(tmp_path)
+    config, _ = parse(["--config", f"{FINE_TUNING[name]}/tiny", "train.output=run"])
+    Trainer(config).run()
+    export_run("run", "encoder")
+    found = load(EXAMPLES / f"{name}.py").main("encoder")
+    assert found["pretrained"] > found["scratch"] + 0.03
+
+
 def test_ijepa(calls):
     example = load(EXAMPLES / "ijepa.py")
     history = example.main(steps=60)

@@ -10,45 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from d2v_fast import cli
-from d2v_fast.config import ConfigError, parse
+from d2v_fast.config import ConfigError
 from d2v_fast.data.audio import standardize
 from d2v_fast.data.vision import center_crop, to_pixels
 from d2v_fast.export import Exported, export_run
-from d2v_fast.training import Trainer
 from tests.models import IMAGES, TEXTS, WAVES, inputs, make
-from tests.test_cli import AUDIO, TEXT, VISION
-
-RUNS = {"text": TEXT, "vision": VISION, "audio": AUDIO}
-
-
-class Run:
-    """A run of two steps, with the student and the teacher as they were in the process that trained them."""
-
-    def __init__(self, folder, modality):
-        self.folder = folder / modality
-        config, _ = parse([*RUNS[modality], f"train.output={self.folder}"])
-        self.trainer = Trainer(config)
-        self.trainer.run()
-        student, teacher = self.trainer.core.student.eval(), self.trainer.core.teacher
-        size = {"text": (2, 16), "vision": (2, 3, 32, 32), "audio": (2, 6000)}[modality]
-        self.inputs = torch.randint(5, 200, size) if modality == "text" else torch.randn(size)
-        with torch.no_grad():
-            self.student, self.teacher = student(self.inputs), teacher.module(self.inputs)
-        step = self.folder / "checkpoints" / "step-2"
-        step.mkdir(parents=True)
-        state = {f"teacher.{k}": v for k, v in teacher.state_dict().items()}
-        save_file(state, step / "teacher.safetensors")
-        (step / "manifest.json").write_text("{}")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    return {modality: Run(folder, modality) for modality in RUNS}
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +156,23 @@ def test_the_card_tells_of_the_run(runs):
     from huggingface_hub import ModelCard
 
     assert ModelCard(card).data.to_dict()["tags"] == ["data2vec", "d2v-fast"]
+
+
+def test_the_snippets_of_data2vec_pytorch(runs, monkeypatch):
+    """What its README does with a model: assign it into a classifier, and load the encoder of a checkpoint."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaModel
+
+    run = runs["text"]
+    export_run(run.folder, "out", "data2vec-pytorch")
+    roberta = RobertaModel.from_pretrained("out")
+    classifier = RobertaForSequenceClassification(roberta.config)
+    classifier.roberta = roberta
+    checkpoint = torch.load("out/data2vec.pt")
+    loaded = RobertaModel(RobertaConfig.from_pretrained("out"))
+    loaded.load_state_dict(checkpoint["encoder"])
+    with torch.no_grad():
+        for model in (classifier.eval().roberta, loaded.eval()):
+            torch.testing.assert_close(model(run.inputs).last_hidden_state, run.student, rtol=0, atol=1e-6)
 
 
 class TestMessages:

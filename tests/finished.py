@@ -1,0 +1,30 @@
+"""Runs of two steps that the tests of what comes after training share."""
+
+import torch
+from safetensors.torch import save_file
+
+from d2v_fast.config import parse
+from d2v_fast.training import Trainer
+from tests.test_cli import AUDIO, TEXT, VISION
+
+RUNS = {"text": TEXT, "vision": VISION, "audio": AUDIO}
+
+
+class Run:
+    """A run of two steps, with the student and the teacher as they were in the process that trained them."""
+
+    def __init__(self, folder, modality):
+        self.folder = folder / modality
+        config, _ = parse([*RUNS[modality], f"train.output={self.folder}"])
+        self.trainer = Trainer(config)
+        self.trainer.run()
+        student, teacher = self.trainer.core.student.eval(), self.trainer.core.teacher
+        size = {"text": (2, 16), "vision": (2, 3, 32, 32), "audio": (2, 6000)}[modality]
+        self.inputs = torch.randint(5, 200, size) if modality == "text" else torch.randn(size)
+        with torch.no_grad():
+            self.student, self.teacher = student(self.inputs), teacher.module(self.inputs)
+        step = self.folder / "checkpoints" / "step-2"
+        step.mkdir(parents=True)
+        state = {f"teacher.{k}": v for k, v in teacher.state_dict().items()}
+        save_file(state, step / "teacher.safetensors")
+        (step / "manifest.json").write_text("{}")
