@@ -58,7 +58,9 @@ setup(
         "transformers>=5.17",
     ],
     extras_require={
+        "flash": ["flash-attn"],  # encoder.attention=flash_attention_2, on GPUs; built from source
         "tensorboard": ["tensorboard"],
+        "vision": ["torchvision"],  # what AutoImageProcessor of transformers 5.17 needs to load an exported processor
         "dev": [
             "hypothesis",
             "lightning",  # for an example

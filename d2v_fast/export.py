@@ -214,7 +214,7 @@ def model_card(title: str, facts: dict[str, Any], folder: Path, sections: list[s
             audio = "feature_extractor_type" in (folder / file).read_text()
             name = "AutoFeatureExtractor" if audio else loader
             use = use.replace("AutoModel\n", f"AutoModel, {name}\n") + f'\nprocessor = {name}.from_pretrained("{folder}")'
-    head = "---\nlibrary_name: transformers\ntags:\n- data2vec\n- d2v-fast\n---\n"
+    head = "---\nlibrary_name: transformers\npipeline_tag: feature-extraction\ntags:\n- data2vec\n- d2v-fast\n---\n"
     body = [f"# {title}", f"| | |\n|---|---|\n{rows}", f"```python\n{use}\n```", *sections]
     return head + "\n\n".join(body) + "\n"
 

@@ -1,6 +1,11 @@
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
+
+import pytest
 
 import d2v_fast
 
@@ -39,3 +44,28 @@ def test_presets_are_in_the_wheel():
     assert len(list((ROOT / "d2v_fast" / "presets").glob("*/*.yaml"))) == len(
         list((ROOT / "d2v_fast" / "presets").rglob("*.yaml"))
     )
+
+
+@pytest.mark.slow
+def test_a_wheel_from_the_sdist_has_all_parts(tmp_path):
+    """Kernels compiled, presets, types, licence; no tests."""
+    names = "d2v_fast kernels examples tests setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md LICENSE".split()
+    for name in names + "CHANGELOG.md CITATION.cff CONTRIBUTING.md Makefile".split():
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    (tmp_path / "d2v_fast/ops/libd2v_fast.so").unlink(missing_ok=True)
+
+    def build(what, folder):
+        code = f"from setuptools import build_meta; build_meta.build_{what}({str(tmp_path)!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+
+    build("sdist", tmp_path)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    tarfile.open(archive).extractall(tmp_path, filter="data")
+    build("wheel", tmp_path / archive.name.removesuffix(".tar.gz"))
+    (wheel,) = tmp_path.glob("*.whl")
+    found = zipfile.ZipFile(wheel).namelist()
+    for name in ("ops/libd2v_fast.so", "py.typed", *(f"presets/{p}.yaml" for p in ("text/tiny", "vision/tiny", "audio/tiny"))):
+        assert f"d2v_fast/{name}" in found
+    assert any(name.endswith("licenses/LICENSE") for name in found)
+    assert not [name for name in found if name.startswith(("tests", "examples", "kernels", "benchmarks"))]
