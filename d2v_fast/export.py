@@ -169,7 +169,7 @@ def open_run(run: Path, teacher: bool = False) -> tuple[Config, Exported]:
             f"{run}: transformers has no class for the encoder {config.encoder.model}, so AutoModel cannot load it; "
             f"its weights are in {run / 'export' / 'model.safetensors'}, for safetensors.torch.load_model"
         )
-    encoder = build_encoder(pretrained=str(run / "export"), attention=config.encoder.attention)
+    encoder = build_encoder(pretrained=str(run / "export"))
     if teacher:
         load_teacher(encoder, run)
     data = config.data
@@ -322,6 +322,10 @@ def import_checkpoint(
     loaded = wrap(model)
     if isinstance(loaded, TokenEncoder):
         exported = Exported(loaded, tokenizer=tokenizer and load_tokenizer(tokenizer))
+        if tokenizer and len(exported.processor) > model.config.vocab_size:
+            raise ConfigError(
+                f"--tokenizer {tokenizer}: its {len(exported.processor)} tokens exceed the model's {model.config.vocab_size}"
+            )
     elif isinstance(loaded, PatchEncoder):
         inception = settings.get("imagenet_default_mean_and_std", True) is False
         values = dict(mean=(0.5,) * 3, std=(0.5,) * 3) if inception else IMAGENET

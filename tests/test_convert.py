@@ -8,7 +8,11 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from d2v_fast import cli
 from d2v_fast.config import ConfigError, parse
 from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, load_checkpoint
 from d2v_fast.export import import_checkpoint
@@ -334,6 +338,44 @@ class TestFairseq:
                 (BeitModel.from_pretrained("vision"), vision, PIXELS, vision_state()),
             ):
                 torch.testing.assert_close(model(inputs).last_hidden_state, original(inputs, state), rtol=1e-4, atol=1e-5)
+
+
+class TestCommand:
+    @pytest.fixture
+    def export(self, monkeypatch, capsys):
+        def export(*args):
+            monkeypatch.setattr(sys, "argv", ["d2v-export", *args])
+            monkeypatch.setattr(sys, "path", [*sys.path])
+            with pytest.raises(SystemExit) as exit:
+                cli.export()
+            return exit.value.code or capsys.readouterr().out
+
+        return export
+
+    def test_text_with_and_without_a_tokenizer(self, export):
+        file = save(text_state(), TEXT)
+        told = export("--from", "fairseq", file, "--to", "out")
+        assert (
+            told.startswith('out: AutoModel.from_pretrained("out") has the weights of checkpoint.pt')
+            and "--tokenizer NAME" in told
+        )
+        vocabulary = {word: i for i, word in enumerate(("<s>", "<pad>", "</s>", "<mask>", "yes"))}
+        words = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel(vocabulary, "<pad>")),
+            cls_token="<s>", pad_token="<pad>", sep_token="</s>", mask_token="<mask>",
+        )  # fmt: skip
+        words.save_pretrained("words")
+        assert "--tokenizer NAME" not in export("--from", "fairseq", file, "--to", "more", "--tokenizer", "words")
+        assert AutoTokenizer.from_pretrained("more").convert_tokens_to_ids("yes") == 4
+        words.add_tokens([f"word{i}" for i in range(70)])
+        words.save_pretrained("words")
+        message = export("--from", "fairseq", file, "--to", "last", "--tokenizer", "words")
+        assert message == "d2v-export: --tokenizer words: its 75 tokens exceed the model's 70"
+
+    def test_refusals_are_one_line(self, export):
+        message = export("--from", "fairseq", save({"modality_encoders.AUDIO.alibi_scale": torch.ones(1)}), "--to", "out")
+        assert message.startswith("d2v-export: checkpoint.pt: a data2vec 2.0 model that no class") and "\n" not in message
+        assert not os.path.exists("out")
 
 
 class Hostile:
