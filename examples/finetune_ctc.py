@@ -20,7 +20,7 @@ def make_samples(split, count):
 
 
 def spelled(prediction):
-    """Share of the words that are spelled without a mistake: best path, repeats merged, no blanks; frames of padding would count."""
+    """Share of words without a mistake: best path, repeats merged, no blanks; batches of one, as padding would add letters."""
     words = [[letter for letter, _ in groupby(row) if letter > 0] for row in prediction.predictions.argmax(-1)]
     right = [word == list(labels) for word, labels in zip(words, prediction.label_ids, strict=True)]
     return {"spelled": sum(right) / len(right)}
