@@ -401,12 +401,10 @@ class Trainer:
                         self.checkpoints.reserve(self._tensors())
                 self.save()
                 self.checkpoints.wait()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            stopped = stop.asked
+        except WorkerDied:
+            stopped = stop.asked  # whoever asked may have told all processes of the run
             if not stopped:
-                raise DataError(f"a process that loads data died: {first_line(error)}") from error
+                raise
         finally:
             self.checkpoints.wait()
             if self.done:  # whatever ended the run, what was learned is kept
@@ -587,9 +585,13 @@ class Trainer:
         try:
             with self.window.waiting():
                 return [next(stream) for _ in range(self.config.train.accumulate)]
-        except Exception:
+        except Exception as error:
             if self.world == 1:  # others would not know of it and not come to save
                 self.save()
+            # What a worker raises says "Caught …"; one that died cannot hand over what it had ready.
+            cut_off = isinstance(error, ConnectionError | EOFError | FileNotFoundError) and "Caught" not in str(error)
+            if (cut_off and self.config.train.workers) or "DataLoader worker (pid" in str(error):
+                raise WorkerDied(f"a process that loads data died: {first_line(error)}") from error
             raise
 
     def _batches(self) -> Iterator[Batch]:
@@ -666,6 +668,10 @@ class Trainer:
             f"loss or gradient was not finite in {len(self.suspects)} steps in a row, up to step {self.done}: "
             f"{file} names their samples; try a lower optimizer.lr, train.clip_norm, or train.precision=fp32"
         )
+
+
+class WorkerDied(DataError):
+    """A process that loads data has ended."""
 
 
 class NotFiniteError(RuntimeError):
