@@ -41,12 +41,14 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["d2v_fast", "d2v_fast.*"]),
-    package_data={"d2v_fast": ["presets/*/*.yaml", "py.typed"]},
+    package_data={"d2v_fast": ["presets/*/*.yaml", "report.html", "py.typed"]},
     ext_modules=[Extension("d2v_fast.ops.libd2v_fast", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4",
+        "jinja2",
+        "joblib",
         "jsonargparse[signatures]>=4.49",
         "numpy",
         "pillow",
@@ -59,6 +61,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],  # encoder.attention=flash_attention_2, on GPUs; built from source
+        "report": ["matplotlib"],
         "tensorboard": ["tensorboard"],
         "vision": ["torchvision"],  # what AutoImageProcessor of transformers 5.17 needs to load an exported processor
         "dev": [
@@ -72,5 +75,7 @@ setup(
             "triton==3.7.1; platform_system == 'Linux'",  # what torch 2.13 for CUDA brings with it
         ],
     },
-    entry_points={"console_scripts": [f"d2v-{name} = d2v_fast.cli:{name}" for name in ("train", "probe", "export")]},
+    entry_points={
+        "console_scripts": [f"d2v-{name} = d2v_fast.cli:{name}" for name in ("train", "probe", "export", "report", "doctor")]
+    },
 )

@@ -1,4 +1,4 @@
-"""The commands: d2v-train, d2v-probe and d2v-export."""
+"""The commands: d2v-train, d2v-probe, d2v-export, d2v-report and d2v-doctor."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def train() -> None:
 
     def command(args: list[str]) -> int:
         config, fused = parse(args)
-        from d2v_fast import training
+        from d2v_fast import diagnostics, training
 
         try:
             return training.train(config, fused)
-        except (training.CollapseError, training.NotFiniteError) as error:
+        except (diagnostics.CollapseError, training.NotFiniteError) as error:
             sys.exit(f"d2v-train: {error}")
 
     _run("d2v-train", command)
@@ -66,6 +66,28 @@ def export() -> None:
         main(args)
 
     _run("d2v-export", command)
+
+
+def report() -> None:
+    """d2v-report: runs as an HTML page."""
+
+    def command(args: list[str]) -> None:
+        from d2v_fast.report import main
+
+        main(args)
+
+    _run("d2v-report", command)
+
+
+def doctor() -> None:
+    """d2v-doctor: what a bug report needs, and what is slow or wrong on this machine."""
+
+    def command(args: list[str]) -> None:
+        from d2v_fast.diagnostics import doctor
+
+        doctor(args)
+
+    _run("d2v-doctor", command)
 
 
 if __name__ == "__main__":

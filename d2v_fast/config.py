@@ -220,18 +220,30 @@ class TrainConfig:
 
 @dataclass
 class CollapseConfig:
-    """When a run counts as collapsed.
+    """When a run counts as collapsed; a bound of 0 switches its rule off.
 
     Args:
         target_std: Least std of the targets.
         prediction_std: Least std of the predictions.
-        after: First step that is judged.
+        rank: Least effective rank of the states of student and teacher.
+        variation: Least std of the local features, as a share of their size.
+        divergence: Largest loss, as a multiple of what predicting a constant would cost.
+        leak: Least loss, as a multiple of the same.
+        distance: Least distance of teacher and student, relative to the student's weights.
+        decay: Largest decay of the teacher.
+        after: Steps before the first that is judged; default is 5000, in a shorter run a tenth of it but at least 100.
         action: What to do.
     """
 
     target_std: float = 0.1
     prediction_std: float = 0.01
-    after: int = 5000
+    rank: float = 4.0
+    variation: float = 0.2
+    divergence: float = 2.0
+    leak: float = 0.02
+    distance: float = 1e-6
+    decay: float = 0.999999
+    after: int | None = None
     action: Literal["warn", "stop", "off"] = "warn"
 
 

@@ -25,11 +25,15 @@ class Data2VecOutput:
         loss: Scalar; the sum over scored positions divided by `num_targets` where given, else by their number.
         stats: Moments of targets and predictions at the scored positions, on the device.
         features: Local features (B, T, C) of the student, detached.
+        states: Of the student at masked positions (N, C), detached.
+        teacher_states: Result of the teacher's last layer (B, T, C); only masked positions count.
     """
 
     loss: Tensor
     stats: LossStats
     features: Tensor
+    states: Tensor
+    teacher_states: Tensor
 
 
 def regression_head(hidden_size: int, layers: int, zero_init: bool = False) -> nn.Module:
@@ -150,7 +154,8 @@ class Data2Vec(nn.Module):
             padding_mask if target_padding_mask is None else target_padding_mask,
             index,
         )
-        predictions = self.head(self.student.contextualize_at(student_features, padding_mask, index))
+        states = self.student.contextualize_at(student_features, padding_mask, index)
+        predictions = self.head(states)
         loss, stats = data2vec_loss(
             predictions,
             layers,
@@ -162,7 +167,7 @@ class Data2Vec(nn.Module):
         )
         if num_targets is not None:
             loss = loss / num_targets
-        return Data2VecOutput(loss, stats, features.detach())
+        return Data2VecOutput(loss, stats, features.detach(), states.detach(), layers[-1])
 
     @torch.no_grad()
     def teacher_layers(

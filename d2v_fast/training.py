@@ -27,10 +27,10 @@ from torch import Tensor
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, Tensors, sync, write_text
 from d2v_fast.config import FREE, Config, ConfigError, OptimizerConfig, ScheduleConfig, data_class
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
+from d2v_fast.diagnostics import Monitor, environment
 from d2v_fast.encoders import Encoder, build_encoder, describe
 from d2v_fast.fused import fuse
-from d2v_fast.model import Data2Vec, Data2VecOutput
-from d2v_fast.ops.reference import Moments
+from d2v_fast.model import Data2Vec
 
 log = logging.getLogger(__name__)
 
@@ -353,6 +353,8 @@ class Trainer:
         self.suspects: list[dict[str, Any]] = []  # the steps skipped last, one after the other
         if saved:
             self._restore(saved)
+        folder = self.folder if self.accelerator.is_main_process else None
+        self.monitor = Monitor(self.core, self.optimizer.optimizer, config.collapse, self.steps, self.accelerator, folder)
 
     def run(self) -> int:
         """Train to the end or until asked to stop; returns the exit code."""
@@ -362,6 +364,7 @@ class Trainer:
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.yaml", self.config.yaml)
+            write_text(self.folder / "environment.json", json.dumps(environment(self.folder), indent=1))
             log.info("%s", describe(self.core.student))
             place = f"{train.precision} on {self.device}" + (f" × {self.world}" if self.world > 1 else "")
             log.info("%d samples, %d steps, %s, run in %s", len(self.data), self.steps, place, self.folder)
@@ -382,16 +385,17 @@ class Trainer:
                     if not busy and train.save_every and self.done // train.save_every > self.saved // train.save_every:
                         self.save()
                     micro_batches = self._take(stream)
-                    loss, outputs, grad_norm = self.step(micro_batches)
+                    self.monitor.due = (self.done + 1) % train.log_every == 0 or self.done + 1 in (1, self.steps)
+                    loss, grad_norm = self.step(micro_batches)
                     self.done, self.batches = self.done + 1, self.taken
                     self.window.add(None if self.suspects else loss, sum(len(batch["samples"]) for batch in micro_batches))
                     bar.update()
-                    if self.done % train.log_every == 0 or self.done in (1, self.steps):
-                        record = self._record(self.done, micro_batches[-1]["epoch"], self.window, outputs, grad_norm)
+                    if self.monitor.due:
+                        record = self._record(self.done, micro_batches[-1]["epoch"], self.window, grad_norm)
                         self.window = Window(self.device)
                         run_log.write(record)
                         bar.set_postfix_str(PROGRESS.format(**record))
-                        self._judge(record)
+                        self.monitor.judge(record)
                     if len(self.suspects) >= train.max_skipped:
                         self._give_up()
                     if train.export_every and self.done % train.export_every == 0:
@@ -504,16 +508,14 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(generators[f"{number}.cuda"], self.device)
 
-    def _record(
-        self, step: int, epoch: int, window: Window, outputs: list[Data2VecOutput], grad_norm: Tensor
-    ) -> dict[str, float]:
+    def _record(self, step: int, epoch: int, window: Window, grad_norm: Tensor) -> dict[str, float]:
         """A line of the log; here the device is waited for."""
         loss = float(self.accelerator.reduce(window.loss, "mean")) / window.steps if window.steps else math.nan
         seconds = time.perf_counter() - window.start
         return {
             "step": step,
             "loss": loss,
-            **self._collapse_figures(outputs),
+            **self.monitor.figures(loss),
             "grad_norm": float(grad_norm),
             "lr": self.scheduler.get_last_lr()[0],
             "ema_decay": self.core.teacher.decay(self.core.teacher.step),
@@ -525,8 +527,8 @@ class Trainer:
             "time": time.time(),
         }
 
-    def step(self, micro_batches: list[Batch]) -> tuple[Tensor, list[Data2VecOutput], Tensor]:
-        """One optimizer step; loss on this rank's share, the outputs, and the gradient's norm before clipping."""
+    def step(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
+        """One optimizer step; loss on this rank's share, and the gradient's norm before clipping."""
         config, last = self.config, len(micro_batches) - 1
         num_targets = None
         if config.loss.reduction == "global":
@@ -536,7 +538,6 @@ class Trainer:
                 counts = torch.tensor([float(num_targets)], device=self.device)
                 num_targets = self.accelerator.reduce(counts, "sum")[0] / self.world
         loss = torch.zeros((), device=self.device)
-        outputs = []
         for i, batch in enumerate(micro_batches):
             # Ranks exchange gradients with the last micro-batch only.
             with nullcontext() if i == last else self.accelerator.no_sync(self.model):
@@ -544,7 +545,6 @@ class Trainer:
                 share = output.loss if num_targets is not None else output.loss / len(micro_batches)
                 self.accelerator.backward(share)
             loss += share.detach()
-            outputs.append(output)
         parameters = [p for p in self.core.parameters() if p.requires_grad]
         grad_norm = self.accelerator.clip_grad_norm_(parameters, config.train.clip_norm or math.inf)
         finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
@@ -564,7 +564,7 @@ class Trainer:
                 self.optimizer.step()  # lets the scaler lower its factor; it skips the update itself
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, outputs, grad_norm
+        return loss, grad_norm
 
     def export(self) -> None:
         """The student in Hugging Face format, with its tokenizer; each file is replaced at once."""
@@ -615,35 +615,6 @@ class Trainer:
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
 
-    @torch.no_grad()
-    def _collapse_figures(self, outputs: list[Data2VecOutput]) -> dict[str, float]:
-        """Std of targets and predictions, pooled over micro-batches and ranks, and of the local features."""
-        figures = {}
-        for name in ("target", "prediction"):
-            moments = Moments.pooled([getattr(output.stats, name) for output in outputs])
-            if self.world > 1:
-                gathered = self.accelerator.gather(torch.cat([moments.count[None], moments.mean, moments.m2])[None])
-                half = moments.mean.numel() + 1
-                moments = Moments.pooled([Moments(row[0], row[1:half], row[half:]) for row in gathered])
-            figures[f"{name}_std"] = float(moments.std)
-        features = outputs[-1].features.float().flatten(0, 1)
-        figures["feature_std"] = float(features.std(dim=0).mean())
-        return figures
-
-    def _judge(self, record: dict[str, Any]) -> None:
-        rule = self.config.collapse
-        if rule.action == "off" or record["step"] <= rule.after:
-            return
-        for name, least in (("target_std", rule.target_std), ("prediction_std", rule.prediction_std)):
-            if record[name] < least:
-                message = (
-                    f"step {record['step']}: {name} is {record[name]:.4f}, below collapse.{name}={least}: "
-                    "the representation is becoming constant; try a lower optimizer.lr, a higher ema.start or a larger batch"
-                )
-                if rule.action == "stop":
-                    raise CollapseError(message)
-                log.warning(message)
-
     def _agreed(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set on any rank."""
         if self.world == 1:
@@ -676,10 +647,6 @@ class WorkerDied(DataError):
 
 class NotFiniteError(RuntimeError):
     """Too many steps in a row were skipped, as loss or gradient was not finite."""
-
-
-class CollapseError(RuntimeError):
-    """Targets or predictions have become constant."""
 
 
 def train(config: Config, fused: bool = False) -> int:
