@@ -317,7 +317,7 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
         ),
         "threads": f"{threads}" + (f" on each of {ranks} ranks" if ranks > 1 else ""),
         "gpu": "; ".join(f"{g.name}, {g.total_memory / 2**30:.0f} GiB, sm_{g.major}{g.minor}" for g in gpus) or "none",
-        "driver": f"{driver or 'none'}, torch built for CUDA {torch.version.cuda or '(none)'}",
+        "driver": f"{driver or 'none'}, torch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}",
         **{f"loss on {device}": text for device, text in losses.items()},
         "free": ", ".join(f"{size:.1f} GiB in {place}" for place, size in free.items()),
         "allocator": allocator or "of the C library; tcmalloc, by LD_PRELOAD, can be faster on a CPU",
