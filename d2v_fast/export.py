@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import d2v_fast
+from d2v_fast.checkpoint import Checkpoints
 from d2v_fast.config import Config, ConfigError, nearest, parse
 from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, make_model
 from d2v_fast.data.text import load_tokenizer
@@ -185,14 +186,12 @@ def load_teacher(encoder: torch.nn.Module, run: Path) -> None:
 
     Raises:
         ConfigError: The run has no checkpoint.
+        CheckpointError: None of its checkpoints is intact.
     """
-    from safetensors.torch import load_file
-
-    found = sorted((run / "checkpoints").glob("step-*/manifest.json"), key=lambda file: int(file.parent.name[5:]))
-    if not found:
+    if not list((run / "checkpoints").glob("step-*")):
         raise ConfigError(f"--teacher: {run} has no checkpoint, and only checkpoints hold the teacher")
     prefix = "teacher.module."
-    state = load_file(found[-1].with_name("teacher.safetensors"))
+    state = Checkpoints(run / "checkpoints", keep_last=1).newest().tensors("teacher")
     encoder.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
 
