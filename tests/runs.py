@@ -78,6 +78,8 @@ def train(*args, **settings):
 
 
 def _train(folder, stderr, args, before, threads, own_group):
+    import faulthandler
+
     import torch
 
     from d2v_fast import cli
@@ -87,6 +89,7 @@ def _train(folder, stderr, args, before, threads, own_group):
         os.setsid()
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    faulthandler.dump_traceback_later(50)  # before the test gives up
     torch.set_num_threads(threads)
     if before is not None:
         before()
