@@ -410,6 +410,7 @@ class Trainer:
             if not stopped:
                 raise
         finally:
+            stream.close()  # and with it the workers
             self.checkpoints.wait()
             if self.done:  # whatever ended the run, what was learned is kept
                 self.export()

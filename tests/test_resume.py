@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -500,3 +501,14 @@ class TestStrict:
         subprocess.run(["rm", "-r", "run/checkpoints"], check=True)
         code, said = train(["--resume", "run"])
         assert code == 1 and "no checkpoint to resume from in run/checkpoints: there is none" in said
+
+
+def test_no_process_is_left_behind():
+    """A trainer that is used inside of another program takes its loader workers with it."""
+    from d2v_fast.config import parse
+    from d2v_fast.training import Trainer
+
+    trainer = Trainer(parse(arguments("vision", "run", "train.steps=3", "train.workers=2"))[0])
+    before = set(multiprocessing.active_children())
+    assert trainer.run() == 0
+    assert set(multiprocessing.active_children()) == before

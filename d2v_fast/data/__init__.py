@@ -187,7 +187,6 @@ def make_loader(
         generator=torch.Generator(),  # else it would draw from the one of dropout, and a run that goes on would draw again
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
-        persistent_workers=workers > 0,
         prefetch_factor=prefetch if workers else None,
     )
 
