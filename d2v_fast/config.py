@@ -231,7 +231,8 @@ class CollapseConfig:
         leak: Least loss, as a multiple of the same.
         distance: Least distance of teacher and student, relative to the student's weights.
         decay: Largest decay of the teacher.
-        after: Steps before the first that is judged; default is 5000, in a shorter run a tenth of it but at least 100.
+        after: Steps before the first that is judged; default is 5000, in a shorter run a tenth of it but at least 100, and
+            never before the learning rate has warmed up.
         action: What to do.
     """
 
@@ -240,7 +241,7 @@ class CollapseConfig:
     rank: float = 4.0
     variation: float = 0.2
     divergence: float = 2.0
-    leak: float = 0.02
+    leak: float = 0.015
     distance: float = 1e-6
     decay: float = 0.999999
     after: int | None = None
@@ -264,6 +265,15 @@ GROUPS = {*SECTIONS, "mask", "data"}
 
 # The interval of a number or of each of several; a round bracket leaves the bound out.
 RANGES = {
+    "collapse.after": "[0, inf)",
+    "collapse.decay": "[0, 1]",
+    "collapse.distance": "[0, inf)",
+    "collapse.divergence": "[0, inf)",
+    "collapse.leak": "[0, inf)",
+    "collapse.prediction_std": "[0, inf)",
+    "collapse.rank": "[0, inf)",
+    "collapse.target_std": "[0, inf)",
+    "collapse.variation": "[0, inf)",
     "data.batch_seconds": "(0, inf)",
     "data.block_size": "[2, inf)",
     "data.channel_length": "[1, inf)",

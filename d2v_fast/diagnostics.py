@@ -111,6 +111,7 @@ class Monitor:
         optimizer: Of its parameters, as torch made it.
         config: The bounds.
         steps: Of the whole run.
+        warmup: Steps of the learning rate's warm-up; until then the figures are near those of random weights.
         accelerator: Pools figures over ranks.
         folder: Where alarms.jsonl is written; None on other ranks than the first.
     """
@@ -121,11 +122,12 @@ class Monitor:
         optimizer: torch.optim.Optimizer,
         config: CollapseConfig,
         steps: int,
+        warmup: float,
         accelerator: Accelerator,
         folder: Path | None,
     ):
         self.model, self.config, self.accelerator, self.folder = model, config, accelerator, folder
-        self.after = min(5000, max(100, steps // 10)) if config.after is None else config.after
+        self.after = max(warmup, min(5000, max(100, steps // 10))) if config.after is None else config.after
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         averaged = [
             (ours, theirs)

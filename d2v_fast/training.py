@@ -113,9 +113,14 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool 
     )
 
 
+def warmup_steps(steps: int, config: ScheduleConfig) -> float:
+    """Steps until the learning rate is at its peak."""
+    return config.warmup if config.warmup >= 1 else config.warmup * steps
+
+
 def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
     """Learning rate of step 0, 1, … as a share of the peak (spec 5.1)."""
-    warmup = config.warmup if config.warmup >= 1 else config.warmup * steps
+    warmup = warmup_steps(steps, config)
     if step < warmup:
         return config.initial + (1 - config.initial) * (step + 1) / (warmup + 1)
     if config.kind == "constant":
@@ -354,7 +359,8 @@ class Trainer:
         if saved:
             self._restore(saved)
         folder = self.folder if self.accelerator.is_main_process else None
-        self.monitor = Monitor(self.core, self.optimizer.optimizer, config.collapse, self.steps, self.accelerator, folder)
+        warmup, optimizer = warmup_steps(self.steps, config.schedule), self.optimizer.optimizer
+        self.monitor = Monitor(self.core, optimizer, config.collapse, self.steps, warmup, self.accelerator, folder)
 
     def run(self) -> int:
         """Train to the end or until asked to stop; returns the exit code."""

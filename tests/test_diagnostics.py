@@ -134,7 +134,9 @@ FINE = {
 def monitor(tmp_path):
     model = Data2Vec(make("vit"), top_k=1)
     optimizer = torch.optim.SGD(model.head.parameters())
-    return lambda steps=1000, **settings: Monitor(model, optimizer, CollapseConfig(**settings), steps, None, tmp_path)
+    return lambda steps=1000, warmup=0, **settings: Monitor(
+        model, optimizer, CollapseConfig(**settings), steps, warmup, None, tmp_path
+    )
 
 
 class TestRules:
@@ -182,6 +184,7 @@ class TestRules:
 
     def test_begin_with_the_run_under_way(self, monitor):
         assert [monitor(steps).after for steps in (50, 1000, 2000, 400_000)] == [100, 100, 200, 5000]
+        assert monitor(400_000, warmup=12_000).after == 12_000 and monitor(400_000, warmup=12_000, after=7).after == 7
         judge = monitor(2000).judge
         assert judge(FINE | {"prediction_std": 0.0, "step": 200}) == []
         assert len(judge(FINE | {"prediction_std": 0.0, "step": 201})) == 1
