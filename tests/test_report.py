@@ -1,0 +1,157 @@
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from d2v_fast import report
+from d2v_fast.report import COLORS, CURVES, main, page, read_run
+
+HOSTILE = "<script>alert(1)</script>\"'&"
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """The text of a page; fails on a tag that is not closed, and collects what a browser would fetch."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.texts, self.fetched, self.tags = [], [], [], []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "data", "action") and not value.startswith("#"):
+                self.fetched.append(value)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def line(step, **more):
+    return json.dumps({"step": step, "time": 1.7e9 + step} | {name: 0.1 + step / 1000 for name in CURVES} | more)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name="run", lines=None, **files):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "log.jsonl").write_text("\n".join(lines or [line(step) for step in (1, 50, 100)]) + "\n")
+        for file, text in files.items():
+            (folder / file.replace("_", ".")).write_text(text)
+        return folder
+
+    return make
+
+
+def html_of(*folders):
+    return page([read_run(folder, COLORS[i]) for i, folder in enumerate(folders)])
+
+
+def test_a_page_shows_what_a_run_wrote(make_run):
+    alarm = "predictions are becoming constant"
+    html = html_of(
+        make_run(
+            config_yaml="train: {steps: 400, output: null}\nmask: {kind: span}\ndata: {}\n",
+            environment_json=json.dumps({"threads": "2", "warnings": ["/dev/shm has 0.06 GiB"]}),
+            alarms_jsonl=json.dumps({"step": 50, "alarms": [alarm]}),
+        )
+    )
+    found = Page(html)
+    assert f"step 50: {alarm}" in found.text and "/dev/shm has 0.06 GiB" in found.text
+    assert "100 of 400" in found.text and "mask.kind span" in found.text and "threads 2" in found.text
+    assert all(title in found.text for title, _ in CURVES.values())
+    assert found.tags.count("svg") == len(CURVES)
+
+
+def test_it_needs_nothing_but_itself(make_run):
+    html = html_of(make_run())
+    assert Page(html).fetched == []
+    assert not {"link", "script", "img", "iframe"} & set(Page(html).tags)
+    assert "@import" not in html and "url(http" not in html and len(html) < 400_000
+
+
+def test_while_the_run_goes_on(make_run):
+    """Half a line, a line that a killed process broke off, and numbers that JSON does not know or that are missing."""
+    whole = [line(1), line(50)[:40], line(100, loss=None), line(150, grad_norm=math.nan), line(200)[:-9]]
+    folder = make_run(lines=whole, alarms_jsonl='{"step": 100, "alarms": ["of 100"]}\n{"step": 150, "ala')
+    run = read_run(folder, "red")
+    assert [one["step"] for one in run.log] == [1, 100, 150] and run.alarms == [(100, "of 100")]
+    Page(page([run]))
+
+
+def test_steps_taken_again_replace_the_first_try(make_run):
+    lines = [line(1), line(50, loss=1), line(100, loss=2), line(150, loss=3), line(50, loss=7), line(100, loss=8)]
+    old = [{"step": 50, "alarms": ["once"]}, {"step": 150, "alarms": ["before it was resumed"]}]
+    run = read_run(make_run(lines=lines, alarms_jsonl="\n".join(map(json.dumps, old))), "red")
+    assert [(one["step"], one["loss"]) for one in run.log[1:]] == [(50, 7), (100, 8)]
+    assert run.alarms == [(50, "once")]
+
+
+def test_everything_from_files_is_escaped(make_run):
+    folder = make_run(
+        HOSTILE.replace("/", "∕"),
+        lines=[line(1, loss=HOSTILE), line(2)],
+        config_yaml=json.dumps({"data": {"path": HOSTILE, HOSTILE: 1}}),
+        environment_json=json.dumps({HOSTILE: HOSTILE, "warnings": [HOSTILE]}),
+        alarms_jsonl=json.dumps({"step": 2, "alarms": [HOSTILE]}),
+    )
+    for html in (html_of(folder), html_of(folder, make_run("other"))):
+        found = Page(html)
+        assert "script" not in found.tags and found.text.count("alert(1)") >= 5
+
+
+def test_several_runs_side_by_side(make_run):
+    a = make_run("a", config_yaml="train: {steps: 5, seed: 0}")
+    b = make_run("b", lines=[line(1), line(900)], config_yaml="train: {steps: 5, seed: 1}")
+    html = html_of(a, b)
+    assert "2 runs" in Page(html).text and all(f"stroke: {color}" in html for color in COLORS[:2])
+    different, same = html.index("train.seed"), html.index("train.steps")
+    assert different < html.index("1 that all share") < same
+
+
+def test_long_runs_stay_light(make_run):
+    lines = [line(step, loss=math.sin(step)) for step in range(1, 20_001)]
+    html = html_of(make_run(lines=lines))
+    assert len(html) < 1_500_000
+    # The range of each point is drawn too, not only its mean.
+    runs = [read_run(make_run("spike", lines=[*lines[:500], line(501, loss=50.0), *lines[501:3000]]), COLORS[0])]
+    figure = report.curve(runs, "loss")
+    assert re.search(r">(40|50)<", figure), "the spike is averaged away"
+
+
+def test_the_command(make_run, tmp_path, capsys):
+    folder = make_run()
+    main([str(folder)])
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    main([str(folder), str(make_run("b")), "--out", str(tmp_path / "both.html")])
+    assert "2 runs" in (tmp_path / "both.html").read_text()
+    with pytest.raises(ValueError, match=r"nowhere: no log\.jsonl in it, expected the folder of a run"):
+        main([str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="no complete line yet"):
+        main([str(make_run("empty", lines=['{"step": 1, "lo']))])
+
+
+def test_without_matplotlib(make_run):
+    code = "import sys; sys.modules['matplotlib'] = None; from d2v_fast.cli import report; report()"
+    done = subprocess.run([sys.executable, "-c", code, str(make_run())], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "d2v-report: the curves need matplotlib: pip install 'd2v-fast[report]'"
