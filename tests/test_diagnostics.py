@@ -237,7 +237,8 @@ class TestBrokenRuns:
         assert len(alarms(tmp_path / "run")) == 1 and message in alarms(tmp_path / "run")[0]
 
     def test_unmasked_student(self, tmp_path):
-        trainer = tiny("text/tiny", tmp_path / "run", "train.steps=200", "collapse.after=20")
+        more = ["train.steps=400", "train.batch_size=16", "collapse.after=20"]
+        trainer = tiny("text/tiny", tmp_path / "run", *more)
         forward = trainer.core.forward
         trainer.core.forward = lambda source, mask, target, **inputs: forward(target, mask, target, **inputs)
         trainer.run()
