@@ -74,29 +74,30 @@ class Rule(NamedTuple):
     remedy: str
 
 
-SLOWER = "a lower optimizer.lr, a longer schedule.warmup or a smaller train.clip_norm"
+SLOWER = "a lower optimizer.lr, a longer schedule.warmup or clipping by train.clip_norm"
+FEW = "states shrink to a few directions"
 RULES = (
-    Rule("target_std", "target_std", True, "targets are becoming constant", "a higher ema.start, or " + SLOWER),
-    Rule("prediction_std", "prediction_std", True, "predictions are becoming constant", SLOWER),
-    Rule("teacher_rank", "rank", True, "the teacher's states shrink to a few directions", "a higher ema.start, or " + SLOWER),
-    Rule("student_rank", "rank", True, "the student's states shrink to a few directions", SLOWER),
+    Rule("target_std", "target_std", True, "targets are becoming constant", f"try a higher ema.start, {SLOWER}"),
+    Rule("prediction_std", "prediction_std", True, "predictions are becoming constant", f"try {SLOWER}"),
+    Rule("teacher_rank", "rank", True, f"the teacher's {FEW}", f"try a higher ema.start, {SLOWER}"),
+    Rule("student_rank", "rank", True, f"the student's {FEW}", f"try {SLOWER}"),
     Rule(
         "feature_variation",
         "variation",
         True,
         "the local features hardly differ, the stem is dead or dying",
-        "a look at the data (silence, one colour), head.zero_init=true, or a lower rate for the stem by optimizer.lr_scale",
+        "check the data (silence? one colour?), try head.zero_init=true or a lower rate for the stem by optimizer.lr_scale",
     ),
-    Rule("relative_loss", "divergence", False, "predictions are worse than a constant, the run diverges", SLOWER),
+    Rule("relative_loss", "divergence", False, "predictions are worse than a constant, the run diverges", f"try {SLOWER}"),
     Rule(
         "relative_loss",
         "leak",
         True,
         "the loss is suspiciously low, as if the student saw what it predicts",
-        "a look at the mask (does it reach the student, is mask.prob high enough?) and at the data (are samples all alike?)",
+        "check that the mask reaches the student and that samples are not all alike, try a higher mask.prob",
     ),
-    Rule("teacher_distance", "distance", True, "the teacher is a copy of the student", "a higher ema.start and ema.end"),
-    Rule("ema_decay", "decay", False, "the teacher stands still", "a lower ema.start and ema.end"),
+    Rule("teacher_distance", "distance", True, "the teacher is a copy of the student", "try a higher ema.start and ema.end"),
+    Rule("ema_decay", "decay", False, "the teacher stands still", "try a lower ema.start and ema.end"),
 )
 
 
@@ -222,7 +223,7 @@ class Monitor:
                 self.active.add(rule)
                 side = "below" if rule.least else "above"
                 limit = f"{rule.figure} {value:.4g} is {side} collapse.{rule.bound}={bound:g}"
-                alarms.append(f"{rule.meaning}: {limit}; try {rule.remedy}")
+                alarms.append(f"{rule.meaning}: {limit}; {rule.remedy}")
             elif value > CLEAR * bound if rule.least else value < bound / CLEAR:
                 self.active.discard(rule)
         if alarms:

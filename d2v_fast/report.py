@@ -153,7 +153,8 @@ def page(runs: list[Run]) -> str:
         found = [getattr(run, name) for run in runs]
         keys = list(dict.fromkeys(key for one in found for key in one if key != "warnings"))
         rows = [(key, [str(one.get(key, "–")) for one in found]) for key in keys]
-        tables[name] = [row for row in rows if len(set(row[1])) > 1], [row for row in rows if len(set(row[1])) == 1]
+        same = [(key, values[:1]) for key, values in rows if len(set(values)) == 1]
+        tables[name] = [row for row in rows if len(set(row[1])) > 1], same
     return template.render(
         runs=runs,
         figures=figures,
