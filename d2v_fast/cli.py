@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -33,61 +34,42 @@ def _run(name: str, command: Callable[[list[str]], int | None]) -> None:
 
 def train() -> None:
     """d2v-train: pre-train."""
-
-    def command(args: list[str]) -> int:
-        config, fused = parse(args)
-        from d2v_fast import diagnostics, training
-
-        try:
-            return training.train(config, fused)
-        except (diagnostics.CollapseError, training.NotFiniteError) as error:
-            sys.exit(f"d2v-train: {error}")
-
-    _run("d2v-train", command)
+    _run("d2v-train", _train)
 
 
 def probe() -> None:
     """d2v-probe: what a frozen encoder has learned."""
-
-    def command(args: list[str]) -> None:
-        from d2v_fast.probe import main
-
-        main(args)
-
-    _run("d2v-probe", command)
+    _run("d2v-probe", _main_of("probe"))
 
 
 def export() -> None:
     """d2v-export: to Hugging Face, from a run or from another project's checkpoint."""
-
-    def command(args: list[str]) -> None:
-        from d2v_fast.export import main
-
-        main(args)
-
-    _run("d2v-export", command)
+    _run("d2v-export", _main_of("export"))
 
 
 def report() -> None:
     """d2v-report: runs as an HTML page."""
-
-    def command(args: list[str]) -> None:
-        from d2v_fast.report import main
-
-        main(args)
-
-    _run("d2v-report", command)
+    _run("d2v-report", _main_of("report"))
 
 
 def doctor() -> None:
     """d2v-doctor: what a bug report needs, and what is slow or wrong on this machine."""
+    _run("d2v-doctor", _main_of("diagnostics", "doctor"))
 
-    def command(args: list[str]) -> None:
-        from d2v_fast.diagnostics import doctor
 
-        doctor(args)
+def _train(args: list[str]) -> int:
+    config, fused = parse(args)
+    from d2v_fast import diagnostics, training
 
-    _run("d2v-doctor", command)
+    try:
+        return training.train(config, fused)
+    except (diagnostics.CollapseError, training.NotFiniteError) as error:
+        sys.exit(f"d2v-train: {error}")
+
+
+def _main_of(module: str, function: str = "main") -> Callable[[list[str]], None]:
+    """A command that imports what it needs only when it runs, inside of what turns errors into messages."""
+    return lambda args: getattr(importlib.import_module(f"d2v_fast.{module}"), function)(args)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,10 @@ class Encoder(nn.Module):
     def contextualize_at(self, features: Tensor, padding_mask: Tensor | None, index: Tensor) -> Tensor:
         """States (N, C) at the positions `index` (N,) of the flattened (B, T)."""
         self._asked, self._rows = (index, features.shape[1]), None
-        states = self.contextualize(features, padding_mask).flatten(0, 1)
-        self._asked = None
+        try:
+            states = self.contextualize(features, padding_mask).flatten(0, 1)
+        finally:
+            self._asked = self._all = None  # whoever runs it after an error wants all positions
         return states if self._rows else states[index]
 
     def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:

@@ -57,8 +57,8 @@ def _last_block(model: Data2Vec, device: torch.device) -> str:
 def _memory(model: Data2Vec, device: torch.device) -> str:
     """Stop the allocator of glibc from giving memory back.
 
-    It unmaps every large block that is freed, and the system zeroes each page of the next one anew: a fifth of a step of text
-    and a third of one of speech. Another allocator, by LD_PRELOAD or on another system, is left alone.
+    It unmaps every large block that is freed, and the system zeroes each page of the next one anew. Another allocator, by
+    LD_PRELOAD or on another system, is left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if device.type != "cpu" or mallopt is None:

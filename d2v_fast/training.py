@@ -311,7 +311,6 @@ class Trainer:
         )
         self.world, self.device = self.accelerator.num_processes, self.accelerator.device
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_last)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_last)
         settings = {"modality": config.modality, "fused": fused, "processes": self.world, **config.settings()}
         self.settings = json.loads(json.dumps(settings, default=str))
         saved = self._newest() if config.resume else None

@@ -72,6 +72,22 @@ def test_what_runs_in_between_sees_all_positions():
     assert torch.equal(student(x), models.make("beit").eval()(x)) and student(x).shape == (2, 16, 32)
 
 
+def test_an_error_in_the_midst_leaves_it_whole(monkeypatch):
+    """Else what runs next, an export or a probe, would get rows alone."""
+    encoder = models.make("roberta").eval()
+    expected = encoder(x := models.inputs("roberta"))
+    assert encoder.narrow_last_block()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder.blocks[-1].attention, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            encoder.contextualize_at(encoder.embed(x), None, torch.tensor([1, 5]))
+    assert torch.equal(encoder(x), expected)
+
+
 def test_a_layer_that_is_dropped_leaves_the_others_rows():
     encoder = models.make("data2vec-audio")
     features, index = encoder.embed(models.inputs("data2vec-audio")), torch.tensor([1, 5, 20])

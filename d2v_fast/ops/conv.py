@@ -67,6 +67,8 @@ class _Convolution(torch.autograd.Function):
 
 
 class _NormGelu(torch.autograd.Function):
+    """GELU of the layer norm of x (L, C) of fp32, bf16 or fp16; weight and bias (C) fp32."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         y, stats = native.norm_gelu(x, weight, bias, eps)
@@ -80,11 +82,20 @@ class _NormGelu(torch.autograd.Function):
         return *native.norm_gelu_backward(x, grad.contiguous(), weight, bias, stats), None
 
 
+def norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """GELU of the layer norm of x (L, C), like x. The kernel takes parameters in fp32 on a CPU; all else is left to torch."""
+    if x.device.type == "cpu" and x.dtype in native.DTYPES and weight.dtype == bias.dtype == torch.float32:
+        return _NormGelu.apply(x, weight, bias, eps)
+    return F.gelu(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
+
+
 class FeatureEncoder:
     """The forward of a feature encoder of transformers (Data2VecAudio, Wav2Vec2, HuBERT), by matrix products."""
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Features (B, C, T) of waveforms (B, S)."""
+        if waveforms.device.type != "cpu":  # moved there since; what follows is for a CPU
+            return super().forward(waveforms)
         batch, samples = waveforms.shape
         convolutions = [layer.conv for layer in self.conv_layers]
         stride, reach = 1, 1  # of the whole stack: samples from frame to frame, and those that a frame sees
@@ -99,14 +110,14 @@ class FeatureEncoder:
         for layer in self.conv_layers:
             x = _Convolution.apply(x, layer.conv.weight, layer.conv.bias, layer.conv.stride[0])
             norm = getattr(layer, "layer_norm", None)
-            x = F.gelu(x) if norm is None else _NormGelu.apply(x, norm.weight, norm.bias, norm.eps)
+            x = F.gelu(x) if norm is None else norm_gelu(x, norm.weight, norm.bias, norm.eps)
         return x.view(batch, frames, -1)[:, : (samples - reach) // stride + 1].transpose(1, 2)
 
 
 def use(extractor: nn.Module) -> bool:
-    """Compute the features so; False, and nothing is changed, for layers of another kind."""
+    """Compute the features so; False, and nothing is changed, for layers of another kind or without the C++ library."""
     layers = getattr(extractor, "conv_layers", [])
-    if not layers or not all(_fits(layer) for layer in layers):
+    if native.obstacle(torch.device("cpu")) or not layers or not all(_fits(layer) for layer in layers):
         return False
     extractor.__class__ = type(type(extractor).__name__, (FeatureEncoder, type(extractor)), {})
     return True
