@@ -1,10 +1,11 @@
 # make demo   trains a tiny preset on builtin data and probes it, on the CPU
 # make test   runs the tests
 # make lint   ruff
+# make docs   pages of all docstrings in build/docs
 # make bench        measures the loss beside its alternatives, writes $(RESULTS)
 # make bench-check  the same, and fails if a ratio fell more than 15 % below the committed one
 # make bench-report the tables in Markdown and the plot, from $(RESULTS)
-# … BENCH=step      the same of whole steps, their parts and a sweep over sizes; BENCH=ema of the teacher's update
+# … BENCH=step      the same of whole steps, their parts and a sweep over sizes; BENCH=ema, BENCH=monitor
 # Everything is installed into .venv; another Python: make PYTHON=python3.12 …
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ BENCH ?= loss
 RESULTS ?= benchmarks/results/cpu-$(BENCH).json
 MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_bench_$(BENCH).py -q --benchmark-columns=median
 
-.PHONY: demo test test-slow lint bench bench-check bench-report clean
+.PHONY: demo test test-slow lint docs bench bench-check bench-report clean
 
 # torch first and by its exact version: a CPU build of it may be at hand, the newest one brings gigabytes of CUDA.
 $(BIN)/.installed: setup.py CMakeLists.txt $(wildcard kernels/*)
@@ -39,6 +40,9 @@ test-slow: $(BIN)/.installed
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(BIN)/.installed
+	$(BIN)/pdoc --docformat google --output-directory build/docs d2v_fast
 
 bench: $(BIN)/.installed
 	$(MEASURE) --benchmark-json=$(RESULTS)

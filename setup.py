@@ -68,6 +68,7 @@ setup(
             "hypothesis",
             "lightning",  # for an example
             "matplotlib",
+            "pdoc",
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",

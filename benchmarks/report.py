@@ -103,9 +103,8 @@ def breakdown_table(path: Path) -> str:
 
 def parts_table(path: Path) -> str:
     found = rows(path, "test_parts")
-    names = [name for name in found[0]["without"] if name != "all"]
-    lines = [[row["case"], *(f"{row['without'][n] / row['without']['all'] - 1:+.0%}" for n in names)] for row in found]
-    return markdown(["step without", *names], lines)
+    lines = [[row["case"], *(f"{pair['without'] / pair['all'] - 1:+.0%}" for pair in row["parts"].values())] for row in found]
+    return markdown(["step without", *found[0]["parts"]], lines)
 
 
 def ema_table(path: Path) -> str:
@@ -122,9 +121,19 @@ def ema_table(path: Path) -> str:
     return markdown(["case", "ms", "GB/s", "of copy", *(f"× {name}" for name in BASELINES["test_ema"])], lines)
 
 
+def monitor_table(path: Path) -> str:
+    lines = []
+    for row in rows(path, "test_monitor"):
+        step, line = row["seconds_a_step"], row["seconds_a_line"]
+        share = line / row["log_every"] / step
+        lines.append([row["case"], f"{step * 1e3:.0f}", f"{line * 1e3:.1f}", str(row["log_every"]), f"{share:.2%}"])
+    return markdown(["run", "ms a step", "ms a line of the log", "steps a line", "monitor's share"], lines)
+
+
 TABLES = {
     "test_ema": [ema_table],
     "test_loss": [loss_table],
+    "test_monitor": [monitor_table],
     "test_step": [step_table, breakdown_table],
     "test_parts": [parts_table],
 }

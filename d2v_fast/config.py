@@ -479,6 +479,30 @@ def _make_way(settings: dict[str, Any], later: dict[str, Any]) -> None:
         encoder.pop("config", None)
     elif later.get("encoder.model"):
         encoder.pop("pretrained", None)
+        _keep_what_fits(encoder, later["encoder.model"])
+
+
+def _keep_what_fits(encoder: dict[str, Any], model: str) -> None:
+    """Take out of `encoder`, the settings of one model, what another one does not know."""
+    before, config = encoder.get("model"), encoder.get("config", {})
+    if before in (None, model):
+        return
+    strange = set(config)
+    if ":" in model:
+        for name in ("init", "layers", "ffn"):
+            encoder.pop(name, None)
+    else:
+        from transformers import CONFIG_MAPPING
+
+        if model not in CONFIG_MAPPING:
+            return
+        known = CONFIG_MAPPING[model]()
+        strange = {name for name in config if not hasattr(known, name)}
+        if "data2vec-audio" in (before, model):  # a number of layers there, the width of one elsewhere
+            strange |= config.keys() & {"num_conv_pos_embeddings"}
+    if strange:
+        print(f"encoder.model={model}: without {', '.join(sorted(strange))}, which was for {before}", file=sys.stderr)
+    encoder["config"] = {name: value for name, value in config.items() if name not in strange}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

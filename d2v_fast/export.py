@@ -19,7 +19,9 @@ import d2v_fast
 from d2v_fast.checkpoint import Checkpoints
 from d2v_fast.config import Config, ConfigError, nearest, parse
 from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, make_model
+from d2v_fast.data.audio import feature_extractor
 from d2v_fast.data.text import load_tokenizer
+from d2v_fast.data.vision import MEAN, STD, image_processor
 from d2v_fast.encoders import PatchEncoder, TokenEncoder, WaveEncoder, build_encoder, wrap
 
 OLDER = "data2vec-pytorch"
@@ -32,42 +34,19 @@ WHY_NOT = {
     ("bert", "roberta"): "counts positions from the padding index on and not from 0",
     ("vit", "beit"): "has scaled residuals, relative positions and keys without bias",
 }
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 LOGGED = ("step", "loss", "target_std", "prediction_std", "feature_std", "lr", "ema_decay")
 
 
 class Exported:
-    """What goes into the folder: the encoder and what prepares its inputs.
+    """What goes into the folder.
 
     Args:
         encoder: As it was trained; its states are what the reloaded model has to compute.
-        tokenizer: Of a text encoder.
-        image_size, mean, std: Side in pixels, and how channels are normalised, of a vision encoder.
-        normalize, sample_rate: Whether a waveform is brought to zero mean and unit variance, and its rate in Hz.
+        processor: Tokenizer, image processor or feature extractor, where there is one.
     """
 
-    def __init__(
-        self,
-        encoder: TokenEncoder | PatchEncoder | WaveEncoder,
-        *,
-        tokenizer: Any = None,
-        image_size: int = 224,
-        mean: tuple[float, ...] = IMAGENET["mean"],
-        std: tuple[float, ...] = IMAGENET["std"],
-        normalize: bool = True,
-        sample_rate: int = 16_000,
-    ):
-        self.encoder = encoder.eval()
-        self.processor = tokenizer
-        if isinstance(encoder, PatchEncoder):
-            self.processor = image_processor(image_size, mean, std)
-        elif isinstance(encoder, WaveEncoder):
-            from transformers import Wav2Vec2FeatureExtractor
-
-            masks = getattr(encoder.model.config, "feat_extract_norm", "layer") == "layer"
-            self.processor = Wav2Vec2FeatureExtractor(
-                sampling_rate=sample_rate, do_normalize=normalize, return_attention_mask=masks
-            )
+    def __init__(self, encoder: TokenEncoder | PatchEncoder | WaveEncoder, processor: Any = None):
+        self.encoder, self.processor = encoder.eval(), processor
 
     def write(self, folder: Path, as_type: str | None = None) -> float:
         """Model and processor; returns the largest difference between the reloaded model and the encoder.
@@ -105,22 +84,6 @@ class Exported:
         if isinstance(self.encoder, PatchEncoder):
             return torch.randn(2, config.num_channels, *self.encoder._image_size(), generator=generator)
         return torch.randn(2, 16_000, generator=generator)
-
-
-def image_processor(image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
-    """The largest centred square, resized bicubically and normalised by channel, as a probe sees an image."""
-    from transformers import ViTImageProcessor
-
-    side = {"height": image_size, "width": image_size}
-    return ViTImageProcessor(
-        size={"shortest_edge": image_size},
-        do_center_crop=True,
-        crop_size=side,
-        resample=3,
-        image_mean=list(mean),
-        image_std=list(std),
-        do_convert_rgb=True,
-    )
 
 
 def retype(model: Any, as_type: str) -> Any:
@@ -175,10 +138,10 @@ def open_run(run: Path, teacher: bool = False) -> tuple[Config, Exported]:
         load_teacher(encoder, run)
     data = config.data
     if config.modality == "text":
-        return config, Exported(encoder, tokenizer=load_tokenizer(str(run / "export")))
+        return config, Exported(encoder, load_tokenizer(str(run / "export")))
     if config.modality == "vision":
-        return config, Exported(encoder, image_size=data["image_size"], mean=data["mean"], std=data["std"])
-    return config, Exported(encoder, normalize=data["normalize"], sample_rate=data["sample_rate"])
+        return config, Exported(encoder, image_processor(data["image_size"], data["mean"], data["std"]))
+    return config, Exported(encoder, feature_extractor(encoder, data["sample_rate"], data["normalize"]))
 
 
 def load_teacher(encoder: torch.nn.Module, run: Path) -> None:
@@ -320,17 +283,18 @@ def import_checkpoint(
         model, head = from_data2vec_pytorch(file, encoder)
     loaded = wrap(model)
     if isinstance(loaded, TokenEncoder):
-        exported = Exported(loaded, tokenizer=tokenizer and load_tokenizer(tokenizer))
+        exported = Exported(loaded, tokenizer and load_tokenizer(tokenizer))
         if tokenizer and len(exported.processor) > model.config.vocab_size:
             raise ConfigError(
                 f"--tokenizer {tokenizer}: its {len(exported.processor)} tokens exceed the model's {model.config.vocab_size}"
             )
     elif isinstance(loaded, PatchEncoder):
         inception = settings.get("imagenet_default_mean_and_std", True) is False
-        values = dict(mean=(0.5,) * 3, std=(0.5,) * 3) if inception else IMAGENET
-        exported = Exported(loaded, image_size=loaded._image_size()[0], **values)
+        mean, std = ((0.5,) * 3, (0.5,) * 3) if inception else (MEAN, STD)
+        exported = Exported(loaded, image_processor(loaded._image_size()[0], mean, std))
     else:
-        exported = Exported(loaded, normalize=settings.get("task.normalize", settings.get("normalize", True)))
+        normalize = settings.get("task.normalize", settings.get("normalize", True))
+        exported = Exported(loaded, feature_extractor(loaded, 16_000, normalize))
     difference = exported.write(folder, as_type)
     if head:
         save_file(head, folder / "head.safetensors")

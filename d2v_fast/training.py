@@ -573,13 +573,12 @@ class Trainer:
         return loss, grad_norm
 
     def export(self) -> None:
-        """The student in Hugging Face format, with its tokenizer; each file is replaced at once."""
+        """The student in Hugging Face format, with its tokenizer or processor; each file is replaced at once."""
         if self.accelerator.is_main_process:
             beside, place = self.folder / "export.tmp", self.folder / "export"
             shutil.rmtree(beside, ignore_errors=True)
             self.core.student.save(beside)
-            if (tokenizer := getattr(self.data, "tokenizer", None)) is not None:
-                tokenizer.save_pretrained(beside)
+            self.data.processor(self.core.student).save_pretrained(beside)
             place.mkdir(exist_ok=True)
             for file in beside.iterdir():
                 sync(file)

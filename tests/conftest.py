@@ -1,4 +1,7 @@
+import logging
 import os
+import signal
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 
@@ -21,6 +24,21 @@ def poisoned_empty(monkeypatch):
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder for commands, and a process left as it was."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("TQDM_DELAY", "2")
+    levels = {name: logging.getLogger(name).level for name in ("", "httpx", "transformers", "accelerate", "datasets")}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -68,11 +68,15 @@ def test_the_tables_hold_the_figures(tmp_path):
     path = results(tmp_path / "step.json", "test_step", step_row())
     assert "| speech | an hour's work | 1500 | 5.3 | 67 | 33% | 1.0 GB | 1.5 |" in report.step_table(path)
     assert "| speech | fused | 0.0 | 100.0 | 200.0 | 300.0 | 400.0 | 500.0 | 600.0 | 700.0 |" in report.breakdown_table(path)
-    path = results(tmp_path / "parts.json", "test_parts", dict(case="speech", without=dict(all=1.0, loss=1.25, memory=0.98)))
+    pairs = {"loss": {"all": 2.0, "without": 2.5}, "memory": {"all": 1.0, "without": 0.98}}
+    path = results(tmp_path / "parts.json", "test_parts", dict(case="speech", parts=pairs))
+    assert "| step without | loss | memory |" in report.parts_table(path)
     assert "| speech | +25% | -2% |" in report.parts_table(path)
     seconds = {"fused": 0.01, "state dict loop": 0.05, "in-place loop": 0.02, "foreach mul + add": 0.015}
     row = dict(case="base", seconds=seconds, bytes=10**8, copy_bandwidth=2e10)
     assert "| base | 10.0 | 10.0 | 50% | 5.0 | 2.0 | 1.5 |" in report.ema_table(results(tmp_path / "ema.json", "test_ema", row))
+    row = dict(case="audio/tiny", log_every=20, seconds_a_line=0.01, seconds_a_step=0.1)
+    assert "| audio/tiny | 100 | 10.0 | 20 | 0.50% |" in report.monitor_table(results(tmp_path / "m.json", "test_monitor", row))
     path = results(tmp_path / "sweep.json", "test_sweep", *(dict(axis=axis, seconds={"1": 0.1, "2": 0.2}) for axis in "ab"))
     report.plot(path, tmp_path / "sweep.svg")
     assert "as one size grows" in (tmp_path / "sweep.svg").read_text()

@@ -1,9 +1,7 @@
 """The commands as a user meets them: exit code, the one message, and what a run leaves behind."""
 
 import json
-import logging
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -16,6 +14,8 @@ from PIL import Image
 
 from d2v_fast import cli
 from d2v_fast.data import DataError
+
+pytestmark = pytest.mark.usefixtures("here")
 
 SMALL = [
     "encoder.config.hidden_size=32",
@@ -60,21 +60,6 @@ OWN = """
                 features = layer(features)
             return features
 """
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """An empty working folder, and a process left as it was."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setenv("TQDM_DELAY", "2")
-    levels = {name: logging.getLogger(name).level for name in ("", "httpx", "transformers", "accelerate", "datasets")}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture

@@ -139,6 +139,21 @@ class TestSettings:
         config, _ = parse(["--config", str(tmp_path / "b.yaml"), "encoder.pretrained=run/export"])
         assert (config.encoder.model, config.encoder.config) == ("my.module:Class", {"a": 1})
 
+    def test_another_model_keeps_what_it_knows(self, capsys, tmp_path):
+        config, _ = parse(["--config", "vision/beit-base", "encoder.model=vit", "encoder.config.patch_size=32"])
+        assert config.encoder.config == {
+            "image_size": 224, "patch_size": 32, "attention_probs_dropout_prob": 0.05, "layer_norm_eps": 1e-6,
+        }  # fmt: skip
+        told = "encoder.model=vit: without drop_path_rate, layer_scale_init_value, which was for beit\n"
+        assert capsys.readouterr().err == told
+        config, _ = parse(["--config", "audio/tiny", "encoder.model=hubert"])
+        assert "num_conv_pos_embeddings" not in config.encoder.config and config.encoder.config["hidden_size"] == 192
+        config, _ = parse(["--config", "vision/tiny", "encoder.model=mine:Mine", "encoder.config.depth=3"])
+        assert (config.encoder.config, config.encoder.init) == ({"depth": 3}, "hf")
+        (tmp_path / "mine.yaml").write_text("encoder: {model: bert, config: {type_vocab_size: 1}}")
+        config, _ = parse(["--config", "text/tiny", "--config", str(tmp_path / "mine.yaml")])
+        assert (config.encoder.config["type_vocab_size"], config.encoder.config["hidden_size"]) == (1, 128)
+
     def test_fused(self):
         assert parse([*VISION, "--fused"])[1] is True
 

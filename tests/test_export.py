@@ -64,7 +64,7 @@ class TestArchitectures:
     @pytest.mark.parametrize("name", [*TEXTS, *IMAGES, *WAVES])
     def test_each_is_exact(self, name, tmp_path):
         encoder = make(name)
-        assert Exported(encoder, image_size=16).write(tmp_path / "out") <= 1e-6
+        assert Exported(encoder).write(tmp_path / "out") <= 1e-6
         x = inputs(name)
         with torch.no_grad():
             found = AutoModel.from_pretrained(tmp_path / "out")(x).last_hidden_state
@@ -76,7 +76,7 @@ class TestArchitectures:
     )
     def test_under_the_other_name(self, name, other, tmp_path):
         encoder, x = make(name), inputs(name)
-        Exported(encoder, image_size=16).write(tmp_path / "out", other)
+        Exported(encoder).write(tmp_path / "out", other)
         assert AutoConfig.from_pretrained(tmp_path / "out").model_type == other
         with torch.no_grad():
             found = AutoModel.from_pretrained(tmp_path / "out")(x).last_hidden_state

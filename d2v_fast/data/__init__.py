@@ -75,6 +75,10 @@ class PretrainingData(Dataset):
             DataError: Data and encoder do not fit together.
         """
 
+    def processor(self, encoder: Any) -> Any:
+        """Tokenizer, image processor or feature extractor of transformers: what makes inputs for the exported encoder."""
+        raise NotImplementedError
+
     def sample_name(self, index: int) -> str:
         return f"{self.name}[{index}]"
 

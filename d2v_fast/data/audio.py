@@ -172,6 +172,15 @@ def standardize(wave: np.ndarray) -> np.ndarray:
     return (wave - wave.mean()) / np.sqrt(wave.var() + EPS)
 
 
+def feature_extractor(encoder: Any, sample_rate: int, normalize: bool) -> Any:
+    """Padding and `standardize`, as a feature extractor of transformers."""
+    from transformers import Wav2Vec2FeatureExtractor
+
+    # An encoder whose first convolution has a group norm was not trained with padding masked (transformers' own rule).
+    masks = getattr(getattr(encoder.model, "config", None), "feat_extract_norm", "layer") == "layer"
+    return Wav2Vec2FeatureExtractor(sampling_rate=sample_rate, do_normalize=normalize, return_attention_mask=masks)
+
+
 class AudioData(PretrainingData):
     """Crops of speech.
 
@@ -255,6 +264,9 @@ class AudioData(PretrainingData):
                 f"{self.frames(shortest)} frames of the encoder, too few to mask one and see another: "
                 "raise data.min_seconds or data.max_seconds"
             )
+
+    def processor(self, encoder: Any) -> Any:
+        return feature_extractor(encoder, self.sample_rate, self.normalize)
 
     def load(self, index: int, rng: np.random.Generator) -> np.ndarray:
         first = self.kept[index]

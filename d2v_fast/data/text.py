@@ -206,6 +206,9 @@ class TextData(PretrainingData):
                     f"use data.block_size={usable} or raise encoder.config.max_position_embeddings"
                 )
 
+    def processor(self, encoder: Any) -> Any:
+        return self.tokenizer
+
     def load(self, index: int, rng: np.random.Generator) -> np.ndarray:
         t = self.tokenizer
         ids = self.ids[self.begins[index] : self.ends[index]]

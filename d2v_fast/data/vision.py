@@ -13,6 +13,7 @@ from d2v_fast.data import DataError, PretrainingData, Source, find_files, is_loc
 from d2v_fast.data.builtin import builtin_images
 from d2v_fast.masking import BlockMask, Draws, RandomMask
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels of ImageNet
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 
 
@@ -93,6 +94,22 @@ def to_pixels(images: list[Image.Image], mean: tuple[float, ...], std: tuple[flo
     return (pixels / np.float32(255) - shift) / factor
 
 
+def image_processor(image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
+    """What `center_crop` and `to_pixels` do, as an image processor of transformers."""
+    from transformers import ViTImageProcessorPil  # which needs no torchvision; what it writes names no backend
+
+    side = {"height": image_size, "width": image_size}
+    return ViTImageProcessorPil(
+        size={"shortest_edge": image_size},
+        do_center_crop=True,
+        crop_size=side,
+        resample=3,
+        image_mean=list(mean),
+        image_std=list(std),
+        do_convert_rgb=True,
+    )
+
+
 class ImageData(PretrainingData):
     """Augmented images.
 
@@ -124,8 +141,8 @@ class ImageData(PretrainingData):
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
         jitter: float = 0.4,
-        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
-        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        mean: tuple[float, float, float] = MEAN,
+        std: tuple[float, float, float] = STD,
     ):
         self.name, self.mask, self.seed = path, mask, seed
         self.image_size, self.crop_scale, self.crop_ratio = image_size, tuple(crop_scale), tuple(crop_ratio)
@@ -151,6 +168,9 @@ class ImageData(PretrainingData):
                 f"encoder.model: {type(encoder.model).__name__} needs a method positions(image_size) that returns "
                 "the rows and columns of patches"
             )
+
+    def processor(self, encoder: Any) -> Any:
+        return image_processor(self.image_size, self.mean, self.std)
 
     def load(self, index: int, rng: np.random.Generator) -> Image.Image:
         image = random_resized_crop(self.source.read(index), self.image_size, self.crop_scale, self.crop_ratio, rng)

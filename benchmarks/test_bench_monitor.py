@@ -1,0 +1,54 @@
+"""What the collapse monitor costs, as a share of the step: the time inside its methods beside that of whole runs."""
+
+import time
+from collections import defaultdict
+
+import pytest
+
+from d2v_fast import diagnostics
+from d2v_fast.config import parse
+from d2v_fast.training import Trainer
+
+LOGGED = ("_after_forward", "_before_update", "figures", "judge")
+BASE = ["data.path=builtin", "data.name=null", "data.split=train", "train.workers=0"]
+SPEECH = ["data.min_seconds=0.1", "data.join_seconds=5", "data.max_seconds=5", "data.batch_seconds=20"]
+# At base size a run takes few steps, and the line of the log that is due every 50 steps comes every second one.
+CASES = {
+    "text/tiny": ["train.steps=201"],
+    "vision/tiny": ["train.steps=101"],
+    "audio/tiny": ["train.steps=61"],
+    "text/roberta-base": [*BASE, "data.tokenizer=train", "data.cross_documents=true", "train.batch_size=4"],
+    "vision/beit-base": [*BASE, "train.epochs=null", "train.batch_size=8"],
+    "audio/data2vec-base": [*BASE, *SPEECH],
+}
+
+
+@pytest.mark.parametrize("preset", CASES)
+def test_monitor(preset, device, benchmark, monkeypatch, tmp_path):
+    more = CASES[preset]
+    if "tiny" not in preset:
+        more = [*more, "train.steps=7", "train.log_every=2"]
+    config, _ = parse(["--config", preset, *more, f"train.output={tmp_path / 'run'}", "train.save_every=0", "collapse.after=0"])
+    spent, calls = defaultdict(float), []
+
+    def watch(owner, name, into):
+        inner = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            result = inner(*args, **kwargs)
+            spent[into] += time.perf_counter() - start
+            if name == "figures":
+                calls.append(1)
+            return result
+
+        monkeypatch.setattr(owner, name, timed)
+
+    for name in LOGGED:
+        watch(diagnostics.Monitor, name, "monitor")
+    watch(Trainer, "step", "step")
+    trainer = Trainer(config, fused=True)
+    benchmark.pedantic(trainer.run, rounds=1)
+    line, step = spent["monitor"] / len(calls), spent["step"] / config.train.steps
+    every = config.train.log_every if "tiny" in preset else 50
+    benchmark.extra_info.update(case=preset, log_every=every, seconds_a_line=line, seconds_a_step=step)

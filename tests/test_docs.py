@@ -1,0 +1,203 @@
+"""Each command and each snippet of README and docs/ runs as it stands there, but for models and steps made small."""
+
+import ast
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from torch import nn
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+
+import d2v_fast
+from d2v_fast import cli
+from d2v_fast.config import parse
+from d2v_fast.data.text import train_tokenizer
+from tests import test_convert
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+# What needs a network, another machine or this very test, and what runs it instead.
+ELSEWHERE = {
+    "make test": ".ci/run",
+    "make lint": ".ci/run",
+    "make bench": "by hand: it takes the machine for itself",
+    "pip install .": "test_package.py builds the wheel",
+    "torchrun": "test_training.py and test_resume.py train on two ranks",
+}
+STEPS = ["train.steps=2", "train.epochs=null", "train.batch_size=2", "train.workers=0", "train.log_every=1", "targets.top_k=2"]
+SMALL = [f"encoder.config.{name}" for name in ("hidden_size=16", "num_attention_heads=2", "intermediate_size=32")]
+SMALL = {
+    "text": [*SMALL, "encoder.config.num_hidden_layers=3", "data.vocab_size=300", "data.block_size=64"],
+    "vision": [*SMALL, "encoder.config.num_hidden_layers=3"],
+    "audio": [*SMALL, "encoder.config.num_hidden_layers=3", f"encoder.config.conv_dim={[16] * 7}", "data.max_seconds=2.5"],
+}
+WORDS = "the cat sat on a mat while one dog ran over two hills and some birds flew by".split()
+
+
+@pytest.fixture
+def shop(here):
+    """A folder with all that the pages speak of, small."""
+    rng = np.random.default_rng(0)
+    for folder in ("photos", "imagenet/train", "labelled/train", "labelled/test", "cifar/train", "cifar/test"):
+        for i in range(12):
+            file = Path(folder, "ab"[i % 2], f"{i}.png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(file)
+    for folder in ("recordings", "fsdd/train", "fsdd/test"):
+        for i in range(10):
+            file = Path(folder, "ab"[i % 2], f"{i}.wav")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(file, 0.1 * rng.normal(size=40_000), 16_000)
+    Path("manifest").mkdir()
+    lines = [f"{file.relative_to('recordings')}\t40000" for file in sorted(Path("recordings").rglob("*.wav"))]
+    Path("manifest/train.tsv").write_text("\n".join([str(Path("recordings").absolute()), *lines]))
+    texts = ["\n".join(" ".join(rng.choice(WORDS, 90)) for _ in range(30)) for _ in range(2)]
+    for folder in ("corpus", "wikitext", "wikitext2"):
+        Path(folder).mkdir()
+        for name, text in zip(("train", "test"), texts, strict=True):
+            Path(folder, f"{name}.txt").write_text(text)
+    tokenizer = train_tokenizer(iter(texts), 300, 512)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=8, num_attention_heads=2, intermediate_size=32)
+    sizes |= dict(max_position_embeddings=514, type_vocab_size=1)
+    BertModel(BertConfig(**sizes)).save_pretrained("bert-base-uncased")
+    roberta = RobertaModel(RobertaConfig(**sizes, layer_norm_eps=1e-5))  # with a pooler, as that project's has
+    roberta.save_pretrained("roberta-base")
+    tokenizer.save_pretrained("roberta-base")
+    head = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+    whole = {f"encoder.encoder.{k}": v for k, v in roberta.state_dict().items()}
+    whole |= {f"regression_head.{k}": v for k, v in head.state_dict().items()}
+    torch.save({"data2vec": whole, "encoder": roberta.state_dict(), "optimizer": {}}, "20.pt")
+    test_convert.save({k: v if v.shape != (70, 16) else torch.randn(300, 16) for k, v in test_convert.text_state().items()},
+                      test_convert.TEXT)  # fmt: skip
+
+
+def given():
+    """Names that README uses and a reader has."""
+    from transformers import AutoModel
+
+    ids, mask = torch.randint(5, 200, (2, 20)), torch.rand(2, 20) < 0.5
+    parameters = [nn.Parameter(torch.zeros(1))]
+    return dict(
+        AutoModel=AutoModel, ids=ids, mask=mask, masked_ids=ids.masked_fill(mask, 3), optimizer=torch.optim.SGD(parameters),
+        encoder=nn.Linear(8, 8), head=nn.Linear(8, 8), states=torch.randn(2, 20, 8),
+        last_k_layers=[torch.randn(2, 20, 8)] * 3, padding_mask=torch.zeros(2, 20, dtype=torch.bool),
+    )  # fmt: skip
+
+
+def smaller(args):
+    """The same command line for a small model and few steps."""
+    args = [re.sub(r"^train\.steps=.+", "train.steps=4", arg) for arg in args]
+    if "--config" not in args:
+        return args  # --resume RUN has the settings of the run
+    config, _ = parse([arg for arg in args if arg != "--resume"])
+    free = config.encoder.pretrained is None and ":" not in config.encoder.model
+    small = [s for s in SMALL[config.modality] if free or not s.startswith("encoder.config.")]
+    if config.encoder.model == "hubert":
+        small = [s for s in small if "conv_dim" not in s]
+    steps = STEPS[1:] if "train.steps=4" in args else STEPS
+    return [*args, *steps, *small]
+
+
+def run(monkeypatch, command):
+    """One command line; what `make` would do is asked of it and done."""
+    words = shlex.split(command, comments=True)
+    if any(command.startswith(known) for known in ELSEWHERE):
+        return
+    if words[0] == "make":
+        recipe = subprocess.run(["make", "-n", "-C", ROOT, *words[1:]], check=True, capture_output=True, text=True).stdout
+        mine = [line for line in recipe.splitlines() if re.match(r"\S+/(d2v-|pdoc)", line)]
+        assert mine
+        for line in mine:
+            run(monkeypatch, line.removeprefix(".venv/bin/"))
+        return
+    if words[0] == "pdoc":
+        return  # test_every_public_name_has_a_page
+    assert words[0].startswith("d2v-"), command
+    name, args = words[0].removeprefix("d2v-"), words[1:]
+    for arg, following in itertools.pairwise([*args, ""]):  # alternatives of a page share a folder
+        place = following if arg == "--to" else arg.removeprefix("train.output=") if arg.startswith("train.output=") else None
+        if place and "--resume" not in args:
+            shutil.rmtree(place, ignore_errors=True)
+    monkeypatch.setattr(sys, "argv", [words[0], *(smaller(args) if name == "train" else args)])
+    with pytest.raises(SystemExit) as exit:
+        getattr(cli, name)()
+    assert exit.value.code in (0, None), f"{command}: {exit.value.code}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs(page, shop, monkeypatch, caplog):
+    names = {"__name__": "page"}
+    if page == "README.md":
+        names |= given()
+        run(monkeypatch, "d2v-train --config vision/beit-base data.path=photos/ train.output=run")
+        for copy in ("run-a", "run-b"):
+            shutil.copytree("run", copy)
+    blocks = BLOCK.findall((ROOT / page).read_text())
+    assert blocks
+    sys.path.insert(0, ".")
+    for kind, text in blocks:
+        if file := re.match(r"# (\w+\.\w+)\n", text):
+            Path(file[1]).write_text(text)
+        if kind == "sh":
+            for line in text.splitlines():
+                for command in filter(None, line.split("&&")):
+                    run(monkeypatch, command.strip())
+        elif kind == "python":
+            exec(compile(text, page, "exec"), names)
+        else:
+            assert kind == "yaml" and file
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files_of_a_page_exist(page):
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]*)?\)", text):
+        assert link.startswith("https://") or ((ROOT / page).parent / link).exists(), link
+    for file in re.findall(r"`((?:examples|tests|benchmarks|docs)/[\w./]+\w)`", text):
+        assert (ROOT / file).exists(), file
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_of_a_page_exist(page):
+    """Also those in tables and sentences."""
+    from d2v_fast.config import _parser
+
+    kinds = {"text": ["token"], "vision": ["block", "random"], "audio": ["span"]}
+    known = {action.dest for modality in kinds for kind in kinds[modality] for action in _parser(modality, kind)._actions}
+    sections = {name.partition(".")[0] for name in known if "." in name}
+    words = re.findall(r"`([^`\n]+)`", BLOCK.sub("", (ROOT / page).read_text()))
+    if page.endswith("coming-from.md"):
+        words = [word for line in (ROOT / page).read_text().splitlines() if line.startswith("|") for word in
+                 re.findall(r"`([^`]+)`", line.rsplit("|", 2)[1])]  # fmt: skip
+    for word in words:
+        for setting in re.findall(r"(?:^|\s)([a-z]+\.[a-z_0-9.]+)", word):
+            if setting.partition(".")[0] in sections and not setting.startswith("encoder.config."):
+                assert setting in known, setting
+
+
+def test_every_public_name_has_a_page(tmp_path):
+    """With a description, and one for each argument of what is public."""
+    pytest.importorskip("pdoc")
+    make = (ROOT / "Makefile").read_text()
+    command = re.search(r"^\t\$\(BIN\)/pdoc (.+)$", make, re.MULTILINE)[1].replace("build/docs", str(tmp_path))
+    subprocess.run([sys.executable, "-m", "pdoc", *command.split()], check=True, capture_output=True, cwd=ROOT)
+    page = (tmp_path / "d2v_fast.html").read_text()
+    for name in d2v_fast.__all__:
+        assert f'id="{name}"' in page, name
+        member = getattr(d2v_fast, name)
+        if callable(member):
+            assert member.__doc__, name
+    tree = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "d2v_fast").rglob("*.py")}
+    for module, parsed in tree.items():
+        assert module == "__init__" or ast.get_docstring(parsed), module
