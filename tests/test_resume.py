@@ -79,15 +79,27 @@ def assert_same(one, other):
     ],
 )
 def test_killed_and_resumed_it_is_the_same_run(modality, more):
-    """12 steps, beside 5 (or 3) that are saved, some more, SIGKILL, and the rest: in the midst of an epoch."""
+    """12 steps, beside 5 (or 3) that are saved, some more, SIGKILL, and the rest: on two threads, in the midst of an epoch."""
     more = ["train.steps=12", "train.save_every=5", *more]
-    k = 5 if "train.save_every=3" not in more else 3
-    code, said = train(arguments(modality, "whole", *more), functools.partial(traced, "whole.jsonl"))
+    killed_and_resumed(lambda name: arguments(modality, name, *more), k=5 if "train.save_every=3" not in more else 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [[], ["--fused"]])
+@pytest.mark.parametrize("modality", ["text", "vision", "audio"])
+def test_so_is_a_preset_at_its_own_size(modality, fused):
+    """Where the work of a step is enough for two threads to share."""
+    more = ["train.steps=12", "train.save_every=5", "train.log_every=4", *fused]
+    killed_and_resumed(lambda name: ["--config", f"{modality}/tiny", *more, f"train.output={name}"], k=5)
+
+
+def killed_and_resumed(args, k):
+    code, said = train(args("whole"), functools.partial(traced, "whole.jsonl"), threads=2)
     assert code == 0, said
     kill = functools.partial(traced, "killed.jsonl", kill_at=k + 3, after=f"killed/checkpoints/step-{k}")
-    assert train(arguments(modality, "killed", *more), kill)[0] == -signal.SIGKILL
+    assert train(args("killed"), kill, threads=2)[0] == -signal.SIGKILL
     assert last("killed").name == f"step-{k}"
-    code, said = train(["--resume", "killed"], functools.partial(traced, "resumed.jsonl"))
+    code, said = train(["--resume", "killed"], functools.partial(traced, "resumed.jsonl"), threads=2)
     assert code == 0 and f"goes on after step {k}" in said, said
     whole, killed, resumed = (lines(f"{name}.jsonl") for name in ("whole", "killed", "resumed"))
     assert killed == whole[: k + 2] and resumed == whole[k:] and len(whole) == 12
