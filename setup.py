@@ -47,6 +47,7 @@ setup(
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4",
+        "filelock",
         "jinja2",
         "joblib",
         "jsonargparse[signatures]>=4.49",

@@ -363,11 +363,17 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end or until asked to stop; returns the exit code."""
+        from filelock import FileLock, Timeout
         from tqdm import tqdm
 
         main, train = self.accelerator.is_main_process, self.config.train
+        lock = FileLock(self.folder / ".lock", timeout=0)  # a process that is killed lets go of it
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise ConfigError(f"train.output={self.folder}: another d2v-train is at work there; wait for its end") from None
             write_text(self.folder / "config.yaml", self.config.yaml)
             write_text(self.folder / "environment.json", json.dumps(environment(self.folder), indent=1))
             log.info("%s", describe(self.core.student))
@@ -419,6 +425,7 @@ class Trainer:
             self.checkpoints.wait()
             if self.done:  # whatever ended the run, what was learned is kept
                 self.export()
+            lock.release()
         if main and record:
             log.info(SUMMARY.format(folder=self.folder / "export", **record))
         if self.checkpoints.failed:
