@@ -61,6 +61,7 @@ setup(
         "transformers>=5.17",
     ],
     extras_require={
+        "audio": ["soundfile", "soxr"],  # always there; so that who asks for it gets no warning
         "flash": ["flash-attn"],  # encoder.attention=flash_attention_2, on GPUs; built from source
         "report": ["matplotlib"],
         "tensorboard": ["tensorboard"],
