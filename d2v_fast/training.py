@@ -293,6 +293,7 @@ class Trainer:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs, set_seed
+        from filelock import FileLock
 
         self.config = config
         if config.train.threads:
@@ -313,6 +314,10 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_last)
         settings = {"modality": config.modality, "fused": fused, "processes": self.world, **config.settings()}
         self.settings = json.loads(json.dumps(settings, default=str))
+        self.lock = FileLock(self.folder / ".lock", timeout=0)  # a process that is killed lets go of it
+        if config.resume and self.accelerator.is_main_process and self.folder.exists():
+            self._lock()  # no checkpoint vanishes while it is read
+            self.lock.release()
         saved = self._newest() if config.resume else None
         if saved:
             saved.compare("settings", self.settings, (*FREE, *config.resume_allow))
@@ -363,17 +368,12 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end or until asked to stop; returns the exit code."""
-        from filelock import FileLock, Timeout
         from tqdm import tqdm
 
         main, train = self.accelerator.is_main_process, self.config.train
-        lock = FileLock(self.folder / ".lock", timeout=0)  # a process that is killed lets go of it
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire()
-            except Timeout:
-                raise ConfigError(f"train.output={self.folder}: another d2v-train is at work there; wait for its end") from None
+            self._lock()
             write_text(self.folder / "config.yaml", self.config.yaml)
             write_text(self.folder / "environment.json", json.dumps(environment(self.folder), indent=1))
             log.info("%s", describe(self.core.student))
@@ -425,7 +425,7 @@ class Trainer:
             self.checkpoints.wait()
             if self.done:  # whatever ended the run, what was learned is kept
                 self.export()
-            lock.release()
+            self.lock.release()
         if main and record:
             log.info(SUMMARY.format(folder=self.folder / "export", **record))
         if self.checkpoints.failed:
@@ -437,6 +437,14 @@ class Trainer:
             )
             return INTERRUPTED
         return 0
+
+    def _lock(self) -> None:
+        from filelock import Timeout
+
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise ConfigError(f"train.output={self.folder}: another d2v-train is at work there; wait for its end") from None
 
     def save(self) -> None:
         """A checkpoint of the steps done: on all ranks at once, and only between two steps."""
