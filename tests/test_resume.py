@@ -116,11 +116,13 @@ def test_the_same_seed_gives_the_same_bits_in_two_processes():
 
 def test_two_at_work_in_one_folder_are_one_too_many():
     first = Run(arguments("vision", "run", "train.steps=1000000", "train.save_every=1"))
-    first.until(lambda: any(Path("run/checkpoints").glob("step-*[0-9]")))
-    code, said = train(["--resume", "run"])
+    try:
+        first.until(lambda: any(Path("run/checkpoints").glob("step-*[0-9]")))
+        code, said = train(["--resume", "run"])
+    finally:
+        first.process.kill()
+        first.wait()
     assert (code, said) == (1, "d2v-train: train.output=run: another d2v-train is at work there; wait for its end\n")
-    first.process.kill()
-    first.wait()
     steps = last("run").name.removeprefix("step-")
     code, said = train(["--resume", "run", f"train.steps={steps}", "--resume-allow", "train.steps"])
     assert code == 0, said
