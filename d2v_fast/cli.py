@@ -11,7 +11,7 @@ from collections.abc import Callable
 from d2v_fast.config import parse
 
 
-def _run(name: str, command: Callable[[list[str]], int | None]) -> None:
+def _run(name: str, command: Callable[[list[str]], int | str | None]) -> None:
     """Run a command: what the user can mend ends in one message and not in a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # What a library logs is either not news to the user of this one, or said again in the error it raises.
@@ -57,14 +57,21 @@ def doctor() -> None:
     _run("d2v-doctor", _main_of("diagnostics", "doctor"))
 
 
-def _train(args: list[str]) -> int:
+def _train(args: list[str]) -> int | str:
     config, fused = parse(args)
+    import torch.distributed
+
     from d2v_fast import diagnostics, training
 
     try:
-        return training.train(config, fused)
+        code = training.train(config, fused)
     except (diagnostics.CollapseError, training.NotFiniteError) as error:
-        sys.exit(f"d2v-train: {error}")
+        code = f"d2v-train: {error}"
+    # A thread of gloo that lets go of a tensor while the interpreter ends aborts the process. After other errors a collective may
+    # be under way, and this would wait for it.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return code
 
 
 def _main_of(module: str, function: str = "main") -> Callable[[list[str]], None]:

@@ -129,7 +129,7 @@ def test_two_at_work_in_one_folder_are_one_too_many():
 
 
 SPOILED = """
-import os, torch
+import atexit, os, sys, torch
 from d2v_fast import Data2Vec, cli
 forward, calls = Data2Vec.forward, 0
 
@@ -142,6 +142,7 @@ def spoiled(self, *args, **kwargs):
     return output
 
 Data2Vec.forward = spoiled
+atexit.register(lambda: print("ranks still tied:", torch.distributed.is_initialized(), file=sys.stderr, flush=True))
 cli.train()
 """
 
@@ -170,7 +171,10 @@ def test_two_ranks_skip_stop_and_go_on_together():
     stopped = int(last("run").name[5:])
     assert 3 <= stopped < 60
     process = torchrun("--resume", "run")
-    assert process.communicate(timeout=120)[1].count(f"goes on after step {stopped}") == 1 and process.returncode == 0
+    resumed = process.communicate(timeout=120)[1]
+    assert resumed.count(f"goes on after step {stopped}") == 1 and process.returncode == 0, resumed
+    for each in (said, resumed):  # else a thread of gloo may abort a rank at its very end
+        assert each.count("ranks still tied: False") == 2 and "ranks still tied: True" not in each, each
     assert_same("whole", "run")
     assert lines("run/log.jsonl")[-1]["skipped_steps"] == 1
     code, said = train(["--resume", "run"])
@@ -238,11 +242,16 @@ def check_after_a_kill(run):
 
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_nothing_is_lost(kills):
-    """SIGKILL, again and again; each time the run goes on from its last finished checkpoint, and ends where it would have."""
+    """SIGKILL, again and again; each time the run goes on from its last finished checkpoint, and ends where it would have.
+
+    About half of the kills are inside of a save; a few more are dealt where none of the first was.
+    """
     more = ["train.save_every=1", "train.export_every=3", "train.log_every=1", "schedule.kind=constant", "schedule.warmup=0"]
     rng = np.random.default_rng(kills)
-    done = inside = 0
-    for _ in range(kills):
+    done = inside = dealt = 0
+    while dealt < kills or not inside:
+        assert dealt < kills + 30, "no kill was inside of a save"
+        dealt += 1
         run = Run(["--resume", "run"] if done else arguments("vision", "run", "train.steps=1000000", *more))
         if done:
             run.says(f"goes on after step {done}")
@@ -255,12 +264,11 @@ def test_killed_at_random_moments_nothing_is_lost(kills):
         inside += any(Path("run/checkpoints").glob("*.tmp"))
         done, before = check_after_a_kill("run"), done
         assert done >= max(1, before)
-    assert inside, "no kill was inside of a save"
     code, said = train(["--resume", "run", f"train.steps={done + 5}", "--resume-allow", "train.steps"])
     assert code == 0 and f"goes on after step {done}" in said, said
     assert train(arguments("vision", "whole", f"train.steps={done + 5}", *more))[0] == 0
     assert_same("whole", "run")
-    print(f"{kills} kills, {inside} inside of a save, {done} steps")
+    print(f"{dealt} kills, {inside} inside of a save, {done} steps")
 
 
 @pytest.fixture
