@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -67,9 +68,10 @@ def _train(args: list[str]) -> int | str:
         code = training.train(config, fused)
     except (diagnostics.CollapseError, training.NotFiniteError) as error:
         code = f"d2v-train: {error}"
-    # A thread of gloo that lets go of a tensor while the interpreter ends aborts the process. After other errors a collective may
-    # be under way, and this would wait for it.
+    # A thread of gloo that lets go of a tensor while the interpreter ends aborts the process. The threads are waited for once
+    # nobody holds the group any more. Not after other errors: a collective may be under way then, and would be waited for too.
     if torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
     return code
 
