@@ -3,7 +3,7 @@
 //
 // The work is cut into tiles: some positions × some columns. A tile adds the normalised layers up in a block that stays in
 // the cache, then scores it. What must be known before a position can be normalised decides the cut:
-//   layer norm:    one row, so tiles are a few scored positions × all columns, and nothing but scored rows is read;
+//   layer norm:    one row, so tiles are a scored position × all columns, and nothing but scored rows is read;
 //   instance norm: one sample's columns, so tiles are a sample × as many columns as the cache holds;
 //   a mix of both: a sample × all columns.
 #include "loss.h"
@@ -13,6 +13,7 @@
 #include <cmath>
 #include <memory>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #ifdef _OPENMP
@@ -24,11 +25,10 @@ static int omp_get_thread_num() { return 0; }
 namespace D2V_ISA {
 
 constexpr float EPS = 1e-5f;
-constexpr int64_t ROWS = 16;      // scored positions in a tile of layer norm
-constexpr int64_t TOGETHER = 4;   // of these, how many have their statistics taken before they are added up
-constexpr int64_t AHEAD = 8;      // and how many rows are fetched in advance: one row alone cannot hide the memory's latency
-// Bytes of a thread's block. Cutting rows to make it smaller costs more than leaving the L2 cache: the processor's own
-// prefetching lives on long runs.
+constexpr int64_t ROWS = 16;      // scored positions that a thread takes at a time under layer norm
+constexpr int TOGETHER = 8;       // rows that are added up in one pass over the block
+constexpr int64_t AHEAD = 16;     // rows that are fetched in advance: one alone cannot hide the memory's latency
+// Bytes of a thread's block. Cutting rows to make it smaller costs more than leaving the L2 cache: memory is fast in long runs.
 constexpr int64_t BLOCK = 1280 << 10;
 constexpr int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
@@ -58,16 +58,35 @@ template <class R> Affine row_stats(R row, R next, int64_t n, float *m2 = nullpt
     return {shift, delta, 1 / std::sqrt(squares / n + EPS)};
 }
 
-template <class R> void add_affine(R row, int64_t n, Affine f, float *block) {
-    each(row, n, [&](int64_t i, Vec x, Mask, int) D2V_INLINE {
-        narrow(widen(block + i) + ((x - f.shift) - f.delta) * f.weight, block + i);
+// As many rows as `count` says, at compile time.
+template <int M = TOGETHER, class F> D2V_INLINE inline void with_count(int64_t count, F f) {
+    if (count == M) f(std::integral_constant<int, M>());
+    else if constexpr (M > 1) with_count<M - 1>(count, f);
+}
+
+// Adds up the normalised rows, at most TOGETHER; the block is begun, or added to.
+template <class R> void add_rows(const R *rows, const Affine *f, int64_t count, int64_t n, float *block, bool begin) {
+    with_count(count, [&](auto m) D2V_INLINE {
+        float rest = 0;
+        for (int j = 0; j < m; ++j) rest -= f[j].delta * f[j].weight;
+        sixteens(n, [&](int64_t i, auto whole) D2V_INLINE {
+            Vec y = begin ? splat(rest) : widen(block + i) + rest;
+            for (int j = 0; j < m; ++j) y += (rows[j](i, n, whole) - f[j].shift) * f[j].weight;
+            narrow(y, block + i);
+        });
     });
 }
 
-template <class R> void add_affine(R row, int64_t n, ColumnAffine f, float *block) {
-    each(row, n, [&](int64_t i, Vec x, Mask, int) D2V_INLINE {
-        const Vec y = ((x - widen(f.shift + i)) - widen(f.delta + i)) * widen(f.weight + i);
-        narrow(widen(block + i) + y, block + i);
+// Adds each of the rows, normalised by column, to its row of the block.
+template <class R> void add_rows(const R *rows, ColumnAffine f, int64_t count, int64_t n, float *block, int64_t ld) {
+    with_count(count, [&](auto m) D2V_INLINE {
+        sixteens(n, [&](int64_t i, auto whole) D2V_INLINE {
+            const Vec shift = widen(f.shift + i), delta = widen(f.delta + i), weight = widen(f.weight + i);
+            for (int j = 0; j < m; ++j) {
+                float *y = block + j * ld + i;
+                narrow(widen(y) + ((rows[j](i, n, whole) - shift) - delta) * weight, y);
+            }
+        });
     });
 }
 
@@ -75,16 +94,35 @@ template <class R> void add_affine(R row, int64_t n, ColumnAffine f, float *bloc
 // The mean of the first rows is the shift; as they are part of the population, cancellation is bounded by rows / 16.
 template <class At> void column_squares(At at, int64_t rows, int64_t n, ColumnAffine f) {
     const int64_t first = std::min<int64_t>(rows, 16);
-    std::fill_n(f.shift, padded(n), 0.0f);
-    for (int64_t r = 0; r < first; ++r) add_affine(at(r), n, Affine{0, 0, 1.0f / first}, f.shift);
+    decltype(at(0)) some[TOGETHER], next[TOGETHER];
+    const auto take = [&](int64_t r, int64_t end) {
+        const int64_t count = std::min<int64_t>(end - r, TOGETHER);
+        for (int64_t j = 0; j < count; ++j) {
+            some[j] = at(r + j);
+            next[j] = at(std::min(r + j + AHEAD, rows - 1));
+        }
+        return count;
+    };
+    Affine mean[TOGETHER];
+    std::fill_n(mean, TOGETHER, Affine{0, 0, 1.0f / first});
+    if (!rows) std::fill_n(f.shift, padded(n), 0.0f);
+    for (int64_t r = 0; r < first; r += TOGETHER) add_rows(some, mean, take(r, first), n, f.shift, r == 0);
     std::fill_n(f.delta, padded(n), 0.0f);
     std::fill_n(f.weight, padded(n), 0.0f);
-    // A row at a time: several at once would save additions and lose the processor's own prefetching, which costs more.
-    for (int64_t r = 0; r < rows; ++r)
-        each(at(r), n, [&](int64_t i, Vec x, Mask, int) D2V_INLINE {
-            const Vec d = x - widen(f.shift + i);
-            narrow(widen(f.delta + i) + d, f.delta + i);
-            narrow(widen(f.weight + i) + d * d, f.weight + i);
+    for (int64_t r = 0; r < rows; r += TOGETHER)
+        with_count(take(r, rows), [&](auto m) D2V_INLINE {
+            sixteens(n, [&](int64_t i, auto whole) D2V_INLINE {
+                const Vec shift = widen(f.shift + i);
+                Vec delta = widen(f.delta + i), squares = widen(f.weight + i);
+                for (int j = 0; j < m; ++j) {
+                    next[j].prefetch(i);
+                    const Vec d = some[j](i, n, whole) - shift;
+                    delta += d;
+                    squares += d * d;
+                }
+                narrow(delta, f.delta + i);
+                narrow(squares, f.weight + i);
+            });
         });
     for (int64_t i = 0; i < n; ++i) {
         f.delta[i] /= std::max<int64_t>(rows, 1);
@@ -171,40 +209,54 @@ template <class T, bool STRIDED> class Loss {
         return {x, x + padded(n), x + 2 * padded(n)};
     }
 
+    // The normalised layers at a position, averaged. Of the `left` positions from here on the next are fetched on the way.
+    void average_row(const int32_t *position, int64_t left, int64_t c0, int64_t n, float *block) const {
+        R rows[TOGETHER];
+        Affine f[TOGETHER];
+        for (int64_t k = 0; k < K; k += TOGETHER) {
+            const int64_t count = std::min<int64_t>(TOGETHER, K - k);
+            for (int64_t j = 0; j < count; ++j) {
+                rows[j] = row(k + j, *position, c0);
+                f[j] = {0, 0, 1};
+                if (a.norm == D2V_LAYER) {
+                    const int64_t ahead = std::min(k + j + AHEAD, left * K - 1);
+                    f[j] = row_stats(rows[j], row(ahead % K, position[ahead / K], c0), n);
+                }
+                f[j].weight /= K;
+            }
+            add_rows(rows, f, count, n, block, k == 0);
+        }
+    }
+
     // The normalised layers at some positions, averaged into w.block.
-    void average(Workspace &w, const int32_t *positions, int64_t count, int64_t b, int64_t c0, int64_t n) const {
+    void average(Workspace &w, const int32_t *positions, int64_t count, int64_t left, int64_t b, int64_t c0, int64_t n) const {
         const int64_t ld = padded(n);
-        std::fill_n(w.block.get(), count * ld, 0.0f);
+        float *block = w.block.get();
+        if (a.norm == D2V_LAYER || a.norm == D2V_NONE) {
+            for (int64_t r = 0; r < count; ++r) average_row(positions + r, left - r, c0, n, block + r * ld);
+            return;
+        }
+        std::fill_n(block, count * ld, 0.0f);
+        R rows[TOGETHER];
         for (int64_t k = 0; k < K; ++k) {
             ColumnAffine columns = {};
-            Affine whole = {0, 0, 1.0f / K};
+            Affine whole = {};
             if (a.norm == D2V_INSTANCE) {
                 columns = affine(w, n);
                 const int32_t *all = kept.data() + kept_from[b];
-                const int64_t rows = kept_from[b + 1] - kept_from[b];
-                column_squares([&](int64_t r) { return row(k, all[r], c0); }, rows, n, columns);
-                squares_to_weights(columns.weight, n, rows, K);
+                const int64_t length = kept_from[b + 1] - kept_from[b];
+                column_squares([&](int64_t r) { return row(k, all[r], c0); }, length, n, columns);
+                squares_to_weights(columns.weight, n, length, K);
             } else if (a.norm == D2V_BATCH) {
                 columns = batch_affine(k, c0);
-            } else if (a.norm == D2V_GROUP) {
+            } else {
                 whole = group_stats(k, b);
             }
-            // Statistics of a few rows, then their sums: the end of one row's statistics hides behind the next row's.
-            for (int64_t first = 0; first < count; first += TOGETHER) {
-                const int64_t end = std::min(first + TOGETHER, count);
-                Affine own[TOGETHER];
-                if (a.norm == D2V_LAYER)
-                    for (int64_t r = first; r < end; ++r) {
-                        const int64_t ahead = std::min(k * count + r + AHEAD, K * count - 1);
-                        own[r - first] = row_stats(row(k, positions[r], c0), row(ahead / count, positions[ahead % count], c0), n);
-                        own[r - first].weight /= K;
-                    }
-                for (int64_t r = first; r < end; ++r) {
-                    const R x = row(k, positions[r], c0);
-                    float *block = w.block.get() + r * ld;
-                    if (columns.shift) add_affine(x, n, columns, block);
-                    else add_affine(x, n, a.norm == D2V_LAYER ? own[r - first] : whole, block);
-                }
+            for (int64_t r = 0; r < count; r += TOGETHER) {
+                const int64_t some = std::min<int64_t>(TOGETHER, count - r);
+                for (int64_t j = 0; j < some; ++j) rows[j] = row(k, positions[r + j], c0);
+                if (columns.shift) add_rows(rows, columns, some, n, block + r * ld, ld);
+                else for (int64_t j = 0; j < some; ++j) add_rows(rows + j, &whole, 1, n, block + (r + j) * ld, k == 0);
             }
         }
     }
@@ -272,8 +324,8 @@ template <class T, bool STRIDED> class Loss {
         if (copy) w.moments.add(target, Row<float>{copy}, c0, n);
     }
 
-    void tile(Workspace &w, const int32_t *positions, int64_t count, int64_t b, int64_t c0, int64_t n) const {
-        average(w, positions, count, b, c0, n);
+    void tile(Workspace &w, const int32_t *positions, int64_t count, int64_t left, int64_t b, int64_t c0, int64_t n) const {
+        average(w, positions, count, left, b, c0, n);
         normalize_block(w, count, n);
         for (int64_t r = 0; r < count; ++r) {
             const int32_t to = row_of[positions[r]];
@@ -371,7 +423,7 @@ public:
         const bool all = a.target_norm == D2V_INSTANCE;
         const std::vector<int32_t> &used = all ? kept : scored;
         const std::vector<int64_t> &from = all ? kept_from : scored_from;
-        int64_t rows = ROWS, columns = std::max<int64_t>(C, 1);
+        int64_t rows = 1, columns = std::max<int64_t>(C, 1);
         if (!by_row) {
             rows = 0;
             for (int64_t b = 0; b < a.batch; ++b) rows = std::max(rows, from[b + 1] - from[b]);
@@ -391,11 +443,13 @@ public:
         for (int64_t i = 0; i < tiles; ++i) {
             Workspace &w = workspaces[omp_get_thread_num()];
             if (by_row) {
-                const int64_t first = i * ROWS;
-                tile(w, used.data() + first, std::min<int64_t>(ROWS, used.size() - first), 0, 0, C);
+                const int64_t count = used.size();
+                for (int64_t r = i * ROWS; r < std::min((i + 1) * ROWS, count); ++r)
+                    tile(w, used.data() + r, 1, count - r, 0, 0, C);
             } else {
                 const int64_t b = i / blocks, c0 = i % blocks * columns;
-                tile(w, used.data() + from[b], from[b + 1] - from[b], b, c0, std::min(columns, C - c0));
+                const int64_t count = from[b + 1] - from[b];
+                tile(w, used.data() + from[b], count, count, b, c0, std::min(columns, C - c0));
             }
         }
         zero_the_rest();

@@ -3,6 +3,7 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
+#include <type_traits>
 #ifdef __AVX512F__
 #include <immintrin.h>  // for the conversions, of which GCC 12 makes five instructions where there is one
 #endif
@@ -117,7 +118,10 @@ template <class T> struct Row {
     const T *x;
     Vec operator()(int64_t i) const { return widen(x + i); }
     Vec tail(int64_t i, int64_t n) const { return widen(x + i, n); }
-    D2V_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i); }  // not inlined, GCC would take it for empty
+    Vec operator()(int64_t i, int64_t, std::true_type) const { return (*this)(i); }
+    Vec operator()(int64_t i, int64_t n, std::false_type) const { return tail(i, n - i); }
+    // Into the L2 cache, which waits for more lines at a time than the L1. Not inlined, GCC would take it for empty.
+    D2V_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2); }
 };
 
 template <class T> struct StridedRow {
@@ -130,8 +134,17 @@ template <class T> struct StridedRow {
         for (int64_t j = 0; j < n; ++j) part[j] = x[(i + j) * stride];
         return widen(part);
     }
-    D2V_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i * stride); }
+    Vec operator()(int64_t i, int64_t, std::true_type) const { return (*this)(i); }
+    Vec operator()(int64_t i, int64_t n, std::false_type) const { return tail(i, n - i); }
+    D2V_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i * stride, 0, 2); }
 };
+
+// body(i, whole) for every sixteenth column; `whole` tells, by its type, whether all sixteen exist.
+template <class F> D2V_INLINE inline void sixteens(int64_t n, F body) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) body(i, std::true_type());
+    if (i < n) body(i, std::false_type());
+}
 
 // body(i, x, lanes, u): x = sixteen values from column i, lanes = which of them exist, u = 0…3 names one of four
 // accumulators, so that a sum does not wait for the addition before it.
