@@ -6,7 +6,6 @@ Neither project needs to be installed. The weights are renamed, never changed; a
 from __future__ import annotations
 
 import ast
-import inspect
 import logging
 import math
 import re
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from d2v_fast.encoders import class_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -205,15 +206,13 @@ def make_model(config: PreTrainedConfig, state: State, file: str) -> PreTrainedM
     from transformers import MODEL_MAPPING
 
     cls = MODEL_MAPPING[type(config)]
-    wanted = dict(add_pooling_layer=False, use_mask_token=True)
-    kwargs = {k: v for k, v in wanted.items() if k in inspect.signature(cls.__init__).parameters}
     model, found = cls.from_pretrained(
         None,
         config=config,
         state_dict={k: v.float() if v.is_floating_point() else v for k, v in state.items()},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # to name them below
-        **kwargs,
+        **class_arguments(cls),
     )
     wrong = {kind: sorted(map(str, found[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     # Heads and poolers that pre-training does not use are left behind.

@@ -427,6 +427,13 @@ def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None) ->
     return adapter(model, layers, ffn)
 
 
+def class_arguments(cls: type[nn.Module]) -> dict[str, bool]:
+    """What a class of transformers is to be told beside its config, to have all weights of an encoder and no others."""
+    # Poolers get no gradient; mask tokens of ViT and DeiT are an argument and not a config field.
+    wanted = dict(add_pooling_layer=False, use_mask_token=True)
+    return {name: value for name, value in wanted.items() if name in inspect.signature(cls.__init__).parameters}
+
+
 def build_encoder(
     model: str | None = None,
     pretrained: str | None = None,
@@ -493,16 +500,13 @@ def build_encoder(
     if type(hf_config) not in MODEL_MAPPING:
         raise ValueError(f"encoder.model={hf_config.model_type!r}: transformers has no encoder for it")
     cls = MODEL_MAPPING[type(hf_config)]
-    # Poolers get no gradient; mask tokens of ViT and DeiT are an argument and not a config field.
-    wanted = dict(add_pooling_layer=False, use_mask_token=True)
-    accepted = inspect.signature(cls.__init__).parameters
-    kwargs = {name: value for name, value in wanted.items() if name in accepted}
+    arguments = class_arguments(cls)
     if attention == "sdpa" and not getattr(cls, "_supports_sdpa", False):
         attention = "eager"
     if pretrained is not None:
         try:
             hf_model = cls.from_pretrained(
-                pretrained, config=hf_config, dtype=torch.float32, attn_implementation=attention, **kwargs
+                pretrained, config=hf_config, dtype=torch.float32, attn_implementation=attention, **arguments
             ).train()
         except pickle.UnpicklingError as error:
             raise ValueError(
@@ -513,7 +517,7 @@ def build_encoder(
             raise ValueError(f"encoder.pretrained={pretrained}: its weights cannot be read: {error}") from error
     else:
         hf_config._attn_implementation = attention
-        hf_model = cls(hf_config, **kwargs)
+        hf_model = cls(hf_config, **arguments)
     encoder = wrap(hf_model, layers, ffn)
     if isinstance(encoder, WaveEncoder):
         encoder.feature_grad_mult = feature_grad_mult

@@ -22,7 +22,7 @@ from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, make_model
 from d2v_fast.data.audio import feature_extractor
 from d2v_fast.data.text import load_tokenizer
 from d2v_fast.data.vision import MEAN, STD, image_processor
-from d2v_fast.encoders import PatchEncoder, TokenEncoder, WaveEncoder, build_encoder, wrap
+from d2v_fast.encoders import PatchEncoder, TokenEncoder, WaveEncoder, build_encoder, class_arguments, wrap
 
 OLDER = "data2vec-pytorch"
 TOLERANCE = 1e-6  # of states after a layer norm, in fp32
@@ -160,7 +160,7 @@ def load_teacher(encoder: torch.nn.Module, run: Path) -> None:
 
 def model_card(title: str, facts: dict[str, Any], folder: Path, sections: list[str]) -> str:
     """README.md of an exported model, in the format of the Hugging Face hub."""
-    from transformers import AutoConfig
+    from transformers import MODEL_MAPPING, AutoConfig
     from transformers import __version__ as transformers_version
 
     config = AutoConfig.from_pretrained(folder)
@@ -170,7 +170,8 @@ def model_card(title: str, facts: dict[str, Any], folder: Path, sections: list[s
         f"Python {platform.python_version()}",
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    use = f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{folder}")'
+    arguments = "".join(f", {name}={value}" for name, value in class_arguments(MODEL_MAPPING[type(config)]).items())
+    use = f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{folder}"{arguments})'
     for file, loader in (("tokenizer.json", "AutoTokenizer"), ("preprocessor_config.json", "AutoImageProcessor")):
         if (folder / file).exists():
             audio = "feature_extractor_type" in (folder / file).read_text()
