@@ -136,9 +136,6 @@ class Encoder(nn.Module):
                 module = self._ffn(block) if source == "ffn" else block
                 module.register_forward_hook(keep_output)
                 self._taps.append(module)
-        # BEiT scales the FFN result before the residual; its scaled form is the layer result (spec 1.3).
-        scales = [getattr(block, "lambda_2", None) for block in self.blocks[-top_k:]]
-        self._tap_scales = [x if source == "ffn" and isinstance(x, Tensor) else None for x in scales]
 
     def taps(self, length: int) -> list[Tensor]:
         """Tapped results of the last forward, first to last, without extra tokens: K × (B, length, C).
@@ -146,7 +143,7 @@ class Encoder(nn.Module):
         Zeros where a narrowed last block computed nothing.
         """
         results = []
-        for module, scale in zip(self._taps, self._tap_scales, strict=True):
+        for module, block in zip(self._taps, self.blocks[-len(self._taps) :], strict=True):
             x = module._tapped
             module._tapped = None
             if self._rows and module is self._taps[-1] and self._tap_source != "block_input":
@@ -154,7 +151,9 @@ class Encoder(nn.Module):
                 x = x.new_zeros(batch * length, x.shape[-1]).index_copy_(0, index, x[0]).view(batch, length, -1)
             else:
                 x = x[:, x.shape[1] - length :]
-            results.append(x if scale is None else x * scale)
+            # BEiT scales the FFN result before the residual; its scaled form is the layer result (spec 1.3).
+            scale = getattr(block, "lambda_2", None) if self._tap_source == "ffn" else None
+            results.append(x * scale if isinstance(scale, Tensor) else x)
         return results
 
     def narrow_last_block(self) -> bool:

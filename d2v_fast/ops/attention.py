@@ -1,8 +1,8 @@
-"""Attention on a CPU, as one more implementation of transformers.
+"""Attention as one more implementation of transformers.
 
-There `scaled_dot_product_attention` leaves its fast path for dropout, and is slow at the lengths of data2vec, in the backward
-above all. Two matrix products around a softmax, with the fast dropout between them, are quicker; for long inputs without
-gradients they are not.
+On a CPU `scaled_dot_product_attention` leaves its fast path for dropout, and is slow at the lengths of data2vec, above all
+in the backward. Two matrix products around a softmax, with the fast dropout between them, are quicker; for long inputs without
+gradients they are not. On a GPU torch's own choice of flash and cuDNN kernels stays, and nobody waits for a look at the mask.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from d2v_fast.ops.dropout import dropout as fast_dropout
 
-NAME = "d2v_explicit"
+NAME = "d2v_fast"
 LONG = 512  # positions from which the scores of all pairs no longer stay in the cache
 
 
@@ -53,29 +53,38 @@ def attention(
     return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), None
 
 
+def padding(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+    """The mask of transformers' sdpa from a padding mask (B, T) bool, True = attend.
+
+    There it is looked at first whether it pads at all, and a GPU waited for; our batches have one only if it does.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is not None:
+        kwargs["allow_is_bidirectional_skip"] = False
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
 def use(model: nn.Module, device: torch.device) -> str | None:
     """Let a transformers model attend in the way that is fastest on this device.
 
     Returns:
-        Its name: "explicit" on a CPU, "flash_attention_2" on a GPU where that package is installed; None if the model keeps
-        what it has, which on a GPU is torch's own choice of flash and cuDNN kernels.
+        Its name: "explicit" on a CPU, on a GPU "flash_attention_2" where that package is installed, else "sdpa"; None if the
+        model keeps what it has.
     """
     from transformers import AttentionInterface, PreTrainedModel
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
     from transformers.utils import is_flash_attn_2_available
 
     if not isinstance(model, PreTrainedModel) or model.config._attn_implementation != "sdpa":
         return None
-    if device.type == "cpu":
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)  # without it padding would be dropped in silence
-        wanted = NAME
-    elif is_flash_attn_2_available() and model._supports_flash_attn:
-        wanted = "flash_attention_2"
-    else:
-        return None
+    wanted, name = NAME, "explicit" if device.type == "cpu" else "sdpa"
+    if device.type != "cpu" and is_flash_attn_2_available() and model._supports_flash_attn:
+        wanted = name = "flash_attention_2"
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, padding)  # without one padding would be dropped in silence
     try:
         model.set_attn_implementation(wanted)
     except ValueError:
         return None
-    return wanted.removeprefix("d2v_") if model.config._attn_implementation == wanted else None
+    return name if model.config._attn_implementation == wanted else None

@@ -1,0 +1,154 @@
+"""Steps on a GPU that is not there: tensors that know shape, dtype and device and hold no data.
+
+Whoever asks for a number of theirs would wait for the GPU, whoever mixes them with tensors of the host would fail there: both
+are errors here. Run as `python -m tests.fake_gpu fake_gpu.so`, in a process of its own, because a torch without CUDA has to be
+told of the device before it is imported; prints JSON: what went wrong in each case, or null.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import sys
+import traceback
+from pathlib import Path
+
+CASES = [
+    f"{name} {precision} {kind}"
+    for name in ("roberta", "bert", "data2vec-text", "beit", "data2vec-vision", "vit", "wav2vec2", "hubert", "data2vec-audio")
+    for precision in ("fp32", "bf16")
+    for kind in ("plain", "fused")
+]
+KERNELS = [
+    f"loss {norm} {target_norm} {kind}"
+    for norm in ("none", "layer", "instance", "batch", "group")
+    for target_norm in ("none", "layer", "instance")
+    for kind in ("rows", "dense")
+]
+WAITS = ["wav2vec2 fp32 eager loss", "roberta fp32 host index", "roberta fp32 no index"]  # what has to be noticed
+
+
+def pretend(library: str) -> None:
+    """Make torch believe in the device."""
+    torch_library = Path(importlib.util.find_spec("torch").origin).parent / "lib" / "libtorch_cpu.so"
+    ctypes.CDLL(str(torch_library), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(library)
+
+    import torch
+    import transformers.masking_utils
+
+    torch.cuda.is_available = lambda: True
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
+    # It takes such tensors for a graph being made, and would not look at their numbers.
+    transformers.masking_utils.is_tracing = lambda *args: False
+
+
+def step(name: str, precision: str, kind: str) -> None:
+    """Two optimizer steps of a tiny encoder."""
+    import torch
+
+    from d2v_fast import Data2Vec
+    from d2v_fast.fused import fuse
+    from d2v_fast.ops import triton_loss
+    from tests import models
+
+    triton_loss.obstacle = lambda device: None
+    text, image, wave = (name in names for names in (models.TEXTS, models.IMAGES, models.WAVES))
+    encoder = models.make(name)
+    settings = dict(norm="instance", ema_scope="layers") if wave else dict(ema_scope="encoder" if image else "all")
+    model = Data2Vec(encoder, top_k=2, impl="eager" if kind == "eager loss" else "triton", **settings).train()
+    if kind != "plain" and kind != "eager loss":
+        fuse(model, torch.device("cuda"))
+    source = models.inputs(name)
+    shape = encoder.embed(source).shape[:2]
+    mask = torch.rand(shape) < 0.5
+    batch = dict(source=source, mask=mask, index=mask.flatten().nonzero().squeeze(1))
+    if text:
+        batch["target"] = source
+    if not image and kind != "plain":
+        batch["padding_mask"] = torch.arange(shape[1]) >= torch.tensor([[shape[1]], [shape[1] - 3]])
+    index = batch["index"]
+    there = {key: on_gpu(value) for key, value in batch.items()}
+    if kind == "host index":
+        there["index"] = index
+    if kind == "no index":
+        del there["index"]
+    move(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with MODE:
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+                output = model(**there, num_targets=float(len(index)))
+            output.loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_teacher()
+    assert output.loss.device.type == "cuda" and all(p.device.type == "cuda" for p in model.state_dict().values() if p.ndim)
+
+
+def loss(norm: str, target_norm: str, kind: str) -> None:
+    """What surrounds the launches of the Triton loss; the launches themselves do nothing."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from d2v_fast.ops import triton_loss
+
+    class Launch:
+        def __getitem__(self, grid):
+            assert all(isinstance(size, int) and size > 0 for size in grid), grid
+            return self.launch
+
+        def launch(self, *args, **settings):
+            tensors = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(x, torch.Tensor)]
+            assert all(tensor.device.type == "cuda" for tensor in tensors)
+
+    for name in [name for name in vars(triton_loss) if name.endswith("_kernel")]:
+        setattr(triton_loss, name, Launch())
+    triton_loss._uniform = list  # reads addresses
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+    torch.cuda.device_of = lambda tensor: MODE
+    layers = [on_gpu(torch.empty(2, 7, 64, dtype=torch.bfloat16)) for _ in range(3)]
+    mask = on_gpu(torch.empty(2, 7, dtype=torch.bool))
+    predictions = on_gpu(torch.empty(2, 7, 64) if kind == "dense" else torch.empty(5, 64))
+    with MODE:
+        for padding in (None, mask):
+            outputs = triton_loss.loss(predictions, layers, mask, padding, norm, target_norm, 1.0, 0.1, True, True)
+            assert all(output.device.type == "cuda" for output in outputs)
+            torch.ops.d2v_fast.scaled(outputs[1], outputs[2])
+
+
+def on_gpu(tensor):
+    """A tensor like this one on the fake GPU."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    fake = FakeTensor(MODE, torch.empty_like(tensor, device="meta"), torch.device("cuda", 0))
+    return torch.nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else fake
+
+
+def move(model) -> None:
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: on_gpu(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+if __name__ == "__main__":
+    pretend(sys.argv[1])
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    MODE = FakeTensorMode()
+    found = {}
+    for case in [*CASES, *WAITS, *KERNELS]:
+        first, second, kind = case.split(" ", 2)
+        try:
+            loss(second, *kind.split()) if first == "loss" else step(first, second, kind)
+            found[case] = None
+        except Exception as error:
+            found[case] = "".join(traceback.format_exception(error))
+    print(json.dumps(found))
