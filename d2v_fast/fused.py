@@ -82,6 +82,24 @@ def _attention(model: Data2Vec, device: torch.device) -> str:
     return f"attention {found.pop()}" if None not in found else ""
 
 
+def _compile(model: Data2Vec, device: torch.device) -> str:
+    """Fuse what lies between the matrix products: on a GPU, casts and norms and sums move more bytes than those do.
+
+    Block by block, as most are the same graph. A narrowed last block stays as it is: its hooks hand rows to each other. On a
+    CPU it is worth 0 to 4 % of a step and takes half a minute to begin with.
+    """
+    if device.type != "cuda":
+        return ""
+    from torch._dynamo import config
+
+    config.skip_nnmodule_hook_guards = False  # blocks with taps and without share their code, and must not share a graph
+    config.recompile_limit = max(config.recompile_limit, 64)  # with gradients, taps, padding or not, at one length and at any
+    blocks = [block for encoder in (model.student, model.teacher.module) for block in encoder.blocks[:-1]]
+    for block in blocks:
+        block.compile()
+    return f"{len(blocks)} blocks compiled"
+
+
 PARTS = {
     "loss": _loss,
     "last block": _last_block,
@@ -89,4 +107,5 @@ PARTS = {
     "convolutions": _convolutions,
     "dropout": _dropout,
     "attention": _attention,
+    "compile": _compile,
 }

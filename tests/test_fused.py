@@ -1,6 +1,7 @@
 """--fused is the same algorithm: parity with the plain path, strictness, and what each part replaces."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -124,6 +125,74 @@ def test_a_query_without_any_key_gives_numbers():
     output, _ = attention.attention(nn.Module(), query, query, query, torch.zeros(1, 1, 3, 3, dtype=torch.bool))
     output.sum().backward()
     assert output.isfinite().all() and query.grad.isfinite().all()
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Counts what is compiled; by a backend that is quick, as the graphs are the question and not their code."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    config = torch._dynamo.config
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    with config.patch(skip_nnmodule_hook_guards=True, recompile_limit=config.recompile_limit):  # puts them back
+        yield counters
+    torch._dynamo.reset()
+
+
+def both_ways(name, source="ffn"):
+    """A plain model, and the same with blocks compiled and the last one narrowed."""
+    plain, fused = (Data2Vec(models.make(name), top_k=2, source=source, impl="eager").train() for _ in range(2))
+    fused.load_state_dict(plain.state_dict())
+    assert fuse(fused, torch.device("cuda"), ["last block", "compile"])[-1] == "4 blocks compiled"
+    return plain, fused
+
+
+def same_step(plain, fused, **batch):
+    outputs = [model(**batch) for model in (plain, fused)]
+    torch.testing.assert_close(outputs[1].loss, outputs[0].loss)
+    for output, model in zip(outputs, (plain, fused), strict=True):
+        model.zero_grad()
+        output.loss.backward()
+    for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if theirs.grad is not None and theirs.grad.norm() > 1e-4:
+            assert relative(ours.grad, theirs.grad) < 1e-4
+    for model in (plain, fused):
+        model.update_teacher()
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("source", ["ffn", "block_output", "block_input"])
+def test_compiled_blocks_hand_out_the_same(name, source, compiled):
+    plain, fused = both_ways(name, source)
+    inputs = models.inputs(name)
+    mask = torch.rand(plain.student.embed(inputs).shape[:2]) < 0.5
+    for _ in range(2):
+        same_step(plain, fused, source=inputs, mask=mask, target=inputs if name in models.TEXTS else None)
+    assert not compiled["graph_break"]
+    assert compiled["stats"]["unique_graphs"] <= 3  # student; teacher with a tap and without
+
+
+def test_lengths_and_padding_compile_a_few_times(compiled):
+    plain, fused = both_ways("roberta")
+    counts = []
+    for length in [*range(9, 21), *range(21, 29)]:
+        ids = torch.randint(5, 60, (2, length))
+        mask = torch.rand(2, length) < 0.5
+        padding = torch.arange(length) >= torch.tensor([[length], [length - 2]])
+        same_step(plain, fused, source=ids, target=ids, mask=mask & ~padding, padding_mask=padding if length % 2 else None)
+        counts.append(compiled["stats"]["unique_graphs"])
+    assert counts[-1] == counts[12] <= 12
+    assert not compiled["graph_break"]
+
+
+def test_on_a_cpu_nothing_is_compiled():
+    model = Data2Vec(models.make("roberta"), top_k=2)
+    assert fuse(model, CPU, ["compile"]) == []
+    assert model.student.blocks[0]._compiled_call_impl is None
 
 
 def test_what_fuse_puts_in():

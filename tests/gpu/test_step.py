@@ -1,0 +1,65 @@
+"""The fused step on a real GPU: the same numbers as the plain one, and nobody waits for it."""
+
+import pytest
+import torch
+
+from d2v_fast import Data2Vec
+from d2v_fast.fused import PARTS, fuse
+from tests import models
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+GPU = torch.device("cuda")
+NAMES = ["roberta", "beit", "wav2vec2"]
+
+
+def setup(name, parts=()):
+    """A step to call, with tiny weights that are the same for the same name; returns its loss."""
+    torch.manual_seed(0)
+    norm = "instance" if name in models.WAVES else "layer"
+    encoder = models.make(name)
+    model = Data2Vec(encoder, top_k=2, norm=norm, impl="auto" if parts else "eager").to(GPU).train()
+    fuse(model, GPU, parts)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    source = models.inputs(name, batch=4).to(GPU)
+    shape = encoder.embed(source).shape[:2]
+    mask = torch.rand(shape, device=GPU) < 0.5
+    batch = dict(source=source, mask=mask, index=mask.flatten().nonzero().squeeze(1), num_targets=float(mask.sum()))
+    if name in models.TEXTS:
+        batch["target"] = source
+    if name not in models.IMAGES:
+        batch["padding_mask"] = torch.zeros_like(mask)
+        batch["padding_mask"][1, -3:] = True
+
+    def step(precision):
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            output = model(**batch)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_teacher()
+        return output.loss.detach()
+
+    return step
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 2e-2)])
+def test_fused_and_plain_agree(name, precision, tolerance):
+    plain, fused = setup(name), setup(name, PARTS)
+    for _ in range(10):
+        torch.testing.assert_close(fused(precision), plain(precision), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fused_step_waits_for_nothing(name):
+    step = setup(name, PARTS)
+    for _ in range(2):
+        step("bf16")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step("bf16")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
