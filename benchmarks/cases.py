@@ -61,6 +61,13 @@ class StepCase:
     masked: float
     settings: dict  # of Data2Vec, as the published recipe has them
     config: dict = field(default_factory=dict)  # of the encoder
+    gpu_batch: int = 0  # 16,000 positions or more fill a GPU and leave room for the models of all variants
+
+    def on(self, device: str) -> StepCase:
+        """The case as this device takes it."""
+        if device == "cpu":
+            return self
+        return replace(self, batch=self.gpu_batch, name=self.name.replace(f"-{self.batch}x", f"-{self.gpu_batch}x"))
 
     def batch_of(self, encoder, device: str) -> dict[str, Tensor]:
         """Inputs of `Data2Vec.forward`: source, mask, index, for text also target; all of full length."""
@@ -86,10 +93,10 @@ _VISION = dict(top_k=6, beta=2.0, source="block_output", ema_start=0.9998)
 _AUDIO = dict(top_k=8, norm="instance", ema_scope="encoder")
 
 STEP_CASES = [
-    StepCase("text-8x128", "text", "roberta", 8, (128,), 0.15, _TEXT),
-    StepCase("text-4x512", "text", "roberta", 4, (512,), 0.15, _TEXT),
-    StepCase("vision-8x224", "vision", "beit", 8, (3, 224, 224), 0.60, _VISION),
-    StepCase("audio-4x5s", "audio", "data2vec-audio", 4, (80_000,), 0.49, _AUDIO),
+    StepCase("text-8x128", "text", "roberta", 8, (128,), 0.15, _TEXT, gpu_batch=128),
+    StepCase("text-4x512", "text", "roberta", 4, (512,), 0.15, _TEXT, gpu_batch=32),
+    StepCase("vision-8x224", "vision", "beit", 8, (3, 224, 224), 0.60, _VISION, gpu_batch=128),
+    StepCase("audio-4x5s", "audio", "data2vec-audio", 4, (80_000,), 0.49, _AUDIO, gpu_batch=64),
 ]
 
 # One size of the step at a time; 4 layers where it is not their number, so that the sweep takes minutes.

@@ -45,7 +45,8 @@ class Variant:
         return len(self.batch["index"])
 
     def flops(self):
-        with FlopCounterMode(display=False) as counter:
+        # What is compiled would not be counted.
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             self.step()
         return counter.get_total_flops()
 
@@ -175,6 +176,7 @@ def turns(variants, case, device, seconds):
 
 @pytest.mark.parametrize("case", STEP_CASES, ids=lambda case: case.name)
 def test_step(case, device, seconds, benchmark):
+    case = case.on(device)
     with turns(VARIANTS, case, device, seconds) as (variants, times):
         benchmark.extra_info.update(
             case=case.name,
@@ -192,6 +194,7 @@ def test_step(case, device, seconds, benchmark):
 @pytest.mark.parametrize("case", STEP_CASES, ids=lambda case: case.name)
 def test_parts(case, device, seconds, benchmark):
     """What each part of --fused is worth: the whole beside a step without it, two at a time as memory is short."""
+    case = case.on(device)
     pairs = {}
     for part in PARTS:
         without = {"all": VARIANTS["fused"], "without": (Ours, tuple(other for other in PARTS if other != part))}
