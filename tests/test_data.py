@@ -113,6 +113,15 @@ class TestEpochBatches:
         assert rest == whole[start:]
         assert [batch[0][0] for batch in whole[:11]] == [0] * 5 + [1] * 5 + [2]
 
+    def test_little_is_padding(self):
+        lengths = np.random.default_rng(0).lognormal(4.5, 0.9, 20_000).clip(4, 512).astype(int)
+
+        def padding(batches):
+            return 1 - lengths.sum() / sum(lengths[batch].max() * len(batch) for batch in batches)
+
+        assert padding(EpochBatches(20_000, 8).epoch(0)) > 0.4
+        assert padding(EpochBatches(20_000, 8, lengths=lengths).epoch(0)) < 0.02
+
     def test_similar_lengths_share_a_batch(self):
         lengths = np.random.default_rng(0).integers(1, 1000, 200)
         batches = EpochBatches(200, 10, lengths=lengths).epoch(0)
