@@ -224,7 +224,7 @@ class Window:
         waited: float = 0.0,
         seconds: float = 0.0,
     ):
-        self.loss = torch.tensor(loss, device=device)  # summed on the device, so that nobody waits for it
+        self.loss = torch.full((), loss, device=device)  # summed on the device, so that nobody waits for it
         self.steps, self.samples, self.seconds_waited = steps, samples, waited
         self.start = time.perf_counter() - seconds
 
@@ -556,7 +556,7 @@ class Trainer:
             # Known on the host; only several ranks have to ask each other.
             num_targets = sum(len(batch["index"]) for batch in micro_batches)
             if self.world > 1:
-                counts = torch.tensor([float(num_targets)], device=self.device)
+                counts = torch.full((1,), float(num_targets), device=self.device)  # a copy from the host would wait
                 num_targets = self.accelerator.reduce(counts, "sum")[0] / self.world
         loss = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches):

@@ -26,6 +26,7 @@ KERNELS = [
     for target_norm in ("none", "layer", "instance")
     for kind in ("rows", "dense")
 ]
+TRAINERS = [f"trainer {modality} {kind}" for modality in ("text", "vision", "audio") for kind in ("plain", "fused")]
 WAITS = ["wav2vec2 fp32 eager loss", "roberta fp32 host index", "roberta fp32 no index"]  # what has to be noticed
 
 
@@ -38,9 +39,12 @@ def pretend(library: str) -> None:
     import torch
     import transformers.masking_utils
 
+    from d2v_fast.ops import triton_loss
+
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: 0
     torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
+    triton_loss.obstacle = lambda device: None
     # It takes such tensors for a graph being made, and would not look at their numbers.
     transformers.masking_utils.is_tracing = lambda *args: False
 
@@ -50,17 +54,14 @@ def step(name: str, precision: str, kind: str) -> None:
     import torch
 
     from d2v_fast import Data2Vec
-    from d2v_fast.fused import PARTS, fuse
-    from d2v_fast.ops import triton_loss
     from tests import models
 
-    triton_loss.obstacle = lambda device: None
     text, image, wave = (name in names for names in (models.TEXTS, models.IMAGES, models.WAVES))
     encoder = models.make(name)
     settings = dict(norm="instance", ema_scope="layers") if wave else dict(ema_scope="encoder" if image else "all")
     model = Data2Vec(encoder, top_k=2, impl="eager" if kind == "eager loss" else "triton", **settings).train()
     if kind != "plain" and kind != "eager loss":
-        fuse(model, torch.device("cuda"), [part for part in PARTS if part != "compile"])  # no graph is made of such tensors
+        fuse_for_gpu(model)
     source = models.inputs(name)
     shape = encoder.embed(source).shape[:2]
     mask = torch.rand(shape) < 0.5
@@ -88,6 +89,41 @@ def step(name: str, precision: str, kind: str) -> None:
             optimizer.zero_grad()
             model.update_teacher()
     assert output.loss.device.type == "cuda" and all(p.device.type == "cuda" for p in model.state_dict().values() if p.ndim)
+
+
+def trainer(modality: str, kind: str) -> None:
+    """Steps of `d2v-train`, the first of them to be logged. They wait once, to see whether loss and gradient are finite."""
+    import tempfile
+
+    import torch
+
+    from d2v_fast import training
+    from d2v_fast.config import parse
+    from tests.test_training import arguments
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = parse(arguments(modality, folder, "loss.impl=triton", "train.device=cpu"))[0]
+        run = training.Trainer(config)
+        batch = next(run._batches())
+    if kind == "fused":
+        fuse_for_gpu(run.core)
+    run.device = torch.device("cuda")
+    move(run.core)
+    run.optimizer = run.accelerator.prepare(training.make_optimizer(run.core, config.optimizer, fused=True))
+    run.scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer.optimizer, lambda step: 1.0)
+    run.monitor = training.Monitor(run.core, run.optimizer.optimizer, config.collapse, 4, 0, run.accelerator, None)
+    isfinite, torch.isfinite = torch.isfinite, lambda x: True
+    try:
+        with MODE:
+            there = {k: MODE.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            run.window = training.Window(run.device)
+            for due in (True, False):
+                run.monitor.due = due
+                loss, grad_norm = run.step([there])
+                run.window.add(loss, 4)
+    finally:
+        torch.isfinite = isfinite
+    assert loss.device.type == grad_norm.device.type == "cuda" and run.core.teacher.step == 2
 
 
 def loss(norm: str, target_norm: str, kind: str) -> None:
@@ -122,6 +158,14 @@ def loss(norm: str, target_norm: str, kind: str) -> None:
             torch.ops.d2v_fast.scaled(outputs[1], outputs[2])
 
 
+def fuse_for_gpu(model) -> None:
+    import torch
+
+    from d2v_fast.fused import PARTS, fuse
+
+    fuse(model, torch.device("cuda"), [part for part in PARTS if part != "compile"])  # no graph is made of such tensors
+
+
 def on_gpu(tensor):
     """A tensor like this one on the fake GPU."""
     import torch
@@ -144,10 +188,15 @@ if __name__ == "__main__":
 
     MODE = FakeTensorMode()
     found = {}
-    for case in [*CASES, *WAITS, *KERNELS]:
+    for case in [*CASES, *WAITS, *TRAINERS, *KERNELS]:
         first, second, kind = case.split(" ", 2)
         try:
-            loss(second, *kind.split()) if first == "loss" else step(first, second, kind)
+            if first == "loss":
+                loss(second, *kind.split())
+            elif first == "trainer":
+                trainer(second, kind)
+            else:
+                step(first, second, kind)
             found[case] = None
         except Exception as error:
             found[case] = "".join(traceback.format_exception(error))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.fake_gpu import CASES, KERNELS, WAITS
+from tests.fake_gpu import CASES, KERNELS, TRAINERS, WAITS
 
 if torch.cuda.is_available():
     pytest.skip("there is a GPU: tests/gpu", allow_module_level=True)
@@ -24,7 +24,7 @@ def found(tmp_path_factory):
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", [*CASES, *KERNELS])
+@pytest.mark.parametrize("case", [*CASES, *TRAINERS, *KERNELS])
 def test_no_wait_and_one_device(case, found):
     assert found[case] is None, found[case]
 
