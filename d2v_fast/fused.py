@@ -97,7 +97,7 @@ def _compile(model: Data2Vec, device: torch.device) -> str:
     blocks = [block for encoder in (model.student, model.teacher.module) for block in encoder.blocks[:-1]]
     for block in blocks:
         block.compile()
-    return f"{len(blocks)} blocks compiled"
+    return f"{len(blocks)} blocks compiled, for which the first steps wait"
 
 
 PARTS = {
