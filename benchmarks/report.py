@@ -103,8 +103,10 @@ def breakdown_table(path: Path) -> str:
 
 def parts_table(path: Path) -> str:
     found = rows(path, "test_parts")
-    lines = [[row["case"], *(f"{pair['without'] / pair['all'] - 1:+.0%}" for pair in row["parts"].values())] for row in found]
-    return markdown(["step without", *found[0]["parts"]], lines)
+    columns = list(dict.fromkeys(part for row in found for part in row["parts"]))
+    worth = [{part: f"{pair['without'] / pair['all'] - 1:+.0%}" for part, pair in row["parts"].items()} for row in found]
+    lines = [[row["case"], *(parts.get(part, "–") for part in columns)] for row, parts in zip(found, worth, strict=True)]
+    return markdown(["step without", *columns], lines)
 
 
 def ema_table(path: Path) -> str:
