@@ -85,8 +85,8 @@ def _attention(model: Data2Vec, device: torch.device) -> str:
 def _compile(model: Data2Vec, device: torch.device) -> str:
     """Fuse what lies between the matrix products: on a GPU, casts and norms and sums move more bytes than those do.
 
-    Block by block, as most are the same graph. A narrowed last block stays as it is: its hooks hand rows to each other. On a
-    CPU it is worth 0 to 4 % of a step and takes half a minute to begin with.
+    Block by block, as most are the same graph. The last one stays as it is: where it is narrowed, its hooks hand rows to each
+    other. On a CPU all this is worth 0 to 4 % of a step and takes half a minute to begin with.
     """
     if device.type != "cuda":
         return ""
