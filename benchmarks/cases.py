@@ -61,7 +61,7 @@ class StepCase:
     masked: float
     settings: dict  # of Data2Vec, as the published recipe has them
     config: dict = field(default_factory=dict)  # of the encoder
-    gpu_batch: int = 0  # 16,000 positions or more fill a GPU and leave room for the models of all variants
+    gpu_batch: int = 0  # meant to fill a GPU and leave room for the models of all variants
 
     def on(self, device: str) -> StepCase:
         """The case as this device takes it."""

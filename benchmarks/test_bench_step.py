@@ -45,7 +45,7 @@ class Variant:
         return len(self.batch["index"])
 
     def flops(self):
-        # What is compiled would not be counted.
+        # Operation by operation, whether compiled or not.
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             self.step()
         return counter.get_total_flops()

@@ -14,7 +14,7 @@ GPU = torch.device("cuda")
 NAMES = ["roberta", "beit", "wav2vec2"]
 
 
-def setup(name, parts=()):
+def make_step(name, parts=()):
     """A step to call, with tiny weights that are the same for the same name; returns its loss."""
     torch.manual_seed(0)
     norm = "instance" if name in models.WAVES else "layer"
@@ -48,14 +48,14 @@ def setup(name, parts=()):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 2e-2)])
 def test_fused_and_plain_agree(name, precision, tolerance):
-    plain, fused = setup(name), setup(name, PARTS)
+    plain, fused = make_step(name), make_step(name, PARTS)
     for _ in range(10):
         torch.testing.assert_close(fused(precision), plain(precision), rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fused_step_waits_for_nothing(name):
-    step = setup(name, PARTS)
+    step = make_step(name, PARTS)
     for _ in range(2):
         step("bf16")
     torch.cuda.set_sync_debug_mode("error")
