@@ -83,7 +83,8 @@ def _attention(model: Data2Vec, device: torch.device) -> str:
 
 
 def _compile(model: Data2Vec, device: torch.device) -> str:
-    """Fuse the casts, norms and sums between the matrix products; on a GPU, where it is expected to pay and not yet measured.
+    """Fuse what lies between the matrix products, and the norms of convolutions; on a GPU, where it is expected to pay and not
+    yet measured.
 
     Block by block, as most are the same graph. The last one stays as it is: where it is narrowed, its hooks hand rows to each
     other.
@@ -94,10 +95,27 @@ def _compile(model: Data2Vec, device: torch.device) -> str:
 
     config.skip_nnmodule_hook_guards = False  # blocks with taps and without share their code, and must not share a graph
     config.recompile_limit = max(config.recompile_limit, 64)  # with gradients, taps, padding or not, at one length and at any
-    blocks = [block for encoder in (model.student, model.teacher.module) for block in encoder.blocks[:-1]]
-    for block in blocks:
-        block.compile()
-    return f"{len(blocks)} blocks compiled, for which the first steps wait"
+    encoders = (model.student, model.teacher.module)
+    blocks = [block for encoder in encoders for block in encoder.blocks[:-1]]
+    convolutions = [module for encoder in encoders for module in conv.layers(encoder.model)]
+    for module in (*convolutions, *blocks):
+        module.compile()
+    what = f"{len(blocks)} blocks" + (f" and {len(convolutions)} convolutions" if convolutions else "")
+    return f"{what} compiled, for which the first steps wait"
+
+
+def _recompute(model: Data2Vec, device: torch.device) -> str:
+    """Keep what products and convolutions result in for the backward of compiled modules, and compute the rest again.
+
+    GELU, norms and casts then take no memory. Not `aggressive_recomputation`: it draws the masks of dropout anew, other ones.
+    """
+    if device.type != "cuda":
+        return ""
+    from torch._functorch import config
+
+    config.ban_recompute_materialized_backward = False
+    config.ban_recompute_used_far_apart = config.ban_recompute_long_fusible_chains = False
+    return "activations and norms computed again in the backward"
 
 
 PARTS = {
@@ -108,4 +126,5 @@ PARTS = {
     "dropout": _dropout,
     "attention": _attention,
     "compile": _compile,
+    "recompute": _recompute,
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2v_fast import Data2Vec
+from d2v_fast import Data2Vec, build_encoder
 from d2v_fast.config import parse
 from d2v_fast.fused import fuse
 from d2v_fast.ops import attention, conv, native
@@ -131,23 +131,28 @@ def test_a_query_without_any_key_gives_numbers():
 def compiled(monkeypatch):
     """Counts what is compiled; by a backend that is quick, as the graphs are the question and not their code."""
     import torch._dynamo
+    import torch._functorch.config
     from torch._dynamo.utils import counters
 
-    config = torch._dynamo.config
+    config, kept = torch._dynamo.config, torch._functorch.config
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(attention, "LONG", 4)  # the teacher attends through torch, as both do on a GPU
     torch._dynamo.reset()
     counters.clear()
-    with config.patch(skip_nnmodule_hook_guards=True, recompile_limit=config.recompile_limit):  # puts them back
+    # Both put back what is set meanwhile.
+    with config.patch(skip_nnmodule_hook_guards=True, recompile_limit=config.recompile_limit), kept.patch(RECOMPUTED):
         yield counters
     torch._dynamo.reset()
+
+
+RECOMPUTED = {f"ban_recompute_{what}": True for what in ("materialized_backward", "used_far_apart", "long_fusible_chains")}
 
 
 def both_ways(name, source="ffn"):
     """A plain model, and the same as a GPU has it: blocks compiled, the last one narrowed, our attention."""
     plain, fused = (Data2Vec(models.make(name), top_k=2, source=source, impl="eager").train() for _ in range(2))
     fused.load_state_dict(plain.state_dict())
-    assert fuse(fused, torch.device("cuda"), ["last block", "attention", "compile"])[-1].startswith("4 blocks compiled")
+    assert fuse(fused, torch.device("cuda"), ["last block", "attention", "compile"])[-1].startswith("4 blocks")
     return plain, fused
 
 
@@ -174,7 +179,8 @@ def test_compiled_blocks_hand_out_the_same(name, source, compiled):
     for _ in range(2):
         same_step(plain, fused, source=inputs, mask=mask, target=inputs if name in models.TEXTS else None)
     assert not compiled["graph_break"]
-    assert compiled["stats"]["unique_graphs"] <= 3  # student; teacher with a tap and without
+    # Of blocks three: student, teacher with a tap and without. Of convolutions each its own, twice.
+    assert compiled["stats"]["unique_graphs"] <= 3 + 2 * len(conv.layers(plain.student.model))
 
 
 def test_lengths_and_padding_compile_a_few_times(compiled):
@@ -190,9 +196,68 @@ def test_lengths_and_padding_compile_a_few_times(compiled):
     assert not compiled["graph_break"]
 
 
+def with_dropout(name, parts, bf16=True):
+    """A model of four blocks as a GPU has it, and its step, which always draws the same masks."""
+    torch.manual_seed(0)
+    config = {field: 0.1 if "drop" in field else value for field, value in models.CONFIGS[name].items()}
+    config |= dict(layerdrop=0.0) if name in models.WAVES else {}
+    config |= dict(hidden_size=64, intermediate_size=256, num_hidden_layers=4)
+    model = Data2Vec(build_encoder(name, config=config), top_k=2, ema_scope="encoder", impl="eager").train()
+    fuse(model, torch.device("cuda"), parts)
+    inputs = models.inputs(name, batch=64)
+    mask = torch.rand(model.student.embed(inputs).shape[:2]) < 0.5
+
+    def step():
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return model(inputs, mask, inputs if name in models.TEXTS else None).loss
+
+    return model, step
+
+
+def kept_for_backward(model, step):
+    """Bytes beside the weights."""
+    torch._dynamo.reset()
+    step().backward()  # compiles
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = step()  # whose graph holds the storages, so that no address comes twice
+    loss.backward()
+    return sum(size for address, size in kept.items() if address not in weights)
+
+
+@pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
+def test_a_compiled_model_keeps_less_for_the_backward(name, compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile.func, backend="aot_eager_decomp_partition"))
+    parts = ["last block", "attention", "compile"]
+    plain, compiling, recomputing = (kept_for_backward(*with_dropout(name, p)) for p in ([], parts, [*parts, "recompute"]))
+    assert recomputing < 0.6 * plain
+    assert recomputing < 0.9 * compiling
+
+
+@pytest.mark.slow  # as it compiles for real: that is where dropout gets its own random numbers
+@pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
+def test_what_is_computed_again_is_the_same(name, compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", torch.compile.func)
+    gradients = []
+    for parts in (["compile"], ["compile", "recompute"]):
+        torch._dynamo.reset()
+        model, step = with_dropout(name, parts, bf16=False)
+        step().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert relative(gradients[1], gradients[0]) < 1e-3
+
+
 def test_on_a_cpu_nothing_is_compiled():
     model = Data2Vec(models.make("roberta"), top_k=2)
-    assert fuse(model, CPU, ["compile"]) == []
+    assert fuse(model, CPU, ["compile", "recompute"]) == []
     assert model.student.blocks[0]._compiled_call_impl is None
 
 

@@ -123,6 +123,13 @@ def use(extractor: nn.Module) -> bool:
     return True
 
 
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The modules of a speech model of transformers that are a convolution, its norm and GELU; none of another model."""
+    local = getattr(getattr(model, "feature_extractor", None), "conv_layers", ())
+    positional = getattr(getattr(model, "encoder", None), "pos_conv_embed", None)
+    return [*local, *([] if positional is None else [positional])]
+
+
 def _fits(layer: nn.Module) -> bool:
     conv, norm, activation = (getattr(layer, name, None) for name in ("conv", "layer_norm", "activation"))
     return (
