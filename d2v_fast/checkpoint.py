@@ -32,7 +32,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
@@ -160,7 +160,9 @@ class Checkpoints:
             else:
                 return found
         reason = f"none of {len(self.damaged)} is intact" if self.damaged else "there is none"
-        raise CheckpointError(f"no checkpoint to resume from in {self.folder}: {reason}; to start anew leave --resume out")
+        raise CheckpointError(
+            f"no checkpoint to resume from in {self.folder}: {reason}; another train.output without --resume starts anew"
+        )
 
     def reserve(self, tensors: Tensors) -> None:
         """Have the thread set aside the memory of the copies: new memory is the slowest part of a copy."""

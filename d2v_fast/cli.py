@@ -18,8 +18,8 @@ def _run(name: str, command: Callable[[list[str]], int | str | None]) -> None:
     # What a library logs is either not news to the user of this one, or said again in the error it raises.
     for library in ("httpx", "transformers", "accelerate"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    for library in ("datasets", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    for library in ("DATASETS", "HF_HUB"):  # they set their level themselves, when they are imported
+        os.environ.setdefault(f"{library}_VERBOSITY", "critical")
     os.environ.setdefault("TQDM_DELAY", "2")  # no bars for what takes a moment
     sys.path.append(os.getcwd())  # where an encoder of your own lies
     try:

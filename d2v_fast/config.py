@@ -424,6 +424,8 @@ def read_yaml(name: str) -> dict[str, Any]:
     if not name:
         raise ConfigError(f"--config: found nothing, expected a YAML file or one of {', '.join(presets())}")
     file = Path(name).expanduser()
+    if (file / "config.yaml").is_file():
+        raise ConfigError(f"--config {name}: a folder; its settings are in {file / 'config.yaml'}")
     if not file.is_file():
         file = PRESETS / f"{name}.yaml"
     if not file.is_file():
@@ -592,6 +594,7 @@ def parse(args: list[str]) -> tuple[Config, bool]:
             layer = read_yaml(name)
             if Path(name).with_name("log.jsonl").exists():
                 run = str(Path(name).parent)
+                names[-1] = Path(run).resolve().name
             _make_way(settings, _flat(layer))
             settings = _merge(settings, layer)
         elif argument in FLAGS or argument.startswith("--print_config="):
@@ -607,6 +610,9 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     _make_way(settings, overrides)
     given = _flat(settings)
     asks_only = {"-h", "--help"} & set(rest)
+    which = "--resume: which run? --resume RUN, or train.output=RUN beside the settings it was begun with"
+    if not settings and not overrides and resume:
+        raise ConfigError(which)
     if not settings and not overrides and not asks_only:
         raise ConfigError(f"no settings: d2v-train --config PRESET, one of {', '.join(presets())}; --help explains")
     modality = overrides.get("modality", given.get("modality", "text" if asks_only else None))
@@ -646,10 +652,10 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     for key in resume_allow:
         if key not in [*known, *GROUPS] and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
             raise ConfigError(f"--resume-allow {key}: no such setting{nearest(key, known)}")
+    if run and "train.output" not in overrides:  # the settings of a run: that run, wherever it is now, or one more like it
+        config.train.output = run if resume else None
     if config.train.output is None and resume:
-        config.train.output = run
-        if run is None:
-            raise ConfigError("--resume: which run? --resume RUN, or train.output=RUN beside the settings it was begun with")
+        raise ConfigError(which)
     if config.train.output is None:
         base = f"runs/{'-'.join(names) or modality}-{time.strftime('%Y%m%d-%H%M%S')}"
         numbered = (f"{base}-{n}" for n in itertools.count(2))  # a script may start several in a second

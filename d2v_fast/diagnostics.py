@@ -141,6 +141,13 @@ class Monitor:
         model.register_forward_hook(self._after_forward, with_kwargs=True)
         optimizer.register_step_pre_hook(self._before_update)
 
+    def state(self) -> list[list[str]]:
+        """The rules that have warned and are still broken, for `load_state` in a run that goes on."""
+        return [[rule.figure, rule.bound] for rule in RULES if rule in self.active]
+
+    def load_state(self, state: list[list[str]]) -> None:
+        self.active = {rule for rule in RULES if [rule.figure, rule.bound] in state}
+
     def _forget(self) -> None:
         self.due, self.weights = False, None
         self.stats: list[LossStats] = []

@@ -13,21 +13,23 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, Tensors, sync, write_text
 from d2v_fast.config import FREE, Config, ConfigError, OptimizerConfig, ScheduleConfig, data_class
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
-from d2v_fast.diagnostics import Monitor, environment
+from d2v_fast.diagnostics import CollapseError, Monitor, environment
 from d2v_fast.encoders import Encoder, build_encoder, describe
 from d2v_fast.fused import fuse
 from d2v_fast.model import Data2Vec
@@ -35,6 +37,8 @@ from d2v_fast.model import Data2Vec
 log = logging.getLogger(__name__)
 
 INTERRUPTED = 130  # exit code of a run that was asked to stop and can be resumed
+EMPTY = 100  # batches in a row without anything to score, after which the mask is to blame; of short samples one happens
+TOKENIZER = "tokenizer"  # folder of one that was trained for the run
 PROGRESS = (
     "loss {loss:.4f}  target std {target_std:.3f}  prediction std {prediction_std:.3f}  "
     "{samples_per_s:.1f} samples/s  data wait {data_wait:.0%}"
@@ -46,15 +50,31 @@ SUMMARY = (
 
 
 def make_data(config: Config) -> PretrainingData:
-    """The data set that the config describes."""
-    return data_class(config.modality)(mask=config.mask, seed=config.train.seed, **config.data)
+    """The data set that the config describes; a tokenizer that its run has trained already stays as it is."""
+    data, trained = dict(config.data), Path(config.train.output or "", TOKENIZER)
+    if config.resume and data.get("tokenizer") == "train" and trained.exists():
+        data["tokenizer"] = str(trained)
+    return data_class(config.modality)(mask=config.mask, seed=config.train.seed, **data)
 
 
-def make_encoder(config: Config, vocab_size: int | None = None) -> Encoder:
-    """The student's encoder; the same weights for the same train.seed."""
-    fields = dict(config.encoder.config)
-    if vocab_size is not None and config.encoder.pretrained is None and ":" not in config.encoder.model:
-        fields.setdefault("vocab_size", vocab_size)
+def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encoder:
+    """The student's encoder; the same weights for the same train.seed.
+
+    Args:
+        config: Its settings.
+        tokens: Of text, the size of the vocabulary and the ids of special tokens, by the fields that are left to them if open.
+
+    Raises:
+        ConfigError: An encoder without a vocabulary for text.
+    """
+    from transformers import CONFIG_MAPPING
+
+    fields, name = dict(config.encoder.config), config.encoder.model
+    if tokens and config.encoder.pretrained is None and name in CONFIG_MAPPING:
+        known = CONFIG_MAPPING[name]()
+        if not hasattr(known, "vocab_size"):
+            raise ConfigError(f"encoder.model={name}: has no vocabulary, so it cannot read text; roberta and bert do")
+        fields = {field: value for field, value in tokens.items() if hasattr(known, field)} | fields
     torch.manual_seed(config.train.seed)
     settings = {k: v for k, v in vars(config.encoder).items() if k != "config"}
     return build_encoder(config=fields, **settings)
@@ -83,7 +103,8 @@ def make_model(config: Config, encoder: Encoder) -> Data2Vec:
             model.head.load_state_dict(load_file(Path(config.head.pretrained) / "head.safetensors"))
         except (OSError, RuntimeError) as error:
             raise ConfigError(f"head.pretrained={config.head.pretrained}: {' '.join(str(error).split())}") from error
-        log.warning("student and head go on from what they were; the teacher, which was not saved, is a copy of the student")
+        if not config.resume:
+            log.warning("student and head go on from what they were; the teacher, not saved, is a copy of the student")
     return model
 
 
@@ -135,7 +156,7 @@ def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
 
 
 class BrokenSamples:
-    """Counts the samples that could not be read, names each once and stops the run when they are too many."""
+    """Names each sample that could not be read once, and stops the run when they are too many."""
 
     def __init__(self, total: int, limit: float):
         self.total, self.limit = total, limit
@@ -146,10 +167,14 @@ class BrokenSamples:
             if index not in self.seen:
                 self.seen[index] = message
                 log.warning("skipped an unreadable sample: %s", message)
-        if len(self.seen) > self.limit * self.total or len(self.seen) == self.total:
-            first = "\n  ".join(list(self.seen.values())[:5])
+        self.judge(self.seen)
+
+    def judge(self, seen: dict[int, str]) -> None:
+        """Raise DataError if those seen, here or on all ranks, are too many."""
+        if len(seen) > self.limit * self.total or len(seen) == self.total:
+            first = "\n  ".join(list(seen.values())[:5])
             raise DataError(
-                f"{len(self.seen)} of {self.total} samples cannot be read, more than train.max_broken={self.limit}:\n  {first}"
+                f"{len(seen)} of {self.total} samples cannot be read, more than train.max_broken={self.limit}:\n  {first}"
             )
 
 
@@ -168,7 +193,9 @@ class RunLog:
         if self.folder is not None:
             file = self.folder / "log.jsonl"
             if self.step:
-                write_text(file, "".join(line for line in _lines(file) if json.loads(line).get("step", 0) <= self.step))
+                for each in (file, self.folder / "alarms.jsonl"):
+                    if each.exists():
+                        write_text(each, "".join(f"{json.dumps(line)}\n" for line in _lines(each) if line["step"] <= self.step))
             self.file = file.open("a", buffering=1)
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -198,9 +225,13 @@ class RunLog:
                 self.board = board
 
 
-def _lines(file: Path) -> list[str]:
-    """Lines of a log; one that a killed process left unfinished is dropped."""
-    return [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")] if file.exists() else []
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a log; one that a killed process or a power cut left unfinished is dropped."""
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
+        with suppress(ValueError, TypeError, KeyError):
+            line = json.loads(line)
+            line["step"]
+            yield line
 
 
 @contextmanager
@@ -210,6 +241,21 @@ def disk_may_fail(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         log.error("%s could not be written, training goes on: %s", what, error)
+
+
+class Screen:
+    """stderr for the progress bar: one that is gone or full costs the bar and not the run."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 class Window:
@@ -253,18 +299,19 @@ class Window:
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C end the run after the current step, with a checkpoint; the second one ends it at once."""
+    """SIGTERM, Ctrl-C and a closed terminal end the run after the current step, with a checkpoint; the second one at once."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     ECHO = 1.0  # seconds in which torchrun passes on to its ranks the Ctrl-C that the terminal has sent them already
 
     def __enter__(self) -> StopRequest:
         self.asked = False
-        self.before = [signal.signal(number, self._ask) for number in self.SIGNALS]
+        heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for number, handler in zip(self.SIGNALS, self.before, strict=True):
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
@@ -292,40 +339,75 @@ class Trainer:
     def __init__(self, config: Config, fused: bool = False):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs, set_seed
+        from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
         from filelock import FileLock
 
         self.config = config
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
-        self.folder = Path(config.train.output)
-        if not config.resume and ((self.folder / "log.jsonl").exists() or (self.folder / "checkpoints").exists()):
-            raise ConfigError(
-                f"train.output={self.folder}: holds a run already; --resume goes on with it, another folder starts a new one"
-            )
         AcceleratorState._reset_state()  # else a second run in this process could not have another precision
         parallel = DistributedDataParallelKwargs()
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
-            cpu=config.train.device == "cpu",
+            # Without an accelerator too: only then it joins the ranks that torchrun starts.
+            cpu=config.train.device == "cpu" or not torch.accelerator.is_available(),
             kwargs_handlers=[parallel],
         )
         self.world, self.device = self.accelerator.num_processes, self.accelerator.device
+        config.train.output = broadcast_object_list([config.train.output])[0]  # each rank may have made up a name
+        self.folder = Path(config.train.output)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_last)
         settings = {"modality": config.modality, "fused": fused, "processes": self.world, **config.settings()}
         self.settings = json.loads(json.dumps(settings, default=str))
         self.lock = FileLock(self.folder / ".lock", timeout=0)  # a process that is killed lets go of it
-        if config.resume and self.accelerator.is_main_process and self.folder.exists():
-            self._lock()  # no checkpoint vanishes while it is read
+        made = self._enter()
+        try:
+            self._make(fused, parallel)
+        except BaseException:
+            self._leave(made)
+            raise
+
+    def _enter(self) -> bool:
+        """Take the folder until the run ends, so that what is found there now stays; whether it had to be made."""
+        if not self.accelerator.is_main_process or (self.config.resume and not self.folder.exists()):
+            return False
+        from filelock import Timeout
+
+        made = not self.folder.exists()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
+        except Timeout:
+            raise ConfigError(f"train.output={self.folder}: another d2v-train is at work there; wait for its end") from None
+        except OSError as error:
+            raise ConfigError(f"train.output={self.folder}: cannot be written, choose another folder: {error}") from error
+        has_checkpoints = (self.folder / "checkpoints").exists()
+        if not self.config.resume and (has_checkpoints or any(_lines(self.folder / "log.jsonl"))):
             self.lock.release()
+            goes_on = "--resume goes on with it" if has_checkpoints else "it has no checkpoint to go on from; remove it"
+            raise ConfigError(f"train.output={self.folder}: holds a run already; {goes_on}, another folder starts a new one")
+        return made
+
+    def _leave(self, made: bool = False) -> None:
+        """Let go of the folder, and take it away if nothing came of it."""
+        if made:
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
+        self.lock.release(force=True)
+
+    def _make(self, fused: bool, parallel: Any) -> None:
+        """Data, model and what trains it, new or as the newest checkpoint has them."""
+        from accelerate.utils import set_seed
+
+        config = self.config
         saved = self._newest() if config.resume else None
         if saved:
             saved.compare("settings", self.settings, (*FREE, *config.resume_allow))
         self.done = self.saved = saved.step if saved else 0  # steps, now and at the newest checkpoint
         with self.accelerator.main_process_first():  # the others find what it has cached
             self.data = make_data(config)
-        vocabulary = getattr(self.data, "vocabulary", None)
-        encoder = make_encoder(config, vocabulary and vocabulary.size)
+        encoder = make_encoder(config, getattr(self.data, "tokens", None))
         self.data.fit_to(encoder)
         self.samples = {"data": {"samples": len(self.data), "checksum": self.data.checksum()}}
         if saved:
@@ -340,7 +422,7 @@ class Trainer:
             self.world,
             self.data.lengths,
             getattr(self.data, "max_batch_length", None),
-            start=saved.state["batches"] if saved else 0,
+            start=saved.state["ranks"][self.accelerator.process_index]["batches"] if saved else 0,
         )
         self.batches = self.taken = batches.start  # trained on, and taken from the loader
         steps_per_epoch = len(batches.epoch(0)) / config.train.accumulate
@@ -355,16 +437,18 @@ class Trainer:
         # A layer that layer-drop skips on one rank has no gradient there.
         parallel.find_unused_parameters = getattr(getattr(encoder.model, "config", None), "layerdrop", 0) > 0
         self.model, self.optimizer = self.accelerator.prepare(self.core, self.optimizer)
-        set_seed(config.train.seed, device_specific=True)  # dropout differs between ranks
+        # Dropout differs between ranks. What numpy takes has 32 bits.
+        set_seed((config.train.seed + self.accelerator.process_index) % 2**32)
         self.broken = BrokenSamples(len(self.data), config.train.max_broken)
         self.window = Window(self.device)
         self.skipped = 0
         self.suspects: list[dict[str, Any]] = []  # the steps skipped last, one after the other
-        if saved:
-            self._restore(saved)
         folder = self.folder if self.accelerator.is_main_process else None
         warmup, optimizer = warmup_steps(self.steps, config.schedule), self.optimizer.optimizer
         self.monitor = Monitor(self.core, optimizer, config.collapse, self.steps, warmup, self.accelerator, folder)
+        self.changed = bool(saved) and saved.state["settings"] != self.settings
+        if saved:
+            self._restore(saved)
 
     def run(self) -> int:
         """Train to the end or until asked to stop; returns the exit code."""
@@ -372,9 +456,10 @@ class Trainer:
 
         main, train = self.accelerator.is_main_process, self.config.train
         if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
-            write_text(self.folder / "config.yaml", self.config.yaml)
+            if not self.changed:
+                write_text(self.folder / "config.yaml", self.config.yaml)
+            if self.config.data.get("tokenizer") == "train":
+                self.data.processor(self.core.student).save_pretrained(self.folder / TOKENIZER)
             write_text(self.folder / "environment.json", json.dumps(environment(self.folder), indent=1))
             log.info("%s", describe(self.core.student))
             place = f"{train.precision} on {self.device}" + (f" × {self.world}" if self.world > 1 else "")
@@ -386,7 +471,8 @@ class Trainer:
         self.model.train()
         stream, record, stopped, begin = self._batches(), None, False, self.done
         quiet = {} if main else {"disable": True}  # not False, which would overrule TQDM_DISABLE
-        progress = tqdm(total=self.steps, initial=begin, unit="step", dynamic_ncols=True, smoothing=0.05, delay=0, **quiet)
+        look = dict(unit="step", dynamic_ncols=True, smoothing=0.05, delay=0, file=Screen())
+        progress = tqdm(total=self.steps, initial=begin, **look, **quiet)
         try:
             with StopRequest() as stop, RunLog(self.folder if main else None, begin) as run_log, progress as bar:
                 while self.done < self.steps:
@@ -416,6 +502,9 @@ class Trainer:
                         self.checkpoints.reserve(self._tensors())
                 self.save()
                 self.checkpoints.wait()
+        except (CollapseError, NotFiniteError):  # all ranks at once, after a step
+            self.save()
+            raise
         except WorkerDied:
             stopped = stop.asked  # whoever asked may have told all processes of the run
             if not stopped:
@@ -425,26 +514,19 @@ class Trainer:
             self.checkpoints.wait()
             if self.done:  # whatever ended the run, what was learned is kept
                 self.export()
-            self.lock.release()
+            self._leave()
         if main and record:
             log.info(SUMMARY.format(folder=self.folder / "export", **record))
         if self.checkpoints.failed:
             raise CheckpointError(f"{self.checkpoints.failed}; the student is in {self.folder / 'export'}")
-        if stopped:
+        if stopped and not self.done:
+            log.warning("stopped before the first step; there is nothing to go on from")
+        elif stopped:
             log.warning(
                 "stopped at step %d of %d; the student so far is in %s; d2v-train --resume %s goes on",
                 *(self.done, self.steps, self.folder / "export", self.folder),
             )
-            return INTERRUPTED
-        return 0
-
-    def _lock(self) -> None:
-        from filelock import Timeout
-
-        try:
-            self.lock.acquire()
-        except Timeout:
-            raise ConfigError(f"train.output={self.folder}: another d2v-train is at work there; wait for its end") from None
+        return INTERRUPTED if stopped else 0
 
     def save(self) -> None:
         """A checkpoint of the steps done: on all ranks at once, and only between two steps."""
@@ -455,6 +537,7 @@ class Trainer:
         self.saved = self.done
         name, keys, *rest = np.random.get_state()
         rank = {
+            "batches": self.batches,  # a rank whose whole batch was unreadable took one more
             "python": random.getstate(),
             "numpy": [name, keys.tolist(), *rest],
             "broken": list(self.broken.seen.items()),
@@ -469,15 +552,20 @@ class Trainer:
             tensors["rng"] = {f"{i}.{kind}": states[kind] for i, (_, states) in enumerate(ranks) for kind in states}
             scaler = self.accelerator.scaler
             state = {
-                "batches": self.batches,
                 "skipped": self.skipped,
                 "suspects": self.suspects,
+                "alarms": self.monitor.state(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "settings": self.settings,
                 "samples": self.samples,
                 "ranks": [rank for rank, _ in ranks],
             }
             self.checkpoints.save(self.done, tensors, state)
+            if self.changed:  # settings that were allowed to change are the run's once a checkpoint has them
+                self.checkpoints.wait()
+                if not self.checkpoints.failed:
+                    write_text(self.folder / "config.yaml", self.config.yaml)
+                    self.changed = False
 
     def _tensors(self) -> Tensors:
         """What a checkpoint holds of model and optimizer, by file and name."""
@@ -518,6 +606,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         self.skipped, self.suspects = saved.state["skipped"], saved.state["suspects"]
+        self.monitor.load_state(saved.state["alarms"])
         number = self.accelerator.process_index
         rank, generators = saved.state["ranks"][number], saved.tensors("rng")
         self.broken.seen = {index: message for index, message in rank["broken"]}
@@ -531,6 +620,10 @@ class Trainer:
 
     def _record(self, step: int, epoch: int, window: Window, grad_norm: Tensor) -> dict[str, float]:
         """A line of the log; here the device is waited for."""
+        from accelerate.utils import gather_object
+
+        broken = {index: message for seen in gather_object([self.broken.seen]) for index, message in seen.items()}
+        self.broken.judge(broken)
         loss = float(self.accelerator.reduce(window.loss, "mean")) / window.steps if window.steps else math.nan
         seconds = time.perf_counter() - window.start
         return {
@@ -544,7 +637,7 @@ class Trainer:
             "data_wait": window.seconds_waited / seconds,
             "epoch": epoch,
             "skipped_steps": self.skipped,
-            "broken_samples": len(self.broken.seen),
+            "broken_samples": len(broken),
             "time": time.time(),
         }
 
@@ -592,13 +685,16 @@ class Trainer:
         if self.accelerator.is_main_process:
             beside, place = self.folder / "export.tmp", self.folder / "export"
             shutil.rmtree(beside, ignore_errors=True)
-            self.core.student.save(beside)
-            self.data.processor(self.core.student).save_pretrained(beside)
-            place.mkdir(exist_ok=True)
-            for file in beside.iterdir():
-                sync(file)
-                os.replace(file, place / file.name)
-            beside.rmdir()
+            try:
+                self.core.student.save(beside)
+                self.data.processor(self.core.student).save_pretrained(beside)
+                place.mkdir(exist_ok=True)
+                for file in beside.iterdir():
+                    sync(file)
+                    os.replace(file, place / file.name)
+                beside.rmdir()
+            except (OSError, SafetensorError) as error:  # safetensors has one of its own for a disk that is full
+                raise OSError("; ".join(filter(None, (f"{place}: {error}", self.checkpoints.failed)))) from error
 
     def _take(self, stream: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of a step. If there are none to be had, the steps before are saved."""
@@ -616,7 +712,7 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         """Batches with something to score; unreadable samples are noted on the way."""
-        loaded = iter(self.loader)
+        loaded, empty = iter(self.loader), 0
         # If a worker dies, torch raises from a signal handler, maybe in the midst of a step. Without it the loader raises when
         # the next batch does not come, between two steps, which can be saved.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -625,12 +721,14 @@ class Trainer:
             self.broken.note(batch["broken"])
             if not batch["samples"]:
                 continue
-            if len(batch["index"]) == 0:
+            empty = 0 if len(batch["index"]) else empty + 1
+            if empty == EMPTY:
                 raise DataError(
-                    f"the mask covers none of the {batch['mask'].numel()} positions of samples {batch['samples'][:8]}: "
-                    f"raise mask.prob or shorten mask.length (mask: {self.config.mask})"
+                    f"the mask covers none of the positions of {EMPTY} batches in a row, the last of samples "
+                    f"{batch['samples'][:8]}: raise mask.prob or shorten mask.length (mask: {self.config.mask})"
                 )
-            yield batch
+            if not empty:
+                yield batch
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}

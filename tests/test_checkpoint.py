@@ -164,7 +164,7 @@ def test_every_bit_counts(tmp_path):
 
 
 def test_without_an_intact_one_there_is_no_fresh_start(tmp_path):
-    with pytest.raises(CheckpointError, match=r"there is none; to start anew leave --resume out"):
+    with pytest.raises(CheckpointError, match=r"there is none; another train.output without --resume starts anew"):
         Checkpoints(tmp_path / "none", 1).newest()
     written(tmp_path, 1, 2)
     for step in (1, 2):

@@ -190,8 +190,8 @@ class TestMessages:
         assert "exceed the encoder's vocab_size of 20" in message
 
     def test_a_mask_that_covers_nothing(self, monkeypatch, corpus):
-        message = train(monkeypatch, *TEXT, f"data.path={corpus}", "mask.prob=0.0001")
-        assert "the mask covers none of the 64 positions" in message and "raise mask.prob" in message
+        message = train(monkeypatch, *TEXT, f"data.path={corpus}", "mask.prob=1e-9")
+        assert "the mask covers none of the positions of 100 batches in a row" in message and "raise mask.prob" in message
 
     def test_audio_shorter_than_a_frame(self, monkeypatch):
         soundfile.write("a.wav", np.ones(100), 16000)

@@ -153,19 +153,38 @@ cli.train()
 """
 
 
+def torchrun(*args, script=("-m", "d2v_fast.cli")):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen([*command, *args], stderr=subprocess.PIPE, text=True, env=env)
+
+
+def test_a_rank_that_took_more_batches_than_the_other():
+    """As all of a batch was unreadable. Each goes on from its own place, and what they count is counted together."""
+    images(12)
+    for i in (3, 7):
+        Path(f"images/{i:02}.png").write_text("no image")
+    more = ["data.path=images", "train.max_broken=0.5", "train.batch_size=1", "train.steps=16", "train.log_every=1"]
+    for name, steps in (("whole", 16), ("run", 8)):
+        process = torchrun(*vision(name, *more, f"train.steps={steps}", "schedule.kind=constant", "schedule.warmup=0"))
+        assert "unreadable" in process.communicate(timeout=120)[1] and process.returncode == 0
+    process = torchrun("--resume", "run", "train.steps=16", "--resume-allow", "train.steps")
+    assert "goes on after step 8" in process.communicate(timeout=120)[1] and process.returncode == 0
+    ranks = Checkpoint(last("whole")).state["ranks"]
+    assert ranks[0]["batches"] != ranks[1]["batches"] or ranks[0]["batches"] > 16
+    assert_same("whole", "run")
+    assert lines("run/log.jsonl")[-1]["broken_samples"] == 2
+
+
 def test_two_ranks_skip_stop_and_go_on_together():
     """torchrun; a loss of one rank is infinite, one rank gets SIGTERM, the other agrees. Beside a run without a break."""
     Path("spoiled.py").write_text(SPOILED)
 
-    def torchrun(*args):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "spoiled.py"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-        return subprocess.Popen([*command, *args], stderr=subprocess.PIPE, text=True, env=env)
-
     more = ["train.steps=60", "train.save_every=7", "train.keep_last=9", "train.log_every=1", "train.device=cpu"]
-    whole = torchrun(*arguments("vision", "whole", *more))
+    both = functools.partial(torchrun, script=("spoiled.py",))
+    whole = both(*arguments("vision", "whole", *more))
     assert "step 2 skipped: loss or gradient is not finite" in whole.communicate(timeout=120)[1] and whole.returncode == 0
-    process = torchrun(*arguments("vision", "run", *more))
+    process = both(*arguments("vision", "run", *more))
     deadline = time.monotonic() + 120
     while logged("run") < 3:
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
@@ -176,7 +195,7 @@ def test_two_ranks_skip_stop_and_go_on_together():
     assert "exitcode  : 130" in said and "stopped at step" in said
     stopped = int(last("run").name[5:])
     assert 3 <= stopped < 60
-    process = torchrun("--resume", "run")
+    process = both("--resume", "run")
     resumed = process.communicate(timeout=120)[1]
     assert resumed.count(f"goes on after step {stopped}") == 1 and process.returncode == 0, resumed
     for each in (said, resumed):  # one that is left may abort its rank at the very end
@@ -192,7 +211,7 @@ def vision(folder, *more):
 
 
 class TestAskedToStop:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     def test_it_saves_after_the_step_and_goes_on_later(self, number):
         """The signal goes to the loader workers too, as a terminal and a scheduler send it."""
         more = ["train.steps=2000", "train.workers=2", "train.save_every=0"]
@@ -327,6 +346,19 @@ def test_a_disk_that_stays_full_is_told_by_the_exit_code():
     code, said = train(vision("run", "train.steps=4"), _no_checkpoint_fits)
     assert code == 1 and said.splitlines()[-1].startswith("d2v-train: the checkpoint of step 4 could not be written")
     assert Path("run/export/model.safetensors").exists()
+
+
+def test_a_student_that_does_not_fit():
+    code, said = train(vision("run", "train.steps=4", "train.export_every=2", "train.save_every=0"), _small_files_fit)
+    assert code == 1 and "Traceback" not in said and said.count("the export could not be written, training goes on") == 2
+    assert said.splitlines()[-1].startswith("d2v-train: run/export: ") and logged("run") == 4, said
+
+
+def _small_files_fit():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
 def _no_checkpoint_fits():
@@ -530,7 +562,9 @@ class TestStrict:
             (["--resume", "nowhere"], "--resume nowhere: holds no config.yaml, so it is not the folder of a run"),
             (["--resume", "--config", "vision/tiny"], "--resume: which run? --resume RUN, or train.output=RUN"),
             (["--resume", "old.pt"], "old.pt: a pickle, which can run any code when it is loaded"),
-            (["--config", "run/config.yaml"], "holds a run already; --resume goes on with it"),
+            (["--resume"], "--resume: which run? --resume RUN, or train.output=RUN"),
+            (["--config", "run"], "--config run: a folder; its settings are in run/config.yaml"),
+            (vision("run"), "holds a run already; --resume goes on with it"),
         ],
     )
     def test_no_run_to_resume(self, args, message):
@@ -541,6 +575,105 @@ class TestStrict:
         subprocess.run(["rm", "-r", "run/checkpoints"], check=True)
         code, said = train(["--resume", "run"])
         assert code == 1 and "no checkpoint to resume from in run/checkpoints: there is none" in said
+        code, said = train(vision("run"))
+        assert code == 1 and "holds a run already; it has no checkpoint to go on from; remove it, another folder" in said
+
+    def test_a_copy_goes_on_beside_the_original(self):
+        subprocess.run(["cp", "-r", "run", "copy"], check=True)
+        code, said = train(["--config", "copy/config.yaml", "--resume", "train.steps=6", "--resume-allow", "train.steps"])
+        assert code == 0 and last("copy").name == "step-6" and last("run").name == "step-4", said
+
+    def test_its_config_begins_another_run_like_it(self):
+        code, said = train(["--config", "run/config.yaml"])
+        (other,) = Path("runs").iterdir()
+        assert code == 0 and other.name.startswith("run-2"), said
+        assert_same("run", other)
+
+    def test_a_change_counts_once_a_checkpoint_has_it(self):
+        longer = ["--resume", "run", "train.steps=100000", "train.save_every=0", "--resume-allow", "train.steps"]
+        run = Run([*longer, "train.log_every=1"])
+        run.until(lambda: logged("run") > 5)
+        run.process.kill()
+        run.wait()
+        code, said = train(["--resume", "run"])
+        assert code == 0 and "nothing is left to train" in said, said
+        code, said = train(["--resume", "run", "train.steps=6", "--resume-allow", "train.steps"])
+        assert code == 0 and "steps: 6" in Path("run/config.yaml").read_text(), said
+        assert train(["--resume", "run"])[0] == 0
+
+    def test_lines_that_a_power_cut_left(self):
+        with open("run/log.jsonl", "a") as log:
+            log.write('\0\0{}\n"step"\n{"step": 5')
+        code, said = train(["--resume", "run", "train.steps=6", "--resume-allow", "train.steps"])
+        assert code == 0 and [line["step"] for line in lines("run/log.jsonl")] == [1, 4, 6], said
+
+
+def test_what_is_found_in_the_folder_stays(monkeypatch):
+    """From the first look on; and a run that never came to be leaves nothing behind."""
+    from d2v_fast import training
+    from d2v_fast.config import parse
+
+    def another(*args):
+        code, said = train(vision("run", "train.seed=5"))
+        assert code == 1 and "another d2v-train is at work there" in said, said
+        return make_data(*args)
+
+    make_data = training.make_data
+    monkeypatch.setattr(training, "make_data", another)
+    assert training.Trainer(parse(vision("run", "train.steps=2"))[0]).run() == 0
+    assert train(["--resume", "run"])[0] == 0
+    code, said = train(vision("other", "data.path=nowhere"))
+    assert code == 1 and not Path("other").exists(), said
+    Path("file").touch()
+    code, said = train(vision("file"))
+    assert code == 1 and said.startswith("d2v-train: train.output=file: cannot be written, choose another folder"), said
+
+
+def test_more_text_is_read_with_the_same_tokenizer():
+    Path("few.txt").write_text("\n".join(f"the cat number {i} sat on the mat" for i in range(300)))
+    Path("more.txt").write_text(Path("few.txt").read_text() + "\n".join(f"zebras zoom {i} times" for i in range(300)))
+    assert train(arguments("text", "run", "train.steps=2", "data.path=few.txt"))[0] == 0
+    tokenizer = Path("run/export/tokenizer.json").read_bytes()
+    more = ["data.path=more.txt", "train.steps=4", "--resume-allow", "data", "--resume-allow", "train.steps"]
+    code, said = train(["--resume", "run", *more])
+    assert code == 0 and Path("run/export/tokenizer.json").read_bytes() == tokenizer, said
+
+
+def test_an_alarm_is_raised_once():
+    more = ["train.steps=12", "train.log_every=1", "train.keep_last=9", "collapse.after=2", "collapse.target_std=9"]
+    assert train(vision("run", *more, "train.save_every=5"))[0] == 0
+    alarms = lines("run/alarms.jsonl")
+    subprocess.run(["rm", "-r", *(str(last("run").with_name(f"step-{n}")) for n in (10, 12))], check=True)
+    code, said = train(["--resume", "run"])
+    assert code == 0 and "goes on after step 5" in said and "target_std" not in said, said
+    assert lines("run/alarms.jsonl") == alarms
+
+
+def test_what_makes_a_run_give_up_leaves_a_checkpoint():
+    more = ["train.save_every=0", "collapse.after=2", "collapse.target_std=9", "collapse.action=stop"]
+    code, said = train(arguments("vision", "run", *more, "train.log_every=1"))
+    assert code == 1 and "target_std" in said and last("run").name == "step-3", said
+    code, said = train(["--resume", "run", "collapse.action=off", "train.steps=5", "--resume-allow", "train.steps"])
+    assert code == 0 and "goes on after step 3" in said, said
+
+
+def test_nobody_reads_what_it_says():
+    """`d2v-train 2>&1 | tee log`, and Ctrl-C ends tee first."""
+    command = [sys.executable, "-m", "d2v_fast.cli", *arguments("vision", "run", "train.steps=100000", "train.log_every=1")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    env.pop("TQDM_DISABLE", None)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=env)
+    deadline = time.monotonic() + 120
+    while logged("run") < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.stderr.close()
+    before = logged("run")
+    while logged("run") < before + 20:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and int(last("run").name[5:]) >= before
 
 
 def test_no_process_is_left_behind():

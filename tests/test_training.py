@@ -50,7 +50,7 @@ def test_a_run_leaves_what_it_promises(modality, tmp_path):
     for r in log:
         assert all(math.isfinite(r[k]) for k in ("loss", "target_std", "prediction_std", "feature_std", "grad_norm"))
         assert 0 <= r["data_wait"] <= 1 and r["samples_per_s"] > 0
-    assert parse(["--config", str(run / "config.yaml")])[0].train == config(modality, run).train
+    assert parse(["--config", str(run / "config.yaml"), f"train.output={run}"])[0].train == config(modality, run).train
     model = AutoModel.from_pretrained(run / "export")
     assert sum(p.numel() for p in model.parameters()) > 1000
 
@@ -171,6 +171,31 @@ def test_broken_samples_are_named_once_and_limited(caplog):
     assert [r.message for r in caplog.records] == named
     with pytest.raises(DataError, match=r"3 of 200 .*(?s:.*)c\.jpg"):
         broken.note([(5, "c.jpg: empty")])
+    with pytest.raises(DataError, match="4 of 200"):  # as all ranks together have seen them
+        BrokenSamples(total=200, limit=0.01).judge(dict.fromkeys(range(4), "x.jpg: empty"))
+
+
+def test_the_encoder_knows_the_tokenizers_special_tokens(tmp_path):
+    trainer = Trainer(config("text", tmp_path / "run", "encoder.model=bert", "encoder.config.max_position_embeddings=40"))
+    model, tokenizer = trainer.core.student.model, trainer.data.tokenizer
+    assert model.config.pad_token_id == model.embeddings.word_embeddings.padding_idx == tokenizer.pad_token_id == 1
+    assert model.embeddings.word_embeddings.weight[tokenizer.cls_token_id].norm() > 0
+    with pytest.raises(ConfigError, match=r"encoder\.model=vit: has no vocabulary"):
+        Trainer(config("text", tmp_path / "other", "encoder.model=vit"))
+
+
+def test_short_rows_may_have_nothing_to_score(tmp_path):
+    (tmp_path / "short.txt").write_text("\n".join("a b" if i % 2 else "a few words more than that" for i in range(400)))
+    settings = [f"data.path={tmp_path / 'short.txt'}", "data.cross_documents=false", "train.batch_size=1", "train.steps=60"]
+    assert training.train(config("text", tmp_path / "run", *settings)) == 0
+    assert Trainer(config("text", tmp_path / "other", *settings)).batches == 0
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-60" / "state.json").read_text())
+    assert state["ranks"][0]["batches"] > 60
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63 - 1])
+def test_any_seed(seed, tmp_path):
+    Trainer(config("vision", tmp_path / "run", f"train.seed={seed}"))
 
 
 def test_collapse_rules(tmp_path, caplog):
@@ -226,7 +251,7 @@ def test_two_processes_train_as_one(tmp_path):
         run = tmp_path / str(ranks)
         torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"] if ranks == 2 else []
         command = [sys.executable, "-m", *torchrun]
-        settings = [f"train.batch_size={size}", "train.device=cpu", "train.log_every=1", "data.flip=0", "data.jitter=0"]
+        settings = [f"train.batch_size={size}", "train.log_every=1", "data.flip=0", "data.jitter=0"]
         subprocess.run(
             [*command, "d2v_fast.cli", *arguments("vision", run, *settings)],
             check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},

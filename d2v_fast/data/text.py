@@ -179,6 +179,14 @@ class TextData(PretrainingData):
             counts=np.bincount(self.ids, minlength=size),
         )
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """What an encoder's config has to know of the tokenizer, by the names it has there."""
+        t = self.tokenizer
+        ids = dict(pad_token_id=t.pad_token_id, cls_token_id=t.cls_token_id, sep_token_id=t.sep_token_id)
+        # Many have other names for what begins and ends a text.
+        return dict(vocab_size=self.vocabulary.size, bos_token_id=t.cls_token_id, eos_token_id=t.sep_token_id, **ids)
+
     def __len__(self) -> int:
         return len(self.begins)
 
