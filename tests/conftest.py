@@ -26,6 +26,13 @@ def poisoned_empty(monkeypatch):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
+@pytest.fixture(params=[torch.float64, torch.bfloat16, torch.float16], ids=str)
+def default_dtype(request):
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working folder for commands, and a process left as it was."""

@@ -134,6 +134,13 @@ def test_norm_and_gelu_against_float64(dtype, rows, columns, location):
             assert relative(c, a) <= 2 * relative(b, a) + rounding * (1 + location / 10), name
 
 
+def test_the_default_dtype_does_not_matter(default_dtype):
+    x, weight, bias = torch.randn(3, 8, 8, dtype=torch.float32)
+    y, stats = native.norm_gelu(x, weight[0], bias[0], 1e-5)
+    assert stats.dtype == torch.float32  # what the kernel writes
+    torch.testing.assert_close(y, reference(x, weight[0], bias[0]))
+
+
 def test_the_whole_range_of_gelu():
     """Values far out, infinite and NaN: through a norm whose weight is 0 and whose bias is the value."""
     values = torch.cat([torch.linspace(-12, 12, 997), torch.tensor([-1e4, 1e4, 90.0, -90.0, float("inf"), float("nan"), 0.0])])

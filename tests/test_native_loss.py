@@ -366,6 +366,13 @@ def test_layers_of_any_strides():
         assert relative(data2vec_loss(z, mixed, mask, norm=norm, impl="native"), expected.double()) < 1e-6
 
 
+def test_the_default_dtype_does_not_matter(default_dtype):
+    for case in (Case(), Case("instance", channels=1000, dense=True)):
+        expected, found = outcome(case, "eager"), outcome(case, "native")
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+
+
 # Autograd
 
 

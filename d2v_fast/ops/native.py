@@ -80,8 +80,8 @@ def loss(
     padding_mask = None if padding_mask is None else padding_mask.contiguous()
     batch, length, channels = layers[0].shape
     grad = torch.empty_like(predictions)
-    total, factor, count = (torch.empty(()) for _ in range(3))
-    moments = torch.empty(4, channels if stats else 0)
+    total, factor, count = (torch.empty((), dtype=torch.float32) for _ in range(3))
+    moments = torch.empty(4, channels if stats else 0, dtype=torch.float32)
     arguments = _Loss(
         batch=batch,
         length=length,
@@ -129,7 +129,7 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
 
 def norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """GELU of the layer norm of contiguous x (N, C), like x; and mean and 1/σ of each row, (N, 2) fp32. Parameters fp32."""
-    y, stats = torch.empty_like(x), torch.empty(len(x), 2)
+    y, stats = torch.empty_like(x), torch.empty(len(x), 2, dtype=torch.float32)
     parameters = (weight.data_ptr(), bias.data_ptr())
     library().d2v_norm_gelu(
         x.data_ptr(), *parameters, y.data_ptr(), stats.data_ptr(), *x.shape, DTYPES[x.dtype], eps, torch.get_num_threads()
