@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from d2v_fast import Data2Vec, build_encoder
@@ -100,6 +101,27 @@ def test_explicit_attention_is_attention(name, padded, monkeypatch):
 def test_attention_that_cannot_be_replaced_is_left():
     assert attention.use(models.make("data2vec-vision").model, CPU) is None
     assert attention.use(models.Handwritten(), CPU) is None
+
+
+SMALL = models.COMMON | dict(vocab_size=60, max_position_embeddings=40)
+
+
+@pytest.mark.parametrize(
+    "kind, config, expected",
+    [
+        (transformers.GPT2Model, transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2), None),
+        (transformers.BertModel, transformers.BertConfig(**SMALL, is_decoder=True), None),
+        (transformers.LlamaModel, transformers.LlamaConfig(**SMALL | dict(num_attention_heads=4, num_key_value_heads=2)), None),
+        # Causal by an argument of its forward, and with a bias that is no mask.
+        (transformers.CLIPTextModel, transformers.CLIPTextConfig(**SMALL), "explicit"),
+        (transformers.T5EncoderModel, transformers.T5Config(vocab_size=60, d_model=32, d_kv=16, num_heads=2), "explicit"),
+    ],
+)
+def test_other_models_attend_as_before(kind, config, expected):
+    model, ids = kind(config).eval(), torch.randint(5, 60, (2, 12))
+    before = model(ids).last_hidden_state
+    assert attention.use(model, CPU) == expected
+    torch.testing.assert_close(model(ids).last_hidden_state, before, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ def attention(
     Returns:
         (B, T, H, D) contiguous, and None in place of the probabilities.
     """
-    if query.device.type != "cpu" or (not torch.is_grad_enabled() and query.shape[2] > LONG):
+    long = not torch.is_grad_enabled() and query.shape[2] > LONG
+    if query.device.type != "cpu" or long or kwargs.get("position_bias") is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         kwargs["is_causal"] = False  # which it would take for granted of a module that does not say
@@ -56,10 +57,12 @@ def attention(
 def padding(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
     """The mask of transformers' sdpa from a padding mask (B, T) bool, True = attend.
 
-    There it is looked at first whether it pads at all, and a GPU waited for; our batches have one only if it does.
+    There it is looked at first whether it pads at all, and a GPU waited for; our batches have one only if it does. A causal
+    mask is always made: `attention` knows no other way to be causal.
     """
     from transformers.masking_utils import sdpa_mask
 
+    kwargs["allow_is_causal_skip"] = False
     if attention_mask is not None:
         kwargs["allow_is_bidirectional_skip"] = False
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
@@ -70,13 +73,15 @@ def use(model: nn.Module, device: torch.device) -> str | None:
 
     Returns:
         Its name: "explicit" on a CPU, on a GPU "flash_attention_2" where that package is installed, else "sdpa"; None if the
-        model keeps what it has.
+        model keeps what it has, as one does that is causal or whose heads share keys.
     """
     from transformers import AttentionInterface, PreTrainedModel
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.utils import is_flash_attn_2_available
 
     if not isinstance(model, PreTrainedModel) or model.config._attn_implementation != "sdpa":
+        return None
+    if any(getattr(m, "is_causal", False) or getattr(m, "num_key_value_groups", 1) > 1 for m in model.modules()):
         return None
     wanted, name = NAME, "explicit" if device.type == "cpu" else "sdpa"
     if device.type != "cpu" and is_flash_attn_2_available() and model._supports_flash_attn:
