@@ -397,6 +397,17 @@ def test_autograd(dtype):
     assert relative(z.grad, 2 * once.double()) < (1e-6 if dtype == FP32 else 1e-3)
 
 
+@pytest.mark.parametrize("outer", [lambda loss: loss, lambda loss: loss**2, lambda loss: 0.5 * loss])
+def test_a_second_derivative_is_refused_when_it_is_asked_for(outer):
+    z, layers, mask, _ = inputs(Case())
+    z.requires_grad_()
+    (plain,) = torch.autograd.grad(outer(data2vec_loss(z, layers, mask, impl="native")), z)
+    (first,) = torch.autograd.grad(outer(data2vec_loss(z, layers, mask, impl="native")), z, create_graph=True)
+    assert torch.equal(first, plain)
+    with pytest.raises(RuntimeError, match='no second derivative; impl="eager" has one'):
+        (first + z).square().sum().backward()  # of which z alone would have a gradient
+
+
 def test_inside_a_larger_graph():
     z, layers, mask, _ = inputs(Case(channels=100))
     gradients = []

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 LOSS_IMPLEMENTATIONS = ("eager", "compile", "native", "triton")
 KERNELS = {"native": "d2v_fast.ops.native", "triton": "d2v_fast.ops.triton_loss"}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NO_SECOND = b'the kernels of the data2vec loss have no second derivative; impl="eager" has one'
 
 # Everything a kernel computes in its one pass. `grad` · `factor` is the gradient: a kernel may leave scale and count to
 # `factor`, because 1/(√C·N) would push an fp16 gradient below its normal range.
@@ -73,13 +74,16 @@ class _FusedLoss(torch.autograd.Function):
         return loss, count, moments
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _count, _moments):
         grad, factor = ctx.saved_tensors
-        factor = factor * grad_loss
+        factor = factor * grad_loss.detach()
         # Reading a number is free on a CPU, a pass over the gradient is not.
         done = not torch.compiler.is_compiling() and factor.device.type == "cpu" and factor.item() == 1
-        return (grad if done else torch.ops.d2v_fast.scaled(grad, factor), *[None] * 10)
+        grad = grad if done else torch.ops.d2v_fast.scaled(grad, factor)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph, which no trace can know of
+            # As once_differentiable does it, but also for a gradient that comes in without a graph, that of the loss itself.
+            grad = torch._C._functions.DelayedError(NO_SECOND, 1)(grad.detach().requires_grad_())
+        return grad, *[None] * 10
 
 
 def _fused_loss(
