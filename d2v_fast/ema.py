@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,11 @@ def linear_decay(step: int, start: float, end: float, anneal_steps: int) -> floa
     if step >= anneal_steps:
         return end
     return start + (end - start) * step / anneal_steps
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by all of their names."""
+    return dict(chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)))
 
 
 class EMATeacher(nn.Module):
@@ -71,23 +77,40 @@ class EMATeacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Follow `student`; call once after each successful optimizer step."""
+        """Follow `student`; call once after each successful optimizer step.
+
+        Raises:
+            ValueError: A parameter or buffer that only one of the two has or whose shape differs, or an averaged one that is
+                kept in less than fp32. Then nothing has moved, and the step does not count.
+        """
+        decay = self.decay(self.step + 1)
+        if decay < 1:
+            self._follow(student, decay)
         self.step += 1
-        decay = self.decay(self.step)
-        if decay >= 1:
-            return
+
+    def _follow(self, student: nn.Module, decay: float) -> None:
+        targets, sources = _tensors(self.module), _tensors(student)
+        for name in sorted(targets.keys() ^ sources.keys()):
+            raise ValueError(
+                f"{name}: found in the {'teacher' if name in targets else 'student'} alone; hand over the unwrapped student, "
+                "without DistributedDataParallel or torch.compile around it, and with the structure that the teacher copied"
+            )
         averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
         copied: tuple[list[Tensor], list[Tensor]] = ([], [])
-        sources = dict(student.named_parameters())
-        for name, ours in self.module.named_parameters():
-            source = sources[name].detach()
-            follows = sources[name].requires_grad and name not in self.copied
+        for ours, name in {tensor: name for name, tensor in reversed(targets.items())}.items():  # tied ones by their first name
+            theirs = sources[name]
+            if ours.shape != theirs.shape:
+                found, expected = tuple(theirs.shape), tuple(ours.shape)
+                raise ValueError(f"{name}: found {found} in the student, expected {expected} as the teacher has it")
+            follows = theirs.requires_grad and name not in self.copied
+            if follows and ours.dtype.itemsize < 4:
+                raise ValueError(
+                    f"{name}: found {ours.dtype} in the teacher, which rounds its small steps away, expected torch.float32; "
+                    "cast the student alone, or call teacher.float() afterwards"
+                )
             pair = averaged if follows else copied
             pair[0].append(ours)
-            pair[1].append(source)
-        for ours, theirs in zip(self.module.buffers(), student.buffers(), strict=True):
-            copied[0].append(ours)
-            copied[1].append(theirs)
+            pair[1].append(theirs)
         if averaged[0]:
             ours, theirs = averaged
             torch._foreach_lerp_(ours, [x.to(y.dtype) for x, y in zip(theirs, ours, strict=True)], 1 - decay)

@@ -95,6 +95,83 @@ def test_a_bf16_student_moves_an_fp32_teacher():
     assert moved.mean() == 1
 
 
+def test_buffers_are_paired_by_name():
+    student = Student()
+    student.register_buffer("other", torch.arange(10))
+    teacher = EMATeacher(student, 0.9, 0.9, 1)
+    del student.ids
+    student.register_buffer("ids", torch.arange(10) + 1)  # behind the other one now
+    teacher.update(student)
+    assert (teacher.module.ids == student.ids).all() and (teacher.module.other == student.other).all()
+
+
+def test_tied_weights_move_once_and_may_come_apart():
+    student = Student()
+    student.tied = nn.Linear(4, 6, bias=False)
+    student.tied.weight = student.first.weight
+    teacher = EMATeacher(student, 0.5, 0.5)
+    before = teacher.module.first.weight.clone()
+    drift(student, 0)
+    teacher.update(student)
+    torch.testing.assert_close(teacher.module.tied.weight, (before + student.first.weight) / 2)
+    teacher.load_state_dict({name: value.clone() for name, value in teacher.state_dict().items()}, assign=True)
+    drift(student, 1)
+    teacher.update(student)
+    assert (teacher.module.first.weight == teacher.module.tied.weight).all() and teacher.step == 2
+
+
+class Wrapper(nn.Module):
+    """Names its parameters as DistributedDataParallel does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def change(**attributes):
+    def changed(student):
+        for name, value in attributes.items():
+            setattr(student, name, value)
+        return student
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "handed, named",
+    [
+        (Wrapper, "first.bias: found in the teacher alone; hand over the unwrapped student"),
+        (torch.compile, "_orig_mod.first.bias: found in the student alone; hand over the unwrapped student"),
+        (change(frozen=None), "frozen: found in the teacher alone"),
+        (change(added=nn.Parameter(torch.ones(2))), "added: found in the student alone"),
+        (change(ids=None), "ids: found in the teacher alone"),
+        (change(ids=torch.ones(1)), "ids: found (1,) in the student, expected (10,)"),
+    ],
+)
+def test_a_student_of_another_structure_is_named_and_moves_nothing(handed, named):
+    student = Student()
+    teacher = EMATeacher(student, 0.5, 0.5)
+    before = copy.deepcopy(teacher.module.state_dict())
+    drift(student, 0)
+    with pytest.raises(ValueError) as error:
+        teacher.update(handed(student))
+    assert named in str(error.value) and teacher.step == 0
+    assert all((before[name] == value).all() for name, value in teacher.module.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teacher_below_fp32_is_refused(dtype):
+    """It would never move."""
+    student = Student()
+    teacher = EMATeacher(student, 0.9999, 0.9999)
+    around = nn.ModuleList([student, teacher]).to(dtype)
+    with pytest.raises(ValueError, match=f"found {dtype} in the teacher.*cast the student alone, or call teacher.float"):
+        teacher.update(student)
+    teacher.float().update(student)
+    around.double()
+    teacher.update(student)
+
+
 def test_stays_in_eval_mode_without_gradients():
     student = Student()
     teacher = EMATeacher(student)
