@@ -46,15 +46,30 @@ def stacks(name="data2vec-audio", **config):
 @pytest.mark.parametrize("batch, samples", [(1, 1000), (3, 1237)])
 def test_features_and_gradients_are_those_of_transformers(name, config, batch, samples):
     plain, fast = stacks(name, **config)
-    plain.double()
-    wave = torch.randn(batch, samples)
-    expected, found = plain(wave.double()), fast(wave)
+    plain.double().eval()  # in training it cannot do with a waveform that has a gradient
+    wave = torch.randn(batch, samples, requires_grad=True)
+    exact = wave.detach().double().requires_grad_()
+    expected, found = plain(exact), fast(wave)
     assert found.shape == expected.shape and relative(found, expected) < 1e-5
     weight = torch.randn(found.shape)
     (expected * weight).sum().backward()
     (found * weight).sum().backward()
     for (parameter, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
         assert q.grad.shape == p.grad.shape and relative(q.grad, p.grad) < 1e-4, parameter
+    assert relative(wave.grad, exact.grad) < 1e-4
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("kernel, stride", [(10, 5), (3, 2), (2, 2), (8, 3)])
+def test_a_convolution_and_its_gradients(channels, kernel, stride):
+    """Of one channel too, which no stack has behind a norm that would leave nothing of it."""
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((61, channels), (4, channels, kernel), (4,))]
+    x, weight, bias = (tensor.double() for tensor in inputs)
+    expected, found = F.conv1d(x.t(), weight, bias, stride).t(), conv._Convolution.apply(*inputs, stride)
+    grad = torch.randn(found.shape)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    for ours, exact in zip(*(torch.autograd.grad(y, inputs, grad.to(y.dtype)) for y in (found, expected)), strict=True):
+        assert relative(ours, exact) < 1e-5
 
 
 def test_samples_do_not_touch_each_other():

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from d2v_fast.ops import native
 
 
-def _pieces(x: Tensor, kernel: int, stride: int) -> list[tuple[slice, Tensor]]:
-    """Frames (L', kernel·C) of contiguous x (L, C), in pieces of at most `stride` taps: which columns, and a view of them."""
+def _pieces(x: Tensor, kernel: int, stride: int, written: bool = False) -> list[tuple[slice, Tensor]]:
+    """Frames (L', kernel·C) of contiguous x (L, C), in pieces of at most `stride` taps: which columns, and a view of them, or
+    a copy where they will not be `written` to."""
     length, channels = x.shape
     frames = (length - kernel) // stride + 1
-    if channels == 1:  # so short a row is better copied than read twice
+    if channels == 1 and not written:  # so short a row is better copied than read twice
         return [(slice(0, kernel), x.squeeze(1).unfold(0, kernel, stride).contiguous())]
     pieces = []
     for tap in range(0, kernel, stride):
@@ -58,7 +59,7 @@ class _Convolution(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x)
-            (columns, view), *rest = _pieces(grad_x, kernel, ctx.stride)
+            (columns, view), *rest = _pieces(grad_x, kernel, ctx.stride, written=True)
             torch.mm(grad, matrix[:, columns], out=view)
             grad_x[len(grad) * ctx.stride :] = 0
             for columns, view in rest:
