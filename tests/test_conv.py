@@ -82,6 +82,36 @@ def test_samples_do_not_touch_each_other():
     assert torch.equal(fast(waves)[0], together[0]) and torch.equal(fast(waves)[2], together[2])
 
 
+def test_what_no_frame_reads_may_hold_anything():
+    plain, fast = stacks()
+    waves = torch.randn(2, 1237)
+    waves[:, -1] = float("nan")
+    for extractor in (plain, fast):
+        extractor(waves.clone()).sum().backward()
+    for p, q in zip(plain.parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch, samples", [(2, 30), (0, 400)])
+def test_the_shortest_waveform_and_none(batch, samples):
+    plain, fast = stacks()
+    waves = torch.randn(batch, samples)
+    torch.testing.assert_close(fast(waves), plain(waves.clone()), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="waveforms: found 29 samples, expected at least 30"):
+        fast(torch.randn(2, 29))
+
+
+def test_it_is_saved_whole_and_put_in_once(tmp_path):
+    _, fast = stacks()
+    kind = type(fast)
+    assert conv.use(fast) and type(fast) is kind
+    torch.save(fast, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert type(loaded) is type(copy.deepcopy(fast)) is kind
+    wave = torch.randn(2, 400)
+    assert torch.equal(loaded(wave), fast(wave))
+
+
 def test_under_autocast_it_is_as_exact_as_transformers():
     plain, fast = stacks()
     wave = torch.randn(2, 1500)
@@ -100,6 +130,9 @@ def test_what_cannot_be_computed_so_is_left():
         "data2vec-audio", config=models.CONFIGS["data2vec-audio"] | dict(feat_extract_activation="relu")
     )
     assert not conv.use(relu.model.feature_extractor)
+    tanh = models.build_encoder("data2vec-audio", config=models.CONFIGS["data2vec-audio"]).model.feature_extractor
+    tanh.conv_layers[0].activation = nn.GELU(approximate="tanh")
+    assert not conv.use(tanh)
     assert not conv.use(None) and not conv.use(nn.Linear(2, 2))
 
 

@@ -7,6 +7,8 @@ pass over memory (`kernels/norm_gelu.cpp`). Frames that mix two samples are comp
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,8 +17,10 @@ from d2v_fast.ops import native
 
 
 def _pieces(x: Tensor, kernel: int, stride: int, written: bool = False) -> list[tuple[slice, Tensor]]:
-    """Frames (L', kernel·C) of contiguous x (L, C), in pieces of at most `stride` taps: which columns, and a view of them, or
-    a copy where they will not be `written` to."""
+    """Frames (L', kernel·C) of contiguous x (L, C), in pieces of at most `stride` taps: which columns, and a view of them.
+
+    Of one channel there is one piece and it is a copy, unless it will be `written` to.
+    """
     length, channels = x.shape
     frames = (length - kernel) // stride + 1
     if channels == 1 and not written:  # so short a row is better copied than read twice
@@ -93,9 +97,12 @@ def norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 class FeatureEncoder:
     """The forward of a feature encoder of transformers (Data2VecAudio, Wav2Vec2, HuBERT), by matrix products."""
 
+    def __reduce__(self):
+        return _made, (type(self).__bases__[1],), vars(self)  # pickle finds no class that is made at run time
+
     def forward(self, waveforms: Tensor) -> Tensor:
-        """Features (B, C, T) of waveforms (B, S)."""
-        if waveforms.device.type != "cpu":  # moved there since; what follows is for a CPU
+        """Features (B, C, T) of waveforms (B, S); a ValueError if S is less than one frame sees."""
+        if waveforms.device.type != "cpu" or not len(waveforms):  # moved there since; what follows is for a CPU
             return super().forward(waveforms)
         batch, samples = waveforms.shape
         convolutions = [layer.conv for layer in self.conv_layers]
@@ -103,16 +110,20 @@ class FeatureEncoder:
         for conv in convolutions:
             reach += (conv.kernel_size[0] - 1) * stride
             stride *= conv.stride[0]
+        if samples < reach:
+            raise ValueError(f"waveforms: found {samples} samples, expected at least {reach}, which one frame sees; pad them")
+        kept = (samples - reach) // stride + 1
+        read = (kept - 1) * stride + reach  # what is behind may hold anything
         frames = -(-samples // stride)  # of each sample, those that reach into the next included
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else convolutions[0].weight.dtype
         x = waveforms.new_zeros(batch * frames * stride + max(0, reach - stride), dtype=dtype)
-        x[: batch * frames * stride].view(batch, -1)[:, :samples] = waveforms
+        x[: batch * frames * stride].view(batch, -1)[:, :read] = waveforms[:, :read]
         x = x.unsqueeze(1)
         for layer in self.conv_layers:
             x = _Convolution.apply(x, layer.conv.weight, layer.conv.bias, layer.conv.stride[0])
             norm = getattr(layer, "layer_norm", None)
             x = F.gelu(x) if norm is None else norm_gelu(x, norm.weight, norm.bias, norm.eps)
-        return x.view(batch, frames, -1)[:, : (samples - reach) // stride + 1].transpose(1, 2)
+        return x.view(batch, frames, -1)[:, :kept].transpose(1, 2)
 
 
 def use(extractor: nn.Module) -> bool:
@@ -120,8 +131,20 @@ def use(extractor: nn.Module) -> bool:
     layers = getattr(extractor, "conv_layers", [])
     if native.obstacle(torch.device("cpu")) or not layers or not all(_fits(layer) for layer in layers):
         return False
-    extractor.__class__ = type(type(extractor).__name__, (FeatureEncoder, type(extractor)), {})
+    if not isinstance(extractor, FeatureEncoder):
+        extractor.__class__ = _fast(type(extractor))
     return True
+
+
+@functools.cache
+def _fast(kind: type) -> type:
+    return type(kind.__name__, (FeatureEncoder, kind), {})
+
+
+def _made(kind: type) -> nn.Module:
+    """An empty module of the kind, a fast one where there is the library; pickle fills it."""
+    fast = kind if native.obstacle(torch.device("cpu")) else _fast(kind)
+    return fast.__new__(fast)
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -139,4 +162,5 @@ def _fits(layer: nn.Module) -> bool:
         and conv.kernel_size >= conv.stride
         and (norm is None or (type(norm) is nn.LayerNorm and norm.bias is not None))
         and (type(activation) is nn.GELU or type(activation).__name__ == "GELUActivation")
+        and getattr(activation, "approximate", "none") == "none"
     )
