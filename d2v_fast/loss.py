@@ -39,7 +39,7 @@ def data2vec_loss(
         norm: Normalisation of each layer: "layer" over C, "instance" over T, "batch" over B and T, "group" over T and C.
             No affine, eps 1e-5, biased variance, at least fp32.
         target_norm: The same for the average.
-        beta: 0 = squared error without ½; otherwise smooth-L1 that is quadratic below `beta`.
+        beta: 0 = squared error without ½; otherwise smooth-L1 that is quadratic below `beta`, 1e-30 to 1e30.
         scale: Factor of the summed error; None = 1/√C.
         padding_mask: (B, T) bool, True = padding: left out of the statistics over T and never scored.
         reduction: "mean" over scored positions (C is summed), or "sum".
@@ -54,12 +54,15 @@ def data2vec_loss(
     Raises:
         ValueError: A shape, dtype, device or choice does not fit; the message names argument, found and expected.
     """
+    if isinstance(teacher_layers, Tensor):
+        shape = tuple(teacher_layers.shape)
+        raise ValueError(f"teacher_layers: found one tensor {shape}, expected a sequence: [x], or x.unbind(0) of a stack")
     if not teacher_layers:
         raise ValueError("teacher_layers: found no tensor, expected at least one")
     if layout not in ("BTC", "TBC"):
         raise ValueError(f"layout: found {layout!r}, expected 'BTC' or 'TBC'")
     layers = [x.transpose(0, 1) if layout == "TBC" else x for x in teacher_layers]
-    _check(predictions, layers, mask, norm, target_norm, beta, padding_mask, reduction)
+    _check(predictions, layers, mask, norm, target_norm, beta, scale, padding_mask, reduction)
     loss, stats = loss_implementation(impl, predictions, layers)(
         predictions,
         layers,
@@ -75,7 +78,7 @@ def data2vec_loss(
     return (loss, stats) if return_stats else loss
 
 
-def _check(predictions, layers, mask, norm, target_norm, beta, padding_mask, reduction) -> None:
+def _check(predictions, layers, mask, norm, target_norm, beta, scale, padding_mask, reduction) -> None:
     first = layers[0]
     if first.ndim != 3:
         raise ValueError(f"teacher_layers[0]: found shape {tuple(first.shape)}, expected three dimensions")
@@ -112,8 +115,10 @@ def _check(predictions, layers, mask, norm, target_norm, beta, padding_mask, red
     for name, value, allowed in (("norm", norm, NORMS), ("target_norm", target_norm, TARGET_NORMS)):
         if value not in allowed:
             raise ValueError(f"{name}: found {value!r}, expected one of {allowed}")
-    if beta < 0:
-        raise ValueError(f"beta: found {beta}, expected 0 (squared error) or a positive number")
+    if scale is None and channels == 0:
+        raise ValueError("scale: found None for 0 channels, expected a number, as 1/√C has none")
+    if beta != 0 and not 1e-30 <= beta <= 1e30:  # so that β and 1/β are numbers of fp32
+        raise ValueError(f"beta: found {beta}, expected 0 (squared error) or a number between 1e-30 and 1e30")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: found {reduction!r}, expected 'mean' or 'sum'")
 
