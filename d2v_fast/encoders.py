@@ -26,6 +26,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from d2v_fast.data import first_line
+
 LayerSource = Literal["ffn", "block_output", "block_input"]
 
 
@@ -361,13 +363,20 @@ class WaveEncoder(Encoder):
     feature_grad_mult: float = 1.0
 
     def embed(self, inputs: Tensor) -> Tensor:
+        """Local features before dropout, which is the student's alone (spec 3.1)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.feature_grad_mult > 0):
             # The conv stack of transformers marks its input as requiring grad, in place.
             features = self.model.feature_extractor(inputs.detach()).transpose(1, 2)
         if 0 < self.feature_grad_mult < 1:
             features = features * self.feature_grad_mult + features.detach() * (1 - self.feature_grad_mult)
+        dropout = self.model.feature_projection.dropout
+        training, dropout.training = dropout.training, False
         projected = self.model.feature_projection(features)
+        dropout.training = training
         return projected[0] if isinstance(projected, tuple) else projected
+
+    def mask_features(self, features: Tensor, mask: Tensor) -> Tensor:
+        return super().mask_features(self.model.feature_projection.dropout(features), mask)
 
     def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         attend = None
@@ -490,9 +499,9 @@ def build_encoder(
         try:
             hf_config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False, **config)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"encoder.pretrained={pretrained}: neither a folder with a model nor one to be had from the hub: {reason}"
+                f"encoder.pretrained={pretrained}: neither a folder with a model nor one to be had from the hub: "
+                f"{first_line(error)}"
             ) from error
     else:
         hf_config = _new_config(model, config)
@@ -514,12 +523,20 @@ def build_encoder(
             ) from error
         except SafetensorError as error:
             raise ValueError(f"encoder.pretrained={pretrained}: its weights cannot be read: {error}") from error
+        except ImportError as error:
+            raise ValueError(f"encoder.attention={attention}: {first_line(error)}") from error
     else:
         hf_config._attn_implementation = attention
-        hf_model = cls(hf_config, **arguments)
+        try:
+            hf_model = cls(hf_config, **arguments)
+        except Exception as error:  # of a field that the configuration class lets pass, or of a package that is missing
+            what = f"encoder.attention={attention}" if isinstance(error, ImportError) else f"encoder.config={config}"
+            raise ValueError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
     encoder = wrap(hf_model, layers, ffn)
     if isinstance(encoder, WaveEncoder):
         encoder.feature_grad_mult = feature_grad_mult
+        if feature_grad_mult == 0:  # what gets no gradient must say so, or several ranks wait for it
+            encoder.model.feature_extractor.requires_grad_(False)
     if init != "hf" and pretrained is None:
         if not isinstance(encoder, PatchEncoder):
             raise ValueError(f"encoder.init={init!r}: is for images, found {type(encoder.model).__name__}")

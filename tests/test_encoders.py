@@ -208,9 +208,20 @@ def test_feature_grad_mult_scales_the_convolutions_only():
         conv = encoder.model.feature_extractor.conv_layers[0].conv.weight.grad
         grads.append((conv, encoder.model.feature_projection.projection.weight.grad))
     assert torch.allclose(grads[1][0], 0.1 * grads[0][0], rtol=1e-3, atol=1e-6)
-    assert grads[2][0] is None
+    assert grads[2][0] is None and not any(p.requires_grad for p in encoder.model.feature_extractor.parameters())
     for other in grads[1:]:
         assert torch.allclose(other[1], grads[0][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", WAVES)
+def test_the_teacher_is_spared_the_dropout_of_features(name):
+    encoder = build_encoder(name, config=CONFIGS[name] | dict(feat_proj_dropout=0.5)).train()
+    x, nowhere = inputs(name), torch.zeros(1, dtype=torch.bool)
+    features = encoder.embed(x)
+    assert torch.equal(features, encoder.embed(x)) and torch.equal(features, encoder.eval().embed(x))
+    assert torch.equal(encoder.mask_features(features, nowhere), features)
+    dropped = encoder.train().mask_features(features, nowhere) == 0
+    assert 0.4 < dropped.float().mean() < 0.6
 
 
 def test_the_authors_initialisation():
@@ -266,6 +277,9 @@ class NoBlocks(nn.Module):
         (lambda: Encoder(Handwritten(), layers="blocks", ffn="mpl.2").tap(1, "ffn"), "ffn='mpl.2': not in Block"),
         (lambda: build_encoder("robreta"), "did you mean 'roberta'"),
         (lambda: build_encoder("roberta", config=dict(hiden_size=3)), "did you mean 'hidden_size'"),
+        (lambda: build_encoder("roberta", config=dict(hidden_act="foo")), "encoder.config={'hidden_act': 'foo'}: KeyError"),
+        (lambda: build_encoder("roberta", config=dict(hidden_size=100)), "encoder.config"),
+        (lambda: build_encoder("roberta", attention="flash_attention_2"), "encoder.attention=flash_attention_2: ImportError"),
         (lambda: build_encoder("tests.models:Missing"), "Missing"),
         (lambda: build_encoder("no_such_module:Missing"), "no_such_module"),
     ],
