@@ -51,4 +51,4 @@ def main(encoder, count=2000, epochs=8):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1]) if len(sys.argv) == 2 else sys.exit(__doc__)
