@@ -89,7 +89,8 @@ class SpanMask:
     Args:
         prob: Share of positions that spans would cover if they never overlapped; coverage is about 1 - (1 - p/l)^l.
         length: Span length in positions.
-        length_kind: "static"; "uniform" in [length_other, 2 length]; "normal" (length, length_other); "poisson" (length).
+        length_kind: "static"; "uniform" in [length_other, 2 length]; "normal" (length, length_other); "poisson" (length);
+            always at least 1.
         length_other: Lower bound (uniform) or standard deviation (normal).
         min_spans: At least this many spans a sample.
         overlap: Whether spans may overlap; without, gaps between them are uniform over all arrangements that fit.
@@ -120,10 +121,9 @@ class SpanMask:
         valid = positions < sizes[:, None]
         expected = self.prob * sizes / self.length
         spans = np.maximum(self.min_spans, np.floor(expected + draws.uniform(0, 1)[:, 0])).astype(np.int64)
-        span_lengths = self._lengths(draws, size)
+        # A span must not swallow a short sample: at least one position stays outside.
+        span_lengths = np.minimum(self._lengths(draws, size), np.maximum(sizes[:, None] - 1, 1))
         if self.overlap:
-            # A span must not swallow a short sample: at least one position stays outside.
-            span_lengths = np.minimum(span_lengths, np.maximum(sizes[:, None] - 1, 1))
             first_forbidden = sizes[:, None] - span_lengths + self.last_start
             allowed = (positions < np.maximum(first_forbidden, 1)) & valid
             mask = _paint(_choose(draws.uniform(2, size), allowed, spans), span_lengths) & valid
@@ -131,7 +131,7 @@ class SpanMask:
             mask = self._apart(draws, sizes, spans, span_lengths, size) & valid
         mask = _keep_one_visible(mask, valid, draws.uniform(3, size))
         if self.same_count != "none":
-            wanted = np.full(batch, getattr(mask.sum(axis=1), self.same_count)())
+            wanted = np.minimum(getattr(mask.sum(axis=1), self.same_count)(), sizes - 1)  # one of each stays visible
             # Masked positions first when some must go, all of them plus random others when some must come.
             mask = _choose(draws.uniform(4, size) - mask, valid, wanted)
         if self.dropout > 0:
@@ -143,12 +143,12 @@ class SpanMask:
         """Length of the span that would start at each position, (B, size)."""
         u = draws.uniform(1, size, 2)
         if self.length_kind == "uniform":
-            low = int(self.length_other)
+            low = max(1, int(self.length_other))
             lengths = low + np.floor(u[..., 0] * (2 * self.length - low + 1))
         elif self.length_kind == "normal":
             lengths = np.maximum(1, np.round(self.length + self.length_other * _normal(u)))
         elif self.length_kind == "poisson":
-            lengths = _poisson(u[..., 0], self.length)
+            lengths = np.maximum(1, _poisson(u[..., 0], self.length))
         else:
             lengths = np.full(u.shape[:2], self.length)
         return lengths.astype(np.int64)
@@ -213,7 +213,8 @@ class BlockMask:
             mask |= added & accepted[:, None, None]
             masked += new * accepted
             failures = np.where(accepted, 0, failures + active)
-        return mask.reshape(batch, -1)
+        mask = mask.reshape(batch, -1)
+        return _keep_one_visible(mask, np.ones_like(mask), draws.uniform(-1, high * wide))
 
 
 @dataclass(frozen=True)

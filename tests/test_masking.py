@@ -29,11 +29,13 @@ def every_mask(draws, size=60, lengths=None):
     yield SpanMask(0.5, 6, length_kind="uniform", length_other=2)(draws, size, lengths)
     yield SpanMask(0.5, 6, length_kind="poisson", dropout=0.2)(draws, size, lengths)
     yield SpanMask(0.4, 5, overlap=False, min_space=2)(draws, size, lengths)
+    yield SpanMask(0.9, 2, length_kind="uniform", overlap=False)(draws, size, lengths)
     yield RandomMask(0.6)(draws, size, lengths)
     yield TokenMask(0.35, 4)(draws, ids, VOCABULARY, lengths)[1]
     yield TokenMask(0.3, 2, whole_words=True, random_prob=0.1, keep_prob=0.1)(draws, ids, VOCABULARY, lengths)[1]
     if lengths is None:
         yield BlockMask(30, 4, 20)(draws, (6, 10))
+        yield BlockMask(60, 1, 60)(draws, (6, 10))
 
 
 def test_uniform_is_uniform_and_independent():
@@ -61,7 +63,9 @@ def test_masks_are_a_pure_function_of_seed_epoch_and_sample():
 def test_padding_is_never_masked_and_something_stays_visible(lengths, seed):
     size = max(lengths)
     valid = np.arange(size) < np.array(lengths)[:, None]
-    for mask in every_mask(Draws(seed, 0, range(len(lengths))), size, lengths):
+    draws = Draws(seed, 0, range(len(lengths)))
+    same_count = SpanMask(0.9, 6, same_count="max")(draws, size, lengths)
+    for mask in (same_count, *every_mask(draws, size, lengths)):
         assert mask.dtype == bool and mask.shape == valid.shape
         assert not (mask & ~valid).any()
         assert (valid & ~mask).any(axis=1).all()
@@ -83,6 +87,14 @@ def test_spans_reach_the_last_frame_unless_the_reference_is_wanted():
 def test_static_spans_have_their_length_or_are_merged():
     mask = SpanMask(0.3, 7)(Draws(0, 0, BATCH), 200)
     assert min(runs(row).min() for row in mask) == 7
+
+
+@pytest.mark.parametrize("kind", ["static", "uniform", "poisson"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_each_sample_has_its_span(kind, overlap):
+    """However short span or sample come out."""
+    mask = SpanMask(0.01, 3 if kind == "static" else 1, length_kind=kind, overlap=overlap)(Draws(0, 0, range(500)), 3)
+    assert mask.any(1).all() and not mask.all(1).any()
 
 
 def test_number_of_spans_is_rounded_at_random():
@@ -135,6 +147,10 @@ def test_blocks_as_published():
     assert counts.max() == 120 and counts.min() >= 100
     assert counts.mean() == pytest.approx(119.5, abs=0.1)
     assert (counts == 120).mean() == pytest.approx(0.69, abs=0.03)
+
+
+def test_blocks_over_the_whole_grid_leave_a_patch():
+    assert BlockMask(16, 1, 16)(Draws(0, 0, BATCH), (4, 4)).sum(1).max() == 15
 
 
 def reference_blocks(rng, high, wide, count, min_area, max_area, aspect):
