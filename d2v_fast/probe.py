@@ -8,6 +8,7 @@ which token was there. It needs no labels; its floor is the unigram distribution
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -212,7 +213,7 @@ def _split_path(data: str, split: str) -> str:
     if (Path(data) / split).is_dir():
         return str(Path(data) / split)
     if Path(data).is_dir() and list(Path(data).glob(f"{split}*")):
-        return str(Path(data) / f"{split}*")
+        return str(Path(glob.escape(data)) / f"{split}*")
     raise DataError(f"--data {data}: expected a folder with {split}/ or {split}.txt in it")
 
 

@@ -12,7 +12,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from d2v_fast.data import DataError, EpochBatches, find_files, is_local, make_loader
+from d2v_fast.data import DataError, EpochBatches, find_files, is_local, load_hub, make_loader
 from d2v_fast.data.audio import AudioData, count_samples, open_audio, read_audio, standardize
 from d2v_fast.data.builtin import SHAPES, WORDS, builtin_images, builtin_speech, builtin_text
 from d2v_fast.data.text import TextData, load_documents
@@ -199,6 +199,17 @@ class TestFiles:
         assert find_files(str(tmp_path / "a[1].wav"), (".wav",)) == [str(tmp_path / "a[1].wav")]
         assert find_files(str(tmp_path / "*"), (".wav",)) == [str(tmp_path / "a[1].wav"), str(tmp_path / "b.wav")]
 
+    @pytest.mark.parametrize("name", ["a[1]", "b [x]", "c*", "d?", "e{1,2}", "f'\"", "[!g]"])
+    def test_a_name_is_no_pattern(self, tmp_path, name):
+        import datasets
+
+        (tmp_path / name).mkdir()
+        for file in ("1.txt", f"{name}.txt"):
+            (tmp_path / name / file).write_text(file)
+        assert set(load_documents(str(tmp_path / name), None, "train")["text"]) == {"1.txt", f"{name}.txt"}
+        datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(str(tmp_path / name / f"{name}.parquet"))
+        assert len(load_hub(str(tmp_path / name / f"{name}.parquet"), None, "train")) == 1
+
     @pytest.mark.parametrize("path, message", [("no", "no such file or folder"), (".", "no file with one of the endings .wav")])
     def test_nothing_there(self, tmp_path, path, message):
         with pytest.raises(DataError, match=message):
@@ -310,6 +321,11 @@ class TestImages:
         assert np.array_equal(np.asarray(source.read(7)), np.asarray(Image.open(files[7])))
         assert source.labels[7] == "7"
 
+    def test_patches_must_be_more_than_are_masked(self, images):
+        image_data(images, BlockMask(15))
+        with pytest.raises(DataError, match=r"mask.count=16: an image has 16 patches.*60 % of them, mask.count=10"):
+            image_data(images, BlockMask(16))
+
     def test_size_must_be_the_encoders(self, images):
         data = ImageData(path=images, mask=RandomMask(), image_size=16)
         with pytest.raises(DataError, match=r"data.image_size=16: the encoder takes 32"):
@@ -397,6 +413,18 @@ class TestAudio:
         data = audio_data(waves, join_seconds=1.0)
         broken = [data.__getitems__([(epoch, i) for i in range(len(data))])["broken"] for epoch in range(3)]
         assert [[os.path.basename(message.split(":")[0]) for _, message in each] for each in broken] == [["bad.wav"]] * 3
+
+    def test_a_clip_that_nothing_can_be_joined_to_is_broken(self, waves, monkeypatch):
+        data = audio_data(waves, join_seconds=1.0)
+        read, tries = data.source.read, itertools.count()
+
+        def gone_after_the_first(i):
+            if next(tries) == 0:
+                return read(i)
+            raise OSError("gone") if next(tries) < 1000 else KeyboardInterrupt
+
+        monkeypatch.setattr(data.source, "read", gone_after_the_first)
+        assert "nothing to join to it can be read" in data.__getitems__([(0, 0)])["broken"][0][1]
 
     def test_padding(self, waves):
         data = audio_data(waves, crop=False, min_seconds=0)
@@ -554,6 +582,20 @@ class TestText:
         ids = [text_data(str(tmp_path / f"a.{suffix}")).ids.tolist() for suffix in ("txt", "parquet", "csv", "jsonl")]
         assert ids[0] == ids[1] == ids[2] == ids[3]
 
+    def test_a_byte_order_mark_is_no_text(self, tmp_path):
+        for name in "ab":
+            (tmp_path / f"{name}.txt").write_text("fine\n", encoding="utf-8-sig")
+        assert load_documents(str(tmp_path), None, "train")["text"] == ["fine", "fine"]
+
+    def test_the_column_taken_is_named(self, tmp_path, caplog):
+        (tmp_path / "a.csv").write_text("\n".join(paragraphs(30)))
+        (tmp_path / "a.txt").write_text("\n".join(paragraphs(30)))
+        with caplog.at_level("INFO"):
+            text_data(str(tmp_path / "a.txt"))
+            assert "column" not in caplog.text
+            text_data(str(tmp_path / "a.csv"))
+        assert f"a.csv: the text is in column {paragraphs(1)[0]!r} of ['" in caplog.text
+
     def test_tokenizer_of_a_run(self, texts, tmp_path):
         data = text_data(texts[0])
         data.tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -568,6 +610,7 @@ class TestText:
             ({"a.txt": "\n \n"}, {}, "no text in column 'text'"),
             ({"a.txt": "x", "b.csv": "text\nx"}, {}, "found files ending in .csv, .txt, expected one kind"),
             ({"a.txt": "fine", "b.txt": "caf\xe9"}, {}, r"b.txt: cannot be read: 'utf-8' codec"),
+            ({"a.txt": "fine", "b::c.txt": "lost"}, {}, r"b::c.txt: cannot be read: '::' in its name.*rename it"),
             ({"a.jsonl": '{"text": "a"}\n}{'}, {}, "a.jsonl: cannot be read"),
             ({"a.parquet": "PAR1"}, {}, "a.parquet: cannot be read"),
             ({"a.csv": "body,title\nx,y"}, {}, "data.column: found None, expected .* body, title"),
@@ -587,8 +630,11 @@ class TestText:
             data.fit_to(Encoder(vocab_size=50))
         with pytest.raises(DataError, match=r"data.block_size=16: the encoder has 12 positions"):
             data.fit_to(Encoder(max_position_embeddings=12))
+        counted = Encoder(max_position_embeddings=16, model_type="camembert")
+        counted.model.embeddings = torch.nn.Identity()
+        counted.model.embeddings.padding_idx = 1
         with pytest.raises(DataError, match=r"the encoder has 14 positions"):
-            data.fit_to(Encoder(max_position_embeddings=16, model_type="roberta", pad_token_id=1))
+            data.fit_to(counted)
         own = Encoder()
         own.model = torch.nn.Sequential(torch.nn.Embedding(20, 4))
         with pytest.raises(DataError, match="vocab_size of 20"):

@@ -228,6 +228,18 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
+def as_patterns(files: list[str]) -> list[str]:
+    """Patterns that match these files alone, which is how `datasets` takes names.
+
+    Raises:
+        DataError: A name that no pattern matches.
+    """
+    for file in files:
+        if "::" in file:  # to fsspec a file inside of another
+            raise DataError(f"data.path={file}: cannot be read: '::' in its name means something else to datasets; rename it")
+    return [glob.escape(file) for file in files]
+
+
 def is_local(path: str) -> bool:
     """Whether `path` means files here and not the name of a Hugging Face data set."""
     # An ending makes a file of it, but for the version in a name like user/corpus-2.5.
@@ -247,7 +259,7 @@ def load_hub(path: str, name: str | None, split: str) -> Any:
         if os.path.isdir(path):
             return datasets.load_dataset(path, name, split=split)
         if is_local(path):
-            return datasets.load_dataset("parquet", data_files=find_files(path, (".parquet",)), split="train")
+            return datasets.load_dataset("parquet", data_files=as_patterns(find_files(path, (".parquet",))), split="train")
         return datasets.load_dataset(path, name, split=split)
     except Exception as error:
         tried = f"as a Hugging Face data set (name={name}, split={split}) it cannot be loaded: {first_line(error)}"

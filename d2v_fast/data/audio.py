@@ -8,7 +8,6 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -271,10 +270,15 @@ class AudioData(PretrainingData):
     def load(self, index: int, rng: np.random.Generator) -> np.ndarray:
         first = self.kept[index]
         wave = self._read(first)
+        failed = 0
         while len(wave) < self.join_samples:
-            # One that cannot be read is named when its own turn comes; the first of them is not to blame.
-            with suppress(Exception):
+            try:
                 wave = np.concatenate([wave, self._read(rng.choice(self.siblings[self.group[first]]))])
+            except Exception as error:
+                # One that cannot be read is named when its own turn comes; the first of them is not to blame.
+                failed += 1
+                if failed == 100:
+                    raise ValueError(f"nothing to join to it can be read: {first_line(error)}") from error
         if self.frames(len(wave)) < 2:
             # Its header promised more. A batch is cropped to its shortest recording, so this one would spoil the others.
             raise ValueError(f"is too short: {len(wave)} samples")

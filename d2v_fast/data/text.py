@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from d2v_fast.data import DataError, PretrainingData, find_files, first_line, is_local, load_hub
+from d2v_fast.data import DataError, PretrainingData, as_patterns, find_files, first_line, is_local, load_hub
 from d2v_fast.data.builtin import builtin_text
 from d2v_fast.masking import Draws, TokenMask, Vocabulary
 
@@ -53,8 +53,10 @@ def load_documents(path: str, name: str | None, split: str) -> Any:
 def _load_files(kind: str, files: list[str], path: str) -> Any:
     import datasets
 
+    patterns = as_patterns(files)
+    encoding = {"encoding": "utf-8-sig"} if kind == "text" else {}  # else a byte order mark would be text
     try:
-        return datasets.load_dataset(kind, data_files=files, split="train")
+        return datasets.load_dataset(kind, data_files=patterns, split="train", **encoding)
     except Exception as error:
         if len(files) > 1:
             for file in files:
@@ -163,6 +165,8 @@ class TextData(PretrainingData):
         self.block_size, self.teacher_input = block_size, teacher_input
         documents = load_documents(path, name, split)
         column = text_column(documents, column)
+        if list(documents.features) != ["text"]:  # of a table without a header the first row would be one
+            log.info("data.path=%s: the text is in column %r of %s", path, column, list(documents.features))
         if tokenizer == "train":
             texts = (row for rows in documents.iter(1000) for row in rows[column] if row)
             self.tokenizer = train_tokenizer(texts, vocab_size, block_size)
@@ -204,10 +208,9 @@ class TextData(PretrainingData):
             )
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None:
-            # RoBERTa counts positions from pad_token_id + 1.
-            usable = positions - (
-                config.pad_token_id + 1 if "roberta" in config.model_type or "data2vec" in config.model_type else 0
-            )
+            # RoBERTa and its kin count positions from the padding's id + 1, and know it there.
+            padding = getattr(getattr(encoder.model, "embeddings", None), "padding_idx", None)
+            usable = positions if padding is None else positions - padding - 1
             if self.block_size > usable:
                 raise DataError(
                     f"data.block_size={self.block_size}: the encoder has {usable} positions; "

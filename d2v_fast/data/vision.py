@@ -168,6 +168,12 @@ class ImageData(PretrainingData):
                 f"encoder.model: {type(encoder.model).__name__} needs a method positions(image_size) that returns "
                 "the rows and columns of patches"
             )
+        patches = self.grid[0] * self.grid[1]
+        if isinstance(self.mask, BlockMask) and self.mask.count >= patches:
+            raise DataError(
+                f"mask.count={self.mask.count}: an image has {patches} patches, and some must stay visible; "
+                f"the recipe masks about 60 % of them, mask.count={round(0.6 * patches)}"
+            )
 
     def processor(self, encoder: Any) -> Any:
         return image_processor(self.image_size, self.mean, self.std)
