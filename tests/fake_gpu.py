@@ -45,6 +45,10 @@ def step(name: str, precision: str, kind: str) -> None:
     encoder = models.make(name)
     settings = dict(norm="instance", ema_scope="layers") if wave else dict(ema_scope="encoder" if image else "all")
     model = Data2Vec(encoder, top_k=2, impl="triton", **settings).train()
+    flash = []
+    if kind.startswith("flash"):
+        sys.modules["flash_attn"] = SimpleNamespace(flash_attn_func=lambda q, k, v, p, s: flash.append(q.dtype) or q + k + v)
+        transformers.utils.is_flash_attn_2_available = lambda: True
     if kind not in ("plain", "padding"):
         fuse_for_gpu(model)
     source = models.inputs(name)
@@ -53,7 +57,7 @@ def step(name: str, precision: str, kind: str) -> None:
     batch = dict(source=source, mask=mask, index=mask.flatten().nonzero().squeeze(1))
     if text:
         batch["target"] = source
-    if not image and kind != "plain":
+    if not image and kind not in ("plain", "flash"):
         batch["padding_mask"] = torch.arange(shape[1]) >= torch.tensor([[shape[1]], [shape[1] - 3]])
     num_targets = float(len(batch["index"]))
     there = {key: on_gpu(value) for key, value in batch.items()}
@@ -73,6 +77,8 @@ def step(name: str, precision: str, kind: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             model.update_teacher()
+    # In each block of student and teacher, twice: for batches without padding, in bf16, of models without a bias.
+    assert len(flash) == (12 if (precision, kind) == ("bf16", "flash") and not hasattr(encoder.blocks[0], "lambda_2") else 0)
     assert output.loss.device.type == "cuda" and all(p.device.type == "cuda" for p in model.state_dict().values() if p.ndim)
 
 

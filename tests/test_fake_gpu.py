@@ -15,8 +15,14 @@ from tests import models
 if torch.cuda.is_available():
     pytest.skip("there is a GPU: tests/gpu", allow_module_level=True)
 
+FLASH = [
+    *product(("roberta", "beit", "vit", "data2vec-audio"), ("bf16",), ("flash",)),
+    ("roberta", "bf16", "flash padded"),
+    ("roberta", "fp32", "flash"),
+]
 CASES = [
     *(f"{name} {precision} {kind}" for name, precision, kind in product(models.CONFIGS, ("fp32", "bf16"), ("plain", "fused"))),
+    *(f"{name} {precision} {kind}" for name, precision, kind in FLASH),
     *(f"trainer {modality} {kind}" for modality, kind in product(("text", "vision", "audio"), ("plain", "fused"))),
     *(f"loss {norm} {target} {kind}" for norm, target, kind in product(NORMS, TARGET_NORMS, ("rows", "dense"))),
 ]

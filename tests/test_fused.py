@@ -124,24 +124,6 @@ def test_other_models_attend_as_before(kind, config, expected):
     torch.testing.assert_close(model(ids).last_hidden_state, before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name, installed, expected",
-    [("roberta", True, "flash_attention_2"), ("roberta", False, "sdpa"), ("beit", True, "sdpa")],
-)
-def test_flash_attention_is_taken_where_it_is_installed(name, installed, expected, monkeypatch):
-    """By the interface of transformers, as the package needs a GPU."""
-    model, asked = models.make(name).model, []
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
-
-    def set_attn_implementation(wanted):
-        asked.append(wanted)
-        model.config._attn_implementation = wanted
-
-    monkeypatch.setattr(model, "set_attn_implementation", set_attn_implementation)
-    assert attention.use(model, torch.device("cuda")) == expected
-    assert asked == [attention.NAME if expected == "sdpa" else expected]
-
-
 def test_a_query_without_any_key_gives_numbers():
     query = torch.randn(1, 2, 3, 4, requires_grad=True)
     output, _ = attention.attention(nn.Module(), query, query, query, torch.zeros(1, 1, 3, 3, dtype=torch.bool))

@@ -2,10 +2,14 @@
 
 On a CPU `scaled_dot_product_attention` leaves its fast path for dropout, and is slow at the lengths of data2vec, above all
 in the backward. Two matrix products around a softmax, with the fast dropout between them, are quicker; for long inputs without
-gradients they are not. On a GPU torch's own choice of flash and cuDNN kernels stays, and nobody waits for a look at the mask.
+gradients they are not. On a GPU torch's own choice of flash and cuDNN kernels stays, or flash-attn is called
+where it is installed, and nobody waits for a look at the mask.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,7 @@ def attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    flash: Callable | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """softmax(Q·Kᵀ·scaling + mask)·V as transformers calls it.
@@ -34,12 +39,16 @@ def attention(
         attention_mask: Bool, True = attend, or a float bias that is added; broadcast to (B, H, T, T).
         dropout: Share of the probabilities that is dropped.
         scaling: Factor of the scores, None = 1/√D.
+        flash: `flash_attn_func`, taken on a GPU in bf16 and fp16 where there is no mask. It knows padding by its own lengths
+            only, for which transformers waits in each layer; so padded batches are left to torch.
 
     Returns:
         (B, T, H, D) contiguous, and None in place of the probabilities.
     """
     long = not torch.is_grad_enabled() and query.shape[2] > LONG
     if query.device.type != "cpu" or long or kwargs.get("position_bias") is not None:
+        if flash and query.device.type == "cuda" and attention_mask is None and query.dtype in (torch.bfloat16, torch.float16):
+            return flash(*(x.transpose(1, 2) for x in (query, key, value)), dropout, scaling), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         kwargs["is_causal"] = False  # which it would take for granted of a module that does not say
@@ -72,8 +81,7 @@ def use(model: nn.Module, device: torch.device) -> str | None:
     """Let a transformers model attend in the way that is fastest on this device.
 
     Returns:
-        Its name: "explicit" on a CPU, on a GPU "flash_attention_2" where that package is installed, else "sdpa"; None if the
-        model keeps what it has, as one does that is causal or whose heads share keys.
+        What it does, for the log; None if the model keeps what it has, as one does that is causal or whose heads share keys.
     """
     from transformers import AttentionInterface, PreTrainedModel
     from transformers.masking_utils import AttentionMaskInterface
@@ -83,13 +91,15 @@ def use(model: nn.Module, device: torch.device) -> str | None:
         return None
     if any(getattr(m, "is_causal", False) or getattr(m, "num_key_value_groups", 1) > 1 for m in model.modules()):
         return None
-    wanted, name = NAME, "explicit" if device.type == "cpu" else "sdpa"
-    if device.type != "cpu" and is_flash_attn_2_available() and model._supports_flash_attn:
-        wanted = name = "flash_attention_2"
-    AttentionInterface.register(NAME, attention)
+    flash = None
+    if device.type == "cuda" and is_flash_attn_2_available():
+        from flash_attn import flash_attn_func as flash
+    AttentionInterface.register(NAME, functools.partial(attention, flash=flash) if flash else attention)
     AttentionMaskInterface.register(NAME, padding)  # without one padding would be dropped in silence
     try:
-        model.set_attn_implementation(wanted)
+        model.set_attn_implementation(NAME)
     except ValueError:
         return None
-    return name if model.config._attn_implementation == wanted else None
+    if model.config._attn_implementation != NAME:
+        return None
+    return "explicit" if device.type == "cpu" else "flash-attn where nothing pads, else sdpa" if flash else "sdpa"
