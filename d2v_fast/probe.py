@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,14 @@ def pooled_states(encoder: Encoder, inputs: Sequence[Any], collate: Callable, ba
             else:
                 seen = (~padding_mask).unsqueeze(-1)
                 rows.append((states * seen).sum(1) / seen.sum(1))
-    return torch.cat(rows).float().numpy()
+    return _finite(rows)
+
+
+def _finite(states: list[torch.Tensor]) -> np.ndarray:
+    found = torch.cat(states).float().numpy()
+    if not np.isfinite(found).all():
+        raise ConfigError("states of the encoder are not finite: its weights are broken; log.jsonl of the run tells since when")
+    return found
 
 
 def score(train: np.ndarray, train_labels: Sequence, test: np.ndarray, test_labels: Sequence) -> dict[str, float]:
@@ -154,10 +162,22 @@ def probe_labels(config: Config, encoders: dict[str, Encoder], data: str, name: 
             return torch.from_numpy(source), padding_mask if padding_mask.any() else None
 
         def open_split(path: str, name: str | None = None, split: str = "train") -> Source:
-            return open_audio(path, name, split, settings["sample_rate"])
+            source = open_audio(path, name, split, settings["sample_rate"])
+
+            def read(i: int) -> np.ndarray:
+                if frames(len(wave := source.read(i))) == 0:
+                    raise ValueError(f"is too short: {len(wave)} samples")
+                return wave
+
+            return replace(source, read=read)
 
         parts = split_sources(open_split, data, name)
     (train, train_labels), (test, test_labels) = (_read_all(part, limit) for part in parts)
+    if len(set(train_labels)) < 2 or not test:
+        raise DataError(
+            f"--data {data}: left to fit on are {len(train)} samples of {len(set(train_labels))} classes, to test on {len(test)}; "
+            "needed are two classes and one sample: more data, or a higher --limit"
+        )
     results = {}
     for title, encoder in encoders.items():
         features = [pooled_states(encoder, samples, collate) for samples in (train, test)]
@@ -230,7 +250,7 @@ def _hidden_tokens(data: Any, encoders: dict[str, Encoder], limit: int) -> tuple
                 states[title].append(encoder(batch["source"], batch.get("padding_mask"))[batch["mask"]])
         if sum(map(len, tokens)) >= limit:
             break
-    return {title: torch.cat(rows).float().numpy() for title, rows in states.items()}, np.concatenate(tokens)
+    return {title: _finite(rows) for title, rows in states.items()}, np.concatenate(tokens)
 
 
 def main(args: list[str]) -> None:
@@ -251,6 +271,8 @@ def main(args: list[str]) -> None:
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's default")
     options = parser.parse_args(args)
+    if options.limit < 1:
+        parser.error(f"--limit {options.limit}: expected at least 1")
     if options.threads:
         torch.set_num_threads(options.threads)
     config, trained, untrained = load_run(options.run)

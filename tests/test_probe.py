@@ -2,12 +2,13 @@ import json
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
 from d2v_fast import probe, training
 from d2v_fast.config import ConfigError, parse
-from d2v_fast.data import DataError
+from d2v_fast.data import DataError, find_files
 from d2v_fast.probe import load_run, pooled_states, score
 from tests.models import make
 from tests.test_training import arguments
@@ -109,6 +110,41 @@ def test_what_cannot_be_probed_is_explained(tmp_path):
         probe.main([str(run), "--data", str(tmp_path / "one")])
     with pytest.raises(DataError, match="no such file or folder"):
         probe.main([str(run), "--data", str(tmp_path / "missing") + "/"])
+
+
+def test_recordings_too_short_for_a_frame_are_left_out(runs, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        for i, size in enumerate([4000] * 8 + [50] * 2):
+            (tmp_path / label).mkdir(exist_ok=True)
+            soundfile.write(tmp_path / label / f"{i}.wav", 0.1 * rng.normal(size=size), 16_000)
+    probe.main([str(runs["audio"].folder), "--data", str(tmp_path)])
+    assert f"left out {tmp_path}/a/9.wav: is too short: 50 samples" in capsys.readouterr().err
+    for file in tmp_path.glob("?/*.wav"):
+        soundfile.write(file, np.ones(50), 16_000)
+    with pytest.raises(DataError, match="left to fit on are 0 samples of 0 classes, to test on 0"):
+        probe.main([str(runs["audio"].folder), "--data", str(tmp_path)])
+
+
+def test_states_that_are_not_finite(runs):
+    for modality, name in (("vision", "probe_labels"), ("text", "probe_cloze")):
+        config, trained, _ = load_run(runs[modality].folder)
+        next(trained.parameters()).data.fill_(float("nan"))
+        with pytest.raises(ConfigError, match="states of the encoder are not finite"):
+            getattr(probe, name)(config, {"trained": trained}, "builtin", None, 50)
+
+
+@pytest.mark.parametrize("limit", ["0", "-3"])
+def test_limit_is_at_least_one(limit, capsys):
+    with pytest.raises(SystemExit):
+        probe.main(["run", "--limit", limit])
+    assert f"--limit {limit}: expected at least 1" in capsys.readouterr().err
+
+
+def test_splits_in_a_folder_with_an_odd_name(tmp_path):
+    (tmp_path / "a[1]").mkdir()
+    (tmp_path / "a[1]" / "train[2].txt").write_text("x")
+    assert find_files(probe._split_path(str(tmp_path / "a[1]"), "train"), (".txt",)) == [str(tmp_path / "a[1]/train[2].txt")]
 
 
 @pytest.mark.slow
