@@ -303,7 +303,9 @@ class TokenEncoder(Encoder):
         attend = None
         if padding_mask is not None:
             attend = create_bidirectional_mask(config=self.model.config, inputs_embeds=features, attention_mask=~padding_mask)
-        return self.model.encoder(features, attention_mask=attend).last_hidden_state
+        states = self.model.encoder(features, attention_mask=attend).last_hidden_state
+        norm = getattr(self.model, "LayerNorm", None)  # RobertaPreLayerNorm
+        return states if norm is None else norm(states)
 
 
 class PatchEncoder(Encoder):
@@ -363,19 +365,16 @@ class WaveEncoder(Encoder):
     feature_grad_mult: float = 1.0
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Local features before dropout, which is the student's alone (spec 3.1)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.feature_grad_mult > 0):
             # The conv stack of transformers marks its input as requiring grad, in place.
             features = self.model.feature_extractor(inputs.detach()).transpose(1, 2)
         if 0 < self.feature_grad_mult < 1:
             features = features * self.feature_grad_mult + features.detach() * (1 - self.feature_grad_mult)
-        dropout = self.model.feature_projection.dropout
-        training, dropout.training = dropout.training, False
-        projected = self.model.feature_projection(features)
-        dropout.training = training
-        return projected[0] if isinstance(projected, tuple) else projected
+        norm = getattr(self.model.feature_projection, "layer_norm", None)
+        return self.model.feature_projection.projection(features if norm is None else norm(features))
 
     def mask_features(self, features: Tensor, mask: Tensor) -> Tensor:
+        # The projection's dropout is the student's alone; what `embed` gives may be the teacher's too (spec 1.6).
         return super().mask_features(self.model.feature_projection.dropout(features), mask)
 
     def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -432,7 +431,50 @@ def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None) ->
                 f"{type(model).__name__} has no {part!r}, so its features cannot be told from its context: "
                 "give it the methods embed and contextualize; see d2v_fast.encoders"
             )
-    return adapter(model, layers, ffn)
+    encoder = adapter(model, layers, ffn)
+    _check_states(encoder)
+    return encoder
+
+
+def example(encoder: Encoder, batch: int = 2, tokens: int = 64) -> Tensor:
+    """Random inputs of a Hugging Face encoder."""
+    config, generator = encoder.model.config, torch.Generator().manual_seed(0)
+    if isinstance(encoder, TokenEncoder):
+        length = min(tokens, config.max_position_embeddings - 2)
+        return torch.randint(3, config.vocab_size, (batch, length), generator=generator)
+    if isinstance(encoder, PatchEncoder):
+        return torch.randn(batch, config.num_channels, *encoder._image_size(), generator=generator)
+    return torch.randn(batch, 16_000, generator=generator)
+
+
+@torch.no_grad()
+def off_by(states: Tensor, model: nn.Module, inputs: Tensor) -> float:
+    """Largest difference of an encoder's states from those that a model of transformers computes as a whole."""
+    return float((model(inputs).last_hidden_state[:, -states.shape[1] :] - states).abs().max())
+
+
+def _check_states(encoder: Encoder) -> None:
+    """Tried on one small input, where weights are at hand: the pieces of the model do what it does as a whole."""
+    model = encoder.model
+    if any(p.device.type != "cpu" or p.dtype != torch.float32 or not p.isfinite().all() for p in model.parameters()):
+        return
+    training = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            inputs = example(encoder, 1, 16)
+            difference = off_by(encoder(inputs), model, inputs)
+        why = f"its pieces compute other states than the whole, off by {difference:.1e}" if difference > 1e-3 else None
+    except Exception as error:  # each class of transformers has errors of its own
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    if why:
+        raise ValueError(
+            f"{type(model).__name__} is not put together as the models that are known here: {why}; "
+            "give it the methods embed and contextualize, see docs/encoders.md"
+        )
 
 
 def class_arguments(cls: type[nn.Module]) -> dict[str, bool]:
@@ -511,31 +553,29 @@ def build_encoder(
     arguments = class_arguments(cls)
     if attention == "sdpa" and not getattr(cls, "_supports_sdpa", False):
         attention = "eager"
-    if pretrained is not None:
-        try:
+    try:
+        if pretrained is not None:
             hf_model = cls.from_pretrained(
                 pretrained, config=hf_config, dtype=torch.float32, attn_implementation=attention, **arguments
             ).train()
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"encoder.pretrained={pretrained}: its weights are a pickle that holds more than weights and could run any "
-                "code; it is not loaded. Ask its author for safetensors, which save_pretrained writes"
-            ) from error
-        except SafetensorError as error:
-            raise ValueError(f"encoder.pretrained={pretrained}: its weights cannot be read: {error}") from error
-        except ImportError as error:
-            raise ValueError(f"encoder.attention={attention}: {first_line(error)}") from error
-    else:
-        hf_config._attn_implementation = attention
-        try:
+        else:
+            hf_config._attn_implementation = attention
             hf_model = cls(hf_config, **arguments)
-        except Exception as error:  # of a field that the configuration class lets pass, or of a package that is missing
-            what = f"encoder.attention={attention}" if isinstance(error, ImportError) else f"encoder.config={config}"
-            raise ValueError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"encoder.pretrained={pretrained}: its weights are a pickle that holds more than weights and could run any "
+            "code; it is not loaded. Ask its author for safetensors, which save_pretrained writes"
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(f"encoder.pretrained={pretrained}: its weights cannot be read: {error}") from error
+    except (ArithmeticError, AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
+        setting = f"encoder.config={config}" if attention in ("sdpa", "eager") else f"encoder.attention={attention}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{setting}: {cls.__name__} cannot be made with it: {reason}") from error
     encoder = wrap(hf_model, layers, ffn)
     if isinstance(encoder, WaveEncoder):
         encoder.feature_grad_mult = feature_grad_mult
-        if feature_grad_mult == 0:  # what gets no gradient must say so, or several ranks wait for it
+        if feature_grad_mult == 0:  # else DDP would wait for gradients
             encoder.model.feature_extractor.requires_grad_(False)
     if init != "hf" and pretrained is None:
         if not isinstance(encoder, PatchEncoder):

@@ -22,7 +22,8 @@ from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, make_model
 from d2v_fast.data.audio import feature_extractor
 from d2v_fast.data.text import load_tokenizer
 from d2v_fast.data.vision import MEAN, STD, image_processor
-from d2v_fast.encoders import PatchEncoder, TokenEncoder, WaveEncoder, build_encoder, class_arguments, wrap
+from d2v_fast.encoders import PatchEncoder, TokenEncoder, WaveEncoder, build_encoder, class_arguments, example, off_by, wrap
+from d2v_fast.report import read_lines
 
 OLDER = "data2vec-pytorch"
 TOLERANCE = 1e-6  # of states after a layer norm, in fp32
@@ -58,32 +59,26 @@ class Exported:
 
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"--to {folder}: exists already; choose another folder")
+        inputs = example(self.encoder)
+        with torch.inference_mode():
+            expected = self.encoder(inputs)
+        if not expected.isfinite().all():
+            raise ConfigError(
+                "the encoder's states are not finite: its weights are broken; log.jsonl of the run tells since when"
+            )
         model = self.encoder.model
         if as_type not in (None, model.config.model_type):
             model = retype(model, as_type)
         model.save_pretrained(folder)
         if self.processor is not None:
             self.processor.save_pretrained(folder)
-        inputs = self._example()
-        with torch.inference_mode():
-            expected = self.encoder(inputs)
-            found = AutoModel.from_pretrained(folder)(inputs).last_hidden_state
-        difference = float((found[:, -expected.shape[1] :] - expected).abs().max())
+        difference = off_by(expected, AutoModel.from_pretrained(folder), inputs)
         if not difference <= TOLERANCE:
             raise RuntimeError(
                 f"{folder}: {type(model).__name__} computes other states than the training encoder, off by {difference:.1e}; "
                 "do not use it, and please report this"
             )
         return difference
-
-    def _example(self) -> Tensor:
-        config, generator = self.encoder.model.config, torch.Generator().manual_seed(0)
-        if isinstance(self.encoder, TokenEncoder):
-            length = min(64, config.max_position_embeddings - 2)
-            return torch.randint(3, config.vocab_size, (2, length), generator=generator)
-        if isinstance(self.encoder, PatchEncoder):
-            return torch.randn(2, config.num_channels, *self.encoder._image_size(), generator=generator)
-        return torch.randn(2, 16_000, generator=generator)
 
 
 def retype(model: Any, as_type: str) -> Any:
@@ -184,8 +179,7 @@ def model_card(title: str, facts: dict[str, Any], folder: Path, sections: list[s
 
 def run_sections(run: Path, config: Config) -> tuple[dict[str, Any], list[str]]:
     """What the files of a run say of it: facts for the table, and sections on probe, log and settings."""
-    log = run / "log.jsonl"
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    records = read_lines(run / "log.jsonl")
     last = records[-1] if records else {}
     data, train, targets = config.data, config.train, config.targets
     start = f", from {config.encoder.pretrained}" if config.encoder.pretrained else ""
@@ -214,7 +208,9 @@ def _table(rows: dict[str, dict[str, float]], labels: bool = True) -> str:
     columns = list(next(iter(rows.values())))
     lines = [[*([""] if labels else []), *columns]]
     for label, row in rows.items():
-        lines.append([*([label] if labels else []), *(f"{row[c]:.4g}" if c in row else "" for c in columns)])
+        lines.append(
+            [*([label] if labels else []), *(f"{row[c]:.4g}" if isinstance(row.get(c), int | float) else "" for c in columns)]
+        )
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -234,6 +230,7 @@ def export_run(run: str | Path, to: str | Path, as_type: str | None = None, teac
     """
     run, folder = Path(run), Path(to)
     config, exported = open_run(run, teacher)
+    facts, sections = run_sections(run, config)  # before anything is written: what is wrong with them leaves no half a folder
     old = as_type == OLDER
     difference = exported.write(folder, None if old else as_type)
     if old:
@@ -241,7 +238,6 @@ def export_run(run: str | Path, to: str | Path, as_type: str | None = None, teac
 
         # With the pooler that is there, and untrained, in that project too.
         torch.save({"encoder": AutoModel.from_pretrained(folder).state_dict()}, folder / "data2vec.pt")
-    facts, sections = run_sections(run, config)
     facts["weights"] = (
         f"{'teacher' if teacher else 'student'}; reloaded, its states differ by {difference:.1g} from those in training"
     )

@@ -640,6 +640,12 @@ class TestText:
         with pytest.raises(DataError, match="vocab_size of 20"):
             data.fit_to(own)
 
+    def test_an_encoder_of_ones_own_has_no_mask_vector_to_train(self, texts):
+        own = Encoder()
+        own.mask_embedding = torch.nn.Parameter(torch.zeros(4))
+        text_data(texts[0]).fit_to(own)
+        assert not own.mask_embedding.requires_grad
+
     def test_unreachable_set(self):
         with pytest.raises(DataError, match=r"data.path=no/such: no such file or folder here, and as a Hugging Face data set"):
             load_documents("no/such", None, "train")

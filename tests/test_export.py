@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,13 @@ class TestArchitectures:
         with pytest.raises(RuntimeError, match="computes other states than the training encoder"):
             Exported(encoder).write(tmp_path / "out")
 
+    def test_weights_that_are_not_finite_leave_no_folder(self, tmp_path):
+        encoder = make("roberta")
+        next(encoder.parameters()).data.fill_(float("nan"))
+        with pytest.raises(ConfigError, match="states are not finite"):
+            Exported(encoder).write(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
 
 class TestInputs:
     """Tokenizer and processors prepare what the encoder saw in pre-training."""
@@ -157,6 +165,15 @@ def test_the_card_tells_of_the_run(runs):
     from huggingface_hub import ModelCard
 
     assert ModelCard(card).data.to_dict()["tags"] == ["data2vec", "d2v-fast"]
+
+
+def test_a_log_that_a_killed_run_left(runs, tmp_path):
+    shutil.copytree(runs["text"].folder, tmp_path / "run")
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "loss": null, "lr": 0.5}\n{"step": 4, "lo')
+    export_run(tmp_path / "run", "out")
+    card = open("out/README.md").read()
+    assert "| steps | 3 of 4" in card and "| 3 |  |" in card
 
 
 def test_the_snippets_of_data2vec_pytorch(runs, monkeypatch):

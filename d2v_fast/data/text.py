@@ -198,6 +198,8 @@ class TextData(PretrainingData):
         return hashlib.sha256(self.ids.tobytes() + self.begins.tobytes() + self.ends.tobytes()).hexdigest()
 
     def fit_to(self, encoder: Any) -> None:
+        if hasattr(encoder, "mask_embedding"):  # ids are masked, never features; DDP would wait for its gradient
+            encoder.mask_embedding.requires_grad_(False)
         config = getattr(encoder.model, "config", None)
         rows = [m.num_embeddings for m in encoder.model.modules() if isinstance(m, torch.nn.Embedding)]
         vocab_size = getattr(config, "vocab_size", max(rows, default=None))
