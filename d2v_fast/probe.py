@@ -175,8 +175,8 @@ def probe_labels(config: Config, encoders: dict[str, Encoder], data: str, name: 
     (train, train_labels), (test, test_labels) = (_read_all(part, limit) for part in parts)
     if len(set(train_labels)) < 2 or not test:
         raise DataError(
-            f"--data {data}: left to fit on are {len(train)} samples of {len(set(train_labels))} classes, to test on {len(test)}; "
-            "needed are two classes and one sample: more data, or a higher --limit"
+            f"--data {data}: left to fit on are {len(train)} samples of {len(set(train_labels))} classes, to test on "
+            f"{len(test)}; needed are two classes and one sample: more data, or a higher --limit"
         )
     results = {}
     for title, encoder in encoders.items():
