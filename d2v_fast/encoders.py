@@ -123,20 +123,14 @@ class Encoder(nn.Module):
         if not 1 <= top_k <= len(self.blocks):
             raise ValueError(f"top_k: found {top_k}, but {type(self.model).__name__} has {len(self.blocks)} layers")
 
-        def keep_output(module, args, output):
-            module._tapped = output[0] if isinstance(output, tuple) else output
-
-        def keep_input(module, args, kwargs):
-            module._tapped = args[0] if args else kwargs["hidden_states"]
-
         self._tap_source = source
         for block in self.blocks[-top_k:]:
             if source == "block_input":
-                block.register_forward_pre_hook(keep_input, with_kwargs=True)
+                block.register_forward_pre_hook(_keep_input, with_kwargs=True)
                 self._taps.append(block)
             else:
                 module = self._ffn(block) if source == "ffn" else block
-                module.register_forward_hook(keep_output)
+                module.register_forward_hook(_keep_output)
                 self._taps.append(module)
 
     def taps(self, length: int) -> list[Tensor]:
@@ -283,6 +277,14 @@ class Encoder(nn.Module):
 def _with_input(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict]:
     """Arguments of a block or one of its modules with another input."""
     return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
+
+
+def _keep_output(module, args, output):
+    module._tapped = output[0] if isinstance(output, tuple) else output
+
+
+def _keep_input(module, args, kwargs):
+    module._tapped = args[0] if args else kwargs["hidden_states"]
 
 
 class TokenEncoder(Encoder):

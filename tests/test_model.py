@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -243,3 +244,10 @@ def test_your_own_encoder_learns():
         model.update_teacher()
         losses.append(loss.item())
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
+def test_a_whole_model_can_be_pickled(name):
+    model = Data2Vec(make(name), top_k=2).eval()
+    given = batch(name, model.student)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(**given).loss, model(**given).loss)
