@@ -131,15 +131,15 @@ def curve(runs: list[Run], key: str) -> str | None:
             axis.plot(*means.T, color=run.color, linewidth=1.2, marker="." if len(means) == 1 else None)
             for step, _ in run.alarms:
                 axis.axvline(step, color=run.color, linewidth=0.8, linestyle=":")
-        drawn = any(len(line.get_xdata()) for line in axis.lines)
-        if key in LOGARITHMIC:
+        values = [line[key] for run in runs for line in run.log if key in line]
+        if key in LOGARITHMIC and any(0 < value < np.inf for value in values):  # others have no logarithm
             axis.set_yscale("log")
         axis.grid(axis="y", color="#e5e5e5", linewidth=0.6)
         axis.set_axisbelow(True)
         target = io.StringIO()
         figure.savefig(target, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         plt.close(figure)
-    return target.getvalue()[target.getvalue().index("<svg") :] if drawn else None
+    return target.getvalue()[target.getvalue().index("<svg") :] if values else None
 
 
 def page(runs: list[Run]) -> str:

@@ -98,6 +98,14 @@ def test_while_the_run_goes_on(make_run):
     Page(page([run]))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value, curves", [(None, 0), (math.nan, len(CURVES)), (0.0, len(CURVES))])
+def test_a_log_without_numbers_to_draw(make_run, value, curves):
+    lines = [line(step, **dict.fromkeys(CURVES, value)) for step in (1, 50)]
+    html = html_of(make_run(lines=lines, alarms_jsonl='{"step": 50, "alarms": ["all is lost"]}'))
+    assert Page(html).tags.count("svg") == curves
+
+
 def test_steps_taken_again_replace_the_first_try(make_run):
     lines = [line(1), line(50, loss=1), line(100, loss=2), line(150, loss=3), line(50, loss=7), line(100, loss=8)]
     old = [{"step": 50, "alarms": ["once"]}, {"step": 150, "alarms": ["before it was resumed"]}]
