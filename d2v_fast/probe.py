@@ -43,12 +43,11 @@ def load_run(run: str | Path) -> tuple[Config, Encoder, Encoder]:
         if not (run / part).exists():
             raise ConfigError(f"{run}: has no {part}, so it is not the folder of a run that exported its student")
     config, _ = parse(["--config", str(run / "config.yaml")])
-    tokens = None
+    vocab_size = None
     if config.modality == "text":
         config.data["tokenizer"] = str(run / "export")
-        exported = json.loads((run / "export" / "config.json").read_text())
-        tokens = {key: value for key, value in exported.items() if key == "vocab_size" or key.endswith("_token_id")}
-    untrained = make_encoder(config, tokens).eval()
+        vocab_size = json.loads((run / "export" / "config.json").read_text()).get("vocab_size")
+    untrained = make_encoder(config, vocab_size).eval()
     config.encoder.pretrained, config.encoder.config = (
         str(run / "export"),
         config.encoder.config if ":" in (config.encoder.model or "") else {},
@@ -173,10 +172,11 @@ def probe_labels(config: Config, encoders: dict[str, Encoder], data: str, name: 
 
         parts = split_sources(open_split, data, name)
     (train, train_labels), (test, test_labels) = (_read_all(part, limit) for part in parts)
-    if len(set(train_labels)) < 2 or not test:
+    classes = len(set(train_labels))
+    if classes < 2 or not test:
         raise DataError(
-            f"--data {data}: left to fit on are {len(train)} samples of {len(set(train_labels))} classes, to test on "
-            f"{len(test)}; needed are two classes and one sample: more data, or a higher --limit"
+            f"--data {data}: left to fit on are {len(train)} samples of {classes} classes, to test on {len(test)}; "
+            "needed are two classes and one sample: more data, or a higher --limit"
         )
     results = {}
     for title, encoder in encoders.items():

@@ -1,6 +1,8 @@
 """Each example runs, learns, and computes what plain torch says it should."""
 
 import importlib.util
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,13 @@ def test_fine_tuning_beats_scratch(name, tmp_path, monkeypatch):
     export_run("run", "encoder")
     found = load(EXAMPLES / f"{name}.py").main("encoder")
     assert found["pretrained"] > found["scratch"] + 0.03
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_without_an_argument_it_says_how(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    with pytest.raises(SystemExit, match=f"usage: python {name}.py FOLDER"):
+        runpy.run_path(EXAMPLES / f"{name}.py", run_name="__main__")
 
 
 def test_ijepa(calls):
