@@ -43,11 +43,12 @@ def load_run(run: str | Path) -> tuple[Config, Encoder, Encoder]:
         if not (run / part).exists():
             raise ConfigError(f"{run}: has no {part}, so it is not the folder of a run that exported its student")
     config, _ = parse(["--config", str(run / "config.yaml")])
-    vocab_size = None
+    tokens = None
     if config.modality == "text":
         config.data["tokenizer"] = str(run / "export")
-        vocab_size = json.loads((run / "export" / "config.json").read_text()).get("vocab_size")
-    untrained = make_encoder(config, vocab_size).eval()
+        exported = json.loads((run / "export" / "config.json").read_text())
+        tokens = {key: value for key, value in exported.items() if key == "vocab_size" or key.endswith("_token_id")}
+    untrained = make_encoder(config, tokens).eval()
     config.encoder.pretrained, config.encoder.config = (
         str(run / "export"),
         config.encoder.config if ":" in (config.encoder.model or "") else {},

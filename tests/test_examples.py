@@ -190,7 +190,7 @@ def test_fine_tuning_beats_scratch(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", FINE_TUNING)
 def test_without_an_argument_it_says_how(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
-    with pytest.raises(SystemExit, match=f"usage: python {name}.py FOLDER"):
+    with pytest.raises(SystemExit, match=f"python examples/{name}.py"):
         runpy.run_path(EXAMPLES / f"{name}.py", run_name="__main__")
 
 
