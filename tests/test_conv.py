@@ -213,3 +213,13 @@ def test_every_build_gives_the_same(isa):
         assert "D2V_ISA" in there.stderr
     else:
         assert json.loads(there.stdout) == pytest.approx(json.loads(here.stdout), rel=1e-4, abs=1e-3)
+
+
+def test_a_second_derivative_is_refused_when_asked_for():
+    """Also of a sum, whose own gradient comes in without a graph."""
+    _, fast = stacks()
+    wave = torch.randn(1, 1000, requires_grad=True)
+    (grad,) = torch.autograd.grad(fast.eval()(wave).sum(), wave, create_graph=True)
+    assert grad.isfinite().all()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.square().sum().backward()

@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 LOSS_IMPLEMENTATIONS = ("eager", "compile", "native", "triton")
 KERNELS = {"native": "d2v_fast.ops.native", "triton": "d2v_fast.ops.triton_loss"}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NO_SECOND = b'the kernels of the data2vec loss have no second derivative; impl="eager" has one'
 
 # Everything a kernel computes in its one pass. `grad` · `factor` is the gradient: a kernel may leave scale and count to
 # `factor`, because 1/(√C·N) would push an fp16 gradient below its normal range.
@@ -64,6 +63,25 @@ def _scaled_fake(x, factor):
     return torch.empty_like(x)
 
 
+def once_differentiable(backward: Callable) -> Callable:
+    """Of a kernel without a second derivative: whoever asks for it gets an error, and not a gradient that lacks a part.
+
+    torch's own says nothing where the gradient that comes in has no graph, as that of a loss.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx, *grads):
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph, which no trace can know of
+            words = b'the kernels have no second derivative; impl="eager" of the loss, and a step without --fused, have one'
+            later = torch._C._functions.DelayedError(words, 1)
+            found = tuple(later(x.detach().requires_grad_()) if isinstance(x, Tensor) else x for x in found)
+        return found
+
+    return once
+
+
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, predictions, layers, mask, *settings):
@@ -74,16 +92,13 @@ class _FusedLoss(torch.autograd.Function):
         return loss, count, moments
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, _count, _moments):
         grad, factor = ctx.saved_tensors
-        factor = factor * grad_loss.detach()
+        factor = factor * grad_loss
         # Reading a number is free on a CPU, a pass over the gradient is not.
         done = not torch.compiler.is_compiling() and factor.device.type == "cpu" and factor.item() == 1
-        grad = grad if done else torch.ops.d2v_fast.scaled(grad, factor)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph, which no trace can know of
-            # As once_differentiable does it, but also for a gradient that comes in without a graph, that of the loss itself.
-            grad = torch._C._functions.DelayedError(NO_SECOND, 1)(grad.detach().requires_grad_())
-        return grad, *[None] * 10
+        return (grad if done else torch.ops.d2v_fast.scaled(grad, factor), *[None] * 10)
 
 
 def _fused_loss(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_fast.ops import native
+from d2v_fast.ops import native, once_differentiable
 
 
 def _pieces(x: Tensor, kernel: int, stride: int, written: bool = False) -> list[tuple[slice, Tensor]]:
@@ -49,7 +49,7 @@ class _Convolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         x, matrix, weight, bias = ctx.saved_tensors
         kernel = weight.shape[2]
@@ -81,7 +81,7 @@ class _NormGelu(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, bias, stats = ctx.saved_tensors
         return *native.norm_gelu_backward(x, grad.contiguous(), weight, bias, stats), None
