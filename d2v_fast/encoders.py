@@ -310,12 +310,34 @@ class TokenEncoder(Encoder):
         return states if norm is None else norm(states)
 
 
+class _PositionIndex:
+    """In place of a bias module's own: its index of relative positions, kept on the device of its table.
+
+    transformers keeps it on the host, from where each look-up, forward and backward, copies it and waits for a GPU.
+    """
+
+    def __init__(self, bias: nn.Module):
+        self.bias, self.kept = bias, {}
+
+    def __call__(self, window_size: tuple[int, int]) -> Tensor:
+        key = window_size, self.bias.relative_position_bias_table.device
+        if key not in self.kept:
+            self.kept[key] = type(self.bias).generate_relative_position_index(window_size).to(key[1], non_blocking=True)
+        return self.kept[key]
+
+
 class PatchEncoder(Encoder):
     """BEiT, ViT, DeiT, Data2VecVision: pixels → patch embeddings → extra tokens and positions → blocks → final norm."""
 
     local = ("embeddings",)
     positional = ("shared_position_bias", "encoder.relative_position_bias")
     mask_token_name = "embeddings.mask_token"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for module in self.model.modules():
+            if hasattr(module, "generate_relative_position_index"):
+                module.generate_relative_position_index = _PositionIndex(module)
 
     def embed(self, inputs: Tensor) -> Tensor:
         patches = self.model.embeddings.patch_embeddings(inputs)

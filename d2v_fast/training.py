@@ -306,7 +306,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self.asked = False
-        heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        # Under nohup a closed terminal is nothing to it.
+        heard = [number for number in self.SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
@@ -359,7 +360,8 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_last)
         settings = {"modality": config.modality, "fused": fused, "processes": self.world, **config.settings()}
         self.settings = json.loads(json.dumps(settings, default=str))
-        self.lock = FileLock(self.folder / ".lock", timeout=0)  # a process that is killed lets go of it
+        # A process that is killed lets go of it. One for all trainers of a process: those never run would keep it from the next.
+        self.lock = FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
         made = self._enter()
         try:
             self._make(fused, parallel)

@@ -22,8 +22,10 @@ ctypes.CDLL(sys.argv[1])
 import torch
 import transformers.masking_utils
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from d2v_fast import Data2Vec, training
+from d2v_fast import Data2Vec, encoders, training
 from d2v_fast.config import parse
 from d2v_fast.fused import PARTS, fuse
 from d2v_fast.ops import triton_loss
@@ -35,8 +37,21 @@ torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: 0
 torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
 triton_loss.obstacle = lambda device: None
+encoders._check_states = lambda encoder: None  # transformers would keep what it computes there, on tensors with data
 # It takes such tensors for a graph being made, and would not look at their numbers.
 transformers.masking_utils.is_tracing = lambda *args: False
+
+
+class NoCopies(TorchDispatchMode):
+    """A copy from the host waits, also of indices; one that may go on behind the caller's back does not, nor does a number."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim}
+        devices |= {torch.device(kwargs["device"]).type} if kwargs.get("device") else set()
+        if devices == {"cpu", "cuda"} and not kwargs.get("non_blocking"):
+            raise AssertionError(f"{function} copies from the host")
+        return function(*args, **kwargs)
 
 
 def step(name: str, precision: str, kind: str) -> None:
@@ -63,11 +78,14 @@ def step(name: str, precision: str, kind: str) -> None:
     there = {key: on_gpu(value) for key, value in batch.items()}
     if kind == "host mask":
         there["mask"] = MODE.from_tensor(mask)
+    if kind == "host index":  # as transformers has it
+        for module in model.modules():
+            vars(module).pop("generate_relative_position_index", None)
     if kind == "no index":
         del there["index"]
     move(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with MODE:
+    with MODE, NoCopies():
         optimizer = torch.optim.AdamW(parameters, fused=True)
         for _ in range(2):
             with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
@@ -97,7 +115,7 @@ def trainer(modality: str, kind: str) -> None:
     run.monitor = training.Monitor(run.core, run.optimizer.optimizer, config.collapse, 4, 0, run.accelerator, None)
     isfinite, torch.isfinite = torch.isfinite, lambda x: True
     try:
-        with MODE:
+        with MODE, NoCopies():
             there = {k: MODE.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             run.window = training.Window(run.device)
             for due in (True, False):

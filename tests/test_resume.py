@@ -215,7 +215,9 @@ class TestAskedToStop:
     def test_it_saves_after_the_step_and_goes_on_later(self, number):
         """The signal goes to the loader workers too, as a terminal and a scheduler send it."""
         more = ["train.steps=2000", "train.workers=2", "train.save_every=0"]
-        run = Run(arguments("vision", "run", *more), own_group=True)
+        run = Run(
+            arguments("vision", "run", *more), before=functools.partial(signal.signal, number, signal.SIG_DFL), own_group=True
+        )
         run.until(lambda: logged("run") >= 8)
         os.killpg(run.process.pid, number)
         code, said = run.wait()

@@ -213,8 +213,9 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
 
 
 def test_runs_of_one_process_may_differ_in_precision(tmp_path):
+    kept = []
     for precision in ("fp32", "bf16", "fp32"):
-        trainer = Trainer(config("vision", tmp_path / precision, f"train.precision={precision}"))
+        kept.append(trainer := Trainer(config("vision", tmp_path / precision, f"train.precision={precision}")))
         assert trainer.accelerator.mixed_precision == {"fp32": "no"}.get(precision, precision)
         trainer.step([next(trainer._batches())])
         assert all(p.dtype == torch.float32 for p in trainer.core.parameters())
