@@ -47,7 +47,7 @@ setup(
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4",
-        "filelock",
+        "filelock>=3.13",
         "jinja2",
         "joblib",
         "jsonargparse[signatures]>=4.49",

@@ -360,7 +360,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_last)
         settings = {"modality": config.modality, "fused": fused, "processes": self.world, **config.settings()}
         self.settings = json.loads(json.dumps(settings, default=str))
-        # A process that is killed lets go of it. One for all trainers of a process: those never run would keep it from the next.
+        # A process that is killed lets go of it. One for all trainers of a process: one never run would keep it from the next.
         self.lock = FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
         made = self._enter()
         try:
