@@ -33,6 +33,7 @@ from d2v_fast.diagnostics import CollapseError, Monitor, environment
 from d2v_fast.encoders import Encoder, build_encoder, describe
 from d2v_fast.fused import fuse
 from d2v_fast.model import Data2Vec
+from d2v_fast.report import read_lines
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +196,9 @@ class RunLog:
             if self.step:
                 for each in (file, self.folder / "alarms.jsonl"):
                     if each.exists():
-                        write_text(each, "".join(f"{json.dumps(line)}\n" for line in _lines(each) if line["step"] <= self.step))
+                        write_text(
+                            each, "".join(f"{json.dumps(line)}\n" for line in read_lines(each) if line["step"] <= self.step)
+                        )
             self.file = file.open("a", buffering=1)
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -223,15 +226,6 @@ class RunLog:
                 for name in record.keys() - {"step", "time"}:
                     board.add_scalar(name, record[name], record["step"])
                 self.board = board
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a log; one that a killed process or a power cut left unfinished is dropped."""
-    for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
-        with suppress(ValueError, TypeError, KeyError):
-            line = json.loads(line)
-            line["step"]
-            yield line
 
 
 @contextmanager
@@ -366,7 +360,11 @@ class Trainer:
         try:
             self._make(fused, parallel)
         except BaseException:
-            self._leave(made)
+            if made:  # nothing came of it
+                Path(self.lock.lock_file).unlink(missing_ok=True)
+                with suppress(OSError):
+                    self.folder.rmdir()
+            self.lock.release()
             raise
 
     def _enter(self) -> bool:
@@ -384,19 +382,11 @@ class Trainer:
         except OSError as error:
             raise ConfigError(f"train.output={self.folder}: cannot be written, choose another folder: {error}") from error
         has_checkpoints = (self.folder / "checkpoints").exists()
-        if not self.config.resume and (has_checkpoints or any(_lines(self.folder / "log.jsonl"))):
+        if not self.config.resume and (has_checkpoints or read_lines(self.folder / "log.jsonl")):
             self.lock.release()
             goes_on = "--resume goes on with it" if has_checkpoints else "it has no checkpoint to go on from; remove it"
             raise ConfigError(f"train.output={self.folder}: holds a run already; {goes_on}, another folder starts a new one")
         return made
-
-    def _leave(self, made: bool = False) -> None:
-        """Let go of the folder, and take it away if nothing came of it."""
-        if made:
-            Path(self.lock.lock_file).unlink(missing_ok=True)
-            with suppress(OSError):
-                self.folder.rmdir()
-        self.lock.release(force=True)
 
     def _make(self, fused: bool, parallel: Any) -> None:
         """Data, model and what trains it, new or as the newest checkpoint has them."""
@@ -460,12 +450,17 @@ class Trainer:
         if main:
             if not self.changed:
                 write_text(self.folder / "config.yaml", self.config.yaml)
-            if self.config.data.get("tokenizer") == "train":
-                self.data.processor(self.core.student).save_pretrained(self.folder / TOKENIZER)
+            place = self.folder / TOKENIZER
+            if self.config.data.get("tokenizer") == "train" and not (self.config.resume and place.exists()):
+                beside = place.with_suffix(".tmp")
+                for folder in (beside, place):  # of a run that ended before its first step
+                    shutil.rmtree(folder, ignore_errors=True)
+                self.data.processor(self.core.student).save_pretrained(beside)
+                os.replace(beside, place)
             write_text(self.folder / "environment.json", json.dumps(environment(self.folder), indent=1))
             log.info("%s", describe(self.core.student))
-            place = f"{train.precision} on {self.device}" + (f" × {self.world}" if self.world > 1 else "")
-            log.info("%d samples, %d steps, %s, run in %s", len(self.data), self.steps, place, self.folder)
+            where = f"{train.precision} on {self.device}" + (f" × {self.world}" if self.world > 1 else "")
+            log.info("%d samples, %d steps, %s, run in %s", len(self.data), self.steps, where, self.folder)
             if self.fused:
                 log.info("fused: %s", ", ".join([*self.fused, "AdamW"]))
             if self.done:
@@ -516,7 +511,7 @@ class Trainer:
             self.checkpoints.wait()
             if self.done:  # whatever ended the run, what was learned is kept
                 self.export()
-            self._leave()
+            self.lock.release(force=True)  # for trainers that were never run too
         if main and record:
             log.info(SUMMARY.format(folder=self.folder / "export", **record))
         if self.checkpoints.failed:

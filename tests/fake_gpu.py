@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 _torch = Path(importlib.util.find_spec("torch").origin).parent
 ctypes.CDLL(str(_torch / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
@@ -61,11 +62,11 @@ def step(name: str, precision: str, kind: str) -> None:
     settings = dict(norm="instance", ema_scope="layers") if wave else dict(ema_scope="encoder" if image else "all")
     model = Data2Vec(encoder, top_k=2, impl="triton", **settings).train()
     flash = []
-    if kind.startswith("flash"):
-        sys.modules["flash_attn"] = SimpleNamespace(flash_attn_func=lambda q, k, v, p, s: flash.append(q.dtype) or q + k + v)
-        transformers.utils.is_flash_attn_2_available = lambda: True
-    if kind not in ("plain", "padding"):
-        fuse_for_gpu(model)
+    package = SimpleNamespace(flash_attn_func=lambda q, k, v, p, s: flash.append(q.dtype) or q + k + v)
+    installed = mock.patch("transformers.utils.is_flash_attn_2_available", lambda: kind.startswith("flash"))
+    with mock.patch.dict(sys.modules, flash_attn=package), installed:
+        if kind not in ("plain", "padding"):
+            fuse_for_gpu(model)
     source = models.inputs(name)
     shape = encoder.embed(source).shape[:2]
     mask = torch.rand(shape) < 0.5

@@ -145,10 +145,18 @@ def test_block_taps_equal_hidden_states(name):
     assert torch.equal(inputs_[1], outputs[0]) and torch.equal(inputs_[2], outputs[1])
 
 
-@pytest.mark.parametrize("name", ["roberta-prelayernorm", "camembert", "roformer", "nystromformer", "megatron-bert", "rembert"])
-def test_more_families_by_token_ids(name):
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        *((name, {}) for name in ("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "ernie", "roformer")),
+        *((name, {}) for name in ("nystromformer", "megatron-bert", "splinter", "rembert")),
+        ("electra", dict(embedding_size=32)),
+        ("big_bird", dict(attention_type="original_full")),
+    ],
+)
+def test_more_families_by_token_ids(name, more):
     """The encoder is compared with the whole model when it is made; RobertaPreLayerNorm has a norm after its blocks."""
-    encoder = build_encoder(name, config=CONFIGS["roberta"] | dict(pad_token_id=1)).eval()
+    encoder = build_encoder(name, config=CONFIGS["roberta"] | dict(pad_token_id=1) | more).eval()
     x = torch.randint(5, 60, (2, 12))
     with torch.no_grad():
         torch.testing.assert_close(encoder(x), encoder.model(x).last_hidden_state)

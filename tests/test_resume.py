@@ -634,6 +634,8 @@ def test_what_is_found_in_the_folder_stays(monkeypatch):
 def test_more_text_is_read_with_the_same_tokenizer():
     Path("few.txt").write_text("\n".join(f"the cat number {i} sat on the mat" for i in range(300)))
     Path("more.txt").write_text(Path("few.txt").read_text() + "\n".join(f"zebras zoom {i} times" for i in range(300)))
+    Path("run/tokenizer").mkdir(parents=True)
+    Path("run/tokenizer/tokenizer.json").write_text("of a run that was killed before its first step")
     assert train(arguments("text", "run", "train.steps=2", "data.path=few.txt"))[0] == 0
     tokenizer = Path("run/export/tokenizer.json").read_bytes()
     more = ["data.path=more.txt", "train.steps=4", "--resume-allow", "data", "--resume-allow", "train.steps"]

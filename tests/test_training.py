@@ -188,7 +188,6 @@ def test_short_rows_may_have_nothing_to_score(tmp_path):
     (tmp_path / "short.txt").write_text("\n".join("a b" if i % 2 else "a few words more than that" for i in range(400)))
     settings = [f"data.path={tmp_path / 'short.txt'}", "data.cross_documents=false", "train.batch_size=1", "train.steps=60"]
     assert training.train(config("text", tmp_path / "run", *settings)) == 0
-    assert Trainer(config("text", tmp_path / "other", *settings)).batches == 0
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-60" / "state.json").read_text())
     assert state["ranks"][0]["batches"] > 60
 
