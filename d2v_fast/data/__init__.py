@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from d2v_fast.masking import Draws
+
+log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 Key = tuple[int, int]  # (epoch, sample)
@@ -241,29 +245,92 @@ def as_patterns(files: list[str]) -> list[str]:
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` means files here and not the name of a Hugging Face data set."""
+    """Whether `path` means files here, and not a data set by its Hugging Face name or a folder written by `save_to_disk`."""
+    if is_saved(path):
+        return False
     # An ending makes a file of it, but for the version in a name like user/corpus-2.5.
     looks_local = path.startswith((".", "/", "~")) or path.endswith(os.sep) or Path(path).suffix[1:].isalpha()
     return os.path.exists(os.path.expanduser(path)) or glob.has_magic(path) or looks_local
 
 
+def is_saved(path: str) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote this folder."""
+    return any(Path(path).expanduser().joinpath(name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
 def load_hub(path: str, name: str | None, split: str) -> Any:
-    """A Hugging Face data set by name, or one that is stored here as parquet files.
+    """A Hugging Face data set: by name, stored here as parquet files, or written by `save_to_disk`.
 
     Raises:
-        DataError: It cannot be had; the message tells what was tried.
+        DataError: It cannot be loaded; the message says what was tried.
     """
     import datasets
 
     try:
+        if is_saved(path):
+            found = datasets.load_from_disk(path)
+            splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
+            if split not in splits:
+                raise DataError(f"data.split={split}: {path} holds {', '.join(splits)}; choose one of them")
+            return splits[split].with_format(None)
         if os.path.isdir(path):
             return datasets.load_dataset(path, name, split=split)
         if is_local(path):
             return datasets.load_dataset("parquet", data_files=as_patterns(find_files(path, (".parquet",))), split="train")
         return datasets.load_dataset(path, name, split=split)
+    except DataError:
+        raise
     except Exception as error:
         tried = f"as a Hugging Face data set (name={name}, split={split}) it cannot be loaded: {first_line(error)}"
-        raise DataError(f"data.path={path}: {'' if is_local(path) else 'no such file or folder here, and '}{tried}") from error
+        here = is_local(path) or is_saved(path)
+        raise DataError(f"data.path={path}: {'' if here else 'no such file or folder here, and '}{tried}") from error
+
+
+def load_media(path: str, name: str | None, split: str, kind: type) -> tuple[Any, Callable[[int], str | io.BytesIO]]:
+    """A data set by `load_hub`, and a function that gives the file (its bytes or its path) in a row, not decoded.
+
+    The files are in the first column of type `kind`. Without one they are in the first column of bytes or of structs
+    {bytes, path}: that is how parquet looks that `datasets` did not write.
+
+    Args:
+        kind: `datasets.Image` or `datasets.Audio`.
+
+    Raises:
+        DataError: The set cannot be loaded, or no column holds files.
+    """
+    data = load_hub(path, name, split)
+    typed = [column for column, feature in data.features.items() if isinstance(feature, kind)]
+    columns = typed or [column for column, feature in data.features.items() if _holds_bytes(feature)]
+    if not columns:
+        wanted = kind.__name__.lower()
+        raise DataError(
+            f"data.path={path}: no column of type {wanted}, binary or struct<bytes, path>; found {describe_columns(data)}"
+        )
+    if len(columns) > 1:
+        log.warning("%s: %s may all hold files; column %s is read", path, ", ".join(columns), columns[0])
+    files = data.select_columns(columns[:1]).cast_column(columns[0], kind(decode=False))
+
+    def file(index: int) -> str | io.BytesIO:
+        entry = files[index][columns[0]] or {}
+        if entry.get("bytes"):
+            return io.BytesIO(entry["bytes"])
+        if not entry.get("path"):
+            raise ValueError("is empty")
+        if not os.path.isfile(entry["path"]):
+            raise FileNotFoundError(f"no such file: {entry['path']}")
+        return entry["path"]
+
+    return data, file
+
+
+def _holds_bytes(feature: Any) -> bool:
+    kind = feature.get("bytes") if isinstance(feature, dict) else feature
+    return getattr(kind, "dtype", None) in ("binary", "large_binary")
+
+
+def describe_columns(data: Any) -> str:
+    """Names and types of the columns of a `datasets.Dataset`, for messages."""
+    return ", ".join(f"{field.name} ({field.type})" for field in data.features.arrow_schema)
 
 
 def first_line(error: BaseException) -> str:

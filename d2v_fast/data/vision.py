@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from d2v_fast.data import DataError, PretrainingData, Source, find_files, is_local, load_hub
+from d2v_fast.data import DataError, PretrainingData, Source, find_files, is_local, load_media
 from d2v_fast.data.builtin import builtin_images
 from d2v_fast.masking import BlockMask, Draws, RandomMask
 
@@ -41,14 +41,11 @@ def open_images(path: str, name: str | None = None, split: str = "train") -> Sou
             return Source(files, lambda i: to_rgb(Image.open(files[i])), [Path(file).parent.name for file in files])
     import datasets
 
-    images = load_hub(path, name, split)
-    columns = [column for column, kind in images.features.items() if isinstance(kind, datasets.Image)]
-    if not columns:
-        raise DataError(f"data.path={path}: the set has no column of images, only {list(images.features)}")
+    images, file = load_media(path, name, split, datasets.Image)
     classes = [c for c, kind in images.features.items() if isinstance(kind, datasets.ClassLabel)]
     labels = [str(i) for i in images[classes[0]]] if classes else None
     names = [f"{path}[{i}]" for i in range(len(images))]
-    return Source(names, lambda i: to_rgb(images[i][columns[0]]), labels)
+    return Source(names, lambda i: to_rgb(Image.open(file(i))), labels)
 
 
 def random_resized_crop(
