@@ -16,7 +16,7 @@ from d2v_fast.data import DataError, EpochBatches, find_files, is_local, load_hu
 from d2v_fast.data.audio import AudioData, count_samples, open_audio, read_audio, standardize
 from d2v_fast.data.builtin import SHAPES, WORDS, builtin_images, builtin_speech, builtin_text
 from d2v_fast.data.text import TextData, load_documents
-from d2v_fast.data.vision import ImageData, color_jitter, open_images, random_resized_crop, to_pixels, to_rgb
+from d2v_fast.data.vision import ImageData, color_jitter, open_images, random_resized_crop, to_pixels
 from d2v_fast.masking import BlockMask, RandomMask, SpanMask, TokenMask
 
 RATE = 16_000
@@ -269,17 +269,6 @@ class TestImages:
         data = image_data(str(tmp_path), crop_scale=(1, 1), crop_ratio=(1, 1), jitter=0, flip=flip, mean=(0,) * 3, std=(1,) * 3)
         expected = pixels[:, ::-1] if flip else pixels
         assert np.allclose(data.__getitems__([(0, 0)])["source"][0].numpy(), expected.transpose(2, 0, 1) / 255)
-
-    def test_every_mode_becomes_rgb(self):
-        colours = np.array([[[255, 0, 0], [0, 0, 255]]], dtype=np.uint8)
-        palette = Image.fromarray(colours).quantize(4)
-        assert np.array_equal(np.asarray(to_rgb(palette)), colours)
-        assert np.array_equal(np.asarray(to_rgb(Image.fromarray(np.dstack([colours, [[255, 0]]]).astype(np.uint8)))), colours)
-        assert np.asarray(to_rgb(Image.new("L", (1, 1), 7))).tolist() == [[[7] * 3]]
-        sixteen = Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16))
-        assert np.asarray(to_rgb(sixteen))[0, :, 0].tolist() == [0, 128, 255]
-        with pytest.raises(ValueError, match="floating-point"):
-            to_rgb(Image.new("F", (1, 1)))
 
     def test_masks_have_the_grid_of_the_encoder(self, images):
         batch = image_data(images, RandomMask(0.25)).__getitems__([(0, 0), (0, 3)])

@@ -8,18 +8,20 @@ import tarfile
 import zlib
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from d2v_fast.config import ConfigError, parse, read_yaml
 from d2v_fast.data import DataError, load_hub
 from d2v_fast.data.audio import MAX_VALUES, open_audio, read_audio
-from d2v_fast.data.text import load_documents, load_tokenizer
+from d2v_fast.data.text import TextData, load_documents, load_tokenizer
 from d2v_fast.data.vision import open_images
 from d2v_fast.encoders import build_encoder
+from d2v_fast.masking import TokenMask
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +175,23 @@ class TestData:
         )
         with pytest.raises(Image.DecompressionBombError, match="1600000000 pixels"):
             open_images("bomb.png").read(0)
+
+    def test_postscript_among_images(self, monkeypatch):
+        """Pillow would hand it to Ghostscript, whose language can write files."""
+        Path("bin").mkdir()
+        Path("bin/gs").write_text("#!/bin/sh\nmkdir exploded\n")
+        Path("bin/gs").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{Path('bin').resolve()}:{os.environ['PATH']}")
+        monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # which is looked for once in a process
+        script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+        Path("images").mkdir()
+        Path("images/holiday.jpg").write_bytes(script)
+        rows = datasets.Dataset.from_dict({"image": [{"bytes": script, "path": None}], "text": ["a caption of an image"]})
+        rows.cast_column("image", datasets.Image()).to_parquet("set.parquet")
+        for path in ("images", "set.parquet"):
+            with pytest.raises(ValueError, match="is not an image of the formats JPEG, PNG"):
+                open_images(path).read(0)
+        assert len(TextData(mask=TokenMask(0.3, 2), path="set.parquet", block_size=4, vocab_size=300))
 
     def test_a_recording_that_claims_to_be_endless(self):
         soundfile.write("claim.flac", np.zeros(16000), 16000)

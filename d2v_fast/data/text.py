@@ -167,6 +167,7 @@ class TextData(PretrainingData):
         column = text_column(documents, column)
         if list(documents.features) != ["text"]:  # of a table without a header the first row would be one
             log.info("data.path=%s: the text is in column %r of %s", path, column, list(documents.features))
+            documents = documents.select_columns([column])  # else reading a row decodes its images and recordings as well
         if tokenizer == "train":
             texts = (row for rows in documents.iter(1000) for row in rows[column] if row)
             self.tokenizer = train_tokenizer(texts, vocab_size, block_size)

@@ -2,27 +2,72 @@
 
 from __future__ import annotations
 
+import io
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from d2v_fast.data import DataError, PretrainingData, Source, find_files, is_local, load_media
 from d2v_fast.data.builtin import builtin_images
 from d2v_fast.masking import BlockMask, Draws, RandomMask
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels of ImageNet
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+# Pillow tries every format it knows whatever the name of a file, and hands PostScript to Ghostscript, which runs it.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
+BACKGROUND = (128, 128, 128)  # of transparent images: black drawings and white ones both stay visible on it
+
+# Pillow refuses a PNG for a text or colour profile of more than 1 MiB. Its limits on all text (64 MiB) and on pixels stay.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+
+def read_image(file: str | io.BytesIO) -> Image.Image:
+    """The first frame of an image file as RGB of 8 bits, turned as its EXIF orientation says.
+
+    Raises:
+        ValueError: Not one of `FORMATS`, or pixels whose range is not known.
+        OSError: The file cannot be read, or is cut off.
+    """
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"is not an image of the formats {', '.join(FORMATS)}") from error
+    with image:
+        sixteen_bits = ";16" in str(image.tile)
+        image.load()
+        with suppress(Exception):  # damaged metadata is no reason to refuse the pixels
+            ImageOps.exif_transpose(image, in_place=True)
+        rgb = to_rgb(image)
+    # Pillow keeps the upper 8 of 16 bits of a colour, and so next to nothing of the 12 that a camera may have filled.
+    if sixteen_bits and 0 < max(most for _, most in rgb.getextrema()) < 16:
+        raise ValueError("is all but black: its colours fill 12 of 16 bits or fewer: save it with 8 bits")
+    return rgb
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB with 8 bits; Pillow's own conversion would cut 16 bits off at 255, which is white."""
+    """RGB of 8 bits, where Pillow's own conversion would drop transparency and turn integers above 255 white.
+
+    Integers of more than 8 bits are divided by the smallest power of 4 that brings the greatest of them below 256: it is
+    not known from a file of 16 bits whether a camera filled 10, 12, 14 or all of them. Transparency is blended with
+    `BACKGROUND`.
+
+    Raises:
+        ValueError: Pixels whose range is not known: floating-point or negative.
+    """
     if image.mode == "F":
-        raise ValueError("has floating-point pixels, whose range is not known")
+        raise ValueError("has floating-point pixels, whose range is not known: save it with integers of 8 or 16 bits")
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        pixels = np.asarray(image)
+        if pixels.min() < 0:
+            raise ValueError(f"has negative pixels, down to {pixels.min()}: save it with integers of 8 or 16 bits from 0")
+        excess = max(0, int(pixels.max()).bit_length() - 8)
+        return Image.fromarray((pixels >> (excess + excess % 2)).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
     return image.convert("RGB")
 
 
@@ -36,16 +81,17 @@ def open_images(path: str, name: str | None = None, split: str = "train") -> Sou
         return builtin_images(split)
     path = os.path.expanduser(path)
     if is_local(path):
-        found = find_files(path, (*SUFFIXES, ".parquet"))
+        suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS]
+        found = find_files(path, (*suffixes, ".parquet"))
         if files := [file for file in found if not file.lower().endswith(".parquet")]:
-            return Source(files, lambda i: to_rgb(Image.open(files[i])), [Path(file).parent.name for file in files])
+            return Source(files, lambda i: read_image(files[i]), [Path(file).parent.name for file in files])
     import datasets
 
     images, file = load_media(path, name, split, datasets.Image)
     classes = [c for c, kind in images.features.items() if isinstance(kind, datasets.ClassLabel)]
     labels = [str(i) for i in images[classes[0]]] if classes else None
     names = [f"{path}[{i}]" for i in range(len(images))]
-    return Source(names, lambda i: to_rgb(Image.open(file(i))), labels)
+    return Source(names, lambda i: read_image(file(i)), labels)
 
 
 def random_resized_crop(
