@@ -52,7 +52,7 @@ setup(
         "joblib",
         "jsonargparse[signatures]>=4.49",
         "numpy",
-        "pillow",
+        "pillow>=10.1",
         "scikit-learn>=1.5",
         "soundfile",
         "soxr",

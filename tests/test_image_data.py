@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import struct
 import zlib
 
@@ -15,11 +16,11 @@ from PIL import Image, ImageCms, PngImagePlugin, features
 from d2v_fast.data import DataError, load_hub, load_media
 from d2v_fast.data.audio import open_audio
 from d2v_fast.data.text import load_documents
-from d2v_fast.data.vision import ImageData, open_images, read_image, to_rgb
+from d2v_fast.data.vision import ImageData, image_processor, open_images, read_image, to_rgb
 from d2v_fast.masking import RandomMask
 
 ORIENTATION = 0x112
-GREY = [128, 128, 128]
+WHITE = [255, 255, 255]
 
 
 def encoded(image, kind="PNG", **settings):
@@ -115,6 +116,8 @@ class TestRange:
         order = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
         image = Image.frombytes(mode, (3, 1), np.array([0, 1024, 4095], dtype=order).tobytes())
         assert pixels(encoded(image, kind))[0, :, 0].tolist() == [0, 64, 255]
+        dark = Image.frombytes(mode, (3, 1), np.array([0, 1, 9], dtype=order).tobytes())
+        assert pixels(encoded(dark, kind))[0, :, 0].tolist() == [0, 1, 9]
 
     @pytest.mark.parametrize("image", [Image.new("F", (1, 1)), Image.new("I", (1, 1), -3)])
     def test_an_unknown_range_is_refused(self, image):
@@ -146,14 +149,22 @@ class TestModes:
         assert np.asarray(to_rgb(Image.fromarray(row(0, 255)).convert("1"))).tolist() == [[[0] * 3, [255] * 3]]
         assert np.array_equal(pixels(encoded(Image.new("CMYK", (8, 8), (55, 225, 195, 0)), "JPEG"))[0, 0], [200, 30, 60])
 
-    def test_black_and_white_drawings_stay_visible(self):
-        black_white_nothing = Image.fromarray(np.dstack([row(0, 255, 0)] * 3 + [row(255, 255, 0)]))
-        expected = [[[0] * 3, [255] * 3, GREY]]
-        assert pixels(encoded(black_white_nothing)).tolist() == expected
-        assert pixels(encoded(black_white_nothing, "WEBP", lossless=True)).tolist() == expected
-        assert pixels(encoded(black_white_nothing.convert("LA"))).tolist() == expected
-        half = Image.new("RGBA", (1, 1), (255, 0, 0, 128))
-        assert np.asarray(to_rgb(half))[0, 0] == pytest.approx([192, 64, 64], abs=1)
+    def test_transparent_ones_lie_on_white(self):
+        black_red_nothing = Image.fromarray(np.dstack([row(0, 255, 0), row(0, 0, 0), row(0, 0, 0), row(255, 255, 0)]))
+        expected = [[[0] * 3, [255, 0, 0], WHITE]]
+        assert pixels(encoded(black_red_nothing)).tolist() == expected
+        assert pixels(encoded(black_red_nothing, "WEBP", lossless=True)).tolist() == expected
+        grey = Image.merge("LA", [Image.new("L", (1, 1), level) for level in (100, 128)])
+        assert pixels(encoded(grey))[0, 0] == pytest.approx([177] * 3, abs=1)
+
+    def test_the_exported_processor_agrees(self):
+        alpha = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+        image = Image.fromarray(np.dstack([alpha, alpha.T, alpha, 255 - alpha]))
+        process = image_processor(8, (0, 0, 0), (1, 1, 1))
+        for mode in ("RGBA", "LA", "RGB", "L", "1", "CMYK"):
+            converted = image.convert(mode)
+            found = process(converted, return_tensors="np")["pixel_values"][0]
+            assert np.allclose(found, np.asarray(to_rgb(converted)).transpose(2, 0, 1) / 255, atol=1e-6), mode
 
     @pytest.mark.parametrize("mode, transparency", [("P", 1), ("P", bytes([255, 0])), ("L", 1), ("RGB", (1, 1, 1)), ("1", 1)])
     def test_transparency_beside_the_pixels(self, mode, transparency):
@@ -164,7 +175,7 @@ class TestModes:
             image = image.point(lambda level: 255 * level).convert("1")
         elif mode == "RGB":
             image = image.convert(mode)
-        assert pixels(encoded(image, transparency=transparency)).tolist() == [[[0] * 3, GREY]]
+        assert pixels(encoded(image, transparency=transparency)).tolist() == [[[0] * 3, WHITE]]
 
     @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
     def test_first_frame(self, kind):
@@ -276,13 +287,13 @@ class TestSets:
             kinds = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a"]))
             return datasets.Dataset.from_dict(values, kinds)
 
-        rows(1, 2).with_format("torch").save_to_disk(tmp_path / "one")
+        rows(1, 2).with_format("torch").save_to_disk(tmp_path / "one [x]")
         datasets.DatasetDict(train=rows(3), valid=rows(4, 5)).save_to_disk(tmp_path / "splits")
-        one, valid = open_images(str(tmp_path / "one")), open_images(str(tmp_path / "splits"), split="valid")
+        one, valid = open_images(str(tmp_path / "one [x]")), open_images(str(tmp_path / "splits"), split="valid")
         assert [np.asarray(one.read(i)).max() for i in range(len(one))] == [1, 2] and one.labels == ["0", "0"]
         assert [np.asarray(valid.read(i)).max() for i in range(len(valid))] == [4, 5]
-        for name, holds in (("one", "train"), ("splits", "train, valid")):
-            with pytest.raises(DataError, match=f"data.split=test: .*{name} holds {holds}; choose one"):
+        for name, holds in (("one [x]", "train"), ("splits", "train, valid")):
+            with pytest.raises(DataError, match=f"data.split=test: .*{re.escape(name)} holds {holds}; choose one"):
                 load_hub(str(tmp_path / name), None, "test")
 
     def test_folders_of_save_to_disk_of_text_and_audio(self, tmp_path):

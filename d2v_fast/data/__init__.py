@@ -255,7 +255,10 @@ def is_local(path: str) -> bool:
 
 def is_saved(path: str) -> bool:
     """Whether `save_to_disk` of `datasets` wrote this folder."""
-    return any(Path(path).expanduser().joinpath(name).is_file() for name in ("dataset_dict.json", "state.json"))
+    folder = Path(path).expanduser()
+    return (folder / "dataset_dict.json").is_file() or all(
+        (folder / f"{part}.json").is_file() for part in ("state", "dataset_info")
+    )
 
 
 def load_hub(path: str, name: str | None, split: str) -> Any:
@@ -289,8 +292,8 @@ def load_hub(path: str, name: str | None, split: str) -> Any:
 def load_media(path: str, name: str | None, split: str, kind: type) -> tuple[Any, Callable[[int], str | io.BytesIO]]:
     """A data set by `load_hub`, and a function that gives the file (its bytes or its path) in a row, not decoded.
 
-    The files are in the first column of type `kind`. Without one they are in the first column of bytes or of structs
-    {bytes, path}: that is how parquet looks that `datasets` did not write.
+    The files are in the first column of type `kind`, or else in the first column of bytes or of structs {bytes, path}, as in
+    parquet files that `datasets` did not write.
 
     Args:
         kind: `datasets.Image` or `datasets.Audio`.

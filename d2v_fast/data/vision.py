@@ -18,7 +18,7 @@ from d2v_fast.masking import BlockMask, Draws, RandomMask
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels of ImageNet
 # Pillow tries every format it knows whatever the name of a file, and hands PostScript to Ghostscript, which runs it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
-BACKGROUND = (128, 128, 128)  # of transparent images: black drawings and white ones both stay visible on it
+BACKGROUND = (255, 255, 255)  # of transparent images, as in the image processors of transformers
 
 # Pillow refuses a PNG for a text or colour profile of more than 1 MiB. Its limits on all text (64 MiB) and on pixels stay.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -36,7 +36,7 @@ def read_image(file: str | io.BytesIO) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ValueError(f"is not an image of the formats {', '.join(FORMATS)}") from error
     with image:
-        sixteen_bits = ";16" in str(image.tile)
+        sixteen_bits = ";16" in str(image.tile) and not image.mode.startswith("I")
         image.load()
         with suppress(Exception):  # damaged metadata is no reason to refuse the pixels
             ImageOps.exif_transpose(image, in_place=True)
@@ -72,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_images(path: str, name: str | None = None, split: str = "train") -> Source:
-    """Images of "builtin", a folder (labels are the names of their folders) or a Hugging Face set, here (parquet) or by name.
+    """Images of "builtin", a folder (labels are the names of their folders) or a Hugging Face set, as `load_hub` finds it.
 
     Raises:
         DataError: No image is there.
@@ -157,7 +157,7 @@ class ImageData(PretrainingData):
     """Augmented images.
 
     Args:
-        path: "builtin", a folder of images, or the name of a Hugging Face set.
+        path: "builtin", a folder of images or of parquet, or a Hugging Face set: its name, or a folder of `save_to_disk`.
         name: Configuration of the Hugging Face set.
         split: Its split.
         image_size: Side of the crops in pixels; must be the encoder's.
