@@ -123,15 +123,20 @@ class Encoder(nn.Module):
                 of `layers` is zero elsewhere.
 
         Raises:
-            ValueError: There are fewer blocks than `layers`.
+            ValueError: There are fewer blocks than `layers`, or one that was not called.
         """
         if layers:
             self.check_layers(layers, source)
         length = x.shape[1]
         if self.halves is None:
-            with self._captured(layers, source) as results:
+            with self._captured(layers, source) as captured:
                 states = self._whole(x, padding_mask)
-            results = [self._scaled(result[:, -length:], block, source) for block, result in results]
+            if len(captured) < layers:
+                raise ValueError(
+                    f"{type(self.model).__name__}: {layers - len(captured)} of the last {layers} blocks gave no result; "
+                    "call them as modules, and name the FFN's output if it is not the last Linear: ffn=…"
+                )
+            results = [self._scaled(result[:, -length:], block, source) for block, result in captured.items()]
             return Encoded(states if rows is None else states.flatten(0, 1)[rows], results)
         halves = self._compiled_halves or self.halves
         batch, results, narrowed = len(x), [], None
@@ -225,21 +230,21 @@ class Encoder(nn.Module):
         return result * scale if isinstance(scale, Tensor) else result
 
     @contextmanager
-    def _captured(self, layers: int, source: LayerSource) -> Iterator[list[tuple[nn.Module, Tensor]]]:
+    def _captured(self, layers: int, source: LayerSource) -> Iterator[dict[nn.Module, Tensor]]:
         """Results of the last blocks while the model runs them itself, by hooks that live as long as the call."""
-        results: list[tuple[nn.Module, Tensor]] = []
+        results: dict[nn.Module, Tensor] = {}
         hooks = []
         for block in self.blocks[len(self.blocks) - layers :]:
             if source == "block_input":
 
                 def keep(module, args, kwargs, block=block):
-                    results.append((block, args[0] if args else kwargs["hidden_states"]))
+                    results[block] = args[0] if args else kwargs["hidden_states"]
 
                 hooks.append(block.register_forward_pre_hook(keep, with_kwargs=True))
             else:
 
                 def keep(module, args, output, block=block):
-                    results.append((block, blocks.first(output)))
+                    results[block] = blocks.first(output)
 
                 hooks.append((self._ffn(block) if source == "ffn" else block).register_forward_hook(keep))
         try:

@@ -301,7 +301,7 @@ class NoBlocks(nn.Module):
         (lambda: Encoder(NoBlocks(), layers="only"), "found a Linear, expected an nn.ModuleList"),
         (lambda: Data2Vec(make("roberta"), top_k=4), "top_k: found 4, but RobertaModel has 3 layers"),
         (lambda: Data2Vec(make("roberta"), top_k=0), "top_k: found 0"),
-        (lambda: Data2Vec(Encoder(Handwritten(), layers="blocks", ffn="mpl.2")), "ffn='mpl.2': not in Block"),
+        (lambda: Data2Vec(Encoder(Handwritten(), layers="blocks", ffn="mpl.2"), top_k=1), "ffn='mpl.2': not in Block"),
         (lambda: build_encoder("robreta"), "did you mean 'roberta'"),
         (lambda: build_encoder("roberta", config=dict(hiden_size=3)), "did you mean 'hidden_size'"),
         (lambda: build_encoder("roberta", config=dict(hidden_act="foo")), "encoder.config={'hidden_act': 'foo'}: RobertaModel"),
@@ -320,3 +320,15 @@ def test_what_cannot_be_built_is_explained(attempt, named):
     with pytest.raises(ValueError) as error:
         attempt()
     assert named in str(error.value)
+
+
+def test_blocks_that_are_not_called_are_named():
+    class Direct(Handwritten):
+        def contextualize(self, features, padding_mask=None):
+            for block in self.blocks:
+                features = block.forward(features, padding_mask)
+            return features
+
+    encoder = Encoder(Direct(), layers="blocks", ffn="mlp.2")
+    with pytest.raises(ValueError, match="Direct: 2 of the last 2 blocks gave no result"):
+        encoder.transform(encoder.embed(torch.randn(2, 9, 6)), layers=2, source="block_output")
