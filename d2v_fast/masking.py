@@ -1,7 +1,7 @@
 """Masks of data2vec: spans, BEiT blocks, blocks with exact counts, text tokens, random positions (spec section 2).
 
-Every mask is a pure function of (seed, epoch, sample, view), independent of batch composition, worker count and process, because
-all randomness comes from `uniform`, a counter-based generator. All samplers are vectorised over the batch and return numpy bool
+Every mask is a pure function of (seed, epoch, sample, view), whatever the batch, the workers and the process, because all
+randomness comes from `uniform`, a counter-based generator. All samplers are vectorised over the batch and return numpy bool
 arrays, True = masked = scored. Padding is on the right and is never masked.
 """
 
