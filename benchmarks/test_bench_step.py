@@ -146,7 +146,8 @@ class Ours(Variant):
         with pytest.MonkeyPatch.context() as patch:
             watch(self.model.student, "embed", "embed")
             watch(self.model, "teacher_layers", "teacher")
-            watch(self.model.student, "contextualize", "student")
+            watch(self.model.student, "place", "student")
+            watch(self.model.student, "transform", "student")
             watch(self.model.head, "forward", "head")
             watch(model_module, "data2vec_loss", "loss")
             self.clock.clear()

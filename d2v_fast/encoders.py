@@ -1,4 +1,4 @@
-"""Transformer encoders seen one way: embed → mask_features → contextualize, and taps on their last layers.
+"""Transformer encoders seen one way: embed → mask_features → place → transform.
 
 Hugging Face models are recognised by what they eat (token ids, pixels, waveforms), not by name. An encoder of your own is an
 `nn.Module` with two methods (three for images and speech) and a name for what the teacher should hand out:
@@ -20,19 +20,38 @@ import importlib
 import inspect
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from d2v_fast import blocks
 from d2v_fast.data import first_line
 
 LayerSource = Literal["ffn", "block_output", "block_input"]
 
 
+class Encoded(NamedTuple):
+    """What the blocks compute.
+
+    Attributes:
+        states: (B, T, C), or (N, C) where rows were asked for.
+        layers: Results of the last K blocks, first to last: K × (B, T, C).
+    """
+
+    states: Tensor
+    layers: list[Tensor]
+
+
 class Encoder(nn.Module):
-    """A transformer encoder in the three pieces that data2vec needs.
+    """A transformer encoder in the pieces that data2vec needs.
+
+    Attributes:
+        halves: Function of `d2v_fast.blocks` that runs a block by its halves; None for blocks that are not known there.
+        narrow: Run what follows the attention of the last block at the wanted rows only. Needs `halves`.
 
     Args:
         model: A module with `embed(inputs) → (B, T, C)` and `contextualize(features, padding_mask) → (B, T, C)`.
@@ -62,10 +81,8 @@ class Encoder(nn.Module):
         if not isinstance(self.blocks, nn.ModuleList | nn.Sequential):
             found = type(self.blocks).__name__
             raise ValueError(f"layers={self.layers_name!r}: found a {found}, expected an nn.ModuleList of blocks")
-        self._taps: list[nn.Module] = []
-        self._asked: tuple[Tensor, int] | None = None  # positions that `contextualize_at` wants, and T
-        self._all: Tensor | None = None  # input of the narrowed block
-        self._rows: tuple[Tensor, int, Tensor] | None = None  # index, B, index among extra tokens too; None = not narrowed
+        self.halves = self._compiled_halves = None
+        self.narrow = False
         if self.masks_features and not self._has(self.mask_token_name):
             self.mask_token_name = None
             self.mask_embedding = nn.Parameter(torch.empty(self.hidden_size).normal_(std=0.02))
@@ -80,18 +97,76 @@ class Encoder(nn.Module):
         """Features with the learned mask vector at masked positions; features (B, T, C), mask (B, T) bool."""
         return torch.where(mask.unsqueeze(-1), self.mask_token.to(features.dtype), features)
 
+    def place(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Features with their positions, (B, T, C), where the model adds positions after masking."""
+        return features
+
+    def transform(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        *,
+        layers: int = 0,
+        source: LayerSource = "ffn",
+        rows: Tensor | None = None,
+    ) -> Encoded:
+        """Run the blocks on placed features.
+
+        Never `output_hidden_states`: it would force eager attention and keep every layer.
+
+        Args:
+            x: (B, T, C), from `place`.
+            padding_mask: (B, T) bool, True = padding.
+            layers: Number K of last blocks whose results are returned.
+            source: What a block's result is (spec 1.3): its FFN's output, its own output, or its input.
+            rows: (N,) int64, positions of the flattened (B, T) whose states are wanted; all by default. With `narrow` the last
+                of `layers` is zero elsewhere.
+
+        Raises:
+            ValueError: There are fewer blocks than `layers`, or one that was not called.
+        """
+        if layers:
+            self.check_layers(layers, source)
+        length = x.shape[1]
+        if self.halves is None:
+            with self._captured(layers, source) as captured:
+                states = self._whole(x, padding_mask)
+            if len(captured) < layers:
+                raise ValueError(
+                    f"{type(self.model).__name__}: {layers - len(captured)} of the last {layers} blocks gave no result; "
+                    "call them as modules, and name the FFN's output if it is not the last Linear: ffn=…"
+                )
+            results = [self._scaled(result[:, -length:], block, source) for block, result in captured.items()]
+            return Encoded(states if rows is None else states.flatten(0, 1)[rows], results)
+        halves = self._compiled_halves or self.halves
+        batch, results, narrowed = len(x), [], None
+        x, extra, arguments = self._enter(x, padding_mask)
+        for left, block in zip(reversed(range(len(self.blocks))), self.blocks, strict=True):
+            if left < layers and source == "block_input":
+                results.append(x[:, extra:])
+            if self._dropped():
+                continue
+            if left == 0 and rows is not None and self._narrows(block):
+                narrowed = rows if extra == 0 else rows + extra * (rows // length + 1)
+            if narrowed is not None or (left < layers and source == "ffn"):
+                x, ffn = halves(block, x, narrowed, **arguments)
+            else:
+                x, ffn = blocks.first(block(x, **arguments)), None
+            if left < layers and source != "block_input":
+                result = self._scaled(x if ffn is None or source != "ffn" else ffn, block, source)
+                if narrowed is not None:
+                    result = result.new_zeros(batch * length, result.shape[-1]).index_copy_(0, rows, result[0])
+                    result = result.view(batch, length, -1)
+                results.append(result[:, -length:])
+        states = self._leave(x)
+        if narrowed is not None:
+            return Encoded(states[0], results)
+        states = states[:, extra:]
+        return Encoded(states if rows is None else states.flatten(0, 1)[rows], results)
+
     def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """States (B, T, C) of all positions; padding_mask (B, T) bool, True = padding."""
-        return self.model.contextualize(features, padding_mask)
-
-    def contextualize_at(self, features: Tensor, padding_mask: Tensor | None, index: Tensor) -> Tensor:
-        """States (N, C) at the positions `index` (N,) of the flattened (B, T)."""
-        self._asked, self._rows = (index, features.shape[1]), None
-        try:
-            states = self.contextualize(features, padding_mask).flatten(0, 1)
-        finally:
-            self._asked = self._all = None  # whoever runs it after an error wants all positions
-        return states if self._rows else states[index]
+        return self.transform(self.place(features, padding_mask), padding_mask).states
 
     def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """States of an unmasked input, as a probe or a user wants them."""
@@ -111,113 +186,72 @@ class Encoder(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self._lookup(self.layers_name)
 
-    def tap(self, top_k: int, source: LayerSource) -> None:
-        """Keep the results of the last `top_k` blocks in each forward, to be read by `taps()` (spec 1.3).
+    def compile_halves(self) -> None:
+        """Run blocks by their halves through `torch.compile`, if the halves are known."""
+        self._compiled_halves = self.halves and torch.compile(self.halves)
 
-        Forward hooks and not `output_hidden_states`: that would force eager attention and keep every layer. Each result is
-        an attribute of its module, which stays one graph under `torch.compile`.
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_compiled_halves": None}  # which neither pickle nor deepcopy can take along
 
-        Raises:
-            ValueError: `top_k` is not between 1 and the number of blocks.
-        """
-        if not 1 <= top_k <= len(self.blocks):
-            raise ValueError(f"top_k: found {top_k}, but {type(self.model).__name__} has {len(self.blocks)} layers")
+    def check_layers(self, layers: int, source: LayerSource) -> None:
+        """Raise ValueError if there are fewer blocks, or none or other modules than `ffn` names in them."""
+        if not 1 <= layers <= len(self.blocks):
+            raise ValueError(f"top_k: found {layers}, but {type(self.model).__name__} has {len(self.blocks)} layers")
+        if source == "ffn":
+            for block in self.blocks[-layers:]:
+                self._ffn(block)
 
-        self._tap_source = source
-        for block in self.blocks[-top_k:]:
+    # What a family knows of its blocks
+
+    def _enter(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, int, dict[str, Any]]:
+        """Input of the first block (B, E + T, C), the number E of extra tokens in front, and the arguments of all blocks."""
+        raise NotImplementedError
+
+    def _leave(self, x: Tensor) -> Tensor:
+        """The output of the last block as states."""
+        return x
+
+    def _whole(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """States (B, T, C) as the model itself runs its blocks, for those whose halves are not known."""
+        return self.model.contextualize(x, padding_mask)
+
+    def _dropped(self) -> bool:
+        """Whether layer-drop leaves the next block out."""
+        return False
+
+    def _narrows(self, block: nn.Module) -> bool:
+        # Stochastic depth drops samples, which rows no longer tell apart.
+        return self.narrow and not (block.training and any(getattr(m, "drop_prob", None) for m in block.modules()))
+
+    @staticmethod
+    def _scaled(result: Tensor, block: nn.Module, source: LayerSource) -> Tensor:
+        """BEiT scales the FFN's result before the residual; its scaled form is the layer's result (spec 1.3)."""
+        scale = getattr(block, "lambda_2", None) if source == "ffn" else None
+        return result * scale if isinstance(scale, Tensor) else result
+
+    @contextmanager
+    def _captured(self, layers: int, source: LayerSource) -> Iterator[dict[nn.Module, Tensor]]:
+        """Results of the last blocks while the model runs them itself, by hooks that live as long as the call."""
+        results: dict[nn.Module, Tensor] = {}
+        hooks = []
+        for block in self.blocks[len(self.blocks) - layers :]:
             if source == "block_input":
-                block.register_forward_pre_hook(_keep_input, with_kwargs=True)
-                self._taps.append(block)
+
+                def keep(module, args, kwargs, block=block):
+                    results[block] = args[0] if args else kwargs["hidden_states"]
+
+                hooks.append(block.register_forward_pre_hook(keep, with_kwargs=True))
             else:
-                module = self._ffn(block) if source == "ffn" else block
-                module.register_forward_hook(_keep_output)
-                self._taps.append(module)
 
-    def taps(self, length: int) -> list[Tensor]:
-        """Tapped results of the last forward, first to last, without extra tokens: K × (B, length, C).
+                def keep(module, args, output, block=block):
+                    results[block] = blocks.first(output)
 
-        Zeros where a narrowed last block computed nothing.
-        """
-        results = []
-        for module, block in zip(self._taps, self.blocks[-len(self._taps) :], strict=True):
-            x = module._tapped
-            module._tapped = None
-            if self._rows and module is self._taps[-1] and self._tap_source != "block_input":
-                index, batch, _ = self._rows
-                x = x.new_zeros(batch * length, x.shape[-1]).index_copy_(0, index, x[0]).view(batch, length, -1)
-            else:
-                x = x[:, x.shape[1] - length :]
-            # BEiT scales the FFN result before the residual; its scaled form is the layer result (spec 1.3).
-            scale = getattr(block, "lambda_2", None) if self._tap_source == "ffn" else None
-            results.append(x * scale if isinstance(scale, Tensor) else x)
-        return results
-
-    def narrow_last_block(self) -> bool:
-        """Let the last block compute what follows its attention only at the positions that `contextualize_at` asks for.
-
-        The block is given just these rows, its first module and so its attention all of them. Tried at once on random numbers:
-        False, and nothing is changed, for a block that does not come to the same result.
-        """
-        block = self.blocks[-1]
-        attention = getattr(block, "attention", None)
-        if not isinstance(attention, nn.Module):
-            return False
-        hooks = [
-            block.register_forward_pre_hook(self._give_rows, with_kwargs=True),
-            attention.register_forward_hook(self._take_rows),
-            *(child.register_forward_pre_hook(self._give_all, with_kwargs=True) for child in block.children()),
-        ]
-        if not self._narrow_is_exact(block):
+                hooks.append((self._ffn(block) if source == "ffn" else block).register_forward_hook(keep))
+        try:
+            yield results
+        finally:
             for hook in hooks:
                 hook.remove()
-            return False
-        return True
-
-    @torch.no_grad()
-    def _narrow_is_exact(self, block: nn.Module) -> bool:
-        device, training = next(block.parameters()).device, block.training
-        x = torch.randn(2, 5, self.hidden_size, device=device, generator=torch.Generator(device).manual_seed(0))
-        index = torch.tensor([0, 3, 4, 7], device=device)
-        block.eval()
-        try:
-            expected = block(x)
-            self._asked = index, 5
-            found = block(x)
-            expected, found = (y[0] if isinstance(y, tuple) else y for y in (expected, found))
-            return torch.allclose(found.flatten(0, 1), expected.flatten(0, 1)[index], rtol=1e-3, atol=1e-5)
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-            return False
-        finally:
-            self._asked = self._all = self._rows = None
-            block.train(training)
-
-    def _give_rows(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        self._rows = None
-        if self._asked is None:
-            return None
-        if block.training and any(getattr(m, "drop_prob", None) for m in block.modules()):
-            return None  # stochastic depth drops samples, which rows no longer tell apart
-        if getattr(block, "gradient_checkpointing", False):
-            return None  # it runs the block again when nobody asks any more
-        index, length = self._asked
-        x = args[0] if args else kwargs["hidden_states"]
-        batch, extra = x.shape[0], x.shape[1] - length
-        flat = index if extra == 0 else index + extra * (index // length + 1)
-        self._all, self._rows = x, (index, batch, flat)
-        return _with_input(args, kwargs, x.flatten(0, 1)[flat].unsqueeze(0))
-
-    def _give_all(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if self._all is None:
-            return None
-        x, self._all = self._all, None
-        return _with_input(args, kwargs, x)
-
-    def _take_rows(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if self._asked is None or self._rows is None:
-            return None
-        x, *rest = output if isinstance(output, tuple) else (output,)
-        rows = x.flatten(0, 1)[self._rows[2]].unsqueeze(0)
-        return (rows, *rest) if isinstance(output, tuple) else rows
 
     def not_averaged(self, scope: Literal["all", "encoder", "layers"]) -> list[str]:
         """Patterns of the parameters that a teacher of this scope copies instead of averaging (spec 1.6)."""
@@ -274,19 +308,6 @@ class Encoder(nn.Module):
         return linears[-1]
 
 
-def _with_input(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict]:
-    """Arguments of a block or one of its modules with another input."""
-    return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
-
-
-def _keep_output(module, args, output):
-    module._tapped = output[0] if isinstance(output, tuple) else output
-
-
-def _keep_input(module, args, kwargs):
-    module._tapped = args[0] if args else kwargs["hidden_states"]
-
-
 class TokenEncoder(Encoder):
     """RoBERTa, BERT, Data2VecText and their kin: ids → token and position embeddings → blocks.
 
@@ -299,15 +320,22 @@ class TokenEncoder(Encoder):
     def embed(self, inputs: Tensor) -> Tensor:
         return self.model.embeddings(input_ids=inputs)
 
-    def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    def _attend(self, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
         from transformers.masking_utils import create_bidirectional_mask
 
-        attend = None
-        if padding_mask is not None:
-            attend = create_bidirectional_mask(config=self.model.config, inputs_embeds=features, attention_mask=~padding_mask)
-        states = self.model.encoder(features, attention_mask=attend).last_hidden_state
+        if padding_mask is None:
+            return None
+        return create_bidirectional_mask(config=self.model.config, inputs_embeds=x, attention_mask=~padding_mask)
+
+    def _enter(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, int, dict[str, Any]]:
+        return x, 0, dict(attention_mask=self._attend(x, padding_mask))
+
+    def _leave(self, x: Tensor) -> Tensor:
         norm = getattr(self.model, "LayerNorm", None)  # RobertaPreLayerNorm
-        return states if norm is None else norm(states)
+        return x if norm is None else norm(x)
+
+    def _whole(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        return self._leave(self.model.encoder(x, attention_mask=self._attend(x, padding_mask)).last_hidden_state)
 
 
 class _PositionIndex:
@@ -343,29 +371,36 @@ class PatchEncoder(Encoder):
         patches = self.model.embeddings.patch_embeddings(inputs)
         return patches[0] if isinstance(patches, tuple) else patches
 
-    def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    def _enter(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, int, dict[str, Any]]:
         model, embeddings = self.model, self.model.embeddings
         extra = [embeddings.cls_token]
         if hasattr(embeddings, "distillation_token"):
             extra.append(embeddings.distillation_token)
-        x = torch.cat([*(token.to(features.dtype).expand(len(features), -1, -1) for token in extra), features], dim=1)
+        x = torch.cat([*(token.to(x.dtype).expand(len(x), -1, -1) for token in extra), x], dim=1)
         if embeddings.position_embeddings is not None:
             x = x + embeddings.position_embeddings
         x = embeddings.dropout(x)
-        size = self._image_size()
+        size, arguments = self._image_size(), {}
         if hasattr(model, "encoder"):  # Data2VecVision
-            x = model.encoder(x, resolution=size)[0]
+            arguments = dict(relative_position_bias=None, resolution=size)
+            if model.encoder.has_relative_position_bias:
+                bias = model.encoder.relative_position_bias
+                arguments["relative_position_bias"] = bias(self.positions(size[0]), dim_size=x.shape[1])
         elif hasattr(model, "shared_position_bias"):  # BEiT
             bias = model.shared_position_bias
             if bias is not None:
                 bias = bias(self.positions(size[0]), dim_size=x.shape[1])
-            for block in self.blocks:
-                x = block(x, attention_mask=bias, resolution=size)
-        else:
-            for block in self.blocks:
-                x = block(x)
-        x = model.layernorm(x)
-        return x if self._rows else x[:, len(extra) :]
+            arguments = dict(attention_mask=bias, resolution=size)
+        return x, len(extra), arguments
+
+    def _leave(self, x: Tensor) -> Tensor:
+        return self.model.layernorm(x)
+
+    def _whole(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        x, extra, arguments = self._enter(x, padding_mask)
+        for block in self.blocks:
+            x = blocks.first(block(x, **arguments))
+        return self._leave(x)[:, extra:]
 
     def positions(self, size: int) -> tuple[int, int]:
         patch = self.model.config.patch_size
@@ -401,12 +436,40 @@ class WaveEncoder(Encoder):
         # The projection's dropout is the student's alone; what `embed` gives may be the teacher's too (spec 1.6).
         return super().mask_features(self.model.feature_projection.dropout(features), mask)
 
-    def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    @property
+    def _stable(self) -> bool:  # the norm comes after the blocks, not before
+        return getattr(self.model.config, "do_stable_layer_norm", False)
+
+    def place(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        if self.halves is None:
+            return features  # the model itself adds positions
+        if padding_mask is not None:
+            features = features.masked_fill(padding_mask.unsqueeze(-1), 0)
+        return features + self.model.encoder.pos_conv_embed(features)
+
+    def _enter(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, int, dict[str, Any]]:
+        from transformers.masking_utils import create_bidirectional_mask
+
+        encoder = self.model.encoder
+        attend = None if padding_mask is None else ~padding_mask
+        attend = create_bidirectional_mask(config=self.model.config, inputs_embeds=x, attention_mask=attend)
+        if not self._stable:
+            x = encoder.layer_norm(x)
+        return encoder.dropout(x), 0, dict(attention_mask=attend)
+
+    def _leave(self, x: Tensor) -> Tensor:
+        return self.model.encoder.layer_norm(x) if self._stable else x
+
+    def _whole(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         attend = None
         if padding_mask is not None:
             attend = ~padding_mask
-            features = features.clone()  # transformers zeroes padding in place
-        return self.model.encoder(features, attention_mask=attend).last_hidden_state
+            x = x.clone()  # transformers zeroes padding in place
+        return self.model.encoder(x, attention_mask=attend).last_hidden_state
+
+    def _dropped(self) -> bool:
+        drop = self.model.config.layerdrop
+        return self.training and drop > 0 and bool(torch.rand([]) < drop)
 
     def positions(self, size: int) -> int:
         for kernel, stride in zip(self.model.config.conv_kernel, self.model.config.conv_stride, strict=True):
@@ -456,6 +519,9 @@ def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None) ->
                 "give it the methods embed and contextualize; see d2v_fast.encoders"
             )
     encoder = adapter(model, layers, ffn)
+    kinds = {blocks.known(block) for block in encoder.blocks}
+    if len(kinds) == 1 and ffn is None:
+        encoder.halves = kinds.pop()
     _check_states(encoder)
     return encoder
 
@@ -487,7 +553,8 @@ def _check_states(encoder: Encoder) -> None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             inputs = example(encoder, 1, 16)
-            difference = off_by(encoder(inputs), model, inputs)
+            x = encoder.place(encoder.embed(inputs))
+            difference = off_by(encoder.transform(x, layers=len(encoder.blocks)).states, model, inputs)
         why = f"its pieces compute other states than the whole, off by {difference:.1e}" if difference > 1e-3 else None
     except Exception as error:  # each class of transformers has errors of its own
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -50,7 +50,9 @@ def _last_block(model: Data2Vec, device: torch.device) -> str:
     encoders = {"student": model.student}
     if {model.loss_settings["norm"], model.loss_settings["target_norm"]} <= {"none", "layer"}:
         encoders["teacher"] = model.teacher.module
-    narrowed = [name for name, encoder in encoders.items() if encoder.narrow_last_block()]
+    narrowed = {name: encoder for name, encoder in encoders.items() if encoder.halves is not None}
+    for encoder in narrowed.values():
+        encoder.narrow = True
     return f"last block of {' and '.join(narrowed)} at scored positions" if narrowed else ""
 
 
@@ -86,21 +88,23 @@ def _compile(model: Data2Vec, device: torch.device) -> str:
     """Fuse what lies between the matrix products, and the norms of convolutions; on a GPU, where it is expected to pay and not
     yet measured.
 
-    Block by block, as most are the same graph. The last one stays as it is: where it is narrowed, its hooks hand rows to each
-    other.
+    Block by block, as most are the same graph. Blocks whose halves are not known run as they are where hooks capture results.
     """
     if device.type != "cuda":
         return ""
     from torch._dynamo import config
 
-    config.skip_nnmodule_hook_guards = False  # blocks with taps and without share their code, and must not share a graph
     config.recompile_limit = max(config.recompile_limit, 64)  # with gradients, taps, padding or not, at one length and at any
     encoders = (model.student, model.teacher.module)
-    blocks = [block for encoder in encoders for block in encoder.blocks[:-1]]
+    modules = [block for encoder in encoders if encoder.halves or encoder is model.student for block in encoder.blocks]
+    what = f"{len(modules)} blocks"
+    for encoder in encoders:
+        encoder.compile_halves()
     convolutions = [module for encoder in encoders for module in conv.layers(encoder.model)]
-    for module in (*convolutions, *blocks):
+    if convolutions:
+        what += f" and {len(convolutions)} convolutions"
+    for module in (*convolutions, *modules):
         module.compile()
-    what = f"{len(blocks)} blocks" + (f" and {len(convolutions)} convolutions" if convolutions else "")
     return f"{what} compiled, for which the first steps wait"
 
 

@@ -1,6 +1,6 @@
-"""Masks of data2vec: spans, BEiT blocks, text tokens, random positions (spec section 2).
+"""Masks of data2vec: spans, BEiT blocks, blocks with exact counts, text tokens, random positions (spec section 2).
 
-Every mask is a pure function of (seed, epoch, sample), independent of batch composition, worker count and process, because all
+Every mask is a pure function of (seed, epoch, sample, view), whatever the batch, the workers and the process, because all
 randomness comes from `uniform`, a counter-based generator. All samplers are vectorised over the batch and return numpy bool
 arrays, True = masked = scored. Padding is on the right and is never masked.
 """
@@ -28,18 +28,27 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of a batch of samples: row i depends only on (seed, epoch, samples[i]) and the stream asked for."""
+    """Random numbers of a batch of samples, each seen in one or more views.
+
+    Row b·views + m depends only on (seed, epoch, samples[b], m) and the stream. View 0 is what a single view would be.
+    """
 
     seed: int
     epoch: int
     samples: Sequence[int]
+    views: int = 1
+
+    def __len__(self) -> int:
+        return len(self.samples) * self.views
 
     def uniform(self, stream: int, *shape: int) -> np.ndarray:
-        """Float64 in [0, 1), shape (B, *shape); different streams are independent."""
+        """Float64 in [0, 1), shape (B·views, *shape); different streams are independent."""
         with np.errstate(over="ignore"):
             key = np.asarray(self.samples, dtype=np.uint64)
             for part in (self.seed, self.epoch, stream):
                 key = _splitmix(key + np.uint64(part % 2**64) * _GOLDEN + _GOLDEN)
+            later = np.arange(1, self.views, dtype=np.uint64) * _GOLDEN
+            key = np.concatenate([key[:, None], _splitmix(~key[:, None] + later)], axis=1).ravel()
             counter = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * _GOLDEN
             bits = _splitmix(key[:, None] + counter) >> np.uint64(11)
         return (bits * 2.0**-53).reshape(len(key), *shape)
@@ -115,7 +124,7 @@ class SpanMask:
 
     def __call__(self, draws: Draws, size: int, lengths: Sequence[int] | None = None) -> np.ndarray:
         """Mask of shape (B, size); `lengths` (B,) are the unpadded lengths."""
-        batch = len(draws.samples)
+        batch = len(draws)
         sizes = np.full(batch, size) if lengths is None else np.asarray(lengths)
         positions = np.arange(size)
         valid = positions < sizes[:, None]
@@ -188,7 +197,7 @@ class BlockMask:
     def __call__(self, draws: Draws, grid: tuple[int, int]) -> np.ndarray:
         """Mask of shape (B, H·W) over a grid of (H, W) patches, row-major."""
         high, wide = grid
-        batch = len(draws.samples)
+        batch = len(draws)
         mask = np.zeros((batch, high, wide), dtype=bool)
         masked = np.zeros(batch, dtype=np.int64)
         failures = np.zeros(batch, dtype=np.int64)
@@ -218,6 +227,86 @@ class BlockMask:
 
 
 @dataclass(frozen=True)
+class ExactBlockMask:
+    """Blocks with one side for every axis of a grid, and an exact number of masked positions, as in data2vec 2.0 (spec 2.5).
+
+    Blocks are drawn, then single positions are added or removed at random until the count is met.
+
+    Args:
+        prob: Share of masked positions.
+        length: Side of a block.
+        adjust: Added to the share that blocks are drawn for, so that few positions have to be added afterwards.
+        inverse: Draw visible blocks instead of masked ones.
+        dropout: Draw this share of blocks more, and remove more positions.
+        overlap: Whether blocks may overlap; without, they are tiles of the grid.
+    """
+
+    prob: float = 0.8
+    length: int = 3
+    adjust: float = 0.07
+    inverse: bool = True
+    dropout: float = 0.0
+    overlap: bool = True
+
+    def count(self, size: int) -> int:
+        """Masked positions of a sample with `size` positions; at least one stays visible."""
+        # In this order, as 1 - .8 is a little less than .2.
+        masked = size - int(size * (1 - self.prob)) if self.inverse else int(size * self.prob)
+        return min(masked, size - 1)
+
+    def __call__(self, draws: Draws, grid: int | tuple[int, ...], lengths: Sequence[int] | None = None) -> np.ndarray:
+        """Mask of shape (B·views, T) over a grid of any number of axes, row-major.
+
+        Args:
+            draws: Random numbers of the samples.
+            grid: T, or positions along each axis.
+            lengths: (B·views,) unpadded lengths; for one axis and blocks that may overlap.
+        """
+        grid = grid if isinstance(grid, tuple) else (grid,)
+        total = math.prod(grid)
+        sizes = np.full(len(draws), total) if lengths is None else np.asarray(lengths)
+        drawn = (self._blocks if self.overlap else self._tiles)(draws, grid, sizes).reshape(len(draws), total)
+        valid = np.arange(total) < sizes[:, None]
+        masked = np.array([self.count(int(size)) for size in sizes])
+        # Drawn positions first when some must go, all of them plus random others when some must come.
+        chosen = _choose(draws.uniform(1, total) - drawn, valid, sizes - masked if self.inverse else masked)
+        return valid & ~chosen if self.inverse else chosen
+
+    @property
+    def _share(self) -> float:
+        return (1 - self.prob if self.inverse else self.prob) + self.adjust
+
+    def _blocks(self, draws: Draws, grid: tuple[int, ...], sizes: np.ndarray) -> np.ndarray:
+        """Union of blocks around positions drawn with replacement, cut at the border. (B·views, *grid) bool."""
+        axes = len(grid)
+        counts = (sizes * (self._share / self.length**axes) * (1 + self.dropout)).astype(np.int64)
+        centres = np.floor(draws.uniform(0, counts.max(initial=0)) * sizes[:, None]).astype(np.int64)
+        rows, blocks = np.nonzero(np.arange(centres.shape[1]) < counts[:, None])
+        offsets = np.arange(self.length) - self.length // 2
+        sides = [sizes[rows, None]] if axes == 1 else grid
+        covered = [
+            np.clip(centre[:, None] + offsets, 0, side - 1)
+            for centre, side in zip(np.unravel_index(centres[rows, blocks], grid), sides, strict=True)
+        ]
+        mask = np.zeros((len(draws), *grid), dtype=bool)
+        # Each block's positions along one axis against those along every other.
+        shapes = [[-1, *np.where(np.arange(axes) == axis, self.length, 1)] for axis in range(axes)]
+        index = [positions.reshape(shape) for positions, shape in zip(covered, shapes, strict=True)]
+        mask[(rows.reshape(-1, *[1] * axes), *index)] = True
+        return mask
+
+    def _tiles(self, draws: Draws, grid: tuple[int, ...], sizes: np.ndarray) -> np.ndarray:
+        """Tiles of the grid, drawn without replacement. (B·views, *grid) bool."""
+        tiles = tuple(-(-side // self.length) for side in grid)
+        scores = draws.uniform(0, math.prod(tiles))
+        count = int(scores.shape[1] * self._share * (1 + self.dropout))
+        mask = _choose(scores, np.ones_like(scores, dtype=bool), np.full(len(draws), count)).reshape(-1, *tiles)
+        for axis, side in enumerate(grid, start=1):
+            mask = mask.repeat(self.length, axis=axis).take(range(side), axis=axis)
+        return mask
+
+
+@dataclass(frozen=True)
 class RandomMask:
     """Single positions drawn without replacement, the same count in every sample of one length (spec 2.4).
 
@@ -230,7 +319,7 @@ class RandomMask:
     def __call__(self, draws: Draws, size: int | tuple[int, int], lengths: Sequence[int] | None = None) -> np.ndarray:
         """Mask of shape (B, T); `size` is T or a grid (H, W), `lengths` (B,) are the unpadded lengths."""
         total = math.prod(size) if isinstance(size, tuple) else size
-        sizes = np.full(len(draws.samples), total) if lengths is None else np.asarray(lengths)
+        sizes = np.full(len(draws), total) if lengths is None else np.asarray(lengths)
         visible = np.maximum(np.floor(sizes * (1 - self.prob)).astype(np.int64), 1)
         return _choose(draws.uniform(0, total), np.arange(total) < sizes[:, None], sizes - visible)
 

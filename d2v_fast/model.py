@@ -101,7 +101,8 @@ class Data2Vec(nn.Module):
             ema_anneal_steps,
             [*encoder.not_averaged(ema_scope), *(f"model.{pattern}" for pattern in ema_copied)],
         )
-        self.teacher.module.tap(top_k, source)
+        encoder.check_layers(top_k, source)
+        self.top_k, self.source = top_k, source
         self.head = regression_head(encoder.hidden_size, head_layers, head_zero_init)
         # A teacher whose local features are the student's own need not compute them again.
         self.shares_features = ema_scope != "all"
@@ -136,7 +137,6 @@ class Data2Vec(nn.Module):
                 divided by the ranks (spec 1.4).
         """
         features = self.student.embed(source)
-        length = features.shape[1]
         if target is None:
             teacher_features = features.detach() if self.shares_features else None
             student_features = self.student.mask_features(features, mask)
@@ -150,11 +150,10 @@ class Data2Vec(nn.Module):
         layers = self.teacher_layers(
             source if target is None else target,
             teacher_features,
-            length,
             padding_mask if target_padding_mask is None else target_padding_mask,
             index,
         )
-        states = self.student.contextualize_at(student_features, padding_mask, index)
+        states = self.student.transform(self.student.place(student_features, padding_mask), padding_mask, rows=index).states
         predictions = self.head(states)
         loss, stats = data2vec_loss(
             predictions,
@@ -174,13 +173,12 @@ class Data2Vec(nn.Module):
         self,
         inputs: Tensor,
         features: Tensor | None,
-        length: int,
         padding_mask: Tensor | None,
         index: Tensor | None = None,
     ) -> list[Tensor]:
         """Results of the teacher's last K layers on the unmasked input, K × (B, T, C).
 
-        With `index` a narrowed teacher fills the last one only there.
+        With `index` a teacher whose last block is narrowed fills the last one only there.
         """
         teacher = self.teacher.module
         device = inputs.device.type
@@ -189,11 +187,8 @@ class Data2Vec(nn.Module):
                 features = teacher.embed(inputs)
             elif self.teacher_fp32:
                 features = features.float()
-            if index is None:
-                teacher.contextualize(features, padding_mask)
-            else:
-                teacher.contextualize_at(features, padding_mask, index)
-        return teacher.taps(length)
+            x = teacher.place(features, padding_mask)
+            return teacher.transform(x, padding_mask, layers=self.top_k, source=self.source, rows=index).layers
 
     def update_teacher(self) -> None:
         """Move the teacher; once after each successful optimizer step."""

@@ -65,7 +65,7 @@ class TestPresets:
     def test_its_encoder_builds(self, name):
         config, _ = parse(["--config", name])
         encoder = make_encoder(config, dict(vocab_size=2000) if config.modality == "text" else None)
-        encoder.tap(config.targets.top_k, config.targets.source)
+        encoder.check_layers(config.targets.top_k, config.targets.source)
         assert len(encoder.blocks) == config.encoder.config["num_hidden_layers"]
 
     def test_a_mistyped_name(self):

@@ -81,7 +81,7 @@ class TestFigures:
             core, targets, states = trainer.core, [], []
             for batch in batches:
                 mask = batch["mask"]
-                layers = core.teacher_layers(batch["source"], None, mask.shape[1], None)
+                layers = core.teacher_layers(batch["source"], None, None)
                 normal = [(x - x.mean(1, True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt() for x in layers]
                 mean = torch.stack(normal).mean(0)
                 mean = (mean - mean.mean(2, True)) / (mean.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
@@ -209,8 +209,8 @@ class TestBrokenRuns:
     def test_constant_encoder(self, tmp_path):
         trainer = tiny("text/tiny", tmp_path / "run", "train.steps=40", "collapse.after=10", "train.batch_size=8")
         for encoder in (trainer.core.student, trainer.core.teacher.module):
-            contextualize = encoder.contextualize
-            encoder.contextualize = lambda features, padding_mask=None, f=contextualize: f(features * 0, padding_mask)
+            place = encoder.place
+            encoder.place = lambda features, padding_mask=None, place=place: place(features * 0, padding_mask)
         trainer.run()
         found = " ".join(alarms(tmp_path / "run"))
         assert "targets are becoming constant" in found and "predictions are becoming constant" in found

@@ -1,4 +1,3 @@
-import copy
 import math
 
 import pytest
@@ -6,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from d2v_fast import Encoder, build_encoder, wrap
+from d2v_fast import Data2Vec, Encoder, build_encoder, wrap
 from tests.models import CONFIGS, IMAGES, TEXTS, WAVES, Handwritten, inputs, make
 
 
@@ -118,10 +117,8 @@ def test_ffn_taps_are_what_the_specification_names(name):
     for i in (1, 2):
         module = encoder.model.get_submodule(FFN_OUTPUT[name].format(i))
         module.register_forward_hook(lambda m, a, out: seen.append(out))
-    encoder.tap(2, "ffn")
     with torch.no_grad():
-        states = encoder(x)
-        taps = encoder.taps(states.shape[1])
+        states, taps = encoder.transform(encoder.place(encoder.embed(x)), layers=2)
     for i, (tap, out) in enumerate(zip(taps, seen, strict=True), start=1):
         scale = getattr(encoder.blocks[i], "lambda_2", 1.0)  # BEiT's layer scale belongs to the result (spec 1.3)
         assert torch.equal(tap, (out * scale)[:, out.shape[1] - states.shape[1] :])
@@ -130,16 +127,14 @@ def test_ffn_taps_are_what_the_specification_names(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_block_taps_equal_hidden_states(name):
     encoder, x = make(name, attention="eager").eval(), inputs(name)
-    inner, outer = copy.deepcopy(encoder), copy.deepcopy(encoder)
-    inner.tap(3, "block_input")
-    outer.tap(3, "block_output")
     seen = []
-    for block in encoder.blocks:
-        block.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
-        length = encoder(x).shape[1]
-        inner(x), outer(x)
-    inputs_, outputs = inner.taps(length), outer.taps(length)
+        placed = encoder.place(encoder.embed(x))
+        length = placed.shape[1]
+        inputs_, outputs = (encoder.transform(placed, layers=3, source=f"block_{end}").layers for end in ("input", "output"))
+        for block in encoder.blocks:
+            block.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        encoder(x)
     for tap, out in zip(outputs, seen, strict=True):
         assert torch.equal(tap, out[:, out.shape[1] - length :])
     assert torch.equal(inputs_[1], outputs[0]) and torch.equal(inputs_[2], outputs[1])
@@ -185,9 +180,8 @@ def test_an_encoder_of_your_own():
     x = torch.randn(2, 9, 6)
     seen = []
     encoder.model.blocks[2].mlp.register_forward_hook(lambda m, a, out: seen.append(out))
-    encoder.tap(1, "ffn")
-    states = encoder(x)
-    assert torch.equal(encoder.taps(9)[0], seen[0])
+    states, layers = encoder.transform(encoder.embed(x), layers=1)
+    assert torch.equal(layers[0], seen[0])
     assert states.shape == (2, 9, 32) and torch.equal(states, encoder.model.contextualize(encoder.model.embed(x)))
     masked = encoder.mask_features(encoder.embed(x), torch.ones(2, 9, dtype=torch.bool))
     assert torch.equal(masked, encoder.mask_token.expand(2, 9, 32)) and encoder.mask_token.requires_grad
@@ -305,9 +299,9 @@ class NoBlocks(nn.Module):
         (lambda: wrap(nn.Linear(2, 2)), "Linear is neither"),
         (lambda: Encoder(NoBlocks(), layers="blocks"), "'blocks': NoBlocks has no attribute 'blocks'"),
         (lambda: Encoder(NoBlocks(), layers="only"), "found a Linear, expected an nn.ModuleList"),
-        (lambda: make("roberta").tap(4, "ffn"), "top_k: found 4, but RobertaModel has 3 layers"),
-        (lambda: make("roberta").tap(0, "ffn"), "top_k: found 0"),
-        (lambda: Encoder(Handwritten(), layers="blocks", ffn="mpl.2").tap(1, "ffn"), "ffn='mpl.2': not in Block"),
+        (lambda: Data2Vec(make("roberta"), top_k=4), "top_k: found 4, but RobertaModel has 3 layers"),
+        (lambda: Data2Vec(make("roberta"), top_k=0), "top_k: found 0"),
+        (lambda: Data2Vec(Encoder(Handwritten(), layers="blocks", ffn="mpl.2"), top_k=1), "ffn='mpl.2': not in Block"),
         (lambda: build_encoder("robreta"), "did you mean 'roberta'"),
         (lambda: build_encoder("roberta", config=dict(hiden_size=3)), "did you mean 'hidden_size'"),
         (lambda: build_encoder("roberta", config=dict(hidden_act="foo")), "encoder.config={'hidden_act': 'foo'}: RobertaModel"),
@@ -326,3 +320,15 @@ def test_what_cannot_be_built_is_explained(attempt, named):
     with pytest.raises(ValueError) as error:
         attempt()
     assert named in str(error.value)
+
+
+def test_blocks_that_are_not_called_are_named():
+    class Direct(Handwritten):
+        def contextualize(self, features, padding_mask=None):
+            for block in self.blocks:
+                features = block.forward(features, padding_mask)
+            return features
+
+    encoder = Encoder(Direct(), layers="blocks", ffn="mlp.2")
+    with pytest.raises(ValueError, match="Direct: 2 of the last 2 blocks gave no result"):
+        encoder.transform(encoder.embed(torch.randn(2, 9, 6)), layers=2, source="block_output")

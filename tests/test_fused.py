@@ -144,7 +144,7 @@ def compiled(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     # Both put back what is set meanwhile.
-    with config.patch(skip_nnmodule_hook_guards=True, recompile_limit=config.recompile_limit), kept.patch(RECOMPUTED):
+    with config.patch(recompile_limit=config.recompile_limit), kept.patch(RECOMPUTED):
         yield counters
     torch._dynamo.reset()
 
@@ -156,7 +156,7 @@ def both_ways(name, source="ffn"):
     """A plain model, and the same as a GPU has it: blocks compiled, the last one narrowed, our attention."""
     plain, fused = (Data2Vec(models.make(name), top_k=2, source=source, impl="eager").train() for _ in range(2))
     fused.load_state_dict(plain.state_dict())
-    assert fuse(fused, torch.device("cuda"), ["last block", "attention", "compile"])[-1].startswith("4 blocks")
+    assert fuse(fused, torch.device("cuda"), ["last block", "attention", "compile"])[-1].startswith("6 blocks")
     return plain, fused
 
 
@@ -183,8 +183,8 @@ def test_compiled_blocks_hand_out_the_same(name, source, compiled):
     for _ in range(2):
         same_step(plain, fused, source=inputs, mask=mask, target=inputs if name in models.TEXTS else None)
     assert not compiled["graph_break"]
-    # Of blocks three: student, teacher with a tap and without. Of convolutions each its own, twice.
-    assert compiled["stats"]["unique_graphs"] <= 3 + 2 * len(conv.layers(plain.student.model))
+    # Of blocks six: of student and teacher plain ones, tapped ones and the narrowed last. Of convolutions each its own, twice.
+    assert compiled["stats"]["unique_graphs"] <= 6 + 2 * len(conv.layers(plain.student.model))
 
 
 def test_lengths_and_padding_compile_a_few_times(compiled):
@@ -196,7 +196,7 @@ def test_lengths_and_padding_compile_a_few_times(compiled):
         padding = torch.arange(length) >= torch.tensor([[length], [length - 2]])
         same_step(plain, fused, source=ids, target=ids, mask=mask & ~padding, padding_mask=padding if length % 2 else None)
         counts.append(compiled["stats"]["unique_graphs"])
-    assert counts[-1] == counts[12] <= 12
+    assert counts[-1] == counts[12] <= 16
     assert not compiled["graph_break"]
 
 

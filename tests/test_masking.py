@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2v_fast.masking import BlockMask, Draws, RandomMask, SpanMask, TokenMask, Vocabulary
+from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask, SpanMask, TokenMask, Vocabulary
 
 BATCH = range(400)
 VOCABULARY = Vocabulary(
@@ -23,7 +23,7 @@ def runs(row):
 
 def every_mask(draws, size=60, lengths=None):
     """One mask of each kind, (B, size) or a grid of as many patches."""
-    ids = np.stack([np.random.default_rng(s).integers(5, 60, size) for s in draws.samples])
+    ids = np.stack([np.random.default_rng(s).integers(5, 60, size) for s in draws.samples]).repeat(draws.views, axis=0)
     yield SpanMask(0.65, 10)(draws, size, lengths)
     yield SpanMask(0.5, 6, length_kind="normal", length_other=2)(draws, size, lengths)
     yield SpanMask(0.5, 6, length_kind="uniform", length_other=2)(draws, size, lengths)
@@ -31,11 +31,16 @@ def every_mask(draws, size=60, lengths=None):
     yield SpanMask(0.4, 5, overlap=False, min_space=2)(draws, size, lengths)
     yield SpanMask(0.9, 2, length_kind="uniform", overlap=False)(draws, size, lengths)
     yield RandomMask(0.6)(draws, size, lengths)
+    yield ExactBlockMask(0.5, 5, 0.05, inverse=False)(draws, size, lengths)
+    yield ExactBlockMask(0.7, 3, dropout=0.1)(draws, size, lengths)
     yield TokenMask(0.35, 4)(draws, ids, VOCABULARY, lengths)[1]
     yield TokenMask(0.3, 2, whole_words=True, random_prob=0.1, keep_prob=0.1)(draws, ids, VOCABULARY, lengths)[1]
     if lengths is None:
         yield BlockMask(30, 4, 20)(draws, (6, 10))
         yield BlockMask(60, 1, 60)(draws, (6, 10))
+        yield ExactBlockMask()(draws, (6, 10))
+        yield ExactBlockMask(0.5, 2, inverse=False)(draws, (3, 4, 5))
+        yield ExactBlockMask(overlap=False)(draws, (6, 10))
 
 
 def test_uniform_is_uniform_and_independent():
@@ -240,3 +245,73 @@ def test_whole_words_are_masked_whole():
     assert (mask[:, 1:] == mask[:, :-1])[continues[:, 1:]].all()
     assert (mask[:, 1:] != mask[:, :-1])[~continues[:, 1:]].any()
     assert 0.2 < mask.mean() < 0.4
+
+
+PUBLISHED = {  # spec 2.5: settings, grid, drawn before the count is met, masked
+    "image base": (ExactBlockMask(0.8, 3, 0.07), (14, 14), 37.5 / 196, 157),
+    "image large": (ExactBlockMask(0.75, 3, 0.1), (14, 14), 50.4 / 196, 147),
+    "image huge 14": (ExactBlockMask(0.75, 3, 0.1), (16, 16), 65.3 / 256, 192),
+    "audio base": (ExactBlockMask(0.5, 5, 0.05, inverse=False), 749, 0.42, 374),
+    "audio large": (ExactBlockMask(0.55, 5, 0.1, inverse=False), 749, 0.48, 411),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_blocks_of_data2vec_2(name):
+    mask, grid, share, masked = PUBLISHED[name]
+    draws = Draws(0, 0, range(1000), views=2)
+    assert (mask(draws, grid).sum(axis=1) == masked).all()
+    grid = grid if isinstance(grid, tuple) else (grid,)
+    drawn = mask._blocks(draws, grid, np.full(2000, np.prod(grid)))
+    assert drawn.mean() == pytest.approx(share, rel=0.015)
+
+
+def test_drawn_blocks_are_those_of_plain_loops():
+    """Spec 2.5 again, one position at a time, with the same random numbers."""
+    for length, grid in ((3, (6, 9)), (2, (5, 4)), (4, (30,)), (3, (4, 5, 6))):
+        mask, draws = ExactBlockMask(0.6, length, 0.1, inverse=False, dropout=0.1), Draws(2, 1, range(5), views=3)
+        total = int(np.prod(grid))
+        found = mask._blocks(draws, grid, np.full(15, total))
+        seeds = int(total * ((0.6 + 0.1) / length ** len(grid)) * 1.1)
+        numbers = draws.uniform(0, seeds)
+        assert seeds > 1
+        for row in range(15):
+            expected = np.zeros(grid, dtype=bool)
+            for number in numbers[row]:
+                rest, centre = int(number * total), []
+                for side in reversed(grid):
+                    rest, at = divmod(rest, side)
+                    centre.insert(0, at)
+                for offset in np.ndindex(*(length,) * len(grid)):
+                    cell = [c - length // 2 + o for c, o in zip(centre, offset, strict=True)]
+                    expected[tuple(min(max(c, 0), side - 1) for c, side in zip(cell, grid, strict=True))] = True
+            assert (found[row] == expected).all()
+
+
+def test_the_exact_count_keeps_blocks_where_it_can():
+    few = ExactBlockMask(0.5, 3, -0.3, inverse=False)  # too few are drawn, so that all of them stay
+    many = ExactBlockMask(0.5, 3, 2.5, inverse=False)  # too many, so that nothing else is masked
+    draws = Draws(0, 0, range(50))
+    for mask, inside in ((few, True), (many, False)):
+        drawn, found = mask._blocks(draws, (8, 8), np.full(50, 64)).reshape(50, 64), mask(draws, (8, 8))
+        assert (found.sum(axis=1) == 32).all()
+        assert not ((drawn & ~found) if inside else (found & ~drawn)).any()
+    assert (ExactBlockMask(0.5, 3, inverse=True).count(9), ExactBlockMask(1.0, 3).count(9)) == (5, 8)
+
+
+def test_tiles_do_not_overlap():
+    mask = ExactBlockMask(0.5, 2, 0.0, inverse=False, overlap=False)
+    found = mask._tiles(Draws(0, 0, range(50)), (4, 6), np.full(50, 24)).reshape(50, 2, 2, 3, 2)
+    assert ((found.sum(axis=(2, 4)) == 4).sum(axis=(1, 2)) == 3).all() and (found.sum(axis=(1, 2, 3, 4)) == 12).all()
+    assert ExactBlockMask(0.5, 2, overlap=False)(Draws(0, 0, [1]), (5, 5)).shape == (1, 25)
+
+
+def test_views_are_of_their_own_and_the_first_is_that_of_a_single_view():
+    four, one = (list(every_mask(Draws(3, 5, [7, 9], views))) for views in (4, 1))
+    for several, single in zip(four, one, strict=True):
+        several = several.reshape(2, 4, -1)
+        assert (several[:, 0] == single).all()
+        assert all((several[:, i] != several[:, j]).any() for i in range(4) for j in range(i))
+    again = list(every_mask(Draws(3, 5, [9], 3)))
+    for several, fewer in zip(four, again, strict=True):
+        assert (several.reshape(2, 4, -1)[1, :3] == fewer).all()

@@ -4,17 +4,29 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+import transformers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from d2v_fast import Data2Vec, Encoder, build_encoder
+from d2v_fast import Data2Vec, blocks, build_encoder, wrap
 from tests import models
+
+
+def narrowed(encoder):
+    assert encoder.halves is not None
+    encoder.narrow = True
+    return encoder
+
+
+def at(encoder, features, rows, padding_mask=None):
+    """States at rows of the flattened positions."""
+    return encoder.transform(encoder.place(features, padding_mask), padding_mask, rows=rows).states
 
 
 def both(name, padded=False, **settings):
     """Outputs and models, plain and narrowed, of one batch."""
     plain = Data2Vec(models.make(name), top_k=2, impl="eager", **settings).train()
     narrow = copy.deepcopy(plain)
-    assert narrow.student.narrow_last_block() and narrow.teacher.module.narrow_last_block()
+    narrowed(narrow.student), narrowed(narrow.teacher.module)
     x = models.inputs(name)
     length = plain.student.embed(x).shape[1]
     mask = torch.rand(2, length) < 0.4
@@ -74,9 +86,8 @@ def test_what_runs_in_between_sees_all_positions():
 
 def test_an_error_in_the_midst_leaves_it_whole(monkeypatch):
     """Else what runs next, an export or a probe, would get rows alone."""
-    encoder = models.make("roberta").eval()
+    encoder = narrowed(models.make("roberta").eval())
     expected = encoder(x := models.inputs("roberta"))
-    assert encoder.narrow_last_block()
 
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
@@ -84,55 +95,141 @@ def test_an_error_in_the_midst_leaves_it_whole(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(encoder.blocks[-1].attention, "forward", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
-            encoder.contextualize_at(encoder.embed(x), None, torch.tensor([1, 5]))
+            at(encoder, encoder.embed(x), torch.tensor([1, 5]))
     assert torch.equal(encoder(x), expected)
 
 
 def test_a_layer_that_is_dropped_leaves_the_others_rows():
-    encoder = models.make("data2vec-audio")
-    features, index = encoder.embed(models.inputs("data2vec-audio")), torch.tensor([1, 5, 20])
-    assert encoder.narrow_last_block()
+    encoder = narrowed(models.make("data2vec-audio"))
+    features, rows = encoder.embed(models.inputs("data2vec-audio")), torch.tensor([1, 5, 20])
     encoder.model.config.layerdrop = 1.0
     encoder.train()
-    expected = encoder.contextualize(features.clone()).flatten(0, 1)[index]
-    assert torch.equal(encoder.contextualize_at(features.clone(), None, index), expected)
+    expected = encoder.contextualize(features).flatten(0, 1)[rows]
+    assert torch.equal(at(encoder, features, rows), expected)
 
 
-def test_a_block_that_is_checkpointed_runs_whole():
-    encoder = models.make("roberta").train()
-    features, index = encoder.embed(models.inputs("roberta")).detach().requires_grad_(), torch.tensor([1, 5, 20])
-    assert encoder.narrow_last_block()
-    encoder.model.gradient_checkpointing_enable()
-    encoder.contextualize_at(features, None, index).sum().backward()
-    assert encoder._rows is None and features.grad is not None
+@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("way", ["checkpoint_wrapper", "gradient_checkpointing"])
+def test_activation_checkpointing_changes_no_bit(name, way):
+    """Blocks are run again in the backward, when nothing of the forward is known but their arguments."""
+    _, (narrow, _) = both(name)
+    again = copy.deepcopy(narrow)
+    if way == "checkpoint_wrapper":
+        for i, block in enumerate(again.student.blocks):
+            again.student.blocks[i] = checkpoint_wrapper(block)
+    else:
+        again.student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    x = models.inputs(name)
+    mask = torch.rand(2, narrow.student.embed(x).shape[1]) < 0.4
+    outputs = []
+    for model in (narrow, again):
+        outputs.append(model(x, mask, x if name in models.TEXTS else None))
+        outputs[-1].loss.backward()
+    assert torch.equal(outputs[0].loss, outputs[1].loss)
+    for (key, p), q in zip(narrow.named_parameters(), again.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), key
+        assert p.grad is None or torch.equal(p.grad, q.grad), key
+
+
+@pytest.mark.parametrize("name", ["roberta", "wavlm"])
+def test_an_encoder_whose_layers_were_read_with_gradients_can_be_copied(name):
+    """Nothing of a forward stays on its modules; `wavlm` has blocks that are read by hooks."""
+    encoder = build_encoder(name, config=models.CONFIGS["wav2vec2" if name == "wavlm" else name])
+    assert (encoder.halves is None) == (name == "wavlm")
+    x = models.inputs("wav2vec2" if name == "wavlm" else name)
+    before = {key: set(vars(module)) for key, module in encoder.named_modules()}
+    placed = encoder.place(encoder.embed(x))
+    _, layers = encoder.transform(placed, layers=2, rows=torch.tensor([1, 5]))
+    assert all(layer.requires_grad for layer in layers)
+    copied = copy.deepcopy(encoder)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in copied.blocks.modules())
+    if name == "roberta":
+        assert {key: set(vars(module)) for key, module in encoder.named_modules()} == before
 
 
 def test_stochastic_depth_is_left_to_whole_samples():
-    encoder = build_encoder("beit", config=models.CONFIGS["beit"] | dict(drop_path_rate=0.5))
-    assert encoder.narrow_last_block()
-    features, index = encoder.embed(models.inputs("beit")), torch.tensor([1, 5, 20])
+    encoder = narrowed(build_encoder("beit", config=models.CONFIGS["beit"] | dict(drop_path_rate=0.5)))
+    features, rows = encoder.embed(models.inputs("beit")), torch.tensor([1, 5, 20])
+    seen = []
+    encoder._ffn(encoder.blocks[-1]).register_forward_hook(lambda m, args, out: seen.append(out.shape[:-1].numel()))
     for training in (True, False):
         encoder.train(training)
         torch.manual_seed(0)
-        expected = encoder.contextualize(features).flatten(0, 1)[index]
+        expected = encoder.contextualize(features).flatten(0, 1)[rows]
         torch.manual_seed(0)
-        torch.testing.assert_close(encoder.contextualize_at(features, None, index), expected)
-        assert (encoder._rows is None) == training
+        torch.testing.assert_close(at(encoder, features, rows), expected)
+        assert seen[-1] == (34 if training else 3)
 
 
-class Mixing(models.Block):
-    """A block whose FFN mixes positions, as that of a Conformer does."""
+FAMILIES = {
+    **{name: (name, models.CONFIGS[name]) for name in models.CONFIGS},
+    **{
+        name: (name, models.CONFIGS["roberta"] | dict(pad_token_id=1))
+        for name in ("xlm-roberta", "camembert", "ernie", "roberta-prelayernorm")
+    },
+    "electra": ("electra", models.CONFIGS["roberta"] | dict(embedding_size=32)),
+    **{name: (name, models.CONFIGS["wav2vec2"]) for name in ("unispeech", "unispeech-sat")},
+    **{
+        f"{name}, stable": (name, models.CONFIGS["wav2vec2"] | dict(do_stable_layer_norm=True))
+        for name in ("wav2vec2", "hubert", "unispeech", "unispeech-sat")
+    },
+    "vit_msn": ("vit_msn", models.CONFIGS["vit"]),
+    "beit, no layer scale": ("beit", models.CONFIGS["beit"] | dict(layer_scale_init_value=0.0)),
+    "beit, stochastic depth": ("beit", models.CONFIGS["beit"] | dict(drop_path_rate=0.3)),
+    "data2vec-vision, own positions": (
+        "data2vec-vision",
+        models.CONFIGS["data2vec-vision"] | dict(use_shared_relative_position_bias=False, use_relative_position_bias=True),
+    ),
+}
 
-    def __init__(self, width):
-        super().__init__(width)
-        self.attention = self.mix
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.Softmax(dim=1), nn.Linear(width, width))
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("training", [False, True])
+def test_halves_are_what_a_block_computes(family, training):
+    """To the bit, dropout included, with weights that no initialisation makes harmless; the FFN by a hook set by hand."""
+    name, config = FAMILIES[family]
+    config = {
+        key: 0.1 if "drop" in key and key not in ("layerdrop", "drop_path_rate") else value for key, value in config.items()
+    }
+    encoder = build_encoder(name, config=config).train(training)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    assert encoder.halves is not None
+    image = name in (*models.IMAGES, "vit_msn")
+    x = torch.randn(2, 17 if image else 12, 32)
+    _, _, arguments = encoder._enter(x[:, 1:] if image else x, None)
+    seen = []
+    for block in encoder.blocks:
+        encoder._ffn(block).register_forward_hook(lambda m, args, out: seen.append(out))
+        torch.manual_seed(0)
+        expected = blocks.first(block(x, **arguments))
+        torch.manual_seed(0)
+        output, ffn = encoder.halves(block, x, **arguments)
+        assert torch.equal(output, expected) and torch.equal(ffn, seen[-1]) and not torch.equal(output, x)
 
 
-def test_a_block_that_would_come_to_another_result_is_refused():
-    model = models.Handwritten()
-    model.blocks[-1] = Mixing(32)
-    encoder = Encoder(model, layers="blocks", ffn="mlp.2")
-    assert not encoder.narrow_last_block()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in encoder.modules())
-    assert not Encoder(models.Handwritten(), layers="blocks").narrow_last_block()  # has nothing called attention
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: transformers.BeitModel(
+            transformers.BeitConfig(**models.CONFIGS["beit"], use_relative_position_bias=True), add_pooling_layer=False
+        ),
+        lambda: transformers.Wav2Vec2Model(
+            transformers.Wav2Vec2Config(**models.CONFIGS["wav2vec2"], do_stable_layer_norm=True, adapter_attn_dim=8)
+        ),
+        lambda: transformers.WavLMModel(transformers.WavLMConfig(**models.CONFIGS["wav2vec2"])),
+        lambda: transformers.RoFormerModel(transformers.RoFormerConfig(**models.CONFIGS["roberta"], pad_token_id=1)),
+    ],
+    ids=["positions of their own", "adapters", "positions handed on", "rotary positions"],
+)
+def test_blocks_with_other_parts_run_as_the_model_runs_them(model):
+    model = model().eval()
+    encoder = wrap(model)
+    assert encoder.halves is None
+    x = models.inputs({"pixel_values": "beit", "input_values": "wav2vec2", "input_ids": "roberta"}[model.main_input_name])
+    with torch.no_grad():
+        states, layers = encoder.transform(encoder.place(encoder.embed(x)), layers=2, source="block_output")
+        whole = model(x).last_hidden_state
+        torch.testing.assert_close(states, whole[:, -states.shape[1] :])
+    assert len(layers) == 2 and layers[0].shape == states.shape

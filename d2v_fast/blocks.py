@@ -1,0 +1,103 @@
+"""One transformer block by its two halves, for the families of transformers whose blocks are known.
+
+Each function computes what the block's own forward does, and returns in addition what a forward keeps to itself: the FFN's
+result before dropout and residual. With `rows`, everything behind the attention runs at these positions alone.
+
+    halves(block, x, rows, **arguments) -> (output, ffn)
+
+x is (B, T, C), `rows` (N,) int64 into the flattened (B, T), `arguments` are the block's own. Both results are (B, T, C), or
+(1, N, C) with `rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+Halves = Callable[..., tuple[Tensor, Tensor]]
+
+
+def first(output: Any) -> Tensor:
+    """A block's result; some return it in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def take(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x (B, T, C) at `rows`, as a batch of one sample."""
+    return x if rows is None else x.flatten(0, 1)[rows].unsqueeze(0)
+
+
+def bert(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
+    """BERT, RoBERTa, Data2VecText and their kin, with the norm after the residual or, in RoBERTa-PreLayerNorm, before."""
+    x = take(block.attention(x, **arguments)[0], rows)
+    ffn = block.output.dense(block.intermediate(x))
+    x = block.output.dropout(ffn) + x
+    return block.output.LayerNorm(x) if hasattr(block.output, "LayerNorm") else x, ffn
+
+
+def _feed_forward(module: nn.Module, x: Tensor) -> Tensor:
+    x = module.intermediate_dropout(module.intermediate_act_fn(module.intermediate_dense(x)))
+    return module.output_dense(x)
+
+
+def wave(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
+    """Wav2Vec2, HuBERT, Data2VecAudio: norms after the residuals."""
+    x = take(x, rows) + block.dropout(take(block.attention(x, **arguments)[0], rows))
+    x = block.layer_norm(x)
+    ffn = _feed_forward(block.feed_forward, x)
+    return block.final_layer_norm(x + block.feed_forward.output_dropout(ffn)), ffn
+
+
+def stable_wave(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
+    """The same with `do_stable_layer_norm`: norms before attention and FFN."""
+    x = take(x, rows) + block.dropout(take(block.attention(block.layer_norm(x), **arguments)[0], rows))
+    ffn = _feed_forward(block.feed_forward, block.final_layer_norm(x))
+    return x + block.feed_forward.output_dropout(ffn), ffn
+
+
+def vit(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
+    """ViT and DeiT."""
+    attended = take(block.attention(block.layernorm_before(x), **arguments)[0], rows)
+    x = block.dropout(attended) + take(x, rows)
+    ffn = block.mlp(block.layernorm_after(x))
+    return block.dropout(ffn) + x, ffn
+
+
+def beit(block: nn.Module, x: Tensor, rows: Tensor | None = None, resolution=None, **arguments) -> tuple[Tensor, Tensor]:
+    """BEiT with its relative positions shared by all blocks; layer scale and stochastic depth included."""
+    attended = take(block.attention(block.layernorm_before(x), **arguments)[0], rows)
+    x = block.drop_path(block.lambda_1 * block.dropout(attended)) + take(x, rows)
+    ffn = block.mlp(block.layernorm_after(x))
+    return block.drop_path(block.lambda_2 * block.dropout(ffn)) + x, ffn
+
+
+def data2vec_vision(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
+    """Data2VecVision, the older form of BEiT in transformers."""
+    attended = take(block.attention(block.layernorm_before(x), **arguments)[0], rows)
+    x = block.drop_path(attended if block.lambda_1 is None else block.lambda_1 * attended) + take(x, rows)
+    ffn = block.output.dense(block.intermediate(block.layernorm_after(x)))
+    fed = block.output.dropout(ffn)
+    return block.drop_path(fed if block.lambda_2 is None else block.lambda_2 * fed) + x, ffn
+
+
+KNOWN: dict[str, Halves] = {
+    **dict.fromkeys(("BertLayer", "RobertaLayer", "Data2VecTextLayer", "XLMRobertaLayer", "CamembertLayer"), bert),
+    **dict.fromkeys(("ElectraLayer", "ErnieLayer", "RobertaPreLayerNormLayer"), bert),
+    **dict.fromkeys(("Wav2Vec2EncoderLayer", "HubertEncoderLayer", "Data2VecAudioEncoderLayer"), wave),
+    **dict.fromkeys(("UniSpeechEncoderLayer", "UniSpeechSatEncoderLayer"), wave),
+    **dict.fromkeys(("Wav2Vec2EncoderLayerStableLayerNorm", "HubertEncoderLayerStableLayerNorm"), stable_wave),
+    **dict.fromkeys(("UniSpeechEncoderLayerStableLayerNorm", "UniSpeechSatEncoderLayerStableLayerNorm"), stable_wave),
+    **dict.fromkeys(("ViTLayer", "DeiTLayer", "ViTMSNLayer"), vit),
+    "BeitLayer": beit,
+    "Data2VecVisionLayer": data2vec_vision,
+}
+
+
+def known(block: nn.Module) -> Halves | None:
+    """The function for this class of block; None if there is none."""
+    extra = ("adapter_layer", "relative_position_bias", "crossattention")  # parts that the functions above leave out
+    if any(getattr(block, name, None) is not None for name in extra):
+        return None
+    return KNOWN.get(type(block).__name__)

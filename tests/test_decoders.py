@@ -1,0 +1,71 @@
+"""The convolutional decoder against plain loops in float64."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from d2v_fast.decoders import ConvDecoder
+
+
+def plain(decoder, x, grid):
+    """Spec 4.5 position by position; x (T, C) float64."""
+    kernel, axes = decoder.kernel, len(grid)
+    cells = list(itertools.product(*map(range, grid)))
+    number = {cell: i for i, cell in enumerate(cells)}
+    for convolution in decoder.convolutions:
+        weight, bias = convolution.weight.detach().numpy(), convolution.bias.detach().numpy()
+        out = np.zeros((len(cells), len(weight)))
+        per_group_in, per_group_out = weight.shape[1], len(weight) // convolution.groups
+        for cell in cells:
+            for channel in range(len(weight)):
+                first = channel // per_group_out * per_group_in
+                total = bias[channel]
+                for offset in itertools.product(range(kernel), repeat=axes):
+                    near = tuple(c + o - kernel // 2 for c, o in zip(cell, offset, strict=True))
+                    if near in number:
+                        total += weight[(channel, slice(None), *offset)] @ x[number[near], first : first + per_group_in]
+                out[number[cell], channel] = total
+        out = (out - out.mean(1, keepdims=True)) / np.sqrt(out.var(1, keepdims=True) + 1e-5)
+        out = np.vectorize(lambda v: v * 0.5 * (1 + math.erf(v / math.sqrt(2))))(out)
+        x = x + out if decoder.residual and out.shape == x.shape else out
+    for i, linear in enumerate(decoder.projection[::2]):
+        if i:
+            x = np.vectorize(lambda v: v * 0.5 * (1 + math.erf(v / math.sqrt(2))))(x)
+        x = x @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
+    return x
+
+
+@pytest.mark.parametrize(
+    "grid, settings",
+    [
+        ((9,), dict(width=8, kernel=3, layers=3, groups=2)),
+        ((9,), dict(width=12, kernel=4, layers=2, groups=4)),  # an even kernel; no residual in the first layer
+        ((6,), dict(width=8, kernel=3, layers=2, groups=1, residual=False, projection_layers=2)),
+        ((3, 4), dict(width=8, kernel=3, layers=2, groups=2)),
+        ((3, 3), dict(width=4, kernel=2, layers=2, groups=4)),
+        ((2, 3, 2), dict(width=8, kernel=3, layers=2, groups=4)),
+    ],
+)
+def test_against_plain_loops(grid, settings):
+    decoder = ConvDecoder(8, len(grid), **settings).double()
+    x = torch.randn(2, math.prod(grid), 8, dtype=torch.float64)
+    found = decoder(x, grid)
+    for row in range(2):
+        np.testing.assert_allclose(found[row].detach().numpy(), plain(decoder, x[row].numpy(), grid), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "attempt, message",
+    [
+        (lambda: ConvDecoder(8, axes=4), "axes: found 4, expected one of 1, 2, 3"),
+        (lambda: ConvDecoder(8, width=12, groups=3), "groups: found 3, expected a divisor of width=12 and hidden_size=8"),
+        (lambda: ConvDecoder(8, groups=2, width=8)(torch.zeros(1, 6, 8), (2, 3)), r"grid: found \(2, 3\) for 6 positions"),
+        (lambda: ConvDecoder(8, 2, groups=2, width=8)(torch.zeros(1, 7, 8), (2, 3)), r"found \(2, 3\) for 7 positions"),
+    ],
+)
+def test_what_does_not_fit_is_named(attempt, message):
+    with pytest.raises(ValueError, match=message):
+        attempt()
