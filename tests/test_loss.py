@@ -135,6 +135,24 @@ def test_low_precision_inputs_are_computed_in_fp32(dtype):
     assert rows.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("target_norm", NORMS[:3])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_any_magnitude_give_the_right_gradient_or_no_finite_loss(norm, target_norm, dtype):
+    predictions, layers, mask, padding = case(padded=True)
+    finite = []
+    for exponent in (-44, -30, -10, -3, 3, 10, 18, 19, 20, 25, 30, 37, 38):
+        given = [(x * 10.0**exponent).to(dtype) for x in layers]
+        found, exact = predictions.float().requires_grad_(), predictions.clone().requires_grad_()
+        settings = dict(norm=norm, target_norm=target_norm, padding_mask=padding)
+        loss = data2vec_loss(found, given, mask, impl="eager", **settings)
+        loss.backward()
+        data2vec_loss(exact, [x.double() for x in given], mask, **settings).backward()
+        assert not loss.isfinite() or relative(found.grad, exact.grad) < 1e-5, exponent
+        finite.append(bool(loss.isfinite()))
+    assert all(finite[:7])  # to 1e18
+
+
 def test_the_sum_is_the_mean_times_the_count():
     predictions, layers, mask, _ = case()
     mean = data2vec_loss(predictions, layers, mask)
