@@ -212,6 +212,27 @@ def test_dropout_and_layerdrop_touch_the_student_only():
     model(**batch("wav2vec2", encoder))  # a dropped layer of the teacher would leave nothing to tap
 
 
+@pytest.mark.parametrize(
+    "setting, named",
+    [
+        (dict(source="ffn_output"), "source: found 'ffn_output', expected one of 'ffn', 'block_output', 'block_input'"),
+        (dict(ema_scope="encoders"), "ema_scope: found 'encoders', expected one of 'all', 'encoder', 'layers'; did you"),
+        (dict(norm="layer_norm"), "norm: found 'layer_norm'"),
+        (dict(target_norm="batch"), "target_norm: found 'batch'"),
+        (dict(scale="max"), "scale: found 'max', expected one of 'auto', 'mean'"),
+        (dict(scale=0), "scale: found 0"),
+        (dict(beta=-1), "beta: found -1"),
+        (dict(impl="cuda"), "impl: found 'cuda'"),
+        (dict(ema_start=2), "start: found 2"),
+        (dict(top_k=9), "top_k: found 9"),
+    ],
+)
+def test_settings_that_nothing_fits_are_named_at_once(setting, named):
+    with pytest.raises(ValueError) as error:
+        Data2Vec(Encoder(Handwritten(), layers="blocks", ffn="mlp.2"), **dict(top_k=2) | setting)
+    assert named in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
 def test_bf16_is_close(name):
     encoder = make(name)

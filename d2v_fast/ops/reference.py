@@ -22,6 +22,9 @@ class Moments(NamedTuple):
     mean: Tensor  # (C,)
     m2: Tensor  # (C,)
 
+    def __repr__(self) -> str:
+        return f"Moments(count={int(self.count)}, channels={len(self.mean)}, std={float(self.std):.4g})"
+
     @property
     def std(self) -> Tensor:
         """Mean over channels of sqrt(unbiased variance + 1e-6), the collapse figure of spec 1.7; 0 below two rows."""
