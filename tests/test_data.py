@@ -16,7 +16,15 @@ from d2v_fast.data import DataError, EpochBatches, find_files, is_local, load_hu
 from d2v_fast.data.audio import AudioData, count_samples, open_audio, read_audio, standardize
 from d2v_fast.data.builtin import SHAPES, WORDS, builtin_images, builtin_speech, builtin_text
 from d2v_fast.data.text import TextData, load_documents
-from d2v_fast.data.vision import ImageData, color_jitter, open_images, random_resized_crop, to_pixels, to_rgb
+from d2v_fast.data.vision import (
+    ImageData,
+    center_crop,
+    color_jitter,
+    open_images,
+    random_resized_crop,
+    to_pixels,
+    to_rgb,
+)
 from d2v_fast.masking import BlockMask, RandomMask, SpanMask, TokenMask
 
 RATE = 16_000
@@ -241,6 +249,22 @@ class TestImages:
         assert 0.71 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.41
         assert np.mean(np.log(aspects)) == pytest.approx(0, abs=0.03)
 
+    @pytest.mark.parametrize("size", [4, 8, 12])
+    def test_crops_are_resized_bicubically(self, size):
+        """Keys 1981 with a = -½, the kernel stretched where the image shrinks, as Pillow documents it."""
+        pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        stretch = max(8 / size, 1)
+        t = abs((np.arange(8) + 0.5) - (np.arange(size)[:, None] + 0.5) * 8 / size) / stretch
+        weights = np.where(t < 1, 1.5 * t**3 - 2.5 * t**2 + 1, np.where(t < 2, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2, 0))
+        weights /= weights.sum(1, keepdims=True)
+        expected = np.einsum("yj,xi,jic->yxc", weights, weights, pixels).clip(0, 255)
+        for resized in (
+            random_resized_crop(Image.fromarray(pixels), size, (1, 1), (1, 1), np.random.default_rng(0)),
+            center_crop(Image.fromarray(pixels), size),
+        ):
+            difference = np.abs(np.asarray(resized) - expected)
+            assert np.median(difference) <= 0.5 and (difference < 3).mean() > 0.95  # Pillow rounds between the two passes
+
     @pytest.mark.parametrize("size", [(300, 1), (1, 300), (1, 1)])
     def test_extreme_shapes(self, size):
         image = Image.new("RGB", size, (9, 8, 7))
@@ -383,7 +407,10 @@ class TestAudio:
                 starts[i].add(row[0])
         assert starts[1] == {0} and len(starts[2]) > 20 and len(starts[3]) > 20
         assert max(starts[3]) > 7000 and min(starts[3]) < 2000
-        assert data.__getitems__([(0, 3)])["source"].shape == (1, 8000)  # max_seconds
+        longest = [data.__getitems__([(epoch, 3)])["source"] for epoch in range(40)]
+        assert {row.shape for row in longest} == {(1, 8000)}  # max_seconds
+        starts = [float(row[0, 0]) * 2**15 for row in longest]
+        assert len(set(starts)) > 30 and min(starts) < 1000 and max(starts) > 7000
 
     def test_recordings_are_normalised_before_the_crop(self, tmp_path):
         wave = np.random.default_rng(0).normal(size=16000) * np.linspace(0.01, 0.2, 16000)

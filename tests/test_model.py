@@ -158,6 +158,21 @@ def test_padding_does_not_change_the_loss():
     assert model(**padded, padding_mask=padding).loss.item() == pytest.approx(model(**data).loss.item(), rel=1e-5)
 
 
+def test_the_teacher_has_padding_of_its_own():
+    """As in text whose teacher sees masked tokens only: what transformers computes with that attention mask."""
+    model = Data2Vec(make("roberta"), top_k=1).eval()
+    data = batch("roberta", model.student)
+    mask, found = data["mask"], []
+    plain = copy.deepcopy(model.teacher.module.model)
+    plain.encoder.layer[-1].output.dense.register_forward_hook(lambda module, args, output: found.append(output))
+    with torch.no_grad():
+        plain(data["target"], attention_mask=mask.long())
+        plain(data["target"])
+    states = model(**data, target_padding_mask=~mask).teacher_states
+    torch.testing.assert_close(states[mask], found[0][mask])
+    assert not torch.allclose(states[mask], found[1][mask])
+
+
 def test_channel_masks_reach_the_student_only():
     encoder = make("data2vec-audio")
     model = Data2Vec(encoder, top_k=2, ema_scope="encoder").eval()
