@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from d2v_fast.data import DataError, EpochBatches, find_files, is_local, load_hub, make_loader
 from d2v_fast.data.audio import AudioData, count_samples, open_audio, read_audio, standardize
@@ -236,7 +236,7 @@ class TestImages:
         y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
         image = Image.fromarray(np.stack([x, y, x], axis=2))  # a pixel says where it is from
         rng = np.random.default_rng(0)
-        areas, aspects = [], []
+        areas, aspects, places = [], [], []
         for _ in range(400):
             crop = np.asarray(random_resized_crop(image, 8, (0.2, 0.6), (3 / 4, 4 / 3), rng), dtype=float)
             assert crop.shape == (8, 8, 3)
@@ -244,10 +244,15 @@ class TestImages:
             wide, high = (crop[4, 5, 0] - crop[4, 2, 0]) * 8 / 3, (crop[5, 4, 1] - crop[2, 4, 1]) * 8 / 3
             areas.append(wide * high / 200**2)
             aspects.append(wide / high)
+            # The left and upper edge, as a share of the room that the crop leaves.
+            left, top = crop[4, 2, 0] + 0.5 - wide * 2.5 / 8, crop[2, 4, 1] + 0.5 - high * 2.5 / 8
+            places.append((left / (200 - wide), top / (200 - high)))
         assert 0.17 < min(areas) < 0.24 and 0.55 < max(areas) < 0.63
         assert np.mean(areas) == pytest.approx(0.4, abs=0.03)
         assert 0.71 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.41
         assert np.mean(np.log(aspects)) == pytest.approx(0, abs=0.03)
+        assert np.mean(places, axis=0) == pytest.approx(0.5, abs=0.05)
+        assert np.std(places, axis=0) == pytest.approx(12**-0.5, abs=0.03)  # uniform
 
     @pytest.mark.parametrize("size", [4, 8, 12])
     def test_crops_are_resized_bicubically(self, size):
@@ -271,6 +276,21 @@ class TestImages:
         crop = random_resized_crop(image, 8, (0.08, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0))
         assert np.array_equal(np.asarray(crop), np.tile(np.uint8([9, 8, 7]), (8, 8, 1)))
 
+    def test_a_crop_that_never_fits_is_the_largest_in_the_middle(self):
+        y, x = np.mgrid[0:9, 0:101].astype(np.uint8)
+        image = Image.fromarray(np.stack([x, y, x], axis=2))
+        for wide in (image, image.transpose(Image.Transpose.TRANSPOSE)):
+            crop = np.asarray(random_resized_crop(wide, 9, (0.9, 1), (3 / 4, 4 / 3), np.random.default_rng(0)), dtype=float)
+            assert crop[4, 4, :2] == pytest.approx([50, 4], abs=1) and np.ptp(crop[..., 0]) == pytest.approx(11, abs=1)
+            assert np.ptp(crop[..., 1]) == 8
+
+    def test_a_probe_sees_the_square_in_the_middle(self):
+        y, x = np.mgrid[0:9, 0:101].astype(np.uint8)
+        image = Image.fromarray(np.stack([x, y, x], axis=2))
+        for wide in (image, image.transpose(Image.Transpose.TRANSPOSE)):
+            crop = np.asarray(center_crop(wide, 9))
+            assert (np.unique(crop[..., 0]) == np.arange(46, 55)).all() and (np.unique(crop[..., 1]) == np.arange(9)).all()
+
     def test_to_pixels(self):
         image = Image.new("RGB", (2, 3), (255, 0, 51))
         image.putpixel((1, 2), (0, 255, 102))
@@ -285,6 +305,18 @@ class TestImages:
         values = [np.asarray(color_jitter(grey, 0.4, rng)).mean() for _ in range(300)]
         assert 59 <= min(values) < 65 and 135 < max(values) <= 140
         assert np.mean(values) == pytest.approx(100, abs=5)
+
+    def test_jitter_comes_in_any_order(self, monkeypatch):
+        orders, order = set(), []
+        for name in ("Brightness", "Contrast", "Color"):
+            enhancer = getattr(ImageEnhance, name)
+            monkeypatch.setattr(ImageEnhance, name, lambda image, e=enhancer, name=name: order.append(name) or e(image))
+        rng = np.random.default_rng(0)
+        for _ in range(60):
+            color_jitter(Image.new("RGB", (2, 2)), 0.4, rng)
+            orders.add(tuple(order))
+            order.clear()
+        assert len(orders) == 6
 
     @pytest.mark.parametrize("flip", [0.0, 1.0])
     def test_whole_image_without_augmentation(self, tmp_path, flip):
