@@ -326,6 +326,24 @@ class TestImages:
         expected = pixels[:, ::-1] if flip else pixels
         assert np.allclose(data.__getitems__([(0, 0)])["source"][0].numpy(), expected.transpose(2, 0, 1) / 255)
 
+    def test_flips_and_jitter_are_used(self, tmp_path):
+        pixels = np.full((16, 16, 3), 100, dtype=np.uint8)
+        pixels[:, :8] = 50
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        whole = dict(crop_scale=(1, 1), crop_ratio=(1, 1), mean=(0,) * 3, std=(1 / 255,) * 3)
+
+        def halves(**how):
+            data = image_data(str(tmp_path), **whole, **how)
+            rows = torch.cat([data.__getitems__([(epoch, 0)])["source"] for epoch in range(200)])
+            return rows[..., 0, 0, 0], rows[..., 0, 0, 15]
+
+        left, right = halves(flip=0.25, jitter=0)
+        assert (left + right).round().eq(150).all() and left.gt(75).float().mean().item() == pytest.approx(0.25, abs=0.08)
+        left, right = halves(flip=0, jitter=0.3)
+        assert left.lt(right).all() and (left + right).std().item() == pytest.approx(
+            150 * 0.3 / 3**0.5, rel=0.15
+        )  # of brightness
+
     def test_every_mode_becomes_rgb(self):
         colours = np.array([[[255, 0, 0], [0, 0, 255]]], dtype=np.uint8)
         palette = Image.fromarray(colours).quantize(4)
@@ -437,6 +455,9 @@ class TestAudio:
             for i, row in zip((1, 2, 3), batch["source"].numpy() * 2**15, strict=True):
                 assert np.array_equal(np.diff(row), np.ones(6999)) and 0 <= row[0] and row[-1] < sizes[i]
                 starts[i].add(row[0])
+        longer = audio_data(str(tmp_path), normalize=False, max_seconds=2, min_seconds=0)
+        places = [float(longer.__getitems__([(epoch, 1), (epoch, 3)])["source"][1, 0]) * 2**15 for epoch in range(40)]
+        assert len(set(places)) > 30 and min(places) < 1000 and max(places) > 8000
         assert starts[1] == {0} and len(starts[2]) > 20 and len(starts[3]) > 20
         assert max(starts[3]) > 7000 and min(starts[3]) < 2000
         longest = [data.__getitems__([(epoch, 3)])["source"] for epoch in range(40)]
@@ -464,6 +485,14 @@ class TestAudio:
             wave = data.__getitems__([(0, i)])["source"][0].numpy()
             assert 8000 <= len(wave) < 8000 + 1010
             assert np.array_equal(np.unique(wave), [(i % 3 + 1) / 8])
+
+    def test_a_clip_is_joined_to_any_other(self, tmp_path):
+        for i in range(8):
+            write_wave(tmp_path / f"{i}.wav", np.full(1000, (i + 1) / 16), subtype="FLOAT")
+        data = audio_data(str(tmp_path), join_seconds=0.125, normalize=False)
+        joined = [data.__getitems__([(epoch, 3)])["source"][0].numpy() for epoch in range(60)]
+        assert all((wave[:1000] == 4 / 16).all() for wave in joined)
+        assert {int(16 * wave[1500]) for wave in joined} == set(range(1, 9))
 
     def test_a_broken_clip_is_not_blamed_on_those_it_is_joined_to(self, waves):
         bad = np.ones(RATE // 4)
@@ -562,6 +591,16 @@ class TestAudio:
         masks = torch.cat([data.__getitems__([(epoch, i) for i in range(10)])["channel_mask"] for epoch in range(20)])
         assert masks.shape == (200, Encoder.hidden_size) and masks.dtype == torch.bool
         assert 0.3 < masks.float().mean() < 0.5  # spans of half the channels, some overlap
+
+    def test_channel_masks_do_not_depend_on_masks_of_frames(self, tmp_path):
+        path = write_wave(
+            tmp_path / "a.wav", np.random.default_rng(0).normal(size=400 + 320 * 11)
+        )  # as many frames as channels
+        data = audio_data(path, SpanMask(0.5, 2), channel_prob=0.5, channel_length=2)
+        batches = [data.__getitems__([(epoch, 0)]) for epoch in range(300)]
+        frames, channels = (torch.cat([b[name] for b in batches]).float() for name in ("mask", "channel_mask"))
+        correlation = torch.corrcoef(torch.stack([frames.flatten(), channels.flatten()]))[0, 1]
+        assert frames.shape == channels.shape and abs(correlation) < 0.1
 
 
 class TestText:

@@ -104,6 +104,12 @@ def test_number_of_spans_is_rounded_at_random():
     assert set(spans) == {3, 4} and (spans == 4).mean() == pytest.approx(0.25, abs=0.03)
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_number_of_spans_follows_the_unpadded_length(overlap):
+    mask = SpanMask(0.2, 1, overlap=overlap)(Draws(0, 0, range(40)), 400, [100, 400] * 20)
+    assert set(mask[::2].sum(1)) == {20} and set(mask[1::2].sum(1)) == {80}
+
+
 def test_at_least_so_many_spans():
     for overlap in (True, False):
         mask = SpanMask(0.01, 1, min_spans=3, overlap=overlap)(Draws(0, 0, BATCH), 100)
