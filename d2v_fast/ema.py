@@ -37,7 +37,7 @@ class EMATeacher(nn.Module):
         copied: Name patterns (`fnmatch`) of parameters that are copied at each step instead of averaged.
 
     Raises:
-        ValueError: A decay outside [0, 1], negative `anneal_steps`, or a pattern in `copied` that names no parameter.
+        ValueError: A decay outside [0, 1], negative `anneal_steps`, `copied` that is no list, or names no parameter.
     """
 
     def __init__(
@@ -50,10 +50,12 @@ class EMATeacher(nn.Module):
     ):
         super().__init__()
         for name, value in (("start", start), ("end", end)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}: found {value}, expected a decay in [0, 1]")
-        if anneal_steps < 0:
-            raise ValueError(f"anneal_steps: found {anneal_steps}, expected at least 0")
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                raise ValueError(f"{name}: found {value!r}, expected a decay in [0, 1]")
+        if not (isinstance(anneal_steps, int | float) and anneal_steps >= 0):
+            raise ValueError(f"anneal_steps: found {anneal_steps!r}, expected a number of at least 0")
+        if isinstance(copied, str):
+            raise ValueError(f"copied: found {copied!r}, expected a list of patterns: [{copied!r}]")
         self.start, self.end, self.anneal_steps = start, end, anneal_steps
         self.step = 0
         names = [name for name, _ in student.named_parameters()]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from d2v_fast.ops import loss_implementation
 from d2v_fast.ops.reference import LossStats
 
-NORMS = ("none", "layer", "instance", "batch", "group")
-TARGET_NORMS = NORMS[:3]
+Norm = Literal["none", "layer", "instance", "batch", "group"]
+TargetNorm = Literal["none", "layer", "instance"]
+Reduction = Literal["mean", "sum"]
+Layout = Literal["BTC", "TBC"]
+Implementation = Literal["auto", "eager", "compile", "native", "triton"]
 
 
 def data2vec_loss(
@@ -20,14 +24,14 @@ def data2vec_loss(
     teacher_layers: Sequence[Tensor],
     mask: Tensor,
     *,
-    norm: Literal["none", "layer", "instance", "batch", "group"] = "layer",
-    target_norm: Literal["none", "layer", "instance"] = "none",
+    norm: Norm = "layer",
+    target_norm: TargetNorm = "none",
     beta: float = 0.0,
     scale: float | None = None,
     padding_mask: Tensor | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
-    layout: Literal["BTC", "TBC"] = "BTC",
-    impl: str = "auto",
+    reduction: Reduction = "mean",
+    layout: Layout = "BTC",
+    impl: Implementation = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Masked regression of the normalised, averaged top-K teacher layers (data2vec section 3.3; spec 1.2, 1.4).
@@ -40,7 +44,7 @@ def data2vec_loss(
             No affine, eps 1e-5, biased variance, at least fp32.
         target_norm: The same for the average.
         beta: 0 = squared error without ½; otherwise smooth-L1 that is quadratic below `beta`, 1e-30 to 1e30.
-        scale: Factor of the summed error; None = 1/√C.
+        scale: Factor of the summed error, above 0; None = 1/√C.
         padding_mask: (B, T) bool, True = padding: left out of the statistics over T and never scored.
         reduction: "mean" over scored positions (C is summed), or "sum".
         layout: Memory layout of the teacher layers.
@@ -49,20 +53,19 @@ def data2vec_loss(
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 predictions); with `return_stats` a pair with `LossStats`.
-        An empty mask gives 0 and zero gradients.
+        An empty mask gives 0 and zero gradients; a layer whose variance overflows gives NaN.
 
     Raises:
         ValueError: A shape, dtype, device or choice does not fit; the message names argument, found and expected.
     """
+    check_settings(norm, target_norm, beta, scale, reduction, layout, impl)
     if isinstance(teacher_layers, Tensor):
         shape = tuple(teacher_layers.shape)
         raise ValueError(f"teacher_layers: found one tensor {shape}, expected a sequence: [x], or x.unbind(0) of a stack")
     if not teacher_layers:
         raise ValueError("teacher_layers: found no tensor, expected at least one")
-    if layout not in ("BTC", "TBC"):
-        raise ValueError(f"layout: found {layout!r}, expected 'BTC' or 'TBC'")
     layers = [x.transpose(0, 1) if layout == "TBC" else x for x in teacher_layers]
-    _check(predictions, layers, mask, norm, target_norm, beta, scale, padding_mask, reduction)
+    _check_tensors(predictions, layers, mask, scale, padding_mask)
     loss, stats = loss_implementation(impl, predictions, layers)(
         predictions,
         layers,
@@ -78,7 +81,30 @@ def data2vec_loss(
     return (loss, stats) if return_stats else loss
 
 
-def _check(predictions, layers, mask, norm, target_norm, beta, scale, padding_mask, reduction) -> None:
+def one_of(name: str, value: Any, choices: Any) -> None:
+    """Raise a ValueError that names the nearest choice unless `value` is one of those of a Literal."""
+    if value not in get_args(choices):
+        from d2v_fast.config import nearest  # here, as it needs more than torch
+
+        hint = nearest(str(value), get_args(choices))
+        raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, get_args(choices)))}{hint}")
+
+
+def check_settings(norm, target_norm, beta, scale, reduction, layout, impl) -> None:
+    """Raise a ValueError for settings of `data2vec_loss` that fit no tensors."""
+    one_of("norm", norm, Norm)
+    one_of("target_norm", target_norm, TargetNorm)
+    one_of("reduction", reduction, Reduction)
+    one_of("layout", layout, Layout)
+    one_of("impl", impl, Implementation)
+    # Both β and 1/β must be numbers of fp32.
+    if not isinstance(beta, int | float) or (beta != 0 and not 1e-30 <= beta <= 1e30):
+        raise ValueError(f"beta: found {beta!r}, expected 0 (squared error) or a number between 1e-30 and 1e30")
+    if scale is not None and not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        raise ValueError(f"scale: found {scale!r}, expected a number above 0, or None for 1/√C")
+
+
+def _check_tensors(predictions, layers, mask, scale, padding_mask) -> None:
     first = layers[0]
     if first.ndim != 3:
         raise ValueError(f"teacher_layers[0]: found shape {tuple(first.shape)}, expected three dimensions")
@@ -112,42 +138,30 @@ def _check(predictions, layers, mask, norm, target_norm, beta, scale, padding_ma
     for name, tensor in (("mask", mask), ("teacher_layers[0]", first), ("padding_mask", padding_mask)):
         if tensor is not None and tensor.device != predictions.device:
             raise ValueError(f"{name}: found on {tensor.device}, expected {predictions.device} like the predictions")
-    for name, value, allowed in (("norm", norm, NORMS), ("target_norm", target_norm, TARGET_NORMS)):
-        if value not in allowed:
-            raise ValueError(f"{name}: found {value!r}, expected one of {allowed}")
     if scale is None and channels == 0:
         raise ValueError("scale: found None for 0 channels, expected a number, as 1/√C has none")
-    if beta != 0 and not 1e-30 <= beta <= 1e30:  # so that β and 1/β are numbers of fp32
-        raise ValueError(f"beta: found {beta}, expected 0 (squared error) or a number between 1e-30 and 1e30")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction: found {reduction!r}, expected 'mean' or 'sum'")
 
 
 class Data2VecLoss(nn.Module):
-    """`data2vec_loss` with its settings kept; see there for arguments, shapes and errors."""
+    """`data2vec_loss` with its settings kept; see there for arguments, shapes and errors. Settings are checked here already."""
 
     def __init__(
         self,
-        norm: str = "layer",
-        target_norm: str = "none",
+        norm: Norm = "layer",
+        target_norm: TargetNorm = "none",
         beta: float = 0.0,
         scale: float | None = None,
-        reduction: str = "mean",
-        layout: str = "BTC",
-        impl: str = "auto",
+        reduction: Reduction = "mean",
+        layout: Layout = "BTC",
+        impl: Implementation = "auto",
         return_stats: bool = False,
     ):
         super().__init__()
         self.settings = dict(
-            norm=norm,
-            target_norm=target_norm,
-            beta=beta,
-            scale=scale,
-            reduction=reduction,
-            layout=layout,
-            impl=impl,
-            return_stats=return_stats,
+            norm=norm, target_norm=target_norm, beta=beta, scale=scale, reduction=reduction, layout=layout, impl=impl
         )
+        check_settings(**self.settings)
+        self.settings["return_stats"] = return_stats
 
     def forward(
         self,

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from d2v_fast.ema import EMATeacher
 from d2v_fast.encoders import Encoder, LayerSource
-from d2v_fast.loss import data2vec_loss
+from d2v_fast.loss import Implementation, Norm, TargetNorm, check_settings, data2vec_loss, one_of
 from d2v_fast.ops.reference import LossStats
+
+EMAScope = Literal["all", "encoder", "layers"]
 
 
 @dataclass
@@ -78,8 +80,8 @@ class Data2Vec(nn.Module):
         *,
         top_k: int = 8,
         source: LayerSource = "ffn",
-        norm: Literal["none", "layer", "instance", "batch", "group"] = "layer",
-        target_norm: Literal["none", "layer", "instance"] = "none",
+        norm: Norm = "layer",
+        target_norm: TargetNorm = "none",
         beta: float = 0.0,
         scale: float | Literal["auto", "mean"] = "auto",
         head_layers: int = 1,
@@ -87,12 +89,16 @@ class Data2Vec(nn.Module):
         ema_start: float = 0.999,
         ema_end: float = 0.9999,
         ema_anneal_steps: int = 30_000,
-        ema_scope: Literal["all", "encoder", "layers"] = "all",
+        ema_scope: EMAScope = "all",
         ema_copied: tuple[str, ...] = (),
         teacher_fp32: bool = False,
-        impl: str = "auto",
+        impl: Implementation = "auto",
     ):
         super().__init__()
+        one_of("source", source, LayerSource)
+        one_of("ema_scope", ema_scope, EMAScope)
+        if isinstance(scale, str):
+            one_of("scale", scale, Literal["auto", "mean"])
         self.student = encoder
         self.teacher = EMATeacher(
             encoder,
@@ -109,6 +115,7 @@ class Data2Vec(nn.Module):
         self.teacher_fp32 = teacher_fp32
         scales = {"auto": encoder.hidden_size**-0.5, "mean": 1 / encoder.hidden_size}
         self.loss_settings = dict(norm=norm, target_norm=target_norm, beta=beta, scale=scales.get(scale, scale), impl=impl)
+        check_settings(**self.loss_settings, reduction="mean", layout="BTC")
 
     def forward(
         self,

@@ -10,7 +10,6 @@
 #include "vec.h"
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <stdexcept>
 #include <type_traits>
@@ -55,7 +54,7 @@ template <class R> Affine row_stats(R row, R next, int64_t n, float *m2 = nullpt
     });
     const float delta = total(d1) / n, squares = std::max(total(d2) - n * delta * delta, 0.0f);
     if (m2) *m2 = squares;
-    return {shift, delta, 1 / std::sqrt(squares / n + EPS)};
+    return {shift, delta, 1 / deviation(squares / n, EPS)};
 }
 
 // As many rows as `count` says, at compile time.
@@ -131,7 +130,7 @@ template <class At> void column_squares(At at, int64_t rows, int64_t n, ColumnAf
 }
 
 void squares_to_weights(float *squares, int64_t n, int64_t rows, int64_t n_layers) {
-    for (int64_t i = 0; i < n; ++i) squares[i] = 1 / (std::sqrt(squares[i] / std::max<int64_t>(rows, 1) + EPS) * n_layers);
+    for (int64_t i = 0; i < n; ++i) squares[i] = 1 / (deviation(squares[i] / std::max<int64_t>(rows, 1), EPS) * n_layers);
 }
 
 // Mean and M2 of the rows seen so far, per column (Welford 1962).
@@ -272,7 +271,7 @@ template <class T, bool STRIDED> class Loss {
             count += C;
         }
         const float shift = mean;
-        return {shift, (float)(mean - shift), (float)(1 / (std::sqrt(m2 / std::max(count, 1.0) + EPS) * K))};
+        return {shift, (float)(mean - shift), (float)(1 / (deviation(m2 / std::max(count, 1.0), EPS) * K))};
     }
 
     void normalize_block(Workspace &w, int64_t count, int64_t n) const {
@@ -401,7 +400,7 @@ template <class T, bool STRIDED> class Loss {
             for (int64_t c = 0; c < n; ++c) {
                 result.shift[c] = mean[c];
                 result.delta[c] = mean[c] - result.shift[c];
-                result.weight[c] = 1 / (std::sqrt(m2[c] / std::max(count, 1.0) + EPS) * K);
+                result.weight[c] = 1 / (deviation(m2[c] / std::max(count, 1.0), EPS) * K);
             }
         }
     }

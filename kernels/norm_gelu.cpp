@@ -2,7 +2,6 @@
 #include "vec.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #ifdef _OPENMP
@@ -67,7 +66,7 @@ void forward(const T *x, const float *weight, const float *bias, T *y, float *st
             const Vec d = select(lanes, v - mean, Vec{});
             squares[u] += d * d;
         });
-        const float scale = 1 / std::sqrt(sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / columns + eps);
+        const float scale = 1 / deviation(sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / columns, eps);
         if (stats) stats[2 * r] = mean, stats[2 * r + 1] = scale;
         each(in, columns, [&](int64_t i, Vec v, Mask, int) D2V_INLINE {
             const Vec u = (v - mean) * scale * widen(&w[i]) + widen(&b[i]);

@@ -1,6 +1,7 @@
 // Sixteen floats at a time, in the vector extension of GCC and Clang: the compiler makes one AVX-512, two AVX2 or four SSE
 // instructions of each line, so that one source serves every build.
 #pragma once
+#include <cmath>
 #include <stdint.h>
 #include <string.h>
 #include <type_traits>
@@ -60,6 +61,9 @@ inline float sum(Vec x) {
     b[0] += b[1];
     return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
 }
+
+// σ; NaN if the variance overflowed, because values divided by infinity would be zeros, wrong and unnoticed.
+template <class F> inline F deviation(F variance, float eps) { return std::isinf(variance) ? NAN : std::sqrt(variance + eps); }
 
 inline Vec widen(const float *x) { Vec y; memcpy(&y, x, sizeof y); return y; }
 

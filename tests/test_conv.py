@@ -197,6 +197,14 @@ def test_the_whole_range_of_gelu():
     torch.testing.assert_close(y[0].double(), expected, rtol=1e-5, atol=2e-7, equal_nan=True)
 
 
+def test_norm_and_gelu_of_any_magnitude_are_right_or_nan():
+    for exponent in (-44, -30, -10, 3, 10, 18, 19, 20, 25, 37):
+        x, weight, bias = torch.randn(5, 64) * 10.0**exponent, torch.rand(64), torch.rand(64)
+        y, _ = native.norm_gelu(x, weight, bias, 1e-5)
+        expected = reference(*(t.double() for t in (x, weight, bias)))
+        assert relative(y, expected) < 1e-6 or (y.isnan().all() and exponent > 18), exponent
+
+
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_every_build_gives_the_same(isa):
     program = (

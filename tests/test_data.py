@@ -10,13 +10,20 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from d2v_fast.data import DataError, EpochBatches, find_files, is_local, load_hub, make_loader
 from d2v_fast.data.audio import AudioData, count_samples, open_audio, read_audio, standardize
 from d2v_fast.data.builtin import SHAPES, WORDS, builtin_images, builtin_speech, builtin_text
 from d2v_fast.data.text import TextData, load_documents
-from d2v_fast.data.vision import ImageData, color_jitter, open_images, random_resized_crop, to_pixels
+from d2v_fast.data.vision import (
+    ImageData,
+    center_crop,
+    color_jitter,
+    open_images,
+    random_resized_crop,
+    to_pixels,
+)
 from d2v_fast.masking import BlockMask, RandomMask, SpanMask, TokenMask
 
 RATE = 16_000
@@ -228,7 +235,7 @@ class TestImages:
         y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
         image = Image.fromarray(np.stack([x, y, x], axis=2))  # a pixel says where it is from
         rng = np.random.default_rng(0)
-        areas, aspects = [], []
+        areas, aspects, places = [], [], []
         for _ in range(400):
             crop = np.asarray(random_resized_crop(image, 8, (0.2, 0.6), (3 / 4, 4 / 3), rng), dtype=float)
             assert crop.shape == (8, 8, 3)
@@ -236,16 +243,52 @@ class TestImages:
             wide, high = (crop[4, 5, 0] - crop[4, 2, 0]) * 8 / 3, (crop[5, 4, 1] - crop[2, 4, 1]) * 8 / 3
             areas.append(wide * high / 200**2)
             aspects.append(wide / high)
+            # The left and upper edge, as a share of the room that the crop leaves.
+            left, top = crop[4, 2, 0] + 0.5 - wide * 2.5 / 8, crop[2, 4, 1] + 0.5 - high * 2.5 / 8
+            places.append((left / (200 - wide), top / (200 - high)))
         assert 0.17 < min(areas) < 0.24 and 0.55 < max(areas) < 0.63
         assert np.mean(areas) == pytest.approx(0.4, abs=0.03)
         assert 0.71 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.41
         assert np.mean(np.log(aspects)) == pytest.approx(0, abs=0.03)
+        assert np.mean(places, axis=0) == pytest.approx(0.5, abs=0.05)
+        assert np.std(places, axis=0) == pytest.approx(12**-0.5, abs=0.03)  # uniform
+
+    @pytest.mark.parametrize("size", [4, 8, 12])
+    def test_crops_are_resized_bicubically(self, size):
+        """Keys 1981 with a = -½, the kernel stretched where the image shrinks, as Pillow documents it."""
+        pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        stretch = max(8 / size, 1)
+        t = abs((np.arange(8) + 0.5) - (np.arange(size)[:, None] + 0.5) * 8 / size) / stretch
+        weights = np.where(t < 1, 1.5 * t**3 - 2.5 * t**2 + 1, np.where(t < 2, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2, 0))
+        weights /= weights.sum(1, keepdims=True)
+        expected = np.einsum("yj,xi,jic->yxc", weights, weights, pixels).clip(0, 255)
+        for resized in (
+            random_resized_crop(Image.fromarray(pixels), size, (1, 1), (1, 1), np.random.default_rng(0)),
+            center_crop(Image.fromarray(pixels), size),
+        ):
+            difference = np.abs(np.asarray(resized) - expected)
+            assert np.median(difference) <= 0.5 and (difference < 3).mean() > 0.95  # Pillow rounds between the two passes
 
     @pytest.mark.parametrize("size", [(300, 1), (1, 300), (1, 1)])
     def test_extreme_shapes(self, size):
         image = Image.new("RGB", size, (9, 8, 7))
         crop = random_resized_crop(image, 8, (0.08, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0))
         assert np.array_equal(np.asarray(crop), np.tile(np.uint8([9, 8, 7]), (8, 8, 1)))
+
+    def test_a_crop_that_never_fits_is_the_largest_in_the_middle(self):
+        y, x = np.mgrid[0:9, 0:101].astype(np.uint8)
+        image = Image.fromarray(np.stack([x, y, x], axis=2))
+        for wide in (image, image.transpose(Image.Transpose.TRANSPOSE)):
+            crop = np.asarray(random_resized_crop(wide, 9, (0.9, 1), (3 / 4, 4 / 3), np.random.default_rng(0)), dtype=float)
+            assert crop[4, 4, :2] == pytest.approx([50, 4], abs=1) and np.ptp(crop[..., 0]) == pytest.approx(11, abs=1)
+            assert np.ptp(crop[..., 1]) == 8
+
+    def test_a_probe_sees_the_square_in_the_middle(self):
+        y, x = np.mgrid[0:9, 0:101].astype(np.uint8)
+        image = Image.fromarray(np.stack([x, y, x], axis=2))
+        for wide in (image, image.transpose(Image.Transpose.TRANSPOSE)):
+            crop = np.asarray(center_crop(wide, 9))
+            assert (np.unique(crop[..., 0]) == np.arange(46, 55)).all() and (np.unique(crop[..., 1]) == np.arange(9)).all()
 
     def test_to_pixels(self):
         image = Image.new("RGB", (2, 3), (255, 0, 51))
@@ -262,6 +305,18 @@ class TestImages:
         assert 59 <= min(values) < 65 and 135 < max(values) <= 140
         assert np.mean(values) == pytest.approx(100, abs=5)
 
+    def test_jitter_comes_in_any_order(self, monkeypatch):
+        orders, order = set(), []
+        for name in ("Brightness", "Contrast", "Color"):
+            enhancer = getattr(ImageEnhance, name)
+            monkeypatch.setattr(ImageEnhance, name, lambda image, e=enhancer, name=name: order.append(name) or e(image))
+        rng = np.random.default_rng(0)
+        for _ in range(60):
+            color_jitter(Image.new("RGB", (2, 2)), 0.4, rng)
+            orders.add(tuple(order))
+            order.clear()
+        assert len(orders) == 6
+
     @pytest.mark.parametrize("flip", [0.0, 1.0])
     def test_whole_image_without_augmentation(self, tmp_path, flip):
         pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
@@ -269,6 +324,24 @@ class TestImages:
         data = image_data(str(tmp_path), crop_scale=(1, 1), crop_ratio=(1, 1), jitter=0, flip=flip, mean=(0,) * 3, std=(1,) * 3)
         expected = pixels[:, ::-1] if flip else pixels
         assert np.allclose(data.__getitems__([(0, 0)])["source"][0].numpy(), expected.transpose(2, 0, 1) / 255)
+
+    def test_flips_and_jitter_are_used(self, tmp_path):
+        pixels = np.full((16, 16, 3), 100, dtype=np.uint8)
+        pixels[:, :8] = 50
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        whole = dict(crop_scale=(1, 1), crop_ratio=(1, 1), mean=(0,) * 3, std=(1 / 255,) * 3)
+
+        def halves(**how):
+            data = image_data(str(tmp_path), **whole, **how)
+            rows = torch.cat([data.__getitems__([(epoch, 0)])["source"] for epoch in range(200)])
+            return rows[..., 0, 0, 0], rows[..., 0, 0, 15]
+
+        left, right = halves(flip=0.25, jitter=0)
+        assert (left + right).round().eq(150).all() and left.gt(75).float().mean().item() == pytest.approx(0.25, abs=0.08)
+        left, right = halves(flip=0, jitter=0.3)
+        assert left.lt(right).all() and (left + right).std().item() == pytest.approx(
+            150 * 0.3 / 3**0.5, rel=0.15
+        )  # of brightness
 
     def test_masks_have_the_grid_of_the_encoder(self, images):
         batch = image_data(images, RandomMask(0.25)).__getitems__([(0, 0), (0, 3)])
@@ -370,9 +443,15 @@ class TestAudio:
             for i, row in zip((1, 2, 3), batch["source"].numpy() * 2**15, strict=True):
                 assert np.array_equal(np.diff(row), np.ones(6999)) and 0 <= row[0] and row[-1] < sizes[i]
                 starts[i].add(row[0])
+        longer = audio_data(str(tmp_path), normalize=False, max_seconds=2, min_seconds=0)
+        places = [float(longer.__getitems__([(epoch, 1), (epoch, 3)])["source"][1, 0]) * 2**15 for epoch in range(40)]
+        assert len(set(places)) > 30 and min(places) < 1000 and max(places) > 8000
         assert starts[1] == {0} and len(starts[2]) > 20 and len(starts[3]) > 20
         assert max(starts[3]) > 7000 and min(starts[3]) < 2000
-        assert data.__getitems__([(0, 3)])["source"].shape == (1, 8000)  # max_seconds
+        longest = [data.__getitems__([(epoch, 3)])["source"] for epoch in range(40)]
+        assert {row.shape for row in longest} == {(1, 8000)}  # max_seconds
+        starts = [float(row[0, 0]) * 2**15 for row in longest]
+        assert len(set(starts)) > 30 and min(starts) < 1000 and max(starts) > 7000
 
     def test_recordings_are_normalised_before_the_crop(self, tmp_path):
         wave = np.random.default_rng(0).normal(size=16000) * np.linspace(0.01, 0.2, 16000)
@@ -394,6 +473,14 @@ class TestAudio:
             wave = data.__getitems__([(0, i)])["source"][0].numpy()
             assert 8000 <= len(wave) < 8000 + 1010
             assert np.array_equal(np.unique(wave), [(i % 3 + 1) / 8])
+
+    def test_a_clip_is_joined_to_any_other(self, tmp_path):
+        for i in range(8):
+            write_wave(tmp_path / f"{i}.wav", np.full(1000, (i + 1) / 16), subtype="FLOAT")
+        data = audio_data(str(tmp_path), join_seconds=0.125, normalize=False)
+        joined = [data.__getitems__([(epoch, 3)])["source"][0].numpy() for epoch in range(60)]
+        assert all((wave[:1000] == 4 / 16).all() for wave in joined)
+        assert {int(16 * wave[1500]) for wave in joined} == set(range(1, 9))
 
     def test_a_broken_clip_is_not_blamed_on_those_it_is_joined_to(self, waves):
         bad = np.ones(RATE // 4)
@@ -492,6 +579,16 @@ class TestAudio:
         masks = torch.cat([data.__getitems__([(epoch, i) for i in range(10)])["channel_mask"] for epoch in range(20)])
         assert masks.shape == (200, Encoder.hidden_size) and masks.dtype == torch.bool
         assert 0.3 < masks.float().mean() < 0.5  # spans of half the channels, some overlap
+
+    def test_channel_masks_do_not_depend_on_masks_of_frames(self, tmp_path):
+        path = write_wave(
+            tmp_path / "a.wav", np.random.default_rng(0).normal(size=400 + 320 * 11)
+        )  # as many frames as channels
+        data = audio_data(path, SpanMask(0.5, 2), channel_prob=0.5, channel_length=2)
+        batches = [data.__getitems__([(epoch, 0)]) for epoch in range(300)]
+        frames, channels = (torch.cat([b[name] for b in batches]).float() for name in ("mask", "channel_mask"))
+        correlation = torch.corrcoef(torch.stack([frames.flatten(), channels.flatten()]))[0, 1]
+        assert frames.shape == channels.shape and abs(correlation) < 0.1
 
 
 class TestText:

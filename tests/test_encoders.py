@@ -24,6 +24,17 @@ def test_split_equals_the_whole_model(name):
     assert torch.equal(ours, theirs[:, theirs.shape[1] - ours.shape[1] :])
 
 
+@pytest.mark.parametrize("name", [*TEXTS, *IMAGES])
+def test_split_drops_what_the_whole_model_drops(name):
+    config = CONFIGS[name] | dict(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)
+    encoder, x = build_encoder(name, config=config).train(), inputs(name)
+    torch.manual_seed(2)
+    ours = encoder(x)
+    torch.manual_seed(2)
+    theirs = encoder.model(x).last_hidden_state
+    assert torch.equal(ours, theirs[:, theirs.shape[1] - ours.shape[1] :])
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_split_equals_the_whole_model_with_padding(name):
     encoder, x = make(name).eval(), inputs(name)

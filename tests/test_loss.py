@@ -135,6 +135,24 @@ def test_low_precision_inputs_are_computed_in_fp32(dtype):
     assert rows.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("target_norm", NORMS[:3])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_any_magnitude_give_the_right_gradient_or_no_finite_loss(norm, target_norm, dtype):
+    predictions, layers, mask, padding = case(padded=True)
+    finite = []
+    for exponent in (-44, -30, -10, -3, 3, 10, 18, 19, 20, 25, 30, 37, 38):
+        given = [(x * 10.0**exponent).to(dtype) for x in layers]
+        found, exact = predictions.float().requires_grad_(), predictions.clone().requires_grad_()
+        settings = dict(norm=norm, target_norm=target_norm, padding_mask=padding)
+        loss = data2vec_loss(found, given, mask, impl="eager", **settings)
+        loss.backward()
+        data2vec_loss(exact, [x.double() for x in given], mask, **settings).backward()
+        assert not loss.isfinite() or relative(found.grad, exact.grad) < 1e-5, exponent
+        finite.append(bool(loss.isfinite()))
+    assert all(finite[:7])  # to 1e18
+
+
 def test_the_sum_is_the_mean_times_the_count():
     predictions, layers, mask, _ = case()
     mean = data2vec_loss(predictions, layers, mask)
@@ -180,6 +198,44 @@ def test_the_module_is_the_function():
     assert "instance" in repr(module)
 
 
+@pytest.mark.parametrize(
+    "setting, named",
+    [
+        (dict(norm="layer_norm"), "norm: found 'layer_norm', expected one of 'none', 'layer', 'instance', 'batch', 'group'"),
+        (dict(norm="layernorm"), "; did you mean layer?"),
+        (dict(target_norm="batch"), "target_norm: found 'batch', expected one of 'none', 'layer', 'instance'"),
+        (dict(norm=None), "norm: found None, expected one of"),
+        (dict(beta=-1.0), "beta: found -1.0"),
+        (dict(beta=float("nan")), "beta: found nan"),
+        (dict(beta=1e-40), "beta: found 1e-40"),
+        (dict(beta=float("inf")), "beta: found inf"),
+        (dict(beta="4"), "beta: found '4', expected 0 (squared error) or a number between 1e-30 and 1e30"),
+        (dict(scale=0), "scale: found 0, expected a number above 0, or None for 1/√C"),
+        (dict(scale=-1.0), "scale: found -1.0"),
+        (dict(scale=float("nan")), "scale: found nan"),
+        (dict(scale=float("inf")), "scale: found inf"),
+        (dict(scale="mean"), "scale: found 'mean'"),
+        (dict(reduction="none"), "reduction: found 'none', expected one of 'mean', 'sum'"),
+        (dict(layout="CTB"), "layout: found 'CTB', expected one of 'BTC', 'TBC'"),
+        (dict(impl="cuda"), "impl: found 'cuda', expected one of 'auto', 'eager', 'compile', 'native', 'triton'"),
+    ],
+)
+def test_settings_that_nothing_fits_are_named_at_once(setting, named):
+    predictions, layers, mask, _ = case()
+    for call in (lambda: Data2VecLoss(**setting), lambda: data2vec_loss(predictions, layers, mask, **setting)):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert named in str(error.value)
+
+
+def test_statistics_print_in_a_line():
+    predictions, layers, mask, _ = case(channels=400)
+    _, stats = data2vec_loss(predictions, layers, mask, return_stats=True)
+    std = float(stats.target.std)
+    assert repr(stats.target) == f"Moments(count={int(mask.sum())}, channels=400, std={std:.4g})"
+    assert repr(stats).startswith("LossStats(target=Moments(") and len(repr(stats)) < 120
+
+
 def test_compiled_equals_eager():
     predictions, layers, mask, _ = case(dtype=torch.float32)
     a, b = predictions.clone().requires_grad_(), predictions.clone().requires_grad_()
@@ -201,16 +257,7 @@ def test_compiled_equals_eager():
         (dict(teacher_layers=[]), "teacher_layers: found no tensor"),
         (dict(teacher_layers=torch.zeros(3, 2, 7, 5)), "teacher_layers: found one tensor (3, 2, 7, 5), expected a sequence"),
         (dict(teacher_layers=[torch.zeros(2, 7, 5), torch.zeros(2, 7, 6)]), "teacher_layers[1]: found shape (2, 7, 6)"),
-        (dict(norm="batchnorm"), "norm: found 'batchnorm'"),
-        (dict(target_norm="batch"), "target_norm: found 'batch'"),
-        (dict(beta=-1.0), "beta: found -1.0"),
-        (dict(beta=float("nan")), "beta: found nan"),
-        (dict(beta=1e-40), "beta: found 1e-40"),
-        (dict(beta=float("inf")), "beta: found inf"),
         (dict(predictions=torch.zeros(2, 7, 0), teacher_layers=[torch.zeros(2, 7, 0)]), "scale: found None for 0 channels"),
-        (dict(reduction="none"), "reduction: found 'none'"),
-        (dict(layout="CTB"), "layout: found 'CTB'"),
-        (dict(impl="magic"), "impl='magic'"),
         (dict(mask=torch.ones(2, 7, dtype=torch.bool, device="meta")), "mask: found on meta"),
     ],
 )

@@ -109,6 +109,18 @@ def test_number_of_spans_is_rounded_at_random():
     assert set(spans) == {3, 4} and (spans == 4).mean() == pytest.approx(0.25, abs=0.03)
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_number_of_spans_follows_the_unpadded_length(overlap):
+    mask = SpanMask(0.2, 1, overlap=overlap)(Draws(0, 0, range(40)), 400, [100, 400] * 20)
+    assert set(mask[::2].sum(1)) == {20} and set(mask[1::2].sum(1)) == {80}
+
+
+def test_at_least_so_many_spans():
+    for overlap in (True, False):
+        mask = SpanMask(0.01, 1, min_spans=3, overlap=overlap)(Draws(0, 0, BATCH), 100)
+        assert set(mask.sum(1)) == {3}
+
+
 @pytest.mark.parametrize(
     "kind, other, low, high, mean", [("uniform", 2, 2, 12, 7), ("normal", 2, 1, 16, 6), ("poisson", 0, 1, 20, 6)]
 )
@@ -183,10 +195,11 @@ def reference_blocks(rng, high, wide, count, min_area, max_area, aspect):
     return mask
 
 
-def test_blocks_are_distributed_as_the_sequential_algorithm():
-    ours = BlockMask(40, 4, 30, 0.3)(Draws(0, 0, range(4000)), (8, 12)).reshape(-1, 8, 12)
+@pytest.mark.parametrize("setting", [(40, 4, 30, 0.3), (40, 4, 6, 0.3), (40, 12, 30, 0.9)])
+def test_blocks_are_distributed_as_the_sequential_algorithm(setting):
+    ours = BlockMask(*setting)(Draws(0, 0, range(4000)), (8, 12)).reshape(-1, 8, 12)
     rng = np.random.default_rng(0)
-    theirs = np.stack([reference_blocks(rng, 8, 12, 40, 4, 30, 0.3) for _ in range(4000)])
+    theirs = np.stack([reference_blocks(rng, 8, 12, *setting) for _ in range(4000)])
     assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 0.05  # where
     assert ours.sum((1, 2)).mean() == pytest.approx(theirs.sum((1, 2)).mean(), abs=0.15)  # how many
     # How clumped: neighbours that are masked together.
@@ -228,6 +241,16 @@ def test_bert_masking_is_80_10_10():
     assert (source[selected & (source != 4)] >= 5).all(), "a random token is never a special one"
     scored = TokenMask(0.15, 1, random_prob=0.1, keep_prob=0.1, keep_special=True)(Draws(0, 0, range(2000)), ids, VOCABULARY)[1]
     assert (scored == (selected & (source == VOCABULARY.mask_id))).all()
+
+
+def test_spans_of_tokens_vary_in_length():
+    found = {}
+    for std in (0.0, 2.0):
+        _, mask = TokenMask(0.02, 8, length_std=std)(Draws(0, 0, range(2000)), tokens(2000, 200), VOCABULARY)
+        # A span that another one meets or the end cuts off is left out.
+        found[std] = np.array([length[0] for row in mask if len(length := runs(row)) == 1 and not row[-30:].any()])
+    assert set(found[0.0]) == {8}
+    assert found[2.0].mean() == pytest.approx(8, abs=0.3) and found[2.0].std() == pytest.approx(2, abs=0.3)
 
 
 def test_random_tokens_by_frequency():

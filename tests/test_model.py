@@ -157,6 +157,21 @@ def test_padding_does_not_change_the_loss():
     assert model(**padded, padding_mask=padding).loss.item() == pytest.approx(model(**data).loss.item(), rel=1e-5)
 
 
+def test_the_teacher_has_padding_of_its_own():
+    """As in text whose teacher sees masked tokens only: what transformers computes with that attention mask."""
+    model = Data2Vec(make("roberta"), top_k=1).eval()
+    data = batch("roberta", model.student)
+    mask, found = data["mask"], []
+    plain = copy.deepcopy(model.teacher.module.model)
+    plain.encoder.layer[-1].output.dense.register_forward_hook(lambda module, args, output: found.append(output))
+    with torch.no_grad():
+        plain(data["target"], attention_mask=mask.long())
+        plain(data["target"])
+    states = model(**data, target_padding_mask=~mask).teacher_states
+    torch.testing.assert_close(states[mask], found[0][mask])
+    assert not torch.allclose(states[mask], found[1][mask])
+
+
 def test_channel_masks_reach_the_student_only():
     encoder = make("data2vec-audio")
     model = Data2Vec(encoder, top_k=2, ema_scope="encoder").eval()
@@ -209,6 +224,27 @@ def test_dropout_and_layerdrop_touch_the_student_only():
     encoder.model.config.layerdrop = 1.0
     model = Data2Vec(encoder, top_k=3, ema_scope="encoder").train()
     model(**batch("wav2vec2", encoder))  # a dropped layer of the teacher would leave nothing to tap
+
+
+@pytest.mark.parametrize(
+    "setting, named",
+    [
+        (dict(source="ffn_output"), "source: found 'ffn_output', expected one of 'ffn', 'block_output', 'block_input'"),
+        (dict(ema_scope="encoders"), "ema_scope: found 'encoders', expected one of 'all', 'encoder', 'layers'; did you"),
+        (dict(norm="layer_norm"), "norm: found 'layer_norm'"),
+        (dict(target_norm="batch"), "target_norm: found 'batch'"),
+        (dict(scale="max"), "scale: found 'max', expected one of 'auto', 'mean'"),
+        (dict(scale=0), "scale: found 0"),
+        (dict(beta=-1), "beta: found -1"),
+        (dict(impl="cuda"), "impl: found 'cuda'"),
+        (dict(ema_start=2), "start: found 2"),
+        (dict(top_k=9), "top_k: found 9"),
+    ],
+)
+def test_settings_that_nothing_fits_are_named_at_once(setting, named):
+    with pytest.raises(ValueError) as error:
+        Data2Vec(Encoder(Handwritten(), layers="blocks", ffn="mlp.2"), **dict(top_k=2) | setting)
+    assert named in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])

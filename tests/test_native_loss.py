@@ -98,6 +98,7 @@ EDGES = [
     *(Case(norm, location=300.0, length=90, padded=True, batch=3) for norm in NORMS),
     *(Case(norm, location_z=300.0, channels=20, length=200) for norm in ("layer", "instance")),
 ]
+RANGE = (1e-30, 1e-10, 1e-3, 1e3, 1e10, 1e17, 1e18, 1e19, 1e20, 1e25, 1e37)
 
 
 @pytest.mark.parametrize("norm, target_norm", list(product(NORMS, TARGET_NORMS)))
@@ -112,6 +113,25 @@ def test_every_setting_at_a_small_shape(norm, target_norm):
 @pytest.mark.parametrize("case", [*PAIRS, *EDGES], ids=str)
 def test_against_float64(case):
     assert gate(case, "native") == []
+
+
+@pytest.mark.parametrize("dtype, magnitudes", [(FP32, RANGE), (BF16, RANGE), (FP16, (1e-7, 1e-3, 1e3))])
+def test_at_every_magnitude(dtype, magnitudes):
+    wrong = {}
+    for norm, target_norm, magnitude in product(NORMS, TARGET_NORMS, magnitudes):
+        case = Case(norm, target_norm, dtype=dtype, length=24, magnitude=magnitude)
+        wrong[str(case)] = gate(case, "native")
+    assert {case: found for case, found in wrong.items() if found} == {}
+
+
+@pytest.mark.parametrize("dtype_z", [FP32, BF16])
+def test_at_every_magnitude_of_the_predictions(dtype_z):
+    cases = [Case(dtype_z=dtype_z, magnitude_z=magnitude) for magnitude in RANGE]
+    assert [gate(case, "native") for case in cases] == [[]] * len(cases)
+    for beta, case in product((1e-30, 1.0, 1e30), cases):  # here the loss is finite where the moments are not
+        found, exact = outcome(case._replace(beta=beta), "native"), outcome(case._replace(beta=beta), "eager", exact=True)
+        assert relative(found["gradient"], exact["gradient"]) < (1e-5 if dtype_z == FP32 else 2**-7), (beta, case)
+        assert relative(found["loss"], exact["loss"]) < 1e-5 or not found["loss"].isfinite(), (beta, case)
 
 
 @pytest.mark.slow

@@ -163,6 +163,20 @@ def test_parameter_groups():
         make_optimizer(model, OptimizerConfig(lr_scale={"nothing": 2.0}))
 
 
+def test_the_optimizer_is_adamw_with_its_settings():
+    """Three steps against the formula of Loshchilov and Hutter 2019, algorithm 2, in float64."""
+    model = torch.nn.Linear(5, 4, bias=False).double()
+    settings = OptimizerConfig(lr=0.02, betas=(0.6, 0.7), eps=1e-2, weight_decay=0.3)
+    optimizer = make_optimizer(model, settings)
+    w, m, v = model.weight.detach().clone(), 0, 0
+    for step in range(1, 4):
+        g = model.weight.grad = torch.randn(4, 5, dtype=torch.float64)
+        optimizer.step()
+        m, v = 0.6 * m + 0.4 * g, 0.7 * v + 0.3 * g**2
+        w = w - 0.02 * (m / (1 - 0.6**step) / ((v / (1 - 0.7**step)).sqrt() + 1e-2) + 0.3 * w)
+    assert torch.allclose(model.weight, w, rtol=1e-12)
+
+
 def test_broken_samples_are_named_once_and_limited(caplog):
     broken = BrokenSamples(total=200, limit=0.01)
     broken.note([(3, "a.jpg: truncated"), (4, "b.jpg: empty")])

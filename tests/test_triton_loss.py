@@ -74,6 +74,10 @@ CASES = [
     *(Case(norm, location_z=300.0, channels=20) for norm in ("layer", "instance")),
     Case("instance", length=1030, channels=8, k=1, padded=True),
     Case("group", "instance", padded=True),
+    # Squares that vanish beside epsilon, and that overflow.
+    *(Case(norm, channels=24, magnitude=magnitude) for norm in NORMS for magnitude in (1e-30, 1e17, 1e19, 1e25, 1e37)),
+    *(Case("none", target_norm, channels=24, magnitude=1e25) for target_norm in NORMS[1:3]),
+    *(Case(beta=beta, channels=24, magnitude_z=magnitude) for beta in (0.0, 1.0) for magnitude in (1e-30, 1e18)),
 ]
 
 

@@ -25,7 +25,6 @@ from d2v_fast.ops.reference import LossStats, Moments
 
 logger = logging.getLogger(__name__)
 
-LOSS_IMPLEMENTATIONS = ("eager", "compile", "native", "triton")
 KERNELS = {"native": "d2v_fast.ops.native", "triton": "d2v_fast.ops.triton_loss"}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -148,15 +147,13 @@ def choose(impl: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[torch
     """The implementation that `impl` stands for; "auto" is the best that works on such tensors.
 
     Raises:
-        ValueError: `impl` is not one of the implementations, or cannot run on such tensors.
+        ValueError: `impl` cannot run on such tensors.
     """
     if impl == "auto":
         kernel = "triton" if device == "cuda" else "native"
         why = obstacle(kernel, device, dtype, layer_dtypes)
         _log_choice("eager" if why else kernel, device, f" ({kernel}: {why})" if why else "")
         return "eager" if why else kernel
-    if impl not in LOSS_IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r}: expected 'auto' or one of {sorted(LOSS_IMPLEMENTATIONS)}")
     why = impl in KERNELS and obstacle(impl, device, dtype, layer_dtypes)
     if why:
         raise ValueError(f"impl={impl!r} cannot run: {why}; impl='auto' falls back to 'eager'")

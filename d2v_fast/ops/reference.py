@@ -22,6 +22,9 @@ class Moments(NamedTuple):
     mean: Tensor  # (C,)
     m2: Tensor  # (C,)
 
+    def __repr__(self) -> str:
+        return f"Moments(count={int(self.count)}, channels={len(self.mean)}, std={float(self.std):.4g})"
+
     @property
     def std(self) -> Tensor:
         """Mean over channels of sqrt(unbiased variance + 1e-6), the collapse figure of spec 1.7; 0 below two rows."""
@@ -44,6 +47,11 @@ class LossStats(NamedTuple):
     prediction: Moments
 
 
+def inverse_std(variance: Tensor) -> Tensor:
+    """1/σ; NaN where the variance overflowed, because a factor of 0 would give targets of 0, wrong and unnoticed."""
+    return (variance.masked_fill(variance.isinf(), torch.nan) + EPS).rsqrt()
+
+
 def normalize(x: Tensor, kind: str, padding_mask: Tensor | None = None) -> Tensor:
     """Normalise x (B, T, C) without affine, biased variance, over the dimensions that `kind` names; padding is left out."""
     if kind == "none":
@@ -56,7 +64,7 @@ def normalize(x: Tensor, kind: str, padding_mask: Tensor | None = None) -> Tenso
         count = (~padding).expand_as(x).sum(dims, keepdim=True).clamp(min=1)
         mean = x.masked_fill(padding, 0).sum(dims, keepdim=True) / count
         variance = ((x - mean) ** 2).masked_fill(padding, 0).sum(dims, keepdim=True) / count
-    return (x - mean) * (variance + EPS).rsqrt()
+    return (x - mean) * inverse_std(variance)
 
 
 def make_targets(

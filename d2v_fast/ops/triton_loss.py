@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2v_fast.ops.reference import EPS
+from d2v_fast.ops.reference import EPS, inverse_std
 
 try:
     import triton
@@ -81,6 +81,12 @@ def _merge(count, mean, m2):
 
 
 @_jit
+def _inverse_std(variance):
+    """As in `reference.py`: NaN where the variance overflowed."""
+    return tl.where(variance == float("inf"), float("nan"), tl.rsqrt(variance + _EPS))
+
+
+@_jit
 def _layer_norm(parts, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """Rows in chunks of BLOCK_C channels, zero beyond C, normalised in two passes over registers."""
     total = parts[0]
@@ -93,7 +99,7 @@ def _layer_norm(parts, C: tl.constexpr, BLOCK_C: tl.constexpr):
         inside = i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :] < C
         centred += (tl.where(inside, parts[i] - mean, 0.0),)
         square += centred[i] * centred[i]
-    rstd = tl.rsqrt(tl.sum(square, 1, keep_dims=True) / C + _EPS)
+    rstd = _inverse_std(tl.sum(square, 1, keep_dims=True) / C)
     out = ()
     for i in tl.static_range(len(parts)):
         out += (centred[i] * rstd,)
@@ -240,7 +246,7 @@ def _loss_instance_kernel(
         x = tl.load(_select(x_ptrs, k, K) + offset, mask=present & (c < C), other=0).to(tl.float32)
         mean = tl.sum(x, 0, keep_dims=True) / n_present
         off = tl.where(present, x - mean, 0.0)
-        y += off * tl.rsqrt(tl.sum(off * off, 0, keep_dims=True) / n_present + _EPS)
+        y += off * _inverse_std(tl.sum(off * off, 0, keep_dims=True) / n_present)
     # The mean over T is 0 but for the rounding of each `mean`, which under a large mean is the largest error.
     y = (y - tl.sum(y, 0, keep_dims=True) / n_present) / K
 
@@ -412,7 +418,7 @@ def _channel_statistics(layers: list[Tensor], padding_mask: Tensor | None, norm:
         pooled = (count * mean).sum(dim, keepdim=True) / total
         m2 = (m2 + count * (mean - pooled) ** 2).sum(dim, keepdim=True)
         mean = pooled
-    rstd = (m2 / total.clamp(min=1) + EPS).rsqrt()
+    rstd = inverse_std(m2 / total.clamp(min=1))
     shape = (len(layers), batch, channels)
     return mean.expand(shape).contiguous(), rstd.expand(shape).contiguous()
 
