@@ -569,7 +569,7 @@ def _parser(modality: str, kind: str) -> ArgumentParser:
     parser.add_argument("--modality", type=Literal["text", "vision", "audio"], default=modality, help="What is learned from.")
     for name, cls in SECTIONS.items():
         parser.add_class_arguments(cls, name)
-    parser.add_class_arguments(data_class(modality), "data", skip={"mask", "seed"})
+    parser.add_class_arguments(data_class(modality), "data", skip={"mask", "seed", "max_broken"})
     parser.add_argument("--mask.kind", type=Literal[MASK_KINDS[modality]], default=kind, help="How positions are chosen.")
     parser.add_class_arguments(MASKS[kind], "mask")
     return parser

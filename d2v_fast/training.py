@@ -55,6 +55,8 @@ def make_data(config: Config) -> PretrainingData:
     data, trained = dict(config.data), Path(config.train.output or "", TOKENIZER)
     if config.resume and data.get("tokenizer") == "train" and trained.exists():
         data["tokenizer"] = str(trained)
+    if config.modality == "text":
+        data["max_broken"] = config.train.max_broken
     return data_class(config.modality)(mask=config.mask, seed=config.train.seed, **data)
 
 
