@@ -482,6 +482,53 @@ def _make_way(settings: dict[str, Any], later: dict[str, Any]) -> None:
     elif later.get("encoder.model"):
         encoder.pop("pretrained", None)
         _keep_what_fits(encoder, later["encoder.model"])
+    if later.get("encoder.pretrained"):
+        _fit_data(settings, later)
+
+
+def _fit_data(settings: dict[str, Any], later: dict[str, Any]) -> None:
+    """Replace what `settings` say of the data by what the pretrained encoder of `later` was trained with, where that is known.
+
+    What `later` itself says of the data stays.
+    """
+    name = os.path.expanduser(later["encoder.pretrained"])
+    modality = later.get("modality", settings.get("modality"))
+    keys = {"text": ("tokenizer",), "vision": ("image_size", "mean", "std"), "audio": ("sample_rate", "normalize")}
+    wanted = {key for key in keys.get(modality, ()) if f"data.{key}" not in later}
+    if not wanted:
+        return
+    known = {"tokenizer": name} if modality == "text" else _preprocessing(name, modality)
+    known = {key: value for key, value in known.items() if key in wanted}
+    before = settings.setdefault("data", {})
+    changed = {key: value for key, value in known.items() if before.get(key) != value}
+    if changed:
+        words = " ".join(f"data.{key}={value}" for key, value in changed.items())
+        print(f"encoder.pretrained={name}: takes {words} from it", file=sys.stderr)
+    before.update(known)
+
+
+def _preprocessing(name: str, modality: str) -> dict[str, Any]:
+    """How images or speech were prepared for a pretrained encoder, as settings of `data`; without what its files do not say."""
+    from transformers import AutoConfig, FeatureExtractionMixin, ImageProcessingMixin
+
+    reads = {
+        "vision": ImageProcessingMixin.get_image_processor_dict,
+        "audio": FeatureExtractionMixin.get_feature_extractor_dict,
+    }
+    try:
+        said, _ = reads[modality](name)
+    except OSError:
+        said = {}
+    if modality == "audio":
+        found = {"sample_rate": said.get("sampling_rate"), "normalize": said.get("do_normalize")}
+    else:
+        scaled = said.get("do_normalize", True)
+        found = {"mean": said.get("image_mean") if scaled else [0.0] * 3, "std": said.get("image_std") if scaled else [1.0] * 3}
+        try:
+            found["image_size"] = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "image_size", None)
+        except (OSError, ValueError):
+            pass  # whoever loads the model says what is wrong with it
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _keep_what_fits(encoder: dict[str, Any], model: str) -> None:
