@@ -492,25 +492,32 @@ def _fit_data(settings: dict[str, Any], later: dict[str, Any]) -> None:
     What `later` itself says of the data stays.
     """
     name = os.path.expanduser(later["encoder.pretrained"])
-    modality = later.get("modality", settings.get("modality"))
     keys = {"text": ("tokenizer",), "vision": ("image_size", "mean", "std"), "audio": ("sample_rate", "normalize")}
-    wanted = {key for key in keys.get(modality, ()) if f"data.{key}" not in later}
-    if not wanted:
-        return
-    known = {"tokenizer": name} if modality == "text" else _preprocessing(name, modality)
-    known = {key: value for key, value in known.items() if key in wanted}
-    before = settings.setdefault("data", {})
-    changed = {key: value for key, value in known.items() if before.get(key) != value}
+    modality = later.get("modality", settings.get("modality"))
+    wanted = [key for key in keys.get(modality, ()) if f"data.{key}" not in later]
+    known = _preprocessing(name, modality) if wanted else {}
+    data = settings.setdefault("data", {})
+    changed = {key: known[key] for key in wanted if key in known and known[key] != data.get(key)}
     if changed:
         words = " ".join(f"data.{key}={value}" for key, value in changed.items())
-        print(f"encoder.pretrained={name}: takes {words} from it", file=sys.stderr)
-    before.update(known)
+        print(f"encoder.pretrained={name}: {words}, as it was trained", file=sys.stderr)
+    data.update(changed)
 
 
 def _preprocessing(name: str, modality: str) -> dict[str, Any]:
-    """How images or speech were prepared for a pretrained encoder, as settings of `data`; without what its files do not say."""
+    """How inputs were prepared for a pretrained encoder, as settings of `data`; without what its files do not say."""
     from transformers import AutoConfig, FeatureExtractionMixin, ImageProcessingMixin
 
+    if modality == "text":
+        from d2v_fast.data import DataError
+        from d2v_fast.data.text import load_tokenizer
+
+        try:
+            load_tokenizer(name)
+        except DataError as error:
+            print(f"encoder.pretrained={name}: brings no tokenizer that could be used: {error}", file=sys.stderr)
+            return {}
+        return {"tokenizer": name}
     reads = {
         "vision": ImageProcessingMixin.get_image_processor_dict,
         "audio": FeatureExtractionMixin.get_feature_extractor_dict,
@@ -525,9 +532,10 @@ def _preprocessing(name: str, modality: str) -> dict[str, Any]:
         scaled = said.get("do_normalize", True)
         found = {"mean": said.get("image_mean") if scaled else [0.0] * 3, "std": said.get("image_std") if scaled else [1.0] * 3}
         try:
-            found["image_size"] = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "image_size", None)
-        except (OSError, ValueError):
-            pass  # whoever loads the model says what is wrong with it
+            size = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "image_size", None)
+        except (OSError, ValueError):  # whoever loads the model says what is wrong with it
+            size = None
+        found["image_size"] = size if isinstance(size, int) else None
     return {key: value for key, value in found.items() if value is not None}
 
 
