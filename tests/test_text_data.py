@@ -264,8 +264,8 @@ class TestLoadedTokenizer:
         plain = text_data(tmp_path / "a.txt", tokenizer=saved())
 
         def use(tokenizer):
-            tokenizer(sentences(3), truncation=True, max_length=5, padding="max_length")
-            assert tokenizer.backend_tokenizer.truncation and tokenizer.backend_tokenizer.padding
+            tokenizer.backend_tokenizer.enable_truncation(5)
+            tokenizer.backend_tokenizer.enable_padding(length=64)
 
         used = text_data(tmp_path / "a.txt", tokenizer=saved(use))
         assert used.tokenizer.backend_tokenizer.truncation["max_length"] == 5
