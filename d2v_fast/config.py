@@ -515,7 +515,8 @@ def _preprocessing(name: str, modality: str) -> dict[str, Any]:
         try:
             load_tokenizer(name)
         except DataError as error:
-            print(f"encoder.pretrained={name}: brings no tokenizer that could be used: {error}", file=sys.stderr)
+            reason = str(error).partition(": ")[2].partition(";")[0]
+            print(f"encoder.pretrained={name}: brings no tokenizer that can be used: {reason}", file=sys.stderr)
             return {}
         return {"tokenizer": name}
     reads = {
