@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import lzma
+import os
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from d2v_fast.checkpoint import CheckpointError
 from d2v_fast.config import parse
 from d2v_fast.data import DataError, documents
 from d2v_fast.data.documents import load_documents
-from d2v_fast.data.text import TextData, limit_length, load_tokenizer, train_tokenizer
+from d2v_fast.data.text import TextData, load_tokenizer, train_tokenizer
+from d2v_fast.export import Exported
 from d2v_fast.masking import TokenMask
 from d2v_fast.training import Trainer, make_data, make_encoder
 from tests.test_cli import TEXT
@@ -312,11 +314,26 @@ def test_the_exported_tokenizer_knows_the_positions_of_the_encoder(tmp_path, own
     config, _ = parse(["--config", "text/tiny", "encoder.config.max_position_embeddings=40"])
     encoder = make_encoder(config, {"vocab_size": 300, "pad_token_id": 1})
     tokenizer = train_tokenizer(iter(sentences()), 300, own)
-    limit_length(tokenizer, encoder).save_pretrained(tmp_path)
+    Exported(encoder, tokenizer).processor.save_pretrained(tmp_path)
     again = load_tokenizer(str(tmp_path))
     assert again.model_max_length == expected
     assert len(again("alpha " * 100, truncation=True)["input_ids"]) == expected
     encoder(again("alpha " * 100, truncation=True, return_tensors="pt")["input_ids"])
+    assert text_data("builtin", tokenizer=str(tmp_path)).processor(encoder).model_max_length == expected
+
+
+@pytest.mark.parametrize("ending", ["txt", "parquet"])
+def test_file_names_that_are_not_utf_8(tmp_path, ending):
+    import datasets
+
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9." + ending.encode())
+    if ending == "txt":
+        with open(name, "w") as file:
+            file.write("a\nb\n")
+    else:
+        datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(str(tmp_path / "ascii"))
+        os.rename(tmp_path / "ascii", name)
+    assert texts(name) == texts(tmp_path) == ["a", "b"]
 
 
 @pytest.mark.usefixtures("here")

@@ -267,7 +267,8 @@ def _arrow_types(schema: Any) -> dict[str, str]:
 def _parquet_types(file: str) -> dict[str, str]:
     import pyarrow.parquet
 
-    return _arrow_types(pyarrow.parquet.read_schema(file))
+    with open(file, "rb") as raw:  # pyarrow takes no name that is not UTF-8
+        return _arrow_types(pyarrow.parquet.read_schema(raw))
 
 
 def _parquet_texts(file: str, column: str) -> Iterator[str | None]:
@@ -276,8 +277,8 @@ def _parquet_texts(file: str, column: str) -> Iterator[str | None]:
     found = _parquet_types(file)
     if found.get(column) != TEXT:
         raise ValueError(f"no text {column!r}, found {', '.join(f'{name} ({kind})' for name, kind in found.items())}")
-    with pyarrow.parquet.ParquetFile(file) as table:
-        for rows in table.iter_batches(1000, columns=[column]):
+    with open(file, "rb") as raw:
+        for rows in pyarrow.parquet.ParquetFile(raw).iter_batches(1000, columns=[column]):
             yield from rows[column].to_pylist()
 
 
