@@ -516,7 +516,7 @@ def _preprocessing(name: str, modality: str) -> dict[str, Any]:
             load_tokenizer(name)
         except DataError as error:
             reason = str(error).partition(": ")[2].partition(";")[0]
-            print(f"encoder.pretrained={name}: brings no tokenizer that can be used: {reason}", file=sys.stderr)
+            print(f"encoder.pretrained={name}: has no usable tokenizer: {reason}", file=sys.stderr)
             return {}
         return {"tokenizer": name}
     reads = {

@@ -1,7 +1,7 @@
 """Documents: the texts in files or in a Hugging Face set.
 
-Files are read here and not by `datasets`, which gives all shards the columns of the first, takes "NA" for a missing value and
-the texts of a column of numbers or dates for numbers or dates.
+Files are read here and not by `datasets`, which gives all shards the columns of the first, reads "NA" as a missing value and
+turns texts that look like numbers or dates into numbers or dates.
 """
 
 from __future__ import annotations
@@ -124,14 +124,14 @@ def _from_files(path: str, column: str | None, max_broken: float) -> Documents:
             raise
         except Exception as error:  # each library has errors of its own
             broken[file] = f"data.path={file}: cannot be read: {first_line(error)}"
-    if broken and (len(broken) > max_broken * len(files) or len(broken) == len(files)):
-        first = "\n  ".join(list(broken.values())[:5])
-        raise DataError(
-            first
-            if len(files) == 1
-            else f"{len(broken)} of {len(files)} files cannot be read, more than train.max_broken={max_broken}:\n  {first}"
-        )
-    for message in broken.values():
+    messages = list(broken.values())
+    if len(files) == len(messages) == 1:
+        raise DataError(messages[0])
+    if len(messages) > max_broken * len(files) or len(messages) == len(files):
+        first = "\n  ".join(messages[:5])
+        share = f"{len(messages)} of {len(files)} files cannot be read"
+        raise DataError(f"{share}, more than train.max_broken={max_broken}:\n  {first}")
+    for message in messages:
         log.warning("left out: %s", message)
     return Documents([file for file in files if file not in broken], lambda file: texts(file, wanted))
 
