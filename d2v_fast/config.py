@@ -482,6 +482,62 @@ def _make_way(settings: dict[str, Any], later: dict[str, Any]) -> None:
     elif later.get("encoder.model"):
         encoder.pop("pretrained", None)
         _keep_what_fits(encoder, later["encoder.model"])
+    if later.get("encoder.pretrained"):
+        _fit_data(settings, later)
+
+
+def _fit_data(settings: dict[str, Any], later: dict[str, Any]) -> None:
+    """Replace what `settings` say of the data by what the pretrained encoder of `later` was trained with, where that is known.
+
+    What `later` itself says of the data stays.
+    """
+    name = os.path.expanduser(later["encoder.pretrained"])
+    keys = {"text": ("tokenizer",), "vision": ("image_size", "mean", "std"), "audio": ("sample_rate", "normalize")}
+    modality = later.get("modality", settings.get("modality"))
+    wanted = [key for key in keys.get(modality, ()) if f"data.{key}" not in later]
+    known = _preprocessing(name, modality) if wanted else {}
+    data = settings.setdefault("data", {})
+    changed = {key: known[key] for key in wanted if key in known and known[key] != data.get(key)}
+    if changed:
+        words = " ".join(f"data.{key}={value}" for key, value in changed.items())
+        print(f"encoder.pretrained={name}: {words}, as it was trained", file=sys.stderr)
+    data.update(changed)
+
+
+def _preprocessing(name: str, modality: str) -> dict[str, Any]:
+    """How inputs were prepared for a pretrained encoder, as settings of `data`; without what its files do not say."""
+    from transformers import AutoConfig, FeatureExtractionMixin, ImageProcessingMixin
+
+    if modality == "text":
+        from d2v_fast.data import DataError
+        from d2v_fast.data.text import load_tokenizer
+
+        try:
+            load_tokenizer(name)
+        except DataError as error:
+            reason = str(error).partition(": ")[2].partition(";")[0]
+            print(f"encoder.pretrained={name}: has no usable tokenizer: {reason}", file=sys.stderr)
+            return {}
+        return {"tokenizer": name}
+    reads = {
+        "vision": ImageProcessingMixin.get_image_processor_dict,
+        "audio": FeatureExtractionMixin.get_feature_extractor_dict,
+    }
+    try:
+        said, _ = reads[modality](name)
+    except OSError:
+        said = {}
+    if modality == "audio":
+        found = {"sample_rate": said.get("sampling_rate"), "normalize": said.get("do_normalize")}
+    else:
+        scaled = said.get("do_normalize", True)
+        found = {"mean": said.get("image_mean") if scaled else [0.0] * 3, "std": said.get("image_std") if scaled else [1.0] * 3}
+        try:
+            size = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "image_size", None)
+        except (OSError, ValueError):  # whoever loads the model says what is wrong with it
+            size = None
+        found["image_size"] = size if isinstance(size, int) else None
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _keep_what_fits(encoder: dict[str, Any], model: str) -> None:
@@ -569,7 +625,7 @@ def _parser(modality: str, kind: str) -> ArgumentParser:
     parser.add_argument("--modality", type=Literal["text", "vision", "audio"], default=modality, help="What is learned from.")
     for name, cls in SECTIONS.items():
         parser.add_class_arguments(cls, name)
-    parser.add_class_arguments(data_class(modality), "data", skip={"mask", "seed"})
+    parser.add_class_arguments(data_class(modality), "data", skip={"mask", "seed", "max_broken"})
     parser.add_argument("--mask.kind", type=Literal[MASK_KINDS[modality]], default=kind, help="How positions are chosen.")
     parser.add_class_arguments(MASKS[kind], "mask")
     return parser

@@ -19,6 +19,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import logging
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +32,8 @@ from torch import Tensor, nn
 
 from d2v_fast import blocks
 from d2v_fast.data import first_line
+
+log = logging.getLogger(__name__)
 
 LayerSource = Literal["ffn", "block_output", "block_input"]
 
@@ -602,6 +606,7 @@ def build_encoder(
         ValueError: No such model type, config field or class.
     """
     config = dict(config or {})
+    pretrained = pretrained and os.path.expanduser(pretrained)
     if model is not None and ":" in model:
         module, _, name = model.partition(":")
         try:
@@ -617,7 +622,10 @@ def build_encoder(
         if pretrained is not None:
             from safetensors.torch import load_model
 
-            load_model(own, str(Path(pretrained) / "model.safetensors"))
+            try:
+                load_model(own, str(Path(pretrained) / "model.safetensors"))
+            except RuntimeError as error:
+                raise ValueError(f"encoder.pretrained={pretrained}: {' '.join(str(error).split())}") from error
         return wrap(own, layers, ffn)
 
     from safetensors import SafetensorError
@@ -646,9 +654,10 @@ def build_encoder(
         attention = "eager"
     try:
         if pretrained is not None:
-            hf_model = cls.from_pretrained(
-                pretrained, config=hf_config, dtype=torch.float32, attn_implementation=attention, **arguments
-            ).train()
+            asked = dict(config=hf_config, dtype=torch.float32, attn_implementation=attention, **arguments)
+            report = dict(output_loading_info=True, ignore_mismatched_sizes=True)
+            hf_model, loaded = cls.from_pretrained(pretrained, **asked, **report)
+            hf_model.train()
         else:
             hf_config._attn_implementation = attention
             hf_model = cls(hf_config, **arguments)
@@ -657,12 +666,14 @@ def build_encoder(
             f"encoder.pretrained={pretrained}: its weights are a pickle that holds more than weights and could run any "
             "code; it is not loaded. Ask its author for safetensors, which save_pretrained writes"
         ) from error
-    except SafetensorError as error:
-        raise ValueError(f"encoder.pretrained={pretrained}: its weights cannot be read: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"encoder.pretrained={pretrained}: its weights cannot be read: {first_line(error)}") from error
     except (ArithmeticError, AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
         setting = f"encoder.config={config}" if attention in ("sdpa", "eager") else f"encoder.attention={attention}"
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{setting}: {cls.__name__} cannot be made with it: {reason}") from error
+    if pretrained is not None:
+        _check_loaded(hf_model, loaded, pretrained)
     encoder = wrap(hf_model, layers, ffn)
     if isinstance(encoder, WaveEncoder):
         encoder.feature_grad_mult = feature_grad_mult
@@ -673,6 +684,21 @@ def build_encoder(
             raise ValueError(f"encoder.init={init!r}: is for images, found {type(encoder.model).__name__}")
         (_init_data2vec if init == "data2vec" else _init_sincos)(encoder)
     return encoder
+
+
+def _check_loaded(model: nn.Module, loaded: dict[str, Any], pretrained: str) -> None:
+    """Name the parameters that pretrained weights lack, and refuse weights that lack most or have other shapes."""
+    if loaded["mismatched_keys"]:
+        name, found, expected = sorted(loaded["mismatched_keys"])[0]
+        raise ValueError(f"encoder.pretrained={pretrained}: {name} has shape {list(found)}, its config says {list(expected)}")
+    missing, total = sorted(loaded["missing_keys"]), len(list(model.parameters()))
+    if missing:
+        names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        count = f"{len(missing)} of the {total} weights of {type(model).__name__}"
+        message = f"encoder.pretrained={pretrained}: lacks {count}: {names}"
+        if len(missing) > total / 2:
+            raise ValueError(f"{message}; its config.json and its weights are of different models")
+        log.warning("%s; they start at random", message)
 
 
 def _new_config(model: str | None, fields: dict[str, Any]):

@@ -20,7 +20,7 @@ from d2v_fast.checkpoint import Checkpoints
 from d2v_fast.config import Config, ConfigError, nearest, parse
 from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, make_model
 from d2v_fast.data.audio import feature_extractor
-from d2v_fast.data.text import load_tokenizer
+from d2v_fast.data.text import limit_length, load_tokenizer
 from d2v_fast.data.vision import MEAN, STD, image_processor
 from d2v_fast.encoders import PatchEncoder, TokenEncoder, WaveEncoder, build_encoder, class_arguments, example, off_by, wrap
 from d2v_fast.report import read_lines
@@ -47,7 +47,8 @@ class Exported:
     """
 
     def __init__(self, encoder: TokenEncoder | PatchEncoder | WaveEncoder, processor: Any = None):
-        self.encoder, self.processor = encoder.eval(), processor
+        limits = processor is not None and isinstance(encoder, TokenEncoder)
+        self.encoder, self.processor = encoder.eval(), limit_length(processor, encoder) if limits else processor
 
     def write(self, folder: Path, as_type: str | None = None) -> float:
         """Model and processor; returns the largest difference between the reloaded model and the encoder.

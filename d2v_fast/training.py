@@ -55,6 +55,13 @@ def make_data(config: Config) -> PretrainingData:
     data, trained = dict(config.data), Path(config.train.output or "", TOKENIZER)
     if config.resume and data.get("tokenizer") == "train" and trained.exists():
         data["tokenizer"] = str(trained)
+    if data.get("tokenizer") == "train" and config.encoder.pretrained:
+        raise ConfigError(
+            f"data.tokenizer=train: makes a new vocabulary, but encoder.pretrained={config.encoder.pretrained} has learned "
+            "another one; leave data.tokenizer out, or name the tokenizer that the encoder was trained with"
+        )
+    if config.modality == "text":
+        data["max_broken"] = config.train.max_broken
     return data_class(config.modality)(mask=config.mask, seed=config.train.seed, **data)
 
 
@@ -101,7 +108,7 @@ def make_model(config: Config, encoder: Encoder) -> Data2Vec:
         from safetensors.torch import load_file
 
         try:
-            model.head.load_state_dict(load_file(Path(config.head.pretrained) / "head.safetensors"))
+            model.head.load_state_dict(load_file(Path(config.head.pretrained).expanduser() / "head.safetensors"))
         except (OSError, RuntimeError) as error:
             raise ConfigError(f"head.pretrained={config.head.pretrained}: {' '.join(str(error).split())}") from error
         if not config.resume:

@@ -18,7 +18,8 @@ from PIL import EpsImagePlugin, Image
 from d2v_fast.config import ConfigError, parse, read_yaml
 from d2v_fast.data import DataError, load_hub
 from d2v_fast.data.audio import MAX_VALUES, open_audio, read_audio
-from d2v_fast.data.text import TextData, load_documents, load_tokenizer
+from d2v_fast.data.documents import load_documents
+from d2v_fast.data.text import TextData, load_tokenizer
 from d2v_fast.data.vision import open_images
 from d2v_fast.encoders import build_encoder
 from d2v_fast.masking import TokenMask
@@ -129,7 +130,7 @@ class TestData:
         np.save("set/train.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
         for path in ("set", "set/train.pkl", "set/train.npy"):
             with pytest.raises(DataError, match=f"data.path={path}: "):
-                load_documents(path, None, "train")
+                load_documents(path)
             with pytest.raises(DataError, match=f"data.path={path}: "):
                 open_images(path)
             with pytest.raises(DataError, match=f"data.path={path}: "):

@@ -2,82 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from d2v_fast.data import DataError, PretrainingData, as_patterns, find_files, first_line, is_local, load_hub
-from d2v_fast.data.builtin import builtin_text
+from d2v_fast.data import DataError, PretrainingData, first_line
+from d2v_fast.data.documents import load_documents
 from d2v_fast.masking import Draws, TokenMask, Vocabulary
 
 log = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-LOADERS = {".txt": "text", ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-
-
-def load_documents(path: str, name: str | None, split: str) -> Any:
-    """A `datasets.Dataset` of documents: builtin, files (text, parquet, JSON lines, CSV) or a Hugging Face set.
-
-    Raises:
-        DataError: Nothing readable is there.
-    """
-    import datasets
-
-    if path == "builtin":
-        return datasets.Dataset.from_dict({"text": builtin_text(split)})
-    path = os.path.expanduser(path)
-    if not is_local(path):
-        return load_hub(path, name, split)
-    found = find_files(path, tuple(LOADERS))
-    suffixes = sorted({Path(file).suffix.lower() for file in found})
-    if len(suffixes) > 1:
-        raise DataError(
-            f"data.path={path}: found files ending in {', '.join(suffixes)}, expected one kind; "
-            f"a pattern chooses, such as data.path='{os.path.join(path, '*' + suffixes[0])}'"
-        )
-    files = [file for file in found if os.path.getsize(file)]
-    if not files:
-        raise DataError(f"data.path={path}: holds no text, {len(found)} files are empty")
-    if len(files) < len(found):
-        log.warning("%d of %d files of %s are empty", len(found) - len(files), len(found), path)
-    return _load_files(LOADERS[suffixes[0]], files, path)
-
-
-def _load_files(kind: str, files: list[str], path: str) -> Any:
-    import datasets
-
-    patterns = as_patterns(files)
-    encoding = {"encoding": "utf-8-sig"} if kind == "text" else {}  # else a byte order mark would be text
-    try:
-        return datasets.load_dataset(kind, data_files=patterns, split="train", **encoding)
-    except Exception as error:
-        if len(files) > 1:
-            for file in files:
-                _load_files(kind, [file], file)  # raises for the one at fault
-        culprit = path if len(files) > 1 else files[0]
-        raise DataError(f"data.path={culprit}: cannot be read: {first_line(error.__cause__ or error)}") from error
-
-
-def text_column(documents: Any, column: str | None) -> str:
-    """The column that holds the text.
-
-    Raises:
-        DataError: There is none, or not the one asked for.
-    """
-    strings = [name for name, kind in documents.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
-    wanted = column or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
-    if wanted not in strings:
-        raise DataError(
-            f"data.column: found {column}, expected one of the set's columns of text: {', '.join(strings) or 'none'}"
-        )
-    return wanted
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, max_length: int) -> Any:
@@ -111,39 +53,95 @@ def load_tokenizer(name: str) -> Any:
     """A fast tokenizer from a name or folder.
 
     Raises:
-        DataError: It cannot be loaded or lacks a mask, padding or boundary token.
+        DataError: It cannot be loaded, or lacks a vocabulary or a mask, padding or boundary token.
     """
     from transformers import AutoTokenizer
 
+    remedy = "choose another one; for an encoder with random weights data.tokenizer=train makes one"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(name), trust_remote_code=False)
     except Exception as error:
-        raise DataError(
-            f"data.tokenizer={name}: cannot be loaded: {first_line(error).rstrip('.')}; data.tokenizer=train makes one"
-        ) from error
+        raise DataError(f"data.tokenizer={name}: cannot be loaded: {first_line(error).rstrip('.')}; {remedy}") from error
     if not tokenizer.is_fast:
-        raise DataError(f"data.tokenizer={name}: has no fast version; data.tokenizer=train makes one")
+        raise DataError(f"data.tokenizer={name}: has no fast version; {remedy}")
     for role in ("mask_token_id", "pad_token_id", "cls_token_id", "sep_token_id"):
         if getattr(tokenizer, role) is None:
-            raise DataError(f"data.tokenizer={name}: has no {role.removesuffix('_id')}; data.tokenizer=train makes one")
+            raise DataError(f"data.tokenizer={name}: has no {role.removesuffix('_id')}; {remedy}")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one up for a model without tokenizer files
+        raise DataError(f"data.tokenizer={name}: holds a model but no vocabulary of a tokenizer; {remedy}")
     return tokenizer
+
+
+def corpus_backend(tokenizer: Any) -> Any:
+    """A copy of the backend of `tokenizer` for the text of a corpus, all of it and as it stands.
+
+    A tokenizer is saved with the truncation, padding and dropout that it was last used with. A special token that a text
+    spells out is text.
+    """
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import Sequence, Split
+
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    if hasattr(backend.model, "dropout"):  # of BPE's merges
+        backend.model.dropout = None
+    special = tokenizer.all_special_tokens
+    spelled = backend.encode_batch([before + token for token in special for before in ("", " ", "a")], add_special_tokens=False)
+    if set(tokenizer.all_special_ids) & {i for encoded in spelled for i in encoded.ids}:
+        # Some models (Unigram) have them among their pieces. One that is cut after its first character is none of them.
+        cuts = "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in special if len(token) > 1)
+        parts = [backend.pre_tokenizer, Split(Regex(cuts), "isolated")]
+        backend.pre_tokenizer = Sequence([part for part in parts if part is not None])
+    return backend
+
+
+def usable_positions(encoder: Any) -> int | None:
+    """Tokens that an encoder can take, where its number of positions is known."""
+    positions = getattr(getattr(encoder.model, "config", None), "max_position_embeddings", None)
+    # RoBERTa and its kin count positions from the padding's id + 1, and know it there.
+    padding = getattr(getattr(encoder.model, "embeddings", None), "padding_idx", None)
+    return positions if positions is None or padding is None else positions - padding - 1
+
+
+def limit_length(tokenizer: Any, encoder: Any) -> Any:
+    """The same tokenizer, whose `model_max_length` is at most what the encoder can take."""
+    tokenizer.model_max_length = min(tokenizer.model_max_length, usable_positions(encoder) or tokenizer.model_max_length)
+    return tokenizer
+
+
+def _batches(texts: Iterable[str], rows: int = 1000, characters: int = 2**22) -> Iterator[list[str]]:
+    """Lists of as many texts as are worth encoding at once."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == rows or size >= characters:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 class TextData(PretrainingData):
     """Blocks of tokens.
 
     Args:
-        path: "builtin", a file, folder or pattern of text, parquet, JSON lines or CSV, or the name of a Hugging Face set.
+        path: "builtin", a file, folder or pattern of text, parquet, JSON lines, CSV or TSV, the name of a Hugging Face set,
+            or a folder written by its `save_to_disk`.
         name: Configuration of the Hugging Face set, such as wikitext-103-raw-v1.
         split: Its split.
         column: Column of the text; found by itself where there is one.
-        tokenizer: Name or folder of a tokenizer, or "train" for a byte-level BPE made from the corpus.
+        tokenizer: Name or folder of a tokenizer, or "train" for a byte-level BPE made from the corpus. An encoder that is
+            given by encoder.pretrained brings its own.
         vocab_size: Size of a trained tokenizer.
         block_size: Tokens a sample, <s> included.
         cross_documents: Pack across documents, </s> between them; without, each document (row) fills blocks of its own.
         teacher_input: "full", or "masked_only" as in the reference code, whose teacher sees the masked tokens alone.
         mask: How blocks are masked.
         seed: Seed of masks and order.
+        max_broken: Largest share of files that cannot be read; `train.max_broken` of a run.
     """
 
     def __init__(
@@ -160,21 +158,17 @@ class TextData(PretrainingData):
         block_size: int = 512,
         cross_documents: bool = True,
         teacher_input: Literal["full", "masked_only"] = "full",
+        max_broken: float = 0.01,
     ):
         self.name, self.mask, self.seed = path, mask, seed
         self.block_size, self.teacher_input = block_size, teacher_input
-        documents = load_documents(path, name, split)
-        column = text_column(documents, column)
-        if list(documents.features) != ["text"]:  # of a table without a header the first row would be one
-            log.info("data.path=%s: the text is in column %r of %s", path, column, list(documents.features))
-            documents = documents.select_columns([column])  # else reading a row decodes its images and recordings as well
+        documents = load_documents(path, name, split, column, max_broken)
         if tokenizer == "train":
-            texts = (row for rows in documents.iter(1000) for row in rows[column] if row)
-            self.tokenizer = train_tokenizer(texts, vocab_size, block_size)
+            self.tokenizer = train_tokenizer(iter(documents), vocab_size, block_size)
         else:
             self.tokenizer = load_tokenizer(tokenizer)
         self.tokenizer_name = tokenizer
-        self._pack(self._tokenize(documents, column), cross_documents)
+        self._pack(self._tokenize(documents), cross_documents)
         size = max(len(self.tokenizer), int(self.ids.max()) + 1)
         self.vocabulary = Vocabulary(
             size=size,
@@ -209,19 +203,15 @@ class TextData(PretrainingData):
                 f"data.tokenizer={self.tokenizer_name}: its {self.vocabulary.size} tokens exceed the encoder's "
                 f"vocab_size of {vocab_size}: use the encoder's own tokenizer or raise encoder.config.vocab_size"
             )
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is not None:
-            # RoBERTa and its kin count positions from the padding's id + 1, and know it there.
-            padding = getattr(getattr(encoder.model, "embeddings", None), "padding_idx", None)
-            usable = positions if padding is None else positions - padding - 1
-            if self.block_size > usable:
-                raise DataError(
-                    f"data.block_size={self.block_size}: the encoder has {usable} positions; "
-                    f"use data.block_size={usable} or raise encoder.config.max_position_embeddings"
-                )
+        usable = usable_positions(encoder)
+        if usable is not None and self.block_size > usable:
+            raise DataError(
+                f"data.block_size={self.block_size}: the encoder has {usable} positions; "
+                f"use data.block_size={usable} or raise encoder.config.max_position_embeddings"
+            )
 
     def processor(self, encoder: Any) -> Any:
-        return self.tokenizer
+        return limit_length(self.tokenizer, encoder)
 
     def load(self, index: int, rng: np.random.Generator) -> np.ndarray:
         t = self.tokenizer
@@ -245,17 +235,16 @@ class TextData(PretrainingData):
             batch["target_padding_mask"] = ~mask
         return batch
 
-    def _tokenize(self, documents: Any, column: str) -> tuple[np.ndarray, np.ndarray]:
+    def _tokenize(self, documents: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """All token ids in one array, and the end of each document in it."""
-        backend = self.tokenizer.backend_tokenizer
+        backend = corpus_backend(self.tokenizer)
         parts, counts = [], []
-        for rows in documents.iter(1000):
-            texts = [text for text in rows[column] if text and text.strip()]
-            for encoded in backend.encode_batch(texts, add_special_tokens=False):
+        for texts in _batches(text for text in documents if text.strip()):
+            for encoded in backend.encode_batch_fast(texts, add_special_tokens=False):
                 counts.append(len(encoded.ids))
                 parts.append(np.array(encoded.ids, dtype=np.int32))
         if not parts:
-            raise DataError(f"data.path={self.name}: no text in column {column!r}")
+            raise DataError(f"data.path={self.name}: holds no text")
         return np.concatenate(parts), np.cumsum(counts)
 
     def _pack(self, tokens: tuple[np.ndarray, np.ndarray], cross_documents: bool) -> None:

@@ -1,0 +1,295 @@
+"""Documents: the texts in files or in a Hugging Face set.
+
+Files are read here and not by `datasets`, which gives all shards the columns of the first, reads "NA" as a missing value and
+turns texts that look like numbers or dates into numbers or dates.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
+
+from d2v_fast.data import DataError, find_files, first_line, is_local, load_hub
+from d2v_fast.data.builtin import builtin_text
+
+log = logging.getLogger(__name__)
+
+LONGEST = 2**27  # characters of a line: a tokenizer takes some 40 bytes for each
+LOOK = 1000  # rows that tell what the columns of a JSON or CSV file hold
+TEXT = "text"
+JSON_TYPES = {str: TEXT, int: "number", float: "number", bool: "boolean", list: "list", dict: "object", type(None): "null"}
+COMPRESSED = tuple(ending for ending in (".gz", ".bz2", ".xz", ".lz4", ".zst") if infer_compression(f"x{ending}"))
+
+
+@dataclass
+class Documents:
+    """Texts, read anew each time they are iterated over; empty ones are left out.
+
+    Attributes:
+        parts: Files, or a set as a whole.
+        read: The texts of one of them.
+    """
+
+    parts: Sequence[Any]
+    read: Callable[[Any], Iterable[str | None]]
+
+    def __iter__(self) -> Iterator[str]:
+        return filter(None, itertools.chain.from_iterable(map(self.read, self.parts)))
+
+
+def load_documents(
+    path: str, name: str | None = None, split: str = "train", column: str | None = None, max_broken: float = 0.01
+) -> Documents:
+    """The documents of "builtin", of files of one kind, or of a Hugging Face set.
+
+    Args:
+        path: "builtin", a file, folder or pattern, the name of a Hugging Face set, or a folder written by `save_to_disk`.
+        name: Configuration of the Hugging Face set.
+        split: Its split.
+        column: Column of the text; by default "text", or the only one that holds text.
+        max_broken: Largest share of files that cannot be read to their end. They are left out and named.
+
+    Raises:
+        DataError: Nothing readable is there.
+    """
+    if path == "builtin":
+        return Documents([builtin_text(split)], iter)
+    path = os.path.expanduser(path)
+    if is_local(path):
+        return _from_files(path, column, max_broken)
+    found = load_hub(path, name, split)
+    column = choose_column(path, _arrow_types(found.features.arrow_schema), column)
+    return Documents([found], lambda rows: (text for some in rows.select_columns(column).iter(1000) for text in some[column]))
+
+
+def choose_column(path: str, types: dict[str, str], column: str | None) -> str:
+    """The column that holds the text.
+
+    Args:
+        path: Where it is, for the message.
+        types: What each column holds.
+        column: The one asked for.
+
+    Raises:
+        DataError: There is none, or not the one asked for.
+    """
+    texts = [name for name, kind in types.items() if kind == TEXT]
+    if not texts:
+        found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+        raise DataError(f"data.path={path}: has no column of text, found {found or 'no column'}")
+    wanted = column or (TEXT if TEXT in texts else texts[0] if len(texts) == 1 else None)
+    if wanted not in texts:
+        raise DataError(f"data.column: found {column}, expected one of the columns of text in {path}: {', '.join(texts)}")
+    if list(types) != [TEXT]:  # of a table without a header the first row would be one
+        log.info("data.path=%s: the text is in column %r of %s", path, wanted, list(types))
+    return wanted
+
+
+def _from_files(path: str, column: str | None, max_broken: float) -> Documents:
+    found = find_files(path, SUFFIXES)
+    kinds = sorted({_suffix(file) for file in found})
+    if len(kinds) > 1:
+        raise DataError(
+            f"data.path={path}: found files ending in {', '.join(kinds)}, expected one kind; "
+            f"a pattern chooses, such as data.path='{os.path.join(path, '*' + kinds[0])}'"
+        )
+    files = [file for file in found if os.path.getsize(file)]
+    if not files:
+        raise DataError(f"data.path={path}: holds no text, {len(found)} files are empty")
+    if len(files) < len(found):
+        log.warning("%d of %d files of %s are empty", len(found) - len(files), len(found), path)
+    types, texts = FORMATS[kinds[0]]
+    broken: dict[str, str] = {}
+    wanted = None
+    for file in files:
+        try:
+            if wanted is None:
+                wanted = choose_column(file, types(file), column)
+            for _ in texts(file, wanted):
+                pass
+        except DataError:
+            raise
+        except Exception as error:  # each library has errors of its own
+            broken[file] = f"data.path={file}: cannot be read: {first_line(error)}"
+    messages = list(broken.values())
+    if len(files) == len(messages) == 1:
+        raise DataError(messages[0])
+    if len(messages) > max_broken * len(files) or len(messages) == len(files):
+        first = "\n  ".join(messages[:5])
+        share = f"{len(messages)} of {len(files)} files cannot be read"
+        raise DataError(f"{share}, more than train.max_broken={max_broken}:\n  {first}")
+    for message in messages:
+        log.warning("left out: %s", message)
+    return Documents([file for file in files if file not in broken], lambda file: texts(file, wanted))
+
+
+def _suffix(file: str) -> str:
+    """The ending that tells the format, without one that tells the compression."""
+    for ending in COMPRESSED:
+        file = file.lower().removesuffix(ending)
+    return Path(file).suffix
+
+
+@contextmanager
+def _opened(file: str, newline: str | None) -> Iterator[io.TextIOWrapper]:
+    """The text of a file, decompressed, without a byte order mark."""
+    with open(file, "rb") as raw, compr[infer_compression(file)](raw, mode="rb") as stream:
+        yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+
+
+def _lines(stream: io.TextIOWrapper) -> Iterator[str]:
+    for number, line in enumerate(iter(partial(stream.readline, LONGEST + 1), ""), start=1):
+        if len(line) > LONGEST:
+            raise ValueError(f"line {number} has more than {LONGEST} characters; cut it into several")
+        yield line
+
+
+def _line_types(file: str) -> dict[str, str]:
+    return {TEXT: TEXT}
+
+
+def _line_texts(file: str, column: str) -> Iterator[str]:
+    with _opened(file, newline=None) as stream:
+        for line in _lines(stream):
+            yield line.rstrip("\n")
+
+
+def _json_rows(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and objects of JSON lines, or the objects of one list; a string stands for {"text": string}."""
+    with _opened(file, newline="\n") as stream:
+        lines = enumerate(_lines(stream), start=1)
+        for number, line in lines:
+            try:
+                if not (line := line.strip()):
+                    continue
+                if line[0] == "[":
+                    rows = json.loads(line + "".join(line for _, line in lines))
+                else:
+                    rows = [json.loads(line)]
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} is not JSON: {first_line(error)}") from error
+            for row in rows:
+                row = {TEXT: row} if isinstance(row, str) else row
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number}: found a {JSON_TYPES[type(row)]}, expected an object or a text")
+                yield number, row
+
+
+def _json_types(file: str) -> dict[str, str]:
+    types: dict[str, set[str]] = {}
+    for _, row in itertools.islice(_json_rows(file), LOOK):
+        for name, value in row.items():
+            types.setdefault(name, set()).add(JSON_TYPES[type(value)])
+    return {name: " or ".join(sorted(kinds - {"null"})) or "null" for name, kinds in types.items()}
+
+
+def _json_texts(file: str, column: str) -> Iterator[str | None]:
+    row, known = None, False
+    for number, row in _json_rows(file):
+        known |= column in row
+        text = row.get(column)
+        if not isinstance(text, str | None):
+            raise ValueError(f"line {number}: {column!r} is a {JSON_TYPES[type(text)]}, expected a text")
+        # JSON can escape half of a surrogate pair, which no encoding knows.
+        yield text and text.encode("utf-8", "replace").decode()
+    if row is not None and not known:
+        raise ValueError(f"no line has a {column!r}, the last has {', '.join(row) or 'nothing'}")
+
+
+@contextmanager
+def _table(file: str, dialect: dict[str, Any]) -> Iterator[tuple[list[str], Iterator[list[str]]]]:
+    """Header and rows of a table; a row may lack its last fields."""
+    csv.field_size_limit(LONGEST)
+    with _opened(file, newline="") as stream:
+        reader = csv.reader(_lines(stream), strict=True, **dialect)
+
+        def rows(header: list[str]) -> Iterator[list[str]]:
+            for row in reader:
+                if len(row) > len(header):
+                    raise ValueError(f"line {reader.line_num}: found {len(row)} fields, the header names {len(header)}")
+                yield row
+
+        try:
+            header = next(reader, [])
+            yield header, rows(header)
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}: {error}") from error
+
+
+def _table_types(file: str, **dialect: Any) -> dict[str, str]:
+    with _table(file, dialect) as (header, rows):
+        columns = list(itertools.zip_longest(*itertools.islice(rows, LOOK)))
+    numbers = [name for name, values in zip(header, columns, strict=False) if all(map(_is_number, filter(None, values)))]
+    return {name: "number" if name in numbers and name != TEXT else TEXT for name in header}
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _table_texts(file: str, column: str, **dialect: Any) -> Iterator[str | None]:
+    with _table(file, dialect) as (header, rows):
+        if column not in header:
+            raise ValueError(f"no column {column!r}, found {', '.join(header)}")
+        index = header.index(column)
+        for row in rows:
+            yield row[index] if index < len(row) else None
+
+
+def _arrow_types(schema: Any) -> dict[str, str]:
+    import pyarrow.types as kinds
+
+    def name(kind: Any) -> str:
+        value = kind.value_type if kinds.is_dictionary(kind) else kind
+        texts = (kinds.is_string, kinds.is_large_string, kinds.is_string_view)
+        return TEXT if any(is_text(value) for is_text in texts) else str(kind)
+
+    return {field.name: name(field.type) for field in schema}
+
+
+def _parquet_types(file: str) -> dict[str, str]:
+    import pyarrow.parquet
+
+    with open(file, "rb") as raw:  # pyarrow takes no name that is not UTF-8
+        return _arrow_types(pyarrow.parquet.read_schema(raw))
+
+
+def _parquet_texts(file: str, column: str) -> Iterator[str | None]:
+    import pyarrow.parquet
+
+    found = _parquet_types(file)
+    if found.get(column) != TEXT:
+        raise ValueError(f"no text {column!r}, found {', '.join(f'{name} ({kind})' for name, kind in found.items())}")
+    with open(file, "rb") as raw:
+        for rows in pyarrow.parquet.ParquetFile(raw).iter_batches(1000, columns=[column]):
+            yield from rows[column].to_pylist()
+
+
+# What the columns of a file hold, and the texts in one of them.
+JSON, CSV = (_json_types, _json_texts), (_table_types, _table_texts)
+FORMATS: dict[str, tuple[Callable[..., dict[str, str]], Callable[..., Iterator[str | None]]]] = {
+    ".txt": (_line_types, _line_texts),
+    ".jsonl": JSON,
+    ".json": JSON,
+    ".csv": CSV,
+    ".tsv": tuple(partial(read, delimiter="\t", quoting=csv.QUOTE_NONE) for read in CSV),
+    ".parquet": (_parquet_types, _parquet_texts),
+}
+SUFFIXES = (*FORMATS, *(kind + ending for kind in FORMATS if kind != ".parquet" for ending in COMPRESSED))
