@@ -78,7 +78,7 @@ class TestFigures:
         with torch.no_grad():
             for name, p in after.items():
                 p.copy_(before[name])
-            core, targets, states = trainer.core, [], []
+            core, targets, states, teacher, features, positions = trainer.core, [], [], [], [], []
             for batch in batches:
                 mask = batch["mask"]
                 layers = core.teacher_layers(batch["source"], None, mask.shape[1], None)
@@ -86,21 +86,33 @@ class TestFigures:
                 mean = torch.stack(normal).mean(0)
                 mean = (mean - mean.mean(2, True)) / (mean.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
                 targets.append(mean[mask])
-                features = core.student.embed(batch["source"])
-                states.append(core.student.contextualize(core.student.mask_features(features, mask))[mask])
+                teacher.append(layers[-1][mask])
+                features.append(core.student.embed(batch["source"]))
+                states.append(core.student.contextualize(core.student.mask_features(features[-1], mask))[mask])
+                last = normal[-1]
+                last = (last - last.mean(2, True)) / (last.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+                positions += zip(mask.nonzero()[:, 1].tolist(), last[mask].double().numpy(), strict=True)
         rows = torch.cat(targets).double().numpy()
         assert found["target_std"] == pytest.approx(np.sqrt(rows.var(0, ddof=1) + 1e-6).mean(), rel=1e-3)
         worst = (rows.var(0).sum()) * core.loss_settings["scale"]
         assert found["relative_loss"] == pytest.approx(3.0 / worst, rel=1e-3)
-        # The rest is of the last micro-batch.
-        flat = features.flatten(0, 1).double().numpy()
+        # Of all micro-batches together.
+        flat = torch.cat(features).flatten(0, 1).double().numpy()
         assert found["feature_std"] == pytest.approx(flat.std(0, ddof=1).mean(), rel=1e-3)
         variation = (flat.std(0) / np.sqrt((flat**2).mean(0))).mean()
-        assert found["feature_variation"] == pytest.approx(variation, rel=1e-2)
-        for name, rows in (("student_rank", states[-1]), ("teacher_rank", layers[-1][mask])):
-            values = np.linalg.svd(rows.double().numpy(), compute_uv=False)
+        assert found["feature_variation"] == pytest.approx(variation, rel=1e-3)
+        for name, rows in (("student_rank", states), ("teacher_rank", teacher)):
+            values = np.linalg.svd(torch.cat(rows).double().numpy(), compute_uv=False)
             share = values / values.sum()
             assert found[name] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-3)
+        # Adjusted R² of the regression on indicators of the positions.
+        places, rows = (np.array(column) for column in zip(*positions, strict=True))
+        design = np.eye(places.max() + 1)[places][:, np.unique(places)]
+        left = rows - design @ np.linalg.lstsq(design, rows)[0]
+        free = len(rows) - design.shape[1]
+        share = 1 - (left**2).sum() / free / (rows.var(0, ddof=1).sum())
+        assert found["position_share"] == pytest.approx(share, rel=1e-3)
+        assert found["content_loss"] == pytest.approx(3.0 / worst / (1 - share), rel=1e-3)
 
     def test_of_a_skipped_step(self, due):
         trainer, (batch, _), _ = due
@@ -108,7 +120,9 @@ class TestFigures:
         batch["source"][0, 0, 0, 0] = float("nan")
         trainer.monitor.due = True
         trainer.step([batch])
-        assert trainer.monitor.figures(1.0)["update_norm"] == 0
+        found = trainer.monitor.figures(1.0)
+        assert found["update_norm"] == 0
+        assert math.isnan(found["update_share"]) and math.isnan(found["teacher_decay"])
 
     def test_nothing_is_done_where_nothing_is_logged(self, tmp_path, monkeypatch):
         calls = []
@@ -117,12 +131,12 @@ class TestFigures:
         trainer = Trainer(config("vision", tmp_path / "run", "train.steps=9", "train.log_every=4"))
         kept = []
         step = trainer.step
-        monkeypatch.setattr(trainer, "step", lambda batches: (step(batches), kept.append(trainer.monitor.weights))[0])
+        monkeypatch.setattr(trainer, "step", lambda batches: (step(batches), kept.append(trainer.monitor.before))[0])
         trainer.run()
         assert [r["step"] for r in records(tmp_path / "run")] == [1, 4, 8, 9]
         assert len(calls) == 2 * 4
         assert [i for i, weights in enumerate(kept, 1) if weights is not None] == [1, 4, 8, 9]
-        assert trainer.monitor.weights is None and trainer.monitor.last is None
+        assert trainer.monitor.before is None and trainer.monitor.batches == []
 
 
 FINE = {
