@@ -120,7 +120,13 @@ class Rule(NamedTuple):
     least: bool  # whether the bound is the least that is healthy, else it is the largest
     meaning: str
     remedy: str
+    unless: tuple[str, ...] = ()  # bounds that, once broken, explain this figure
     at_once: bool = False  # judged from the first step on, before `collapse.after` too
+
+    def broken(self, record: dict[str, Any], config: CollapseConfig) -> bool:
+        """Whether a line of the log breaks it; a figure that the line does not know breaks nothing."""
+        value, bound = record.get(self.figure, math.nan), getattr(config, self.bound)
+        return bound > 0 and (value < bound if self.least else value > bound)
 
 
 SLOWER = "a lower optimizer.lr, a longer schedule.warmup or clipping by train.clip_norm"
@@ -145,28 +151,44 @@ RULES = (
         "the local features hardly differ, the stem is dead or dying",
         "check the data (silence? one colour?), try head.zero_init=true or a lower rate for the stem by optimizer.lr_scale",
     ),
-    Rule("relative_loss", "divergence", False, "predictions are worse than a constant, the run diverges", f"try {SLOWER}"),
+    Rule(
+        "relative_loss",
+        "divergence",
+        False,
+        "predictions are worse than a constant, the run diverges",
+        f"try {SLOWER}",
+        unless=("target_std", "update"),
+    ),
     Rule(
         "content_loss",
         "leak",
         True,
         "the loss is suspiciously low, as if the student saw what it predicts",
         "check that the mask reaches the student and that samples are not nearly the same, try a higher mask.prob",
+        unless=("target_std",),
     ),
-    Rule("teacher_distance", "distance", True, "the teacher is a copy of the student", "try a higher ema.start and ema.end"),
+    Rule(
+        "teacher_distance",
+        "distance",
+        True,
+        "the teacher is a copy of the student",
+        "try a higher ema.start and ema.end",
+        unless=("update",),
+    ),
     Rule(
         "teacher_decay",
         "decay",
         False,
         "the teacher stands still",
         "try a lower ema.start and ema.end; if they are below 1, check that the teacher is updated after each step",
+        unless=("update",),
     ),
     Rule(
         "update_share",
         "update",
         True,
         "the student hardly moves",
-        "try a higher optimizer.lr; check that the loss reaches its weights and that no step before had an enormous gradient",
+        "try a higher optimizer.lr; if it is high enough, check loss.scale and whether the gradient exploded before",
     ),
     Rule(
         "gradient_peak",
@@ -201,8 +223,8 @@ def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
 class Monitor:
     """Figures of a run's health at the steps that are logged, and the rules that read them.
 
-    Set `due` before a step that is logged: then it keeps the last output of the model, and the weights from before the update.
-    On other steps it does nothing.
+    Set `due` before a step that is logged: then it takes what it needs from each output of the model and keeps the weights
+    from before the update. From other steps it takes the norm of the gradient alone.
 
     Args:
         model: What is trained.
@@ -308,6 +330,8 @@ class Monitor:
         settings = self.model.loss_settings
         worst = float(constant_loss(target, settings["beta"], settings["scale"]))
         relative = loss / worst if worst else 1.0  # where nothing costs anything, a constant costs as much
+        if math.isnan(relative):
+            relative = math.inf  # it has diverged
         ranks = [math.nan, math.nan]
         if float(target.count) >= FEWEST:
             ranks = [float(effective_rank(self._gathered(torch.cat(rows)))) for rows in (seen.student, seen.teacher)]
@@ -376,17 +400,12 @@ class Monitor:
         if self.config.action == "off":
             return []
         alarms = []
+        broken = {rule.bound for rule in RULES if rule.broken(record, self.config)}
         for rule in RULES:
-            if rule.figure not in record:
+            if (record["step"] <= self.after and not rule.at_once) or not broken.isdisjoint(rule.unless):
                 continue
-            value, bound = record[rule.figure], getattr(self.config, rule.bound)
-            if bound == 0 or (record["step"] <= self.after and not rule.at_once):
-                continue
-            if rule.figure in ("relative_loss", "content_loss") and record["target_std"] < self.config.target_std:
-                continue  # relative to nothing
-            diverged = rule.bound == "divergence" and math.isnan(value)
-            broken = diverged or (value < bound if rule.least else value > bound)
-            if broken and rule not in self.active:
+            value, bound = record.get(rule.figure, math.nan), getattr(self.config, rule.bound)
+            if rule.broken(record, self.config) and rule not in self.active:
                 self.active.add(rule)
                 side = "below" if rule.least else "above"
                 limit = f"{rule.figure} {value:.4g} is {side} collapse.{rule.bound}={bound:g}"
