@@ -483,11 +483,28 @@ class TestBrokenRuns:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["text/tiny", "vision/tiny", "audio/tiny"])
-def test_a_healthy_run_raises_no_alarm(preset, tmp_path):
-    """The first 2,000 steps of each tiny preset on its builtin data."""
-    trainer = Trainer(parse(["--config", preset, "train.steps=2000", f"train.output={tmp_path / 'run'}"])[0])
+@pytest.mark.parametrize(
+    "more, fused",
+    [
+        (["train.steps=2000"], False),
+        (["train.steps=300", "train.seed=2", "train.batch_size=4"], False),
+        (["train.steps=300"], True),
+    ],
+)
+def test_a_healthy_run_raises_no_alarm(preset, more, fused, tmp_path):
+    """The first steps of each tiny preset on its builtin data."""
+    trainer = Trainer(parse(["--config", preset, *more, "train.log_every=20", f"train.output={tmp_path / 'run'}"])[0], fused)
     assert trainer.run() == 0
-    assert alarms(tmp_path / "run") == [] and trainer.monitor.after == 200
+    assert alarms(tmp_path / "run") == [] and trainer.monitor.after == max(100, trainer.steps // 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [["data.cross_documents=false", "train.batch_size=1", "train.accumulate=32"], ["mask.prob=.01"]]
+)
+def test_few_scored_positions_raise_no_alarm(more, tmp_path):
+    tiny("text/tiny", tmp_path / "run", "train.steps=400", *more.split()).run()
+    assert alarms(tmp_path / "run") == []
 
 
 class TestEnvironment:
