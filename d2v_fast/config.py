@@ -245,7 +245,7 @@ class CollapseConfig:
     rank: float = 4.0
     variation: float = 0.2
     divergence: float = 2.0
-    leak: float = 0.15
+    leak: float = 0.1
     distance: float = 1e-6
     decay: float = 0.999999
     update: float = 1e-5

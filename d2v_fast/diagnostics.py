@@ -57,10 +57,11 @@ def effective_rank(rows: Tensor) -> Tensor:
 
     RankMe (Garrido et al. 2023, equation 2). Computed on the CPU from `RANK_ROWS` rows, evenly taken.
     """
-    rows = _some(rows).float().cpu()
+    rows = _some(rows).double().cpu()
     if not rows.isfinite().all():
         return torch.tensor(math.nan)
-    share = torch.linalg.svdvals(rows)
+    gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows  # several times as fast as the singular values
+    share = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = share / share.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(share * share.log()).sum())
 
