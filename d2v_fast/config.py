@@ -223,27 +223,33 @@ class CollapseConfig:
     """When a run counts as collapsed; a bound of 0 switches its rule off.
 
     Args:
+        distinct: Least share of different samples among some that are compared before the first step.
         target_std: Least std of the targets.
         prediction_std: Least std of the predictions.
         rank: Least effective rank of the states of student and teacher.
         variation: Least std of the local features, as a share of their size.
         divergence: Largest loss, as a multiple of what predicting a constant would cost.
-        leak: Least loss, as a multiple of the same.
+        leak: Least loss, as a multiple of what predicting each position's mean would cost.
         distance: Least distance of teacher and student, relative to the student's weights.
-        decay: Largest decay of the teacher.
+        decay: Largest decay of the teacher, as measured on its weights.
+        update: Least change of the weights in a step at the peak learning rate, as a share of their norm.
+        gradient: Largest norm of the gradient, as a multiple of what was usual before.
         after: Steps before the first that is judged; default is 5000, in a shorter run a tenth of it but at least 100, and
             never before the learning rate has warmed up.
         action: What to do.
     """
 
+    distinct: float = 0.5
     target_std: float = 0.1
     prediction_std: float = 0.01
     rank: float = 4.0
     variation: float = 0.2
     divergence: float = 2.0
-    leak: float = 0.015
+    leak: float = 0.1
     distance: float = 1e-6
     decay: float = 0.999999
+    update: float = 1e-5
+    gradient: float = 1000.0
     after: int | None = None
     action: Literal["warn", "stop", "off"] = "warn"
 
@@ -268,11 +274,14 @@ RANGES = {
     "collapse.after": "[0, inf)",
     "collapse.decay": "[0, 1]",
     "collapse.distance": "[0, inf)",
+    "collapse.distinct": "[0, 1]",
     "collapse.divergence": "[0, inf)",
+    "collapse.gradient": "[0, inf)",
     "collapse.leak": "[0, inf)",
     "collapse.prediction_std": "[0, inf)",
     "collapse.rank": "[0, inf)",
     "collapse.target_std": "[0, inf)",
+    "collapse.update": "[0, inf)",
     "collapse.variation": "[0, inf)",
     "data.batch_seconds": "(0, inf)",
     "data.block_size": "[2, inf)",

@@ -12,18 +12,24 @@ import math
 import os
 import platform
 import shutil
+import statistics
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
+from torch.nn.utils.rnn import pad_sequence
 
 from d2v_fast import __version__, ops
 from d2v_fast.config import CollapseConfig
+from d2v_fast.data import PretrainingData
 from d2v_fast.model import Data2Vec, Data2VecOutput
 from d2v_fast.ops import native
-from d2v_fast.ops.reference import LossStats, Moments
+from d2v_fast.ops.reference import Moments, make_targets, moments_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,6 +37,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RANK_ROWS = 512  # states whose effective rank is computed; it cannot exceed their number
+FEWEST = 64  # scored positions, beyond one for each mean that is taken, from which rank and position share are computed
+LOOKED = 16  # samples that are compared before the first step
+LINES = 100  # of the log, whose gradient norms a new one is compared with
 CLEAR = 1.5  # a rule that has warned is silent until its figure is this many times its bound away from it
 
 
@@ -38,17 +47,57 @@ class CollapseError(RuntimeError):
     """A rule of `collapse` was broken and its action is to stop."""
 
 
+def _some(rows: Tensor) -> Tensor:
+    """A copy of `RANK_ROWS` of the rows, evenly taken."""
+    return rows[:: max(1, len(rows) // RANK_ROWS)][:RANK_ROWS].clone()
+
+
 def effective_rank(rows: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values of rows (N, C): 1 for a constant, at most min(N, C); NaN if any is.
 
     RankMe (Garrido et al. 2023, equation 2). Computed on the CPU from `RANK_ROWS` rows, evenly taken.
     """
-    rows = rows[:: max(1, len(rows) // RANK_ROWS)][:RANK_ROWS].float().cpu()
+    rows = _some(rows).double().cpu()
     if not rows.isfinite().all():
         return torch.tensor(math.nan)
-    share = torch.linalg.svdvals(rows)
+    gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows  # several times as fast as the singular values
+    share = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = share / share.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(share * share.log()).sum())
+
+
+def position_table(rows: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Count, summed squares and sums of rows (N, C) at each position (N,) below `length`: (length, 2 + C) in fp32.
+
+    Tables of several batches add up to that of all of them.
+    """
+    rows = rows.float()
+    columns = torch.cat([torch.ones_like(rows[:, :1]), (rows**2).sum(1, keepdim=True), rows], dim=1)
+    return columns.new_zeros(length, columns.shape[1]).index_add_(0, positions, columns)
+
+
+def position_share(table: Tensor) -> float:
+    """Share of the variance of rows that the mean of each position explains, adjusted as R² is: about 0 if by chance alone.
+
+    NaN if there are fewer than `FEWEST` rows more than positions.
+    """
+    table = table[table[:, 0] > 0].double().cpu()
+    count, squares, sums = table[:, 0], table[:, 1].sum(), table[:, 2:]
+    rows, free = float(count.sum()), float(count.sum()) - len(count)
+    if free < FEWEST:
+        return math.nan
+    around_mean = float(squares - (sums.sum(0) ** 2).sum() / rows) / (rows - 1)
+    around_means = float(squares - ((sums**2).sum(1) / count).sum()) / free
+    return 1 - around_means / around_mean if around_mean > 0 else math.nan
+
+
+def distinct_share(data: PretrainingData) -> float:
+    """Share of `LOOKED` samples, evenly taken and all augmented by the same draws, that differ from each other."""
+    found = []
+    for index in np.unique(np.linspace(0, len(data) - 1, LOOKED).astype(int)):
+        with contextlib.suppress(Exception):  # one that cannot be read is named when its turn comes
+            found.append(np.asarray(data.load(int(index), np.random.default_rng(0))).tobytes())
+    return len(set(found)) / len(found) if len(found) > 1 else math.nan
 
 
 def constant_loss(target: Moments, beta: float, scale: float) -> Tensor:
@@ -72,11 +121,26 @@ class Rule(NamedTuple):
     least: bool  # whether the bound is the least that is healthy, else it is the largest
     meaning: str
     remedy: str
+    unless: tuple[str, ...] = ()  # bounds that, once broken, explain this figure
+    at_once: bool = False  # judged from the first step on, before `collapse.after` too
+
+    def broken(self, record: dict[str, Any], config: CollapseConfig) -> bool:
+        """Whether a line of the log breaks it; a figure that the line does not know breaks nothing."""
+        value, bound = record.get(self.figure, math.nan), getattr(config, self.bound)
+        return bound > 0 and (value < bound if self.least else value > bound)
 
 
 SLOWER = "a lower optimizer.lr, a longer schedule.warmup or clipping by train.clip_norm"
 FEW = "states shrink to a few directions"
 RULES = (
+    Rule(
+        "distinct_samples",
+        "distinct",
+        True,
+        "many samples are the same",
+        "check the data for copies of one file and for files that hold the same thing",
+        at_once=True,
+    ),
     Rule("target_std", "target_std", True, "targets are becoming constant", f"try a higher ema.start, {SLOWER}"),
     Rule("prediction_std", "prediction_std", True, "predictions are becoming constant", f"try {SLOWER}"),
     Rule("teacher_rank", "rank", True, f"the teacher's {FEW}", f"try a higher ema.start, {SLOWER}"),
@@ -88,24 +152,80 @@ RULES = (
         "the local features hardly differ, the stem is dead or dying",
         "check the data (silence? one colour?), try head.zero_init=true or a lower rate for the stem by optimizer.lr_scale",
     ),
-    Rule("relative_loss", "divergence", False, "predictions are worse than a constant, the run diverges", f"try {SLOWER}"),
     Rule(
         "relative_loss",
+        "divergence",
+        False,
+        "predictions are worse than a constant, the run diverges",
+        f"try {SLOWER}",
+        unless=("target_std", "update"),
+    ),
+    Rule(
+        "content_loss",
         "leak",
         True,
         "the loss is suspiciously low, as if the student saw what it predicts",
-        "check that the mask reaches the student and that samples are not all alike, try a higher mask.prob",
+        "check that the mask reaches the student and that samples are not nearly the same, try a higher mask.prob",
+        unless=("target_std",),
     ),
-    Rule("teacher_distance", "distance", True, "the teacher is a copy of the student", "try a higher ema.start and ema.end"),
-    Rule("ema_decay", "decay", False, "the teacher stands still", "try a lower ema.start and ema.end"),
+    Rule(
+        "teacher_distance",
+        "distance",
+        True,
+        "the teacher is a copy of the student",
+        "try a higher ema.start and ema.end",
+        unless=("update",),
+    ),
+    Rule(
+        "teacher_decay",
+        "decay",
+        False,
+        "the teacher stands still",
+        "try a lower ema.start and ema.end; if they are below 1, check that the teacher is updated after each step",
+        unless=("update",),
+    ),
+    Rule(
+        "update_share",
+        "update",
+        True,
+        "the student hardly moves",
+        "try a higher optimizer.lr; if it is high enough, check loss.scale and whether the gradient exploded before",
+    ),
+    Rule(
+        "gradient_peak",
+        "gradient",
+        False,
+        "the gradient explodes",
+        f"check the data for samples without content (silence, one colour), try {SLOWER}",
+        at_once=True,
+    ),
 )
+
+
+class Seen(NamedTuple):
+    """What the figures need of a micro-batch."""
+
+    target: Moments
+    prediction: Moments
+    features: Moments  # of all positions but padding
+    student: Tensor  # some of its states at scored positions (N, C)
+    teacher: Tensor  # and of the teacher's
+    positions: Tensor  # `position_table` of the teacher's last layer, normalised as in the targets
+
+
+def _size(tensors: list[Tensor]) -> float:
+    return float(get_total_norm(tensors))
+
+
+def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    return _size(torch._foreach_sub([x.detach() for x in ours], theirs))
 
 
 class Monitor:
     """Figures of a run's health at the steps that are logged, and the rules that read them.
 
-    Set `due` before a step that is logged: then it keeps the last output of the model, and the weights from before the update.
-    On other steps it does nothing.
+    Set `due` before a step that is logged: then it takes what it needs from each output of the model and keeps the weights
+    from before the update. From other steps it takes the norm of the gradient alone.
 
     Args:
         model: What is trained.
@@ -137,73 +257,124 @@ class Monitor:
         ]
         self.student, self.teacher = (list(side) for side in zip(*averaged, strict=True))
         self.active: set[Rule] = set()
+        self.usual: deque[float] = deque(maxlen=LINES)  # medians of the gradient's norm, one a line of the log
         self._forget()
         model.register_forward_hook(self._after_forward, with_kwargs=True)
         optimizer.register_step_pre_hook(self._before_update)
 
-    def state(self) -> list[list[str]]:
-        """The rules that have warned and are still broken, for `load_state` in a run that goes on."""
-        return [[rule.figure, rule.bound] for rule in RULES if rule in self.active]
+    def state(self) -> dict[str, Any]:
+        """What `load_state` needs in a run that goes on: rules that have warned and are still broken, and gradient norms."""
+        return {
+            "broken": [[rule.figure, rule.bound] for rule in RULES if rule in self.active],
+            "norms": self._finite_norms(),
+            "usual": list(self.usual),
+        }
 
-    def load_state(self, state: list[list[str]]) -> None:
-        self.active = {rule for rule in RULES if [rule.figure, rule.bound] in state}
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.active = {rule for rule in RULES if [rule.figure, rule.bound] in state.get("broken", ())}
+        self.norms = [torch.tensor(norm, device=self.accelerator.device) for norm in state.get("norms", ())]
+        self.usual.extend(state.get("usual", ()))
+
+    def watch(self, grad_norm: Tensor) -> None:
+        """Note a step's norm of the gradient, on the device, before clipping."""
+        self.norms.append(grad_norm)
+
+    def _finite_norms(self) -> list[float]:
+        norms = torch.stack(self.norms).tolist() if self.norms else []
+        return [norm for norm in norms if math.isfinite(norm)]
 
     def _forget(self) -> None:
-        self.due, self.weights = False, None
-        self.stats: list[LossStats] = []
-        self.last: tuple[dict[str, Any], Data2VecOutput] | None = None
+        self.due, self.before = False, None
+        self.norms: list[Tensor] = []  # since the last line of the log
+        self.batches: list[Seen] = []
 
     @torch.no_grad()
     def _after_forward(self, model: Data2Vec, args: tuple, inputs: dict[str, Any], output: Data2VecOutput) -> None:
-        if self.due:
-            self.stats.append(output.stats)
-            self.last = inputs, output
+        if not self.due:
+            return
+        mask, padding, index = inputs["mask"], inputs.get("padding_mask"), inputs.get("index")
+        padding = torch.zeros_like(mask) if padding is None else padding
+        index = mask.flatten().nonzero().squeeze(1) if index is None else index
+        # The other layers of the targets are no longer there; the last one stands for them.
+        norms = model.loss_settings["norm"], model.loss_settings["target_norm"]
+        last = make_targets([output.teacher_states], *norms, padding).flatten(0, 1)[index]
+        features = output.features.float().masked_fill(padding.unsqueeze(-1), 0)
+        self.batches.append(
+            Seen(
+                *output.stats,
+                moments_of(features.flatten(0, 1), ~padding.flatten()),
+                _some(output.states),
+                _some(output.teacher_states.flatten(0, 1)[index]),
+                position_table(last, index % mask.shape[1], mask.shape[1]),
+            )
+        )
 
     @torch.no_grad()
-    def _before_update(self, *_: Any) -> None:
+    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # A step that is skipped never comes here, and its update is 0.
         if self.due:
-            self.weights = [p.detach().clone() for p in self.parameters]
+            group = optimizer.param_groups[0]
+            self.rate = group["lr"] / group.get("initial_lr", group["lr"])
+            self.before = [[x.detach().clone() for x in side] for side in (self.parameters, self.teacher)]
 
     @torch.no_grad()
     def figures(self, loss: float) -> dict[str, float]:
-        """Figures of the step that was due; here the device is waited for.
+        """Figures of the step that was due; here the device is waited for. NaN is what the step does not tell.
 
         Args:
             loss: What `relative_loss` is to judge, over all ranks.
         """
-        inputs, output = self.last
-        target, prediction = (self._pooled([getattr(stats, name) for stats in self.stats]) for name in LossStats._fields)
-        padding = inputs.get("padding_mask")
-        features = output.features.flatten(0, 1) if padding is None else output.features[~padding]
-        variance, mean = torch.var_mean(features.float(), dim=0)
-        std = variance.sqrt()
-        local = {
-            "feature_std": std.mean(),
-            "feature_variation": (std / (variance + mean**2).sqrt().clamp(min=1e-12)).mean(),
-            "student_rank": effective_rank(output.states),
-            "teacher_rank": effective_rank(output.teacher_states[inputs["mask"]]),
-        }
-        device = self.accelerator.device
-        means = self.accelerator.reduce(torch.stack([value.to(device) for value in local.values()]), "mean")
+        seen = Seen(*zip(*self.batches, strict=True))
+        target, prediction, local = (self._pooled(parts) for parts in (seen.target, seen.prediction, seen.features))
+        variance = local.m2 / local.count
+        share = position_share(self._summed(seen.positions))
         settings = self.model.loss_settings
         worst = float(constant_loss(target, settings["beta"], settings["scale"]))
-        update = 0.0
-        if self.weights is not None:
-            update = float(get_total_norm(torch._foreach_sub([p.detach() for p in self.parameters], self.weights)))
-        apart = get_total_norm(torch._foreach_sub(self.student, self.teacher)) / get_total_norm(self.student)
+        relative = loss / worst if worst else 1.0  # where nothing costs anything, a constant costs as much
+        if math.isnan(relative):
+            relative = math.inf  # it has diverged
+        ranks = [math.nan, math.nan]
+        if float(target.count) >= FEWEST:
+            ranks = [float(effective_rank(self._gathered(torch.cat(rows)))) for rows in (seen.student, seen.teacher)]
         figures = {
             "target_std": float(target.std),
             "prediction_std": float(prediction.std),
-            "relative_loss": loss / max(worst, 1e-12),
-            **dict(zip(local, means.tolist(), strict=True)),
-            "teacher_distance": float(apart),
-            "update_norm": update,
+            "relative_loss": relative,
+            "position_share": share,
+            "content_loss": relative / (1 - share) if share < 1 else math.nan,
+            "feature_std": float((local.m2 / (local.count - 1)).sqrt().mean()),
+            "feature_variation": float((variance / (variance + local.mean**2).clamp(min=1e-24)).sqrt().mean()),
+            "student_rank": ranks[0],
+            "teacher_rank": ranks[1],
+            "teacher_distance": _apart(self.student, self.teacher) / _size(self.student),
+            **self._moved(),
+            **self._gradient(),
         }
         self._forget()
         return figures
 
-    def _pooled(self, parts: list[Moments]) -> Moments:
+    def _moved(self) -> dict[str, float]:
+        """How far student and teacher went in the step."""
+        if self.before is None:
+            return {"update_norm": 0.0, "update_share": math.nan, "teacher_decay": math.nan}
+        ours, theirs = self.before
+        update, way = _apart(self.parameters, ours), _apart(self.student, theirs)
+        return {
+            "update_norm": update,
+            "update_share": update / _size(ours) / self.rate if self.rate else math.nan,
+            "teacher_decay": 1 - _apart(self.teacher, theirs) / way if way else math.nan,
+        }
+
+    def _gradient(self) -> dict[str, float]:
+        """The largest norm since the last line of the log, as a multiple of what was usual on the lines before."""
+        norms = self._finite_norms()
+        if not norms:
+            return {"gradient_peak": math.nan}
+        usual = statistics.median(self.usual or norms)
+        self.usual.append(statistics.median(norms))
+        return {"gradient_peak": max(norms) / usual if usual else math.nan}
+
+    def _pooled(self, parts: Sequence[Moments]) -> Moments:
         """Over micro-batches and ranks."""
         moments = Moments.pooled(parts)
         if self.accelerator.num_processes > 1:
@@ -212,21 +383,30 @@ class Monitor:
             moments = Moments.pooled([Moments(row[0], row[1:half], row[half:]) for row in gathered])
         return moments
 
+    def _summed(self, tables: Sequence[Tensor]) -> Tensor:
+        """Over micro-batches and ranks, which may differ in length."""
+        table = pad_sequence(list(tables), batch_first=True).sum(0)
+        return self.accelerator.reduce(self.accelerator.pad_across_processes(table), "sum")
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        """Of all ranks. Rows of zeros, which make ranks even, leave singular values as they are."""
+        return self.accelerator.gather(self.accelerator.pad_across_processes(rows))
+
     def judge(self, record: dict[str, Any]) -> list[str]:
         """Warn of the rules that a line of the log breaks, each once until it is clear of its bound; returns the new ones.
 
         Raises:
             CollapseError: There are some, and the action is to stop.
         """
-        if self.config.action == "off" or record["step"] <= self.after:
+        if self.config.action == "off":
             return []
         alarms = []
+        broken = {rule.bound for rule in RULES if rule.broken(record, self.config)}
         for rule in RULES:
-            value, bound = record[rule.figure], getattr(self.config, rule.bound)
-            if bound == 0 or (rule.figure == "relative_loss" and record["target_std"] < self.config.target_std):
-                continue  # switched off, or relative to nothing
-            broken = value < bound if rule.least else not value <= bound  # a loss that is NaN has diverged
-            if broken and rule not in self.active:
+            if (record["step"] <= self.after and not rule.at_once) or not broken.isdisjoint(rule.unless):
+                continue
+            value, bound = record.get(rule.figure, math.nan), getattr(self.config, rule.bound)
+            if rule.broken(record, self.config) and rule not in self.active:
                 self.active.add(rule)
                 side = "below" if rule.least else "above"
                 limit = f"{rule.figure} {value:.4g} is {side} collapse.{rule.bound}={bound:g}"

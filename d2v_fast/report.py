@@ -20,6 +20,8 @@ COLORS = ("#2563b0", "#d9730d", "#2a8a4a", "#8b45b5", "#c0304f", "#12808f", "#7a
 CURVES = {
     "loss": ("Loss", "May rise while the student learns, as targets get richer."),
     "relative_loss": ("Loss relative to a constant", "1 costs the prediction of each channel's mean, 0 is perfect."),
+    "position_share": ("Position's share of the targets", "Of their variance, what position alone explains."),
+    "content_loss": ("Loss relative to position", "1 costs the prediction of each position's mean."),
     "target_std": ("Std of targets", "Falls towards 0 when the teacher says the same everywhere."),
     "prediction_std": ("Std of predictions", "Below that of the targets, but far from 0."),
     "feature_std": ("Std of local features", "What the stem hands to the transformer."),
@@ -28,13 +30,16 @@ CURVES = {
     "teacher_rank": ("Effective rank, teacher", "The same for the states that are predicted."),
     "teacher_distance": ("Distance of teacher and student", "Of their weights, relative to the student's."),
     "grad_norm": ("Norm of the gradient", "Before clipping."),
+    "gradient_peak": ("Peak of the gradient", "Largest norm since the last point, as a multiple of what was usual before."),
     "update_norm": ("Norm of the update", "What one step changes in the weights."),
+    "update_share": ("Relative update", "The same as a share of the weights, scaled to the peak learning rate."),
     "lr": ("Learning rate", ""),
-    "ema_decay": ("Decay of the teacher", ""),
+    "ema_decay": ("Decay of the teacher", "As the schedule has it."),
+    "teacher_decay": ("Measured decay of the teacher", "What the teacher kept of its distance to the student in one step."),
     "samples_per_s": ("Samples per second", ""),
     "data_wait": ("Wait for data", "Share of the time; near 0 is good."),
 }
-LOGARITHMIC = {"grad_norm", "update_norm"}
+LOGARITHMIC = {"grad_norm", "gradient_peak", "update_norm", "update_share"}
 
 
 @dataclass

@@ -29,7 +29,7 @@ from torch import Tensor
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, Tensors, sync, write_text
 from d2v_fast.config import FREE, Config, ConfigError, OptimizerConfig, ScheduleConfig, data_class
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
-from d2v_fast.diagnostics import CollapseError, Monitor, environment
+from d2v_fast.diagnostics import CollapseError, Monitor, distinct_share, environment
 from d2v_fast.encoders import Encoder, build_encoder, describe
 from d2v_fast.fused import fuse
 from d2v_fast.model import Data2Vec
@@ -479,6 +479,7 @@ class Trainer:
         progress = tqdm(total=self.steps, initial=begin, **look, **quiet)
         try:
             with StopRequest() as stop, RunLog(self.folder if main else None, begin) as run_log, progress as bar:
+                self.monitor.judge({"step": begin, "distinct_samples": distinct_share(self.data)})
                 while self.done < self.steps:
                     stopped, busy = self._agreed(stop.asked, self.checkpoints.busy)
                     if stopped:
@@ -558,7 +559,7 @@ class Trainer:
             state = {
                 "skipped": self.skipped,
                 "suspects": self.suspects,
-                "alarms": self.monitor.state(),
+                "monitor": self.monitor.state(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "settings": self.settings,
                 "samples": self.samples,
@@ -610,7 +611,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         self.skipped, self.suspects = saved.state["skipped"], saved.state["suspects"]
-        self.monitor.load_state(saved.state["alarms"])
+        self.monitor.load_state(saved.state.get("monitor", {}))  # an older version kept less
         number = self.accelerator.process_index
         rank, generators = saved.state["ranks"][number], saved.tensors("rng")
         self.broken.seen = {index: message for index, message in rank["broken"]}
@@ -665,6 +666,7 @@ class Trainer:
             loss += share.detach()
         parameters = [p for p in self.core.parameters() if p.requires_grad]
         grad_norm = self.accelerator.clip_grad_norm_(parameters, config.train.clip_norm or math.inf)
+        self.monitor.watch(grad_norm)
         finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
         if self.world > 1:  # the gradient is everywhere the same, the loss is each rank's own
             finite = self.accelerator.reduce(finite.float(), "sum") == self.world

@@ -8,12 +8,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from scipy import integrate, stats
 
 from d2v_fast import diagnostics
 from d2v_fast.config import CollapseConfig, parse
-from d2v_fast.diagnostics import CollapseError, Monitor, constant_loss, effective_rank, environment
+from d2v_fast.data.builtin import builtin_images, builtin_speech
+from d2v_fast.diagnostics import (
+    CollapseError,
+    Monitor,
+    constant_loss,
+    distinct_share,
+    effective_rank,
+    environment,
+    position_share,
+    position_table,
+)
 from d2v_fast.model import Data2Vec
 from d2v_fast.ops.reference import Moments
 from d2v_fast.training import Trainer
@@ -31,6 +42,63 @@ class TestEffectiveRank:
     def test_of_many_rows_uses_some_of_all(self):
         rows = torch.cat([torch.eye(4)[:1].repeat(3000, 1), torch.eye(4)[1:2].repeat(3000, 1)])
         assert float(effective_rank(rows)) == pytest.approx(2, rel=1e-2)
+
+
+class TestPositionShare:
+    def test_by_hand(self):
+        # Two positions of means -1 and 1, and ±1 around them: of a total of 2 · 128, half lies between the positions.
+        rows = torch.tensor([-2.0, 0.0, 0.0, 2.0]).repeat(32)[:, None]
+        places = torch.tensor([0, 0, 1, 1]).repeat(32)
+        expected = 1 - (128 / (128 - 2)) / (256 / (128 - 1))
+        assert position_share(position_table(rows, places, 5)) == pytest.approx(expected, rel=1e-6)
+
+    def test_of_positions_alone_and_of_chance_alone(self):
+        torch.manual_seed(0)
+        places = torch.arange(20).repeat(7)
+        assert position_share(position_table(torch.randn(20, 8)[places], places, 20)) == pytest.approx(1, abs=1e-5)
+        assert abs(position_share(position_table(torch.randn(140, 500), places, 20))) < 0.02
+
+    def test_batches_add_up(self):
+        torch.manual_seed(0)
+        rows, places = torch.randn(200, 4) + 3, torch.randint(9, (200,))
+        parts = sum(position_table(rows[a:b], places[a:b], 9) for a, b in ((0, 50), (50, 200)))
+        assert position_share(parts) == pytest.approx(position_share(position_table(rows, places, 9)), rel=1e-4)
+
+    def test_is_unknown_where_rows_are_few(self):
+        places = torch.arange(70)
+        assert math.isnan(position_share(position_table(torch.randn(70, 3), places, 70)))  # one sample
+        assert math.isnan(position_share(position_table(torch.randn(70, 3), places % 7, 7)))
+        assert not math.isnan(position_share(position_table(torch.randn(71, 3), torch.arange(71) % 7, 7)))
+        assert math.isnan(position_share(position_table(torch.ones(100, 3), torch.arange(100) % 7, 7)))
+
+
+class Samples:
+    """Data of the given values, each augmented by a draw; None cannot be read."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def load(self, index, rng):
+        if self.values[index] is None:
+            raise OSError
+        return [self.values[index], rng.random()]
+
+
+class TestDistinctShare:
+    @pytest.mark.parametrize(
+        "values, share",
+        [(range(50), 1), ([7] * 64, 1 / 16), ([1, 1, 2, 2], 0.5), ([None, 3, 3, 3], 1 / 3), ([1], None), ([None] * 9, None)],
+    )
+    def test_by_hand(self, values, share):
+        found = distinct_share(Samples(*values))
+        assert math.isnan(found) if share is None else found == pytest.approx(share)
+
+    @pytest.mark.parametrize("modality", ["text", "vision", "audio"])
+    def test_builtin_data_differ(self, modality, tmp_path):
+        assert distinct_share(Trainer(config(modality, tmp_path / "run")).data) == 1
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 2.0])
@@ -78,7 +146,7 @@ class TestFigures:
         with torch.no_grad():
             for name, p in after.items():
                 p.copy_(before[name])
-            core, targets, states = trainer.core, [], []
+            core, targets, states, teacher, features, positions = trainer.core, [], [], [], [], []
             for batch in batches:
                 mask = batch["mask"]
                 layers = core.teacher_layers(batch["source"], None, None)
@@ -86,21 +154,65 @@ class TestFigures:
                 mean = torch.stack(normal).mean(0)
                 mean = (mean - mean.mean(2, True)) / (mean.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
                 targets.append(mean[mask])
-                features = core.student.embed(batch["source"])
-                states.append(core.student.contextualize(core.student.mask_features(features, mask))[mask])
+                teacher.append(layers[-1][mask])
+                features.append(core.student.embed(batch["source"]))
+                states.append(core.student.contextualize(core.student.mask_features(features[-1], mask))[mask])
+                last = normal[-1]
+                last = (last - last.mean(2, True)) / (last.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+                positions += zip(mask.nonzero()[:, 1].tolist(), last[mask].double().numpy(), strict=True)
         rows = torch.cat(targets).double().numpy()
         assert found["target_std"] == pytest.approx(np.sqrt(rows.var(0, ddof=1) + 1e-6).mean(), rel=1e-3)
         worst = (rows.var(0).sum()) * core.loss_settings["scale"]
         assert found["relative_loss"] == pytest.approx(3.0 / worst, rel=1e-3)
-        # The rest is of the last micro-batch.
-        flat = features.flatten(0, 1).double().numpy()
+        # Of all micro-batches together.
+        flat = torch.cat(features).flatten(0, 1).double().numpy()
         assert found["feature_std"] == pytest.approx(flat.std(0, ddof=1).mean(), rel=1e-3)
         variation = (flat.std(0) / np.sqrt((flat**2).mean(0))).mean()
-        assert found["feature_variation"] == pytest.approx(variation, rel=1e-2)
-        for name, rows in (("student_rank", states[-1]), ("teacher_rank", layers[-1][mask])):
-            values = np.linalg.svd(rows.double().numpy(), compute_uv=False)
+        assert found["feature_variation"] == pytest.approx(variation, rel=1e-3)
+        for name, rows in (("student_rank", states), ("teacher_rank", teacher)):
+            values = np.linalg.svd(torch.cat(rows).double().numpy(), compute_uv=False)
             share = values / values.sum()
             assert found[name] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-3)
+        # Adjusted R² of the regression on indicators of the positions.
+        places, rows = (np.array(column) for column in zip(*positions, strict=True))
+        design = np.eye(places.max() + 1)[places][:, np.unique(places)]
+        left = rows - design @ np.linalg.lstsq(design, rows)[0]
+        free = len(rows) - design.shape[1]
+        share = 1 - (left**2).sum() / free / (rows.var(0, ddof=1).sum())
+        assert found["position_share"] == pytest.approx(share, rel=1e-3)
+        assert found["content_loss"] == pytest.approx(3.0 / worst / (1 - share), rel=1e-3)
+
+    def test_measure_how_student_and_teacher_moved(self, due):
+        trainer, batches, before = due
+        found = trainer.monitor.figures(loss=3.0)
+        assert found["teacher_decay"] == pytest.approx(trainer.core.teacher.decay(1), abs=1e-4)
+        trained = [name for name, p in trainer.core.named_parameters() if p.requires_grad]
+        size = torch.cat([before[name].flatten() for name in trained]).norm()
+        assert found["update_share"] == pytest.approx(found["update_norm"] / float(size), rel=1e-4)
+        # Late in the schedule steps are small, and the share is that of a step at the peak all the same.
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = 1e-4 * group["initial_lr"]
+        trainer.core.update_teacher = lambda: None
+        trainer.monitor.due = True
+        trainer.step(batches)
+        late = trainer.monitor.figures(loss=3.0)
+        assert late["update_norm"] < 1e-3 * found["update_norm"]
+        assert late["update_share"] == pytest.approx(found["update_share"], rel=0.7)
+        assert late["teacher_decay"] == 1
+
+    def test_ranks_need_rows(self, due, monkeypatch):
+        trainer, batches, _ = due
+        monkeypatch.setattr(diagnostics, "FEWEST", sum(len(batch["index"]) for batch in batches) + 1)
+        found = trainer.monitor.figures(loss=3.0)
+        assert all(math.isnan(found[name]) for name in ("student_rank", "teacher_rank", "position_share", "content_loss"))
+
+    def test_a_loss_that_is_nan_has_diverged(self, due):
+        assert due[0].monitor.figures(loss=math.nan)["relative_loss"] == math.inf
+
+    def test_a_loss_that_costs_nothing_is_no_leak(self, due):
+        trainer, _, _ = due
+        trainer.core.loss_settings["scale"] = 0.0
+        assert trainer.monitor.figures(loss=0.0)["relative_loss"] == 1
 
     def test_of_a_skipped_step(self, due):
         trainer, (batch, _), _ = due
@@ -108,7 +220,9 @@ class TestFigures:
         batch["source"][0, 0, 0, 0] = float("nan")
         trainer.monitor.due = True
         trainer.step([batch])
-        assert trainer.monitor.figures(1.0)["update_norm"] == 0
+        found = trainer.monitor.figures(1.0)
+        assert found["update_norm"] == 0
+        assert math.isnan(found["update_share"]) and math.isnan(found["teacher_decay"])
 
     def test_nothing_is_done_where_nothing_is_logged(self, tmp_path, monkeypatch):
         calls = []
@@ -117,17 +231,18 @@ class TestFigures:
         trainer = Trainer(config("vision", tmp_path / "run", "train.steps=9", "train.log_every=4"))
         kept = []
         step = trainer.step
-        monkeypatch.setattr(trainer, "step", lambda batches: (step(batches), kept.append(trainer.monitor.weights))[0])
+        monkeypatch.setattr(trainer, "step", lambda batches: (step(batches), kept.append(trainer.monitor.before))[0])
         trainer.run()
         assert [r["step"] for r in records(tmp_path / "run")] == [1, 4, 8, 9]
         assert len(calls) == 2 * 4
         assert [i for i, weights in enumerate(kept, 1) if weights is not None] == [1, 4, 8, 9]
-        assert trainer.monitor.weights is None and trainer.monitor.last is None
+        assert trainer.monitor.before is None and trainer.monitor.batches == []
 
 
 FINE = {
     "step": 200, "target_std": 0.6, "prediction_std": 0.4, "teacher_rank": 50.0, "student_rank": 40.0, "feature_variation": 0.8,
-    "relative_loss": 0.5, "teacher_distance": 0.1, "ema_decay": 0.999,
+    "relative_loss": 0.5, "content_loss": 0.8, "teacher_distance": 0.1, "teacher_decay": 0.999, "update_share": 0.01,
+    "gradient_peak": 3.0, "distinct_samples": 1.0,
 }  # fmt: skip
 
 
@@ -135,9 +250,43 @@ FINE = {
 def monitor(tmp_path):
     model = Data2Vec(make("vit"), top_k=1)
     optimizer = torch.optim.SGD(model.head.parameters())
+    accelerator = SimpleNamespace(device="cpu")
     return lambda steps=1000, warmup=0, **settings: Monitor(
-        model, optimizer, CollapseConfig(**settings), steps, warmup, None, tmp_path
+        model, optimizer, CollapseConfig(**settings), steps, warmup, accelerator, tmp_path
     )
+
+
+class TestGradientPeak:
+    """A line of the log is compared with the lines before it."""
+
+    def line(self, monitor, *norms):
+        for norm in norms:
+            monitor.watch(torch.tensor(norm))
+        peak = monitor._gradient()["gradient_peak"]
+        monitor._forget()
+        return peak
+
+    def test_is_of_what_was_usual(self, monitor):
+        one = monitor()
+        assert self.line(one, 2.0) == 1
+        assert self.line(one, 3.0, 5.0, 4.0) == 5 / 2
+        assert self.line(one, 6.0, 30.0, 6.0) == 30 / 3  # the median of 2 and 4
+        # What lasts is not usual before it has lasted long.
+        assert [self.line(one, 1e12, 1e12) > 1e11 for _ in range(3)] == [True] * 3
+
+    def test_steps_that_were_skipped_do_not_count(self, monitor):
+        one = monitor()
+        assert self.line(one, 2.0) == 1
+        assert self.line(one, math.inf, 4.0, math.nan) == 2
+        assert math.isnan(self.line(one, math.nan)) and math.isnan(self.line(monitor(), 0.0, 0.0))
+
+    def test_a_run_that_goes_on_knows_it(self, monitor):
+        one, other = monitor(), monitor()
+        self.line(one, 2.0)
+        one.watch(torch.tensor(8.0))
+        other.load_state(json.loads(json.dumps(one.state())))
+        assert self.line(one, 1.0) == self.line(other, 1.0) == 4
+        assert other.state() == one.state()
 
 
 class TestRules:
@@ -150,10 +299,22 @@ class TestRules:
             ({"student_rank": 1.5}, "the student's states shrink to a few directions"),
             ({"feature_variation": 0.01}, "the local features hardly differ, the stem is dead or dying"),
             ({"relative_loss": 3.0}, "the run diverges: relative_loss 3 is above collapse.divergence=2"),
-            ({"relative_loss": math.nan}, "the run diverges: relative_loss nan is above"),
-            ({"relative_loss": 0.001}, "the loss is suspiciously low, as if the student saw what it predicts"),
+            ({"relative_loss": math.inf}, "the run diverges: relative_loss inf is above"),
+            (
+                {"content_loss": 0.03},
+                "the loss is suspiciously low, as if the student saw what it predicts: content_loss 0.03 is",
+            ),
             ({"teacher_distance": 0.0}, "the teacher is a copy of the student"),
-            ({"ema_decay": 1.0}, "the teacher stands still: ema_decay 1 is above collapse.decay"),
+            ({"teacher_decay": 1.0}, "the teacher stands still: teacher_decay 1 is above collapse.decay"),
+            (
+                {"update_share": 1e-8},
+                "the student hardly moves: update_share 1e-08 is below collapse.update=1e-05;",
+            ),
+            (
+                {"gradient_peak": 2e14},
+                "the gradient explodes: gradient_peak 2e+14 is above collapse.gradient=1000; check",
+            ),
+            ({"distinct_samples": 1 / 16}, "many samples are the same: distinct_samples 0.0625 is below collapse.distinct=0.5"),
         ],
     )
     def test_each_has_its_message(self, broken, message, monitor, caplog, tmp_path):
@@ -175,13 +336,26 @@ class TestRules:
 
     def test_are_switched_off_by_zero(self, monitor):
         bounds = ("target_std", "prediction_std", "rank", "variation", "divergence", "leak", "distance", "decay")
-        worst = dict.fromkeys(FINE, 0.0) | {"step": 200, "ema_decay": 1.0}
-        assert len(monitor().judge(worst)) > 5
+        bounds += ("distinct", "update", "gradient")
+        worst = dict.fromkeys(FINE, 0.0) | {"step": 200, "teacher_decay": 1.0, "gradient_peak": 1e9}
+        assert len(monitor().judge(worst)) > 7
         assert monitor(**dict.fromkeys(bounds, 0.0)).judge(worst) == []
 
     def test_loss_says_nothing_about_constant_targets(self, monitor):
-        (alarm,) = monitor().judge(FINE | {"target_std": 0.001, "relative_loss": 1e6})
+        (alarm,) = monitor().judge(FINE | {"target_std": 0.001, "relative_loss": 1e6, "content_loss": 1e-6})
         assert "targets" in alarm
+
+    def test_say_nothing_of_what_is_not_known(self, monitor):
+        assert monitor().judge(dict.fromkeys(FINE, math.nan) | {"step": 200}) == []
+        assert monitor().judge({"step": 200}) == []
+
+    def test_name_the_cause_and_not_what_follows_from_it(self, monitor):
+        (alarm,) = monitor().judge(
+            FINE | {"update_share": 1e-8, "relative_loss": 2.7, "teacher_distance": 0.0, "teacher_decay": 1.0}
+        )
+        assert "the student hardly moves" in alarm
+        (alarm,) = monitor(update=0).judge(FINE | {"update_share": 1e-8, "relative_loss": 2.7})
+        assert "diverges" in alarm
 
     def test_begin_with_the_run_under_way(self, monitor):
         assert [monitor(steps).after for steps in (50, 1000, 2000, 400_000)] == [100, 100, 200, 5000]
@@ -190,6 +364,9 @@ class TestRules:
         assert judge(FINE | {"prediction_std": 0.0, "step": 200}) == []
         assert len(judge(FINE | {"prediction_std": 0.0, "step": 201})) == 1
         assert len(monitor(after=0).judge(FINE | {"prediction_std": 0.0, "step": 1})) == 1
+        # What is wrong at any time is said at once.
+        alarms = monitor(2000).judge({"step": 0, "distinct_samples": 0.1}) + monitor(2000).judge(FINE | {"gradient_peak": 1e6})
+        assert len(alarms) == 2
 
 
 def alarms(folder):
@@ -237,11 +414,51 @@ class TestBrokenRuns:
         tiny("vision/tiny", tmp_path / "run", *more).run()
         assert len(alarms(tmp_path / "run")) == 1 and message in alarms(tmp_path / "run")[0]
 
-    def test_unmasked_student(self, tmp_path):
-        more = ["train.steps=400", "train.batch_size=16", "collapse.after=20"]
-        trainer = tiny("text/tiny", tmp_path / "run", *more)
+    def test_teacher_that_is_never_updated(self, tmp_path):
+        trainer = tiny("vision/tiny", tmp_path / "run", "collapse.after=10", "train.batch_size=8", "train.steps=20")
+        trainer.core.update_teacher = lambda: None
+        trainer.run()
+        (alarm,) = alarms(tmp_path / "run")
+        assert "the teacher stands still: teacher_decay 1 is above" in alarm
+
+    def test_far_too_low_a_rate(self, tmp_path):
+        more = ["collapse.after=10", "train.batch_size=8", "train.steps=20", "optimizer.lr=1e-9"]
+        tiny("text/tiny", tmp_path / "run", *more).run()
+        (alarm,) = alarms(tmp_path / "run")
+        assert "the student hardly moves" in alarm
+
+    def test_gradient_that_explodes_once(self, tmp_path):
+        trainer = Trainer(config("vision", tmp_path / "run", "train.steps=9", "train.log_every=4"))
+        backward = trainer.accelerator.backward
+        factor = iter([1, 1, 1e12])
+        trainer.accelerator.backward = lambda loss: backward(loss * next(factor, 1))
+        trainer.run()
+        (alarm,) = alarms(tmp_path / "run")
+        assert "the gradient explodes" in alarm
+
+    @pytest.mark.parametrize("preset", ["vision/tiny", "audio/tiny"])
+    def test_one_sample_repeated(self, preset, tmp_path):
+        (tmp_path / "data").mkdir()
+        for i in range(8):
+            if preset == "vision/tiny":
+                builtin_images("train").read(3).save(tmp_path / f"data/{i}.png")
+            else:
+                soundfile.write(tmp_path / f"data/{i}.wav", builtin_speech("train").read(3), 16_000)
+        tiny(preset, tmp_path / "run", "train.steps=1", "train.batch_size=2", f"data.path={tmp_path / 'data'}").run()
+        (alarm,) = alarms(tmp_path / "run")
+        assert "many samples are the same: distinct_samples 0.125 is below" in alarm
+
+    @pytest.mark.parametrize(
+        "preset", ["text/tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vision/tiny", "audio/tiny"))]
+    )
+    def test_unmasked_student(self, preset, tmp_path):
+        more = ["train.steps=200", "collapse.after=20", *(["train.batch_size=16"] if preset == "text/tiny" else [])]
+        trainer = tiny(preset, tmp_path / "run", *more)
         forward = trainer.core.forward
-        trainer.core.forward = lambda source, mask, target, **inputs: forward(target, mask, target, **inputs)
+        if preset == "text/tiny":
+            trainer.core.forward = lambda source, mask, target, **inputs: forward(target, mask, target, **inputs)
+        else:
+            trainer.core.student.mask_features = lambda features, mask: features
         trainer.run()
         (alarm,) = alarms(tmp_path / "run")
         assert "the loss is suspiciously low" in alarm
@@ -266,11 +483,28 @@ class TestBrokenRuns:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["text/tiny", "vision/tiny", "audio/tiny"])
-def test_a_healthy_run_raises_no_alarm(preset, tmp_path):
-    """The first 2,000 steps of each tiny preset on its builtin data."""
-    trainer = Trainer(parse(["--config", preset, "train.steps=2000", f"train.output={tmp_path / 'run'}"])[0])
+@pytest.mark.parametrize(
+    "more, fused",
+    [
+        (["train.steps=2000"], False),
+        (["train.steps=300", "train.seed=2", "train.batch_size=4"], False),
+        (["train.steps=300"], True),
+    ],
+)
+def test_a_healthy_run_raises_no_alarm(preset, more, fused, tmp_path):
+    """The first steps of each tiny preset on its builtin data."""
+    trainer = Trainer(parse(["--config", preset, *more, "train.log_every=20", f"train.output={tmp_path / 'run'}"])[0], fused)
     assert trainer.run() == 0
-    assert alarms(tmp_path / "run") == [] and trainer.monitor.after == 200
+    assert alarms(tmp_path / "run") == [] and trainer.monitor.after == max(100, trainer.steps // 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [["data.cross_documents=false", "train.batch_size=1", "train.accumulate=32"], ["mask.prob=.01"]]
+)
+def test_few_scored_positions_raise_no_alarm(more, tmp_path):
+    tiny("text/tiny", tmp_path / "run", "train.steps=400", *more.split()).run()
+    assert alarms(tmp_path / "run") == []
 
 
 class TestEnvironment:

@@ -270,6 +270,8 @@ def test_two_processes_train_as_one(tmp_path):
             [*command, "d2v_fast.cli", *arguments("vision", run, *settings)],
             check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        losses[ranks] = [(r["loss"], r["target_std"], r["grad_norm"]) for r in records(run)]
+        pooled = ("loss", "target_std", "grad_norm", "position_share", "content_loss", "feature_std", "feature_variation")
+        pooled += ("student_rank", "teacher_rank", "teacher_decay", "gradient_peak", "update_share")
+        losses[ranks] = [[r[name] for name in pooled] for r in records(run)]
     assert len(losses[2]) == 4
     np.testing.assert_allclose(losses[2], losses[1], rtol=1e-3)

@@ -81,7 +81,8 @@ def make_targets(
     return normalize(total / len(layers), target_norm, padding_mask)
 
 
-def _moments(rows: Tensor, scored: Tensor) -> Moments:
+def moments_of(rows: Tensor, scored: Tensor) -> Moments:
+    """Of the rows (N, C) that `scored` (N,) names; the others must be finite."""
     weight = scored.unsqueeze(-1).to(rows.dtype)
     count = weight.sum()
     mean = (rows * weight).sum(0) / count.clamp(min=1)
@@ -128,4 +129,4 @@ def data2vec_loss(
     loss = values.sum() * scale
     if reduction == "mean":
         loss = loss / scored.sum().clamp(min=1)
-    return loss, LossStats(_moments(targets, scored), _moments(rows.detach(), scored)) if stats else None
+    return loss, LossStats(moments_of(targets, scored), moments_of(rows.detach(), scored)) if stats else None
