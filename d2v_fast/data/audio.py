@@ -62,11 +62,12 @@ def read_audio(file: str | io.BytesIO, sample_rate: int) -> np.ndarray:
 
 
 def count_samples(file: str | io.BytesIO, sample_rate: int) -> int:
-    """The length at `sample_rate`: what the header says, if it can be so."""
+    """The length at `sample_rate`: what the header says or, where that is too much to be read, what can be read."""
     with _open(file) as recording:
-        if recording.frames <= _most_frames(recording, sample_rate):
-            return round(recording.frames * sample_rate / recording.samplerate)
-    return len(read_audio(file, sample_rate))
+        frames, most = recording.frames, _most_frames(recording, sample_rate)
+        if frames > most:
+            frames = len(recording.read(most + 1, dtype="float32", always_2d=True))
+        return round(frames * sample_rate / recording.samplerate)
 
 
 def _open(file: str | io.BytesIO) -> Any:
