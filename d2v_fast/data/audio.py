@@ -240,8 +240,8 @@ class AudioData(PretrainingData):
     """Crops of speech.
 
     Args:
-        path: "builtin", a folder of recordings (with or without metadata.csv), a manifest (.tsv, .csv, .jsonl), or the
-            name of a Hugging Face set.
+        path: "builtin", a folder of recordings (with or without metadata.csv), a manifest (.tsv, .csv, .jsonl,
+            .json), or the name of a Hugging Face set.
         name: Configuration of the Hugging Face set, such as clean.
         split: Its split.
         sample_rate: Rate in Hz that everything is resampled to.
