@@ -5,6 +5,7 @@
         teacher.safetensors     the EMA
         optimizer.safetensors   what the optimizer keeps of each parameter
         rng.safetensors         states of torch's generators, by rank
+        samples.safetensors     a digest of what each sample is read from
         state.json              step, place in the data, settings, counters, the other generators
         manifest.json           size and SHA-256 of each file
 

@@ -6,6 +6,7 @@ them together, so that each counts the same wherever it was (spec 1.4); then cli
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -408,9 +409,12 @@ class Trainer:
             self.data = make_data(config)
         encoder = make_encoder(config, getattr(self.data, "tokens", None))
         self.data.fit_to(encoder)
-        self.samples = {"data": {"samples": len(self.data), "checksum": self.data.checksum()}}
+        names, digests = self.data.contents()
+        self.digests = torch.from_numpy(digests.copy())
+        content = hashlib.sha256(digests.tobytes()).hexdigest()
+        self.samples = {"data": {"samples": len(self.data), "content": content}}
         if saved:
-            saved.compare("samples", self.samples, config.resume_allow)
+            self._compare_samples(saved, names)
         self.core = make_model(config, encoder)
         self.fused = fuse(self.core, self.device) if fused else []
         batches = EpochBatches(
@@ -554,6 +558,7 @@ class Trainer:
         ranks = gather_object([(rank, generators)])
         if self.accelerator.is_main_process:
             tensors = self._tensors()
+            tensors["samples"] = {"digests": self.digests}
             tensors["rng"] = {f"{i}.{kind}": states[kind] for i, (_, states) in enumerate(ranks) for kind in states}
             scaler = self.accelerator.scaler
             state = {
@@ -584,6 +589,18 @@ class Trainer:
                 for key, value in kept.get(parameter, {}).items()
             },
         }
+
+    def _compare_samples(self, saved: Checkpoint, names: Sequence[str]) -> None:
+        """Raise CheckpointError, with the names of those that differ, unless the samples are those of the checkpoint."""
+        try:
+            saved.compare("samples", self.samples, self.config.resume_allow)
+        except CheckpointError as error:
+            was = saved.tensors("samples")["digests"]
+            if len(was) != len(names):
+                raise
+            differ = (was != self.digests).nonzero().flatten().tolist()
+            first = "".join(f"\n    {names[i]}" for i in differ[:5])
+            raise CheckpointError(f"{error}\n  {len(differ)} of {len(names)} changed, among them{first}") from None
 
     def _newest(self) -> Checkpoint:
         """The checkpoint to go on from; the main process chooses for all."""

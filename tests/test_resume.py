@@ -452,6 +452,20 @@ def test_a_file_that_vanishes_between_epochs():
     assert code == 0 and "goes on after step 14" in said
 
 
+def test_a_file_that_changes_between_runs():
+    """Its name and length stay. A copy of the data elsewhere is the same data."""
+    images(6)
+    assert train(vision("run", "data.path=images", "train.steps=2"))[0] == 0
+    on = ["--resume", "run", "train.steps=4", "--resume-allow", "train.steps"]
+    os.rename("images", "pictures")
+    moved = ["data.path=pictures", "--resume-allow", "data.path"]
+    assert train([*on, *moved])[0] == 0
+    Path("pictures/03.png").write_bytes(Path("pictures/02.png").read_bytes())
+    code, said = train([*on, *moved])
+    assert code == 1 and "data.content: was " in said and "\n  1 of 6 changed, among them\n    pictures/03.png\n" in said, said
+    assert train([*on, "data.path=pictures", "--resume-allow", "data"])[0] == 0
+
+
 def _vanishing():
     from d2v_fast.training import Trainer
 

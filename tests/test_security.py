@@ -17,7 +17,7 @@ from PIL import EpsImagePlugin, Image
 
 from d2v_fast.config import ConfigError, parse, read_yaml
 from d2v_fast.data import DataError, load_hub
-from d2v_fast.data.audio import MAX_VALUES, open_audio, read_audio
+from d2v_fast.data.audio import MAX_VALUES, count_samples, open_audio, read_audio
 from d2v_fast.data.documents import load_documents
 from d2v_fast.data.text import TextData, load_tokenizer
 from d2v_fast.data.vision import open_images
@@ -200,8 +200,7 @@ class TestData:
         content[21] |= 0x0F  # STREAMINFO: 36 bits of its length, all set
         content[22:26] = b"\xff" * 4
         Path("claim.flac").write_bytes(content)
-        with pytest.raises(ValueError, match="claims 68719476735 samples at 16000 Hz on 1 channels, 256 GiB"):
-            read_audio("claim.flac", 16_000)
+        assert len(read_audio("claim.flac", 16_000)) == count_samples("claim.flac", 16_000) == 16_000
 
     def test_a_recording_that_unfolds(self):
         """An hour of silence on 8 channels is half a megabyte of FLAC and 1.7 GiB of numbers."""
@@ -209,13 +208,13 @@ class TestData:
             for _ in range(3600):
                 file.write(np.zeros((16_000, 8), dtype=np.int16))
         assert os.path.getsize("silence.flac") < 1e6
-        with pytest.raises(ValueError, match=r"claims 57600000 samples at 16000 Hz on 8 channels, 1\.72 GiB"):
+        with pytest.raises(ValueError, match="holds more than 33554432 samples at 16000 Hz on 8 channels, 1 GiB"):
             read_audio("silence.flac", 16_000)
 
     def test_a_recording_that_unfolds_at_another_rate(self):
         soundfile.write("slow.wav", np.zeros(17_000), 1)
         assert 17_000 * 16_000 > MAX_VALUES
-        with pytest.raises(ValueError, match="claims 17000 samples at 1 Hz"):
+        with pytest.raises(ValueError, match="holds more than 16777 samples at 1 Hz"):
             read_audio("slow.wav", 16_000)
 
     def test_a_wav_that_claims_more_than_it_has(self):

@@ -11,7 +11,9 @@ import hashlib
 import io
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 Key = tuple[int, int]  # (epoch, sample)
+COMPARED = 10_000  # samples of a data set whose content is compared when a run resumes
+EDGE = 2**16  # bytes at the start and at the end of a file that are compared
 
 
 class DataError(ValueError):
@@ -42,6 +46,7 @@ class Source:
         labels: A class for each sample, where known.
         groups: What belongs together (the speaker of a recording), where known.
         size: Length of a sample, where it can be had without reading all of it.
+        file: Path or bytes of the file that a sample is read from; None where the name says all.
     """
 
     names: Sequence[str]
@@ -49,9 +54,49 @@ class Source:
     labels: Sequence[str] | None = None
     groups: Sequence[str] | None = None
     size: Callable[[int], int] | None = None
+    file: Callable[[int], str | io.BytesIO] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def digests(self, more: np.ndarray | None = None) -> np.ndarray:
+        """(samples,) int64, each a hash of the sample's name, and of its content for up to `COMPARED` samples spread evenly.
+
+        Names count from where they differ, so that a data set may be moved. Content is the size of the file and its first
+        and last `EDGE` bytes, so that the time does not grow with the data set.
+
+        Args:
+            more: (samples, any) int64, hashed with each sample.
+        """
+        count = len(self)
+        shared = len(os.path.commonprefix([min(self.names), max(self.names)]))  # noqa: RUF071  of "set[0]" too
+        every = -(-count // COMPARED)
+
+        def digest(i: int) -> bytes:
+            parts = [self.names[i][shared:].encode(errors="surrogatepass")]
+            if self.file and i % every == 0:
+                try:
+                    parts.append(_edges(self.file(i)))
+                except Exception as error:  # training names it when it gets there
+                    parts.append(type(error).__name__.encode())
+            if more is not None:
+                parts.append(more[i].tobytes())
+            return hashlib.blake2b(b"\0".join(parts), digest_size=8).digest()
+
+        def digest_some(begin: int) -> bytes:
+            return b"".join(digest(i) for i in range(begin, min(begin + 1000, count)))
+
+        with ThreadPoolExecutor(8) as pool:
+            return np.frombuffer(b"".join(pool.map(digest_some, range(0, count, 1000))), dtype=np.int64)
+
+
+def _edges(file: str | io.BytesIO) -> bytes:
+    with open(regular(file), "rb", buffering=0) if isinstance(file, str) else file as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        head = stream.read(EDGE)
+        stream.seek(max(len(head), size - EDGE))
+        return b"%d " % size + head + stream.read(EDGE)
 
 
 class PretrainingData(Dataset):
@@ -60,6 +105,7 @@ class PretrainingData(Dataset):
     seed: int = 0
     lengths: np.ndarray | None = None  # per sample, for bucketing
     name: str
+    source: Source
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -86,10 +132,9 @@ class PretrainingData(Dataset):
     def sample_name(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
-    def checksum(self) -> str:
-        """SHA-256 of what tells these samples from others: their names and lengths. A run goes on with the same ones only."""
-        names = "\0".join(self.sample_name(index) for index in range(len(self)))
-        return hashlib.sha256(names.encode() + (b"" if self.lengths is None else self.lengths.tobytes())).hexdigest()
+    def contents(self) -> tuple[Sequence[str], np.ndarray]:
+        """Names of what the samples are made of, and a digest (int64) of each. A run resumes with the same ones only."""
+        return self.source.names, self.source.digests()
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         epoch = keys[0][0]
@@ -206,30 +251,74 @@ def _as_it_is(batch: Batch) -> Batch:
 def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
     """Files with one of `suffixes` below a folder (hidden ones left out), or those a path or pattern names, sorted.
 
+    What else is there is counted in the log.
+
     Raises:
         DataError: Nothing is there, or nothing of this kind.
     """
-    found = []
     if os.path.isdir(path):
-        seen = set()
-        for folder, folders, files in os.walk(path, followlinks=True):
-            # A link to a folder above would lead round for ever.
-            if (real := os.path.realpath(folder)) in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            found += [os.path.join(folder, name) for name in files if not name.startswith(".")]
+        found = _below(path, set())
     elif os.path.exists(path):
         found = [path]
     elif glob.has_magic(path):
-        found = glob.glob(path, recursive=True)
+        found = [file for file in glob.glob(path, recursive=True) if not os.path.isdir(file)]
     else:
         raise DataError(f"data.path={path}: no such file or folder")
-    found = [file for file in found if file.lower().endswith(tuple(suffixes))]
-    if not found:
-        raise DataError(f"data.path={path}: no file with one of the endings {', '.join(suffixes)}")
-    return sorted(found)
+    kept, others = [], Counter()
+    for file in found:
+        if not os.fspath(file).lower().endswith(tuple(suffixes)):
+            others[os.path.splitext(file)[1].lower() or "without an ending"] += 1
+        elif _may_block(file):
+            others["FIFO, socket or device"] += 1
+        else:
+            kept.append(os.fspath(file))
+    counted = ", ".join(f"{count} {kind}" for kind, count in others.most_common(9)) + ", …" * (len(others) > 9)
+    if not kept:
+        endings = ", ".join(suffixes)
+        raise DataError(f"data.path={path}: no file with one of the endings {endings}; found {counted or 'no file at all'}")
+    if others:
+        log.info("data.path=%s: %d files of other kinds are left out: %s", path, others.total(), counted)
+    return sorted(kept)
+
+
+def _below(folder: str, seen: set[str]) -> Iterator[os.DirEntry]:
+    # A link to a folder above would lead round for ever.
+    if (real := os.path.realpath(folder)) in seen:
+        return
+    seen.add(real)
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        log.warning("left out: %s", error)
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
+            yield from _below(entry.path, seen)
+        else:
+            yield entry
+
+
+def _may_block(file: str | os.DirEntry) -> bool:
+    """Whether opening the file may wait for ever, as it is no regular one. A link to nothing fails at once."""
+    if isinstance(file, os.DirEntry) and file.is_file(follow_symlinks=False):  # without asking the disk
+        return False
+    return os.path.exists(file) and not os.path.isfile(file)
+
+
+def regular(file: str) -> str:
+    """The same path, of a file that can be opened without waiting for another process.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: It is a folder, FIFO, socket or device.
+    """
+    if not os.path.exists(file):
+        raise FileNotFoundError("no such file")
+    if not os.path.isfile(file):
+        raise ValueError("is not a regular file")
+    return file
 
 
 def as_patterns(files: list[str]) -> list[str]:

@@ -7,41 +7,53 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable
+import re
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from d2v_fast.data import DataError, PretrainingData, Source, find_files, first_line, is_local, load_hub
+from d2v_fast.data import DataError, PretrainingData, Source, find_files, first_line, is_local, load_media, regular
 from d2v_fast.data.builtin import builtin_speech
 from d2v_fast.masking import Draws, SpanMask
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-MANIFESTS = (".tsv", ".csv", ".jsonl")
+# What libsndfile reads. It knows a format by its content and runs no code from a file.
+SUFFIXES = (
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64"),
+    *(".sph", ".nist", ".voc"),
+)
+MANIFESTS = (".tsv", ".csv", ".jsonl", ".json")
+# Columns of files, and of where in them a recording starts, as Hugging Face, Common Voice, NeMo and SpeechBrain name them.
+FILES = {"file_name": None, "path": None, "audio_filepath": "offset", "wav": "start"}
+SPEAKERS = ("speaker", "speaker_id", "client_id", "spk_id")
 EPS = 1e-5
-
-
 MAX_VALUES = 2**28  # of a recording, 1 GiB: 4.6 h of mono at 16 kHz
 
 
 def read_audio(file: str | io.BytesIO, sample_rate: int) -> np.ndarray:
-    """Mono float32 waveform at `sample_rate`, from any rate and number of channels."""
-    import soundfile
+    """Mono float32 waveform at `sample_rate`, from any rate and number of channels.
+
+    Raises:
+        ValueError: It is empty, not finite or too long.
+        OSError: There is no such file.
+        soundfile.LibsndfileError: libsndfile cannot read it.
+    """
     import soxr
 
-    with soundfile.SoundFile(_existing(file)) as recording:
+    with _open(file) as recording:
+        rate, most = recording.samplerate, _most_frames(recording, sample_rate)
         # A header can claim any length, and some kilobytes of FLAC can hold hours of silence.
-        rate, frames = recording.samplerate, recording.frames
-        values = frames * max(recording.channels, sample_rate / rate)
-        if values > MAX_VALUES:
+        wave = recording.read(min(recording.frames, most + 1), dtype="float32", always_2d=True)
+        if len(wave) > most:
             raise ValueError(
-                f"claims {frames} samples at {rate} Hz on {recording.channels} channels, "
-                f"{values / 2**28:.3g} GiB of numbers where 1 is the limit: cut it into parts"
+                f"holds more than {most} samples at {rate} Hz on {recording.channels} channels, 1 GiB of numbers: "
+                "cut it into parts"
             )
-        wave = recording.read(dtype="float32", always_2d=True).mean(axis=1)
+        wave = wave.mean(axis=1)
     if len(wave) == 0:
         raise ValueError("holds no sample")
     if not np.isfinite(wave).all():
@@ -50,45 +62,96 @@ def read_audio(file: str | io.BytesIO, sample_rate: int) -> np.ndarray:
 
 
 def count_samples(file: str | io.BytesIO, sample_rate: int) -> int:
-    """What the header says of the length at `sample_rate`."""
+    """The length at `sample_rate`: what the header says or, where that is too much to be read, what can be read."""
+    with _open(file) as recording:
+        frames, most = recording.frames, _most_frames(recording, sample_rate)
+        if frames > most:
+            frames = len(recording.read(most + 1, dtype="float32", always_2d=True))
+        return round(frames * sample_rate / recording.samplerate)
+
+
+def _open(file: str | io.BytesIO) -> Any:
+    """A `soundfile.SoundFile` to read once, from its start to its end."""
     import soundfile
 
-    info = soundfile.info(_existing(file))
-    return round(info.frames * sample_rate / info.samplerate)
+    # As bytes, since soundfile would encode a name strictly, and not every name on a disk is UTF-8.
+    recording = soundfile.SoundFile(os.fsencode(regular(file)) if isinstance(file, str) else file)
+    if recording.frames == 0 and recording.format in ("WAV", "WAVEX"):
+        # The recorder was killed before it wrote the lengths. libsndfile reads to the end if the length of the whole is 8.
+        with open(file, "rb") if isinstance(file, str) else file as stream:
+            stream.seek(0)
+            content = bytearray(stream.read(4 * MAX_VALUES))
+        content[4:8] = struct.pack("<I", 8)
+        recording = soundfile.SoundFile(io.BytesIO(content))
+    # Else soundfile seeks after each read, which fails at the end of a file whose header does not know its length.
+    recording.seekable = lambda: False
+    return recording
 
 
-def _existing(file: str | io.BytesIO) -> str | io.BytesIO:
-    if isinstance(file, str) and not os.path.exists(file):
-        raise FileNotFoundError("no such file")  # libsndfile calls it a system error
-    return file
+def _most_frames(recording: Any, sample_rate: int) -> int:
+    return int(MAX_VALUES / max(recording.channels, sample_rate / recording.samplerate))
 
 
-def _manifest(path: str) -> list[dict[str, str]]:
-    """Rows of a manifest with a `file_name`: fairseq's TSV (root, then path and samples), a table, or JSON lines."""
+def _manifest(path: str) -> list[dict[str, Any]]:
+    """Rows of a manifest, each with a `file_name`.
+
+    That is fairseq's TSV (root, then path and samples), a table (CSV, or TSV, which has no quotes), JSON lines, or
+    SpeechBrain's JSON: an object of rows by name.
+
+    Raises:
+        DataError: It cannot be read, or names no files.
+    """
     root = Path(path).parent
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in file.read().splitlines() if line.strip()]
-        if path.endswith(".jsonl"):
-            rows = [json.loads(line) for line in lines]
-        elif path.endswith(".tsv") and lines and "\t" not in lines[0]:
-            root = Path(lines[0])
-            rows = [{"file_name": line.split("\t")[0]} for line in lines[1:]]
-        else:
-            rows = list(csv.DictReader(lines, delimiter="\t" if path.endswith(".tsv") else ","))
-    except (ValueError, csv.Error) as error:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:  # names may be of any bytes
+            if path.endswith(".csv"):
+                rows = list(csv.DictReader(file, strict=True))
+            elif path.endswith(".tsv"):
+                lines = [line.rstrip("\r").split("\t") for line in file.read().split("\n") if line.strip()]
+                header = lines.pop(0) if lines else []
+                if len(header) == 1 and header[0] not in FILES:
+                    root, header = Path(header[0]), ["file_name"]
+                rows = [dict(zip(header, line, strict=False)) for line in lines]
+            else:
+                rows = _json_rows(file.read())
+    except csv.Error as error:
+        raise DataError(f"data.path={path}: not a manifest: {error}, which may be a quote that is not closed") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"data.path={path}: not a manifest: {first_line(error)}") from error
     for number, row in enumerate(rows, start=1):
-        name = (row.get("file_name") or row.get("path")) if isinstance(row, dict) else None
-        if not name:
+        key = next((key for key in FILES if row.get(key)), None) if isinstance(row, dict) else None
+        if key is None:
             found = list(row) if isinstance(row, dict) else row
             raise DataError(f"data.path={path}: row {number} has no file_name, found {found}")
+        if not isinstance(row[key], str):
+            raise DataError(f"data.path={path}: row {number}: {key} is {row[key]!r}, expected the path of a file")
+        if str(row.get(FILES[key]) or "").strip("0."):
+            raise DataError(
+                f"data.path={path}: row {number} is a part of {row[key]}, from {FILES[key]}={row[FILES[key]]}; "
+                "only whole files are read: cut the recordings"
+            )
+        name = re.sub(r"^(\$[\w.]+|\{\w+\})/", "", row[key])  # SpeechBrain's $data_root/ or {data_root}/
+        if number == 1 and not (root / name).exists() and (root / "clips" / name).exists():
+            root = root / "clips"  # as in Common Voice
         row["file_name"] = str(root / name)
     return rows
 
 
+def _json_rows(text: str) -> list[Any]:
+    """Rows of JSON lines, of a list of rows, or of an object of rows by name."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    if isinstance(found, dict):
+        return list(found.values()) if all(isinstance(row, dict) for row in found.values()) else [found]
+    return found if isinstance(found, list) else [found]
+
+
 def open_audio(path: str, name: str | None = None, split: str = "train", sample_rate: int = 16_000) -> Source:
     """Recordings of "builtin", a folder (with metadata.csv: file_name, label, speaker), a manifest, or a Hugging Face set.
+
+    The columns of manifests are those of `FILES` and `SPEAKERS`, and label.
 
     Without metadata the folder of a file counts as its label and its speaker.
 
@@ -116,28 +179,21 @@ def open_audio(path: str, name: str | None = None, split: str = "train", sample_
             files = [row["file_name"] for row in rows]
             folders = [Path(file).parent.name for file in files]
 
-            def column(key: str) -> list[str]:
-                return [str(row[key]) for row in rows] if all(key in row for row in rows) else folders
+            def column(*keys: str) -> list[str]:
+                key = next((key for key in keys if all(key in row for row in rows)), None)
+                return [str(row[key]) for row in rows] if key else folders
 
-            return _source(files, files.__getitem__, sample_rate, column("label"), column("speaker"))
+            return _source(files, files.__getitem__, sample_rate, column("label"), column(*SPEAKERS))
     import datasets
 
-    recordings = load_hub(path, name, split)
-    columns = [column for column, kind in recordings.features.items() if isinstance(kind, datasets.Audio)]
-    if not columns:
-        raise DataError(f"data.path={path}: the set has no column of audio, only {list(recordings.features)}")
-    recordings = recordings.cast_column(columns[0], datasets.Audio(decode=False))
-
-    def file(i: int) -> str | io.BytesIO:
-        entry = recordings[i][columns[0]]
-        return io.BytesIO(entry["bytes"]) if entry["bytes"] else entry["path"]
+    recordings, file = load_media(path, name, split, datasets.Audio)
 
     def known(*names: str) -> list[str] | None:
         found = [n for n in names if n in recordings.features]
         return [str(value) for value in recordings[found[0]]] if found else None
 
     names = [f"{path}[{i}]" for i in range(len(recordings))]
-    return _source(names, file, sample_rate, known("label"), known("speaker_id", "speaker"))
+    return _source(names, file, sample_rate, known("label"), known(*SPEAKERS))
 
 
 def _source(
@@ -146,7 +202,7 @@ def _source(
     def read(i: int) -> np.ndarray:
         return read_audio(file(i), sample_rate)
 
-    return Source(names, read, labels, speakers, lambda i: count_samples(file(i), sample_rate))
+    return Source(names, read, labels, speakers, lambda i: count_samples(file(i), sample_rate), file)
 
 
 def durations(source: Source, workers: int = 8) -> np.ndarray:
@@ -184,8 +240,8 @@ class AudioData(PretrainingData):
     """Crops of speech.
 
     Args:
-        path: "builtin", a folder of recordings (with or without metadata.csv), a manifest (.tsv, .csv, .jsonl), or the
-            name of a Hugging Face set.
+        path: "builtin", a folder of recordings (with or without metadata.csv), a manifest (.tsv, .csv, .jsonl,
+            .json), or the name of a Hugging Face set.
         name: Configuration of the Hugging Face set, such as clean.
         split: Its split.
         sample_rate: Rate in Hz that everything is resampled to.
@@ -225,7 +281,7 @@ class AudioData(PretrainingData):
         self.max_batch_length = None if batch_seconds is None else batch_seconds * sample_rate
         self.channel_mask = SpanMask(channel_prob, channel_length) if channel_prob > 0 else None
         self.source = open_audio(path, name, split, sample_rate)
-        found = durations(self.source)
+        found = self.durations = durations(self.source)
         if self.join_samples:
             groups = self.source.groups or [""] * len(self.source)
             _, group = np.unique(np.asarray(groups), return_inverse=True)
@@ -248,6 +304,11 @@ class AudioData(PretrainingData):
 
     def sample_name(self, index: int) -> str:
         return self.source.names[self.kept[index]]
+
+    def contents(self) -> tuple[Sequence[str], np.ndarray]:
+        # Who is joined with whom counts, and not what the speakers are called.
+        group = np.array([each[0] for each in self.siblings])[self.group] if self.join_samples else 0 * self.durations
+        return self.source.names, self.source.digests(np.stack([self.durations, group], axis=1))
 
     def fit_to(self, encoder: Any) -> None:
         self.frames, self.channels = encoder.positions, encoder.hidden_size
@@ -287,6 +348,9 @@ class AudioData(PretrainingData):
 
     def _read(self, index: int) -> np.ndarray:
         wave = self.source.read(index)
+        # Each layer norm behind the convolutions multiplies the gradient of silence by up to 1/√(its eps), about 300.
+        if wave.min() == wave.max():
+            raise ValueError(f"is silent or constant: all samples are {wave[0]:.3g}")
         return standardize(wave) if self.normalize else wave
 
     def collate(self, samples: list[np.ndarray], draws: Draws) -> dict[str, np.ndarray]:

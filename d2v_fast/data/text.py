@@ -189,8 +189,9 @@ class TextData(PretrainingData):
     def __len__(self) -> int:
         return len(self.begins)
 
-    def checksum(self) -> str:
-        return hashlib.sha256(self.ids.tobytes() + self.begins.tobytes() + self.ends.tobytes()).hexdigest()
+    def contents(self) -> tuple[list[str], np.ndarray]:
+        digest = hashlib.sha256(self.ids.tobytes() + self.begins.tobytes() + self.ends.tobytes()).digest()
+        return [self.name], np.frombuffer(digest[:8], dtype=np.int64)
 
     def fit_to(self, encoder: Any) -> None:
         if hasattr(encoder, "mask_embedding"):  # ids are masked, never features; DDP would wait for its gradient

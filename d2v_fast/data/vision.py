@@ -84,14 +84,15 @@ def open_images(path: str, name: str | None = None, split: str = "train") -> Sou
         suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS]
         found = find_files(path, (*suffixes, ".parquet"))
         if files := [file for file in found if not file.lower().endswith(".parquet")]:
-            return Source(files, lambda i: read_image(files[i]), [Path(file).parent.name for file in files])
+            labels = [Path(file).parent.name for file in files]
+            return Source(files, lambda i: read_image(files[i]), labels, file=files.__getitem__)
     import datasets
 
     images, file = load_media(path, name, split, datasets.Image)
     classes = [c for c, kind in images.features.items() if isinstance(kind, datasets.ClassLabel)]
     labels = [str(i) for i in images[classes[0]]] if classes else None
     names = [f"{path}[{i}]" for i in range(len(images))]
-    return Source(names, lambda i: read_image(file(i)), labels)
+    return Source(names, lambda i: read_image(file(i)), labels, file=file)
 
 
 def random_resized_crop(
