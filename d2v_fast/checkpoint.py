@@ -8,6 +8,9 @@
         state.json              step, place in the data, settings, counters, the other generators
         manifest.json           size and SHA-256 of each file
 
+With RUN/config.yaml, and RUN/tokenizer if one was trained for the run, this is enough to rebuild the student without its data:
+`training.make_encoder` gives the module, student.safetensors its weights under the prefix "student.".
+
 They are written as `step-1000.tmp`, the manifest last, and each file and folder is synced to the disk before the rename: what
 is called step-N was finished. The checkpoints of accelerate and torch.distributed are not used, as they contain pickle.
 """
@@ -159,10 +162,8 @@ class Checkpoints:
                 self.damaged.append(folder)
             else:
                 return found
-        reason = f"none of {len(self.damaged)} is intact" if self.damaged else "there is none"
-        raise CheckpointError(
-            f"no checkpoint to resume from in {self.folder}: {reason}; another train.output without --resume starts anew"
-        )
+        damaged = len(self.damaged)
+        raise CheckpointError(f"{self.folder}: " + (f"none of {damaged} checkpoints is intact" if damaged else "no checkpoint"))
 
     def reserve(self, tensors: Tensors) -> None:
         """Have the thread set aside the memory of the copies: new memory is the slowest part of a copy."""

@@ -582,7 +582,10 @@ class Trainer:
         from accelerate.utils import broadcast_object_list
 
         if self.accelerator.is_main_process:
-            saved = self.checkpoints.newest()
+            try:
+                saved = self.checkpoints.newest()
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; another train.output without --resume starts a new run") from None
             broadcast_object_list([saved.folder])
             return saved
         return Checkpoint(broadcast_object_list([None])[0])

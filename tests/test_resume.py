@@ -576,7 +576,7 @@ class TestStrict:
     def test_a_run_without_a_checkpoint(self):
         subprocess.run(["rm", "-r", "run/checkpoints"], check=True)
         code, said = train(["--resume", "run"])
-        assert code == 1 and "no checkpoint to resume from in run/checkpoints: there is none" in said
+        assert code == 1 and "run/checkpoints: no checkpoint; another train.output without" in said
         code, said = train(vision("run"))
         assert code == 1 and "holds a run already; it has no checkpoint to go on from; remove it, another folder" in said
 
