@@ -124,7 +124,7 @@ class Checkpoint:
 
     def _json(self, name: str) -> Any:
         try:
-            return json.loads((self.folder / name).read_text())
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{self.folder / name} is missing") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -235,12 +235,12 @@ def write(folder: Path, step: int, tensors: Tensors, state: str) -> Checkpoint:
     try:
         for name, values in tensors.items():
             save_file(values, beside / f"{name}.safetensors")
-        (beside / STATE).write_text(state)
+        (beside / STATE).write_text(state, encoding="utf-8")
         files = {}
         for file in sorted(beside.iterdir()):
             sync(file)
             files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
-        (beside / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
+        (beside / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1), encoding="utf-8")
         sync(beside / MANIFEST)
         sync(beside)
         shutil.rmtree(place, ignore_errors=True)  # one of this step that was skipped as damaged
@@ -268,7 +268,7 @@ def sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a text file: whoever reads it finds the old or the new one."""
     beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     sync(beside)
     os.replace(beside, path)
 

@@ -431,7 +431,7 @@ def read_yaml(name: str) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"--config {name}: no such file or preset{nearest(name, presets())}\npresets: {', '.join(presets())}")
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         _refuse_bombs(text)
         settings = get_loader("yaml")(text)
     except Exception as error:

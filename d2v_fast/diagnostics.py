@@ -239,8 +239,9 @@ class Monitor:
 
     def _raise(self, step: int, alarms: list[str]) -> None:
         if self.folder is not None:
-            with contextlib.suppress(OSError), (self.folder / "alarms.jsonl").open("a") as file:  # they are on the screen too
-                file.write(json.dumps({"step": step, "alarms": alarms}) + "\n")
+            with contextlib.suppress(OSError):  # they are on the screen too
+                with (self.folder / "alarms.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, "alarms": alarms}) + "\n")
         if self.config.action == "stop":
             raise CollapseError("\n  ".join([f"step {step}: {alarms[0]}", *alarms[1:]]))
         for alarm in alarms:

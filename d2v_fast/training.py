@@ -199,7 +199,7 @@ class RunLog:
                         write_text(
                             each, "".join(f"{json.dumps(line)}\n" for line in read_lines(each) if line["step"] <= self.step)
                         )
-            self.file = file.open("a", buffering=1)
+            self.file = file.open("a", buffering=1, encoding="utf-8")
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
