@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import itertools
 import json
 import os
 import re
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -187,7 +185,7 @@ class TrainConfig:
         accumulate: Batches an optimizer step, on each process.
         clip_norm: Largest norm of the gradient, 0 = no clipping.
         precision: Precision of the computation; weights and teacher are fp32.
-        device: auto = GPU if there is one.
+        device: auto = GPU if there is one. CUDA_VISIBLE_DEVICES=1 selects one of several.
         seed: Of weights, masks, augmentations and order.
         workers: Processes that load data, on each rank.
         threads: CPU threads of torch, 0 = its default.
@@ -206,7 +204,7 @@ class TrainConfig:
     accumulate: int = 1
     clip_norm: float = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     seed: int = 0
     workers: int = 2
     threads: int = 0
@@ -296,6 +294,7 @@ RANGES = {
     "encoder.feature_grad_mult": "[0, inf)",
     "head.layers": "[0, inf)",
     "loss.beta": "[0, inf)",
+    "loss.scale": "(0, inf)",
     "mask.count": "[1, inf)",
     "mask.dropout": "[0, 1)",
     "mask.keep_prob": "[0, 1]",
@@ -312,6 +311,7 @@ RANGES = {
     "optimizer.betas": "[0, 1)",
     "optimizer.eps": "(0, inf)",
     "optimizer.lr": "(0, inf)",
+    "optimizer.lr_scale": "[0, inf)",
     "optimizer.weight_decay": "[0, inf)",
     "schedule.final": "[0, inf)",
     "schedule.hold": "[0, 1]",
@@ -330,8 +330,8 @@ RANGES = {
     "train.save_every": "[0, inf)",
     "train.seed": "[0, 9223372036854775807]",
     "train.steps": "[1, inf)",
-    "train.threads": "[0, inf)",
-    "train.workers": "[0, inf)",
+    "train.threads": "[0, 1024]",  # far more end in a crash of the thread pool
+    "train.workers": "[0, 1024]",
 }
 
 
@@ -364,6 +364,7 @@ class Config:
     mask: SpanMask | BlockMask | RandomMask | TokenMask
     data: dict[str, Any]
     yaml: str = ""
+    name: str = "run"  # what a run without train.output is called
     resume: bool = False
     resume_allow: list[str] = field(default_factory=list)
 
@@ -377,8 +378,9 @@ class Config:
         values = self.settings()
         for key, interval in RANGES.items():
             value = values.get(key)
-            for number in value if isinstance(value, list | tuple) else [value]:
-                if number is not None and not _inside(number, interval):
+            several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            for number in several:
+                if isinstance(number, int | float) and not _inside(number, interval):
                     raise ConfigError(f"{key}: found {number}, expected {_in_words(interval)}")
         for key in ("data.crop_scale", "data.crop_ratio"):
             if key in values and values[key][0] > values[key][1]:
@@ -645,6 +647,7 @@ def parse(args: list[str]) -> tuple[Config, bool]:
         mask=MASKS[kind](**values["mask"]),
         data=values["data"],
         yaml=parser.dump(namespace, skip_unset=False),
+        name="-".join(names) or values["modality"],
         resume=resume,
         resume_allow=resume_allow,
     )
@@ -656,11 +659,8 @@ def parse(args: list[str]) -> tuple[Config, bool]:
         config.train.output = run if resume else None
     if config.train.output is None and resume:
         raise ConfigError(which)
-    if config.train.output is None:
-        base = f"runs/{'-'.join(names) or modality}-{time.strftime('%Y%m%d-%H%M%S')}"
-        numbered = (f"{base}-{n}" for n in itertools.count(2))  # a script may start several in a second
-        config.train.output = next(name for name in itertools.chain([base], numbered) if not os.path.exists(name))
-    config.train.output = os.path.expanduser(config.train.output)
+    if config.train.output is not None:
+        config.train.output = os.path.expanduser(config.train.output)
     return config, fused
 
 
