@@ -302,7 +302,7 @@ def in_main_thread() -> bool:
 class StopRequest:
     """SIGTERM, Ctrl-C and a closed terminal end the run after the current step, with a checkpoint; the second one at once."""
 
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not known everywhere
     ECHO = 1.0  # seconds in which torchrun passes on to its ranks the Ctrl-C that the terminal has sent them already
 
     def __enter__(self) -> StopRequest:
@@ -311,9 +311,9 @@ class StopRequest:
         if not in_main_thread():
             log.warning("not in the main thread: SIGTERM and Ctrl-C do not save the run, only train.save_every does")
             return self
-        for number in self.SIGNALS:
-            nohup = number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
-            if not nohup:
+        for name in filter(signal.__dict__.get, self.SIGNALS):
+            number = getattr(signal, name)
+            if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # nohup lets it outlive its terminal
                 self.before[number] = signal.signal(number, self._ask)
         return self
 

@@ -261,6 +261,8 @@ BOUNDS = [
     ("train.batch_size", 1, 0),
     ("train.accumulate", 1, 0),
     ("train.workers", 0, -1),
+    ("train.threads", 1024, 100_000_000),
+    ("loss.scale", 1e-9, 0),
     ("train.max_broken", 1, 1.1),
     ("train.seed", 2**63 - 1, -1),
     ("data.flip", 1, 1.5),
@@ -281,6 +283,10 @@ class TestRanges:
     def test_first_value_outside(self, key, good, bad):
         message = refused(*dict(reversed(list(parameters())))[key], f"{key}={bad}")
         assert message.startswith(f"{key}: found ") and "expected" in message
+
+    def test_of_the_values_of_a_mapping(self):
+        assert parse([*VISION, "optimizer.lr_scale.x=0"])[0].optimizer.lr_scale == {"x": 0}
+        assert refused(*VISION, "optimizer.lr_scale.x=-1") == "optimizer.lr_scale: found -1.0, expected at least 0"
 
     def test_last_values_inside(self):
         together = {}
