@@ -23,8 +23,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,21 @@ class Checkpoint:
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / file}: not a file of safetensors: {error}") from error
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Raise CheckpointError for a part of the state or a tensor that is missing or not of the kind that is expected."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{self.folder}: not a checkpoint as version {VERSION} has them: {reason}") from error
+
     def compare(self, part: str, now: dict[str, Any], allowed: Iterable[str] = ()) -> None:
         """Raise CheckpointError unless `part` of the state is `now`, but for keys that are allowed, or lie below one."""
-        was, now = _flat(self.state[part]), _flat(now)
+        with self.reading():
+            was, now = _flat(self.state[part]), _flat(now)
         differ = [key for key in {**was, **now} if was.get(key, "nothing") != now.get(key, "nothing")]
         differ = [key for key in differ if not any(key == name or key.startswith(f"{name}.") for name in allowed)]
         if differ:

@@ -37,7 +37,6 @@ def _run(name: str, command: Callable[[list[str]], int | str | None]) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot show is no reason to stop
     # What a library logs is either not news to the user of this one, or said again in the error it raises.
     for library in ("httpx", "transformers", "accelerate"):
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -97,6 +96,10 @@ def _train(args: list[str]) -> int | str:
         code = training.train(config, fused)
     except (diagnostics.CollapseError, training.NotFiniteError) as error:
         code = f"d2v-train: {error}"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        code = f"d2v-train: out of memory; a smaller train.batch_size with a larger train.accumulate needs less: {error}"
     # A thread of gloo that lets go of a tensor while the interpreter ends aborts the process. The threads are waited for once
     # nobody holds the group any more. Not after other errors: a collective may be under way then, and would be waited for too.
     if torch.distributed.is_initialized():

@@ -282,12 +282,12 @@ RANGES = {
     "data.image_size": "[1, inf)",
     "data.jitter": "[0, inf)",
     "data.join_seconds": "[0, inf)",
-    "data.max_seconds": "(0, inf)",
+    "data.max_seconds": "(0, 86400]",
     "data.mean": "(-inf, inf)",
     "data.min_seconds": "[0, inf)",
     "data.sample_rate": "[1, inf)",
     "data.std": "(0, inf)",
-    "data.vocab_size": "[261, inf)",  # 256 bytes and 5 special tokens
+    "data.vocab_size": "[261, 16777216]",  # 256 bytes and 5 special tokens; tokenizers aborts where memory ends
     "ema.anneal_steps": "[0, inf)",
     "ema.end": "[0, 1]",
     "ema.start": "[0, 1]",
@@ -394,6 +394,8 @@ class Config:
             raise ConfigError(f"mask.random_prob + mask.keep_prob: found {replaced}, expected at most 1")
         if values.get("data.block_size") == 2 and not values["data.cross_documents"]:
             raise ConfigError("data.block_size: found 2, expected at least 3 without data.cross_documents: <s>, a token, </s>")
+        if self.train.output == "" or "\0" in (self.train.output or ""):
+            raise ConfigError(f"train.output: found {self.train.output!r}, expected a folder; by default one in runs/ is made")
         if not values["data.path"]:
             raise ConfigError("data.path: found nothing, expected builtin, a file, a folder or the name of a Hugging Face set")
         if (self.encoder.model is None) == (self.encoder.pretrained is None) and not (self.encoder.model or "").count(":"):
@@ -445,6 +447,8 @@ def read_yaml(name: str) -> dict[str, Any]:
         for change in changes:
             print(f"{name}: {change}", file=sys.stderr)
     settings = {key: value for key, value in settings.items() if value is not None}
+    if not isinstance(settings.get("modality", ""), str):
+        raise ConfigError(f"--config {name}: modality: found {settings['modality']}, expected one of {', '.join(MASK_KINDS)}")
     for key in filter(settings.__contains__, sorted(GROUPS)):
         if not isinstance(settings[key], dict):
             raise ConfigError(f"--config {name}: {key}: found {settings[key]}, expected a mapping of settings")

@@ -66,13 +66,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a .jsonl file by step; a line that is half written is left out, and steps that a resumed run took again count
     as it took them then."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
             line = json.loads(text)
-            step = int(line["step"])
-        except (ValueError, TypeError, KeyError):
+            line["step"] = int(line["step"])
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
             continue
-        while lines and lines[-1]["step"] >= step:
+        if not 0 <= line["step"] < 2**53:
+            continue
+        while lines and lines[-1]["step"] >= line["step"]:
             lines.pop()
         lines.append(line)
     return lines

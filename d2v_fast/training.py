@@ -206,8 +206,9 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1 if self.step else None)
-            except ImportError as error:
-                log.info("curves are in log.jsonl alone: %s; pip install tensorboard", error)
+            except Exception as error:  # it is optional, and has errors of its own, as for folders that are not UTF-8
+                remedy = "; pip install tensorboard" if isinstance(error, ImportError) else ""
+                log.info("curves are in log.jsonl alone: %s%s", error, remedy)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -466,8 +467,8 @@ class Trainer:
             return
         from filelock import Timeout
 
-        self.made = self.made or not self.folder.exists()
         try:
+            self.made = self.made or not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
         except Timeout:
@@ -491,9 +492,11 @@ class Trainer:
         from accelerate.utils import set_seed
 
         config = self.config
-        saved = self._newest() if config.resume else None
+        saved, start = self._newest() if config.resume else None, 0
         if saved:
             saved.compare("settings", self.settings, (*FREE, *config.resume_allow))
+            with saved.reading():
+                start = int(saved.state["ranks"][self.accelerator.process_index]["batches"])
         self.done = self.saved = saved.step if saved else 0  # steps, now and at the newest checkpoint
         with self.accelerator.main_process_first():  # the others find what it has cached
             self.data = make_data(config)
@@ -518,7 +521,7 @@ class Trainer:
             self.world,
             self.data.lengths,
             getattr(self.data, "max_batch_length", None),
-            start=saved.state["ranks"][self.accelerator.process_index]["batches"] if saved else 0,
+            start=start,
         )
         self.batches = self.taken = batches.start  # trained on, and taken from the loader
         steps_per_epoch = len(batches.epoch(0)) / config.train.accumulate
@@ -544,7 +547,8 @@ class Trainer:
         self.monitor = Monitor(self.core, optimizer, config.collapse, self.steps, warmup, self.accelerator, folder)
         self.changed = bool(saved) and saved.state["settings"] != self.settings
         if saved:
-            self._restore(saved)
+            with saved.reading():
+                self._restore(saved)
 
     def run(self) -> int:
         """Train to the end or until asked to stop; returns the exit code."""
@@ -721,7 +725,7 @@ class Trainer:
         self.optimizer.load_state_dict({"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]})
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
-        self.skipped, self.suspects = saved.state["skipped"], saved.state["suspects"]
+        self.skipped, self.suspects = int(saved.state["skipped"]), list(saved.state["suspects"])
         self.monitor.load_state(saved.state["alarms"])
         number = self.accelerator.process_index
         rank, generators = saved.state["ranks"][number], saved.tensors("rng")

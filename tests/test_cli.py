@@ -10,6 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 import soundfile
+import torch
 import yaml
 from PIL import Image
 
@@ -235,6 +236,16 @@ class TestMessages:
         assert train(monkeypatch) == "d2v-train: \\x1b[2J\\x9b\\udce9é.png:\n  a\tb"
         record = logging.LogRecord("", logging.INFO, "", 0, "skipped %s", ("\x1b]0;x\x07",), None)
         assert cli._Formatter("%(message)s").format(record) == "skipped \\x1b]0;x\\x07"
+
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("unable to allocate 9 TiB")])
+    def test_out_of_memory(self, error, monkeypatch):
+        def step(self, micro_batches):
+            raise error
+
+        monkeypatch.setattr("d2v_fast.training.Trainer.step", step)
+        message = train(monkeypatch, *VISION)
+        assert message.startswith("d2v-train: out of memory; a smaller train.batch_size with a larger train.accumulate needs")
+        assert message.endswith(str(error))
 
     def test_a_broken_package_is_named(self, monkeypatch):
         def imports(args):

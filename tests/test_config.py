@@ -79,6 +79,14 @@ class TestPresets:
         config, _ = parse(["--config=~/mine.yaml"])
         assert config.train.output == str(tmp_path / "run")
 
+    @pytest.mark.parametrize("modality", ["[vision]", "{vision: 1}", "!!set {vision}", "5"])
+    def test_a_modality_of_another_type(self, modality, tmp_path):
+        (tmp_path / "mine.yaml").write_text(f"modality: {modality}")
+        message = refused("--config", str(tmp_path / "mine.yaml"))
+        assert (
+            message.startswith(f"--config {tmp_path}/mine.yaml: modality: found ") and "one of text, vision, audio" in message
+        )
+
 
 class TestSettings:
     def test_later_ones_win(self, tmp_path):
@@ -271,6 +279,8 @@ BOUNDS = [
     ("data.crop_scale", [0.1, 1], [0.1, 1.1]),
     ("data.block_size", 2, 1),
     ("data.vocab_size", 261, 260),
+    ("data.vocab_size", 2**24, 2**24 + 1),
+    ("data.max_seconds", 86_400, 1e300),
     ("data.sample_rate", 1, 0),
     ("data.max_seconds", 0.1, 0),
     ("data.batch_seconds", 0.1, 0),
@@ -279,6 +289,10 @@ BOUNDS = [
 
 
 class TestRanges:
+    @pytest.mark.parametrize("output", ["", "a\0b"])
+    def test_of_folders(self, output):
+        assert refused(*VISION, f"train.output={output}").startswith(f"train.output: found {output!r}, expected a folder")
+
     @pytest.mark.parametrize("key, good, bad", BOUNDS)
     def test_first_value_outside(self, key, good, bad):
         message = refused(*dict(reversed(list(parameters())))[key], f"{key}={bad}")
