@@ -28,7 +28,7 @@ setup(
     name="d2v-fast",
     version="0.1.0",
     description="The fastest correct way to pre-train data2vec: text, images, speech",
-    long_description=Path("README.md").read_text(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -23,7 +23,7 @@ TOLERANCE = 0.15
 
 def rows(path: Path, test: str) -> list[dict]:
     """What a test noted, one dict for each of its cases."""
-    entries = json.loads(path.read_text())["benchmarks"]
+    entries = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
     return [entry["extra_info"] for entry in entries if entry["name"].partition("[")[0] == test]
 
 
@@ -38,7 +38,7 @@ def share(row: dict, limit: str) -> float:
 
 
 def machine(path: Path) -> str:
-    info = json.loads(path.read_text())
+    info = json.loads(path.read_text(encoding="utf-8"))
     about = info["machine_info"]
     hardware = about.get("gpu") or f"{about['cpu']['brand_raw']}, {about['threads']} threads"
     versions = ", ".join(f"{name} {about[name]}" for name in ("driver", "torch", "triton") if name in about)

@@ -9,6 +9,9 @@
         state.json              step, place in the data, settings, counters, the other generators
         manifest.json           size and SHA-256 of each file
 
+With RUN/config.yaml, and RUN/tokenizer if one was trained for the run, this is enough to rebuild the student without its data:
+`training.make_encoder` gives the module, student.safetensors its weights under the prefix "student.".
+
 They are written as `step-1000.tmp`, the manifest last, and each file and folder is synced to the disk before the rename: what
 is called step-N was finished. The checkpoints of accelerate and torch.distributed are not used, as they contain pickle.
 """
@@ -21,8 +24,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +101,21 @@ class Checkpoint:
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / file}: not a file of safetensors: {error}") from error
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Raise CheckpointError for a part of the state or a tensor that is missing or not of the kind that is expected."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{self.folder}: not a checkpoint as version {VERSION} has them: {reason}") from error
+
     def compare(self, part: str, now: dict[str, Any], allowed: Iterable[str] = ()) -> None:
         """Raise CheckpointError unless `part` of the state is `now`, but for keys that are allowed, or lie below one."""
-        was, now = _flat(self.state[part]), _flat(now)
+        with self.reading():
+            was, now = _flat(self.state[part]), _flat(now)
         differ = [key for key in {**was, **now} if was.get(key, "nothing") != now.get(key, "nothing")]
         differ = [key for key in differ if not any(key == name or key.startswith(f"{name}.") for name in allowed)]
         if differ:
@@ -122,7 +138,7 @@ class Checkpoint:
 
     def _json(self, name: str) -> Any:
         try:
-            return json.loads((self.folder / name).read_text())
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{self.folder / name} is missing") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -160,10 +176,8 @@ class Checkpoints:
                 self.damaged.append(folder)
             else:
                 return found
-        reason = f"none of {len(self.damaged)} is intact" if self.damaged else "there is none"
-        raise CheckpointError(
-            f"no checkpoint to resume from in {self.folder}: {reason}; another train.output without --resume starts anew"
-        )
+        damaged = len(self.damaged)
+        raise CheckpointError(f"{self.folder}: " + (f"none of {damaged} checkpoints is intact" if damaged else "no checkpoint"))
 
     def reserve(self, tensors: Tensors) -> None:
         """Have the thread set aside the memory of the copies: new memory is the slowest part of a copy."""
@@ -235,12 +249,12 @@ def write(folder: Path, step: int, tensors: Tensors, state: str) -> Checkpoint:
     try:
         for name, values in tensors.items():
             save_file(values, beside / f"{name}.safetensors")
-        (beside / STATE).write_text(state)
+        (beside / STATE).write_text(state, encoding="utf-8")
         files = {}
         for file in sorted(beside.iterdir()):
             sync(file)
             files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
-        (beside / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
+        (beside / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1), encoding="utf-8")
         sync(beside / MANIFEST)
         sync(beside)
         shutil.rmtree(place, ignore_errors=True)  # one of this step that was skipped as damaged
@@ -268,7 +282,7 @@ def sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a text file: whoever reads it finds the old or the new one."""
     beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     sync(beside)
     os.replace(beside, path)
 

@@ -9,12 +9,34 @@ import os
 import sys
 from collections.abc import Callable
 
+from d2v_fast import __version__
 from d2v_fast.config import parse
+
+
+def _printable(text: str) -> str:
+    """`text` with control characters escaped: a file name may hold some, and a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _printable(super().format(record))
+
+
+def _expand_home(argument: str) -> str:
+    """Expand a leading ~ in a path or in the value of key=path, which a shell leaves as it is."""
+    key, equals, value = argument.partition("=")
+    return os.path.expanduser(key) + equals + os.path.expanduser(value)
 
 
 def _run(name: str, command: Callable[[list[str]], int | str | None]) -> None:
     """Run a command: what the user can mend ends in one message and not in a traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if "--version" in sys.argv[1:]:
+        print(f"{name} {__version__}")
+        sys.exit()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     # What a library logs is either not news to the user of this one, or said again in the error it raises.
     for library in ("httpx", "transformers", "accelerate"):
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -23,14 +45,20 @@ def _run(name: str, command: Callable[[list[str]], int | str | None]) -> None:
     os.environ.setdefault("TQDM_DELAY", "2")  # no bars for what takes a moment
     sys.path.append(os.getcwd())  # where an encoder of your own lies
     try:
-        sys.exit(command(sys.argv[1:]))
+        result = command([_expand_home(argument) for argument in sys.argv[1:]])
     except KeyboardInterrupt:
-        sys.exit(130)
+        result = 130
+    except ImportError as error:
+        cause: BaseException = error
+        while cause.__cause__:  # transformers itself says only which of its classes could not be imported
+            cause = cause.__cause__
+        result = f"{name}: a package is missing or broken, d2v-doctor may name it: {type(cause).__name__}: {cause}"
     except (ValueError, OSError) as error:
         message = str(error)
         if "in DataLoader worker" in message:  # the traceback of the worker, its last line is the error
             message = message.strip().splitlines()[-1].partition(": ")[2]
-        sys.exit(f"{name}: {message}")
+        result = f"{name}: {message}"
+    sys.exit(_printable(result) if isinstance(result, str) else result)
 
 
 def train() -> None:
@@ -68,6 +96,10 @@ def _train(args: list[str]) -> int | str:
         code = training.train(config, fused)
     except (diagnostics.CollapseError, training.NotFiniteError) as error:
         code = f"d2v-train: {error}"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        code = f"d2v-train: out of memory; a smaller train.batch_size with a larger train.accumulate needs less: {error}"
     # A thread of gloo that lets go of a tensor while the interpreter ends aborts the process. The threads are waited for once
     # nobody holds the group any more. Not after other errors: a collective may be under way then, and would be waited for too.
     if torch.distributed.is_initialized():

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import itertools
 import json
 import os
 import re
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -187,7 +185,7 @@ class TrainConfig:
         accumulate: Batches an optimizer step, on each process.
         clip_norm: Largest norm of the gradient, 0 = no clipping.
         precision: Precision of the computation; weights and teacher are fp32.
-        device: auto = GPU if there is one.
+        device: auto = GPU if there is one. CUDA_VISIBLE_DEVICES=1 selects one of several.
         seed: Of weights, masks, augmentations and order.
         workers: Processes that load data, on each rank.
         threads: CPU threads of torch, 0 = its default.
@@ -206,7 +204,7 @@ class TrainConfig:
     accumulate: int = 1
     clip_norm: float = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     seed: int = 0
     workers: int = 2
     threads: int = 0
@@ -293,18 +291,19 @@ RANGES = {
     "data.image_size": "[1, inf)",
     "data.jitter": "[0, inf)",
     "data.join_seconds": "[0, inf)",
-    "data.max_seconds": "(0, inf)",
+    "data.max_seconds": "(0, 86400]",
     "data.mean": "(-inf, inf)",
     "data.min_seconds": "[0, inf)",
     "data.sample_rate": "[1, inf)",
     "data.std": "(0, inf)",
-    "data.vocab_size": "[261, inf)",  # 256 bytes and 5 special tokens
+    "data.vocab_size": "[261, 16777216]",  # 256 bytes and 5 special tokens; tokenizers aborts where memory ends
     "ema.anneal_steps": "[0, inf)",
     "ema.end": "[0, 1]",
     "ema.start": "[0, 1]",
     "encoder.feature_grad_mult": "[0, inf)",
     "head.layers": "[0, inf)",
     "loss.beta": "[0, inf)",
+    "loss.scale": "(0, inf)",
     "mask.count": "[1, inf)",
     "mask.dropout": "[0, 1)",
     "mask.keep_prob": "[0, 1]",
@@ -321,6 +320,7 @@ RANGES = {
     "optimizer.betas": "[0, 1)",
     "optimizer.eps": "(0, inf)",
     "optimizer.lr": "(0, inf)",
+    "optimizer.lr_scale": "[0, inf)",
     "optimizer.weight_decay": "[0, inf)",
     "schedule.final": "[0, inf)",
     "schedule.hold": "[0, 1]",
@@ -339,8 +339,8 @@ RANGES = {
     "train.save_every": "[0, inf)",
     "train.seed": "[0, 9223372036854775807]",
     "train.steps": "[1, inf)",
-    "train.threads": "[0, inf)",
-    "train.workers": "[0, inf)",
+    "train.threads": "[0, 1024]",  # far more end in a crash of the thread pool
+    "train.workers": "[0, 1024]",
 }
 
 
@@ -373,6 +373,7 @@ class Config:
     mask: SpanMask | BlockMask | RandomMask | TokenMask
     data: dict[str, Any]
     yaml: str = ""
+    name: str = "run"  # what a run without train.output is called
     resume: bool = False
     resume_allow: list[str] = field(default_factory=list)
 
@@ -386,8 +387,9 @@ class Config:
         values = self.settings()
         for key, interval in RANGES.items():
             value = values.get(key)
-            for number in value if isinstance(value, list | tuple) else [value]:
-                if number is not None and not _inside(number, interval):
+            several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            for number in several:
+                if isinstance(number, int | float) and not _inside(number, interval):
                     raise ConfigError(f"{key}: found {number}, expected {_in_words(interval)}")
         for key in ("data.crop_scale", "data.crop_ratio"):
             if key in values and values[key][0] > values[key][1]:
@@ -401,6 +403,8 @@ class Config:
             raise ConfigError(f"mask.random_prob + mask.keep_prob: found {replaced}, expected at most 1")
         if values.get("data.block_size") == 2 and not values["data.cross_documents"]:
             raise ConfigError("data.block_size: found 2, expected at least 3 without data.cross_documents: <s>, a token, </s>")
+        if self.train.output == "" or "\0" in (self.train.output or ""):
+            raise ConfigError(f"train.output: found {self.train.output!r}, expected a folder; by default one in runs/ is made")
         if not values["data.path"]:
             raise ConfigError("data.path: found nothing, expected builtin, a file, a folder or the name of a Hugging Face set")
         if (self.encoder.model is None) == (self.encoder.pretrained is None) and not (self.encoder.model or "").count(":"):
@@ -440,7 +444,7 @@ def read_yaml(name: str) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"--config {name}: no such file or preset{nearest(name, presets())}\npresets: {', '.join(presets())}")
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         _refuse_bombs(text)
         settings = get_loader("yaml")(text)
     except Exception as error:
@@ -452,6 +456,8 @@ def read_yaml(name: str) -> dict[str, Any]:
         for change in changes:
             print(f"{name}: {change}", file=sys.stderr)
     settings = {key: value for key, value in settings.items() if value is not None}
+    if not isinstance(settings.get("modality", ""), str):
+        raise ConfigError(f"--config {name}: modality: found {settings['modality']}, expected one of {', '.join(MASK_KINDS)}")
     for key in filter(settings.__contains__, sorted(GROUPS)):
         if not isinstance(settings[key], dict):
             raise ConfigError(f"--config {name}: {key}: found {settings[key]}, expected a mapping of settings")
@@ -710,6 +716,7 @@ def parse(args: list[str]) -> tuple[Config, bool]:
         mask=MASKS[kind](**values["mask"]),
         data=values["data"],
         yaml=parser.dump(namespace, skip_unset=False),
+        name="-".join(names) or values["modality"],
         resume=resume,
         resume_allow=resume_allow,
     )
@@ -721,11 +728,8 @@ def parse(args: list[str]) -> tuple[Config, bool]:
         config.train.output = run if resume else None
     if config.train.output is None and resume:
         raise ConfigError(which)
-    if config.train.output is None:
-        base = f"runs/{'-'.join(names) or modality}-{time.strftime('%Y%m%d-%H%M%S')}"
-        numbered = (f"{base}-{n}" for n in itertools.count(2))  # a script may start several in a second
-        config.train.output = next(name for name in itertools.chain([base], numbered) if not os.path.exists(name))
-    config.train.output = os.path.expanduser(config.train.output)
+    if config.train.output is not None:
+        config.train.output = os.path.expanduser(config.train.output)
     return config, fused
 
 

@@ -419,8 +419,9 @@ class Monitor:
 
     def _raise(self, step: int, alarms: list[str]) -> None:
         if self.folder is not None:
-            with contextlib.suppress(OSError), (self.folder / "alarms.jsonl").open("a") as file:  # they are on the screen too
-                file.write(json.dumps({"step": step, "alarms": alarms}) + "\n")
+            with contextlib.suppress(OSError):  # they are on the screen too
+                with (self.folder / "alarms.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, "alarms": alarms}) + "\n")
         if self.config.action == "stop":
             raise CollapseError("\n  ".join([f"step {step}: {alarms[0]}", *alarms[1:]]))
         for alarm in alarms:
@@ -428,6 +429,7 @@ class Monitor:
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "triton", "flash-attn", "apex")
+OPTIONAL = ("torchvision", "torchaudio", "flash_attn")  # built for one version of torch, and imported by transformers if there
 VARIABLES = ("OMP_", "KMP_", "GOMP_", "MKL_", "D2V_", "TRITON_", "CUDA_", "NCCL_", "PYTORCH_", "MALLOC_", "LD_PRELOAD")
 EXTENSIONS = {"avx2": "AVX2", "avx512_f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
 
@@ -480,6 +482,16 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
     apex = importlib.util.find_spec("apex")
     if apex and apex.origin and not Path(apex.origin).with_name("optimizers").exists():
         warnings.append(f"apex {_version('apex')} is not NVIDIA's: pip uninstall apex")
+
+    for package in OPTIONAL:
+        if importlib.util.find_spec(package):
+            try:
+                importlib.import_module(package)
+            except Exception as error:  # transformers would only say that it cannot import a model
+                warnings.append(
+                    f"{package} {_version(package)} cannot be imported: {error}; install one that fits torch "
+                    f"{torch.__version__}, or pip uninstall {package}"
+                )
 
     free = {str(folder): shutil.disk_usage(folder).free / 2**30}
     if free[str(folder)] < 5:

@@ -668,7 +668,7 @@ def build_encoder(
         ) from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"encoder.pretrained={pretrained}: its weights cannot be read: {first_line(error)}") from error
-    except (ArithmeticError, AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         setting = f"encoder.config={config}" if attention in ("sdpa", "eager") else f"encoder.attention={attention}"
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{setting}: {cls.__name__} cannot be made with it: {reason}") from error

@@ -170,7 +170,7 @@ def model_card(title: str, facts: dict[str, Any], folder: Path, sections: list[s
     use = f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{folder}"{arguments})'
     for file, loader in (("tokenizer.json", "AutoTokenizer"), ("preprocessor_config.json", "AutoImageProcessor")):
         if (folder / file).exists():
-            audio = "feature_extractor_type" in (folder / file).read_text()
+            audio = "feature_extractor_type" in (folder / file).read_text(encoding="utf-8")
             name = "AutoFeatureExtractor" if audio else loader
             use = use.replace("AutoModel\n", f"AutoModel, {name}\n") + f'\nprocessor = {name}.from_pretrained("{folder}")'
     head = "---\nlibrary_name: transformers\npipeline_tag: feature-extraction\ntags:\n- data2vec\n- d2v-fast\n---\n"
@@ -192,7 +192,7 @@ def run_sections(run: Path, config: Config) -> tuple[dict[str, Any], list[str]]:
     }
     sections = []
     if (run / "probe.json").exists():
-        probe = json.loads((run / "probe.json").read_text())
+        probe = json.loads((run / "probe.json").read_text(encoding="utf-8"))
         data = probe.pop("data")
         sections.append(f"## Probe of the frozen encoder\n\nOn {data}, by `d2v-probe`.\n\n" + _table(probe))
     if records:
@@ -242,7 +242,8 @@ def export_run(run: str | Path, to: str | Path, as_type: str | None = None, teac
     facts["weights"] = (
         f"{'teacher' if teacher else 'student'}; reloaded, its states differ by {difference:.1g} from those in training"
     )
-    (folder / "README.md").write_text(model_card(f"data2vec {config.modality}: {run.name}", facts, folder, sections))
+    card = model_card(f"data2vec {config.modality}: {run.name}", facts, folder, sections)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return difference
 
 
@@ -297,7 +298,7 @@ def import_checkpoint(
     if head:
         save_file(head, folder / "head.safetensors")
     facts = {"data": settings.get("task.data", settings.get("data_path", "unknown")), "checkpoint": f"{file} of {source}"}
-    (folder / "README.md").write_text(model_card(f"data2vec: {Path(file).stem}", facts, folder, []))
+    (folder / "README.md").write_text(model_card(f"data2vec: {Path(file).stem}", facts, folder, []), encoding="utf-8")
     return difference
 
 

@@ -46,7 +46,7 @@ def load_run(run: str | Path) -> tuple[Config, Encoder, Encoder]:
     tokens = None
     if config.modality == "text":
         config.data["tokenizer"] = str(run / "export")
-        exported = json.loads((run / "export" / "config.json").read_text())
+        exported = json.loads((run / "export" / "config.json").read_text(encoding="utf-8"))
         tokens = {key: value for key, value in exported.items() if key == "vocab_size" or key.endswith("_token_id")}
     untrained = make_encoder(config, tokens).eval()
     config.encoder.pretrained, config.encoder.config = (
@@ -280,7 +280,8 @@ def main(args: list[str]) -> None:
     encoders = {"untrained": untrained, "trained": trained}
     run = probe_cloze if config.modality == "text" else probe_labels
     results = run(config, encoders, os.path.expanduser(options.data), options.name, options.limit)
-    (Path(options.run) / "probe.json").write_text(json.dumps({"data": options.data, **results}, indent=2) + "\n")
+    text = json.dumps({"data": options.data, **results}, indent=2) + "\n"
+    (Path(options.run) / "probe.json").write_text(text, encoding="utf-8")
     columns = list(next(iter(results.values())))
     print(f"{'':12}" + "".join(f"{column:>12}" for column in columns))
     for title, row in results.items():

@@ -71,13 +71,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a .jsonl file by step; a line that is half written is left out, and steps that a resumed run took again count
     as it took them then."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
             line = json.loads(text)
-            step = int(line["step"])
-        except (ValueError, TypeError, KeyError):
+            line["step"] = int(line["step"])
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
             continue
-        while lines and lines[-1]["step"] >= step:
+        if not 0 <= line["step"] < 2**53:
+            continue
+        while lines and lines[-1]["step"] >= line["step"]:
             lines.pop()
         lines.append(line)
     return lines
@@ -100,8 +102,8 @@ def read_run(folder: Path, color: str) -> Run:
         str(folder),
         log,
         [alarm for alarm in alarms if alarm[0] <= log[-1]["step"]],  # later ones are from before the run was resumed
-        dict(_flat(yaml.safe_load(config.read_text()))) if config.exists() else {},
-        json.loads(environment.read_text()) if environment.exists() else {},
+        dict(_flat(yaml.safe_load(config.read_text(encoding="utf-8")))) if config.exists() else {},
+        json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {},
         color,
     )
 
@@ -189,5 +191,5 @@ def main(args: list[str]) -> None:
     except ImportError:
         raise ValueError("the curves need matplotlib: pip install 'd2v-fast[report]'") from None
     out = arguments.out or arguments.runs[0] / "report.html"
-    out.write_text(page(runs))
+    out.write_text(page(runs), encoding="utf-8")
     print(out)

@@ -7,6 +7,7 @@ them together, so that each counts the same wherever it was (spec 1.4); then cli
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -207,13 +209,14 @@ class RunLog:
                         write_text(
                             each, "".join(f"{json.dumps(line)}\n" for line in read_lines(each) if line["step"] <= self.step)
                         )
-            self.file = file.open("a", buffering=1)
+            self.file = file.open("a", buffering=1, encoding="utf-8")
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1 if self.step else None)
-            except ImportError:
-                pass
+            except Exception as error:  # it is optional, and has errors of its own, as for folders that are not UTF-8
+                remedy = "; pip install tensorboard" if isinstance(error, ImportError) else ""
+                log.info("curves are in log.jsonl alone: %s%s", error, remedy)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -300,17 +303,27 @@ class Window:
         self.samples += samples
 
 
+def in_main_thread() -> bool:
+    """Whether this thread may set signal handlers: that of a notebook server or of Ray may not."""
+    return threading.current_thread() is threading.main_thread()
+
+
 class StopRequest:
     """SIGTERM, Ctrl-C and a closed terminal end the run after the current step, with a checkpoint; the second one at once."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not known everywhere
     ECHO = 1.0  # seconds in which torchrun passes on to its ranks the Ctrl-C that the terminal has sent them already
 
     def __enter__(self) -> StopRequest:
         self.asked = False
-        # Under nohup a closed terminal is nothing to it.
-        heard = [number for number in self.SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self._ask) for number in heard}
+        self.before = {}
+        if not in_main_thread():
+            log.warning("not in the main thread: SIGTERM and Ctrl-C do not save the run, only train.save_every does")
+            return self
+        for name in filter(signal.__dict__.get, self.SIGNALS):
+            number = getattr(signal, name)
+            if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # nohup lets it outlive its terminal
+                self.before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -324,6 +337,82 @@ class StopRequest:
         elif now - self.since > self.ECHO:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+@contextmanager
+def without_accelerate_variables() -> Iterator[dict[str, str]]:
+    """Hide the variables that accelerate reads its settings from, so that a run depends on its config alone; yields them.
+
+    Raises:
+        ConfigError: One asks for FSDP, DeepSpeed or the like.
+    """
+    from accelerate.utils import str_to_bool
+
+    hidden = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    for name, value in hidden.items():
+        if name.startswith("ACCELERATE_USE_") and name != "ACCELERATE_USE_CPU" and str_to_bool(value):
+            raise ConfigError(
+                f"{name}={value}: d2v-train has data parallelism only; unset it and start the ranks with torchrun"
+            )
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield hidden
+    finally:
+        os.environ.update(hidden)
+
+
+def check_device(wanted: str) -> None:
+    """Raise ConfigError unless torch finds the device that train.device asks for."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if wanted not in ("auto", "cpu", found and found.type):
+        raise ConfigError(
+            f"train.device={wanted}: torch {torch.__version__} finds {found.type if found else 'no GPU'}; d2v-doctor may say "
+            "why, train.device=auto takes what there is"
+        )
+
+
+def new_folder(name: str) -> Path:
+    """Make a folder in runs/ for a run without train.output. Several that start in the same second get one each."""
+    base = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+        folder = Path(base + suffix)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        return folder
+
+
+def cannot_write(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"train.output={folder}: cannot be written, choose another folder: {error}")
+
+
+def freeze_unused(core: Data2Vec, data: PretrainingData) -> list[str]:
+    """Freeze the parameters that no gradient reaches, which several ranks would not accept; returns their names.
+
+    An example is the positional convolution of Wav2Vec2-Conformer, which has positions of another kind.
+    """
+    batches = (data.__getitems__([(0, index)]) for index in range(len(data)))
+    batch = next((batch for batch in itertools.islice(batches, EMPTY) if len(batch.get("index", ()))), None)
+    if batch is None:
+        return []  # the first step says why
+    device = next(core.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+    parameters = {name: p for name, p in core.named_parameters() if p.requires_grad}
+    core.eval()  # layer-drop would skip some that are used
+    features = core.student.embed(batch["source"])
+    if "target" not in batch:
+        features = core.student.mask_features(features, batch["mask"])
+    predictions = core.head(core.student.contextualize(features, batch.get("padding_mask")))
+    gradients = torch.autograd.grad(predictions.sum(), list(parameters.values()), allow_unused=True)
+    core.train()
+    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+    for name in unused:
+        parameters[name].requires_grad_(False)
+    return unused
 
 
 class Trainer:
@@ -346,64 +435,76 @@ class Trainer:
         from filelock import FileLock
 
         self.config = config
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
+        check_device(config.train.device)
         AcceleratorState._reset_state()  # else a second run in this process could not have another precision
         parallel = DistributedDataParallelKwargs()
-        self.accelerator = Accelerator(
-            mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
-            # Without an accelerator too: only then it joins the ranks that torchrun starts.
-            cpu=config.train.device == "cpu" or not torch.accelerator.is_available(),
-            kwargs_handlers=[parallel],
-        )
+        with without_accelerate_variables() as hidden:
+            self.accelerator = Accelerator(
+                mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
+                # Without an accelerator too: only then it joins the ranks that torchrun starts.
+                cpu=config.train.device == "cpu" or not torch.accelerator.is_available(),
+                kwargs_handlers=[parallel],
+            )
+        if config.train.threads:  # after accelerate, which may set them too
+            torch.set_num_threads(config.train.threads)
         self.world, self.device = self.accelerator.num_processes, self.accelerator.device
-        config.train.output = broadcast_object_list([config.train.output])[0]  # each rank may have made up a name
+        if hidden and self.accelerator.is_main_process:
+            names = ", ".join(f"{name}={value}" for name, value in hidden.items())
+            log.warning("%s: ignored, a run takes its settings from its config alone", names)
+        self.done = 0
+        self.made = config.train.output is None and self.accelerator.is_main_process
+        if self.made:
+            config.train.output = str(new_folder(config.name))
+        config.train.output = broadcast_object_list([config.train.output])[0]
         self.folder = Path(config.train.output)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_last)
         settings = {"modality": config.modality, "fused": fused, "processes": self.world, **config.settings()}
         self.settings = json.loads(json.dumps(settings, default=str))
         # A process that is killed lets go of it. One for all trainers of a process: one never run would keep it from the next.
         self.lock = FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
-        made = self._enter()
+        self._enter()
         try:
             self._make(fused, parallel)
         except BaseException:
-            if made:  # nothing came of it
-                Path(self.lock.lock_file).unlink(missing_ok=True)
-                with suppress(OSError):
-                    self.folder.rmdir()
-            self.lock.release()
+            self._leave()
             raise
 
-    def _enter(self) -> bool:
-        """Take the folder until the run ends, so that what is found there now stays; whether it had to be made."""
+    def _enter(self) -> None:
+        """Take the folder until the run ends, so that what is found there now stays."""
         if not self.accelerator.is_main_process or (self.config.resume and not self.folder.exists()):
-            return False
+            return
         from filelock import Timeout
 
-        made = not self.folder.exists()
         try:
+            self.made = self.made or not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
         except Timeout:
             raise ConfigError(f"train.output={self.folder}: another d2v-train is at work there; wait for its end") from None
         except OSError as error:
-            raise ConfigError(f"train.output={self.folder}: cannot be written, choose another folder: {error}") from error
+            raise cannot_write(self.folder, error) from error
         has_checkpoints = (self.folder / "checkpoints").exists()
         if not self.config.resume and (has_checkpoints or read_lines(self.folder / "log.jsonl")):
             self.lock.release()
             goes_on = "--resume goes on with it" if has_checkpoints else "it has no checkpoint to go on from; remove it"
             raise ConfigError(f"train.output={self.folder}: holds a run already; {goes_on}, another folder starts a new one")
-        return made
+
+    def _leave(self) -> None:
+        """Give the folder back; one that was made for a run that did not come to a step is removed."""
+        if self.made and not self.done:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.lock.release(force=True)  # for trainers that were never run too
 
     def _make(self, fused: bool, parallel: Any) -> None:
         """Data, model and what trains it, new or as the newest checkpoint has them."""
         from accelerate.utils import set_seed
 
         config = self.config
-        saved = self._newest() if config.resume else None
+        saved, start = self._newest() if config.resume else None, 0
         if saved:
             saved.compare("settings", self.settings, (*FREE, *config.resume_allow))
+            with saved.reading():
+                start = int(saved.state["ranks"][self.accelerator.process_index]["batches"])
         self.done = self.saved = saved.step if saved else 0  # steps, now and at the newest checkpoint
         with self.accelerator.main_process_first():  # the others find what it has cached
             self.data = make_data(config)
@@ -416,6 +517,12 @@ class Trainer:
         if saved:
             self._compare_samples(saved, names)
         self.core = make_model(config, encoder)
+        if self.world > 1:
+            self.core.to(self.device)
+            with self.accelerator.autocast():
+                unused = freeze_unused(self.core, self.data)
+            if unused and self.accelerator.is_main_process:
+                log.info("frozen, as no gradient reaches them: %s", ", ".join(unused))
         self.fused = fuse(self.core, self.device) if fused else []
         batches = EpochBatches(
             len(self.data),
@@ -425,7 +532,7 @@ class Trainer:
             self.world,
             self.data.lengths,
             getattr(self.data, "max_batch_length", None),
-            start=saved.state["ranks"][self.accelerator.process_index]["batches"] if saved else 0,
+            start=start,
         )
         self.batches = self.taken = batches.start  # trained on, and taken from the loader
         steps_per_epoch = len(batches.epoch(0)) / config.train.accumulate
@@ -451,10 +558,17 @@ class Trainer:
         self.monitor = Monitor(self.core, optimizer, config.collapse, self.steps, warmup, self.accelerator, folder)
         self.changed = bool(saved) and saved.state["settings"] != self.settings
         if saved:
-            self._restore(saved)
+            with saved.reading():
+                self._restore(saved)
 
     def run(self) -> int:
         """Train to the end or until asked to stop; returns the exit code."""
+        try:
+            return self._run()
+        finally:
+            self._leave()
+
+    def _run(self) -> int:
         from tqdm import tqdm
 
         main, train = self.accelerator.is_main_process, self.config.train
@@ -478,8 +592,10 @@ class Trainer:
                 log.info("goes on after step %d%s", self.done, "; nothing is left to train" * (self.done >= self.steps))
         self.model.train()
         stream, record, stopped, begin = self._batches(), None, False, self.done
-        quiet = {} if main else {"disable": True}  # not False, which would overrule TQDM_DISABLE
+        shows_bar = main and sys.stderr.isatty()
+        quiet = {} if shows_bar else {"disable": True}  # not False, which would overrule TQDM_DISABLE
         look = dict(unit="step", dynamic_ncols=True, smoothing=0.05, delay=0, file=Screen())
+        start = time.perf_counter()
         progress = tqdm(total=self.steps, initial=begin, **look, **quiet)
         try:
             with StopRequest() as stop, RunLog(self.folder if main else None, begin) as run_log, progress as bar:
@@ -500,7 +616,12 @@ class Trainer:
                         record = self._record(self.done, micro_batches[-1]["epoch"], self.window, grad_norm)
                         self.window = Window(self.device)
                         run_log.write(record)
-                        bar.set_postfix_str(PROGRESS.format(**record))
+                        if shows_bar:
+                            bar.set_postfix_str(PROGRESS.format(**record))
+                        elif main:  # the log of a batch job would keep every state of the bar
+                            seconds = (time.perf_counter() - start) * (self.steps - self.done) / (self.done - begin)
+                            left = tqdm.format_interval(seconds)
+                            print(f"step {self.done}/{self.steps}, {left} left: {PROGRESS.format(**record)}", file=Screen())
                         self.monitor.judge(record)
                     if len(self.suspects) >= train.max_skipped:
                         self._give_up()
@@ -523,7 +644,6 @@ class Trainer:
             self.checkpoints.wait()
             if self.done:  # whatever ended the run, what was learned is kept
                 self.export()
-            self.lock.release(force=True)  # for trainers that were never run too
         if main and record:
             log.info(SUMMARY.format(folder=self.folder / "export", **record))
         if self.checkpoints.failed:
@@ -607,7 +727,10 @@ class Trainer:
         from accelerate.utils import broadcast_object_list
 
         if self.accelerator.is_main_process:
-            saved = self.checkpoints.newest()
+            try:
+                saved = self.checkpoints.newest()
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; another train.output without --resume starts a new run") from None
             broadcast_object_list([saved.folder])
             return saved
         return Checkpoint(broadcast_object_list([None])[0])
@@ -627,8 +750,8 @@ class Trainer:
         self.optimizer.load_state_dict({"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]})
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
-        self.skipped, self.suspects = saved.state["skipped"], saved.state["suspects"]
-        self.monitor.load_state(saved.state.get("monitor", {}))  # an older version kept less
+        self.skipped, self.suspects = int(saved.state["skipped"]), list(saved.state["suspects"])
+        self.monitor.load_state(saved.state["monitor"])
         number = self.accelerator.process_index
         rank, generators = saved.state["ranks"][number], saved.tensors("rng")
         self.broken.seen = {index: message for index, message in rank["broken"]}
@@ -735,12 +858,25 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         """Batches with something to score; unreadable samples are noted on the way."""
-        loaded, empty = iter(self.loader), 0
+        try:
+            loaded = iter(self.loader)
+        except OSError as error:
+            raise DataError(
+                f"train.workers={self.config.train.workers}: cannot be started: {error}; fewer may do, or in a container more "
+                "shared memory: docker run --shm-size=8g"
+            ) from error
         # If a worker dies, torch raises from a signal handler, maybe in the midst of a step. Without it the loader raises when
         # the next batch does not come, between two steps, which can be saved.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if in_main_thread() and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        empty, piped = 0, False
         for batch in loaded:
             self.taken += 1
+            arrays = {name: torch.from_numpy(value) for name, value in batch.items() if isinstance(value, np.ndarray)}
+            if arrays and not piped:
+                log.warning("/dev/shm is full, so that batches come through a pipe, which is slower: docker run --shm-size=8g")
+            batch |= arrays
+            piped |= bool(arrays)
             self.broken.note(batch["broken"])
             if not batch["samples"]:
                 continue

@@ -163,13 +163,33 @@ def test_every_bit_counts(tmp_path):
             Checkpoint(tmp_path / "step-1")
 
 
+@pytest.mark.parametrize(
+    "read, reason",
+    [
+        (lambda state: state["ranks"], "KeyError: 'ranks'"),
+        (lambda state: [][0], "IndexError: "),
+        (lambda state: state["step"]["x"], "TypeError: "),
+        (lambda state: int("x"), "ValueError: "),
+        (lambda state: torch.set_rng_state(torch.zeros(3, dtype=torch.uint8)), "RuntimeError: "),
+    ],
+)
+def test_a_state_of_another_shape_is_named(read, reason, tmp_path):
+    written(tmp_path, 1)
+    checkpoint = Checkpoint(tmp_path / "step-1")
+    with pytest.raises(CheckpointError, match=f"step-1: not a checkpoint as version 2 has them: {reason}"):
+        with checkpoint.reading():
+            read(checkpoint.state)
+    with pytest.raises(CheckpointError, match="KeyError: 'settings'"):
+        checkpoint.compare("settings", {})
+
+
 def test_without_an_intact_one_there_is_no_fresh_start(tmp_path):
-    with pytest.raises(CheckpointError, match=r"there is none; another train.output without --resume starts anew"):
+    with pytest.raises(CheckpointError, match=r"none: no checkpoint$"):
         Checkpoints(tmp_path / "none", 1).newest()
     written(tmp_path, 1, 2)
     for step in (1, 2):
         (tmp_path / f"step-{step}" / "teacher.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="none of 2 is intact"):
+    with pytest.raises(CheckpointError, match="none of 2 checkpoints is intact"):
         Checkpoints(tmp_path, 1).newest()
 
 

@@ -1,6 +1,7 @@
 """The commands as a user meets them: exit code, the one message, and what a run leaves behind."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import textwrap
 import numpy as np
 import pytest
 import soundfile
+import torch
 import yaml
 from PIL import Image
 
+import d2v_fast
 from d2v_fast import cli
 from d2v_fast.data import DataError
 
@@ -88,12 +91,16 @@ def waves(tmp_path):
     return "waves"
 
 
-def train(monkeypatch, *args):
-    """Exit code or message of d2v-train."""
-    monkeypatch.setattr(sys, "argv", ["d2v-train", *args])
+def run(monkeypatch, command, *args):
+    """Exit code or message of a command."""
+    monkeypatch.setattr(sys, "argv", [f"d2v-{command}", *args])
     with pytest.raises(SystemExit) as exit:
-        cli.train()
+        getattr(cli, command)()
     return exit.value.code
+
+
+def train(monkeypatch, *args):
+    return run(monkeypatch, "train", *args)
 
 
 class TestRuns:
@@ -150,6 +157,7 @@ class TestRuns:
         message = train(monkeypatch, *args)
         assert message.startswith("d2v-train: 2 of 14 samples cannot be read, more than train.max_broken=0.01:")
         assert "images/one.png" in message and "images/two.png" in message
+        assert not os.listdir("runs")  # no folder of a run without a step
 
 
 class TestMessages:
@@ -202,6 +210,56 @@ class TestMessages:
         settings = ["collapse.action=stop", "collapse.after=0", "collapse.target_std=9"]
         assert "below collapse.target_std=9" in train(monkeypatch, *VISION, f"data.path={images}", *settings)
 
+    def test_a_device_that_is_not_there(self, monkeypatch):
+        monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
+        message = train(monkeypatch, *VISION, "train.device=cuda")
+        assert message.startswith("d2v-train: train.device=cuda: torch") and "finds no GPU; d2v-doctor may say why" in message
+
+    def test_the_home_in_every_path(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        message = train(monkeypatch, *VISION, "encoder.pretrained=~/none")
+        assert f"encoder.pretrained={tmp_path}/none: " in message
+        for command, args, shown in (
+            ("probe", ["~/none"], "none: has no config.yaml"),
+            ("report", ["~/none"], "none: no log.jsonl"),
+            ("export", ["~/none", "--to=~/new"], "none"),
+        ):
+            assert f"{tmp_path}/{shown}" in run(monkeypatch, command, *args)
+
+    def test_names_cannot_control_the_terminal(self, monkeypatch):
+        """Neither those in the message of the end nor those in the log."""
+
+        def refuse(args):
+            raise DataError("\x1b[2J\x9b\udce9é.png:\n  a\tb")
+
+        monkeypatch.setattr(cli, "parse", refuse)
+        assert train(monkeypatch) == "d2v-train: \\x1b[2J\\x9b\\udce9é.png:\n  a\tb"
+        record = logging.LogRecord("", logging.INFO, "", 0, "skipped %s", ("\x1b]0;x\x07",), None)
+        assert cli._Formatter("%(message)s").format(record) == "skipped \\x1b]0;x\\x07"
+
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("unable to allocate 9 TiB")])
+    def test_out_of_memory(self, error, monkeypatch):
+        def step(self, micro_batches):
+            raise error
+
+        monkeypatch.setattr("d2v_fast.training.Trainer.step", step)
+        message = train(monkeypatch, *VISION)
+        assert message.startswith("d2v-train: out of memory; a smaller train.batch_size with a larger train.accumulate needs")
+        assert message.endswith(str(error))
+
+    def test_a_broken_package_is_named(self, monkeypatch):
+        def imports(args):
+            try:
+                raise RuntimeError("operator torchvision::nms does not exist")
+            except RuntimeError as error:
+                raise ModuleNotFoundError("Could not import module 'ViTModel'") from error
+
+        monkeypatch.setattr(cli, "parse", imports)
+        message = (
+            "a package is missing or broken, d2v-doctor may name it: RuntimeError: operator torchvision::nms does not exist"
+        )
+        assert train(monkeypatch) == f"d2v-train: {message}"
+
     def test_fused_is_strict(self, monkeypatch):
         monkeypatch.setattr("d2v_fast.ops.native.library", lambda: "the C++ library is not built")
         assert train(monkeypatch, *VISION, "--fused") == (
@@ -227,6 +285,11 @@ class TestMessages:
 
 
 class TestInformation:
+    @pytest.mark.parametrize("command", ["train", "probe", "export", "report", "doctor"])
+    def test_version(self, command, monkeypatch, capsys):
+        assert run(monkeypatch, command, "--version") is None
+        assert capsys.readouterr().out == f"d2v-{command} {d2v_fast.__version__}\n"
+
     def test_help_explains_the_settings_of_the_modality(self, monkeypatch, capsys):
         assert train(monkeypatch, "--config", "audio/tiny", "--help") == 0
         out = capsys.readouterr().out

@@ -79,6 +79,14 @@ class TestPresets:
         config, _ = parse(["--config=~/mine.yaml"])
         assert config.train.output == str(tmp_path / "run")
 
+    @pytest.mark.parametrize("modality", ["[vision]", "{vision: 1}", "!!set {vision}", "5"])
+    def test_a_modality_of_another_type(self, modality, tmp_path):
+        (tmp_path / "mine.yaml").write_text(f"modality: {modality}")
+        message = refused("--config", str(tmp_path / "mine.yaml"))
+        assert (
+            message.startswith(f"--config {tmp_path}/mine.yaml: modality: found ") and "one of text, vision, audio" in message
+        )
+
 
 class TestSettings:
     def test_later_ones_win(self, tmp_path):
@@ -261,6 +269,8 @@ BOUNDS = [
     ("train.batch_size", 1, 0),
     ("train.accumulate", 1, 0),
     ("train.workers", 0, -1),
+    ("train.threads", 1024, 100_000_000),
+    ("loss.scale", 1e-9, 0),
     ("train.max_broken", 1, 1.1),
     ("train.seed", 2**63 - 1, -1),
     ("data.flip", 1, 1.5),
@@ -269,6 +279,8 @@ BOUNDS = [
     ("data.crop_scale", [0.1, 1], [0.1, 1.1]),
     ("data.block_size", 2, 1),
     ("data.vocab_size", 261, 260),
+    ("data.vocab_size", 2**24, 2**24 + 1),
+    ("data.max_seconds", 86_400, 1e300),
     ("data.sample_rate", 1, 0),
     ("data.max_seconds", 0.1, 0),
     ("data.batch_seconds", 0.1, 0),
@@ -277,10 +289,18 @@ BOUNDS = [
 
 
 class TestRanges:
+    @pytest.mark.parametrize("output", ["", "a\0b"])
+    def test_of_folders(self, output):
+        assert refused(*VISION, f"train.output={output}").startswith(f"train.output: found {output!r}, expected a folder")
+
     @pytest.mark.parametrize("key, good, bad", BOUNDS)
     def test_first_value_outside(self, key, good, bad):
         message = refused(*dict(reversed(list(parameters())))[key], f"{key}={bad}")
         assert message.startswith(f"{key}: found ") and "expected" in message
+
+    def test_of_the_values_of_a_mapping(self):
+        assert parse([*VISION, "optimizer.lr_scale.x=0"])[0].optimizer.lr_scale == {"x": 0}
+        assert refused(*VISION, "optimizer.lr_scale.x=-1") == "optimizer.lr_scale: found -1.0, expected at least 0"
 
     def test_last_values_inside(self):
         together = {}

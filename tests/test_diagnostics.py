@@ -547,6 +547,13 @@ class TestEnvironment:
         found = " ".join(environment()["warnings"])
         assert "TRITON_INTERPRET=1" in found and f"{tmp_path}/kernels" in found and "pip uninstall apex" in found
 
+    def test_names_a_package_that_is_broken(self, tmp_path, monkeypatch):
+        (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+        found = [w for w in environment()["warnings"] if "cannot be imported: operator torchvision::nms does not exist" in w]
+        assert len(found) == 1 and found[0].startswith("torchvision") and "pip uninstall torchvision" in found[0]
+
     def test_the_command(self, tmp_path):
         code = "from d2v_fast.cli import doctor; doctor()"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -1,3 +1,4 @@
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,13 @@ def test_loss_teacher_and_model_need_torch_alone():
 def test_no_package_called_kernels():
     """transformers would import it in place of Hugging Face's."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_text_files_are_utf_8_in_every_locale():
+    opens_text = re.compile(r"""\.(read|write)_text\(|(?<![\w.])open\((?!.*b["'])|\.open\((\)|["'][^b]["'])""")
+    for file in [ROOT / "setup.py", *(ROOT / "d2v_fast").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            assert "encoding=" in line or not opens_text.search(line), f"{file}:{number}: give an encoding"
 
 
 def test_presets_are_in_the_wheel():

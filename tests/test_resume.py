@@ -1,6 +1,7 @@
 """A run that is stopped, killed or hit by a fault, and goes on as if nothing had been."""
 
 import functools
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -590,7 +591,7 @@ class TestStrict:
     def test_a_run_without_a_checkpoint(self):
         subprocess.run(["rm", "-r", "run/checkpoints"], check=True)
         code, said = train(["--resume", "run"])
-        assert code == 1 and "no checkpoint to resume from in run/checkpoints: there is none" in said
+        assert code == 1 and "run/checkpoints: no checkpoint; another train.output without" in said
         code, said = train(vision("run"))
         assert code == 1 and "holds a run already; it has no checkpoint to go on from; remove it, another folder" in said
 
@@ -617,9 +618,25 @@ class TestStrict:
         assert code == 0 and "steps: 6" in Path("run/config.yaml").read_text(), said
         assert train(["--resume", "run"])[0] == 0
 
+    def test_a_state_with_parts_missing_or_of_another_type(self):
+        folder = last("run")
+        whole = json.loads((folder / "state.json").read_text())
+        for part, value in [(part, None) for part in whole if part not in ("step", "scaler")] + [
+            ("ranks", []),
+            ("skipped", "x"),
+        ]:
+            spoiled = {key: kept for key, kept in whole.items() if key != part} | ({} if value is None else {part: value})
+            (folder / "state.json").write_text(json.dumps(spoiled))
+            manifest = json.loads((folder / "manifest.json").read_text())
+            content = (folder / "state.json").read_bytes()
+            manifest["files"]["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+            code, said = train(["--resume", "run"])
+            assert code == 1 and f"d2v-train: {folder}: not a checkpoint as version 2 has them: " in said, (part, said)
+
     def test_lines_that_a_power_cut_left(self):
         with open("run/log.jsonl", "a") as log:
-            log.write('\0\0{}\n"step"\n{"step": 5')
+            log.write('{"step": 1e999}\n{"step": null}\n' + "[" * 100_000 + '\n\0\0{}\n"step"\n{"step": 5')
         code, said = train(["--resume", "run", "train.steps=6", "--resume-allow", "train.steps"])
         assert code == 0 and [line["step"] for line in lines("run/log.jsonl")] == [1, 4, 6], said
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -204,6 +205,108 @@ def test_short_rows_may_have_nothing_to_score(tmp_path):
     assert training.train(config("text", tmp_path / "run", *settings)) == 0
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-60" / "state.json").read_text())
     assert state["ranks"][0]["batches"] > 60
+
+
+def test_variables_of_accelerate_change_nothing(tmp_path, monkeypatch, caplog):
+    """Of those that it documents: gradient accumulation divided each gradient, the others change what is computed and where."""
+    plain = Trainer(config("vision", tmp_path / "plain"))
+    variables = {"GRADIENT_ACCUMULATION_STEPS": "4", "MIXED_PRECISION": "bf16", "DYNAMO_BACKEND": "EAGER", "USE_CPU": "no"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    other = Trainer(config("vision", tmp_path / "other"))
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4" in caplog.text and os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert type(other.model) is type(plain.model)
+    norms = [[float(trainer.step([batch])[1]) for batch in (next(trainer._batches()),)] for trainer in (plain, other)]
+    assert norms[0] == norms[1]
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"])
+def test_another_parallelism_of_accelerate_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ConfigError, match=f"ACCELERATE_USE_{name}=true: d2v-train has data parallelism only; unset it"):
+        Trainer(config("vision", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_shared_memory_is_gone_round(tmp_path, monkeypatch, caplog):
+    """Docker gives 64 MB. Batches then come through a pipe, and the run is the same."""
+    training.train(config("vision", tmp_path / "a", "train.workers=1"))
+    assert "/dev/shm" not in caplog.text
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # also in the workers, which are forks
+    training.train(config("vision", tmp_path / "b", "train.workers=1"))
+    assert caplog.text.count("/dev/shm is full, so that batches come through a pipe") == 1
+    a, b = ([r["loss"] for r in records(tmp_path / name)] for name in "ab")
+    assert a == b
+
+
+def test_workers_that_cannot_be_started(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("multiprocessing.context.BaseContext.Queue", full)
+    message = r"train\.workers=1: cannot be started: .*No space left on device; fewer may do, .* docker run --shm-size=8g"
+    with pytest.raises(DataError, match=message):
+        training.train(config("vision", tmp_path / "run", "train.workers=1"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_outside_of_the_main_thread(tmp_path, caplog):
+    """As in a notebook server or in Ray: only the main thread hears signals."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(training.train, config("vision", tmp_path / "run", "train.workers=1")).result() == 0
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 4]
+    assert "not in the main thread: SIGTERM and Ctrl-C do not save the run" in caplog.text
+
+
+def test_where_there_is_no_fork_and_signals_are_fewer(tmp_path, monkeypatch, caplog):
+    for name in ("SIGHUP", "SIGCHLD"):
+        monkeypatch.delattr(signal, name)
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    assert training.train(config("vision", tmp_path / "run", "train.workers=2")) == 0
+    assert "train.workers=2: this system cannot fork a process; the training process loads the data" in caplog.text
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda format: "20260101-000000")
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(training.new_folder, ["text-tiny"] * 8))
+    assert sorted(map(str, folders)) == sorted(
+        f"runs/text-tiny-20260101-000000{end}" for end in ("", *(f"-{n}" for n in range(2, 9)))
+    )
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(training, "Path", lambda name: tmp_path / "file" / name)
+    with pytest.raises(ConfigError, match="cannot be written, choose another folder"):
+        training.new_folder("x")
+
+
+def test_a_log_that_is_no_terminal_gets_plain_lines(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
+    caplog.set_level("INFO")
+    training.train(config("vision", tmp_path / "run"))
+    lines = capsys.readouterr().err.splitlines()
+    progress = [line for line in lines if line.startswith("step ")]
+    assert [line.partition(",")[0] for line in progress] == ["step 1/4", "step 2/4", "step 4/4"]
+    assert progress[-1].startswith("step 4/4, 00:00 left: loss ") and "\r" not in "".join(lines)
+    assert "curves are in log.jsonl alone: " in caplog.text and "pip install tensorboard" in caplog.text
+
+
+def test_what_no_gradient_reaches_is_frozen(tmp_path):
+    """Else two ranks stop at their second step. Wav2Vec2-Conformer has a positional convolution that it does not use."""
+    fields = ["encoder.model=wav2vec2-conformer", "encoder.config.layerdrop=0.5"]
+    trainer = Trainer(config("audio", tmp_path / "run", *fields))
+    core, batch = trainer.core.train(), trainer.data.__getitems__([(0, 0), (0, 1)])
+    trainer.core.student.model.config.layerdrop = 0  # so that one pass reaches all that there is
+    core(batch["source"], batch["mask"], padding_mask=batch.get("padding_mask")).loss.backward()
+    without = [name for name, p in core.named_parameters() if p.requires_grad and p.grad is None]
+    assert without and all("pos_conv_embed" in name for name in without)
+    assert training.freeze_unused(core, trainer.data) == without
+    assert not any(dict(core.named_parameters())[name].requires_grad for name in without)
+    assert training.freeze_unused(core, trainer.data) == [] and core.student.training
 
 
 @pytest.mark.parametrize("seed", [2**32, 2**63 - 1])

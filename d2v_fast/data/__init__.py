@@ -10,6 +10,7 @@ import glob
 import hashlib
 import io
 import logging
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from d2v_fast.masking import Draws
 
@@ -230,7 +231,10 @@ class EpochBatches:
 def make_loader(
     data: PretrainingData, batches: EpochBatches, workers: int, prefetch: int = 4, pin_memory: bool = False
 ) -> DataLoader:
-    """A DataLoader over whole batches."""
+    """A DataLoader over whole batches; see `_hand_over` for what they hold when they come from a worker."""
+    if workers and "fork" not in multiprocessing.get_all_start_methods():
+        log.warning("train.workers=%d: this system cannot fork a process; the training process loads the data", workers)
+        workers = 0
     return DataLoader(
         data,
         batch_sampler=batches,
@@ -238,13 +242,24 @@ def make_loader(
         # Copies of this process: functions that read samples cannot be pickled, as other ways of starting one would.
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),  # else it would draw from the one of dropout, and a run that goes on would draw again
-        collate_fn=_as_it_is,
+        collate_fn=_hand_over,
         pin_memory=pin_memory,
         prefetch_factor=prefetch if workers else None,
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _hand_over(batch: Batch) -> Batch:
+    """A batch as a worker passes it on: tensors in shared memory or, where that is full, arrays, which go through a pipe.
+
+    torch would use shared memory in a thread of the worker, and the run would wait for ever for a batch that did not fit.
+    """
+    if get_worker_info() is not None:
+        for name, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                try:
+                    value.share_memory_()
+                except RuntimeError:
+                    batch[name] = value.numpy()
     return batch
 
 
