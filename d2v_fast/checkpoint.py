@@ -164,6 +164,10 @@ class Checkpoints:
             f"no checkpoint to resume from in {self.folder}: {reason}; another train.output without --resume starts anew"
         )
 
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, in order; whether they are intact is not looked at."""
+        return [_step(folder) for folder in _finished(self.folder)]
+
     def reserve(self, tensors: Tensors) -> None:
         """Have the thread set aside the memory of the copies: new memory is the slowest part of a copy."""
 

@@ -417,8 +417,6 @@ def read_yaml(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: No such preset or file, or not a mapping.
     """
-    from jsonargparse import get_loader
-
     from d2v_fast.compat import is_arxyzan, translate_arxyzan
 
     if not name:
@@ -431,9 +429,7 @@ def read_yaml(name: str) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"--config {name}: no such file or preset{nearest(name, presets())}\npresets: {', '.join(presets())}")
     try:
-        text = file.read_text()
-        _refuse_bombs(text)
-        settings = get_loader("yaml")(text)
+        settings = load_yaml(file.read_text())
     except Exception as error:
         raise ConfigError(f"--config {name}: not valid YAML: {error}") from error
     if not isinstance(settings, dict):
@@ -447,6 +443,19 @@ def read_yaml(name: str) -> dict[str, Any]:
         if not isinstance(settings[key], dict):
             raise ConfigError(f"--config {name}: {key}: found {settings[key]}, expected a mapping of settings")
     return settings
+
+
+def load_yaml(text: str) -> Any:
+    """What YAML says, its numbers as `d2v-train` reads them.
+
+    Raises:
+        ValueError: Aliases or deep nesting.
+        yaml.YAMLError: Not YAML.
+    """
+    from jsonargparse import get_loader
+
+    _refuse_bombs(text)
+    return get_loader("yaml")(text)
 
 
 def _refuse_bombs(text: str) -> None:
