@@ -22,7 +22,7 @@ import d2v_fast
 from d2v_fast import trained
 from d2v_fast.checkpoint import sync
 from d2v_fast.config import ConfigError, nearest
-from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, make_model
+from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, make_model, named
 from d2v_fast.data import first_line, is_local
 from d2v_fast.data.audio import feature_extractor
 from d2v_fast.data.text import load_tokenizer
@@ -373,7 +373,8 @@ def import_checkpoint(
         raise ConfigError(f"--from {OLDER}: needs --encoder, the model.encoder_checkpoint of the run's YAML file")
     else:
         model, head = from_data2vec_pytorch(file, encoder)
-    loaded = wrap(model)
+    with named(file, "its settings make no model"):
+        loaded = wrap(model)
     if isinstance(loaded, TokenEncoder):
         exported = Exported(loaded, tokenizer and load_tokenizer(tokenizer))
         if tokenizer and len(exported.processor) > model.config.vocab_size:
