@@ -125,30 +125,27 @@ def one_curve(monkeypatch):
 class TestDamaged:
     """What a run's folder holds may be half written, edited or hostile; a page is made of the rest."""
 
-    @pytest.mark.parametrize(
-        "bad",
-        ["null", "[1]", '"a"', "5", '{"step": "x"}', '{"step": 1e999}', '{"step": NaN}', '{"step": [1]}', '{"step": -1}']
-        + ['{"step": 1%s}' % ("0" * 400), '{"step": 60, "loss": %s' % NESTED, '{"loss": 1}', "\x00", "\udce9"],
-    )
+    @pytest.mark.parametrize("step", ['"x"', "1e999", "NaN", "[1]", "-1", "null", "1" + "0" * 400])
+    def test_steps_of_the_log(self, step, make_run):
+        run = read_run(make_run(lines=[line(1), f'{{"step": {step}, "loss": 3}}', line(100)]), "red")
+        assert [one["step"] for one in run.log] == [1, 100]
+
+    @pytest.mark.parametrize("bad", ["null", "[1]", '"a"', "5", '{"loss": 1}', "\x00", '{"step": 60, "loss": ' + NESTED])
     def test_lines_of_the_log(self, bad, make_run):
-        run = read_run(
-            make_run(lines=[line(1), bad.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), line(100)]), "red"
-        )
+        run = read_run(make_run(lines=[line(1), bad, line(100)]), "red")
         assert [one["step"] for one in run.log] == [1, 100]
         Page(page([run]))
 
     @pytest.mark.parametrize("value", ["1e999", "-1e999", "1e308", "1" + "0" * 400, "true", '"5"', "{}", "1e-320", "3e38"])
     def test_numbers_of_the_log(self, value, make_run):
-        Page(
-            html_of(make_run(lines=[line(1), '{"step": 50, "loss": %s, "grad_norm": %s, "time": %s}' % (value, value, value)]))
-        )
+        Page(html_of(make_run(lines=[line(1), f'{{"step": 50, "loss": {value}, "grad_norm": {value}, "time": {value}}}'])))
 
     def test_a_step_that_is_text_counts(self, make_run):
         assert [one["step"] for one in read_run(make_run(lines=['{"step": "1", "loss": 2}', line(5)]), "red").log] == [1, 5]
 
     @pytest.mark.parametrize("alarms", ["null", "5", '"abc"', "{}", "[null, 1, []]", "[" * 500 + "]" * 500])
     def test_alarms(self, alarms, make_run):
-        Page(html_of(make_run(alarms_jsonl='{"step": 50, "alarms": %s}\n{"step": 50}\n7' % alarms)))
+        Page(html_of(make_run(alarms_jsonl=f'{{"step": 50, "alarms": {alarms}}}\n{{"step": 50}}\n7')))
 
     @pytest.mark.parametrize(
         "text", ["- a", "a: [", "x", "5", BOMB, NESTED, "!!python/object/apply:os.getcwd []", "? [a]: b", "\x00"]
