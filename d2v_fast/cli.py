@@ -14,8 +14,6 @@ from d2v_fast.config import parse
 
 def _run(name: str, command: Callable[[list[str]], int | str | None]) -> None:
     """Run a command: what the user can mend ends in one message and not in a traceback."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # a name of a file may hold what the terminal cannot show
-        stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # What a library logs is either not news to the user of this one, or said again in the error it raises.
     for library in ("httpx", "transformers", "accelerate"):
