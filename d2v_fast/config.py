@@ -375,6 +375,11 @@ class Config:
     def check(self) -> None:
         """Raise ConfigError for values that no run can use."""
         values = self.settings()
+        for key, value in values.items():
+            if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+                raise ConfigError(
+                    f"{key}: found {value!r}, which is not UTF-8, so config.yaml cannot hold it; rename or link it"
+                )
         for key, interval in RANGES.items():
             value = values.get(key)
             for number in value if isinstance(value, list | tuple) else [value]:

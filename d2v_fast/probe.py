@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import glob
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,10 +25,12 @@ from torch import Tensor
 from d2v_fast import trained
 from d2v_fast.checkpoint import write_text
 from d2v_fast.config import Config, ConfigError
-from d2v_fast.data import DataError, Source, is_local
+from d2v_fast.data import DataError, Source, first_line, is_local
 from d2v_fast.encoders import Encoder
 from d2v_fast.masking import TokenMask
 from d2v_fast.report import measure, read_probes
+
+log = logging.getLogger(__name__)
 
 NEIGHBOURS = 20
 CLOZE_TOKENS = 300  # the cloze probe tells the most frequent tokens apart
@@ -143,7 +146,7 @@ def pooled_states(
                 try:
                     samples.append(source.read(i))
                 except Exception as error:
-                    bar.write(f"left out {source.names[i]}: {error}", file=sys.stderr)
+                    log.warning("left out %s: %s", source.names[i], first_line(error))
                 else:
                     labels.append(source.labels[i])
             if samples:
@@ -335,7 +338,7 @@ def main(args: list[str]) -> None:
     found = trained.load(config, run, options.checkpoint)
     batch_size = options.batch_size or (32 if config.modality == "text" else 64)
     states = States({"untrained": found.untrained(), "trained": found.encoder}, device, options.precision, batch_size)
-    print(f"probing on {' '.join(filter(None, (data, options.name)))}, {options.precision} on {device}", file=sys.stderr)
+    log.info("probing on %s, %s on %s", " ".join(filter(None, (data, options.name))), options.precision, device)
     probe = probe_cloze if config.modality == "text" else probe_labels
     results = probe(config, states, data, options.name, options.limit)
     columns = list(next(iter(results.values())))

@@ -1,4 +1,6 @@
 import json
+import logging
+import os
 import shutil
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from d2v_fast import probe, trained, training
 from d2v_fast.config import ConfigError, parse
 from d2v_fast.data import DataError, Source, find_files
+from d2v_fast.export import export_run
 from d2v_fast.probe import States, pooled_states, score
 from d2v_fast.report import read_probes
 from tests.models import make
@@ -124,14 +127,14 @@ def test_what_cannot_be_probed_is_explained(tmp_path):
         probe.main([str(run), "--data", str(tmp_path / "missing") + "/"])
 
 
-def test_recordings_too_short_for_a_frame_are_left_out(runs, tmp_path, capsys):
+def test_recordings_too_short_for_a_frame_are_left_out(runs, tmp_path, caplog):
     rng = np.random.default_rng(0)
     for label in "ab":
         for i, size in enumerate([4000] * 8 + [50] * 2):
             (tmp_path / label).mkdir(exist_ok=True)
             soundfile.write(tmp_path / label / f"{i}.wav", 0.1 * rng.normal(size=size), 16_000)
     probe.main([str(runs["audio"].folder), "--data", str(tmp_path)])
-    assert f"left out {tmp_path}/a/9.wav: is too short: 50 samples" in capsys.readouterr().err
+    assert f"left out {tmp_path}/a/9.wav: is too short: 50 samples" in caplog.text
     for file in tmp_path.glob("?/*.wav"):
         soundfile.write(file, np.ones(50), 16_000)
     with pytest.raises(DataError, match="left to fit on are 0 samples of 0 classes, to test on 0"):
@@ -166,7 +169,8 @@ class TestWhichData:
         probe.main([str(run), "--data", "builtin", "--limit", "40"])
         assert [each["data"] for each in read_probes(run / "probe.json")] == ["builtin"]
 
-    def test_results_of_other_data_stay(self, runs, tmp_path, capsys):
+    def test_results_of_other_data_stay(self, runs, tmp_path, caplog):
+        caplog.set_level(logging.INFO)
         run, set_ = tmp_path / "run", tmp_path / "set"
         shutil.copytree(runs["vision"].folder, run, ignore=shutil.ignore_patterns("probe.json"))
         for i in range(30):
@@ -174,9 +178,24 @@ class TestWhichData:
             Image.new("RGB", (32, 32), (8 * i, 0, 200 * (i % 2))).save(set_ / "ab"[i % 2] / f"{i}.png")
         for data, limit in ((str(set_), "20"), ("builtin", "40"), ("builtin", "60"), (str(set_), "20")):
             probe.main([str(run), "--data", data, "--limit", limit])
-            assert f"probing on {data}, fp32 on cpu" in capsys.readouterr().err
+            assert f"probing on {data}, fp32 on cpu" in caplog.text
         found = [(each["data"], each["limit"], each["step"]) for each in read_probes(run / "probe.json")]
         assert found == [("builtin", 40, 2), ("builtin", 60, 2), (str(set_), 20, 2)]
+
+    def test_names_that_are_not_utf8(self, runs, tmp_path):
+        run, set_ = tmp_path / "run", os.fsencode(tmp_path) + b"/caf\xe9"
+        shutil.copytree(runs["vision"].folder, run, ignore=shutil.ignore_patterns("probe.json"))
+        for i in range(30):
+            os.makedirs(set_ + b"/\xe9%d" % (i % 2), exist_ok=True)
+            Image.new("RGB", (32, 32), (8 * i, 0, 200 * (i % 2))).save(tmp_path / "image.png")
+            os.rename(tmp_path / "image.png", set_ + b"/\xe9%d/\xe9%d.png" % (i % 2, i))
+        with open(set_ + b"/\xe91/broken\xe9.png", "w"):
+            pass
+        probe.main([str(run), "--data", os.fsdecode(set_)])
+        (found,) = read_probes(run / "probe.json")
+        assert os.fsencode(found["data"]) == set_ and found["results"]["trained"]["linear"] == 1.0
+        export_run(run, tmp_path / "out")
+        assert "On caf?, at most 20000 samples" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
     def test_a_file_of_something_else_is_not_overwritten(self, runs, tmp_path):
         run = tmp_path / "run"
