@@ -29,7 +29,7 @@ from d2v_fast.data.text import load_tokenizer
 from d2v_fast.data.vision import MEAN, STD, image_processor
 from d2v_fast.encoders import PatchEncoder, TokenEncoder, WaveEncoder, class_arguments, example, off_by, wrap
 from d2v_fast.report import read_lines, read_probes
-from d2v_fast.trained import Trained
+from d2v_fast.trained import Trained, check_utf8
 
 OLDER = "data2vec-pytorch"
 TOLERANCE = 1e-6  # of states after a layer norm, in fp32
@@ -108,6 +108,7 @@ def whole(to: Path) -> Iterator[Path]:
         ConfigError: `to` is in use or cannot be made.
     """
     beside, made = to / UNFINISHED, not to.exists()
+    check_utf8(to)
     try:
         if not made and (not to.is_dir() or (any(to.iterdir()) and not beside.is_dir())):
             raise ConfigError(f"--to {to}: exists already; choose another folder")

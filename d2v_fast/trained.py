@@ -40,12 +40,19 @@ class Trained:
         return make_encoder(self.config, self.tokens).eval()
 
 
+def check_utf8(folder: Path) -> None:
+    """Raise ConfigError for a path that safetensors and tokenizers do not take."""
+    if str(folder).encode(errors="replace").decode() != str(folder):
+        raise ConfigError(f"{str(folder)!r}: is not UTF-8, which files of weights and tokenizers need; rename or link it")
+
+
 def read_config(run: Path) -> Config:
     """The settings of a run.
 
     Raises:
         ConfigError: Not the folder of a run, or settings that cannot be read.
     """
+    check_utf8(run)
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: has no config.yaml, so it is not the folder of a run")
     return parse(["--config", str(run / "config.yaml")])[0]

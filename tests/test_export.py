@@ -354,6 +354,15 @@ class TestWhole:
         export_run(runs["vision"].folder, ".")
         assert os.path.exists("config.json") and 'from_pretrained("out"' in Path("README.md").read_text()
 
+    def test_names_that_are_not_utf8(self, runs):
+        """Neither safetensors nor tokenizers take them."""
+        name = os.fsdecode(b"caf\xe9")
+        os.symlink(runs["vision"].folder, name)
+        for run, to in ((runs["vision"].folder, f"{name}-out"), (name, "out")):
+            with pytest.raises(ConfigError, match=r"^'caf\\udce9\S*: is not UTF-8, .*; rename or link it$"):
+                export_run(run, to)
+        assert os.listdir() == [name]
+
     def test_files_of_others_are_not_touched(self, runs):
         Path("out").mkdir()
         Path("out/mine").touch()
