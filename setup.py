@@ -41,7 +41,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["d2v_fast", "d2v_fast.*"]),
-    package_data={"d2v_fast": ["presets/*/*.yaml", "report.html", "py.typed"]},
+    package_data={"d2v_fast": ["presets/*/*.yaml", "docs/*.md", "report.html", "py.typed"]},
     ext_modules=[Extension("d2v_fast.ops.libd2v_fast", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
     install_requires=[

@@ -179,6 +179,10 @@ class Checkpoints:
         damaged = len(self.damaged)
         raise CheckpointError(f"{self.folder}: " + (f"none of {damaged} checkpoints is intact" if damaged else "no checkpoint"))
 
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, in order; whether they are intact is not looked at."""
+        return [_step(folder) for folder in _finished(self.folder)]
+
     def reserve(self, tensors: Tensors) -> None:
         """Have the thread set aside the memory of the copies: new memory is the slowest part of a copy."""
 

@@ -385,6 +385,11 @@ class Config:
     def check(self) -> None:
         """Raise ConfigError for values that no run can use."""
         values = self.settings()
+        for key, value in values.items():
+            if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+                raise ConfigError(
+                    f"{key}: found {value!r}, which is not UTF-8, so config.yaml cannot hold it; rename or link it"
+                )
         for key, interval in RANGES.items():
             value = values.get(key)
             several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
@@ -430,8 +435,6 @@ def read_yaml(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: No such preset or file, or not a mapping.
     """
-    from jsonargparse import get_loader
-
     from d2v_fast.compat import is_arxyzan, translate_arxyzan
 
     if not name:
@@ -444,9 +447,7 @@ def read_yaml(name: str) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"--config {name}: no such file or preset{nearest(name, presets())}\npresets: {', '.join(presets())}")
     try:
-        text = file.read_text(encoding="utf-8")
-        _refuse_bombs(text)
-        settings = get_loader("yaml")(text)
+        settings = load_yaml(file.read_text(encoding="utf-8"))
     except Exception as error:
         raise ConfigError(f"--config {name}: not valid YAML: {error}") from error
     if not isinstance(settings, dict):
@@ -462,6 +463,19 @@ def read_yaml(name: str) -> dict[str, Any]:
         if not isinstance(settings[key], dict):
             raise ConfigError(f"--config {name}: {key}: found {settings[key]}, expected a mapping of settings")
     return settings
+
+
+def load_yaml(text: str) -> Any:
+    """What YAML says, its numbers as `d2v-train` reads them.
+
+    Raises:
+        ValueError: Aliases or deep nesting.
+        yaml.YAMLError: Not YAML.
+    """
+    from jsonargparse import get_loader
+
+    _refuse_bombs(text)
+    return get_loader("yaml")(text)
 
 
 def _refuse_bombs(text: str) -> None:

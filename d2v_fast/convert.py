@@ -10,12 +10,14 @@ import logging
 import math
 import re
 import zipfile
-from pickle import UnpicklingError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from d2v_fast.data import first_line
 from d2v_fast.encoders import class_arguments
 
 if TYPE_CHECKING:
@@ -119,6 +121,17 @@ def _empty(*args: Any) -> dict:
     return {}
 
 
+@contextmanager
+def named(file: str, what: str) -> Iterator[None]:
+    """Turn whatever is raised into a ValueError that begins with the file; those that do already pass."""
+    try:
+        yield
+    except Exception as error:  # a damaged file can raise anything
+        if isinstance(error, ValueError) and str(error).startswith(f"{file}: "):
+            raise
+        raise ValueError(f"{file}: {what}: {type(error).__name__}: {first_line(error)}") from error
+
+
 def load_checkpoint(file: str) -> dict[str, Any]:
     """What `torch.save` wrote, tensors on the CPU and memory-mapped, without running any code that it may hold.
 
@@ -129,7 +142,7 @@ def load_checkpoint(file: str) -> dict[str, Any]:
 
     if not zipfile.is_zipfile(file):
         raise ValueError(f"{file}: not a file that torch.save of torch 1.6 or later wrote")
-    try:
+    with named(file, "cannot be read as a checkpoint"):
         names = get_unsafe_globals_in_checkpoint(file)
         strange = [name for name in names if not HARMLESS.fullmatch(name)]
         if strange:
@@ -140,8 +153,6 @@ def load_checkpoint(file: str) -> dict[str, Any]:
         stand_ins = [(_empty if name == "collections.defaultdict" else _Inert, name) for name in names]
         with safe_globals(stand_ins):
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file}: cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{file}: found a {type(loaded).__name__}, expected a checkpoint, which is a dict")
     return loaded
@@ -235,18 +246,19 @@ def from_fairseq(file: str) -> tuple[PreTrainedModel, dict[str, Any]]:
     checkpoint = load_checkpoint(file)
     if not isinstance(checkpoint.get("model"), dict):
         raise ValueError(f"{file}: holds {list(checkpoint)[:8]}, expected 'model' as in a checkpoint of fairseq")
-    settings = _settings(checkpoint.get("cfg") or checkpoint.get("args") or {})
-    # The teacher is a dict of its own among the weights.
-    state = {k: v for k, v in checkpoint["model"].items() if isinstance(v, Tensor) and "_ema." not in k}
-    if modalities := {k.split(".")[1] for k in state if k.startswith("modality_encoders.")}:
-        return _text_2(state, settings, modalities, file), settings
-    if "encoder.sentence_encoder.embed_tokens.weight" in state:
-        stripped = {k.removeprefix("encoder.").removeprefix("sentence_encoder."): v for k, v in state.items()}
-        return _text(stripped, settings, file, "data2vec-text"), settings
-    if "feature_extractor.conv_layers.0.0.weight" in state:
-        return _audio(state, settings, file), settings
-    if "patch_embed.proj.weight" in state or "patch_embed.conv.weight" in state:
-        return _vision(state, file), settings
+    with named(file, "its weights and settings make no model"):
+        settings = _settings(checkpoint.get("cfg") or checkpoint.get("args") or {})
+        # The teacher is a dict of its own among the weights.
+        state = {k: v for k, v in checkpoint["model"].items() if isinstance(v, Tensor) and "_ema." not in k}
+        if modalities := {k.split(".")[1] for k in state if k.startswith("modality_encoders.")}:
+            return _text_2(state, settings, modalities, file), settings
+        if "encoder.sentence_encoder.embed_tokens.weight" in state:
+            stripped = {k.removeprefix("encoder.").removeprefix("sentence_encoder."): v for k, v in state.items()}
+            return _text(stripped, settings, file, "data2vec-text"), settings
+        if "feature_extractor.conv_layers.0.0.weight" in state:
+            return _audio(state, settings, file), settings
+        if "patch_embed.proj.weight" in state or "patch_embed.conv.weight" in state:
+            return _vision(state, file), settings
     raise ValueError(f"{file}: not a pre-trained data2vec model of audio, text or vision, its weights begin {list(state)[:3]}")
 
 
@@ -261,7 +273,8 @@ def _heads(settings: dict[str, Any], hidden_size: int, file: str) -> int:
 
 
 def _depth(state: State, pattern: str) -> int:
-    return 1 + max((int(m[1]) for key in state if (m := re.match(pattern, key))), default=-1)
+    """How many layers there are; counted, as one name with a large number would ask for as many."""
+    return len({m[1] for key in state if (m := re.match(pattern, key))})
 
 
 def _audio(state: State, settings: dict[str, Any], file: str) -> PreTrainedModel:
@@ -392,7 +405,8 @@ def from_data2vec_pytorch(file: str, encoder: str) -> tuple[PreTrainedModel, Sta
             f"--encoder {encoder}: neither a folder with config.json nor to be had from the hub: {reason}"
         ) from error
     prefix = "regression_head."
-    head = {k.removeprefix(prefix): v for k, v in checkpoint["data2vec"].items() if k.startswith(prefix)}
-    # A single Linear there is a Sequential of one here.
-    head = {f"0.{name}" if name in ("weight", "bias") else name: value for name, value in head.items()}
-    return make_model(config, checkpoint["encoder"], file), head
+    with named(file, "its weights make no model"):
+        head = {k.removeprefix(prefix): v for k, v in checkpoint["data2vec"].items() if k.startswith(prefix)}
+        # A single Linear there is a Sequential of one here.
+        head = {f"0.{name}" if name in ("weight", "bias") else name: value for name, value in head.items()}
+        return make_model(config, checkpoint["encoder"], file), head

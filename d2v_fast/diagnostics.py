@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import statistics
+import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -438,9 +439,10 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
     """What a bug report needs, as name → text, and under "warnings" what is slow or wrong here and what to do about it.
 
     Args:
-        folder: Where a run would write; its free space is what counts.
+        folder: Where a run would write, there or not; its free space is what counts.
     """
     import joblib
+    from huggingface_hub.constants import HF_HOME
     from torch.utils import collect_env
 
     warnings = []
@@ -454,7 +456,10 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
     warnings += [f"{gpu.name} has no bf16: train.precision=fp16" for gpu in gpus if gpu.major < 8]
 
     processor, cores = torch.cpu.get_capabilities(), joblib.cpu_count()  # the cores that affinity and container leave us
-    threads, ranks = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads, local = torch.get_num_threads(), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    ranks = int(local) if local.isdecimal() and int(local) else 1
+    if local != str(ranks):
+        warnings.append(f"LOCAL_WORLD_SIZE={local!r}: no number of processes: unset it")
     if threads * ranks > cores:
         warnings.append(f"{threads * ranks} threads share {cores} usable cores: OMP_NUM_THREADS={max(1, cores // ranks)}")
     if not gpus and 2 * threads * ranks <= cores:
@@ -493,7 +498,11 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
                     f"{torch.__version__}, or pip uninstall {package}"
                 )
 
-    free = {str(folder): shutil.disk_usage(folder).free / 2**30}
+    places = {place: _existing(Path(place)) for place in (str(folder), HF_HOME)}
+    for place, remedy in ((str(folder), "train.output=elsewhere"), (HF_HOME, "set HF_HOME; data sets are cached there")):
+        if not os.access(places[place], os.W_OK):
+            warnings.append(f"{place} cannot be written: {remedy}")
+    free = {str(folder): shutil.disk_usage(places[str(folder)]).free / 2**30}
     if free[str(folder)] < 5:
         warnings.append(f"{free[str(folder)]:.1f} GiB are free in {folder}: make room, or train.output=elsewhere")
     if os.path.exists("/dev/shm"):
@@ -503,6 +512,8 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
                 f"/dev/shm has {free['/dev/shm']:.2f} GiB, through which workers hand over batches: "
                 "docker run --shm-size=8g, or train.workers=0"
             )
+    elif sys.platform == "linux":
+        warnings.append("there is no /dev/shm, through which workers hand over batches: mount a tmpfs, or train.workers=0")
 
     preloaded = os.environ.get("LD_PRELOAD", "")
     allocator = next((name for name in ("tcmalloc", "jemalloc", "mimalloc") if name in preloaded), None)
@@ -526,6 +537,11 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
         "variables": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)) or "none",
         "warnings": warnings,
     }
+
+
+def _existing(path: Path) -> Path:
+    """The folder of `path` that is there."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
 def _version(package: str) -> str | None:

@@ -568,7 +568,7 @@ def _check_states(encoder: Encoder) -> None:
     if why:
         raise ValueError(
             f"{type(model).__name__} is not put together as the models that are known here: {why}; "
-            "give it the methods embed and contextualize, see docs/encoders.md"
+            f"give it the methods embed and contextualize, see {Path(__file__).parent}/docs/encoders.md"
         )
 
 

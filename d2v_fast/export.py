@@ -6,24 +6,30 @@ What is written is read back and has to compute what the training encoder does.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 import d2v_fast
-from d2v_fast.checkpoint import Checkpoints
-from d2v_fast.config import Config, ConfigError, nearest, parse
-from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, make_model
+from d2v_fast import trained
+from d2v_fast.checkpoint import sync
+from d2v_fast.config import ConfigError, nearest
+from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, make_model, named
+from d2v_fast.data import first_line, is_local
 from d2v_fast.data.audio import feature_extractor
 from d2v_fast.data.text import limit_length, load_tokenizer
 from d2v_fast.data.vision import MEAN, STD, image_processor
-from d2v_fast.encoders import PatchEncoder, TokenEncoder, WaveEncoder, build_encoder, class_arguments, example, off_by, wrap
-from d2v_fast.report import read_lines
+from d2v_fast.encoders import PatchEncoder, TokenEncoder, WaveEncoder, class_arguments, example, off_by, wrap
+from d2v_fast.report import read_lines, read_probes
+from d2v_fast.trained import Trained, check_utf8
 
 OLDER = "data2vec-pytorch"
 TOLERANCE = 1e-6  # of states after a layer norm, in fp32
@@ -35,6 +41,8 @@ WHY_NOT = {
     ("bert", "roberta"): "counts positions from the padding index on and not from 0",
     ("vit", "beit"): "has scaled residuals, relative positions and keys without bias",
 }
+UNFINISHED = ".unfinished"  # folder in the one to write, until all of it is there
+PIPELINES = {"pixel_values": "image-feature-extraction"}  # the task of the hub by main input; else feature-extraction
 LOGGED = ("step", "loss", "target_std", "prediction_std", "feature_std", "lr", "ema_decay")
 
 
@@ -54,12 +62,11 @@ class Exported:
         """Model and processor; returns the largest difference between the reloaded model and the encoder.
 
         Raises:
-            ConfigError: The folder is in use, or the encoder is not of the architecture `as_type`.
+            ConfigError: The encoder is not of the architecture `as_type`, or its weights are broken.
+            OSError: The folder cannot be written.
         """
         from transformers import AutoModel
 
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"--to {folder}: exists already; choose another folder")
         inputs = example(self.encoder)
         with torch.inference_mode():
             expected = self.encoder(inputs)
@@ -70,9 +77,10 @@ class Exported:
         model = self.encoder.model
         if as_type not in (None, model.config.model_type):
             model = retype(model, as_type)
-        model.save_pretrained(folder)
-        if self.processor is not None:
-            self.processor.save_pretrained(folder)
+        with writing(folder):
+            model.save_pretrained(folder)
+            if self.processor is not None:
+                self.processor.save_pretrained(folder)
         difference = off_by(expected, AutoModel.from_pretrained(folder), inputs)
         if not difference <= TOLERANCE:
             raise RuntimeError(
@@ -80,6 +88,47 @@ class Exported:
                 "do not use it, and please report this"
             )
         return difference
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise OSError for whatever a library raises when the disk is full or read-only."""
+    try:
+        yield
+    except Exception as error:  # safetensors, tokenizers and torch each have their own
+        raise OSError(f"{folder}: cannot be written: {first_line(error)}") from error
+
+
+@contextmanager
+def whole(to: Path) -> Iterator[Path]:
+    """A folder to write in, whose files are moved to `to` at the end; an error leaves nothing behind.
+
+    It lies inside of `to`, so that both are on one disk. What a killed process left there is replaced.
+
+    Raises:
+        ConfigError: `to` is in use or cannot be made.
+    """
+    beside, made = to / UNFINISHED, not to.exists()
+    check_utf8(to)
+    try:
+        if not made and (not to.is_dir() or (any(to.iterdir()) and not beside.is_dir())):
+            raise ConfigError(f"--to {to}: exists already; choose another folder")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--to {to}: cannot be written, choose another folder: {error}") from error
+    try:
+        yield beside
+        for file in sorted(beside.iterdir()):
+            sync(file)
+            os.replace(file, to / file.name)
+        beside.rmdir()
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        if made:
+            with suppress(OSError):
+                to.rmdir()
+        raise
 
 
 def retype(model: Any, as_type: str) -> Any:
@@ -110,97 +159,125 @@ def saved_state(model: Any) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, max_shard_size="1TB")
+        with writing(Path(folder)):
+            model.save_pretrained(folder, max_shard_size="1TB")
         return load_file(Path(folder) / "model.safetensors")
 
 
-def open_run(run: Path, teacher: bool = False) -> tuple[Config, Exported]:
-    """The config of a run, and its student or teacher.
+def open_run(run: Path, checkpoint: str | None = None, teacher: bool = False) -> tuple[Trained, Exported]:
+    """What a run has trained, and what of it goes into the folder.
 
     Raises:
-        ConfigError: No finished run, no teacher in it, or an encoder that transformers has no class for.
+        ConfigError: Not a run that has trained something, or an encoder that transformers has no class for.
+        CheckpointError: The checkpoint asked for is damaged.
     """
-    for part in ("config.yaml", "export"):
-        if not (run / part).exists():
-            raise ConfigError(f"{run}: has no {part}, so it is not the folder of a run that exported its student")
-    config, _ = parse(["--config", str(run / "config.yaml")])
+    config = trained.read_config(run)
     if ":" in (config.encoder.model or ""):
         raise ConfigError(
             f"{run}: transformers has no class for the encoder {config.encoder.model}, so AutoModel cannot load it; "
             f"its weights are in {run / 'export' / 'model.safetensors'}, for safetensors.torch.load_model"
         )
-    encoder = build_encoder(pretrained=str(run / "export"))
-    if teacher:
-        load_teacher(encoder, run)
-    data = config.data
+    found, data = trained.load(config, run, checkpoint, teacher), config.data
     if config.modality == "text":
-        return config, Exported(encoder, load_tokenizer(str(run / "export")))
+        return found, Exported(found.encoder, found.tokenizer)
     if config.modality == "vision":
-        return config, Exported(encoder, image_processor(data["image_size"], data["mean"], data["std"]))
-    return config, Exported(encoder, feature_extractor(encoder, data["sample_rate"], data["normalize"]))
+        return found, Exported(found.encoder, image_processor(data["image_size"], data["mean"], data["std"]))
+    return found, Exported(found.encoder, feature_extractor(found.encoder, data["sample_rate"], data["normalize"]))
 
 
-def load_teacher(encoder: torch.nn.Module, run: Path) -> None:
-    """Put the teacher of the newest checkpoint into `encoder`.
+def public(value: Any) -> Any:
+    """Settings without what they tell of this machine: of paths, the last part."""
+    if isinstance(value, dict):
+        return {key: public(inner) for key, inner in value.items()}
+    return Path(value).name if isinstance(value, str) and is_local(value) else value
 
-    Raises:
-        ConfigError: The run has no checkpoint.
-        CheckpointError: None of its checkpoints is intact.
+
+def on_hub(name: str | None) -> str | None:
+    """`name`, if it may be one of the hub."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if name in (None, "builtin") or is_local(name):
+        return None
+    with suppress(HFValidationError):
+        validate_repo_id(name)
+        return name
+
+
+def model_card(title: str, facts: dict[str, Any], folder: Path, to: Path, sections: list[str], **metadata: Any) -> str:
+    """README.md of an exported model, in the format of the Hugging Face hub.
+
+    Args:
+        title: Headline.
+        facts: Rows of the first table.
+        folder: Where the model lies now.
+        to: Where it will lie.
+        sections: Further ones, as Markdown.
+        metadata: What `huggingface_hub.ModelCardData` takes; what is None is left out.
     """
-    if not list((run / "checkpoints").glob("step-*")):
-        raise ConfigError(f"--teacher: {run} has no checkpoint, and only checkpoints hold the teacher")
-    prefix = "teacher.module."
-    state = Checkpoints(run / "checkpoints", keep_last=1).newest().tensors("teacher")
-    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-
-
-def model_card(title: str, facts: dict[str, Any], folder: Path, sections: list[str]) -> str:
-    """README.md of an exported model, in the format of the Hugging Face hub."""
+    from huggingface_hub import ModelCardData
     from transformers import MODEL_MAPPING, AutoConfig
     from transformers import __version__ as transformers_version
 
     config = AutoConfig.from_pretrained(folder)
+    cls = MODEL_MAPPING[type(config)]
     facts |= {
         "architecture": f"{config.architectures[0]}, {config.num_hidden_layers} layers, {config.hidden_size} wide",
         "exported with": f"d2v-fast {d2v_fast.__version__}, torch {torch.__version__}, transformers {transformers_version}, "
         f"Python {platform.python_version()}",
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    arguments = "".join(f", {name}={value}" for name, value in class_arguments(MODEL_MAPPING[type(config)]).items())
-    use = f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{folder}"{arguments})'
+    rows = "\n".join(
+        f"| {name} | {' '.join(str(value).split()).replace('|', chr(92) + '|')} |" for name, value in facts.items()
+    )
+    arguments = "".join(f", {name}={value}" for name, value in class_arguments(cls).items())
+    name = to.resolve().name
+    use = f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{name}"{arguments})'
     for file, loader in (("tokenizer.json", "AutoTokenizer"), ("preprocessor_config.json", "AutoImageProcessor")):
         if (folder / file).exists():
             audio = "feature_extractor_type" in (folder / file).read_text(encoding="utf-8")
-            name = "AutoFeatureExtractor" if audio else loader
-            use = use.replace("AutoModel\n", f"AutoModel, {name}\n") + f'\nprocessor = {name}.from_pretrained("{folder}")'
-    head = "---\nlibrary_name: transformers\npipeline_tag: feature-extraction\ntags:\n- data2vec\n- d2v-fast\n---\n"
+            loader = "AutoFeatureExtractor" if audio else loader
+            use = use.replace("AutoModel\n", f"AutoModel, {loader}\n") + f'\nprocessor = {loader}.from_pretrained("{name}")'
+    head = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=PIPELINES.get(cls.main_input_name, "feature-extraction"),
+        tags=["data2vec", "d2v-fast"],
+        **metadata,
+    ).to_yaml()
     body = [f"# {title}", f"| | |\n|---|---|\n{rows}", f"```python\n{use}\n```", *sections]
-    return head + "\n\n".join(body) + "\n"
+    return f"---\n{head}\n---\n" + "\n\n".join(body) + "\n"
 
 
-def run_sections(run: Path, config: Config) -> tuple[dict[str, Any], list[str]]:
-    """What the files of a run say of it: facts for the table, and sections on probe, log and settings."""
-    records = read_lines(run / "log.jsonl")
-    last = records[-1] if records else {}
-    data, train, targets = config.data, config.train, config.targets
-    start = f", from {config.encoder.pretrained}" if config.encoder.pretrained else ""
+def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
+    """What the files of a run say of these weights: facts for the table, and sections on probe, log and settings.
+
+    Raises:
+        ConfigError: probe.json is damaged.
+    """
+    config, step = found.config, found.step
+    records = [line for line in read_lines(run / "log.jsonl") if step is None or line["step"] <= step]
+    last = step or (records[-1]["step"] if records else "unknown")
+    data, train, targets = public(config.data), config.train, config.targets
+    start = f", from {public(config.encoder.pretrained)}" if config.encoder.pretrained else ""
     facts = {
         "data": " ".join(str(data[key]) for key in ("path", "name", "split") if data.get(key)),
         "recipe": f"data2vec on {config.modality}{start}: {targets.source} of the last {targets.top_k} layers, "
         f"norm {targets.norm}, mask {type(config.mask).__name__}, {train.precision}",
-        "steps": f"{last.get('step', 'unknown')} of {train.batch_size} × {train.accumulate} samples a process",
+        "steps": f"{last} of {train.batch_size} × {train.accumulate} samples a process",
     }
     sections = []
-    if (run / "probe.json").exists():
-        probe = json.loads((run / "probe.json").read_text(encoding="utf-8"))
-        data = probe.pop("data")
-        sections.append(f"## Probe of the frozen encoder\n\nOn {data}, by `d2v-probe`.\n\n" + _table(probe))
+    for probe in read_probes(run / "probe.json"):
+        if probe["step"] == step:
+            on = " ".join(filter(None, (public(probe["data"]), probe["name"])))
+            sections.append(
+                f"## Probe of the frozen student\n\nOn {on}, at most {probe['limit']} samples, by `d2v-probe`.\n\n"
+                + _table(probe["results"])
+            )
     if records:
         shown = [records[round(i * (len(records) - 1) / 9)] for i in range(10)] if len(records) > 10 else records
         table = {str(i): {name: record[name] for name in LOGGED if name in record} for i, record in enumerate(shown)}
         sections.append("## Log\n\nThe loss says little about what was learned; the std of targets and predictions tells a "
                         "collapse.\n\n" + _table(table, labels=False))  # fmt: skip
-    sections.append(f"## Settings\n\n```yaml\n{config.yaml.strip()}\n```")
+    settings = yaml.safe_dump(public(yaml.safe_load(config.yaml)), sort_keys=False, allow_unicode=True)
+    sections.append(f"## Settings\n\n```yaml\n{settings.strip()}\n```")
     return facts, sections
 
 
@@ -216,34 +293,50 @@ def _table(rows: dict[str, dict[str, float]], labels: bool = True) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def export_run(run: str | Path, to: str | Path, as_type: str | None = None, teacher: bool = False) -> float:
+def export_run(
+    run: str | Path,
+    to: str | Path,
+    as_type: str | None = None,
+    teacher: bool = False,
+    checkpoint: str | None = None,
+    **metadata: Any,
+) -> float:
     """Export a run; returns the largest difference between the reloaded model and the training encoder.
 
     Args:
-        run: Folder of `d2v-train`.
+        run: Folder of `d2v-train`, whose newest weights are taken.
         to: Folder to write: model, tokenizer or processor, and a model card made from the run.
         as_type: Model type of transformers, where the encoder's architecture has two names; "data2vec-pytorch" adds
             data2vec.pt, whose `encoder` is the state dict that scripts for that project load.
-        teacher: Take the teacher of the newest checkpoint instead of the student.
+        teacher: Take the teacher instead of the student.
+        checkpoint: Take these weights instead, such as step-1000.
+        metadata: For the head of the model card: `license`, `language` and more of `huggingface_hub.ModelCardData`.
 
     Raises:
-        ConfigError: No finished run, or an encoder that cannot be exported exactly; the message says why.
+        ConfigError: Nothing trained, or an encoder that cannot be exported exactly; the message says why.
+        OSError: The folder cannot be written; it is left as it was.
     """
-    run, folder = Path(run), Path(to)
-    config, exported = open_run(run, teacher)
-    facts, sections = run_sections(run, config)  # before anything is written: what is wrong with them leaves no half a folder
-    old = as_type == OLDER
-    difference = exported.write(folder, None if old else as_type)
-    if old:
-        from transformers import AutoModel
+    run, to = Path(run), Path(to)
+    found, exported = open_run(run, checkpoint, teacher)
+    facts, sections = run_sections(run, found)
+    data, old = found.config.data, as_type == OLDER
+    known = {"base_model": on_hub(found.config.encoder.pretrained), "datasets": on_hub(data["path"])}
+    if found.config.modality == "text" and data["path"] == "builtin":
+        known["language"] = "en"
+    with whole(to) as folder:
+        difference = exported.write(folder, None if old else as_type)
+        facts["weights"] = (
+            f"{'teacher' if teacher else 'student'}; reloaded, its states differ by {difference:.1g} from those in training"
+        )
+        title = f"data2vec {found.config.modality}: {run.resolve().name}"
+        card = model_card(title, facts, folder, to, sections, **known | {k: v for k, v in metadata.items() if v})
+        with writing(to):
+            if old:
+                from transformers import AutoModel
 
-        # With the pooler that is there, and untrained, in that project too.
-        torch.save({"encoder": AutoModel.from_pretrained(folder).state_dict()}, folder / "data2vec.pt")
-    facts["weights"] = (
-        f"{'teacher' if teacher else 'student'}; reloaded, its states differ by {difference:.1g} from those in training"
-    )
-    card = model_card(f"data2vec {config.modality}: {run.name}", facts, folder, sections)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+                # With the pooler that is there, and untrained, in that project too.
+                torch.save({"encoder": AutoModel.from_pretrained(folder).state_dict()}, folder / "data2vec.pt")
+            (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
     return difference
 
 
@@ -254,6 +347,7 @@ def import_checkpoint(
     as_type: str | None = None,
     encoder: str | None = None,
     tokenizer: str | None = None,
+    **metadata: Any,
 ) -> float:
     """Export a checkpoint of another project; returns the largest difference after reloading.
 
@@ -265,13 +359,14 @@ def import_checkpoint(
         as_type: Model type of transformers, where the architecture has two names.
         encoder: For data2vec-pytorch: model.encoder_checkpoint of its YAML file.
         tokenizer: Tokenizer to put beside a text model, a name or folder.
+        metadata: For the head of the model card, as in `export_run`.
 
     Raises:
         ValueError: Not such a checkpoint, or none that a class of transformers computes exactly.
     """
     from safetensors.torch import save_file
 
-    file, folder, settings, head = str(file), Path(to), {}, {}
+    file, to, settings, head = str(file), Path(to), {}, {}
     if not os.path.isfile(file):
         raise ConfigError(f"{file}: no such file")
     if source == "fairseq":
@@ -280,7 +375,8 @@ def import_checkpoint(
         raise ConfigError(f"--from {OLDER}: needs --encoder, the model.encoder_checkpoint of the run's YAML file")
     else:
         model, head = from_data2vec_pytorch(file, encoder)
-    loaded = wrap(model)
+    with named(file, "its settings make no model"):
+        loaded = wrap(model)
     if isinstance(loaded, TokenEncoder):
         exported = Exported(loaded, tokenizer and load_tokenizer(tokenizer))
         if tokenizer and len(exported.processor) > model.config.vocab_size:
@@ -294,11 +390,17 @@ def import_checkpoint(
     else:
         normalize = settings.get("task.normalize", settings.get("normalize", True))
         exported = Exported(loaded, feature_extractor(loaded, 16_000, normalize))
-    difference = exported.write(folder, as_type)
-    if head:
-        save_file(head, folder / "head.safetensors")
-    facts = {"data": settings.get("task.data", settings.get("data_path", "unknown")), "checkpoint": f"{file} of {source}"}
-    (folder / "README.md").write_text(model_card(f"data2vec: {Path(file).stem}", facts, folder, []), encoding="utf-8")
+    facts = {
+        "data": public(settings.get("task.data", settings.get("data_path", "unknown"))),
+        "checkpoint": f"{Path(file).name} of {source}",
+    }
+    with whole(to) as folder:
+        difference = exported.write(folder, as_type)
+        card = model_card(f"data2vec: {Path(file).stem}", facts, folder, to, [], **metadata)
+        with writing(to):
+            if head:
+                save_file(head, folder / "head.safetensors")
+            (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
     return difference
 
 
@@ -326,7 +428,10 @@ def main(args: list[str]) -> None:
         + ", ".join(f"{a} = {b}" for a, b in list(SAME.items())[::2])
         + f"; {OLDER} adds data2vec.pt for scripts that load its 'encoder'",
     )
-    parser.add_argument("--teacher", action="store_true", help="the teacher of the newest checkpoint instead of the student")
+    parser.add_argument("--teacher", action="store_true", help="the teacher instead of the student")
+    parser.add_argument(
+        "--checkpoint", metavar="step-N", help="weights of this checkpoint; default: the newest that are intact"
+    )
     parser.add_argument(
         "--from",
         dest="source",
@@ -335,18 +440,23 @@ def main(args: list[str]) -> None:
     )
     parser.add_argument("--encoder", metavar="NAME", help="with data2vec-pytorch: model.encoder_checkpoint of its YAML file")
     parser.add_argument("--tokenizer", metavar="NAME", help="with --from: tokenizer to put beside a text model, name or folder")
+    parser.add_argument("--license", metavar="ID", help="for the head of the model card, such as apache-2.0")
+    parser.add_argument("--language", metavar="CODE", nargs="+", help="for the same, such as en")
     options = parser.parse_args(args)
+    metadata = {"license": options.license, "language": options.language}
     run, to = os.path.expanduser(options.run), os.path.expanduser(options.to)
     if options.source is None:
         for name in ("encoder", "tokenizer"):
             if getattr(options, name):
                 raise ConfigError(f"--{name}: goes with --from; a run of d2v-train has its own")
-        difference = export_run(run, to, options.as_type, options.teacher)
+        difference = export_run(run, to, options.as_type, options.teacher, options.checkpoint, **metadata)
         print(f'{to}: AutoModel.from_pretrained("{to}") computes what the training encoder does, to {difference:.1g}')
     elif options.teacher:
         raise ConfigError("--teacher: is for runs of d2v-train; from other projects the student is taken, as they fine-tune it")
+    elif options.checkpoint:
+        raise ConfigError("--checkpoint: is for runs of d2v-train; of other projects name the file itself")
     else:
-        import_checkpoint(run, to, options.source, options.as_type, options.encoder, options.tokenizer)
+        import_checkpoint(run, to, options.source, options.as_type, options.encoder, options.tokenizer, **metadata)
         print(f'{to}: AutoModel.from_pretrained("{to}") has the weights of {run}')
         if not any(Path(to).glob("tokenizer*")) and not (Path(to) / "preprocessor_config.json").exists():
             print("without tokenizer: --tokenizer NAME puts one beside, for most text models the one of roberta-base")

@@ -10,69 +10,73 @@ from __future__ import annotations
 import argparse
 import glob
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from d2v_fast.config import Config, ConfigError, parse
-from d2v_fast.data import DataError, Source, is_local
+from d2v_fast import trained
+from d2v_fast.checkpoint import write_text
+from d2v_fast.config import Config, ConfigError
+from d2v_fast.data import DataError, Source, first_line, is_local
 from d2v_fast.encoders import Encoder
 from d2v_fast.masking import TokenMask
+from d2v_fast.report import measure, read_probes
+
+log = logging.getLogger(__name__)
 
 NEIGHBOURS = 20
 CLOZE_TOKENS = 300  # the cloze probe tells the most frequent tokens apart
 CLOZE_L2 = 0.03  # per token; with less, it overfits the states of an untrained encoder
 
 
-def load_run(run: str | Path) -> tuple[Config, Encoder, Encoder]:
-    """Config, student and the same encoder as it was before training.
+@dataclass
+class States:
+    """How encoders are run.
 
-    Raises:
-        ConfigError: The folder holds no finished run.
+    Args:
+        encoders: By title.
+        device: Where.
+        precision: fp32, or bf16 for matrix products.
+        batch_size: Inputs at once.
     """
-    from d2v_fast.training import make_encoder
 
-    run = Path(run)
-    for part in ("config.yaml", "export"):
-        if not (run / part).exists():
-            raise ConfigError(f"{run}: has no {part}, so it is not the folder of a run that exported its student")
-    config, _ = parse(["--config", str(run / "config.yaml")])
-    tokens = None
-    if config.modality == "text":
-        config.data["tokenizer"] = str(run / "export")
-        exported = json.loads((run / "export" / "config.json").read_text(encoding="utf-8"))
-        tokens = {key: value for key, value in exported.items() if key == "vocab_size" or key.endswith("_token_id")}
-    untrained = make_encoder(config, tokens).eval()
-    config.encoder.pretrained, config.encoder.config = (
-        str(run / "export"),
-        config.encoder.config if ":" in (config.encoder.model or "") else {},
-    )
-    return config, make_encoder(config).eval(), untrained
+    encoders: dict[str, Encoder]
+    device: str = "cpu"
+    precision: str = "fp32"
+    batch_size: int = 64
 
+    def __post_init__(self):
+        for encoder in self.encoders.values():
+            encoder.to(self.device)
 
-def pooled_states(encoder: Encoder, inputs: Sequence[Any], collate: Callable, batch_size: int = 64) -> np.ndarray:
-    """Mean state of each input, (N, C); `collate` makes (source, padding_mask or None) of a list of inputs."""
-    rows = []
-    with torch.inference_mode():
-        for begin in range(0, len(inputs), batch_size):
-            source, padding_mask = collate(inputs[begin : begin + batch_size])
-            states = encoder(source, padding_mask)
-            if padding_mask is None:
-                rows.append(states.mean(1))
-            else:
-                seen = (~padding_mask).unsqueeze(-1)
-                rows.append((states * seen).sum(1) / seen.sum(1))
-    return _finite(rows)
+    def __call__(self, source: Tensor, padding_mask: Tensor | None) -> dict[str, Tensor]:
+        """States (B, T, C) in fp32, by title, on the device."""
+        source = source.to(self.device)
+        padding_mask = None if padding_mask is None else padding_mask.to(self.device)
+        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+            try:
+                return {title: encoder(source, padding_mask).float() for title, encoder in self.encoders.items()}
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(f"--batch-size {self.batch_size}: more than the memory of the GPU holds; lower it") from error
 
 
-def _finite(states: list[torch.Tensor]) -> np.ndarray:
-    found = torch.cat(states).float().numpy()
+def progress(what: str, total: int, unit: str) -> Any:
+    """A bar on the screen; in a log, a line of it every half minute."""
+    from tqdm import tqdm
+
+    return tqdm(desc=what, total=total, unit=unit, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
+
+
+def _finite(states: list[Tensor]) -> np.ndarray:
+    found = torch.cat(states).numpy()
     if not np.isfinite(found).all():
         raise ConfigError("states of the encoder are not finite: its weights are broken; log.jsonl of the run tells since when")
     return found
@@ -121,20 +125,46 @@ def _subset(source: Source, indices: np.ndarray) -> Source:
     )
 
 
-def _read_all(source: Source, limit: int, seed: int = 0) -> tuple[list[Any], list[str]]:
-    """Up to `limit` samples, drawn at random, and their labels; unreadable ones are named and left out."""
-    samples, labels = [], []
-    for i in np.random.default_rng(seed).permutation(len(source))[:limit]:
-        try:
-            samples.append(source.read(i))
-        except Exception as error:
-            print(f"left out {source.names[i]}: {error}", file=sys.stderr)
-        else:
-            labels.append(source.labels[i])
-    return samples, labels
+def pooled_states(
+    states: States, source: Source, collate: Callable, limit: int, what: str
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Mean state of each sample, (N, C) by title, and the samples' labels.
+
+    Args:
+        states: The encoders.
+        source: The samples; up to `limit` are drawn, and those that cannot be read are named and left out.
+        collate: Makes (source, padding_mask or None) of a list of samples.
+        limit: Most samples.
+        what: Title of the progress bar.
+    """
+    rows: dict[str, list[Tensor]] = {title: [] for title in states.encoders}
+    order, labels = np.random.default_rng(0).permutation(len(source))[:limit], []
+    with progress(what, len(order), "sample") as bar:
+        for begin in range(0, len(order), states.batch_size):
+            samples = []
+            for i in order[begin : begin + states.batch_size]:
+                try:
+                    samples.append(source.read(i))
+                except Exception as error:
+                    log.warning("left out %s: %s", source.names[i], first_line(error))
+                else:
+                    labels.append(source.labels[i])
+            if samples:
+                inputs, padding_mask = collate(samples)
+                for title, found in states(inputs, padding_mask).items():
+                    rows[title].append(_mean(found, padding_mask).cpu())
+            bar.update(min(states.batch_size, len(order) - begin))
+    return {title: _finite(found) if found else np.empty((0, 0)) for title, found in rows.items()}, labels
 
 
-def probe_labels(config: Config, encoders: dict[str, Encoder], data: str, name: str | None, limit: int) -> dict[str, dict]:
+def _mean(states: Tensor, padding_mask: Tensor | None) -> Tensor:
+    if padding_mask is None:
+        return states.mean(1)
+    seen = (~padding_mask).unsqueeze(-1).to(states.device)
+    return (states * seen).sum(1) / seen.sum(1)
+
+
+def probe_labels(config: Config, states: States, data: str, name: str | None, limit: int) -> dict[str, dict]:
     """Accuracies of each encoder on labelled images or speech."""
     settings = config.data
     if config.modality == "vision":
@@ -148,7 +178,7 @@ def probe_labels(config: Config, encoders: dict[str, Encoder], data: str, name: 
     else:
         from d2v_fast.data.audio import open_audio, standardize
 
-        frames = next(iter(encoders.values())).positions
+        frames = next(iter(states.encoders.values())).positions
         longest = round(settings["max_seconds"] * settings["sample_rate"])
 
         def collate(waves: list) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -172,24 +202,22 @@ def probe_labels(config: Config, encoders: dict[str, Encoder], data: str, name: 
             return replace(source, read=read)
 
         parts = split_sources(open_split, data, name)
-    (train, train_labels), (test, test_labels) = (_read_all(part, limit) for part in parts)
+    found = [pooled_states(states, part, collate, limit, split) for part, split in zip(parts, ("train", "test"), strict=True)]
+    (train, train_labels), (test, test_labels) = found
     classes = len(set(train_labels))
-    if classes < 2 or not test:
+    if classes < 2 or not test_labels:
         raise DataError(
-            f"--data {data}: left to fit on are {len(train)} samples of {classes} classes, to test on {len(test)}; "
-            "needed are two classes and one sample: more data, or a higher --limit"
+            f"--data {data}: left to fit on are {len(train_labels)} samples of {classes} classes, to test on "
+            f"{len(test_labels)}; needed are two classes and one sample: more data, or a higher --limit"
         )
-    results = {}
-    for title, encoder in encoders.items():
-        features = [pooled_states(encoder, samples, collate) for samples in (train, test)]
-        results[title] = score(features[0], train_labels, features[1], test_labels)
+    results = {title: score(train[title], train_labels, test[title], test_labels) for title in states.encoders}
     results["chance"] = dict.fromkeys(
         ("knn", "linear"), max(np.bincount(np.unique(test_labels, return_inverse=True)[1])) / len(test_labels)
     )
     return results
 
 
-def probe_cloze(config: Config, encoders: dict[str, Encoder], data: str, name: str | None, limit: int) -> dict[str, dict]:
+def probe_cloze(config: Config, states: States, data: str, name: str | None, limit: int) -> dict[str, dict]:
     """Accuracy and cross-entropy (nats) of a linear reading of hidden tokens, among the most frequent ones."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -202,7 +230,7 @@ def probe_cloze(config: Config, encoders: dict[str, Encoder], data: str, name: s
     parts = []
     for split in ("train", "test"):
         settings |= {"path": _split_path(data, split), "split": split}
-        parts.append(_hidden_tokens(TextData(mask=mask, **settings), encoders, limit))
+        parts.append(_hidden_tokens(TextData(mask=mask, **settings), states, limit, split))
     (train, train_tokens), (test, test_tokens) = parts
     frequent = np.unique(train_tokens, return_counts=True)
     frequent = frequent[0][np.argsort(-frequent[1])[:CLOZE_TOKENS]]
@@ -216,7 +244,7 @@ def probe_cloze(config: Config, encoders: dict[str, Encoder], data: str, name: s
             "nats": float(-np.log(counts / counts.sum())[columns].mean()),
         }
     }
-    for title in encoders:
+    for title in states.encoders:
         reader = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (CLOZE_L2 * len(train_tokens)), max_iter=200))
         reader.fit(train[title][keep], train_tokens)
         log_probabilities = reader.predict_log_proba(test[title][keep_test])
@@ -238,20 +266,28 @@ def _split_path(data: str, split: str) -> str:
     raise DataError(f"--data {data}: expected a folder with {split}/ or {split}.txt in it")
 
 
-def _hidden_tokens(data: Any, encoders: dict[str, Encoder], limit: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """States of each encoder at hidden positions, and the tokens that were there."""
-    states: dict[str, list] = {title: [] for title in encoders}
+def _hidden_tokens(data: Any, states: States, limit: int, what: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """States of each encoder at hidden positions, by title, and the tokens that were there."""
+    rows: dict[str, list[Tensor]] = {title: [] for title in states.encoders}
     tokens: list[np.ndarray] = []
     order = np.random.default_rng(0).permutation(len(data))
-    for begin in range(0, len(order), 32):
-        batch = data.__getitems__([(0, int(i)) for i in order[begin : begin + 32]])
-        tokens.append(batch["target"][batch["mask"]].numpy())
-        with torch.inference_mode():
-            for title, encoder in encoders.items():
-                states[title].append(encoder(batch["source"], batch.get("padding_mask"))[batch["mask"]])
-        if sum(map(len, tokens)) >= limit:
-            break
-    return {title: _finite(rows) for title, rows in states.items()}, np.concatenate(tokens)
+    with progress(what, limit, "token") as bar:
+        for begin in range(0, len(order), states.batch_size):
+            batch = data.__getitems__([(0, int(i)) for i in order[begin : begin + states.batch_size]])
+            tokens.append(batch["target"][batch["mask"]].numpy())
+            for title, found in states(batch["source"], batch.get("padding_mask")).items():
+                rows[title].append(found[batch["mask"].to(found.device)].cpu())
+            bar.update(len(tokens[-1]))
+            if bar.n >= limit:
+                break
+    return {title: _finite(found) for title, found in rows.items()}, np.concatenate(tokens)
+
+
+def _keep(file: Path, probe: dict[str, Any]) -> None:
+    """Put results into probe.json, in place of those of the same data, limit and step."""
+    key = ("data", "name", "limit", "step")
+    others = [other for other in read_probes(file) if any(other[k] != probe[k] for k in key)]
+    write_text(file, json.dumps([*others, probe], indent=2) + "\n")
 
 
 def main(args: list[str]) -> None:
@@ -259,31 +295,58 @@ def main(args: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="d2v-probe",
         description="k-NN and linear probe of a run's frozen student, beside the same encoder untrained. "
-        "Images and speech need labels (folders, or metadata.csv with a column label); text needs none.",
+        "Images and speech need labels (folders, or metadata.csv with a column label); text needs none. "
+        "Results are added to probe.json in the run's folder.",
     )
-    parser.add_argument("run", help="folder of a run of d2v-train")
-    parser.add_argument("--data", default="builtin", help="folder with train/ and test/, a Hugging Face set, or builtin")
+    parser.add_argument("run", help="folder of a run of d2v-train; it may still go on")
+    parser.add_argument(
+        "--data",
+        help="folder with train/ and test/, a Hugging Face set, or builtin, which is the default for a run on builtin data",
+    )
     parser.add_argument("--name", help="configuration of the Hugging Face set")
+    parser.add_argument(
+        "--checkpoint", metavar="step-N", help="weights of this checkpoint; default: the newest that are intact"
+    )
     parser.add_argument(
         "--limit",
         type=int,
         default=20_000,
         help="most samples (text: hidden tokens) to fit and to test on (default: %(default)s)",
     )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = GPU if there is one")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoders (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="samples at once (default: 64, of text 32)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's default")
     options = parser.parse_args(args)
-    if options.limit < 1:
-        parser.error(f"--limit {options.limit}: expected at least 1")
+    for option, least in (("limit", 1), ("batch_size", 1), ("threads", 0)):
+        if (value := getattr(options, option)) is not None and value < least:
+            parser.error(f"--{option.replace('_', '-')} {value}: expected at least {least}")
     if options.threads:
         torch.set_num_threads(options.threads)
-    config, trained, untrained = load_run(options.run)
-    encoders = {"untrained": untrained, "trained": trained}
-    run = probe_cloze if config.modality == "text" else probe_labels
-    results = run(config, encoders, os.path.expanduser(options.data), options.name, options.limit)
-    text = json.dumps({"data": options.data, **results}, indent=2) + "\n"
-    (Path(options.run) / "probe.json").write_text(text, encoding="utf-8")
+    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU; d2v-doctor tells why")
+    run = Path(os.path.expanduser(options.run))
+    config = trained.read_config(run)
+    if options.data is None and config.data["path"] != "builtin":
+        raise ConfigError(
+            f"--data: missing; the run learned from {config.data['path']}, so name a set to probe on: a folder with "
+            "train/ and test/, a Hugging Face set, or builtin"
+        )
+    data, file = os.path.expanduser(options.data or "builtin"), run / "probe.json"
+    read_probes(file)  # before the work, as the results are to be added to it
+    found = trained.load(config, run, options.checkpoint)
+    batch_size = options.batch_size or (32 if config.modality == "text" else 64)
+    states = States({"untrained": found.untrained(), "trained": found.encoder}, device, options.precision, batch_size)
+    log.info("probing on %s, %s on %s", " ".join(filter(None, (data, options.name))), options.precision, device)
+    probe = probe_cloze if config.modality == "text" else probe_labels
+    results = probe(config, states, data, options.name, options.limit)
     columns = list(next(iter(results.values())))
     print(f"{'':12}" + "".join(f"{column:>12}" for column in columns))
     for title, row in results.items():
-        cells = [f"{row[column]:12.3f}" if column == "nats" else f"{row[column]:12.1%}" for column in columns]
-        print(f"{title:12}" + "".join(cells))
+        print(f"{title:12}" + "".join(f"{measure(column, row[column]):>12}" for column in columns))
+    key = {"data": data, "name": options.name, "limit": options.limit, "step": found.step}
+    try:
+        _keep(file, {**key, "results": results})
+    except OSError as error:
+        raise ConfigError(f"{file}: these results could not be written to it: {error.strerror}") from error

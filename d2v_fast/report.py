@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from d2v_fast import __version__
+from d2v_fast.config import ConfigError, load_yaml
 
 POINTS = 400  # of a curve; more become the mean, and the range, of their neighbours
 COLORS = ("#2563b0", "#d9730d", "#2a8a4a", "#8b45b5", "#c0304f", "#12808f", "#7a6a1f", "#555555")
@@ -39,6 +41,7 @@ CURVES = {
     "samples_per_s": ("Samples per second", ""),
     "data_wait": ("Wait for data", "Share of the time; near 0 is good."),
 }
+LARGEST = 1e39  # no figure of a run in fp32 is larger
 LOGARITHMIC = {"grad_norm", "gradient_peak", "update_norm", "update_share"}
 
 
@@ -49,18 +52,24 @@ class Run:
     Attributes:
         name: Its folder.
         log: Numbers of log.jsonl, by step.
+        color: Of its curves.
         alarms: Steps and messages of alarms.jsonl.
         config: Settings as flat keys.
         environment: `d2v_fast.diagnostics.environment`, as of the start.
-        color: Of its curves.
+        warnings: Those of the environment.
+        probes: As `read_probes` gives them.
+        unread: Why a file was left out.
     """
 
     name: str
     log: list[dict[str, float]]
-    alarms: list[tuple[int, str]]
-    config: dict[str, Any]
-    environment: dict[str, Any]
     color: str
+    alarms: list[tuple[int, str]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
     @property
     def last(self) -> dict[str, float]:
@@ -85,30 +94,82 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def read_probes(path: Path) -> list[dict[str, Any]]:
+    """The results in a probe.json: `data`, `name`, `limit`, `step` and, by encoder and measure, `results`.
+
+    Raises:
+        ConfigError: The file holds something else.
+    """
+    if not path.is_file():
+        return []
+    try:
+        probes = json.loads(path.read_text(encoding="utf-8"))
+        whole = isinstance(probes, list) and all(_is_probe(probe) for probe in probes)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
+        whole = False
+    if not whole:
+        raise ConfigError(f"{path}: holds no results of d2v-probe, or damaged ones; move it away")
+    return probes
+
+
+def _is_probe(probe: dict[str, Any]) -> bool:
+    kinds = {"data": str, "name": str | None, "limit": int, "step": int | None}
+    rows = list(probe["results"].values())
+    measures = [math.isfinite(value) for row in rows for value in row.values()]
+    same = all(row.keys() == rows[0].keys() for row in rows)
+    return bool(measures) and all(measures) and same and all(isinstance(probe[key], kind) for key, kind in kinds.items())
+
+
+def measure(name: str, value: float) -> str:
+    """A measure of a probe as it is shown."""
+    return f"{value:.3f}" if name == "nats" else f"{value:.1%}"
+
+
 def read_run(folder: Path, color: str) -> Run:
-    """A run from its folder; only log.jsonl has to be there.
+    """A run from its folder; only log.jsonl has to be there, and what is damaged of the rest is named in `unread`.
 
     Raises:
         ValueError: It is not, or has no complete line yet.
     """
     if not (folder / "log.jsonl").is_file():
         raise ValueError(f"{folder}: no log.jsonl in it, expected the folder of a run")
-    log = [{k: v for k, v in line.items() if isinstance(v, int | float)} for line in read_lines(folder / "log.jsonl")]
+    log = [{k: v for k, v in line.items() if _can_be_drawn(v)} for line in read_lines(folder / "log.jsonl")]
     if not log:
         raise ValueError(f"{folder}/log.jsonl: no complete line yet; try again after the first step")
-    alarms = [(line["step"], text) for line in read_lines(folder / "alarms.jsonl") for text in line.get("alarms", ())]
-    config, environment = folder / "config.yaml", folder / "environment.json"
-    return Run(
-        str(folder),
-        log,
-        [alarm for alarm in alarms if alarm[0] <= log[-1]["step"]],  # later ones are from before the run was resumed
-        dict(_flat(yaml.safe_load(config.read_text(encoding="utf-8")))) if config.exists() else {},
-        json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {},
-        color,
-    )
+    run = Run(str(folder), log, color)
+
+    def read(name: str, how: Callable[[Path], Any]) -> Any:
+        try:
+            return how(folder / name) if (folder / name).is_file() else None
+        except Exception as error:
+            run.unread.append(f"{name}: {' '.join(str(error).split())}")
+
+    run.alarms = read("alarms.jsonl", lambda path: _alarms(path, log[-1]["step"])) or []
+    run.config = read("config.yaml", lambda path: dict(_flat(load_yaml(path.read_text(encoding="utf-8"))))) or {}
+    run.environment, run.warnings = read("environment.json", _environment) or ({}, [])
+    run.probes = read("probe.json", read_probes) or []
+    return run
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> Any:
+def _can_be_drawn(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and (abs(value) < LARGEST or value != value)
+
+
+def _alarms(path: Path, last: int) -> list[tuple[int, str]]:
+    lines = [line for line in read_lines(path) if line["step"] <= last]  # later ones are from before the run was resumed
+    return [(line["step"], str(text)) for line in lines for text in line.get("alarms") or ()]
+
+
+def _environment(path: Path) -> tuple[dict[str, str], list[str]]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"found {type(found).__name__}, expected what d2v-doctor prints")
+    return {k: str(v) for k, v in found.items() if k != "warnings"}, [str(text) for text in found.get("warnings") or ()]
+
+
+def _flat(settings: Any, prefix: str = "") -> Any:
+    if not isinstance(settings, dict):
+        raise ValueError(f"found {type(settings).__name__}, expected settings")
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
@@ -158,18 +219,32 @@ def page(runs: list[Run]) -> str:
     tables = {}
     for name in ("config", "environment"):
         found = [getattr(run, name) for run in runs]
-        keys = list(dict.fromkeys(key for one in found for key in one if key != "warnings"))
+        keys = list(dict.fromkeys(key for one in found for key in one))
         rows = [(key, [str(one.get(key, "–")) for one in found]) for key in keys]
         same = [(key, values[:1]) for key, values in rows if len(set(values)) == 1]
         tables[name] = [row for row in rows if len(set(row[1])) > 1], same
+    probes: dict[str, list] = {}  # the same data side by side
+    for run in runs:
+        for probe in run.probes:
+            title = " ".join(filter(None, (probe["data"], probe["name"]))) + f", at most {probe['limit']}"
+            probes.setdefault(title, []).append((run, probe["step"], probe["results"]))
     return template.render(
         runs=runs,
         figures=figures,
         tables=tables,
+        probes=probes,
+        measure=measure,
         version=__version__,
-        now=time.strftime("%Y-%m-%d %H:%M:%S"),
-        when=lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)),
+        when=_clock,
+        now=time.time(),
     )
+
+
+def _clock(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):  # no such day
+        return ""
 
 
 def main(args: list[str]) -> None:
@@ -191,5 +266,8 @@ def main(args: list[str]) -> None:
     except ImportError:
         raise ValueError("the curves need matplotlib: pip install 'd2v-fast[report]'") from None
     out = arguments.out or arguments.runs[0] / "report.html"
-    out.write_text(page(runs), encoding="utf-8")
+    try:
+        out.write_text(page(runs), encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written, --out names another place: {error.strerror}") from error
     print(out)

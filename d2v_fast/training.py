@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 INTERRUPTED = 130  # exit code of a run that was asked to stop and can be resumed
 EMPTY = 100  # batches in a row without anything to score, after which the mask is to blame; of short samples one happens
 TOKENIZER = "tokenizer"  # folder of one that was trained for the run
+STEP = "step.json"  # in export/: the step its weights are from
 PROGRESS = (
     "loss {loss:.4f}  target std {target_std:.3f}  prediction std {prediction_std:.3f}  "
     "{samples_per_s:.1f} samples/s  data wait {data_wait:.0%}"
@@ -834,6 +835,7 @@ class Trainer:
             try:
                 self.core.student.save(beside)
                 self.data.processor(self.core.student).save_pretrained(beside)
+                write_text(beside / STEP, json.dumps({"step": self.done}))
                 place.mkdir(exist_ok=True)
                 for file in beside.iterdir():
                     sync(file)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 import re
 
 import numpy as np
@@ -426,3 +427,10 @@ class TestArxyzan:
         (tmp_path / "theirs.yaml").write_text(ARXYZAN["vision"])
         config, _ = parse(["--config", str(tmp_path / "theirs.yaml"), "targets.top_k=2", "data.path=elsewhere"])
         assert (config.targets.top_k, config.data["path"]) == (2, "elsewhere")
+
+
+@pytest.mark.parametrize("key", ["data.path", "train.output", "encoder.pretrained"])
+def test_a_name_that_config_yaml_cannot_hold(key):
+    """Else a run could neither be resumed nor exported."""
+    with pytest.raises(ConfigError, match=rf"^{key}: found 'caf\\udce9', which is not UTF-8, .* rename or link it$"):
+        parse(["--config", "vision/tiny", f"{key}={os.fsdecode(b'caf' + bytes([0xE9]))}"])

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import types
+import zipfile
 
 import pytest
 import torch
@@ -411,6 +412,34 @@ class TestPickles:
         torch.save({"model": {}, "meter": meter}, "meter.pt")
         assert type(load_checkpoint("meter.pt")["meter"]).__name__ == "_Inert"
         assert not os.path.exists("struck")
+
+    @pytest.mark.parametrize("pickled", [b"", b".", b"N.", b"\x80\x02h\x05.", b"\x80\x02K\x01K\x02\x86R.", b"(" * 9 + b"}s."])
+    def test_damaged_ones(self, pickled):
+        """Also such as torch itself does not expect."""
+        with zipfile.ZipFile("damaged.pt", "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+            archive.writestr("archive/version", "3")
+        with pytest.raises(ValueError, match=r"^damaged\.pt: (cannot be read as a checkpoint: \w+: .|found a NoneType)"):
+            load_checkpoint("damaged.pt")
+
+    @pytest.mark.parametrize("value", [torch.tensor(1.0), torch.zeros(0), torch.zeros(1).expand(10**15), torch.zeros(3, 3)])
+    @pytest.mark.parametrize("key", ["embed_tokens.weight", "embed_positions.weight", "layers.0.fc1.bias"])
+    def test_weights_of_no_use(self, key, value):
+        state = text_state() | {f"encoder.sentence_encoder.{key}": value}
+        with pytest.raises(ValueError, match=r"^checkpoint\.pt: "):
+            import_checkpoint(save(state, TEXT), "out", "fairseq")
+        assert not os.path.exists("out")
+
+    def test_a_name_that_asks_for_a_billion_layers(self):
+        state = text_state() | {"encoder.sentence_encoder.layers.999999999.fc1.bias": torch.zeros(FFN)}
+        with pytest.raises(ValueError, match=r"^checkpoint\.pt: its weights are not those of Data2VecTextModel: missing"):
+            from_fairseq(save(state, TEXT))
+
+    @pytest.mark.parametrize("heads", ["many", -1, 0.1, 7, [1]])
+    def test_settings_of_no_use(self, heads):
+        cfg = {"model": {"encoder_attention_heads": heads}}
+        with pytest.raises(ValueError, match=r"^checkpoint\.pt: "):
+            import_checkpoint(save(text_state(), cfg), "out", "fairseq")
 
     def test_what_is_no_checkpoint(self):
         open("a.pt", "w").write("text")

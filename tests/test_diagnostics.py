@@ -537,6 +537,27 @@ class TestEnvironment:
         found = environment()["warnings"]
         assert any("0.5 GiB are free in ." in w for w in found) and any("--shm-size" in w for w in found)
 
+    def test_warns_of_places_that_cannot_be_written(self, monkeypatch, tmp_path):
+        """The tests may run as root, who may write everywhere but on a read-only disk."""
+        monkeypatch.setattr("d2v_fast.diagnostics.os.access", lambda path, mode: False)
+        found = environment(tmp_path / "run")["warnings"]
+        assert f"{tmp_path / 'run'} cannot be written: train.output=elsewhere" in found
+        assert any("cannot be written: set HF_HOME" in warning for warning in found)
+
+    def test_a_folder_that_is_not_there_yet(self, tmp_path):
+        found = environment(tmp_path / "a" / "b")
+        assert f"GiB in {tmp_path / 'a' / 'b'}" in found["free"] and not (tmp_path / "a").exists()
+
+    @pytest.mark.parametrize("value", ["abc", "0", "-1", ""])
+    def test_a_number_of_ranks_that_is_none(self, value, monkeypatch):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+        assert f"LOCAL_WORLD_SIZE={value!r}: no number of processes: unset it" in environment()["warnings"]
+
+    def test_a_machine_without_shared_memory(self, monkeypatch):
+        exists = os.path.exists
+        monkeypatch.setattr("d2v_fast.diagnostics.os.path.exists", lambda path: path != "/dev/shm" and exists(path))
+        assert any("there is no /dev/shm" in warning for warning in environment()["warnings"])
+
     def test_warns_of_variables_and_of_modules_in_the_way(self, monkeypatch, tmp_path):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from d2v_fast import cli
@@ -18,7 +21,9 @@ from d2v_fast.config import ConfigError
 from d2v_fast.data.audio import standardize
 from d2v_fast.data.vision import center_crop, to_pixels
 from d2v_fast.export import Exported, export_run
+from d2v_fast.training import Trainer
 from tests.models import IMAGES, TEXTS, WAVES, inputs, make
+from tests.test_training import config
 
 
 @pytest.fixture(autouse=True)
@@ -144,8 +149,10 @@ class TestInputs:
 
 def test_the_card_tells_of_the_run(runs):
     run = runs["text"].folder
-    probe = {"data": "builtin", "untrained": {"accuracy": 0.0384}, "trained": {"accuracy": 0.1912}}
-    (run / "probe.json").write_text(json.dumps(probe))
+    key = {"data": "/home/me/corpus", "name": None, "limit": 500}
+    scores = [{"untrained": {"accuracy": 0.0384}, "trained": {"accuracy": accuracy}} for accuracy in (0.1912, 0.7777)]
+    probes = [{**key, "step": step, "results": results} for step, results in zip((2, 1), scores, strict=True)]
+    (run / "probe.json").write_text(json.dumps(probes))
     export_run(run, "out")
     card = open("out/README.md").read()
     last = [json.loads(line) for line in open(run / "log.jsonl")][-1]
@@ -160,20 +167,77 @@ def test_the_card_tells_of_the_run(runs):
         "| trained | 0.1912 |",
         f"| 2 | {last['loss']:.4g} | {last['target_std']:.4g} |",
         "block_size: 16",
+        "On corpus, at most 500 samples",
     ):
         assert part in card
-    from huggingface_hub import ModelCard
+    assert "0.7777" not in card, "a probe of other weights"
+    (run / "probe.json").unlink()
 
-    assert ModelCard(card).data.to_dict()["tags"] == ["data2vec", "d2v-fast"]
+
+class TestForTheHub:
+    """The head of the card is what the hub reads; nothing tells of this machine."""
+
+    def head(self, folder="out"):
+        from huggingface_hub import ModelCard
+
+        return ModelCard(Path(folder, "README.md").read_text()).data.to_dict()
+
+    @pytest.mark.parametrize(
+        "modality, more",
+        [
+            ("text", {"pipeline_tag": "feature-extraction", "language": "en"}),
+            ("vision", {"pipeline_tag": "image-feature-extraction"}),
+            ("audio", {"pipeline_tag": "feature-extraction"}),
+        ],
+    )
+    def test_what_is_known_and_no_more(self, modality, more, runs):
+        export_run(runs[modality].folder, "out")
+        assert self.head() == {"library_name": "transformers", "tags": ["data2vec", "d2v-fast"], **more}
+
+    def test_what_the_user_says(self, runs, monkeypatch):
+        assert not export(monkeypatch, runs["vision"].folder, "--to", "out", "--license", "mit", "--language", "de", "en")
+        assert (self.head()["license"], self.head()["language"]) == ("mit", ["de", "en"])
+
+    def test_data_and_model_of_the_hub(self, runs, tmp_path):
+        run = self.changed(
+            runs["text"].folder, tmp_path, {"data.path": "Salesforce/wikitext", "encoder.pretrained": "me/my-bert"}
+        )
+        export_run(run, "out")
+        assert (self.head()["datasets"], self.head()["base_model"]) == ("Salesforce/wikitext", "me/my-bert")
+
+    def test_nothing_of_this_machine(self, runs, tmp_path):
+        places = {"data.path": "/home/me/corpus", "encoder.pretrained": "~/models/bert", "data.tokenizer": "./secret/tokens"}
+        run = self.changed(runs["text"].folder, tmp_path, places)
+        (tmp_path / "place").mkdir()
+        export_run(run, tmp_path / "place" / "out")
+        for file in (tmp_path / "place" / "out").iterdir():
+            content = file.read_bytes().decode(errors="replace")
+            assert not [part for part in ("/home", "~/models", "secret", str(tmp_path)) if part in content], file
+        card = (tmp_path / "place" / "out" / "README.md").read_text()
+        assert "path: corpus" in card and 'from_pretrained("out"' in card
+        assert not {"datasets", "base_model"} & self.head(tmp_path / "place" / "out").keys()
+
+    def changed(self, folder, tmp_path, settings):
+        """A copy of a run with other settings, of whom one that is exported asks nothing."""
+        shutil.copytree(folder, tmp_path / "run")
+        config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+        for key, value in settings.items():
+            section, name = key.split(".")
+            config[section][name] = value
+            if key == "encoder.pretrained":
+                config[section] |= {"model": None, "config": {}}
+        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+        return tmp_path / "run"
 
 
 def test_a_log_that_a_killed_run_left(runs, tmp_path):
     shutil.copytree(runs["text"].folder, tmp_path / "run")
-    with open(tmp_path / "run" / "log.jsonl", "a") as log:
-        log.write('{"step": 3, "loss": null, "lr": 0.5}\n{"step": 4, "lo')
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    with open(tmp_path / "run" / "log.jsonl", "w") as log:
+        log.write(lines[0] + '\n{"step": 2, "loss": null, "lr": 0.5}\n{"step": 3, "loss": 7777}\n{"step": 4, "lo')
     export_run(tmp_path / "run", "out")
     card = open("out/README.md").read()
-    assert "| steps | 3 of 4" in card and "| 3 |  |" in card
+    assert "| steps | 2 of 4" in card and "| 2 |  |" in card and "7777" not in card, "of steps after these weights"
 
 
 def test_the_snippets_of_data2vec_pytorch(runs, monkeypatch):
@@ -201,19 +265,27 @@ class TestMessages:
             (["{run}", "--to", "."], "--to .: exists already; choose another folder"),
             (["{run}", "--to", "out", "--encoder", "x"], "--encoder: goes with --from"),
             (["{run}", "--to", "out", "--from", "fairseq", "--teacher"], "--teacher: is for runs of d2v-train"),
+            (["{run}", "--to", "out", "--from", "fairseq", "--checkpoint", "step-2"], "--checkpoint: is for runs of d2v-train"),
+            (
+                ["{run}", "--to", "out", "--checkpoint", "step-5"],
+                "--checkpoint step-5: not in {run}/checkpoints; there: step-2",
+            ),
+            (["{run}", "--to", "something"], "--to something: exists already; choose another folder"),
+            (["{run}", "--to", "something/out"], "--to something/out: cannot be written, choose another folder: [Errno 20]"),
             (["nowhere.pt", "--to", "out", "--from", "fairseq"], "nowhere.pt: no such file"),
         ],
     )
     def test_are_one_line(self, args, message, runs, monkeypatch):
         open("something", "w").close()
-        found = export(monkeypatch, *(arg.format(run=runs["vision"].folder) for arg in args))
-        assert found.startswith(f"d2v-export: {message}") and len(found.splitlines()) == 1
+        run = runs["vision"].folder
+        found = export(monkeypatch, *(arg.format(run=run) for arg in args))
+        assert found.startswith(f"d2v-export: {message.format(run=run)}") and len(found.splitlines()) == 1
 
     def test_no_teacher_without_a_checkpoint(self, runs, tmp_path):
         (tmp_path / "run").mkdir()
         for part in ("config.yaml", "export"):
             (tmp_path / "run" / part).symlink_to(runs["text"].folder / part)
-        with pytest.raises(ConfigError, match="has no checkpoint, and only checkpoints hold the teacher"):
+        with pytest.raises(ConfigError, match="--teacher: only checkpoints hold the teacher, and run: it has no checkpoint"):
             export_run("run", "out", teacher=True)
 
     def test_an_encoder_of_your_own_has_no_class(self, runs, tmp_path):
@@ -223,9 +295,86 @@ class TestMessages:
             export_run("run", "out")
 
 
+class TestWeights:
+    def test_of_a_run_that_was_killed(self, runs, tmp_path):
+        """Without export/: the same files come out."""
+        for modality, run in runs.items():
+            shutil.copytree(run.folder, tmp_path / modality, ignore=shutil.ignore_patterns("export"))
+            for folder, out in ((run.folder, "from-export"), (tmp_path / modality, "from-checkpoint")):
+                export_run(folder, f"{modality}-{out}")
+            for file in Path(f"{modality}-from-export").iterdir():
+                other = Path(f"{modality}-from-checkpoint", file.name)
+                assert file.read_text(errors="replace").replace("from-export", "from-checkpoint") == other.read_text(
+                    errors="replace"
+                )
+
+    def test_of_a_checkpoint_that_is_named(self, tmp_path):
+        trainer = Trainer(config("vision", tmp_path / "run", "train.save_every=2"))
+        trainer.run()
+        for role in ("student", "teacher"):
+            file = tmp_path / "run" / "checkpoints" / "step-2" / f"{role}.safetensors"
+            export_run("run", role, teacher=role == "teacher", checkpoint="step-2")
+            name, = [name for name in load_file(file) if name.endswith("cls_token")]  # fmt: skip
+            assert torch.equal(AutoModel.from_pretrained(role).embeddings.cls_token, load_file(file)[name])
+            assert "| steps | 2 of" in Path(role, "README.md").read_text()
+
+
+class TestWhole:
+    """A folder is written whole or not at all."""
+
+    def test_what_a_killed_process_left_is_replaced(self, runs):
+        Path("out/.unfinished").mkdir(parents=True)
+        Path("out/.unfinished/model.safetensors").write_text("half")
+        Path("out/README.md").write_text("moved already")
+        export_run(runs["vision"].folder, "out")
+        assert sorted(os.listdir("out")) == ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+        assert "data2vec vision" in Path("out/README.md").read_text()
+
+    @pytest.mark.parametrize("modality", ["text", "vision"])
+    @pytest.mark.parametrize("there", [True, False])
+    def test_a_full_disk_leaves_things_as_they_were(self, modality, there, runs, monkeypatch):
+        def limited(self, folder, *args):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+            return write(self, folder, *args)
+
+        if there:
+            Path("out").mkdir()
+        limits, write = resource.getrlimit(resource.RLIMIT_FSIZE), Exported.write
+        monkeypatch.setattr(Exported, "write", limited)
+        try:
+            message = export(monkeypatch, runs[modality].folder, "--to", "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert message.startswith("d2v-export: out/.unfinished: cannot be written: ") and "\n" not in message
+        assert os.path.exists("out") == there and (not there or os.listdir("out") == [])
+
+    def test_in_an_empty_folder_that_is_there(self, runs):
+        Path("out").mkdir()
+        os.chdir("out")
+        export_run(runs["vision"].folder, ".")
+        assert os.path.exists("config.json") and 'from_pretrained("out"' in Path("README.md").read_text()
+
+    def test_names_that_are_not_utf8(self, runs):
+        """Neither safetensors nor tokenizers take them."""
+        name = os.fsdecode(b"caf\xe9")
+        os.symlink(runs["vision"].folder, name)
+        for run, to in ((runs["vision"].folder, f"{name}-out"), (name, "out")):
+            with pytest.raises(ConfigError, match=r"^'caf\\udce9\S*: is not UTF-8, .*; rename or link it$"):
+                export_run(run, to)
+        assert os.listdir() == [name]
+
+    def test_files_of_others_are_not_touched(self, runs):
+        Path("out").mkdir()
+        Path("out/mine").touch()
+        with pytest.raises(ConfigError, match="--to out: exists already"):
+            export_run(runs["vision"].folder, "out")
+        assert os.listdir("out") == ["mine"]
+
+
 def test_the_command_in_a_process_of_its_own(runs):
     command = [sys.executable, "-c", "from d2v_fast.cli import export; export()", runs["vision"].folder, "--to", "out"]
     env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert (done.returncode, done.stderr) == (0, "")
+    run = runs["vision"].folder
+    assert (done.returncode, done.stderr) == (0, f"student of step 2, from {run}/export\n")
     assert done.stdout == 'out: AutoModel.from_pretrained("out") computes what the training encoder does, to 0\n'

@@ -7,8 +7,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import ViTConfig, ViTModel
 
 import d2v_fast
+from d2v_fast import wrap
 
 ROOT = Path(d2v_fast.__file__).parents[1]
 
@@ -54,10 +57,26 @@ def test_presets_are_in_the_wheel():
     )
 
 
+def test_guides_that_the_package_names_can_be_opened():
+    """They are part of the wheel."""
+    package = ROOT / "d2v_fast"
+    sources = [file for kind in ("py", "html", "yaml") for file in package.rglob(f"*.{kind}")]
+    named = {name for file in sources for name in re.findall(r"docs/([\w-]+\.\w+)", file.read_text())}
+    assert "encoders.md" in named
+    for name in named:
+        assert (package / "docs" / name).read_text().startswith("# "), name
+    model = ViTModel(ViTConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    model.layernorm = torch.nn.Identity()
+    model.layernorm.forward = lambda x: x + torch.rand(())
+    with pytest.raises(ValueError, match="see ") as error:
+        wrap(model)
+    assert Path(str(error.value).rpartition("see ")[2]).is_file()
+
+
 @pytest.mark.slow
 def test_a_wheel_from_the_sdist_has_all_parts(tmp_path):
     """Kernels compiled, presets, types, licence; no tests."""
-    names = "d2v_fast kernels examples tests setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md LICENSE".split()
+    names = "d2v_fast docs kernels examples tests setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md LICENSE".split()
     for name in names + "CHANGELOG.md CITATION.cff CONTRIBUTING.md Makefile".split():
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
@@ -73,7 +92,12 @@ def test_a_wheel_from_the_sdist_has_all_parts(tmp_path):
     build("wheel", tmp_path / archive.name.removesuffix(".tar.gz"))
     (wheel,) = tmp_path.glob("*.whl")
     found = zipfile.ZipFile(wheel).namelist()
-    for name in ("ops/libd2v_fast.so", "py.typed", *(f"presets/{p}.yaml" for p in ("text/tiny", "vision/tiny", "audio/tiny"))):
+    for name in (
+        "ops/libd2v_fast.so",
+        "py.typed",
+        "docs/encoders.md",
+        *(f"presets/{p}.yaml" for p in ("text/tiny", "vision/tiny", "audio/tiny")),
+    ):
         assert f"d2v_fast/{name}" in found
     assert any(name.endswith("licenses/LICENSE") for name in found)
     assert not [name for name in found if name.startswith(("tests", "examples", "kernels", "benchmarks"))]

@@ -1,5 +1,7 @@
+import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -104,6 +106,107 @@ def test_a_log_without_numbers_to_draw(make_run, value, curves):
     lines = [line(step, **dict.fromkeys(CURVES, value)) for step in (1, 50)]
     html = html_of(make_run(lines=lines, alarms_jsonl='{"step": 50, "alarms": ["all is lost"]}'))
     assert Page(html).tags.count("svg") == curves
+
+
+NESTED = "[" * 100_000
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghi")
+)
+PROBE = {"data": "photos", "name": None, "limit": 20, "step": 100, "results": {"trained": {"knn": 0.5, "linear": 0.25}}}
+
+
+@pytest.fixture
+def one_curve(monkeypatch):
+    monkeypatch.setattr(report, "CURVES", {"loss": CURVES["loss"]})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("one_curve")
+class TestDamaged:
+    """What a run's folder holds may be half written, edited or hostile; a page is made of the rest."""
+
+    @pytest.mark.parametrize("step", ['"x"', "1e999", "NaN", "[1]", "-1", "null", "1" + "0" * 400])
+    def test_steps_of_the_log(self, step, make_run):
+        run = read_run(make_run(lines=[line(1), f'{{"step": {step}, "loss": 3}}', line(100)]), "red")
+        assert [one["step"] for one in run.log] == [1, 100]
+
+    @pytest.mark.parametrize("bad", ["null", "[1]", '"a"', "5", '{"loss": 1}', "\x00", '{"step": 60, "loss": ' + NESTED])
+    def test_lines_of_the_log(self, bad, make_run):
+        run = read_run(make_run(lines=[line(1), bad, line(100)]), "red")
+        assert [one["step"] for one in run.log] == [1, 100]
+        Page(page([run]))
+
+    @pytest.mark.parametrize("value", ["1e999", "-1e999", "1e308", "1" + "0" * 400, "true", '"5"', "{}", "1e-320", "3e38"])
+    def test_numbers_of_the_log(self, value, make_run):
+        Page(html_of(make_run(lines=[line(1), f'{{"step": 50, "loss": {value}, "grad_norm": {value}, "time": {value}}}'])))
+
+    def test_a_step_that_is_text_counts(self, make_run):
+        assert [one["step"] for one in read_run(make_run(lines=['{"step": "1", "loss": 2}', line(5)]), "red").log] == [1, 5]
+
+    @pytest.mark.parametrize("alarms", ["null", "5", '"abc"', "{}", "[null, 1, []]", "[" * 500 + "]" * 500])
+    def test_alarms(self, alarms, make_run):
+        Page(html_of(make_run(alarms_jsonl=f'{{"step": 50, "alarms": {alarms}}}\n{{"step": 50}}\n7')))
+
+    @pytest.mark.parametrize(
+        "text", ["- a", "a: [", "x", "5", BOMB, NESTED, "!!python/object/apply:os.getcwd []", "? [a]: b", "\x00"]
+    )
+    def test_settings(self, text, make_run):
+        run = read_run(make_run(config_yaml=text), "red")
+        assert run.config == {} and run.unread[0].startswith("config.yaml: ")
+        assert "left out: config.yaml: " in Page(page([run])).text
+
+    @pytest.mark.parametrize("text", ["", "null", "{}", "a:\n", "1: {2: 3}", "a: 1e999\nb: .nan\nc: 2001-01-01"])
+    def test_settings_that_are_odd(self, text, make_run):
+        run = read_run(make_run(config_yaml=text), "red")
+        Page(page([run]))
+
+    @pytest.mark.parametrize("text", ["", "[]", "5", "{", NESTED, '{"warnings": 5}'])
+    def test_the_machine(self, text, make_run):
+        run = read_run(make_run(environment_json=text), "red")
+        assert run.unread and not run.environment
+        Page(page([run]))
+
+    @pytest.mark.parametrize(
+        "probes",
+        [{}, 5, [1], [[PROBE]], PROBE, [PROBE | {"results": {}}], [PROBE | {"results": {"trained": {"knn": "x"}}}]]
+        + [[PROBE | {key: []}] for key in PROBE]
+        + [[{key: value for key, value in PROBE.items() if key != left_out}] for left_out in PROBE]
+        + [[PROBE | {"results": {"trained": {"knn": math.nan}}}], [PROBE | {"results": {"a": {"knn": 0}, "b": {"nats": 0}}}]],
+    )
+    def test_probes(self, probes, make_run):
+        run = read_run(make_run(probe_json=json.dumps(probes)), "red")
+        assert run.probes == [] and "probe.json: holds no results of d2v-probe" in run.unread[0]
+        Page(page([run]))
+
+    def test_things_that_are_no_files(self, make_run):
+        folder = make_run()
+        for name in ("alarms.jsonl", "config.yaml", "environment.json", "probe.json"):
+            os.mkfifo(folder / name)
+        run = read_run(folder, "red")
+        assert (run.alarms, run.config, run.environment, run.probes) == ([], {}, {}, [])
+
+
+@pytest.mark.usefixtures("one_curve")
+def test_probes_of_the_same_data_side_by_side(make_run):
+    other = PROBE | {"step": 50, "results": {"trained": {"knn": 0.125, "linear": 0.75}}}
+    more = PROBE | {"data": "words", "results": {"trained": {"accuracy": 0.0625, "nats": 4.25}}}
+    html = html_of(make_run("a", probe_json=json.dumps([PROBE])), make_run("b", probe_json=json.dumps([other, more])))
+    assert html.count("photos, at most 20") == 1 and html.count("<th>knn</th>") == 1
+    text = Page(html).text
+    assert "100 trained 50.0% 25.0%" in text and "50 trained 12.5% 75.0%" in text and "100 trained 6.2% 4.250" in text
+
+
+@pytest.mark.usefixtures("one_curve")
+def test_names_that_are_not_utf8(make_run):
+    name = os.fsdecode(b"caf\xe9.wav")
+    folder = make_run(alarms_jsonl=json.dumps({"step": 50, "alarms": [name]}))
+    main([str(folder)])
+    assert (folder / "report.html").read_text(encoding="utf-8").count("caf?.wav") == 1
+
+
+def test_a_page_that_cannot_be_written(make_run, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere/page\.html: cannot be written, --out names another place: No such file"):
+        main([str(make_run()), "--out", str(tmp_path / "nowhere" / "page.html")])
 
 
 def test_steps_taken_again_replace_the_first_try(make_run):

@@ -124,6 +124,14 @@ def _batches(texts: Iterable[str], rows: int = 1000, characters: int = 2**22) ->
     yield batch
 
 
+def token_fields(tokenizer: Any, vocab_size: int) -> dict[str, int]:
+    """The fields of an encoder's config that depend on its tokenizer."""
+    t = tokenizer
+    ids = dict(pad_token_id=t.pad_token_id, cls_token_id=t.cls_token_id, sep_token_id=t.sep_token_id)
+    # Many have other names for what begins and ends a text.
+    return dict(vocab_size=vocab_size, bos_token_id=t.cls_token_id, eos_token_id=t.sep_token_id, **ids)
+
+
 class TextData(PretrainingData):
     """Blocks of tokens.
 
@@ -181,10 +189,7 @@ class TextData(PretrainingData):
     @property
     def tokens(self) -> dict[str, int]:
         """What an encoder's config has to know of the tokenizer, by the names it has there."""
-        t = self.tokenizer
-        ids = dict(pad_token_id=t.pad_token_id, cls_token_id=t.cls_token_id, sep_token_id=t.sep_token_id)
-        # Many have other names for what begins and ends a text.
-        return dict(vocab_size=self.vocabulary.size, bos_token_id=t.cls_token_id, eos_token_id=t.sep_token_id, **ids)
+        return token_fields(self.tokenizer, self.vocabulary.size)
 
     def __len__(self) -> int:
         return len(self.begins)

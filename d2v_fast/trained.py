@@ -1,0 +1,150 @@
+"""The encoder of a run, read back from the run's folder: from a checkpoint or from export/, whichever is newer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from d2v_fast.config import Config, ConfigError, parse
+from d2v_fast.data.text import load_tokenizer, token_fields
+from d2v_fast.encoders import Encoder, build_encoder
+from d2v_fast.training import STEP, TOKENIZER, make_encoder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Trained:
+    """What a run has trained.
+
+    Attributes:
+        config: The run's settings.
+        encoder: Student or teacher, in eval mode, on the CPU.
+        tokenizer: Of text.
+        step: Steps that the weights were trained for; None for an export/ that does not say.
+        tokens: Of text, what `make_encoder` has to know of the tokenizer.
+    """
+
+    config: Config
+    encoder: Encoder
+    tokenizer: Any
+    step: int | None
+    tokens: dict[str, int] | None
+
+    def untrained(self) -> Encoder:
+        """The encoder as the run began with it, in eval mode."""
+        return make_encoder(self.config, self.tokens).eval()
+
+
+def check_utf8(folder: Path) -> None:
+    """Raise ConfigError for a path that safetensors and tokenizers do not take."""
+    if str(folder).encode(errors="replace").decode() != str(folder):
+        raise ConfigError(f"{str(folder)!r}: is not UTF-8, which files of weights and tokenizers need; rename or link it")
+
+
+def read_config(run: Path) -> Config:
+    """The settings of a run.
+
+    Raises:
+        ConfigError: Not the folder of a run, or settings that cannot be read.
+    """
+    check_utf8(run)
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run}: has no config.yaml, so it is not the folder of a run")
+    return parse(["--config", str(run / "config.yaml")])[0]
+
+
+def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool = False) -> Trained:
+    """The newest weights of a run that are intact.
+
+    Args:
+        config: The run's settings; `data.tokenizer` becomes the place where the tokenizer lies now.
+        run: Its folder.
+        checkpoint: Name of the checkpoint to take instead, such as step-1000.
+        teacher: Take the teacher's weights.
+
+    Raises:
+        ConfigError: The run has no such weights, or they are not of the encoder that its settings describe.
+        CheckpointError: The checkpoint asked for is damaged.
+    """
+    step, saved = _newest(run, checkpoint, teacher)
+    weights = saved.tensors("teacher" if teacher else "student") if saved else {}
+    tokenizer = tokens = None
+    if config.modality == "text":
+        kept = [str(run / name) for name in ("export", TOKENIZER) if (run / name / "tokenizer.json").is_file()]
+        config.data["tokenizer"] = next(iter(kept), config.data["tokenizer"])
+        if config.data["tokenizer"] == "train":
+            raise ConfigError(f"{run}: holds no tokenizer, neither in {TOKENIZER}/ nor in export/")
+        tokenizer = load_tokenizer(config.data["tokenizer"])
+        size = _vocab_size(weights, run)
+        tokens = size and token_fields(tokenizer, size)
+    if saved is None:
+        encoder = _exported(config, run)
+    else:
+        encoder = make_encoder(config, tokens)
+        prefix = "teacher.module." if teacher else "student."
+        state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        try:
+            encoder.load_state_dict(state)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{saved.folder}: is not of the encoder in config.yaml: {' '.join(str(error).split())}"
+            ) from error
+    place = saved.folder if saved else run / "export"
+    log.info("%s of step %s, from %s", "teacher" if teacher else "student", "unknown" if step is None else step, place)
+    return Trained(config, encoder.eval(), tokenizer, step, tokens)
+
+
+def _newest(run: Path, checkpoint: str | None, teacher: bool) -> tuple[int | None, Checkpoint | None]:
+    """The step of the weights to take, and their checkpoint; None for those of export/."""
+    checkpoints = Checkpoints(run / "checkpoints", keep_last=1)
+    steps = checkpoints.steps()
+    if checkpoint is not None:
+        name = Path(checkpoint).name
+        if name not in [f"step-{step}" for step in steps]:
+            there = ", ".join(f"step-{step}" for step in steps) or "none"
+            raise ConfigError(f"--checkpoint {checkpoint}: not in {checkpoints.folder}; there: {there}")
+        saved = Checkpoint(checkpoints.folder / name)
+        return saved.step, saved
+    exported = not teacher and any((run / "export").glob("*.safetensors"))
+    step = _export_step(run) if exported else None
+    saved = None
+    if steps and (step or 0) < steps[-1]:
+        try:
+            saved = checkpoints.newest()
+        except CheckpointError:  # each damaged one is in the log
+            pass
+    if exported and (saved is None or (step or 0) >= saved.step):
+        return step, None
+    if saved is None:
+        damaged = f"none of its {len(steps)} checkpoints is intact" if steps else "it has no checkpoint"
+        if teacher:
+            raise ConfigError(f"--teacher: only checkpoints hold the teacher, and {run}: {damaged}")
+        raise ConfigError(f"{run}: {damaged} and no export/, so there is nothing that was trained")
+    return saved.step, saved
+
+
+def _export_step(run: Path) -> int | None:
+    try:
+        return int(json.loads((run / "export" / STEP).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+        return None
+
+
+def _exported(config: Config, run: Path) -> Encoder:
+    own = ":" in (config.encoder.model or "")
+    settings = vars(config.encoder) | {"pretrained": str(run / "export")}
+    return build_encoder(**(settings if own else settings | {"config": {}}))
+
+
+def _vocab_size(weights: dict[str, Any], run: Path) -> int | None:
+    """Rows of the token embedding, which a tokenizer with gaps between its ids does not tell."""
+    rows = [len(value) for name, value in weights.items() if name.endswith("embeddings.word_embeddings.weight")]
+    if rows:
+        return rows[0]
+    config = run / "export" / "config.json"  # an encoder of one's own has none, and no use for the number
+    return json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None
