@@ -37,7 +37,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
