@@ -176,7 +176,7 @@ def test_every_bit_counts(tmp_path):
 def test_a_state_of_another_shape_is_named(read, reason, tmp_path):
     written(tmp_path, 1)
     checkpoint = Checkpoint(tmp_path / "step-1")
-    with pytest.raises(CheckpointError, match=f"step-1: not a checkpoint as version 2 has them: {reason}"):
+    with pytest.raises(CheckpointError, match=f"step-1: not a checkpoint as version 3 has them: {reason}"):
         with checkpoint.reading():
             read(checkpoint.state)
     with pytest.raises(CheckpointError, match="KeyError: 'settings'"):

@@ -632,7 +632,7 @@ class TestStrict:
             manifest["files"]["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             (folder / "manifest.json").write_text(json.dumps(manifest))
             code, said = train(["--resume", "run"])
-            assert code == 1 and f"d2v-train: {folder}: not a checkpoint as version 2 has them: " in said, (part, said)
+            assert code == 1 and f"d2v-train: {folder}: not a checkpoint as version 3 has them: " in said, (part, said)
 
     def test_lines_that_a_power_cut_left(self):
         with open("run/log.jsonl", "a") as log:
