@@ -38,7 +38,7 @@ torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: 0
 torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
 triton_loss.obstacle = lambda device: None
-encoders._check_states = lambda encoder: None  # transformers would keep what it computes there, on tensors with data
+encoders.hub._check_states = lambda encoder: None  # transformers would keep what it computes there, on tensors with data
 # It takes such tensors for a graph being made, and would not look at their numbers.
 transformers.masking_utils.is_tracing = lambda *args: False
 

@@ -7,7 +7,8 @@ import torch
 import transformers
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from d2v_fast import Data2Vec, blocks, build_encoder, wrap
+from d2v_fast import Data2Vec, build_encoder, wrap
+from d2v_fast.encoders import blocks
 from tests import models
 
 

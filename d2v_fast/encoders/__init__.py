@@ -1,0 +1,36 @@
+"""Transformer encoders seen one way: embed → mask_features → place → transform.
+
+Hugging Face models are recognised by their main input (token ids, pixels, waveforms), not by name. An encoder of your own is an
+`nn.Module` with two methods (three for images and speech) and a name for what the teacher should hand out:
+
+    class Mine(nn.Module):
+        hidden_size = 256
+        def __init__(self): self.blocks = nn.ModuleList(...)
+        def embed(self, inputs): ...                             # → local features (B, T, C), before any mask
+        def contextualize(self, features, padding_mask=None): ...  # (B, T, C), padding_mask (B, T) True = padding
+        def positions(self, size): ...   # image side → (rows, columns); samples of a waveform → frames; not for tokens
+
+    encoder = Encoder(Mine(), layers="blocks", ffn="mlp.2")  # ffn: the last Linear of a block's FFN, seen from the block
+    model = Data2Vec(encoder, top_k=4)
+"""
+
+from d2v_fast.encoders.base import Encoded, Encoder, LayerSource
+from d2v_fast.encoders.hub import build_encoder, class_arguments, describe, example, off_by, wrap
+from d2v_fast.encoders.patches import PatchEncoder
+from d2v_fast.encoders.tokens import TokenEncoder
+from d2v_fast.encoders.waves import WaveEncoder
+
+__all__ = [
+    "Encoded",
+    "Encoder",
+    "LayerSource",
+    "PatchEncoder",
+    "TokenEncoder",
+    "WaveEncoder",
+    "build_encoder",
+    "class_arguments",
+    "describe",
+    "example",
+    "off_by",
+    "wrap",
+]

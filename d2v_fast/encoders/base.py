@@ -1,0 +1,289 @@
+"""What every encoder shares: features, positions, blocks, and the results of the last of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.encoders import blocks
+
+LayerSource = Literal["ffn", "block_output", "block_input"]
+
+
+class Encoded(NamedTuple):
+    """What the blocks compute.
+
+    Attributes:
+        states: (B, T, C), or (N, C) where rows were asked for.
+        layers: Results of the last K blocks, first to last: K × (B, T, C).
+    """
+
+    states: Tensor
+    layers: list[Tensor]
+
+
+class Encoder(nn.Module):
+    """A transformer encoder in the pieces that data2vec needs.
+
+    Attributes:
+        halves: Function of `blocks.py` that runs a block by its halves; None for blocks that are not known there.
+        narrow: Run what follows the attention of the last block at the wanted rows only. Needs `halves`.
+
+    Args:
+        model: A module with `embed(inputs) → (B, T, C)` and `contextualize(features, padding_mask) → (B, T, C)`.
+        layers: Dotted path of the `nn.ModuleList` of transformer blocks; found by itself in Hugging Face models.
+        ffn: Dotted path, seen from a block, of the module whose output is the FFN result before dropout and residual;
+            default is the last `nn.Linear` of the block.
+        hidden_size: Channels C; default is `model.hidden_size` or `model.config.hidden_size`.
+
+    Raises:
+        ValueError: The blocks, the FFN or the hidden size cannot be found; the message says how to name them.
+    """
+
+    local: tuple[str, ...] = ()  # parameters of the features before masking, as name prefixes
+    positional: tuple[str, ...] = ()  # parameters of positions inside `contextualize`, as name prefixes
+    mask_token_name: str | None = None
+    masks_features: bool = True  # else the input itself is masked, and no mask vector is learned
+
+    def __init__(self, model: nn.Module, layers: str | None = None, ffn: str | None = None, hidden_size: int | None = None):
+        super().__init__()
+        self.model = model
+        self.layers_name = layers or self._find_layers()
+        self.ffn_name = ffn
+        config = getattr(model, "config", None)
+        self.hidden_size = hidden_size or getattr(model, "hidden_size", None) or getattr(config, "hidden_size", None)
+        if self.hidden_size is None:
+            raise ValueError(f"{type(model).__name__} has neither hidden_size nor config.hidden_size: pass hidden_size=…")
+        if not isinstance(self.blocks, nn.ModuleList | nn.Sequential):
+            found = type(self.blocks).__name__
+            raise ValueError(f"layers={self.layers_name!r}: found a {found}, expected an nn.ModuleList of blocks")
+        self.halves = self._compiled_halves = None
+        self.narrow = False
+        if self.masks_features and not self._has(self.mask_token_name):
+            self.mask_token_name = None
+            self.mask_embedding = nn.Parameter(torch.empty(self.hidden_size).normal_(std=0.02))
+
+    # What an encoder does
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Local features (B, T, C), before masking and without context."""
+        return self.model.embed(inputs)
+
+    def mask_features(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Features with the learned mask vector at masked positions; features (B, T, C), mask (B, T) bool."""
+        return torch.where(mask.unsqueeze(-1), self.mask_token.to(features.dtype), features)
+
+    def place(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Features with their positions, (B, T, C), where the model adds positions after masking."""
+        return features
+
+    def transform(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        *,
+        layers: int = 0,
+        source: LayerSource = "ffn",
+        rows: Tensor | None = None,
+    ) -> Encoded:
+        """Run the blocks on placed features.
+
+        Never `output_hidden_states`: it would force eager attention and keep every layer.
+
+        Args:
+            x: (B, T, C), from `place`.
+            padding_mask: (B, T) bool, True = padding.
+            layers: Number K of last blocks whose results are returned.
+            source: What a block's result is (spec 1.3): its FFN's output, its own output, or its input.
+            rows: (N,) int64, positions of the flattened (B, T) whose states are wanted; all by default. With `narrow` the last
+                of `layers` is zero elsewhere.
+
+        Raises:
+            ValueError: There are fewer blocks than `layers`, or one that was not called.
+        """
+        if layers:
+            self.check_layers(layers, source)
+        length = x.shape[1]
+        if self.halves is None:
+            with self._captured(layers, source) as captured:
+                states = self._whole(x, padding_mask)
+            if len(captured) < layers:
+                raise ValueError(
+                    f"{type(self.model).__name__}: {layers - len(captured)} of the last {layers} blocks gave no result; "
+                    "call them as modules, and name the FFN's output if it is not the last Linear: ffn=…"
+                )
+            results = [self._scaled(result[:, -length:], block, source) for block, result in captured.items()]
+            return Encoded(states if rows is None else states.flatten(0, 1)[rows], results)
+        halves = self._compiled_halves or self.halves
+        batch, results, narrowed = len(x), [], None
+        x, extra, arguments = self._enter(x, padding_mask)
+        for left, block in zip(reversed(range(len(self.blocks))), self.blocks, strict=True):
+            if left < layers and source == "block_input":
+                results.append(x[:, extra:])
+            if self._dropped():
+                continue
+            if left == 0 and rows is not None and self._narrows(block):
+                narrowed = rows if extra == 0 else rows + extra * (rows // length + 1)
+            if narrowed is not None or (left < layers and source == "ffn"):
+                x, ffn = halves(block, x, narrowed, **arguments)
+            else:
+                x, ffn = blocks.first(block(x, **arguments)), None
+            if left < layers and source != "block_input":
+                result = self._scaled(x if ffn is None or source != "ffn" else ffn, block, source)
+                if narrowed is not None:
+                    result = result.new_zeros(batch * length, result.shape[-1]).index_copy_(0, rows, result[0])
+                    result = result.view(batch, length, -1)
+                results.append(result[:, -length:])
+        states = self._leave(x)
+        if narrowed is not None:
+            return Encoded(states[0], results)
+        states = states[:, extra:]
+        return Encoded(states if rows is None else states.flatten(0, 1)[rows], results)
+
+    def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """States (B, T, C) of all positions; padding_mask (B, T) bool, True = padding."""
+        return self.transform(self.place(features, padding_mask), padding_mask).states
+
+    def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """States of an unmasked input, as a probe or a user wants them."""
+        return self.contextualize(self.embed(inputs), padding_mask)
+
+    def positions(self, size: int) -> int | tuple[int, int]:
+        """Number of positions for an input of this size (tokens, samples), or the grid of patches for an image side."""
+        return self.model.positions(size) if hasattr(self.model, "positions") else size
+
+    @property
+    def mask_token(self) -> Tensor:
+        return self.mask_embedding if self.mask_token_name is None else self._lookup(self.mask_token_name)
+
+    # Its layers
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self._lookup(self.layers_name)
+
+    def compile_halves(self) -> None:
+        """Run blocks by their halves through `torch.compile`, if the halves are known."""
+        self._compiled_halves = self.halves and torch.compile(self.halves)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_compiled_halves": None}  # which neither pickle nor deepcopy can take along
+
+    def check_layers(self, layers: int, source: LayerSource) -> None:
+        """Raise ValueError if there are fewer blocks, or none or other modules than `ffn` names in them."""
+        if not 1 <= layers <= len(self.blocks):
+            raise ValueError(f"top_k: found {layers}, but {type(self.model).__name__} has {len(self.blocks)} layers")
+        if source == "ffn":
+            for block in self.blocks[-layers:]:
+                self._ffn(block)
+
+    # What a family knows of its blocks
+
+    def _enter(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, int, dict[str, Any]]:
+        """Input of the first block (B, E + T, C), the number E of extra tokens in front, and the arguments of all blocks."""
+        raise NotImplementedError
+
+    def _leave(self, x: Tensor) -> Tensor:
+        """The output of the last block as states."""
+        return x
+
+    def _whole(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """States (B, T, C) as the model itself runs its blocks, for those whose halves are not known."""
+        return self.model.contextualize(x, padding_mask)
+
+    def _dropped(self) -> bool:
+        """Whether layer-drop leaves the next block out."""
+        return False
+
+    def _narrows(self, block: nn.Module) -> bool:
+        # Stochastic depth drops samples, which rows no longer tell apart.
+        return self.narrow and not (block.training and any(getattr(m, "drop_prob", None) for m in block.modules()))
+
+    @staticmethod
+    def _scaled(result: Tensor, block: nn.Module, source: LayerSource) -> Tensor:
+        """BEiT scales the FFN's result before the residual; its scaled form is the layer's result (spec 1.3)."""
+        scale = getattr(block, "lambda_2", None) if source == "ffn" else None
+        return result * scale if isinstance(scale, Tensor) else result
+
+    @contextmanager
+    def _captured(self, layers: int, source: LayerSource) -> Iterator[dict[nn.Module, Tensor]]:
+        """Results of the last blocks while the model runs them itself, by hooks that live as long as the call."""
+        results: dict[nn.Module, Tensor] = {}
+        hooks = []
+        for block in self.blocks[len(self.blocks) - layers :]:
+            if source == "block_input":
+
+                def keep(module, args, kwargs, block=block):
+                    results[block] = args[0] if args else kwargs["hidden_states"]
+
+                hooks.append(block.register_forward_pre_hook(keep, with_kwargs=True))
+            else:
+
+                def keep(module, args, output, block=block):
+                    results[block] = blocks.first(output)
+
+                hooks.append((self._ffn(block) if source == "ffn" else block).register_forward_hook(keep))
+        try:
+            yield results
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def not_averaged(self, scope: Literal["all", "encoder", "layers"]) -> list[str]:
+        """Patterns of the parameters that a teacher of this scope copies instead of averaging (spec 1.6)."""
+        prefixes = {"all": (), "encoder": self.local, "layers": self.local + self.positional}[scope]
+        names = [name for name, _ in self.named_parameters()]
+        patterns = [f"model.{prefix}*" for prefix in prefixes]
+        return [p for p in patterns if any(name.startswith(p[:-1]) for name in names)]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model alone: Hugging Face format where it has one, else its weights as safetensors."""
+        if hasattr(self.model, "save_pretrained"):
+            self.model.save_pretrained(folder)
+            return
+        from safetensors.torch import save_model
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(Path(folder) / "model.safetensors"))
+
+    def _lookup(self, path: str) -> Any:
+        found: Any = self.model
+        for name in path.split("."):
+            if not hasattr(found, name):
+                raise ValueError(f"{path!r}: {type(found).__name__} has no attribute {name!r}")
+            found = getattr(found, name)
+        return found
+
+    def _has(self, path: str | None) -> bool:
+        """Whether the model has a parameter of this name; wav2vec 2.0 and ViT may lack their mask vector."""
+        return path is not None and path in dict(self.model.named_parameters())
+
+    def _find_layers(self) -> str:
+        wanted = getattr(getattr(self.model, "config", None), "num_hidden_layers", None)
+        lists = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+        for name, modules in lists.items():
+            inner = " ".join(n for n, _ in modules[0].named_modules())
+            if len(modules) == wanted and "att" in inner:
+                return name
+        raise ValueError(
+            f"cannot find the transformer layers of {type(self.model).__name__}: no nn.ModuleList has "
+            f"config.num_hidden_layers = {wanted} blocks with attention inside. Name it: layers=… "
+            f"(found: {', '.join(f'{name} of {len(m)}' for name, m in lists.items()) or 'no nn.ModuleList'})"
+        )
+
+    def _ffn(self, block: nn.Module) -> nn.Module:
+        if self.ffn_name is not None:
+            try:
+                return block.get_submodule(self.ffn_name)
+            except AttributeError:
+                names = [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+                raise ValueError(f"ffn={self.ffn_name!r}: not in {type(block).__name__}; its Linears: {names}") from None
+        linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
+        if not linears:
+            raise ValueError(f"{type(block).__name__} has no nn.Linear: name the FFN output, ffn=…")
+        return linears[-1]

@@ -1,0 +1,116 @@
+"""Images: pixels → patch embeddings → extra tokens and positions → blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.encoders import blocks
+from d2v_fast.encoders.base import Encoder
+
+
+class _PositionIndex:
+    """In place of a bias module's own: its index of relative positions, kept on the device of its table.
+
+    transformers keeps it on the host, from where each look-up, forward and backward, copies it and waits for a GPU.
+    """
+
+    def __init__(self, bias: nn.Module):
+        self.bias, self.kept = bias, {}
+
+    def __call__(self, window_size: tuple[int, int]) -> Tensor:
+        key = window_size, self.bias.relative_position_bias_table.device
+        if key not in self.kept:
+            self.kept[key] = type(self.bias).generate_relative_position_index(window_size).to(key[1], non_blocking=True)
+        return self.kept[key]
+
+
+class PatchEncoder(Encoder):
+    """BEiT, ViT, DeiT, Data2VecVision: pixels → patch embeddings → extra tokens and positions → blocks → final norm."""
+
+    local = ("embeddings",)
+    positional = ("shared_position_bias", "encoder.relative_position_bias")
+    mask_token_name = "embeddings.mask_token"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for module in self.model.modules():
+            if hasattr(module, "generate_relative_position_index"):
+                module.generate_relative_position_index = _PositionIndex(module)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        patches = self.model.embeddings.patch_embeddings(inputs)
+        return patches[0] if isinstance(patches, tuple) else patches
+
+    def _enter(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, int, dict[str, Any]]:
+        model, embeddings = self.model, self.model.embeddings
+        extra = [embeddings.cls_token]
+        if hasattr(embeddings, "distillation_token"):
+            extra.append(embeddings.distillation_token)
+        x = torch.cat([*(token.to(x.dtype).expand(len(x), -1, -1) for token in extra), x], dim=1)
+        if embeddings.position_embeddings is not None:
+            x = x + embeddings.position_embeddings
+        x = embeddings.dropout(x)
+        size, arguments = self._image_size(), {}
+        if hasattr(model, "encoder"):  # Data2VecVision
+            arguments = dict(relative_position_bias=None, resolution=size)
+            if model.encoder.has_relative_position_bias:
+                bias = model.encoder.relative_position_bias
+                arguments["relative_position_bias"] = bias(self.positions(size[0]), dim_size=x.shape[1])
+        elif hasattr(model, "shared_position_bias"):  # BEiT
+            bias = model.shared_position_bias
+            if bias is not None:
+                bias = bias(self.positions(size[0]), dim_size=x.shape[1])
+            arguments = dict(attention_mask=bias, resolution=size)
+        return x, len(extra), arguments
+
+    def _leave(self, x: Tensor) -> Tensor:
+        return self.model.layernorm(x)
+
+    def _whole(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        x, extra, arguments = self._enter(x, padding_mask)
+        for block in self.blocks:
+            x = blocks.first(block(x, **arguments))
+        return self._leave(x)[:, extra:]
+
+    def positions(self, size: int) -> tuple[int, int]:
+        patch = self.model.config.patch_size
+        high, wide = self._image_size()
+        return high // patch, wide // patch
+
+    def _image_size(self) -> tuple[int, int]:
+        size = self.model.config.image_size
+        return tuple(size) if isinstance(size, list | tuple) else (size, size)
+
+
+@torch.no_grad()
+def init_data2vec(encoder: PatchEncoder) -> None:
+    """Truncated normal .02 cut at one std; what writes to the residual of block i is divided by √(2i) (spec 3.3)."""
+
+    def draw(weight: Tensor) -> None:
+        nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
+
+    for name, parameter in encoder.named_parameters():
+        if name.endswith(("cls_token", "mask_token")) or (parameter.ndim > 1 and "position" not in name):
+            draw(parameter)
+    for depth, block in enumerate(encoder.blocks, start=1):
+        attention_out = [m for n, m in block.named_modules() if "att" in n and isinstance(m, nn.Linear)][-1]
+        for linear in (attention_out, encoder._ffn(block)):
+            linear.weight.div_((2 * depth) ** 0.5)
+
+
+@torch.no_grad()
+def init_sincos(encoder: PatchEncoder) -> None:
+    """Absolute positions become sines and cosines of column and row, as in MAE, and stay so (spec 4.1)."""
+    positions = encoder.model.embeddings.position_embeddings
+    if positions is None:
+        raise ValueError(f"encoder.init='sincos': {type(encoder.model).__name__} has no absolute positions")
+    high, wide = encoder.positions(0)
+    omega = 10_000 ** -(torch.arange(encoder.hidden_size // 4) / (encoder.hidden_size // 4))
+    column, row = torch.arange(wide).repeat(high), torch.arange(high).repeat_interleave(wide)
+    angles = [axis[:, None] * omega for axis in (column, row)]
+    positions.zero_()
+    positions[0, -high * wide :] = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    positions.requires_grad_(False)

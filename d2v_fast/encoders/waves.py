@@ -1,0 +1,75 @@
+"""Speech: waveform → convolutions → projection → positional convolution → blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_fast.encoders.base import Encoder
+
+
+class WaveEncoder(Encoder):
+    """Wav2Vec2, HuBERT, Data2VecAudio: waveform → conv stack → projection → positional conv → blocks.
+
+    `feature_grad_mult` scales the gradient into the conv stack; 0 freezes it (spec 3.1).
+    """
+
+    local = ("feature_extractor", "feature_projection", "masked_spec_embed")
+    positional = ("encoder.pos_conv_embed",)
+    mask_token_name = "masked_spec_embed"
+    feature_grad_mult: float = 1.0
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.feature_grad_mult > 0):
+            # The conv stack of transformers marks its input as requiring grad, in place.
+            features = self.model.feature_extractor(inputs.detach()).transpose(1, 2)
+        if 0 < self.feature_grad_mult < 1:
+            features = features * self.feature_grad_mult + features.detach() * (1 - self.feature_grad_mult)
+        norm = getattr(self.model.feature_projection, "layer_norm", None)
+        return self.model.feature_projection.projection(features if norm is None else norm(features))
+
+    def mask_features(self, features: Tensor, mask: Tensor) -> Tensor:
+        # The projection's dropout is the student's alone; what `embed` gives may be the teacher's too (spec 1.6).
+        return super().mask_features(self.model.feature_projection.dropout(features), mask)
+
+    @property
+    def _stable(self) -> bool:  # the norm comes after the blocks, not before
+        return getattr(self.model.config, "do_stable_layer_norm", False)
+
+    def place(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        if self.halves is None:
+            return features  # the model itself adds positions
+        if padding_mask is not None:
+            features = features.masked_fill(padding_mask.unsqueeze(-1), 0)
+        return features + self.model.encoder.pos_conv_embed(features)
+
+    def _enter(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, int, dict[str, Any]]:
+        from transformers.masking_utils import create_bidirectional_mask
+
+        encoder = self.model.encoder
+        attend = None if padding_mask is None else ~padding_mask
+        attend = create_bidirectional_mask(config=self.model.config, inputs_embeds=x, attention_mask=attend)
+        if not self._stable:
+            x = encoder.layer_norm(x)
+        return encoder.dropout(x), 0, dict(attention_mask=attend)
+
+    def _leave(self, x: Tensor) -> Tensor:
+        return self.model.encoder.layer_norm(x) if self._stable else x
+
+    def _whole(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        attend = None
+        if padding_mask is not None:
+            attend = ~padding_mask
+            x = x.clone()  # transformers zeroes padding in place
+        return self.model.encoder(x, attention_mask=attend).last_hidden_state
+
+    def _dropped(self) -> bool:
+        drop = self.model.config.layerdrop
+        return self.training and drop > 0 and bool(torch.rand([]) < drop)
+
+    def positions(self, size: int) -> int:
+        for kernel, stride in zip(self.model.config.conv_kernel, self.model.config.conv_stride, strict=True):
+            size = (size - kernel) // stride + 1 if size >= kernel else 0
+        return size
