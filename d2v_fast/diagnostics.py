@@ -58,7 +58,7 @@ def effective_rank(rows: Tensor) -> Tensor:
 
     RankMe (Garrido et al. 2023, equation 2). Computed on the CPU from `RANK_ROWS` rows, evenly taken.
     """
-    rows = _some(rows).double().cpu()
+    rows = _some(rows).cpu().double()
     if not rows.isfinite().all():
         return torch.tensor(math.nan)
     gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows  # several times as fast as the singular values
@@ -68,11 +68,11 @@ def effective_rank(rows: Tensor) -> Tensor:
 
 
 def position_table(rows: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Count, summed squares and sums of rows (N, C) at each position (N,) below `length`: (length, 2 + C) in fp32.
+    """Count, summed squares and sums of rows (N, C) at each position (N,) below `length`: (length, 2 + C) in float64.
 
     Tables of several batches add up to that of all of them.
     """
-    rows = rows.float()
+    rows = rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)  # which it does not have
     columns = torch.cat([torch.ones_like(rows[:, :1]), (rows**2).sum(1, keepdim=True), rows], dim=1)
     return columns.new_zeros(length, columns.shape[1]).index_add_(0, positions, columns)
 
@@ -82,7 +82,7 @@ def position_share(table: Tensor) -> float:
 
     NaN if there are fewer than `FEWEST` rows more than positions.
     """
-    table = table[table[:, 0] > 0].double().cpu()
+    table = table[table[:, 0] > 0].cpu().double()
     count, squares, sums = table[:, 0], table[:, 1].sum(), table[:, 2:]
     rows, free = float(count.sum()), float(count.sum()) - len(count)
     if free < FEWEST:
@@ -314,8 +314,8 @@ class Monitor:
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # A step that is skipped never comes here, and its update is 0.
         if self.due:
-            group = optimizer.param_groups[0]
-            self.rate = group["lr"] / group.get("initial_lr", group["lr"])
+            now, peak = (max(g.get(key, g["lr"]) for g in optimizer.param_groups) for key in ("lr", "initial_lr"))
+            self.rate = now / peak if peak else 1.0
             self.before = [[x.detach().clone() for x in side] for side in (self.parameters, self.teacher)]
 
     @torch.no_grad()

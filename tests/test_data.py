@@ -107,6 +107,10 @@ class TestEpochBatches:
         assert {len(batch) for batches in ranks for batch in batches} == {4}
         assert sorted(np.concatenate([batch for batches in ranks for batch in batches])) == list(range(60))
 
+    def test_ranks_have_the_same_number_of_batches(self):
+        """Else one of them would wait for the others for ever; 15 batches make three for each."""
+        assert [len(EpochBatches(60, 4, rank=rank, world=4).epoch(0)) for rank in range(4)] == [3] * 4
+
     @pytest.mark.parametrize("start", [1, 4, 5, 13])
     def test_start_skips_exactly(self, start):
         whole = list(itertools.islice(EpochBatches(22, 4), 20))
@@ -351,7 +355,7 @@ class TestImages:
             with open(f"{images}/{name}", "wb") as file:
                 file.write(content)
         data = image_data(images)
-        batch = data.__getitems__([(0, i) for i in range(len(data))])
+        batch = data.__getitems__([(0, i) for i in reversed(range(len(data)))])  # the broken ones first
         assert len(data) == 15 and len(batch["samples"]) == len(batch["source"]) == len(batch["mask"]) == 12
         assert sorted(os.path.basename(message.split(":")[0]) for _, message in batch["broken"]) == [
             "text.jpg",

@@ -64,6 +64,12 @@ class TestPositionShare:
         parts = sum(position_table(rows[a:b], places[a:b], 9) for a, b in ((0, 50), (50, 200)))
         assert position_share(parts) == pytest.approx(position_share(position_table(rows, places, 9)), rel=1e-4)
 
+    def test_a_large_mean_does_not_matter(self):
+        torch.manual_seed(0)
+        rows, places = torch.randn(200, 4), torch.randint(9, (200,))
+        shares = [position_share(position_table(rows + mean, places, 9)) for mean in (0, 1000)]
+        assert shares[1] == pytest.approx(shares[0], abs=1e-3)
+
     def test_is_unknown_where_rows_are_few(self):
         places = torch.arange(70)
         assert math.isnan(position_share(position_table(torch.randn(70, 3), places, 70)))  # one sample
