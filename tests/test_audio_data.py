@@ -218,6 +218,9 @@ class TestLeftOut:
         joined = audio_data(str(tmp_path), normalize=normalize, join_seconds=1.0)
         for epoch in range(5):
             assert joined.__getitems__([(epoch, i) for i in range(6)])["samples"] == [0, 1, 2, 3, 4]
+        write_wave(silent, np.full(RATE // 4, level), RATE // 2, subtype="FLOAT")  # resampled, its ends would ring
+        with pytest.raises(ValueError, match="is silent or constant"):
+            read_audio(silent, RATE)
 
 
 def test_names_that_are_not_utf8(tmp_path, monkeypatch):

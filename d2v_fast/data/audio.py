@@ -38,7 +38,7 @@ def read_audio(file: str | io.BytesIO, sample_rate: int) -> np.ndarray:
     """Mono float32 waveform at `sample_rate`, from any rate and number of channels.
 
     Raises:
-        ValueError: It is empty, not finite or too long.
+        ValueError: It is empty, silent, not finite or too long.
         OSError: There is no such file.
         soundfile.LibsndfileError: libsndfile cannot read it.
     """
@@ -58,6 +58,9 @@ def read_audio(file: str | io.BytesIO, sample_rate: int) -> np.ndarray:
         raise ValueError("holds no sample")
     if not np.isfinite(wave).all():
         raise ValueError("holds samples that are not finite")
+    # Each layer norm behind the convolutions multiplies the gradient of silence by up to 1/√(its eps), about 300.
+    if wave.min() == wave.max():
+        raise ValueError(f"is silent or constant: all samples are {wave[0]:.3g}")
     return wave if rate == sample_rate else soxr.resample(wave, rate, sample_rate)
 
 
@@ -348,9 +351,6 @@ class AudioData(PretrainingData):
 
     def _read(self, index: int) -> np.ndarray:
         wave = self.source.read(index)
-        # Each layer norm behind the convolutions multiplies the gradient of silence by up to 1/√(its eps), about 300.
-        if wave.min() == wave.max():
-            raise ValueError(f"is silent or constant: all samples are {wave[0]:.3g}")
         return standardize(wave) if self.normalize else wave
 
     def collate(self, samples: list[np.ndarray], draws: Draws) -> dict[str, np.ndarray]:
