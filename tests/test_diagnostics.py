@@ -505,9 +505,7 @@ def test_a_healthy_run_raises_no_alarm(preset, more, fused, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "more", [["data.cross_documents=false", "train.batch_size=1", "train.accumulate=32"], ["mask.prob=.01"]]
-)
+@pytest.mark.parametrize("more", ["data.cross_documents=false train.batch_size=1 train.accumulate=32", "mask.prob=.01"])
 def test_few_scored_positions_raise_no_alarm(more, tmp_path):
     tiny("text/tiny", tmp_path / "run", "train.steps=400", *more.split()).run()
     assert alarms(tmp_path / "run") == []
