@@ -264,6 +264,13 @@ def test_bf16_is_close(name):
     assert torch.equal(mixed.stats.target.mean, full), "the teacher did not run in fp32"
 
 
+def test_a_teacher_in_fp32_takes_features_in_bf16():
+    model = Data2Vec(make("data2vec-audio"), top_k=2, ema_scope="encoder", teacher_fp32=True).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**batch("data2vec-audio", model.student))
+    assert output.features.dtype == torch.bfloat16 and output.teacher_states.dtype == torch.float32
+
+
 def test_your_own_encoder_learns():
     torch.manual_seed(0)
     model = Data2Vec(

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -126,6 +127,19 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-9)
 
 
+def test_a_local_mean_weighs_micro_batches_alike(tmp_path):
+    trainer = Trainer(config("vision", tmp_path / "run", "train.accumulate=2", "loss.reduction=local"))
+    batches = list(itertools.islice(trainer._batches(), 2))
+    batches[1]["mask"][0] = False  # unequal masks, of which a global mean would count the positions
+    batches[1]["index"] = batches[1]["mask"].flatten().nonzero().squeeze(1)
+    losses = [trainer.core(batch["source"], batch["mask"]).loss for batch in batches]
+    parameters = [p for p in trainer.core.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(sum(losses) / 2, parameters, allow_unused=True)
+    loss, norm = trainer.step(batches)
+    assert float(loss) == pytest.approx(sum(each.item() for each in losses) / 2, rel=1e-5)
+    assert float(norm) == pytest.approx(float(torch.cat([g.flatten() for g in gradients if g is not None]).norm()), rel=1e-4)
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
     trainer = Trainer(config("vision", tmp_path / "run"))
     batch = next(trainer._batches())
@@ -159,6 +173,8 @@ def test_parameter_groups():
     assert found == {(0.1, 0.5): {(4, 3)}, (0.1, 0.0): {(4,)}, (1.0, 0.0): {(4,), (1, 1, 4)}}
     every = make_optimizer(model, OptimizerConfig(weight_decay=0.5, decay_1d=True)).param_groups
     assert [g["weight_decay"] for g in every] == [0.5]
+    both = make_optimizer(model, OptimizerConfig(lr=1.0, lr_scale={"stem.*": 0.1, "*.weight": 0.5})).param_groups
+    assert {tuple(p.shape): round(g["lr"], 6) for g in both for p in g["params"]}[4, 3] == 0.05
     with pytest.raises(ConfigError, match="nothing"):
         make_optimizer(model, OptimizerConfig(lr_scale={"nothing": 2.0}))
 
