@@ -207,6 +207,18 @@ def test_teacher_moves_once_per_update():
     assert torch.allclose(teacher[block], old + 0.5) and torch.equal(teacher[embedding], student[embedding])
 
 
+def test_named_parameters_of_the_teacher_are_copied():
+    model = Data2Vec(make("roberta"), top_k=2, ema_start=0.5, ema_end=0.5, ema_copied=("encoder.layer.0.*",))
+    student, teacher = (dict(m.named_parameters()) for m in (model.student, model.teacher.module))
+    with torch.no_grad():
+        for p in student.values():
+            p.add_(1.0)
+    model.update_teacher()
+    for name, p in teacher.items():
+        behind = 0.0 if name.startswith("model.encoder.layer.0.") else 0.5
+        assert torch.allclose(student[name] - p, torch.tensor(behind), atol=1e-6), name
+
+
 def test_heads():
     assert len(list(regression_head(8, 0).parameters())) == 0
     assert [tuple(p.shape) for p in regression_head(8, 1).parameters()] == [(8, 8), (8,)]
