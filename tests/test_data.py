@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -564,7 +565,7 @@ class TestAudio:
         import datasets
 
         files = find_files(waves, (".wav",))
-        rows = [{"bytes": open(file, "rb").read(), "path": None} for file in files]
+        rows = [{"bytes": Path(file).read_bytes(), "path": None} for file in files]
         table = datasets.Dataset.from_dict({"audio": rows, "speaker_id": list(range(10))})
         table.cast_column("audio", datasets.Audio(decode=False)).to_parquet(str(tmp_path / "set.parquet"))
         source = open_audio(str(tmp_path / "set.parquet"))

@@ -196,6 +196,7 @@ def test_an_encoder_of_your_own():
     assert states.shape == (2, 9, 32) and torch.equal(states, encoder.model.contextualize(encoder.model.embed(x)))
     masked = encoder.mask_features(encoder.embed(x), torch.ones(2, 9, dtype=torch.bool))
     assert torch.equal(masked, encoder.mask_token.expand(2, 9, 32)) and encoder.mask_token.requires_grad
+    assert 0.01 < encoder.mask_token.std() < 0.03
 
 
 def test_your_own_class_by_name():

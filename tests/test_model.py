@@ -206,6 +206,18 @@ def test_teacher_moves_once_per_update():
     assert torch.allclose(teacher[block], old + 0.5) and torch.equal(teacher[embedding], student[embedding])
 
 
+def test_named_parameters_of_the_teacher_are_copied():
+    model = Data2Vec(make("roberta"), top_k=2, ema_start=0.5, ema_end=0.5, ema_copied=("encoder.layer.0.*",))
+    student, teacher = (dict(m.named_parameters()) for m in (model.student, model.teacher.module))
+    with torch.no_grad():
+        for p in student.values():
+            p.add_(1.0)
+    model.update_teacher()
+    for name, p in teacher.items():
+        behind = 0.0 if name.startswith("model.encoder.layer.0.") else 0.5
+        assert torch.allclose(student[name] - p, torch.tensor(behind), atol=1e-6), name
+
+
 def test_heads():
     assert len(list(regression_head(8, 0).parameters())) == 0
     assert [tuple(p.shape) for p in regression_head(8, 1).parameters()] == [(8, 8), (8,)]
@@ -261,6 +273,13 @@ def test_bf16_is_close(name):
     assert half.item() == pytest.approx(exact.item(), rel=0.03)
     full = model(**data).stats.target.mean
     assert torch.equal(mixed.stats.target.mean, full), "the teacher did not run in fp32"
+
+
+def test_a_teacher_in_fp32_takes_features_in_bf16():
+    model = Data2Vec(make("data2vec-audio"), top_k=2, ema_scope="encoder", teacher_fp32=True).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**batch("data2vec-audio", model.student))
+    assert output.features.dtype == torch.bfloat16 and output.teacher_states.dtype == torch.float32
 
 
 def test_your_own_encoder_learns():

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from d2v_fast import training
 from d2v_fast.config import ConfigError, OptimizerConfig, ScheduleConfig, parse
 from d2v_fast.data import DataError
 from d2v_fast.diagnostics import CollapseError
-from d2v_fast.training import BrokenSamples, Trainer, lr_factor, make_optimizer
+from d2v_fast.training import BrokenSamples, Trainer, lr_factor, make_encoder, make_model, make_optimizer
 
 SMALL = {
     "text": "encoder.config.hidden_size=32 encoder.config.num_hidden_layers=3 encoder.config.num_attention_heads=2 "
@@ -127,6 +128,19 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-9)
 
 
+def test_a_local_mean_weighs_micro_batches_alike(tmp_path):
+    trainer = Trainer(config("vision", tmp_path / "run", "train.accumulate=2", "loss.reduction=local"))
+    batches = list(itertools.islice(trainer._batches(), 2))
+    batches[1]["mask"][0] = False  # unequal masks, of which a global mean would count the positions
+    batches[1]["index"] = batches[1]["mask"].flatten().nonzero().squeeze(1)
+    losses = [trainer.core(batch["source"], batch["mask"]).loss for batch in batches]
+    parameters = [p for p in trainer.core.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(sum(losses) / 2, parameters, allow_unused=True)
+    loss, norm = trainer.step(batches)
+    assert float(loss) == pytest.approx(sum(each.item() for each in losses) / 2, rel=1e-5)
+    assert float(norm) == pytest.approx(float(torch.cat([g.flatten() for g in gradients if g is not None]).norm()), rel=1e-4)
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
     trainer = Trainer(config("vision", tmp_path / "run"))
     batch = next(trainer._batches())
@@ -160,8 +174,28 @@ def test_parameter_groups():
     assert found == {(0.1, 0.5): {(4, 3)}, (0.1, 0.0): {(4,)}, (1.0, 0.0): {(4,), (1, 1, 4)}}
     every = make_optimizer(model, OptimizerConfig(weight_decay=0.5, decay_1d=True)).param_groups
     assert [g["weight_decay"] for g in every] == [0.5]
+    both = make_optimizer(model, OptimizerConfig(lr=1.0, lr_scale={"stem.*": 0.1, "*.weight": 0.5})).param_groups
+    assert {tuple(p.shape): round(g["lr"], 6) for g in both for p in g["params"]}[4, 3] == 0.05
     with pytest.raises(ConfigError, match="nothing"):
         make_optimizer(model, OptimizerConfig(lr_scale={"nothing": 2.0}))
+
+
+def test_the_model_is_what_the_settings_say(tmp_path):
+    settings = [
+        *("targets.top_k=1", "targets.norm=instance", "targets.target_norm=layer", "targets.teacher_fp32=true"),
+        *("loss.beta=0.5", "loss.scale=0.25", "loss.impl=eager", "head.layers=2", "head.zero_init=true"),
+        *("ema.start=0.5", "ema.end=0.75", "ema.anneal_steps=10", "ema.scope=layers", 'ema.copied=["*.bias"]'),
+    ]
+    run = config("vision", tmp_path / "run", *settings)
+    model = make_model(run, make_encoder(run))
+    assert model.loss_settings == dict(norm="instance", target_norm="layer", beta=0.5, scale=0.25, impl="eager")
+    linears = [module for module in model.head if isinstance(module, torch.nn.Linear)]
+    assert len(linears) == 2 and not linears[-1].weight.any() and linears[0].weight.any()
+    assert [model.teacher.decay(step) for step in (0, 5, 10)] == [0.5, 0.625, 0.75]
+    assert len(model.teacher.module._taps) == 1 and model.teacher_fp32 and model.shares_features
+    assert {name for name in model.teacher.copied if "layers.0" in name} == {
+        name for name, _ in model.student.named_parameters() if "layers.0" in name and name.endswith(".bias")
+    }
 
 
 def test_the_optimizer_is_adamw_with_its_settings():
