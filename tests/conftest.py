@@ -11,6 +11,14 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A report whose output pytest-xdist can send: what a test logged of names that are not UTF-8 is escaped."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
+    return report
+
+
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch):
     """Fill uninitialised memory with NaN, so that an output nobody wrote shows."""
