@@ -152,7 +152,7 @@ class TestRuns:
         args = [*VISION, f"data.path={images}", "train.batch_size=14", "train.steps=1"]
         with caplog.at_level("WARNING"):
             assert train(monkeypatch, *args, "train.max_broken=0.2", "train.output=run") in (0, None)
-        assert all(f"unreadable sample: images/{name}: cannot identify" in caplog.text for name in ("one.png", "two.png"))
+        assert all(f"unreadable sample: images/{name}: is not an image" in caplog.text for name in ("one.png", "two.png"))
         assert json.loads(open("run/log.jsonl").readline())["broken_samples"] == 2
         message = train(monkeypatch, *args)
         assert message.startswith("d2v-train: 2 of 14 samples cannot be read, more than train.max_broken=0.01:")
