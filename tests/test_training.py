@@ -192,7 +192,7 @@ def test_the_model_is_what_the_settings_say(tmp_path):
     linears = [module for module in model.head if isinstance(module, torch.nn.Linear)]
     assert len(linears) == 2 and not linears[-1].weight.any() and linears[0].weight.any()
     assert [model.teacher.decay(step) for step in (0, 5, 10)] == [0.5, 0.625, 0.75]
-    assert len(model.teacher.module._taps) == 1 and model.teacher_fp32 and model.shares_features
+    assert (model.top_k, model.source) == (1, "block_output") and model.teacher_fp32 and model.shares_features
     assert {name for name in model.teacher.copied if "layers.0" in name} == {
         name for name, _ in model.student.named_parameters() if "layers.0" in name and name.endswith(".bias")
     }
