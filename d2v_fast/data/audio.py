@@ -56,7 +56,9 @@ def read_audio(file: str | io.BytesIO, sample_rate: int) -> np.ndarray:
         wave = wave.mean(axis=1)
     if len(wave) == 0:
         raise ValueError("holds no sample")
-    if not np.isfinite(wave @ wave):  # the variance of too large ones would be infinite, and normalised they would be silence
+    with np.errstate(over="ignore"):
+        squares = wave @ wave
+    if not np.isfinite(squares):  # then the variance would be infinite, and the normalised waveform silent
         raise ValueError("holds samples that are not finite, or whose squares are not")
     # Each layer norm behind the convolutions multiplies the gradient of silence by up to 1/√(its eps), about 300.
     if wave.min() == wave.max():
