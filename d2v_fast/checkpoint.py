@@ -1,4 +1,4 @@
-"""Checkpoints: a folder each, whole or not there, and without pickle.
+"""Checkpoints: a folder each, written atomically and without pickle.
 
     RUN/checkpoints/step-1000/
         student.safetensors     weights of student and head
@@ -10,7 +10,8 @@
         manifest.json           size and SHA-256 of each file
 
 With RUN/config.yaml, and RUN/tokenizer if one was trained for the run, this is enough to rebuild the student without its data:
-`training.make_encoder` gives the module, student.safetensors its weights under the prefix "student.".
+`training.make_encoder` gives the module, student.safetensors its weights under the prefix "student.". A pretrained encoder or a
+tokenizer that the settings name must still be there.
 
 They are written as `step-1000.tmp`, the manifest last, and each file and folder is synced to the disk before the rename: what
 is called step-N was finished. The checkpoints of accelerate and torch.distributed are not used, as they contain pickle.
@@ -121,8 +122,8 @@ class Checkpoint:
         if differ:
             lines = [f"{key}: was {was.get(key, 'nothing')}, is {now.get(key, 'nothing')}" for key in differ]
             raise CheckpointError(
-                f"{self.folder}: its run had other {part}; --resume-allow KEY lets pass what was changed on purpose, "
-                f"as {differ[0].partition('.')[0]} or in full:\n  " + _first(lines)
+                f"{self.folder}: its run had other {part}; --resume-allow KEY accepts an intended change, "
+                "once for each key:\n  " + _first(lines)
             )
 
     def compare_shapes(self, saved: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 PRESETS = Path(__file__).parent / "presets"
 MASKS = {"span": SpanMask, "block": BlockMask, "random": RandomMask, "token": TokenMask}
 FLAGS = ("-h", "--help", "--fused", "--print_config")
-# What may differ in a run that goes on, as no weight depends on it.
+# What may differ in a run that goes on, as no weight depends on it. Samples are compared by their content.
 FREE = (
     *(f"train.{name}" for name in ("output", "workers", "log_every", "export_every", "save_every", "keep_last")),
-    *("train.max_broken", "train.max_skipped", "collapse"),
+    *("train.max_broken", "train.max_skipped", "collapse", "data.path"),
 )
+SAMPLES = ("samples", "samples.number", "samples.content")  # what is compared beside the settings
 MASK_KINDS = {"text": ("token",), "vision": ("block", "random"), "audio": ("span", "random")}
 
 
@@ -500,11 +501,13 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_way(settings: dict[str, Any], later: dict[str, Any]) -> None:
-    """Take out of `settings` what goes with a mask or an encoder that `later`, as flat keys, replaces by another one."""
+    """Take out of `settings` what goes with a mask, an encoder or a length that `later`, as flat keys, replaces by another."""
     encoder, mask = settings.get("encoder", {}), settings.get("mask", {})
     default = MASK_KINDS.get(settings.get("modality"), [None])[0]
     if "mask.kind" in later and later["mask.kind"] != mask.get("kind", default):
         settings.pop("mask", None)
+    if "train.steps" in later and "train.epochs" not in later:
+        settings.get("train", {}).pop("epochs", None)  # which would replace the steps
     if later.get("encoder.pretrained") and ":" not in (encoder.get("model") or ""):
         encoder.pop("model", None)
         encoder.pop("config", None)
@@ -629,7 +632,7 @@ DESCRIPTION = """Pre-train an encoder of text, images or speech with data2vec.
 
 Settings are given as key=value; later ones win. A run writes its resolved config.yaml, a log.jsonl, checkpoints/ and, in
 Hugging Face format, the student in export/. Ctrl-C or SIGTERM: the run saves after the current step and ends with exit code
-130. It goes on only with the settings that it had; --resume-allow KEY, once for each, lets one that is changed on purpose pass.
+130. It goes on only with the settings and samples that it had; --resume-allow KEY, once for each, accepts an intended change.
 What the data and mask of a modality take: d2v-train --config PRESET --help.
 
 presets: """
@@ -736,8 +739,8 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     )
     config.check()
     for key in resume_allow:
-        if key not in [*known, *GROUPS] and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
-            raise ConfigError(f"--resume-allow {key}: no such setting{nearest(key, known)}")
+        if key not in [*known, *GROUPS, *SAMPLES] and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
+            raise ConfigError(f"--resume-allow {key}: no such setting{nearest(key, [*known, *SAMPLES])}")
     if run and "train.output" not in overrides:  # the settings of a run: that run, wherever it is now, or one more like it
         config.train.output = run if resume else None
     if config.train.output is None and resume:

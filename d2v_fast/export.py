@@ -174,8 +174,8 @@ def open_run(run: Path, checkpoint: str | None = None, teacher: bool = False) ->
     config = trained.read_config(run)
     if ":" in (config.encoder.model or ""):
         raise ConfigError(
-            f"{run}: transformers has no class for the encoder {config.encoder.model}, so AutoModel cannot load it; "
-            f"its weights are in {run / 'export' / 'model.safetensors'}, for safetensors.torch.load_model"
+            f"{run}: transformers has no class for the encoder {config.encoder.model}, so AutoModel cannot load it; a run that "
+            f"ends or is resumed leaves its weights in {run / 'export' / 'model.safetensors'}, for safetensors.torch.load_model"
         )
     found, data = trained.load(config, run, checkpoint, teacher), config.data
     if config.modality == "text":

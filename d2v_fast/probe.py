@@ -295,7 +295,7 @@ def main(args: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="d2v-probe",
         description="k-NN and linear probe of a run's frozen student, beside the same encoder untrained. "
-        "Images and speech need labels (folders, or metadata.csv with a column label); text needs none. "
+        "Images and speech need labels (folders, a column label of parquet, for speech also of metadata.csv); text needs none. "
         "Results are added to probe.json in the run's folder.",
     )
     parser.add_argument("run", help="folder of a run of d2v-train; it may still go on")

@@ -347,11 +347,10 @@ def without_accelerate_variables() -> Iterator[dict[str, str]]:
     Raises:
         ConfigError: One asks for FSDP, DeepSpeed or the like.
     """
-    from accelerate.utils import str_to_bool
-
     hidden = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     for name, value in hidden.items():
-        if name.startswith("ACCELERATE_USE_") and name != "ACCELERATE_USE_CPU" and str_to_bool(value):
+        off = value.lower() in ("", "0", "n", "no", "f", "false", "off")
+        if name.startswith("ACCELERATE_USE_") and name != "ACCELERATE_USE_CPU" and not off:
             raise ConfigError(
                 f"{name}={value}: d2v-train has data parallelism only; unset it and start the ranks with torchrun"
             )
@@ -491,8 +490,8 @@ class Trainer:
             raise ConfigError(f"train.output={self.folder}: holds a run already; {goes_on}, another folder starts a new one")
 
     def _leave(self) -> None:
-        """Give the folder back; one that was made for a run that did not come to a step is removed."""
-        if self.made and not self.done:
+        """Give the folder back; one that was made for a run that did not come to a step is removed, unless alarms say why."""
+        if self.made and not self.done and not (self.folder / "alarms.jsonl").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.release(force=True)  # for trainers that were never run too
 
@@ -514,7 +513,7 @@ class Trainer:
         names, digests = self.data.contents()
         self.digests = torch.from_numpy(digests.copy())
         content = hashlib.sha256(digests.tobytes()).hexdigest()
-        self.samples = {"data": {"samples": len(self.data), "content": content}}
+        self.samples = {"samples": {"number": len(self.data), "content": content}}
         if saved:
             self._compare_samples(saved, names)
         self.core = make_model(config, encoder)

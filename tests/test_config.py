@@ -69,6 +69,13 @@ class TestPresets:
         encoder.check_layers(config.targets.top_k, config.targets.source)
         assert len(encoder.blocks) == config.encoder.config["num_hidden_layers"]
 
+    def test_steps_that_are_given_replace_the_epochs_of_a_preset(self):
+        assert parse(["--config", "vision/beit-base"])[0].train.epochs == 800
+        config, _ = parse(["--config", "vision/beit-base", "train.steps=7"])
+        assert (config.train.steps, config.train.epochs) == (7, None)
+        config, _ = parse(["--config", "vision/beit-base", "train.steps=7", "train.epochs=3"])
+        assert (config.train.steps, config.train.epochs) == (7, 3)
+
     def test_a_mistyped_name(self):
         message = refused("--config", "vision/tinny")
         assert "--config vision/tinny: no such file or preset; did you mean vision/tiny?" in message

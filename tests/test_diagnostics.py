@@ -450,9 +450,13 @@ class TestBrokenRuns:
                 builtin_images("train").read(3).save(tmp_path / f"data/{i}.png")
             else:
                 soundfile.write(tmp_path / f"data/{i}.wav", builtin_speech("train").read(3), 16_000)
-        tiny(preset, tmp_path / "run", "train.steps=1", "train.batch_size=2", f"data.path={tmp_path / 'data'}").run()
-        (alarm,) = alarms(tmp_path / "run")
-        assert "many samples are the same: distinct_samples 0.125 is below" in alarm
+        more = ["train.steps=1", "train.batch_size=2", f"data.path={tmp_path / 'data'}"]
+        tiny(preset, tmp_path / "run", *more).run()
+        with pytest.raises(CollapseError, match="many samples are the same"):
+            tiny(preset, tmp_path / "stopped", *more, "collapse.action=stop").run()
+        for folder in ("run", "stopped"):  # one that was stopped before its first step keeps what it said
+            (alarm,) = alarms(tmp_path / folder)
+            assert "many samples are the same: distinct_samples 0.125 is below" in alarm
 
     @pytest.mark.parametrize(
         "preset", ["text/tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vision/tiny", "audio/tiny"))]

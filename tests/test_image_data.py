@@ -302,3 +302,11 @@ class TestSets:
         recording = datasets.Dataset.from_dict({"audio": [{"bytes": b"RIFF", "path": None}]})
         recording.cast_column("audio", datasets.Audio(decode=False)).save_to_disk(tmp_path / "audio")
         assert len(open_audio(str(tmp_path / "audio"))) == 1
+
+
+def test_labels_are_a_column_label_where_no_column_is_of_classes(tmp_path):
+    pixels = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(pixels, "PNG")
+    rows = {"image": [pixels.getvalue()] * 2, "label": ["a", "b"]}
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "set.parquet"))
+    assert open_images(str(tmp_path)).labels == ["a", "b"]

@@ -255,9 +255,10 @@ def test_variables_of_accelerate_change_nothing(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"])
-def test_another_parallelism_of_accelerate_is_refused(name, tmp_path, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ConfigError, match=f"ACCELERATE_USE_{name}=true: d2v-train has data parallelism only; unset it"):
+@pytest.mark.parametrize("value", ["true", "maybe"])
+def test_another_parallelism_of_accelerate_is_refused(name, value, tmp_path, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
+    with pytest.raises(ConfigError, match=f"ACCELERATE_USE_{name}={value}: d2v-train has data parallelism only; unset it"):
         Trainer(config("vision", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -89,7 +89,7 @@ def open_images(path: str, name: str | None = None, split: str = "train") -> Sou
     import datasets
 
     images, file = load_media(path, name, split, datasets.Image)
-    classes = [c for c, kind in images.features.items() if isinstance(kind, datasets.ClassLabel)]
+    classes = [c for c, kind in images.features.items() if isinstance(kind, datasets.ClassLabel) or c == "label"]
     labels = [str(i) for i in images[classes[0]]] if classes else None
     names = [f"{path}[{i}]" for i in range(len(images))]
     return Source(names, lambda i: read_image(file(i)), labels, file=file)
