@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import threading
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -40,12 +41,13 @@ def busy_pipe():
     """Makes FIFOs with a writer that gives nothing: a test fails, and does not hang, where one is opened."""
 
     def write_nothing(path):
-        while True:
-            open(path, "wb").close()
+        with suppress(FileNotFoundError):  # until the test's folder is removed
+            while True:
+                os.close(os.open(path, os.O_WRONLY))  # which makes no file, as open(path, "wb") would
 
     def make(path):
         os.mkfifo(path)
-        threading.Thread(target=write_nothing, args=[path], daemon=True).start()
+        threading.Thread(target=write_nothing, args=[os.path.abspath(path)], daemon=True).start()
         return str(path)
 
     return make

@@ -675,7 +675,7 @@ def test_more_text_is_read_with_the_same_tokenizer():
     Path("run/tokenizer/tokenizer.json").write_text("of a run that was killed before its first step")
     assert train(arguments("text", "run", "train.steps=2", "data.path=few.txt"))[0] == 0
     tokenizer = Path("run/export/tokenizer.json").read_bytes()
-    more = ["data.path=more.txt", "train.steps=4", "--resume-allow", "data", "--resume-allow", "train.steps"]
+    more = ["data.path=more.txt", "train.steps=4", "--resume-allow", "samples", "--resume-allow", "train.steps"]
     code, said = train(["--resume", "run", *more])
     assert code == 0 and Path("run/export/tokenizer.json").read_bytes() == tokenizer, said
 
