@@ -345,7 +345,7 @@ def test_a_run_resumes_on_the_same_text_only(tmp_path):
     more = ["--resume", "run", "train.steps=3", "--resume-allow", "train.steps"]
     before = file.read_text()
     file.write_text(before.replace("alpha", "delta", 1))
-    with pytest.raises(CheckpointError, match="samples.content: was"):
+    with pytest.raises(CheckpointError, match=r"samples\.content: was"):
         Trainer(parse(more)[0])
     file.write_text(before)
     assert Trainer(parse(more)[0]).run() == 0
