@@ -225,7 +225,7 @@ def probe_cloze(config: Config, states: States, data: str, name: str | None, lim
 
     from d2v_fast.data.text import TextData
 
-    settings = config.data | {"name": name, "teacher_input": "full"}
+    settings = config.data | {"name": name, "teacher_input": "full", "views": None}
     mask = TokenMask(prob=0.15, length=1, keep_special=True)
     parts = []
     for split in ("train", "test"):

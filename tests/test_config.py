@@ -184,7 +184,7 @@ class TestRefusals:
             (["--fusedd"], "fusedd: no such setting; did you mean fused?"),
             (["train=5"], "train: found 5, expected one of its settings"),
             (["foo"], "'foo': expected key=value, such as train.steps=1000"),
-            (["mask.kind=blok"], "mask.kind: found 'blok', expected for vision one of block, random; did you mean block?"),
+            (["mask.kind=blok"], "mask.kind: found 'blok', expected for vision one of block, random, exact; did you mean block?"),
             (["targets.norm=layr"], "targets.norm: found layr, expected one of none, layer, .*; did you mean layer?"),
             (["train.steps=abc"], "train.steps: found abc, expected a whole number"),
             (["train.steps=1.5"], "train.steps: found 1.5, expected a whole number"),
