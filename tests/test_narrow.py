@@ -199,9 +199,9 @@ def test_halves_are_what_a_block_computes(family, training):
     assert encoder.halves is not None
     image = name in (*models.IMAGES, "vit_msn")
     x = torch.randn(2, 17 if image else 12, 32)
-    _, _, arguments = encoder._enter(x[:, 1:] if image else x, None)
+    _, _, each = encoder._enter(x[:, 1:] if image else x, None)
     seen = []
-    for block in encoder.blocks:
+    for block, arguments in zip(encoder.blocks, each, strict=True):
         encoder._ffn(block).register_forward_hook(lambda m, args, out: seen.append(out))
         torch.manual_seed(0)
         expected = blocks.first(block(x, **arguments))

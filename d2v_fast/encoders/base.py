@@ -152,8 +152,8 @@ class Encoder(nn.Module):
             return Encoded(states if rows is None else states.flatten(0, 1)[rows], results)
         halves = self._compiled_halves or self.halves
         batch, results, narrowed = len(x), [], None
-        x, extra, arguments = self._enter(x, padding_mask, visible)
-        for left, block in zip(reversed(range(len(self.blocks))), self.blocks, strict=True):
+        x, extra, each = self._enter(x, padding_mask, visible)
+        for left, block, arguments in zip(reversed(range(len(self.blocks))), self.blocks, each, strict=True):
             if left < layers and source == "block_input":
                 results.append(x[:, extra:])
             if self._dropped():
@@ -217,8 +217,8 @@ class Encoder(nn.Module):
 
     def _enter(
         self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None
-    ) -> tuple[Tensor, int, dict[str, Any]]:
-        """Input of the first block (B, E + T, C), the number E of extra tokens in front, and the arguments of all blocks."""
+    ) -> tuple[Tensor, int, list[dict[str, Any]]]:
+        """Input of the first block (B, E + T, C), the number E of extra tokens in front, and the arguments of each block."""
         raise NotImplementedError
 
     def _leave(self, x: Tensor) -> Tensor:

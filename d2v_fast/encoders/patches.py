@@ -51,7 +51,7 @@ class PatchEncoder(Encoder):
 
     def _enter(
         self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None
-    ) -> tuple[Tensor, int, dict[str, Any]]:
+    ) -> tuple[Tensor, int, list[dict[str, Any]]]:
         model, embeddings = self.model, self.model.embeddings
         extra = [embeddings.cls_token]
         if hasattr(embeddings, "distillation_token"):
@@ -69,7 +69,7 @@ class PatchEncoder(Encoder):
             arguments = dict(relative_position_bias=self._bias(model.encoder, visible, count), resolution=size)
         elif hasattr(model, "shared_position_bias"):  # BEiT
             arguments = dict(attention_mask=self._bias(model, visible, count), resolution=size)
-        return x, count, arguments
+        return x, count, [arguments] * len(self.blocks)
 
     def _bias(self, owner: nn.Module, visible: Tensor | None, extra: int) -> Tensor | None:
         """Bias of the attention by relative positions, (1 or B, H, E + T, E + T)."""
@@ -89,8 +89,8 @@ class PatchEncoder(Encoder):
         return x if norm is None else norm(x)
 
     def _whole(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        x, extra, arguments = self._enter(x, padding_mask)
-        for block in self.blocks:
+        x, extra, each = self._enter(x, padding_mask)
+        for block, arguments in zip(self.blocks, each, strict=True):
             x = blocks.first(block(x, **arguments))
         return self._leave(x)[:, extra:]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -41,9 +42,12 @@ class WaveEncoder(Encoder):
     def place(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         if self.halves is None:
             return features  # the model itself adds positions
-        if padding_mask is not None:
-            features = features.masked_fill(padding_mask.unsqueeze(-1), 0)
-        return features + self.model.encoder.pos_conv_embed(features)
+        convolve = self.model.encoder.pos_conv_embed
+        if padding_mask is None:
+            return features + convolve(features)
+        features = features.masked_fill(padding_mask.unsqueeze(-1), 0)
+        knows_padding = "padding_mask" in inspect.signature(convolve.forward).parameters  # ours in `nets`
+        return features + (convolve(features, padding_mask) if knows_padding else convolve(features))
 
     def place_visible(self, features: Tensor, mask: Tensor, visible: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         # Positions come from convolutions, which must not see what is masked: each view has a copy of its own.
@@ -54,7 +58,7 @@ class WaveEncoder(Encoder):
 
     def _enter(
         self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None
-    ) -> tuple[Tensor, int, dict[str, Any]]:
+    ) -> tuple[Tensor, int, list[dict[str, Any]]]:
         from transformers.masking_utils import create_bidirectional_mask
 
         encoder = self.model.encoder
@@ -65,7 +69,8 @@ class WaveEncoder(Encoder):
             attend = create_bidirectional_mask(config=self.model.config, inputs_embeds=x, attention_mask=attend)
         if not self._stable:
             x = encoder.layer_norm(x)
-        return encoder.dropout(x), 0, dict(attention_mask=attend)
+        each = attend if isinstance(attend, list) else [attend] * len(self.blocks)
+        return encoder.dropout(x), 0, [dict(attention_mask=bias) for bias in each]
 
     def _leave(self, x: Tensor) -> Tensor:
         return self.model.encoder.layer_norm(x) if self._stable else x
