@@ -591,6 +591,8 @@ def _preprocessing(name: str, modality: str) -> dict[str, Any]:
     """How inputs were prepared for a pretrained encoder, as settings of `data`; without what its files do not say."""
     from transformers import AutoConfig, FeatureExtractionMixin, ImageProcessingMixin
 
+    import d2v_fast.nets  # noqa: F401  our models are known to transformers as well
+
     if modality == "text":
         from d2v_fast.data import DataError
         from d2v_fast.data.text import load_tokenizer
@@ -634,6 +636,8 @@ def _keep_what_fits(encoder: dict[str, Any], model: str) -> None:
             encoder.pop(name, None)
     else:
         from transformers import CONFIG_MAPPING
+
+        import d2v_fast.nets  # noqa: F401  our models are known to transformers as well
 
         if model not in CONFIG_MAPPING:
             return

@@ -11,6 +11,7 @@ import yaml
 from transformers import AutoConfig
 
 from d2v_fast.compat import is_arxyzan, translate_arxyzan
+import d2v_fast.nets  # noqa: F401  the presets of data2vec 2.0 name its models
 from d2v_fast.config import MASK_KINDS, MASKS, PRESETS, RANGES, SECTIONS, ConfigError, data_class, parse, presets
 from d2v_fast.training import make_encoder
 
