@@ -183,6 +183,8 @@ class Data2Vec2AudioModel(Data2Vec2AudioPreTrainedModel, Data2VecAudioModel):
         torch_own = [self.feature_projection.projection, *(layer.conv for layer in self.encoder.pos_conv_embed.layers)]
         if any(module is own for own in torch_own):
             module.reset_parameters()
+        elif module is self and hasattr(self, "masked_spec_embed"):  # which transformers 5.17 leaves as memory had it
+            init.uniform_(self.masked_spec_embed)
 
 
 class Data2Vec2AudioForCTC(Data2Vec2AudioPreTrainedModel, Data2VecAudioForCTC):
