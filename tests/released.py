@@ -7,7 +7,7 @@ float64, where the fixed positions keep the fp32 values that checkpoints have. P
     student = make("image", seed=0).double()                  # cfg in student.cfg; make("audio", dict(prenet_depth=2), depth=3)
     teacher = make_teacher(student)                           # other weights where the original's teacher has its own
     states, predictions = student.student(pixels, mask, noise=noise)
-    features = (teacher if modality == "image" else student).encoder.local_features(pixels)
+    features = teacher.encoder.local_features(pixels)         # the student's weights, where the original's are those
     _, results = teacher.run_blocks(teacher.encoder.contextualize(features))
     losses = student.losses(states, predictions, student.targets(results), mask)
     torch.save(checkpoint(student, teacher), "checkpoint.pt")
