@@ -9,6 +9,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Data2Vec": "d2v_fast.model",
+    "Data2Vec2AudioConfig": "d2v_fast.nets",
+    "Data2Vec2AudioForCTC": "d2v_fast.nets",
+    "Data2Vec2AudioForSequenceClassification": "d2v_fast.nets",
+    "Data2Vec2AudioModel": "d2v_fast.nets",
+    "Data2Vec2VisionConfig": "d2v_fast.nets",
+    "Data2Vec2VisionForImageClassification": "d2v_fast.nets",
+    "Data2Vec2VisionModel": "d2v_fast.nets",
     "Data2VecLoss": "d2v_fast.loss",
     "EMATeacher": "d2v_fast.ema",
     "Encoder": "d2v_fast.encoders",
@@ -23,6 +30,8 @@ __all__ = ["__version__", *_HOME]
 def __getattr__(name: str) -> Any:
     # Lazily, so that the loss does not wait for transformers.
     if name in _HOME:
+        if _HOME[name] == "d2v_fast.encoders":
+            importlib.import_module("d2v_fast.nets")  # tells transformers of our own models
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

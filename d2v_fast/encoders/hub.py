@@ -173,6 +173,9 @@ def build_encoder(
     from safetensors import SafetensorError
     from transformers import MODEL_MAPPING, AutoConfig
 
+    from d2v_fast import nets
+
+    nets.register()
     if "trust_remote_code" in config:
         raise ValueError(
             "encoder.config.trust_remote_code: code that comes with a model is not run; to use a class that you have read: "

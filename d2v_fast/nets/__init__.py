@@ -1,0 +1,86 @@
+"""data2vec 2.0's own models of images and speech as models of transformers.
+
+Importing this module registers them, so that `AutoModel.from_pretrained` knows them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForAudioClassification,
+    AutoModelForCTC,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
+
+from d2v_fast.nets.audio import (
+    Data2Vec2AudioConfig,
+    Data2Vec2AudioForCTC,
+    Data2Vec2AudioForSequenceClassification,
+    Data2Vec2AudioModel,
+)
+from d2v_fast.nets.vision import Data2Vec2VisionConfig, Data2Vec2VisionForImageClassification, Data2Vec2VisionModel
+
+__all__ = [
+    "Data2Vec2AudioConfig",
+    "Data2Vec2AudioForCTC",
+    "Data2Vec2AudioForSequenceClassification",
+    "Data2Vec2AudioModel",
+    "Data2Vec2VisionConfig",
+    "Data2Vec2VisionForImageClassification",
+    "Data2Vec2VisionModel",
+    "register",
+    "save_with_code",
+]
+
+AUTO = {
+    Data2Vec2VisionConfig: {
+        AutoModel: Data2Vec2VisionModel,
+        AutoModelForImageClassification: Data2Vec2VisionForImageClassification,
+    },
+    Data2Vec2AudioConfig: {
+        AutoModel: Data2Vec2AudioModel,
+        AutoModelForAudioClassification: Data2Vec2AudioForSequenceClassification,
+        AutoModelForCTC: Data2Vec2AudioForCTC,
+    },
+}
+
+
+def register() -> None:
+    """Make the models known to the Auto classes of transformers; again does no harm."""
+    for config, models in AUTO.items():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto, model in models.items():
+            auto.register(config, model, exist_ok=True)
+
+
+register()
+
+
+def save_with_code(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write one of these models with the file that defines it.
+
+    Where d2v-fast is imported `AutoModel.from_pretrained(folder)` takes the class from there, and runs nothing of the folder;
+    where it is not installed `trust_remote_code=True` takes the class from the folder. The same holds for the Auto classes of
+    the heads, whichever of the models was saved.
+
+    Raises:
+        ValueError: The model is none of these.
+    """
+    models = AUTO.get(type(model.config))
+    if models is None or type(model) not in models.values():
+        known = ", ".join(m.__name__ for each in AUTO.values() for m in each.values())
+        raise ValueError(f"{type(model).__name__} is not a model of d2v_fast.nets ({known}): use its save_pretrained")
+    code = Path(inspect.getfile(type(model)))
+    names = {AutoConfig: type(model.config)} | models
+    model.config.auto_map = {auto.__name__: f"{code.stem}.{cls.__name__}" for auto, cls in names.items()}
+    try:
+        model.save_pretrained(folder)
+    finally:
+        del model.config.auto_map
+    shutil.copyfile(code, Path(folder) / code.name)
