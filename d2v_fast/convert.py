@@ -303,7 +303,8 @@ def make_model(config: PreTrainedConfig, state: State, file: str, cls: type[PreT
     model, found = cls.from_pretrained(
         None,
         config=config,
-        state_dict={k: v.float() if v.is_floating_point() else v for k, v in state.items()},
+        # Copied, as they may be mapped from a file that somebody replaces.
+        state_dict={k: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in state.items()},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # to name them below
         **class_arguments(cls),
@@ -475,6 +476,8 @@ def _vision(state: State, file: str) -> PreTrainedModel:
 
 def _version_2(state: State, ema: Any, settings: dict[str, Any], file: str) -> Released:
     """A model of data2vec 2.0, pre-trained or fine-tuned; `ema` is a dict of the teacher's weights, if they were saved."""
+    from transformers import MODEL_MAPPING
+
     prefix = next(key for key in state if "modality_encoders." in key).partition("modality_encoders.")[0]
     if prefix not in BODIES_2:
         raise ValueError(f"{file}: has a model of data2vec 2.0 under {prefix!r}, expected {' or '.join(map(repr, BODIES_2))}")
@@ -494,6 +497,9 @@ def _version_2(state: State, ema: Any, settings: dict[str, Any], file: str) -> R
     encoder = {key: value for key, value in body.items() if not key.startswith("decoder.")}
     config = {"AUDIO": _audio_2, "IMAGE": _image_2, "TEXT": _text_2}[modality](encoder, cfg, file)
     weights = _rename_2(encoder, modality, config, file)
+    with torch.device("meta"):  # so that a small file cannot ask for much memory
+        model = MODEL_MAPPING[type(config)](config, **class_arguments(MODEL_MAPPING[type(config)]))
+    _check_shapes(weights, model.state_dict(), "weights", file)
     licence = LICENCES_2[modality]
     if head := {key: value for key, value in state.items() if not key.startswith(prefix)}:
         return Released(_fine_tuned_2(config, weights, head, modality, settings, file), settings, licence=licence)
@@ -503,8 +509,8 @@ def _version_2(state: State, ema: Any, settings: dict[str, Any], file: str) -> R
         released.decoder, released.decoder_settings = _decoder_2(decoder, config.hidden_size, axes, cfg, file)
     if ema:
         teacher = _rename_2(_teacher_2(encoder, ema, modality, file), modality, config, file)
-        _check_shapes(teacher, released.model.state_dict(), "teacher", file)
-        released.teacher = {key: value.float().clone() for key, value in teacher.items()}
+        _check_shapes(teacher, weights, "teacher", file)
+        released.teacher = {key: value.to(torch.float32, copy=True) for key, value in teacher.items()}
     return released
 
 
@@ -555,7 +561,7 @@ def _rename_2(state: State, modality: str, config: PreTrainedConfig, file: str) 
     state = {re.sub(r"^context_encoder\.blocks\.", "blocks.", key): value for key, value in state.items()}
     state = _shift(state, "relative_positional_encoder", -1)  # its first layer transposes
     if modality == "IMAGE":
-        _check_positions(state, file)
+        _check_positions(state["fixed_positional_encoder.positions"], config, file)
     elif modality == "AUDIO":
         state = state | _alibi_scale(state.pop("alibi_scale", None), config, file)
     first, second = NAMES_2[modality]
@@ -563,15 +569,14 @@ def _rename_2(state: State, modality: str, config: PreTrainedConfig, file: str) 
     return _one_type(state) if modality == "TEXT" else state
 
 
-def _check_positions(state: State, file: str) -> None:
-    """Refuse positions other than those that Data2Vec2VisionModel computes."""
+def _check_positions(positions: Tensor, config: PreTrainedConfig, file: str) -> None:
+    """Refuse other positions than Data2Vec2VisionModel computes."""
     from d2v_fast.nets.vision import sincos
 
-    positions = state["fixed_positional_encoder.positions"]
-    side = math.isqrt(positions.shape[1])
-    expected = sincos(side, side, positions.shape[2])
+    side, channels = config.image_size // config.patch_size, config.hidden_size
     rounding = 1e-3 if positions.element_size() < 4 else 1e-5
-    if positions.shape != (1, *expected.shape) or not (positions[0] - expected).abs().max() <= rounding:
+    same = positions.shape == (1, side * side, channels) and channels % 4 == 0
+    if not (same and (positions[0] - sincos(side, side, channels)).abs().max() <= rounding):
         raise ValueError(
             f"{file}: fixed_positional_encoder.positions are not the sines and cosines of a square of patches, column first, "
             "which Data2Vec2VisionModel computes"
@@ -644,8 +649,8 @@ def _audio_2(state: State, cfg: dict[str, Any], file: str) -> PreTrainedConfig:
         conv_pos_kernel_size=position.shape[2],
         num_conv_pos_embedding_groups=len(position) // position.shape[1],
         layer_norm_eps=1e-5,
-        use_alibi=cfg.get("own.use_alibi_encoder", scale is not None),
-        learned_alibi_scale=scale is not None and cfg.get("own.learned_alibi_scale", True),
+        use_alibi=bool(cfg.get("own.use_alibi_encoder", scale is not None)),
+        learned_alibi_scale=scale is not None and bool(cfg.get("own.learned_alibi_scale", True)),
         alibi_per_layer=scale is not None and scale.dim() == 5 and len(scale) > 1,
         **_layers_2(state),
         **_convolutions(state, "local_encoder", cfg.get("own.feature_encoder_spec"), file),
@@ -707,7 +712,7 @@ def _decoder_2(state: State, hidden_size: int, axes: int, cfg: dict[str, Any], f
     with torch.device("meta"):
         expected = ConvDecoder(hidden_size, **settings).state_dict()
     _check_shapes(state, expected, "decoder", file)
-    return {key: value.float().clone() for key, value in state.items()}, settings
+    return {key: value.to(torch.float32, copy=True) for key, value in state.items()}, settings
 
 
 def _teacher_2(student: State, ema: Any, modality: str, file: str) -> State:
