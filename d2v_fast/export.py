@@ -370,7 +370,8 @@ def import_checkpoint(
     if not os.path.isfile(file):
         raise ConfigError(f"{file}: no such file")
     if source == "fairseq":
-        model, settings = from_fairseq(file)
+        released = from_fairseq(file)
+        model, settings = released.model, released.settings
     elif encoder is None:
         raise ConfigError(f"--from {OLDER}: needs --encoder, the model.encoder_checkpoint of the run's YAML file")
     else:
