@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForImageClassification,
 )
 
+from d2v_fast import wrap
 from d2v_fast.nets import (
     Data2Vec2AudioConfig,
     Data2Vec2AudioForCTC,
@@ -566,6 +567,43 @@ def test_saving_with_code_leaves_no_trace_on_the_model(tmp_path):
 def test_other_models_have_no_code_to_carry(tmp_path):
     from transformers import ViTConfig, ViTModel
 
-    model = ViTModel(ViTConfig(**COMMON | IMAGE))
-    with pytest.raises(ValueError, match=r"ViTModel is not a model of d2v_fast\.nets .*: use its save_pretrained"):
-        save(model, tmp_path)
+    save(ViTModel(ViTConfig(**COMMON | IMAGE)), tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+
+# In pieces, as pre-training runs them
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, dict(alibi_per_layer=True), dict(use_alibi=False)])
+def test_speech_in_pieces_is_the_whole_with_padding_too(fields):
+    model, wave = make(Data2Vec2AudioModel, **fields), inputs(Data2Vec2AudioModel)
+    encoder = wrap(model).eval()
+    real = (torch.arange(400) < torch.tensor([[400], [251]])).long()
+    frames = model._get_feature_vector_attention_mask(19, real)
+    expected = model(wave, attention_mask=real).last_hidden_state
+    torch.testing.assert_close(encoder(wave, ~frames)[frames], expected[frames], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_images_in_pieces_are_the_whole():
+    model, pixels = make(Data2Vec2VisionModel), inputs(Data2Vec2VisionModel)
+    encoded = wrap(model).eval()
+    x = encoded.transform(encoded.place(encoded.embed(pixels)))
+    torch.testing.assert_close(torch.cat([x.extra, x.states], 1), model(pixels).last_hidden_state, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [Data2Vec2VisionModel, Data2Vec2AudioModel])
+def test_visible_positions_keep_their_places(cls):
+    """All positions visible, in any order, are the whole sequence in that order."""
+    model, x = make(cls), inputs(cls)
+    encoder = wrap(model).eval()
+    features = encoder.embed(x)
+    length = features.shape[1]
+    visible = torch.stack([torch.randperm(length) for _ in x])
+    placed = encoder.place_visible(features, torch.zeros(len(x), 1, length, dtype=torch.bool), visible)
+    states = encoder.transform(placed, visible=visible).states
+    expected = model(x).last_hidden_state[:, -length:].gather(1, visible[..., None].expand(-1, -1, 32))
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
