@@ -35,7 +35,7 @@ from d2v_fast.config import DEFAULTS, FREE, Config, ConfigError, OptimizerConfig
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.diagnostics import CollapseError, Monitor, distinct_share, environment
-from d2v_fast.encoders import Encoder, build_encoder, describe
+from d2v_fast.encoders import Encoder, PatchEncoder, TokenEncoder, WaveEncoder, build_encoder, describe
 from d2v_fast.fused import fuse
 from d2v_fast.model import Data2Vec
 from d2v_fast.report import read_lines
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 INTERRUPTED = 130  # exit code of a run that was asked to stop and can be resumed
 EMPTY = 100  # batches in a row without anything to score, after which the mask is to blame; of short samples one happens
+READERS = {"text": TokenEncoder, "vision": PatchEncoder, "audio": WaveEncoder}
 TOKENIZER = "tokenizer"  # folder of one that was trained for the run
 HEAD, TEACHER = "head.safetensors", "teacher.safetensors"  # beside the encoder of a checkpoint of another project
 STEP = "step.json"  # in export/: the step its weights are from
@@ -80,7 +81,7 @@ def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encode
         tokens: Of text, the size of the vocabulary and the ids of special tokens, by the fields that are left to them if open.
 
     Raises:
-        ConfigError: An encoder without a vocabulary for text.
+        ConfigError: An encoder without a vocabulary for text, or of another modality.
     """
     from transformers import CONFIG_MAPPING
 
@@ -92,7 +93,14 @@ def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encode
         fields = {field: value for field, value in tokens.items() if hasattr(known, field)} | fields
     torch.manual_seed(config.train.seed)
     settings = {k: v for k, v in vars(config.encoder).items() if k != "config"}
-    return build_encoder(config=fields, **settings)
+    encoder, expected = build_encoder(config=fields, **settings), READERS[config.modality]
+    if type(encoder) is not Encoder and not isinstance(encoder, expected):  # else one of the user's own
+        setting = "model" if config.encoder.pretrained is None else "pretrained"
+        raise ConfigError(
+            f"encoder.{setting}={getattr(config.encoder, setting)}: {type(encoder.model).__name__} does not read what "
+            f"modality={config.modality} gives; take an encoder of this modality, or another modality with its data"
+        )
+    return encoder
 
 
 def make_model(config: Config, encoder: Encoder) -> Data2Vec:
@@ -140,11 +148,13 @@ def _go_on(model: Data2Vec, config: Config) -> None:
         try:
             model.head.load_state_dict(load_file(file))
         except (OSError, RuntimeError, SafetensorError) as error:
+            told = ""
+            with suppress(OSError, SafetensorError), safe_open(file, "pt") as opened:
+                known = {name: value for name, value in (opened.metadata() or {}).items() if name != "axes"}
+                told = "; made with:" + "".join(f" head.{name}={value}" for name, value in known.items()) if known else ""
             if asked:
-                raise ConfigError(f"head.pretrained={config.head.pretrained}: {' '.join(str(error).split())}") from error
-            with safe_open(file, "pt") as opened:
-                told = " ".join(f"head.{name}={value}" for name, value in (opened.metadata() or {}).items() if name != "axes")
-            log.warning("%s: is not of this head, which starts at random; made with: %s", file, told or "other layers")
+                raise ConfigError(f"head.pretrained={config.head.pretrained}: {_first(error)}{told}") from error
+            log.warning("%s: is not of this head, which starts at random: %s%s", file, _first(error), told)
         else:
             log.info("head from %s", file)
     elif encoder and model.sparse:
@@ -153,11 +163,17 @@ def _go_on(model: Data2Vec, config: Config) -> None:
         try:
             model.teacher.module.model.load_state_dict(load_file(encoder / TEACHER))
         except (RuntimeError, SafetensorError) as error:
-            raise ConfigError(f"{encoder / TEACHER}: {' '.join(str(error).split())}; remove it, and the teacher starts as a "
-                              "copy of the student") from error  # fmt: skip
+            raise ConfigError(
+                f"{encoder / TEACHER}: {_first(error)}; remove it, and the teacher starts as a copy of the student"
+            ) from error
         log.info("teacher from %s; ema.start is where its decay goes on", encoder / TEACHER)
     elif asked or (encoder and model.sparse):
         log.warning("student and head go on from what they were; the teacher, not saved, is a copy of the student")
+
+
+def _first(error: Exception) -> str:
+    """An error in one line; of the weights that do not fit, it names the first."""
+    return " ".join(line.strip().rstrip(".") for line in str(error).splitlines()[:2])
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:
