@@ -450,8 +450,8 @@ class Config:
         conv, views = self.head.kind == "conv", values["data.views"]
         if conv != (views is not None):
             raise ConfigError(
-                f"head.kind={self.head.kind} with data.views={views}: data2vec 2.0 takes head.kind=conv and a number of views, "
-                "such as 8; 1.0 takes head.kind=linear and data.views=null"
+                f"head.kind={self.head.kind} with data.views={'null' if views is None else views}: data2vec 2.0 takes "
+                "head.kind=conv and a number of views, such as 8; 1.0 takes head.kind=linear and data.views=null"
             )
         several = [kind for kind in SEVERAL if kind in MASK_KINDS[self.modality]]
         if conv and not isinstance(self.mask, tuple(MASKS[kind] for kind in several)):

@@ -108,6 +108,9 @@ class Data2Vec(nn.Module):
                 encoder.mask_token.requires_grad_(False)  # nothing stands in for what is masked
         elif cls_weight:
             raise ValueError(f"cls_weight: found {cls_weight} without a decoder; the loss of CLS is a part of data2vec 2.0")
+        if cls_weight and not encoder.has_cls:
+            name = type(encoder.model).__name__
+            raise ValueError(f"cls_weight: found {cls_weight}, but {name} has no CLS token as image models have; expected 0")
         self.student = encoder
         self.teacher = EMATeacher(
             encoder,
@@ -269,6 +272,7 @@ def check_gathers(encoder: Encoder) -> None:
         name = type(encoder.model).__name__
         raise ValueError(
             f"encoder: {name} cannot encode the visible positions alone, as its positions are added inside of its blocks or by "
-            "a forward that is not known here; take roberta, bert, vit, deit, dinov2, beit, wav2vec2, data2vec-audio or one "
-            "of d2v_fast.nets, give a module of your own the method place(features), or leave the decoder out for data2vec 1.0"
+            "a forward that is not known here; take roberta, bert, vit, deit, dinov2, beit, data2vec2-vision, wav2vec2, "
+            "data2vec-audio or data2vec2-audio, give a module of your own the method place(features), or leave the decoder out "
+            "for data2vec 1.0: head.kind=linear, data.views=null"
         )

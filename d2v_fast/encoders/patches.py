@@ -34,6 +34,7 @@ class PatchEncoder(Encoder):
     local = ("embeddings",)
     positional = ("shared_position_bias", "encoder.relative_position_bias")
     mask_token_name = "embeddings.mask_token"
+    has_cls = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -125,7 +126,8 @@ def init_sincos(encoder: PatchEncoder) -> None:
     """Absolute positions become sines and cosines of column and row, as in MAE, and stay so (spec 4.1)."""
     positions = encoder.model.embeddings.position_embeddings
     if positions is None:
-        raise ValueError(f"encoder.init='sincos': {type(encoder.model).__name__} has no absolute positions")
+        name = type(encoder.model).__name__
+        raise ValueError(f"encoder.init='sincos': {name} has no absolute positions; take encoder.init=hf or data2vec")
     high, wide = encoder.positions(0)
     omega = 10_000 ** -(torch.arange(encoder.hidden_size // 4) / (encoder.hidden_size // 4))
     column, row = torch.arange(wide).repeat(high), torch.arange(high).repeat_interleave(wide)
