@@ -293,10 +293,13 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
     last = step or (records[-1]["step"] if records else "unknown")
     data, train, targets = public(config.data), config.train, config.targets
     start = f", from {public(config.encoder.pretrained)}" if config.encoder.pretrained else ""
+    mask, version = type(config.mask).__name__, ""
+    if config.head.kind == "conv":
+        mask, version = f"{mask} in {data['views']} views, decoder of {config.head.layers} convolutions", " 2.0"
     facts = {
         "data": " ".join(str(data[key]) for key in ("path", "name", "split") if data.get(key)),
-        "recipe": f"data2vec on {config.modality}{start}: {targets.source} of the last {targets.top_k} layers, "
-        f"norm {targets.norm}, mask {type(config.mask).__name__}, {train.precision}",
+        "recipe": f"data2vec{version} on {config.modality}{start}: {targets.source} of the last {targets.top_k} layers, "
+        f"norm {targets.norm}, mask {mask}, {train.precision}",
         "steps": f"{last} of {train.batch_size} × {train.accumulate} samples a process",
     }
     sections = []
