@@ -212,7 +212,6 @@ class Seen(NamedTuple):
     student: Tensor  # some of its states at scored positions (N, C)
     teacher: Tensor  # and of the teacher's
     positions: Tensor  # `position_table` of the teacher's last layer, normalised as in the targets
-    cls_loss: Tensor  # the part of the loss that is not of positions
 
 
 def _size(tensors: list[Tensor]) -> float:
@@ -311,7 +310,6 @@ class Monitor:
                 _some(output.states),
                 _some(output.teacher_states.flatten(0, 1)[index]),
                 position_table(last, position, length),
-                output.loss.new_zeros(()) if output.cls_loss is None else output.cls_loss,
             )
         )
 
@@ -328,7 +326,7 @@ class Monitor:
         """Figures of the step that was due; here the device is waited for. NaN is what the step does not tell.
 
         Args:
-            loss: What `relative_loss` is to judge, over all ranks.
+            loss: Of the positions, over all ranks, which `relative_loss` judges; without that of CLS.
         """
         seen = Seen(*zip(*self.batches, strict=True))
         target, prediction, local = (self._pooled(parts) for parts in (seen.target, seen.prediction, seen.features))
@@ -336,7 +334,6 @@ class Monitor:
         share = position_share(self._summed(seen.positions))
         settings = self.model.loss_settings
         worst = float(constant_loss(target, settings["beta"], settings["scale"]))
-        loss -= float(self.accelerator.reduce(torch.stack(seen.cls_loss).sum(), "mean"))
         relative = loss / worst if worst else 1.0  # where nothing costs anything, a constant costs as much
         if math.isnan(relative):
             relative = math.inf  # it has diverged

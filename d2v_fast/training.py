@@ -331,8 +331,10 @@ class Window:
         samples: int = 0,
         waited: float = 0.0,
         seconds: float = 0.0,
+        cls_loss: float = 0.0,
     ):
-        self.loss = torch.full((), loss, device=device)  # summed on the device, so that nobody waits for it
+        # Summed on the device, so that nobody waits for them.
+        self.loss, self.cls_loss = (torch.full((), value, device=device) for value in (loss, cls_loss))
         self.steps, self.samples, self.seconds_waited = steps, samples, waited
         self.start = time.perf_counter() - seconds
 
@@ -340,6 +342,7 @@ class Window:
         """The arguments that make it again, in a run that goes on."""
         return {
             "loss": float(self.loss),
+            "cls_loss": float(self.cls_loss),
             "steps": self.steps,
             "samples": self.samples,
             "waited": self.seconds_waited,
@@ -352,10 +355,11 @@ class Window:
         yield
         self.seconds_waited += time.perf_counter() - begin
 
-    def add(self, loss: Tensor | None, samples: int) -> None:
-        """Count a step; its loss is None if it was skipped."""
+    def add(self, loss: Tensor | None, samples: int, cls_loss: Tensor | float = 0.0) -> None:
+        """Count a step; its loss is None if it was skipped, and holds `cls_loss`."""
         if loss is not None:
             self.loss += loss
+            self.cls_loss += cls_loss
             self.steps += 1
         self.samples += samples
 
@@ -605,6 +609,7 @@ class Trainer:
         self.broken = BrokenSamples(len(self.data), config.train.max_broken)
         self.window = Window(self.device)
         self.skipped = 0
+        self.cls_loss = torch.zeros((), device=self.device)
         self.suspects: list[dict[str, Any]] = []  # the steps skipped last, one after the other
         folder = self.folder if self.accelerator.is_main_process else None
         warmup, optimizer = warmup_steps(self.steps, config.schedule), self.optimizer.optimizer
@@ -663,7 +668,8 @@ class Trainer:
                     self.monitor.due = (self.done + 1) % train.log_every == 0 or self.done + 1 in (1, self.steps)
                     loss, grad_norm = self.step(micro_batches)
                     self.done, self.batches = self.done + 1, self.taken
-                    self.window.add(None if self.suspects else loss, sum(len(batch["samples"]) for batch in micro_batches))
+                    samples = sum(len(batch["samples"]) for batch in micro_batches)
+                    self.window.add(None if self.suspects else loss, samples, self.cls_loss)
                     bar.update()
                     if self.monitor.due:
                         record = self._record(self.done, micro_batches[-1]["epoch"], self.window, grad_norm)
@@ -828,12 +834,14 @@ class Trainer:
 
         broken = {index: message for seen in gather_object([self.broken.seen]) for index, message in seen.items()}
         self.broken.judge(broken)
-        loss = float(self.accelerator.reduce(window.loss, "mean")) / window.steps if window.steps else math.nan
+        losses = self.accelerator.reduce(torch.stack([window.loss, window.cls_loss]), "mean")
+        loss, cls_loss = (losses / window.steps).tolist() if window.steps else (math.nan, math.nan)
         seconds = time.perf_counter() - window.start
         return {
             "step": step,
             "loss": loss,
-            **self.monitor.figures(loss),
+            **({"cls_loss": cls_loss} if self.core.cls_weight else {}),
+            **self.monitor.figures(loss - cls_loss),
             "grad_norm": float(grad_norm),
             "lr": self.scheduler.get_last_lr()[0],
             "ema_decay": self.core.teacher.decay(self.core.teacher.step),
@@ -846,7 +854,10 @@ class Trainer:
         }
 
     def step(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """One optimizer step; loss on this rank's share, and the gradient's norm before clipping."""
+        """One optimizer step; loss on this rank's share, and the gradient's norm before clipping.
+
+        `cls_loss` is then the part of the loss that comes from CLS.
+        """
         config, last = self.config, len(micro_batches) - 1
         num_targets = None
         if config.loss.reduction == "global":
@@ -855,14 +866,17 @@ class Trainer:
             if self.world > 1:
                 counts = torch.full((1,), float(num_targets), device=self.device)  # a copy from the host would wait
                 num_targets = self.accelerator.reduce(counts, "sum")[0] / self.world
-        loss = torch.zeros((), device=self.device)
+        loss, self.cls_loss = torch.zeros(2, device=self.device)
         for i, batch in enumerate(micro_batches):
             # Ranks exchange gradients with the last micro-batch only.
             with nullcontext() if i == last else self.accelerator.no_sync(self.model):
                 output = self.model(**self._inputs(batch), num_targets=num_targets)
-                share = output.loss if num_targets is not None else output.loss / len(micro_batches)
+                parts = 1 if num_targets is not None else len(micro_batches)
+                share = output.loss / parts
                 self.accelerator.backward(share)
             loss += share.detach()
+            if output.cls_loss is not None:
+                self.cls_loss += output.cls_loss / parts
         parameters = [p for p in self.core.parameters() if p.requires_grad]
         grad_norm = self.accelerator.clip_grad_norm_(parameters, config.train.clip_norm or math.inf)
         self.monitor.watch(grad_norm)

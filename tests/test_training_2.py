@@ -1,0 +1,380 @@
+"""data2vec 2.0 by d2v-train: runs, what they leave, going on, ranks, and settings that do not fit."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel
+
+from d2v_fast import cli, training
+from d2v_fast.config import parse
+from d2v_fast.diagnostics import CollapseError, constant_loss
+from d2v_fast.training import Trainer, freeze_unused
+from tests.runs import Run
+from tests.test_resume import killed_and_resumed, last
+
+pytestmark = pytest.mark.usefixtures("here")
+
+COMMON = "encoder.config.hidden_size=32 encoder.config.num_hidden_layers=3 encoder.config.num_attention_heads=2 "
+COMMON += "encoder.config.intermediate_size=48 targets.top_k=2 head.width=32 head.layers=2 data.views=3 train.steps=4 "
+COMMON += "train.batch_size=4 train.workers=0 train.log_every=2 train.precision=fp32"
+SMALL = {
+    "text": "data.vocab_size=400",
+    "vision": "",
+    "audio": "encoder.config.conv_dim=[8,8,8,8,8,8,8] data.max_seconds=0.5 data.join_seconds=0.5",
+}
+OURS = {"vision": "encoder.model=data2vec2-vision loss.cls_weight=2", "audio": "encoder.model=data2vec2-audio"}
+DROPOUT = {
+    "text": "encoder.config.hidden_dropout_prob=0.1 encoder.config.attention_probs_dropout_prob=0.1",
+    "vision": "encoder.config.hidden_dropout_prob=0.1 loss.cls_weight=2",
+    "audio": "encoder.config.hidden_dropout=0.1 encoder.config.layerdrop=0.3 data.path=waves data.crop=false "
+    "data.join_seconds=0",
+}
+
+
+def arguments(modality, folder, *more):
+    settings = [*COMMON.split(), *SMALL[modality].split(), f"train.output={folder}"]
+    return ["--config", f"{modality}/tiny-2", *settings, *more]
+
+
+def config(modality, folder="run", *more):
+    return parse(arguments(modality, folder, *more))[0]
+
+
+def records(folder="run"):
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def waves(here):
+    Path("waves").mkdir()
+    for i in range(9):
+        soundfile.write(f"waves/{i}.wav", 0.1 * np.random.default_rng(i).normal(size=4000 + 800 * i), 16_000)
+
+
+def command(monkeypatch, name, *args):
+    """Exit code or message."""
+    monkeypatch.setattr(sys, "argv", [f"d2v-{name}", *args])
+    with pytest.raises(SystemExit) as exit:
+        getattr(cli, name)()
+    return exit.value.code
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("modality", SMALL)
+def test_a_run_leaves_what_it_promises(modality, ours, monkeypatch):
+    if ours and modality not in OURS:
+        pytest.skip("text has no model of its own")
+    trainer = Trainer(config(modality, "run", *(OURS[modality].split() if ours else [])))
+    assert trainer.run() == 0
+    log = records()
+    assert [record["step"] for record in log] == [1, 2, 4]
+    for record in log:
+        assert all(math.isfinite(record[k]) for k in ("loss", "target_std", "prediction_std", "relative_loss", "grad_norm"))
+        assert ("cls_loss" in record) == (trainer.core.cls_weight > 0)
+    for trust in (False, True):
+        exported = AutoModel.from_pretrained("run/export", trust_remote_code=trust).eval()
+        batch = trainer.data.__getitems__([(0, 0), (0, 1)])
+        with torch.no_grad():
+            states = trainer.core.student.eval()(batch["source"])
+            whole = exported(batch["source"]).last_hidden_state[:, -states.shape[1] :]
+        torch.testing.assert_close(whole, states, rtol=0, atol=1e-6)
+    for weights in ([], ["--teacher"]):
+        assert command(monkeypatch, "export", "run", "--to", f"to{len(weights)}", *weights) is None
+        card = Path(f"to{len(weights)}/README.md").read_text()
+        assert f"data2vec 2.0 on {modality}" in card and "in 3 views, decoder of 2 convolutions" in card
+
+
+@pytest.mark.parametrize(
+    "modality, more", [("audio", "data.crop=false data.path=waves data.join_seconds=0"), ("text", "data.cross_documents=false")]
+)
+def test_padding_is_neither_seen_nor_scored(modality, more, waves):
+    """Other content of padding gives the same loss, in views with as many visible positions as each sample allows."""
+    trainer = Trainer(config(modality, "run", "head.noise=0", *more.split()))
+    batch = trainer.data.__getitems__([(0, i) for i in range(4)])
+    padding = batch["padding_mask"]
+    assert padding.any() and not (batch["mask"] & padding[:, None]).any()
+    masked = batch["mask"].sum(2)
+    assert (masked == masked[:, :1]).all() and len(masked[:, 0].unique()) > 1
+    core = trainer.core.eval()
+    inputs = {name: value for name, value in trainer._inputs(batch).items()}
+    loss = core(**inputs).loss
+    with torch.no_grad():
+        if modality == "text":
+            inputs["source"] = inputs["source"].masked_fill(padding, 17)
+        features = core.student.embed(inputs["source"])
+        changed = torch.where(padding.unsqueeze(-1), torch.randn_like(features), features)
+        core.student.embed = core.teacher.module.embed = lambda source: changed
+    torch.testing.assert_close(core(**inputs).loss, loss, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "modality, more",
+    [
+        ("text", ["train.workers=1"]),
+        ("vision", ["train.workers=0", "train.accumulate=2"]),
+        ("audio", ["train.workers=1"]),
+        pytest.param("audio", ["train.workers=0", "--fused"], marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed_it_is_the_same_run(modality, more, waves):
+    """With dropout of states and of what is decoded, noise at masked positions, layer-drop, CLS and padding."""
+    more = ["train.steps=12", "train.save_every=5", "head.dropout=0.1", *DROPOUT[modality].split(), *more]
+    killed_and_resumed(lambda name: arguments(modality, name, *more), k=5)
+
+
+def test_interrupted_and_resumed_it_is_the_same_run():
+    more = ["train.workers=1", "train.log_every=1", "head.dropout=0.1", *DROPOUT["vision"].split()]
+    run = Run(arguments("vision", "run", *more, "train.steps=100000"))
+    run.until(lambda: Path("run/log.jsonl").exists() and len(records()) > 3)
+    run.send(signal.SIGINT)
+    code, said = run.wait()
+    steps = int(last("run").name[5:]) + 4
+    assert code == 130 and f"stopped at step {steps - 4} of 100000" in said
+    # The rate of a step depends on the number of all steps.
+    more += ["schedule.kind=constant", "schedule.warmup=0", f"train.steps={steps}"]
+    allow = [x for key in ("train.steps", "schedule.kind", "schedule.warmup") for x in ("--resume-allow", key)]
+    assert Run(["--resume", "run", *more[-3:], *allow]).wait()[0] == 0
+    assert records()[-1]["step"] == steps
+
+
+@pytest.mark.parametrize("modality", SMALL)
+def test_accumulation_equals_a_larger_batch(modality, waves):
+    """Four samples at once or two by two, in float64: the same loss, gradient and share of CLS."""
+    found = []
+    more = [*OURS.get(modality, "").split(), "head.noise=0"]
+    if modality == "audio":  # unequal masks
+        more += ["data.path=waves", "data.crop=false", "data.join_seconds=0"]
+    for size, accumulate in ((4, 1), (2, 2)):
+        trainer = Trainer(config(modality, str(size), f"train.accumulate={accumulate}", *more))
+        trainer.core.double()
+        keys = [(0, i) for i in range(4)]
+        batches = [trainer.data.__getitems__(keys[i : i + size]) for i in range(0, 4, size)]
+        for batch in batches:
+            if batch["source"].is_floating_point():
+                batch["source"] = batch["source"].double()
+        loss, norm = trainer.step(batches)
+        found.append([float(x) for x in (loss, norm, trainer.cls_loss)])
+    assert len({len(batch["index"]) for batch in batches}) == (2 if modality == "audio" else 1)
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and (found[0][2] > 0) == (modality == "vision")
+
+
+@pytest.mark.parametrize("reduction", ["global", "local"])
+def test_the_loss_of_cls_is_not_held_against_a_constant(reduction):
+    """The mean over a window of two steps of two micro-batches each."""
+    more = [*OURS["vision"].split(), "train.accumulate=2", f"loss.reduction={reduction}", "loss.cls_weight=50", "head.noise=0"]
+    trainer = Trainer(config("vision", "run", *more))
+    seen = []
+
+    def note(core, args, inputs, output):
+        error = output.loss.detach() - output.cls_loss
+        seen.append((float(error), float(output.cls_loss), output.stats.target))
+
+    trainer.core.register_forward_hook(note, with_kwargs=True)
+    trainer.run()
+    record, share = records()[-1], 1 if reduction == "global" else 2
+    error, cls = (sum(each[i] for each in seen[-4:]) / 2 / share for i in (0, 1))
+    assert cls > 2 * error
+    assert (record["loss"], record["cls_loss"]) == pytest.approx((error + cls, cls), rel=1e-4)
+    target = type(seen[0][2]).pooled([each[2] for each in seen[-2:]])
+    settings = trainer.core.loss_settings
+    constant = float(constant_loss(target, settings["beta"], settings["scale"]))
+    assert record["relative_loss"] == pytest.approx(error / constant, rel=1e-4)
+
+
+def test_two_processes_train_as_one():
+    """torchrun with two ranks: what the log says of each step is that of one process with twice the batch."""
+    found = {}
+    for ranks, size in ((1, 4), (2, 2)):
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"] if ranks == 2 else []
+        settings = [*OURS["vision"].split(), f"train.batch_size={size}", "train.steps=3", "train.log_every=1", "head.noise=0"]
+        done = subprocess.run(
+            [sys.executable, "-m", *torchrun, "d2v_fast.cli", *arguments("vision", str(ranks), *settings), "data.flip=0",
+             "data.jitter=0"],
+            capture_output=True, text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "frozen" not in done.stderr  # the vector of what is masked does not count: nobody asks for its gradient
+        pooled = ("loss", "cls_loss", "relative_loss", "target_std", "grad_norm", "position_share", "content_loss")
+        pooled += ("feature_std", "student_rank", "teacher_rank", "teacher_decay", "update_share")
+        found[ranks] = [[r[name] for name in pooled] for r in records(str(ranks))]
+    assert len(found[2]) == 3
+    np.testing.assert_allclose(found[2], found[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("modality", SMALL)
+def test_every_parameter_that_trains_has_a_gradient(modality):
+    trainer = Trainer(config(modality, "run", *OURS.get(modality, "").split()))
+    assert freeze_unused(trainer.core, trainer.data) == []
+
+
+@pytest.mark.parametrize("modality", SMALL)
+def test_fused_is_the_same_curve(modality):
+    curves = []
+    for name, fused in (("plain", False), ("fused", True)):
+        run = Trainer(config(modality, name, *OURS.get(modality, "").split(), "train.log_every=1"), fused)
+        run.run()
+        curves.append([record["loss"] for record in records(name)])
+    np.testing.assert_allclose(*curves, rtol=1e-3)
+    assert curves[0] != curves[1]
+
+
+def test_bf16_is_near_the_same_curve():
+    curves = []
+    for precision in ("fp32", "bf16"):
+        more = [*OURS["vision"].split(), f"train.precision={precision}", "train.log_every=1", "head.noise=0"]
+        training.train(config("vision", precision, *more))
+        curves.append([record["loss"] for record in records(precision)])
+    np.testing.assert_allclose(*curves, rtol=0.03)
+    assert curves[0] != curves[1]
+
+
+class TestTheMonitor:
+    def test_names_a_run_that_diverges(self):
+        more = ["train.steps=60", "collapse.after=10", "optimizer.lr=5", "schedule.kind=constant", "schedule.warmup=0"]
+        with pytest.raises(CollapseError, match="collapse"):
+            training.train(config("text", "run", *more, "collapse.action=stop", "train.log_every=10", "train.clip_norm=0"))
+
+    def test_names_a_student_that_does_not_learn(self):
+        more = ["train.steps=20", "collapse.after=5", "optimizer.lr=1e-12", "collapse.action=stop"]
+        with pytest.raises(CollapseError, match="the student hardly moves"):
+            training.train(config("vision", "run", *more))
+
+    @pytest.mark.parametrize("bound, alarmed", [("1.0", False), ("0.999999", True)])
+    def test_lets_a_teacher_stand_still_where_its_bound_says_so(self, bound, alarmed):
+        """As the published recipes have it that end with a decay of 1."""
+        more = ["ema.start=1", "ema.end=1", "train.steps=12", "collapse.after=5", f"collapse.decay={bound}"]
+        training.train(config("vision", "run", *more))
+        found = Path("run/alarms.jsonl").read_text() if Path("run/alarms.jsonl").exists() else ""
+        assert ("the teacher stands still" in found) == alarmed and (alarmed or not found)
+
+
+@pytest.mark.parametrize("views", range(1, 17, 3))
+def test_any_number_of_views(views):
+    trainer = Trainer(config("vision", "run", f"data.views={views}"))
+    batch = next(trainer._batches())
+    assert batch["mask"].shape[:2] == (4, views)
+    assert math.isfinite(trainer.step([batch])[0])
+
+
+@pytest.mark.parametrize(
+    "modality, more, message",
+    [
+        ("vision", "data.views=0", "data.views: found 0, expected at least 1"),
+        ("vision", "data.views=-1", "data.views: found -1, expected at least 1"),
+        ("vision", "data.views=null", "head.kind=conv with data.views=null: data2vec 2.0 takes head.kind=conv and a number"),
+        ("vision", "head.kind=linear", "head.kind=linear with data.views=3: data2vec 2.0 takes head.kind=conv and"),
+        ("vision", "mask.kind=block", "BlockMask leaves another number of positions visible in each view"),
+        ("audio", "mask.kind=span", "SpanMask leaves another number of positions visible in each view"),
+        ("text", "mask.kind=token", "TokenMask leaves another number of positions visible in each view"),
+        ("vision", "mask.prob=0.001 mask.inverse=false", "the mask covers none of the positions of 100 batches in a row"),
+        ("vision", "head.groups=5", "head.groups: found 5, expected a divisor of width=32 and hidden_size=32"),
+        ("vision", "head.kernel=0", "head.kernel: found 0, expected at least 1"),
+        ("vision", "head.width=0", "head.width: found 0, expected at least 1"),
+        ("vision", "targets.top_k=4", "top_k: found 4, but ViTModel has 3 layers"),
+        ("vision", "head.kind=linear data.views=null loss.cls_weight=1", "loss.cls_weight: found 1.0, which is for head.kind="),
+        (
+            "text",
+            "loss.cls_weight=1",
+            "cls_weight: found 1.0, but RobertaModel has no CLS token as image models have; expected 0",
+        ),
+        ("audio", "loss.cls_weight=1", "cls_weight: found 1.0, but Data2VecAudioModel has no CLS token"),
+        ("audio", "encoder.model=wavlm", "WavLMModel cannot encode the visible positions alone"),
+        ("audio", "encoder.model=wav2vec2-conformer", "Wav2Vec2ConformerModel cannot encode the visible positions alone"),
+        (
+            "text",
+            "encoder.model=roformer encoder.config.max_position_embeddings=64",
+            "or leave the decoder out for data2vec 1.0",
+        ),
+        (
+            "vision",
+            "encoder.model=roberta encoder.init=hf",
+            "encoder.model=roberta: RobertaModel does not read what modality=vis",
+        ),
+        ("text", "data.teacher_input=masked_only", "data.teacher_input=masked_only: is for one mask a sample"),
+        ("vision", "head.pretrained=none", "head.pretrained=none: No such file or directory: none/head.safetensors"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(modality, more, message, monkeypatch):
+    found = command(monkeypatch, "train", *arguments(modality, "run", *more.split()))
+    assert found.startswith("d2v-train: ") and message in found and len(found.splitlines()) == 1
+    assert not Path("run").exists()
+
+
+@dataclass(frozen=True)
+class Blind:
+    """A mask of one's own under which nothing is visible."""
+
+    def __call__(self, draws, size, lengths=None):
+        return np.ones((len(draws), math.prod(size)), dtype=bool)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mask_under_which_nothing_is_visible(workers, monkeypatch):
+    monkeypatch.setattr("d2v_fast.masking.ExactBlockMask.__call__", Blind.__call__)
+    found = command(monkeypatch, "train", *arguments("vision", "run", f"train.workers={workers}"))
+    assert found == "d2v-train: mask: found a view in which nothing is visible, expected at least one position in each"
+
+
+class TestPretrained:
+    """A folder as d2v-export leaves it of a released checkpoint: encoder, decoder and teacher."""
+
+    @pytest.fixture
+    def folder(self, here):
+        trainer = Trainer(config("vision", "before", *OURS["vision"].split()))
+        trainer.run()
+        folder, core = Path("before/export"), trainer.core
+        save_file({k: v.contiguous() for k, v in core.head.state_dict().items()}, folder / "head.safetensors", {"width": "32"})
+        save_file(core.teacher.module.model.state_dict(), folder / "teacher.safetensors")
+        return folder, core
+
+    def arguments(self, modality="vision", *more):
+        settings = [setting for setting in arguments(modality, "run") if not setting.startswith("encoder.config.")]
+        return [*settings, "encoder.pretrained=before/export", *more]
+
+    def test_goes_on_from_all_three(self, folder):
+        trainer = Trainer(parse(self.arguments())[0])
+        for name, value in folder[1].state_dict().items():
+            if isinstance(value, torch.Tensor) and "embeddings.position" not in name:
+                assert torch.equal(trainer.core.state_dict()[name], value), name
+
+    def test_of_another_modality(self, folder, monkeypatch):
+        found = command(monkeypatch, "train", *self.arguments("audio"))
+        assert "encoder.pretrained=before/export: Data2Vec2VisionModel does not read what modality=audio gives" in found
+
+    @pytest.mark.parametrize(
+        "spoil, more, message",
+        [
+            ("", "head.kernel=5", "is not of this head, which starts at random: Error(s) in loading"),
+            ("head", "", "is not of this head, which starts at random: Error while deserializing header"),
+            ("-head", "", "has no head.safetensors, so the decoder starts at random"),
+            ("-teacher", "", "the teacher, not saved, is a copy of the student"),
+        ],
+    )
+    def test_without_a_part_it_says_so(self, spoil, more, message, folder, caplog):
+        file = folder[0] / f"{spoil.lstrip('-')}.safetensors"
+        if spoil.startswith("-"):
+            file.unlink()
+        elif spoil:
+            file.write_bytes(b"nonsense" * 9)
+        Trainer(parse(self.arguments("vision", *more.split()))[0])
+        assert message in caplog.text
+
+    def test_a_part_of_something_else_is_refused(self, folder, monkeypatch):
+        found = command(monkeypatch, "train", *self.arguments("vision", "head.pretrained=before/export", "head.kernel=5"))
+        assert "head.pretrained=before/export: Error(s) in loading state_dict for ConvDecoder: size mismatch" in found
+        assert found.endswith("; made with: head.width=32") and len(found) < 400
+        save_file({"embeddings.cls_token": torch.zeros(1)}, folder[0] / "teacher.safetensors")
+        found = command(monkeypatch, "train", *self.arguments())
+        assert "remove it, and the teacher starts as a copy of the student" in found and len(found.splitlines()) == 1
