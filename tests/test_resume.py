@@ -94,13 +94,13 @@ def test_so_is_a_preset_at_its_own_size(modality, fused):
     killed_and_resumed(lambda name: ["--config", f"{modality}/tiny", *more, f"train.output={name}"], k=5)
 
 
-def killed_and_resumed(args, k):
-    code, said = train(args("whole"), functools.partial(traced, "whole.jsonl"), threads=2)
+def killed_and_resumed(args, k, threads=2):
+    code, said = train(args("whole"), functools.partial(traced, "whole.jsonl"), threads=threads)
     assert code == 0, said
     kill = functools.partial(traced, "killed.jsonl", kill_at=k + 3, after=f"killed/checkpoints/step-{k}")
-    assert train(args("killed"), kill, threads=2)[0] == -signal.SIGKILL
+    assert train(args("killed"), kill, threads=threads)[0] == -signal.SIGKILL
     assert last("killed").name == f"step-{k}"
-    code, said = train(["--resume", "killed"], functools.partial(traced, "resumed.jsonl"), threads=2)
+    code, said = train(["--resume", "killed"], functools.partial(traced, "resumed.jsonl"), threads=threads)
     assert code == 0 and f"goes on after step {k}" in said, said
     whole, killed, resumed = (lines(f"{name}.jsonl") for name in ("whole", "killed", "resumed"))
     assert killed == whole[: k + 2] and resumed == whole[k:] and len(whole) == 12
