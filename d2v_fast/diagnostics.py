@@ -297,11 +297,13 @@ class Monitor:
         batch, length = output.features.shape[:2]
         padding = mask.new_zeros(batch, length) if padding is None else padding
         index = mask.flatten().nonzero().squeeze(1) if index is None else index
-        position = index % length
-        index = index // (mask.numel() // batch) * length + position  # of the sample, whatever the view
+        index = index // (mask.numel() // batch) * length + index % length  # of the sample, whatever the view
         # The other layers of the targets are no longer there; the last one stands for them.
         norms = model.loss_settings["norm"], model.loss_settings["target_norm"]
-        last = make_targets([output.teacher_states], *norms, padding).flatten(0, 1)[index]
+        last = make_targets([output.teacher_states], *norms, padding)
+        # Once each, however many views score it: the same row again would pass for one more that its position explains.
+        scored = mask.view(batch, -1, length).any(1)
+        position = torch.arange(length, device=mask.device).where(scored, length)
         features = output.features.float().masked_fill(padding.unsqueeze(-1), 0)
         self.batches.append(
             Seen(
@@ -309,7 +311,7 @@ class Monitor:
                 moments_of(features.flatten(0, 1), ~padding.flatten()),
                 _some(output.states),
                 _some(output.teacher_states.flatten(0, 1)[index]),
-                position_table(last, position, length),
+                position_table(last.flatten(0, 1), position.flatten(), length + 1)[:length],
             )
         )
 

@@ -191,6 +191,30 @@ def test_the_loss_of_cls_is_not_held_against_a_constant(reduction):
     assert record["relative_loss"] == pytest.approx(error / constant, rel=1e-4)
 
 
+def test_a_position_counts_once_however_many_views_score_it():
+    """The share of the targets' variance that position explains: R², adjusted by what is free, of the rows that are there."""
+    trainer = Trainer(config("vision", "run", "data.views=6", "mask.prob=0.5", "mask.adjust=0", "train.steps=1"))
+    seen = []
+
+    def note(core, args, inputs, output):
+        last = output.teacher_states.double()
+        normed = (last - last.mean(1, keepdim=True)) / (last.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        normed = (normed - normed.mean(2, keepdim=True)) / (normed.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        seen.append((inputs["mask"], normed))
+
+    trainer.core.register_forward_hook(note, with_kwargs=True)
+    trainer.run()
+    ((mask, last),) = seen
+    sample, position = mask.any(1).nonzero(as_tuple=True)
+    rows, within = last[sample, position], 0.0
+    assert len(rows) < mask.sum() / 2
+    for each in position.unique():
+        group = rows[position == each]
+        within += float((group - group.mean(0)).pow(2).sum())
+    free, around = len(rows) - len(position.unique()), float((rows - rows.mean(0)).pow(2).sum())
+    assert records()[-1]["position_share"] == pytest.approx(1 - within / free / (around / (len(rows) - 1)), rel=1e-4)
+
+
 def test_two_processes_train_as_one():
     """torchrun with two ranks: what the log says of each step is that of one process with twice the batch."""
     found = {}
