@@ -13,14 +13,17 @@ LENGTH, VOCABULARY, MASK, FIRST = 32, 64, 3, 4  # words begin at id FIRST
 BATCH, LR = 16, 1e-3
 
 
-def make_model():
+def make_encoder():
     torch.manual_seed(0)
     config = RobertaConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=LENGTH + 2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    encoder = wrap(RobertaModel(config, add_pooling_layer=False))
-    return Data2Vec(encoder, top_k=3, ema_start=0.99, ema_end=0.999, ema_anneal_steps=100)
+    return wrap(RobertaModel(config, add_pooling_layer=False))
+
+
+def make_model():
+    return Data2Vec(make_encoder(), top_k=3, ema_start=0.99, ema_end=0.999, ema_anneal_steps=100)
 
 
 def make_samples(count):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from d2v_fast import Data2VecLoss, EMATeacher
+from d2v_fast.encoders import Encoder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -139,6 +140,25 @@ def test_three_loops_train_alike(calls, monkeypatch):
     for name in ("trainer_loop", "lightning_loop"):
         assert losses[name] == pytest.approx(losses["plain_loop"], rel=1e-6)
     assert len(losses["plain_loop"]) == 30 and losses["plain_loop"][-1] < 0.5 * losses["plain_loop"][0]
+
+
+def test_plain_loop_of_2(calls, monkeypatch):
+    """It learns more than a constant would, its teacher moves, and no word that is masked is encoded."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example, lengths = importlib.import_module("plain_loop_2"), []
+    transform = Encoder.transform
+
+    def spied(self, x, *args, **kwargs):
+        lengths.append(tuple(x.shape[:2]))
+        return transform(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(Encoder, "transform", spied)
+    history = example.main(steps=80)
+    check_teacher(calls)
+    visible = example.LENGTH - example.MASKED
+    assert set(lengths[1:]) == {(example.BATCH, example.LENGTH), (example.BATCH * example.VIEWS, visible)}  # wrap tries it once
+    loss, std = history[-1]
+    assert loss < 0.9 * 64**0.5 * std**2 and std > 0.2
 
 
 FINE_TUNING = {"finetune_text": "text", "finetune_images": "vision", "finetune_speech": "audio", "finetune_ctc": "audio"}

@@ -1,0 +1,45 @@
+"""data2vec 2.0 in a loop of plain PyTorch: of several masked views of each sentence only the visible words are encoded.
+
+python examples/plain_loop_2.py
+"""
+
+import plain_loop
+import torch
+from plain_loop import BATCH, LENGTH, LR, make_encoder
+from torch.utils.data import DataLoader
+
+from d2v_fast import ConvDecoder, Data2Vec
+
+VIEWS, MASKED = 4, 16  # views of a sentence, and masked words in each of them
+
+
+def make_model():
+    encoder = make_encoder()
+    decoder = ConvDecoder(encoder.hidden_size, width=64, kernel=5, layers=3, groups=1)
+    return Data2Vec(encoder, decoder=decoder, top_k=3, ema_start=0.99, ema_end=0.999, ema_anneal_steps=100)
+
+
+def make_samples(count):
+    """The sentences of plain_loop.py as they are, since what is masked is not encoded, and VIEWS masks of each."""
+    masks = torch.rand(count, VIEWS, LENGTH).argsort(-1) < MASKED  # in every view as many
+    return [dict(source=s["target"], mask=mask) for s, mask in zip(plain_loop.make_samples(count), masks, strict=True)]
+
+
+def main(steps=100):
+    model = make_model().train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    history = []
+    for step, batch in enumerate(DataLoader(make_samples(steps * BATCH), BATCH)):
+        output = model(**batch)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_teacher()
+        history.append((output.loss.item(), output.stats.target.std.item()))
+        if step % 20 == 0 or step == steps - 1:
+            print("step {:3d}   loss {:.4f}   target std {:.3f}".format(step, *history[-1]))
+    return history
+
+
+if __name__ == "__main__":
+    main()
