@@ -21,7 +21,7 @@ import d2v_fast
 from d2v_fast import cli
 from d2v_fast.config import parse
 from d2v_fast.data.text import train_tokenizer
-from tests import test_convert
+from tests import released, test_convert
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
@@ -81,6 +81,8 @@ def shop(here):
     state = test_convert.text_state()
     state["encoder.sentence_encoder.embed_tokens.weight"] = torch.randn(300, test_convert.C)
     Path(test_convert.save(state, test_convert.TEXT)).rename("checkpoint_best.pt")
+    student = released.make("image")
+    torch.save(released.checkpoint(student, released.make_teacher(student)), "base_imagenet.pt")
 
 
 def given():
@@ -104,6 +106,8 @@ def smaller(args):
     config, _ = parse([arg for arg in args if arg not in ("--resume", "--print_config")])
     free = config.encoder.pretrained is None and ":" not in config.encoder.model
     small = [s for s in SMALL[config.modality] if free or not s.startswith("encoder.config.")]
+    if config.head.kind == "conv":
+        small += ["head.width=16", "data.views=2"]
     if config.encoder.model == "hubert":
         small = [s for s in small if "conv_dim" not in s]
     steps = STEPS[1:] if "train.steps=4" in args else STEPS
@@ -174,7 +178,7 @@ def test_settings_of_a_page_exist(page):
     """Also those in tables and sentences."""
     from d2v_fast.config import _parser
 
-    kinds = {"text": ["token"], "vision": ["block", "random"], "audio": ["span"]}
+    kinds = {"text": ["token"], "vision": ["block", "random", "exact"], "audio": ["span"]}
     known = {action.dest for modality in kinds for kind in kinds[modality] for action in _parser(modality, kind)._actions}
     sections = {name.partition(".")[0] for name in known if "." in name}
     words = re.findall(r"`([^`\n]+)`", BLOCK.sub("", (ROOT / page).read_text()))

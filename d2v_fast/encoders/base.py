@@ -91,7 +91,7 @@ class Encoder(nn.Module):
 
     def place(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Features with their positions, (B, T, C), where the model adds positions after masking."""
-        return self.model.place(features) if hasattr(self.model, "place") else features
+        return self.model.place(features) if self._places else features
 
     def place_visible(self, features: Tensor, mask: Tensor, visible: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Features of the visible positions of every view, with their positions (spec 4.3).
@@ -110,7 +110,11 @@ class Encoder(nn.Module):
     @property
     def gathers(self) -> bool:
         """Whether the blocks run on some of the positions as they run on all."""
-        return self.halves is not None or hasattr(self.model, "place")
+        return self.halves is not None or self._places
+
+    @property
+    def _places(self) -> bool:
+        return callable(getattr(self.model, "place", None))  # it may as well be a table of positions
 
     def transform(
         self,
