@@ -283,6 +283,12 @@ class TestTheMonitor:
         assert ("the teacher stands still" in found) == alarmed and (alarmed or not found)
 
 
+def test_patches_that_are_no_squares():
+    more = ["encoder.config.patch_size=[4,8]", "encoder.init=hf", *OURS["vision"].split()]
+    trainer = Trainer(config("vision", "run", *more))
+    assert trainer.data.grid == (8, 4) and trainer.run() == 0
+
+
 @pytest.mark.parametrize("views", range(1, 17, 3))
 def test_any_number_of_views(views):
     trainer = Trainer(config("vision", "run", f"data.views={views}"))

@@ -8,6 +8,7 @@ Hugging Face models are recognised by their main input (token ids, pixels, wavef
         def __init__(self): self.blocks = nn.ModuleList(...)
         def embed(self, inputs): ...                             # → local features (B, T, C), before any mask
         def contextualize(self, features, padding_mask=None): ...  # (B, T, C), padding_mask (B, T) True = padding
+        def place(self, features): ...   # for data2vec 2.0: adds positions, which contextualize then does not
         def positions(self, size): ...   # image side → (rows, columns); samples of a waveform → frames; not for tokens
 
     encoder = Encoder(Mine(), layers="blocks", ffn="mlp.2")  # ffn: the last Linear of a block's FFN, seen from the block

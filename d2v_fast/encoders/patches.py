@@ -96,13 +96,15 @@ class PatchEncoder(Encoder):
         return self._leave(x)[:, extra:]
 
     def positions(self, size: int) -> tuple[int, int]:
-        patch = self.model.config.patch_size
-        high, wide = self._image_size()
-        return high // patch, wide // patch
+        (high, wide), patch = self._image_size(), _pair(self.model.config.patch_size)
+        return high // patch[0], wide // patch[1]
 
     def _image_size(self) -> tuple[int, int]:
-        size = self.model.config.image_size
-        return tuple(size) if isinstance(size, list | tuple) else (size, size)
+        return _pair(self.model.config.image_size)
+
+
+def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return tuple(size) if isinstance(size, list | tuple) else (size, size)
 
 
 @torch.no_grad()
