@@ -46,7 +46,12 @@ def _loss(model: Data2Vec, device: torch.device) -> str:
 
 
 def _last_block(model: Data2Vec, device: torch.device) -> str:
-    """Nothing but the scored positions of the last block enters the loss, and of the teacher's where its norm is over C."""
+    """Nothing but the scored positions of the last block enters the loss, and of the teacher's where its norm is over C.
+
+    Not so in data2vec 2.0, whose decoder reads all that is visible.
+    """
+    if model.sparse:
+        return ""
     encoders = {"student": model.student}
     if {model.loss_settings["norm"], model.loss_settings["target_norm"]} <= {"none", "layer"}:
         encoders["teacher"] = model.teacher.module

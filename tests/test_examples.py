@@ -159,6 +159,12 @@ def test_plain_loop_of_2(calls, monkeypatch):
     assert set(lengths[1:]) == {(example.BATCH, example.LENGTH), (example.BATCH * example.VIEWS, visible)}  # wrap tries it once
     loss, std = history[-1]
     assert loss < 0.9 * 64**0.5 * std**2 and std > 0.2
+    expected = [loss for loss, _ in example.main(steps=10)]
+    for name in ("trainer_loop", "lightning_loop"):  # which draw other noise
+        other = importlib.import_module(name)
+        for part in ("make_model", "make_samples"):
+            monkeypatch.setattr(other, part, getattr(example, part))
+        assert other.main(steps=10) == pytest.approx(expected, rel=0.03)
 
 
 FINE_TUNING = {"finetune_text": "text", "finetune_images": "vision", "finetune_speech": "audio", "finetune_ctc": "audio"}

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel
 
-from d2v_fast import cli, training
+from d2v_fast import ConvDecoder, Data2Vec, Encoder, cli, training
 from d2v_fast.config import parse
 from d2v_fast.diagnostics import CollapseError, constant_loss
 from d2v_fast.training import Trainer, freeze_unused
+from tests.models import Handwritten
 from tests.runs import Run, train
 from tests.test_resume import assert_same, killed_and_resumed, last
 
@@ -93,6 +94,7 @@ def test_a_run_leaves_what_it_promises(modality, ours, monkeypatch):
         assert command(monkeypatch, "export", "run", "--to", f"to{len(weights)}", *weights) is None
         card = Path(f"to{len(weights)}/README.md").read_text()
         assert f"data2vec 2.0 on {modality}" in card and "in 3 views, decoder of 2 convolutions" in card
+    assert command(monkeypatch, "report", "run") is None and Path("run/report.html").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -249,6 +251,7 @@ def test_fused_is_the_same_curve(modality):
         run = Trainer(config(modality, name, *OURS.get(modality, "").split(), "train.log_every=1"), fused)
         run.run()
         curves.append([record["loss"] for record in records(name)])
+    assert any("loss native" in part for part in run.fused) and not any("last block" in part for part in run.fused)
     np.testing.assert_allclose(*curves, rtol=1e-3)
     assert curves[0] != curves[1]
 
@@ -281,6 +284,48 @@ class TestTheMonitor:
         training.train(config("vision", "run", *more))
         found = Path("run/alarms.jsonl").read_text() if Path("run/alarms.jsonl").exists() else ""
         assert ("the teacher stands still" in found) == alarmed and (alarmed or not found)
+
+
+class Placed(Handwritten):
+    """An encoder of one's own whose positions are added by a method."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(12, self.hidden_size))
+
+    def place(self, features):
+        return features + self.table
+
+    def positions(self, size):
+        return 12
+
+
+class Table(Handwritten):
+    """Another one, where `place` is the table itself and `contextualize` adds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = torch.nn.Parameter(torch.randn(12, self.hidden_size))
+
+    def contextualize(self, features, padding_mask=None):
+        return super().contextualize(features + self.place, padding_mask)
+
+
+def test_an_encoder_of_ones_own():
+    encoder, source = Encoder(Placed(), "blocks", "mlp.2"), torch.randn(2, 12, 6)
+    mask = torch.rand(2, 3, 12).argsort(-1) < 7
+    model = Data2Vec(encoder, decoder=ConvDecoder(32, width=32, layers=1), top_k=2)
+    output = model(source, mask)
+    output.loss.backward()
+    placed = encoder.model.place(encoder.model.embed(source))
+    views = torch.stack([placed[b][~mask[b, m]] for b in range(2) for m in range(3)])  # 5 of 12 in each
+    torch.testing.assert_close(output.states, encoder.model.contextualize(views).flatten(0, 1))
+    assert encoder.model.table.grad.abs().sum() > 0
+
+    other = Encoder(Table(), "blocks", "mlp.2")
+    assert math.isfinite(Data2Vec(other, top_k=2)(source, mask[:, 0]).loss.item())
+    with pytest.raises(ValueError, match=r"Table cannot encode .* give a module of your own the method place\(features\)"):
+        Data2Vec(other, decoder=ConvDecoder(32, width=32, layers=1), top_k=2)
 
 
 def test_patches_that_are_no_squares():
