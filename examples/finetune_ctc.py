@@ -9,6 +9,7 @@ from itertools import groupby
 import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, Trainer, TrainingArguments, set_seed
 
+import d2v_fast.nets  # noqa: F401  an encoder of data2vec 2.0 may be one of these
 from d2v_fast.data.builtin import WORDS, builtin_speech
 
 LETTERS = ["", *sorted(set("".join(WORDS)))]  # 0 is the blank
@@ -22,8 +23,7 @@ def make_samples(split, count):
 def spelled(prediction):
     """Share of words without a mistake: best path, repeats merged, no blanks; batches of one, as padding would add letters."""
     words = [[letter for letter, _ in groupby(row) if letter > 0] for row in prediction.predictions.argmax(-1)]
-    right = [word == list(labels) for word, labels in zip(words, prediction.label_ids, strict=True)]
-    return {"spelled": sum(right) / len(right)}
+    return {"spelled": sum(word == list(labels) for word, labels in zip(words, prediction.label_ids, strict=True)) / len(words)}
 
 
 def main(encoder, count=200, epochs=20):

@@ -15,6 +15,7 @@ from transformers import (
     set_seed,
 )
 
+import d2v_fast.nets  # noqa: F401  an encoder of data2vec 2.0 may be one of these
 from d2v_fast.data.builtin import WORDS, builtin_speech
 
 

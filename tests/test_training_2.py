@@ -286,6 +286,28 @@ class TestTheMonitor:
         assert ("the teacher stands still" in found) == alarmed and (alarmed or not found)
 
 
+@pytest.mark.parametrize(
+    "name, modality",
+    [
+        ("finetune_images", "vision"),
+        pytest.param("finetune_speech", "audio", marks=pytest.mark.slow),
+        pytest.param("finetune_ctc", "audio", marks=pytest.mark.slow),
+    ],
+)
+def test_fine_tuning_takes_the_export(name, modality, monkeypatch):
+    """In a process that has not yet heard of the models of data2vec 2.0."""
+    training.train(config(modality, "run", *OURS[modality].split()))
+    assert command(monkeypatch, "export", "run", "--to", "encoder") is None
+    code = f"import sys, torch, {name}; torch.set_num_threads(1); print({name}.main('encoder', count=32, epochs=1))"
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root / 'examples'}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "'pretrained':" in done.stdout
+
+
 class Placed(Handwritten):
     """An encoder of one's own whose positions are added by a method."""
 
