@@ -36,6 +36,7 @@ MASK_KINDS = {
     "vision": ("block", "random", "exact"),
     "audio": ("span", "random", "exact"),
 }
+LAYERED = ("data2vec-audio", "data2vec2-audio")  # their num_conv_pos_embeddings counts layers, elsewhere it is a width
 SEVERAL = ("random", "exact")  # kinds that leave as many positions visible in every view
 
 
@@ -644,7 +645,7 @@ def _keep_what_fits(encoder: dict[str, Any], model: str) -> None:
             return
         known = CONFIG_MAPPING[model]()
         strange = {name for name in config if not hasattr(known, name)}
-        if "data2vec-audio" in (before, model):  # a number of layers there, the width of one elsewhere
+        if (before in LAYERED) != (model in LAYERED):
             strange |= config.keys() & {"num_conv_pos_embeddings"}
     if strange:
         print(f"encoder.model={model}: without {', '.join(sorted(strange))}, which was for {before}", file=sys.stderr)

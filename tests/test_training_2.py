@@ -287,6 +287,19 @@ class TestTheMonitor:
 
 
 @pytest.mark.parametrize(
+    "preset, model, layers",
+    [
+        ("audio/tiny-2", "data2vec2-audio", 1),  # as the preset says for data2vec-audio
+        ("audio/v2-base", "data2vec-audio", 5),
+        ("audio/v2-base", "wav2vec2", None),  # the width of one convolution there
+    ],
+)
+def test_another_encoder_keeps_what_means_the_same(preset, model, layers):
+    fields = parse(["--config", preset, f"encoder.model={model}"])[0].encoder.config
+    assert fields.get("num_conv_pos_embeddings") == layers and fields["num_attention_heads"] in (4, 12)
+
+
+@pytest.mark.parametrize(
     "name, modality",
     [
         ("finetune_images", "vision"),
