@@ -177,7 +177,8 @@ class Data2Vec(nn.Module):
         predicted = self.predict(source, student_features, mask, index, visible, padding_mask)
         settings, targets = self.loss_settings, layers
         if self.sparse:  # all views have the same targets
-            targets = [make_targets(layers, settings["norm"], settings["target_norm"], padding_mask)]
+            dtype = torch.promote_types(predicted.predictions.dtype, torch.float32)
+            targets = [make_targets(layers, settings["norm"], settings["target_norm"], padding_mask, dtype)]
             settings = settings | dict(norm="none", target_norm="none")
         loss, stats = data2vec_loss(
             predicted.predictions,
