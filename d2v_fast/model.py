@@ -104,6 +104,9 @@ class Data2Vec(nn.Module):
             one_of("scale", scale, Literal["auto", "mean"])
         if decoder is not None:
             check_gathers(encoder)
+            if cls_weight and not encoder.extra_tokens:
+                name = type(encoder.model).__name__
+                raise ValueError(f"cls_weight: found {cls_weight}, but {name} has no CLS token that could learn; expected 0")
             if encoder.masks_features:
                 encoder.mask_token.requires_grad_(False)  # nothing stands in for what is masked
         elif cls_weight:

@@ -59,6 +59,7 @@ class Encoder(nn.Module):
     positional: tuple[str, ...] = ()  # parameters of positions inside `contextualize`, as name prefixes
     mask_token_name: str | None = None
     masks_features: bool = True  # else the input itself is masked, and no mask vector is learned
+    extra_tokens: bool = False  # whether the blocks see tokens that stand for no position, such as CLS
 
     def __init__(self, model: nn.Module, layers: str | None = None, ffn: str | None = None, hidden_size: int | None = None):
         super().__init__()

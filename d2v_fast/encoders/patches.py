@@ -34,6 +34,7 @@ class PatchEncoder(Encoder):
     local = ("embeddings",)
     positional = ("shared_position_bias", "encoder.relative_position_bias")
     mask_token_name = "embeddings.mask_token"
+    extra_tokens = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
