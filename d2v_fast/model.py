@@ -226,7 +226,8 @@ class Data2Vec(nn.Module):
             found = visible_positions(mask.cpu().numpy(), None if padding_mask is None else padding_mask.cpu().numpy())
             visible = torch.from_numpy(found).to(mask.device)
         grid = self.student.positions(source.shape[-1])
-        grid = grid if isinstance(grid, tuple) else (grid,)
+        # Along one axis the mask tells it too, for a module whose inputs are neither tokens nor waveforms.
+        grid = grid if isinstance(grid, tuple) else (mask.shape[-1],)
         return visible_only(self.student, self.head, features, mask, index, visible, grid, padding_mask)
 
     def _cls_loss(self, extra: Tensor, targets: Tensor, padding_mask: Tensor | None) -> Tensor:
