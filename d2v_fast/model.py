@@ -167,6 +167,9 @@ class Data2Vec(nn.Module):
         if index is None:
             index = mask.flatten().nonzero().squeeze(1)
         features = self.student.embed(source)
+        if (len(mask), mask.shape[-1]) != features.shape[:2]:
+            found, expected = (len(mask), mask.shape[-1]), tuple(features.shape[:2])
+            raise ValueError(f"mask: found {found} samples and positions, expected {expected} as of the encoder's features")
         layers = self.teacher_layers(
             source if target is None else target,
             features.detach() if self.shares_features and target is None else None,
