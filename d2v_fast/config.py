@@ -119,7 +119,8 @@ class HeadConfig:
         kind: linear = a regression head on the masked positions, data2vec 1.0; conv = a decoder over all positions, 2.0.
         layers: Linears, with GELU between, or convolutions; 0 = none.
         zero_init: Start the last Linear at zero.
-        pretrained: Folder with the head.safetensors to start from, as d2v-export leaves of another project's checkpoint.
+        pretrained: Folder with the head.safetensors to start from, as d2v-export leaves of another project's checkpoint;
+            default is the folder of encoder.pretrained, where it holds one.
         width: Channels of the convolutions.
         kernel: Their side.
         groups: Groups of channels that each of them keeps apart.
@@ -591,6 +592,8 @@ def _preprocessing(name: str, modality: str) -> dict[str, Any]:
     """How inputs were prepared for a pretrained encoder, as settings of `data`; without what its files do not say."""
     from transformers import AutoConfig, FeatureExtractionMixin, ImageProcessingMixin
 
+    import d2v_fast.nets  # noqa: F401  our models are known to transformers as well
+
     if modality == "text":
         from d2v_fast.data import DataError
         from d2v_fast.data.text import load_tokenizer
@@ -634,6 +637,8 @@ def _keep_what_fits(encoder: dict[str, Any], model: str) -> None:
             encoder.pop(name, None)
     else:
         from transformers import CONFIG_MAPPING
+
+        import d2v_fast.nets  # noqa: F401  our models are known to transformers as well
 
         if model not in CONFIG_MAPPING:
             return

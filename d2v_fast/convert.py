@@ -1,6 +1,6 @@
 """Checkpoints of fairseq, of the paper's vision code and of arxyzan/data2vec-pytorch as Hugging Face models (spec 8).
 
-Neither project needs to be installed. The weights are renamed, never changed; a key that no rule knows is an error.
+None of these projects needs to be installed. The weights are renamed, never changed; a key that no rule knows is an error.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,10 +43,7 @@ AUDIO: Rules = [
     (r"(encoder\.layers\.\d+\.final_layer_norm|encoder\.layer_norm)\.(.+)", r"\1.\2"),
     (r"final_proj\..+", None),
 ]
-TEXT: Rules = [
-    (r"embed_tokens\.weight", "embeddings.word_embeddings.weight"),
-    (r"embed_positions\.weight", "embeddings.position_embeddings.weight"),
-    (r"layernorm_embedding\.(.+)", r"embeddings.LayerNorm.\1"),
+BERT: Rules = [
     (r"layers\.(\d+)\.self_attn\.q_proj\.(.+)", r"encoder.layer.\1.attention.self.query.\2"),
     (r"layers\.(\d+)\.self_attn\.k_proj\.(.+)", r"encoder.layer.\1.attention.self.key.\2"),
     (r"layers\.(\d+)\.self_attn\.v_proj\.(.+)", r"encoder.layer.\1.attention.self.value.\2"),
@@ -54,17 +52,83 @@ TEXT: Rules = [
     (r"layers\.(\d+)\.fc1\.(.+)", r"encoder.layer.\1.intermediate.dense.\2"),
     (r"layers\.(\d+)\.fc2\.(.+)", r"encoder.layer.\1.output.dense.\2"),
     (r"layers\.(\d+)\.final_layer_norm\.(.+)", r"encoder.layer.\1.output.LayerNorm.\2"),
+]
+TEXT: Rules = [
+    (r"embed_tokens\.weight", "embeddings.word_embeddings.weight"),
+    (r"embed_positions\.weight", "embeddings.position_embeddings.weight"),
+    (r"layernorm_embedding\.(.+)", r"embeddings.LayerNorm.\1"),
+    *BERT,
     (r"(regression_head|lm_head)\..+|(.+\.)?version|embed_positions\._float_tensor", None),
 ]
-TEXT_2: Rules = [  # data2vec 2.0: blocks after those of timm
-    (r"modality_encoders\.TEXT\.local_encoder\.(.+)", r"\1"),
+BLOCK_2: Rules = [  # data2vec 2.0: blocks after those of timm
     (r"blocks\.(\d+)\.attn\.([qkv])\.(.+)", r"layers.\1.self_attn.\2_proj.\3"),
     (r"blocks\.(\d+)\.attn\.proj\.(.+)", r"layers.\1.self_attn.out_proj.\2"),
     (r"blocks\.(\d+)\.norm1\.(.+)", r"layers.\1.self_attn_layer_norm.\2"),
     (r"blocks\.(\d+)\.mlp\.(fc[12])\.(.+)", r"layers.\1.\2.\3"),
     (r"blocks\.(\d+)\.norm2\.(.+)", r"layers.\1.final_layer_norm.\2"),
-    (r"modality_encoders\.TEXT\.decoder\..+|shared_decoder\..+", None),
 ]
+# What a modality encoder of 2.0 has, first under the names of v1 where there are such, then under those of transformers.
+NAMES_2: dict[str, tuple[Rules, Rules]] = {
+    "IMAGE": (
+        [
+            *BLOCK_2,
+            (r"local_encoder\.proj\.(.+)", r"embeddings.patch_embeddings.projection.\1"),
+            (r"extra_tokens", "embeddings.cls_token"),
+            (r"context_encoder\.norm\.(.+)", r"embeddings.layernorm.\1"),
+            (r"fixed_positional_encoder\.positions|alibi_scale", None),  # checked to be what the model computes, or not used
+        ],
+        [*BERT, (r"embeddings\..+", r"\g<0>")],
+    ),
+    "AUDIO": (
+        [
+            *((pattern, f"encoder.{name}") for pattern, name in BLOCK_2),
+            (r"local_encoder\.(conv_layers\..+)", r"feature_extractor.\1"),
+            (r"project_features\.1\.(.+)", r"layer_norm.\1"),
+            (r"project_features\.2\.(.+)", r"post_extract_proj.\1"),
+            (r"relative_positional_encoder\.(\d+)\.0\.(.+)", r"encoder.pos_conv.\1.0.\2"),
+            (r"context_encoder\.norm\.(.+)", r"encoder.layer_norm.\1"),
+            (r"alibi_scale", r"encoder.\g<0>"),
+        ],
+        [*AUDIO, (r"encoder\.alibi_scale", r"\g<0>")],
+    ),
+    "TEXT": ([*BLOCK_2, (r"local_encoder\.(.+)", r"\1"), (r"alibi_scale", None)], TEXT),
+}
+DECODER_2: Rules = [
+    (r"blocks\.(\d+)\.0\.(.+)", r"convolutions.\1.\2"),
+    (r"proj\.(\d+\..+)", r"projection.\1"),
+    (r"proj\.(weight|bias)", r"projection.0.\1"),
+]
+HEAD_2: dict[str, Rules] = {  # of fine-tuned models
+    "IMAGE": [(r"fc_norm\.(.+)", r"norm.\1"), (r"head\.(.+)", r"classifier.\1")],
+    "AUDIO": [(r"w2v_encoder\.proj\.(.+)", r"lm_head.\1")],
+    "TEXT": [(r"classification_heads\.\w+\.((?:dense|out_proj)\..+)", r"classifier.\1")],
+}
+# Where the weights and the settings of pre-training are in a checkpoint, fine-tuned models included.
+BODIES_2 = ("", "model.", "w2v_encoder.w2v_model.")
+RUNS_2 = ("model.", "model.pretrained_model_args.model.", "model.w2v_args.model.")
+# Settings of 2.0 that no published model changes, the value that the models here compute, and what another one means;
+# "own." are those of the modality.
+ONLY_2: list[tuple[str, str, Any, str]] = [
+    ("AUDIO IMAGE TEXT", "layer_norm_first", False, "its blocks normalise before attention and FFN, those here afterwards"),
+    ("AUDIO IMAGE TEXT", "own.learned_alibi", False, "its bias on attention is a table that was learned"),
+    ("AUDIO IMAGE TEXT", "own.decoder.add_positions_masked", False, "its decoder is told positions"),
+    ("AUDIO IMAGE TEXT", "own.decoder.add_positions_all", False, "its decoder is told positions"),
+    ("IMAGE", "own.use_alibi_encoder", False, "its attention has a bias by distance on the grid"),
+    ("IMAGE", "own.transformer_decoder", False, "its decoder is a transformer"),
+    ("IMAGE", "own.enc_dec_transformer", False, "its decoder is a transformer"),
+    ("IMAGE", "own.num_extra_tokens", 1, "the models here have one extra token, CLS"),
+    ("AUDIO", "own.num_extra_tokens", 0, "its blocks see extra tokens, those here only frames"),
+    ("AUDIO", "own.extractor_mode", "layer_norm", "its convolutions have norms of another kind"),
+    ("AUDIO", "own.conv_pos_pre_ln", False, "its positional convolutions have a norm in front"),
+    ("AUDIO TEXT", "norm_eps", 1e-5, "the models here have one epsilon for all norms"),
+    ("TEXT", "own.use_alibi_encoder", False, "its attention has a bias by distance, RoBERTa's none"),
+    ("TEXT", "own.prenet_depth", 0, "its prenet comes with a norm that RoBERTa does not have"),
+    ("TEXT", "own.num_extra_tokens", 0, "its blocks see extra tokens, RoBERTa's only those of the text"),
+    ("TEXT", "own.no_scale_embedding", True, "its embeddings are scaled"),
+]
+POOLING_2 = {"mean_pooling": "mean", "1": "mean", "cls_token": "cls", "2": "cls"}  # enumerations are read as their numbers
+# Licences of the weights that the authors of 2.0 released, as the hub writes them.
+LICENCES_2 = {"AUDIO": "mit", "IMAGE": "cc-by-nc-4.0", "TEXT": "mit"}
 VISION: Rules = [  # names of BEiT, as in the code of the paper
     (r"cls_token|mask_token", r"embeddings.\g<0>"),
     (r"patch_embed\.proj\.(.+)", r"embeddings.patch_embeddings.projection.\1"),
@@ -90,16 +154,34 @@ VISION_PORT: Rules = [  # names of the fairseq port
     (r"encoder\.(.+)", r"\1"),
     (r"final_proj\..+", None),
 ]
-WHY_NOT_2 = {
-    "AUDIO": "its attention has ALiBi biases with learned scales",
-    "IMAGE": "it normalises after each block and before the first one, and its positions are sines and cosines",
-}
 # What the settings in a checkpoint may be made of. Each is replaced by an object without behaviour.
 HARMLESS = re.compile(
     r"argparse\.Namespace|(omegaconf|fairseq|examples\.data2vec)\.[\w.]+|typing\.Any|collections\.defaultdict"
     r"|builtins\.(bool|int|float|str|list|tuple|dict|object|NoneType)|pathlib\.\w*Path|torch\.torch_version\.TorchVersion"
     r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|ndarray|dtype|dtypes\.\w+)"
 )
+
+
+@dataclass
+class Released:
+    """What a checkpoint of fairseq holds.
+
+    Attributes:
+        model: In fp32 and eval mode: the student, or a fine-tuned model with its head.
+        settings: Arguments of the run under flat, dotted names, such as model.average_top_k_layers; empty if there are none.
+        decoder: Of a pre-trained data2vec 2.0: weights of `ConvDecoder` in fp32.
+        decoder_settings: Of the same: arguments of `ConvDecoder` beside `hidden_size`.
+        teacher: Of the same, if it was saved: weights in fp32 under the names of the student's `state_dict`. What a teacher of
+            2.0 does not own is the student's (spec 1.6).
+        licence: Of the weights that the authors of 2.0 released, as the hub writes it; weights of your own have yours.
+    """
+
+    model: PreTrainedModel
+    settings: dict[str, Any]
+    decoder: State | None = None
+    decoder_settings: dict[str, Any] | None = None
+    teacher: State | None = None
+    licence: str | None = None
 
 
 class _Inert:
@@ -203,24 +285,26 @@ def _split_qkv(state: State) -> State:
     return split
 
 
-def make_model(config: PreTrainedConfig, state: State, file: str) -> PreTrainedModel:
+def make_model(config: PreTrainedConfig, state: State, file: str, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """A model of transformers with exactly these weights, in fp32 and eval mode.
 
     Args:
-        config: Configuration; decides the class.
-        state: Weights under the names that its `save_pretrained` writes.
+        config: Configuration.
+        state: Weights under the names that the model's `save_pretrained` writes.
         file: Where they come from, for messages.
+        cls: A class with a head; default is the encoder that the configuration belongs to.
 
     Raises:
         ValueError: Weights are missing, left over or of another shape.
     """
     from transformers import MODEL_MAPPING
 
-    cls = MODEL_MAPPING[type(config)]
+    cls = cls or MODEL_MAPPING[type(config)]
     model, found = cls.from_pretrained(
         None,
         config=config,
-        state_dict={k: v.float() if v.is_floating_point() else v for k, v in state.items()},
+        # Copied, as they may be mapped from a file that somebody replaces.
+        state_dict={k: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in state.items()},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # to name them below
         **class_arguments(cls),
@@ -234,14 +318,15 @@ def make_model(config: PreTrainedConfig, state: State, file: str) -> PreTrainedM
     return model.eval()
 
 
-def from_fairseq(file: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model in a pre-trained checkpoint of fairseq, or of the vision code of the paper, and the settings of its run.
+def from_fairseq(file: str) -> Released:
+    """What is in a checkpoint of fairseq, or of the vision code of the paper.
 
-    v1 audio → Data2VecAudioModel, v1 and v2 text → Data2VecTextModel, v1 vision → Data2VecVisionModel. The student is
-    taken, as fine-tuning does (spec 1.6).
+    v1 audio → Data2VecAudioModel, v1 text → Data2VecTextModel, v1 vision → Data2VecVisionModel; v2 audio, text and images →
+    Data2Vec2AudioModel, RobertaModel and Data2Vec2VisionModel, fine-tuned ones with their head. The student is taken, as
+    fine-tuning does (spec 1.6).
 
     Raises:
-        ValueError: Not such a checkpoint, or a model that transformers has no class for; the message says why.
+        ValueError: Not such a checkpoint, or a model that there is no class for; the message says why.
     """
     checkpoint = load_checkpoint(file)
     if not isinstance(checkpoint.get("model"), dict):
@@ -250,15 +335,16 @@ def from_fairseq(file: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         settings = _settings(checkpoint.get("cfg") or checkpoint.get("args") or {})
         # The teacher is a dict of its own among the weights.
         state = {k: v for k, v in checkpoint["model"].items() if isinstance(v, Tensor) and "_ema." not in k}
-        if modalities := {k.split(".")[1] for k in state if k.startswith("modality_encoders.")}:
-            return _text_2(state, settings, modalities, file), settings
+        _check_whole(state, file)
+        if any("modality_encoders." in k for k in state):
+            return _version_2(state, checkpoint["model"].get("_ema"), settings, file)
         if "encoder.sentence_encoder.embed_tokens.weight" in state:
             stripped = {k.removeprefix("encoder.").removeprefix("sentence_encoder."): v for k, v in state.items()}
-            return _text(stripped, settings, file, "data2vec-text"), settings
+            return Released(_text(stripped, settings, file), settings)
         if "feature_extractor.conv_layers.0.0.weight" in state:
-            return _audio(state, settings, file), settings
+            return Released(_audio(state, settings, file), settings)
         if "patch_embed.proj.weight" in state or "patch_embed.conv.weight" in state:
-            return _vision(state, file), settings
+            return Released(_vision(state, file), settings)
     raise ValueError(f"{file}: not a pre-trained data2vec model of audio, text or vision, its weights begin {list(state)[:3]}")
 
 
@@ -287,28 +373,36 @@ def _audio(state: State, settings: dict[str, Any], file: str) -> PreTrainedModel
         )
     if settings.get("model.layer_norm_first", settings.get("layer_norm_first")):
         raise ValueError(f"{file}: model.layer_norm_first=true, but Data2VecAudioModel normalises after each block")
-    kernels = [state[f"feature_extractor.conv_layers.{i}.0.weight"] for i in range(_depth(state, r"feature_.*?\.(\d+)\.0\."))]
     layers = settings.get("model.conv_feature_layers", settings.get("conv_feature_layers"))
-    strides = _strides(layers, file) if layers else [5, *[2] * 6]
-    if len(strides) != len(kernels):
-        raise ValueError(f"{file}: has {len(kernels)} convolutions, but its settings {len(strides)}: {layers}")
     position, hidden_size = state["encoder.pos_conv.0.0.weight"], len(state["encoder.layer_norm.weight"])
     fields = dict(
         hidden_size=hidden_size,
         num_hidden_layers=_depth(state, r"encoder\.layers\.(\d+)\."),
         num_attention_heads=_heads(settings, hidden_size, file),
         intermediate_size=len(state["encoder.layers.0.fc1.bias"]),
-        conv_dim=[w.shape[0] for w in kernels],
-        conv_kernel=[w.shape[2] for w in kernels],
-        conv_stride=strides,
-        conv_bias="feature_extractor.conv_layers.0.0.bias" in state,
-        num_feat_extract_layers=len(kernels),
         num_conv_pos_embeddings=_depth(state, r"encoder\.pos_conv\.(\d+)\."),
         conv_pos_kernel_size=position.shape[2],
         num_conv_pos_embedding_groups=hidden_size // position.shape[1],
         layer_norm_eps=1e-5,
+        **_convolutions(state, "feature_extractor", layers, file),
     )
     return make_model(AutoConfig.for_model("data2vec-audio", **fields), _rename(state, AUDIO, file), file)
+
+
+def _convolutions(state: State, prefix: str, layers: str | None, file: str) -> dict[str, Any]:
+    """Fields for the convolutions over a waveform; only the settings know their strides."""
+    count = _depth(state, rf"{re.escape(prefix)}\.conv_layers\.(\d+)\.0\.")
+    kernels = [state[f"{prefix}.conv_layers.{i}.0.weight"] for i in range(count)]
+    strides = _strides(layers, file) if layers else [5, *[2] * 6]
+    if len(strides) != len(kernels):
+        raise ValueError(f"{file}: has {len(kernels)} convolutions, but its settings {len(strides)}: {layers}")
+    return dict(
+        conv_dim=[w.shape[0] for w in kernels],
+        conv_kernel=[w.shape[2] for w in kernels],
+        conv_stride=strides,
+        conv_bias=f"{prefix}.conv_layers.0.0.bias" in state,
+        num_feat_extract_layers=len(kernels),
+    )
 
 
 def _strides(layers: str, file: str) -> list[int]:
@@ -319,35 +413,35 @@ def _strides(layers: str, file: str) -> list[int]:
     return [stride for part, times in re.findall(term, layers) for _, _, stride in ast.literal_eval(part) * int(times or 1)]
 
 
-def _text(state: State, settings: dict[str, Any], file: str, model_type: str) -> PreTrainedModel:
+def _text(state: State, settings: dict[str, Any], file: str) -> PreTrainedModel:
     from transformers import AutoConfig
 
-    renamed = _rename(state, TEXT, file)
-    vocab_size, hidden_size = renamed["embeddings.word_embeddings.weight"].shape
-    renamed["embeddings.token_type_embeddings.weight"] = torch.zeros(1, hidden_size)
-    fields = dict(
+    fields = _roberta(state, "")
+    fields["num_hidden_layers"] = _depth(state, r"layers\.(\d+)\.")
+    fields["intermediate_size"] = len(state["layers.0.fc1.bias"])
+    fields["num_attention_heads"] = _heads(settings, fields["hidden_size"], file)
+    return make_model(AutoConfig.for_model("data2vec-text", **fields), _one_type(_rename(state, TEXT, file)), file)
+
+
+def _roberta(state: State, prefix: str) -> dict[str, Any]:
+    """Fields of RoBERTa's configuration, those of its blocks excepted."""
+    vocab_size, hidden_size = state[f"{prefix}embed_tokens.weight"].shape
+    return dict(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_hidden_layers=_depth(state, r"layers\.(\d+)\."),
-        num_attention_heads=_heads(settings, hidden_size, file),
-        intermediate_size=len(state["layers.0.fc1.bias"]),
-        max_position_embeddings=len(renamed["embeddings.position_embeddings.weight"]),
+        max_position_embeddings=len(state[f"{prefix}embed_positions.weight"]),
         type_vocab_size=1,
         layer_norm_eps=1e-5,
         bos_token_id=0,
         pad_token_id=1,
         eos_token_id=2,
     )
-    return make_model(AutoConfig.for_model(model_type, **fields), renamed, file)
 
 
-def _text_2(state: State, settings: dict[str, Any], modalities: set[str], file: str) -> PreTrainedModel:
-    if modalities != {"TEXT"}:
-        why = "; ".join(f"{name}: {WHY_NOT_2.get(name, 'several modalities share its blocks')}" for name in sorted(modalities))
-        raise ValueError(f"{file}: a data2vec 2.0 model that no class of transformers computes exactly: {why}")
-    if settings.get("model.layer_norm_first"):
-        raise ValueError(f"{file}: model.layer_norm_first=true, but RoBERTa normalises after each block")
-    return _text(_rename(_split_qkv(state), TEXT_2, file), settings, file, "roberta")
+def _one_type(state: State) -> State:
+    """RoBERTa's embedding of segments, which fairseq's does not have: one segment, nothing added."""
+    hidden_size = state["embeddings.word_embeddings.weight"].shape[1]
+    return state | {"embeddings.token_type_embeddings.weight": torch.zeros(1, hidden_size)}
 
 
 def _vision(state: State, file: str) -> PreTrainedModel:
@@ -378,6 +472,260 @@ def _vision(state: State, file: str) -> PreTrainedModel:
         drop_path_rate=0.0,
     )
     return make_model(AutoConfig.for_model("data2vec-vision", **fields), _rename(_split_qkv(state), VISION, file), file)
+
+
+def _version_2(state: State, ema: Any, settings: dict[str, Any], file: str) -> Released:
+    """A model of data2vec 2.0, pre-trained or fine-tuned; `ema` is a dict of the teacher's weights, if they were saved."""
+    from transformers import MODEL_MAPPING
+
+    prefix = next(key for key in state if "modality_encoders." in key).partition("modality_encoders.")[0]
+    if prefix not in BODIES_2:
+        raise ValueError(f"{file}: has a model of data2vec 2.0 under {prefix!r}, expected {' or '.join(map(repr, BODIES_2))}")
+    body = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    modalities = {key.split(".")[1] for key in body if key.startswith("modality_encoders.")}
+    if len(modalities) > 1 or not modalities <= NAMES_2.keys():
+        raise ValueError(
+            f"{file}: has encoders of {', '.join(sorted(modalities))}, expected one of {', '.join(NAMES_2)}; there is no class "
+            "for several modalities that share blocks"
+        )
+    (modality,) = modalities
+    cfg = _settings_2(settings, modality, file)
+    body = {key.removeprefix(f"modality_encoders.{modality}."): value for key, value in body.items()}
+    # Both predict in pre-training and have no place here.
+    body = {key: value for key, value in body.items() if not key.startswith(("shared_decoder.", "recon_proj."))}
+    decoder = {key.removeprefix("decoder."): value for key, value in body.items() if key.startswith("decoder.")}
+    encoder = {key: value for key, value in body.items() if not key.startswith("decoder.")}
+    config = {"AUDIO": _audio_2, "IMAGE": _image_2, "TEXT": _text_2}[modality](encoder, cfg, file)
+    weights = _rename_2(encoder, modality, config, file)
+    with torch.device("meta"):  # so that a small file cannot ask for much memory
+        model = MODEL_MAPPING[type(config)](config, **class_arguments(MODEL_MAPPING[type(config)]))
+    _check_shapes(weights, model.state_dict(), "weights", file)
+    licence = LICENCES_2[modality]
+    if head := {key: value for key, value in state.items() if not key.startswith(prefix)}:
+        return Released(_fine_tuned_2(config, weights, head, modality, settings, file), settings, licence=licence)
+    released = Released(make_model(config, weights, file), settings, licence=licence)
+    if decoder:
+        axes = 2 if modality == "IMAGE" else 1
+        released.decoder, released.decoder_settings = _decoder_2(decoder, config.hidden_size, axes, cfg, file)
+    if ema:
+        teacher = _rename_2(_teacher_2(encoder, ema, modality, file), modality, config, file)
+        _check_shapes(teacher, weights, "teacher", file)
+        released.teacher = {key: value.to(torch.float32, copy=True) for key, value in teacher.items()}
+    return released
+
+
+def _check_whole(state: State, file: str) -> None:
+    """Refuse a small file that asks for a large model: tensors that repeat what they hold."""
+    for key, value in state.items():
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{file}: {key} has shape {list(value.shape)}, but the file holds fewer numbers")
+
+
+def _check_shapes(found: State, expected: State, what: str, file: str) -> None:
+    for key in sorted(found.keys() | expected.keys()):
+        shapes = [list(state[key].shape) if key in state else "nothing" for state in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{file}: {what}: {key}: found {shapes[0]}, expected {shapes[1]}")
+
+
+def _settings_2(settings: dict[str, Any], modality: str, file: str) -> dict[str, Any]:
+    """Settings of the model, those of its modality as "own.…".
+
+    Raises:
+        ValueError: One that asks for another architecture.
+    """
+    run = next((run for run in RUNS_2 if any(key.startswith(f"{run}modalities.") for key in settings)), RUNS_2[0])
+    mine = f"{run}modalities.{modality.lower()}."
+    cfg = {key.removeprefix(run): value for key, value in settings.items() if key.startswith(run)}
+    cfg |= {f"own.{key.removeprefix(mine)}": value for key, value in settings.items() if key.startswith(mine)}
+    for where, key, expected, why in ONLY_2:
+        found = cfg.get(key)
+        if isinstance(expected, float) and found is not None:
+            found = float(found)  # PyYAML reads 1e-6 as a string
+        if modality in where.split() and found not in (None, expected):
+            name = f"{mine}{key.removeprefix('own.')}" if key.startswith("own.") else f"{run}{key}"
+            raise ValueError(f"{file}: {name}: found {found!r}, expected {expected!r}: {why}")
+    return cfg
+
+
+def _shift(state: State, name: str, by: int) -> State:
+    """`name.3.…` as `name.4.…`, by 1."""
+    pattern = re.compile(rf"{name}\.(\d+)\.(.+)")
+    return {f"{name}.{int(m[1]) + by}.{m[2]}" if (m := pattern.fullmatch(key)) else key: v for key, v in state.items()}
+
+
+def _rename_2(state: State, modality: str, config: PreTrainedConfig, file: str) -> State:
+    """The weights of a modality's encoder and of the blocks under the names of the model that computes them."""
+    # With the norm after the residual nothing stands between the prenet's blocks and the others: they are one stack.
+    state = _shift(state, "blocks", _depth(state, r"context_encoder\.blocks\.(\d+)\."))
+    state = {re.sub(r"^context_encoder\.blocks\.", "blocks.", key): value for key, value in state.items()}
+    state = _shift(state, "relative_positional_encoder", -1)  # its first layer transposes
+    if modality == "IMAGE":
+        _check_positions(state["fixed_positional_encoder.positions"], config, file)
+    elif modality == "AUDIO":
+        state = state | _alibi_scale(state.pop("alibi_scale", None), config, file)
+    first, second = NAMES_2[modality]
+    state = _rename(_rename(_split_qkv(state), first, file), second, file)
+    return _one_type(state) if modality == "TEXT" else state
+
+
+def _check_positions(positions: Tensor, config: PreTrainedConfig, file: str) -> None:
+    """Refuse other positions than Data2Vec2VisionModel computes."""
+    from d2v_fast.nets.vision import sincos
+
+    side, channels = config.image_size // config.patch_size, config.hidden_size
+    rounding = 1e-3 if positions.element_size() < 4 else 1e-5
+    same = positions.shape == (1, side * side, channels) and channels % 4 == 0
+    if not (same and (positions[0] - sincos(side, side, channels)).abs().max() <= rounding):
+        raise ValueError(
+            f"{file}: fixed_positional_encoder.positions are not the sines and cosines of a square of patches, column first, "
+            "which Data2Vec2VisionModel computes"
+        )
+
+
+def _alibi_scale(scale: Tensor | None, config: PreTrainedConfig, file: str) -> State:
+    """(rows, 1, heads, 1, 1); older versions left the first axis out, and one scale may serve all heads."""
+    if not config.use_alibi:
+        return {}
+    heads = config.num_attention_heads
+    scale = torch.ones(1, 1, 1, 1, 1) if scale is None else scale
+    scale = scale.unsqueeze(0) if scale.dim() == 4 else scale
+    rows = config.num_hidden_layers if config.alibi_per_layer else 1
+    if scale.shape not in ((rows, 1, heads, 1, 1), (rows, 1, 1, 1, 1)):
+        raise ValueError(f"{file}: alibi_scale: found {list(scale.shape)}, expected {[rows, 1, heads, 1, 1]}")
+    return {"alibi_scale": scale.expand(-1, -1, heads, -1, -1)}
+
+
+def _dropout(cfg: dict[str, Any], **names: str) -> dict[str, Any]:
+    """Fields of a configuration for these settings, where there are any."""
+    return {field: cfg[name] for field, name in names.items() if cfg.get(name) is not None}
+
+
+def _layers_2(state: State) -> dict[str, int]:
+    """Fields for the blocks, the prenet's included."""
+    layers = _depth(state, r"blocks\.(\d+)\.") + _depth(state, r"context_encoder\.blocks\.(\d+)\.")
+    return dict(num_hidden_layers=layers, intermediate_size=len(state["blocks.0.mlp.fc1.bias"]))
+
+
+def _image_2(state: State, cfg: dict[str, Any], file: str) -> PreTrainedConfig:
+    from d2v_fast.nets import Data2Vec2VisionConfig
+
+    if "local_encoder.0.proj.weight" in state:
+        raise ValueError(
+            f"{file}: modalities.image.embed_dim is not the width of the blocks, so that a Linear follows the patches; "
+            "Data2Vec2VisionModel has none"
+        )
+    if "fixed_positional_encoder.positions" not in state:
+        raise ValueError(f"{file}: has no fixed_positional_encoder.positions, but Data2Vec2VisionModel computes such ones")
+    projection, positions = state["local_encoder.proj.weight"], state["fixed_positional_encoder.positions"]
+    return Data2Vec2VisionConfig(
+        hidden_size=len(projection),
+        num_attention_heads=_heads(cfg, len(projection), file),
+        num_channels=projection.shape[1],
+        patch_size=projection.shape[2],
+        image_size=math.isqrt(positions.shape[1]) * projection.shape[2],
+        layer_norm_eps=float(cfg.get("norm_eps", 1e-6)),
+        **_layers_2(state),
+        **_dropout(cfg, hidden_dropout_prob="encoder_dropout", attention_probs_dropout_prob="attention_dropout"),
+    )
+
+
+def _audio_2(state: State, cfg: dict[str, Any], file: str) -> PreTrainedConfig:
+    from d2v_fast.nets import Data2Vec2AudioConfig
+
+    position = state["relative_positional_encoder.1.0.weight"]
+    scale = state.get("alibi_scale")
+    fields = _dropout(
+        cfg,
+        hidden_dropout="encoder_dropout",
+        attention_dropout="attention_dropout",
+        activation_dropout="activation_dropout",
+        layerdrop="layerdrop",
+    )
+    return Data2Vec2AudioConfig(
+        hidden_size=len(position),
+        num_attention_heads=_heads(cfg, len(position), file),
+        num_conv_pos_embeddings=_depth(state, r"relative_positional_encoder\.(\d+)\."),
+        conv_pos_kernel_size=position.shape[2],
+        num_conv_pos_embedding_groups=len(position) // position.shape[1],
+        layer_norm_eps=1e-5,
+        use_alibi=bool(cfg.get("own.use_alibi_encoder", scale is not None)),
+        learned_alibi_scale=scale is not None and bool(cfg.get("own.learned_alibi_scale", True)),
+        alibi_per_layer=scale is not None and scale.dim() == 5 and len(scale) > 1,
+        **_layers_2(state),
+        **_convolutions(state, "local_encoder", cfg.get("own.feature_encoder_spec"), file),
+        **fields,
+    )
+
+
+def _text_2(state: State, cfg: dict[str, Any], file: str) -> PreTrainedConfig:
+    from transformers import RobertaConfig
+
+    fields = _roberta(state, "local_encoder.") | _layers_2(state)
+    fields |= _dropout(cfg, hidden_dropout_prob="encoder_dropout", attention_probs_dropout_prob="attention_dropout")
+    return RobertaConfig(num_attention_heads=_heads(cfg, fields["hidden_size"], file), **fields)
+
+
+def _fine_tuned_2(
+    config: PreTrainedConfig, weights: State, head: State, modality: str, settings: dict[str, Any], file: str
+) -> PreTrainedModel:
+    """A model with the head of a classifier of images or texts, or of CTC."""
+    from transformers import RobertaForSequenceClassification
+
+    from d2v_fast.nets import Data2Vec2AudioForCTC, Data2Vec2VisionForImageClassification
+
+    renamed = _rename(head, HEAD_2[modality], file)
+    if len(renamed) < len(head):
+        raise ValueError(f"{file}: has several heads: {', '.join(sorted(head))}")
+    if modality == "AUDIO":
+        cls, fields = Data2Vec2AudioForCTC, {"vocab_size": len(renamed["lm_head.weight"])}
+    elif modality == "IMAGE":
+        cls, fields = Data2Vec2VisionForImageClassification, {"num_labels": len(renamed["classifier.weight"])}
+        mode = str(settings.get("model.prediction_mode") or "mean_pooling").lower()
+        fields["pooling"] = POOLING_2.get(mode)
+        if fields["pooling"] is None:
+            raise ValueError(f"{file}: model.prediction_mode: found {mode}, expected one of {', '.join(POOLING_2)}")
+        if "norm.weight" not in renamed:
+            raise ValueError(f"{file}: has no fc_norm, but {cls.__name__} normalises what it classifies (spec 5.3)")
+    else:
+        cls, fields = RobertaForSequenceClassification, {"num_labels": len(renamed["classifier.out_proj.weight"])}
+    config.update(fields)
+    weights = {f"{cls.base_model_prefix}.{key}": value for key, value in weights.items()}
+    return make_model(config, weights | renamed, file, cls)
+
+
+def _decoder_2(state: State, hidden_size: int, axes: int, cfg: dict[str, Any], file: str) -> tuple[State, dict[str, Any]]:
+    """Weights and settings of a `ConvDecoder`."""
+    from d2v_fast.decoders import ConvDecoder
+
+    state = _rename(state, DECODER_2, file)
+    first = state["convolutions.0.weight"]
+    settings = dict(
+        axes=axes,
+        width=len(first),
+        kernel=first.shape[2],
+        layers=_depth(state, r"convolutions\.(\d+)\."),
+        groups=hidden_size // first.shape[1],
+        residual=bool(cfg.get("own.decoder.decoder_residual", True)),
+        projection_layers=_depth(state, r"projection\.(\d+)\."),
+    )
+    with torch.device("meta"):
+        expected = ConvDecoder(hidden_size, **settings).state_dict()
+    _check_shapes(state, expected, "decoder", file)
+    return {key: value.to(torch.float32, copy=True) for key, value in state.items()}, settings
+
+
+def _teacher_2(student: State, ema: Any, modality: str, file: str) -> State:
+    """Weights of a whole teacher under the original names: what it does not own is the student's (spec 1.6, 11.13)."""
+    if not isinstance(ema, dict) or not all(isinstance(value, Tensor) for value in ema.values()):
+        raise ValueError(f"{file}: _ema: found something else than the teacher's weights")
+    _check_whole(ema, file)
+    names = {key: key.removeprefix(f"modality_encoders.{modality}.") for key in ema}
+    # A teacher of the blocks alone calls them 0, 1, ….
+    own = {f"blocks.{name}" if re.match(r"\d", name) else name: ema[key] for key, name in names.items()}
+    if strange := sorted(own.keys() - student.keys()):
+        raise ValueError(f"{file}: _ema: the teacher has {', '.join(strange[:5])}, the student has not")
+    return student | own
 
 
 def from_data2vec_pytorch(file: str, encoder: str) -> tuple[PreTrainedModel, State]:

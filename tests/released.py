@@ -472,6 +472,24 @@ class CTC(nn.Module):
         return self.w2v_encoder["proj"](self.w2v_encoder["w2v_model"].extract(wave))
 
 
+class TextClassifier(nn.Module):
+    """Fine-tuned on texts, spec 5.3: Linear, tanh, Linear on `<s>`. Keys `model.*` and `classification_heads.NAME.*`."""
+
+    def __init__(self, model: Released, classes: int, seed: int = 2):
+        super().__init__()
+        self.model, D = copy.deepcopy(model), model.cfg["model"]["embed_dim"]
+        head = nn.ModuleDict({"dense": nn.Linear(D, D), "out_proj": nn.Linear(D, classes)})
+        self.classification_heads = nn.ModuleDict({"sentence_classification_head": head})
+        randomize(head, seed)
+        del self.model.encoder.decoder
+        self.cfg = model.cfg
+
+    def forward(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Logits (B, classes)."""
+        head = self.classification_heads["sentence_classification_head"]
+        return head["out_proj"](head["dense"](self.model.extract(tokens, padding)[:, 0]).tanh())
+
+
 def checkpoint(model: nn.Module, teacher: Released | None = None, old_alibi: bool = False) -> dict:
     """What `torch.save` gets; with `old_alibi` the scale of ALiBi has four axes, as older versions wrote it."""
     state = dict(model.state_dict())

@@ -181,9 +181,13 @@ class Encoder(nn.Module):
         """States (B, T, C) of all positions; padding_mask (B, T) bool, True = padding."""
         return self.transform(self.place(features, padding_mask), padding_mask).states
 
+    def encode(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Encoded:
+        """States of an unmasked input, as a probe wants them."""
+        return self.transform(self.place(self.embed(inputs), padding_mask), padding_mask)
+
     def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """States of an unmasked input, as a probe or a user wants them."""
-        return self.contextualize(self.embed(inputs), padding_mask)
+        """States (B, T, C) of an unmasked input."""
+        return self.encode(inputs, padding_mask).states
 
     def positions(self, size: int) -> int | tuple[int, int]:
         """Number of positions for an input of this size (tokens, samples), or the grid of patches for an image side."""
@@ -278,7 +282,9 @@ class Encoder(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write the model alone: Hugging Face format where it has one, else its weights as safetensors."""
         if hasattr(self.model, "save_pretrained"):
-            self.model.save_pretrained(folder)
+            from d2v_fast import nets
+
+            nets.save(self.model, folder)
             return
         from safetensors.torch import save_model
 
