@@ -56,7 +56,11 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
         "padding.gather(1, visible), visible=visible)",
         "padding.gather(1, visible))",
     ),
-    "ALiBi knows no padding": ("encoders/waves.py", "encoder.alibi(x, visible, padding_mask)", "encoder.alibi(x, visible, None)"),
+    "ALiBi knows no padding": (
+        "encoders/waves.py",
+        "encoder.alibi(x, visible, padding_mask)",
+        "encoder.alibi(x, visible, None)",
+    ),
     "scale of ALiBi below zero": ("nets/audio.py", ".clamp(min=0)", ""),
     "slopes of other heads": ("nets/audio.py", "head + 1, head - power + 0.5", "head + 0.5, head - power + 0.5"),
     "slopes beyond a power of two": ("nets/audio.py", "head - power + 0.5", "head + 1"),
@@ -69,7 +73,8 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
         "encoders/waves.py",
         "x = encoder.layer_norm(x)\n        each = attend if isinstance(attend, list) else [attend] * len(self.blocks)\n"
         "        return encoder.dropout(x), 0,",
-        "x = encoder.layer_norm(encoder.dropout(x))\n        each = attend if isinstance(attend, list) else [attend] * len(self.blocks)\n"
+        "x = encoder.layer_norm(encoder.dropout(x))\n"
+        "        each = attend if isinstance(attend, list) else [attend] * len(self.blocks)\n"
         "        return x, 0,",
     ),
     "dropout before the norm of the context, images": (
@@ -117,10 +122,19 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
     "a residual where the width changes": (
         "decoders.py",
         "x = x + y if self.residual and x.shape == y.shape else y",
-        "x = (x if x.shape == y.shape else F.pad(x, [0, 0] * self.axes + [0, y.shape[1] - x.shape[1]])) + y if self.residual else y",
+        "x = (x if x.shape == y.shape else F.pad(x, [0, 0] * self.axes + [0, y.shape[1] - x.shape[1]])) + y "
+        "if self.residual else y",
     ),
-    "projection without GELU": ("decoders.py", "nn.Linear(sizes[-1], 2 * width), nn.GELU()]", "nn.Linear(sizes[-1], 2 * width), nn.Identity()]"),
-    "a projection without zeros at the start": ("decoders.py", "if zero_init:\n            _start_at_zero(self.projection[-1])", "if zero_init:\n            pass"),
+    "projection without GELU": (
+        "decoders.py",
+        "nn.Linear(sizes[-1], 2 * width), nn.GELU()]",
+        "nn.Linear(sizes[-1], 2 * width), nn.Identity()]",
+    ),
+    "a projection without zeros at the start": (
+        "decoders.py",
+        "if zero_init:\n            _start_at_zero(self.projection[-1])",
+        "if zero_init:\n            pass",
+    ),
     # Teacher and targets
     "the teacher drops": ("ema.py", "return super().train(False)", "return super().train(mode)"),
     "the teacher's text has the student's dropout": (
@@ -138,7 +152,11 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
         "features.detach() if self.shares_features and target is None",
         "features.detach() * ~mask[:, 0, :, None] if self.shares_features and target is None",
     ),
-    "the teacher copies its blocks": ("encoders/base.py", '"layers": self.local + self.positional}', '"layers": ("enc", "emb")}'),
+    "the teacher copies its blocks": (
+        "encoders/base.py",
+        '"layers": self.local + self.positional}',
+        '"layers": ("enc", "emb")}',
+    ),
     "the teacher averages features": ("encoders/base.py", '"encoder": self.local,', '"encoder": (),'),
     "the teacher averages positions": ("encoders/base.py", '"layers": self.local + self.positional}', '"layers": self.local}'),
     "targets normalised over other axes": (
@@ -173,7 +191,11 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
         "rows = index // (views * length) * length + index % length",
         "rows = index // (views * length) * length + (index + 1) % length",
     ),
-    "padding scored": ("loss.py", "padding = None if padding_mask is None else padding_mask.flatten()[rows]", "padding = None if True else padding_mask.flatten()[rows]"),
+    "padding scored": (
+        "loss.py",
+        "padding = None if padding_mask is None else padding_mask.flatten()[rows]",
+        "padding = None if True else padding_mask.flatten()[rows]",
+    ),
     "loss of the sum of views": (
         "model.py",
         'settings = settings | dict(norm="none", target_norm="none")',
@@ -205,10 +227,18 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
     "CLS is left out of the loss": ("model.py", "loss = loss + cls_loss", "pass"),
     "CLS of an encoder without": ("model.py", "if cls_weight and not encoder.extra_tokens:", "if False:"),
     "a mask vector that gets no gradient": ("model.py", "encoder.mask_token.requires_grad_(False)", "pass"),
-    "encoders whose positions are inside": ("encoders/base.py", 'return self.halves is not None or hasattr(self.model, "place")', "return True"),
+    "encoders whose positions are inside": (
+        "encoders/base.py",
+        'return self.halves is not None or hasattr(self.model, "place")',
+        "return True",
+    ),
     "masks of another length": ("model.py", "if (len(mask), mask.shape[-1]) != features.shape[:2]:", "if False:"),
     # Masks and data
-    "p + a in the count": ("masking.py", "masked = size - int(size * (1 - self.prob))", "masked = size - int(size * self._share)"),
+    "p + a in the count": (
+        "masking.py",
+        "masked = size - int(size * (1 - self.prob))",
+        "masked = size - int(size * self._share)",
+    ),
     "1 - p instead of the published order": (
         "masking.py",
         "masked = size - int(size * (1 - self.prob))",
@@ -221,8 +251,16 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
         "sizes * self._share / self.length**axes",
     ),
     "too many blocks": ("masking.py", "self._share / self.length**axes", "self._share / self.length"),
-    "blocks to the other side": ("masking.py", "np.arange(self.length) - self.length // 2", "np.arange(self.length) - (self.length - 1) // 2"),
-    "padding masked": ("masking.py", "valid = np.arange(total) < sizes[:, None]\n", "valid = np.arange(total) < sizes[:, None] + total\n"),
+    "blocks to the other side": (
+        "masking.py",
+        "np.arange(self.length) - self.length // 2",
+        "np.arange(self.length) - (self.length - 1) // 2",
+    ),
+    "padding masked": (
+        "masking.py",
+        "valid = np.arange(total) < sizes[:, None]\n",
+        "valid = np.arange(total) < sizes[:, None] + total\n",
+    ),
     "random masks rounded": ("masking.py", "np.floor(sizes * (1 - self.prob))", "np.round(sizes * (1 - self.prob))"),
     "views all the same": ("masking.py", "_splitmix(~key[:, None] + later)", "key[:, None] + 0 * later"),
     "views of any sample the same": ("masking.py", "_splitmix(~key[:, None] + later)", "0 * key[:, None] + _splitmix(later)"),
@@ -245,14 +283,18 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
         "source = np.where(mask[:, 0], self.vocabulary.mask_id, target) if self.views else",
     ),
     "no padding for what is visible": ("data/__init__.py", 'arrays["mask"], arrays.get("padding_mask")', 'arrays["mask"]'),
-}  # fmt: skip
+}
 
 
 def files_for(file):
     """The tests that have to notice: those of views for masks and data, those of the model for the rest."""
-    if file == "masking.py":
-        return ["tests/test_views.py", "tests/test_masking.py"]
-    return ["tests/test_views.py"] if file.startswith("data/") else ["tests/test_model_2.py"]
+    if file.startswith("data/"):
+        return ["tests/test_views.py"]
+    own = {
+        "masking.py": ["tests/test_views.py", "tests/test_masking.py"],
+        "nets/audio.py": ["tests/test_model_2.py", "tests/test_nets.py"],
+    }
+    return own.get(file, ["tests/test_model_2.py"])
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
