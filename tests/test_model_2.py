@@ -189,10 +189,16 @@ CASES = {
     "audio, a scale for each layer": ("audio", dict(prenet_depth=2, learned_alibi_scale_per_layer=True), dict(loss_beta=0.3)),
     "audio, fixed scale": ("audio", dict(learned_alibi_scale=False, decoder=dict(decoder_kernel=6)), {}),
     "text": ("text", {}, {}),
-    "text, even kernel, residual": (
+    "text, norms of the large model, even kernel, residual": (
         "text",
         dict(mask_noise_std=0.0, decoder=dict(decoder_kernel=4, decoder_residual=True)),
-        dict(average_top_k_layers=2),
+        dict(
+            average_top_k_layers=2,
+            instance_norm_target_layer=False,
+            layer_norm_target_layer=True,
+            instance_norm_targets=True,
+            loss_beta=4.0,
+        ),
     ),
 }  # fmt: skip
 
@@ -293,16 +299,14 @@ def test_padded_text_against_the_released_model():
 
 FAMILIES = {
     **{name: (name, CONFIGS[name]) for name in CONFIGS},
+    "roberta-prelayernorm": ("roberta-prelayernorm", CONFIGS["roberta"] | dict(pad_token_id=1)),
     "dinov2": ("dinov2", {k: v for k, v in CONFIGS["vit"].items() if k != "intermediate_size"} | dict(layerscale_value=0.5)),
     "wav2vec2-stable": ("wav2vec2", CONFIGS["wav2vec2"] | dict(do_stable_layer_norm=True, feat_extract_norm="layer")),
     **{name: (name, config | SMALL | dict(num_hidden_layers=3)) for name, config in (ENCODERS["image"], ENCODERS["audio"])},
 }
+TOKENS = (*TEXTS, "roberta-prelayernorm")
 CLS = (*IMAGES, "dinov2", "data2vec2-vision")
 SPEECH = ("wav2vec2", "hubert", "data2vec-audio", "wav2vec2-stable", "data2vec2-audio")
-
-
-def modality_of(name):
-    return "text" if name in TEXTS else "image" if name in CLS else "audio"
 
 
 def family(name, changed=None, **settings):
@@ -322,7 +326,7 @@ def family(name, changed=None, **settings):
 
 def batch(name, model, views=3, size=2, share=0.6):
     torch.manual_seed(3)
-    source = torch.randn(size, 800) if name in SPEECH else inputs(name if name in TEXTS else "vit", size)
+    source = torch.randn(size, 800) if name in SPEECH else inputs("roberta" if name in TOKENS else "vit", size)
     source = source.double() if source.is_floating_point() else source
     with torch.no_grad():
         length = model.student.embed(source).shape[1]
@@ -375,7 +379,7 @@ def test_what_is_masked_cannot_be_seen(name):
         before = model.predict(source, features, mask, index)
         poisoned = model.predict(source, features.masked_fill(mask[:, 0, :, None], torch.nan), mask, index)
         other = source.clone()
-        if name in TEXTS:
+        if name in TOKENS:
             other[mask[:, 0]] = 3
         elif name in CLS:
             hidden = mask.view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
@@ -433,7 +437,7 @@ def test_features_are_computed_once_a_sample(name, scope):
     layers = model.teacher_layers(source, None, None)
     calls.clear()
     output = model(source, mask)
-    shared = scope == "encoder" and name not in TEXTS
+    shared = scope == "encoder" and name not in TOKENS
     assert sorted(calls) == [("student", 2)] + ([] if shared else [("teacher", 2)])
     assert len(layers) == 2 and all(len(layer) == 2 for layer in layers) and len(output.teacher_states) == 2
 
@@ -444,7 +448,7 @@ def test_all_that_is_trainable_gets_a_gradient(name):
     model(*batch(name, model)).loss.backward()
     frozen = {n for n, p in model.student.named_parameters() if not p.requires_grad}
     assert {n.split(".")[-1] for n in frozen} <= {"mask_token", "mask_embedding", "masked_spec_embed"}
-    assert bool(frozen) == (name not in TEXTS)
+    assert bool(frozen) == (name not in TOKENS)
     for n, p in model.named_parameters():
         assert (p.grad is not None) == p.requires_grad == (not n.startswith("teacher.") and n.split(".", 1)[1] not in frozen), n
         if p.requires_grad and not n.endswith(
@@ -496,9 +500,34 @@ def test_dropout_of_the_projection_acts_on_what_the_student_sees():
     assert not (model.student.embed(source) == 0).any()
 
 
+def test_the_teacher_may_see_another_picture():
+    """Whatever the scope; the student's half is that of the source."""
+    for scope in ("all", "encoder", "layers"):
+        model = family("data2vec2-vision", ema_scope=scope)
+        source, mask = batch("data2vec2-vision", model)
+        other = source.flip(3)
+        output, of_source, of_other = model(source, mask, other), model(source, mask), model(other, mask)
+        assert torch.equal(output.stats.target.mean, of_other.stats.target.mean)
+        assert torch.equal(output.teacher_states, of_other.teacher_states)
+        assert torch.equal(output.states, of_source.states) and not torch.equal(output.states, of_other.states)
+
+
+def test_channel_masks_reach_the_student_only():
+    model = family("data2vec2-audio", ema_scope="encoder")
+    source, mask = batch("data2vec2-audio", model)
+    channels = torch.zeros(2, 32, dtype=torch.bool)
+    plain = model(source, mask, channel_mask=channels)
+    channels[1, :16] = True
+    masked, count = model(source, mask, channel_mask=channels), len(plain.states) // 2
+    assert torch.equal(plain.states, model(source, mask).states)
+    torch.testing.assert_close(masked.states[:count], plain.states[:count], rtol=0, atol=1e-12)
+    assert not torch.allclose(masked.states[count:], plain.states[count:])
+    assert torch.equal(masked.stats.target.mean, plain.stats.target.mean)
+
+
 AVERAGED = {  # spec 1.6, by name; all else is copied at each step
     ("data2vec2-vision", "all"): r"mask_embedding|model\..*",
-    ("data2vec2-vision", "encoder"): r"mask_embedding|model\.encoder\..*",
+    ("data2vec2-vision", "encoder"): r"mask_embedding|model\.(encoder|embeddings\.(cls_token|layernorm)).*",
     ("data2vec2-vision", "layers"): r"mask_embedding|model\.encoder\..*",
     ("data2vec2-audio", "all"): r"mask_embedding|model\..*",
     ("data2vec2-audio", "encoder"): r"mask_embedding|model\.encoder\.(pos_conv_embed|layer_norm|layers|alibi_scale).*",
@@ -538,14 +567,14 @@ PADDED = {
 def test_a_padded_batch_is_its_samples_one_by_one(name, target_norm):
     """In loss and gradients, each sample weighted by what it scores."""
     model = family(name, PADDED[name], target_norm=target_norm, norm="instance")
-    sizes = [12, 7, 9] if name in TEXTS else [800, 500, 640]
+    sizes = [12, 7, 9] if name in TOKENS else [800, 500, 640]
     lengths = [model.student.positions(size) for size in sizes]
     torch.manual_seed(3)
-    whole = torch.randint(4, 60, (3, 12)) if name in TEXTS else torch.randn(3, 800, dtype=torch.float64)
+    whole = torch.randint(4, 60, (3, 12)) if name in TOKENS else torch.randn(3, 800, dtype=torch.float64)
     padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
     mask = torch.zeros(3, 2, max(lengths), dtype=torch.bool)
     for row, (size, length) in enumerate(zip(sizes, lengths, strict=True)):
-        whole[row, size:] = 1 if name in TEXTS else 0
+        whole[row, size:] = 1 if name in TOKENS else 0
         mask[row, :, :length] = random_masks(1, 2, length, length // 2, row)[0]
 
     def run(source, mask, padding):
