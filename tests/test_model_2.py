@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from d2v_fast import Data2Vec, Encoder, build_encoder
+from d2v_fast import Data2Vec, Encoder, build_encoder, ops
 from d2v_fast.decoders import ConvDecoder
+from d2v_fast.fused import fuse
 from d2v_fast.masking import visible_positions
 from d2v_fast.ops.reference import make_targets
 from tests import released
@@ -646,6 +647,28 @@ def test_fp32_and_bf16_are_close(name):
     assert model(source, mask).loss.item() == pytest.approx(exact, rel=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(source, mask).loss.item() == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["data2vec2-vision", "data2vec2-audio", "roberta", "beit", "data2vec-vision", "wav2vec2"])
+def test_fused_parts_compute_the_same(name):
+    parts = ["last block", "convolutions", "dropout", "attention"]
+    parts += [] if ops.obstacle("native", "cpu", torch.float32, (torch.float32,)) else ["loss"]
+    plain = family(name)
+    source, mask = batch(name, plain)
+    source = source.float() if source.is_floating_point() else source
+    fused, found = copy.deepcopy(plain.float()), []
+    fuse(fused, torch.device("cpu"), parts)
+    for model in (plain, fused):
+        output = model(source, mask)
+        output.loss.backward()
+        found.append((output, [p.grad for p in model.parameters() if p.requires_grad]))
+    (wanted, gradients), (output, others) = found
+    torch.testing.assert_close(output.loss, wanted.loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(output.states, wanted.states, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(output.teacher_states, wanted.teacher_states, rtol=1e-3, atol=1e-4)
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    for g, other in zip(gradients, others, strict=True):
+        assert (g - other).norm() < 1e-3 * g.norm() + 1e-5 * norm
 
 
 def test_noise_is_drawn_anew_and_stands_where_something_is_masked():

@@ -1,4 +1,4 @@
-"""Deliberate mistakes in the code of data2vec 2.0, each of which some test has to notice (`make mutations`, a quarter of an hour)."""
+"""Deliberate mistakes in the code of data2vec 2.0, each of which a test has to notice (`make mutations`, 15 minutes)."""
 
 import os
 import shutil
