@@ -202,6 +202,14 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
         'settings = settings | dict(norm="none", target_norm="none", scale=settings["scale"] * mask.shape[1])',
     ),
     "normalised twice": ("model.py", 'settings = settings | dict(norm="none", target_norm="none")', "pass"),
+    "the teacher sees the source in place of a target": ("model.py", "source if target is None else target,", "source,"),
+    "channel masks of other samples": ("model.py", "channel_mask.unsqueeze(1)", "channel_mask.flip(0).unsqueeze(1)"),
+    "a grid of the inputs' last side": ("model.py", "else (mask.shape[-1],)", "else (grid,)"),
+    "the teacher copies CLS with the patches": (
+        "encoders/patches.py",
+        'self.local, self.positional = ("embeddings.patch_embeddings",), ("embeddings",)',
+        "pass",
+    ),
     # CLS
     "CLS learns the masked positions": (
         "model.py",
