@@ -336,7 +336,8 @@ class TestRefused:
 
     def test_other_positions(self):
         rows_first = sincos(32, 4).unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2)
-        for positions in (rows_first, sincos(32, 4) + 1e-3, sincos(32, 4)[:, :12], sincos(32, 4)[0]):
+        half = (sincos(32, 4) + 1e-2).half()
+        for positions in (rows_first, sincos(32, 4) + 1e-3, half, sincos(32, 4)[:, :12], sincos(32, 4)[0]):
             change = {"modality_encoders.IMAGE.fixed_positional_encoder.positions": positions}
             with pytest.raises(ValueError, match=r"^checkpoint\.pt: fixed_positional_encoder\.positions are not the sines"):
                 from_fairseq(save(make("image"), change=change))
@@ -377,9 +378,12 @@ class TestHostile:
         with pytest.raises(ValueError, match=r"^checkpoint\.pt: .*positions has shape .* the file holds fewer numbers"):
             from_fairseq(save(make("image"), change=change))
 
-        wide = {"modality_encoders.IMAGE.local_encoder.proj.weight": torch.zeros(10**8, 0, 4, 4)}
-        with pytest.raises(ValueError, match=r"^checkpoint\.pt: "):
-            from_fairseq(save(make("image", num_heads=1), change=wide))
+        # Without numbers, but with a length: refused before a table of this length is made.
+        change = {"modality_encoders.TEXT.local_encoder.embed_positions.weight": torch.zeros(10**5, 0)}
+        with pytest.raises(
+            ValueError, match=r"^checkpoint\.pt: weights: embeddings\.position_embeddings\.weight: found \[100000, 0\]"
+        ):
+            from_fairseq(save(make("text"), change=change))
 
     def test_a_name_that_asks_for_a_billion_layers(self):
         for name in ("blocks.999999999.norm1.weight", f"blocks.{'9' * 5000}.norm1.weight"):
