@@ -12,18 +12,18 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
-from d2v_fast.masking import BlockMask, RandomMask, SpanMask, TokenMask
+from d2v_fast.masking import BlockMask, ExactBlockMask, RandomMask, SpanMask, TokenMask
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 PRESETS = Path(__file__).parent / "presets"
-MASKS = {"span": SpanMask, "block": BlockMask, "random": RandomMask, "token": TokenMask}
+MASKS = {"span": SpanMask, "block": BlockMask, "random": RandomMask, "token": TokenMask, "exact": ExactBlockMask}
 FLAGS = ("-h", "--help", "--fused", "--print_config")
 # What may differ in a run that goes on, as no weight depends on it. Samples are compared by their content.
 FREE = (
@@ -31,7 +31,12 @@ FREE = (
     *("train.max_broken", "train.max_skipped", "collapse", "data.path"),
 )
 SAMPLES = ("samples", "samples.number", "samples.content")  # what is compared beside the settings
-MASK_KINDS = {"text": ("token",), "vision": ("block", "random"), "audio": ("span", "random")}
+MASK_KINDS = {
+    "text": ("token", "random", "exact"),
+    "vision": ("block", "random", "exact"),
+    "audio": ("span", "random", "exact"),
+}
+SEVERAL = ("random", "exact")  # kinds that leave as many positions visible in every view
 
 
 class ConfigError(ValueError):
@@ -92,27 +97,49 @@ class LossConfig:
         scale: Factor of the error summed over channels: auto = 1/sqrt(C), mean = 1/C, or a number.
         reduction: global = mean over the masked positions of all ranks and micro-batches; local = mean of means.
         impl: Implementation of the loss.
+        cls_weight: With head.kind=conv, weight of the loss by which CLS learns the mean of the targets; 0 = none.
+        cls_reduction: mean over the views of a batch, or their sum, as the reference code has it.
     """
 
     beta: float = 0.0
     scale: float | Literal["auto", "mean"] = "auto"
     reduction: Literal["global", "local"] = "global"
     impl: Literal["auto", "eager", "compile", "native", "triton"] = "auto"
+    cls_weight: float = 0.0
+    cls_reduction: Literal["mean", "sum"] = "mean"
 
 
 @dataclass
 class HeadConfig:
-    """The regression head.
+    """What turns states into predictions.
+
+    `conv` makes it data2vec 2.0: of each of the `data.views` views of a sample, only what is visible is encoded.
 
     Args:
-        layers: Linears, with GELU between; 0 = no head.
+        kind: linear = a regression head on the masked positions, data2vec 1.0; conv = a decoder over all positions, 2.0.
+        layers: Linears, with GELU between, or convolutions; 0 = none.
         zero_init: Start the last Linear at zero.
         pretrained: Folder with the head.safetensors to start from, as d2v-export leaves of another project's checkpoint.
+        width: Channels of the convolutions.
+        kernel: Their side.
+        groups: Groups of channels that each of them keeps apart.
+        residual: Add the input of a convolution to its output.
+        projection_layers: Linears after them, twice as wide inside.
+        dropout: Of the states that are decoded.
+        noise: Standard deviation of what stands at masked positions.
     """
 
+    kind: Literal["linear", "conv"] = "linear"
     layers: int = 1
     zero_init: bool = False
     pretrained: str | None = None
+    width: int = 384
+    kernel: int = 7
+    groups: int = 16
+    residual: bool = True
+    projection_layers: int = 1
+    dropout: float = 0.0
+    noise: float = 0.01
 
 
 @dataclass
@@ -267,6 +294,7 @@ SECTIONS = {
 
 
 GROUPS = {*SECTIONS, "mask", "data"}
+DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)} | {"data.views": None}
 
 # The interval of a number or of each of several; a round bracket leaves the bound out.
 RANGES = {
@@ -297,14 +325,23 @@ RANGES = {
     "data.min_seconds": "[0, inf)",
     "data.sample_rate": "[1, inf)",
     "data.std": "(0, inf)",
+    "data.views": "[1, inf)",
     "data.vocab_size": "[261, 16777216]",  # 256 bytes and 5 special tokens; tokenizers aborts where memory ends
     "ema.anneal_steps": "[0, inf)",
     "ema.end": "[0, 1]",
     "ema.start": "[0, 1]",
     "encoder.feature_grad_mult": "[0, inf)",
+    "head.dropout": "[0, 1)",
+    "head.groups": "[1, inf)",
+    "head.kernel": "[1, inf)",
     "head.layers": "[0, inf)",
+    "head.noise": "[0, inf)",
+    "head.projection_layers": "[1, inf)",
+    "head.width": "[1, inf)",
     "loss.beta": "[0, inf)",
+    "loss.cls_weight": "[0, inf)",
     "loss.scale": "(0, inf)",
+    "mask.adjust": "[-1, 1]",
     "mask.count": "[1, inf)",
     "mask.dropout": "[0, 1)",
     "mask.keep_prob": "[0, 1]",
@@ -371,7 +408,7 @@ class Config:
     schedule: ScheduleConfig
     train: TrainConfig
     collapse: CollapseConfig
-    mask: SpanMask | BlockMask | RandomMask | TokenMask
+    mask: SpanMask | BlockMask | RandomMask | TokenMask | ExactBlockMask
     data: dict[str, Any]
     yaml: str = ""
     name: str = "run"  # what a run without train.output is called
@@ -409,6 +446,20 @@ class Config:
             raise ConfigError(f"mask.random_prob + mask.keep_prob: found {replaced}, expected at most 1")
         if values.get("data.block_size") == 2 and not values["data.cross_documents"]:
             raise ConfigError("data.block_size: found 2, expected at least 3 without data.cross_documents: <s>, a token, </s>")
+        conv, views = self.head.kind == "conv", values["data.views"]
+        if conv != (views is not None):
+            raise ConfigError(
+                f"head.kind={self.head.kind} with data.views={views}: data2vec 2.0 takes head.kind=conv and a number of views, "
+                "such as 8; 1.0 takes head.kind=linear and data.views=null"
+            )
+        several = [kind for kind in SEVERAL if kind in MASK_KINDS[self.modality]]
+        if conv and not isinstance(self.mask, tuple(MASKS[kind] for kind in several)):
+            raise ConfigError(
+                f"mask: {type(self.mask).__name__} leaves another number of positions visible in each view, and data2vec 2.0 "
+                f"(head.kind=conv) needs the same; expected mask.kind={' or '.join(several)}"
+            )
+        if self.loss.cls_weight and not conv:
+            raise ConfigError(f"loss.cls_weight: found {self.loss.cls_weight}, which is for head.kind=conv; expected 0")
         if self.train.output == "" or "\0" in (self.train.output or ""):
             raise ConfigError(f"train.output: found {self.train.output!r}, expected a folder; by default one in runs/ is made")
         if not values["data.path"]:
@@ -540,6 +591,8 @@ def _preprocessing(name: str, modality: str) -> dict[str, Any]:
     """How inputs were prepared for a pretrained encoder, as settings of `data`; without what its files do not say."""
     from transformers import AutoConfig, FeatureExtractionMixin, ImageProcessingMixin
 
+    import d2v_fast.nets  # noqa: F401  our models are known to transformers as well
+
     if modality == "text":
         from d2v_fast.data import DataError
         from d2v_fast.data.text import load_tokenizer
@@ -583,6 +636,8 @@ def _keep_what_fits(encoder: dict[str, Any], model: str) -> None:
             encoder.pop(name, None)
     else:
         from transformers import CONFIG_MAPPING
+
+        import d2v_fast.nets  # noqa: F401  our models are known to transformers as well
 
         if model not in CONFIG_MAPPING:
             return

@@ -1,18 +1,38 @@
-"""What turns a student's states into predictions: the convolutional decoder of data2vec 2.0 (spec 4.5)."""
+"""What turns a student's states into predictions: the regression head of data2vec 1.0, the convolutional decoder of 2.0."""
 
 from __future__ import annotations
 
 import itertools
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
+def regression_head(hidden_size: int, layers: int, zero_init: bool = False) -> nn.Sequential:
+    """`layers` Linears with GELU between, twice as wide inside; none is the identity (spec 3.2, 3.3)."""
+    modules: list[nn.Module] = []
+    width = hidden_size
+    for _ in range(layers - 1):
+        modules += [nn.Linear(width, 2 * hidden_size), nn.GELU()]
+        width = 2 * hidden_size
+    if layers:
+        modules.append(nn.Linear(width, hidden_size))
+        if zero_init:
+            _start_at_zero(modules[-1])
+    return nn.Sequential(*modules)
+
+
+def _start_at_zero(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
 class ConvDecoder(nn.Module):
-    """Convolutions over all positions, visible and masked, then a projection to the width of the targets.
+    """Convolutions over all positions, visible and masked, then a projection to the width of the targets (spec 4.5).
 
     Each layer is a convolution, a norm over channels without weights, and GELU, with a residual where the width stays.
 
@@ -25,6 +45,9 @@ class ConvDecoder(nn.Module):
         groups: Groups of channels that each convolution keeps apart.
         residual: Add a layer's input to its output.
         projection_layers: Linears of the projection, with GELU between, twice as wide inside.
+        dropout: Of the encoder's states.
+        noise: Standard deviation of the noise that stands at masked positions, drawn anew at each step.
+        zero_init: Start the last Linear at zero.
 
     Raises:
         ValueError: A number of axes without a convolution, or groups that do not divide the channels.
@@ -40,13 +63,17 @@ class ConvDecoder(nn.Module):
         groups: int = 16,
         residual: bool = True,
         projection_layers: int = 1,
+        dropout: float = 0.0,
+        noise: float = 0.01,
+        zero_init: bool = False,
     ):
         super().__init__()
         if axes not in CONVOLUTIONS:
             raise ValueError(f"axes: found {axes}, expected one of {', '.join(map(str, CONVOLUTIONS))}")
         if width % groups or hidden_size % groups:
             raise ValueError(f"groups: found {groups}, expected a divisor of width={width} and hidden_size={hidden_size}")
-        self.axes, self.kernel, self.residual = axes, kernel, residual
+        self.axes, self.kernel, self.residual, self.noise = axes, kernel, residual, noise
+        self.dropout = nn.Dropout(dropout)
         sizes = [hidden_size] + [width] * layers
         self.convolutions = nn.ModuleList(
             CONVOLUTIONS[axes](size_in, size_out, kernel, padding=kernel // 2, groups=groups)
@@ -57,9 +84,29 @@ class ConvDecoder(nn.Module):
             projection += [nn.Linear(sizes[-1], 2 * width), nn.GELU()]
             sizes.append(2 * width)
         self.projection = nn.Sequential(*projection, nn.Linear(sizes[-1], hidden_size))
+        if zero_init:
+            _start_at_zero(self.projection[-1])
 
-    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Predictions (N, T, C) of all positions from x (N, T, C), row-major on a grid.
+    def restore(self, states: Tensor, visible: Tensor, length: int) -> Tensor:
+        """All positions (N, T, C): states (N, V, C) where they are visible (N, V) int64, noise elsewhere."""
+        count, _, width = states.shape
+        x = torch.randn(count * length, width, dtype=states.dtype, device=states.device) * self.noise
+        rows = visible + length * torch.arange(count, device=visible.device)[:, None]
+        return x.index_copy_(0, rows.flatten(), self.dropout(states).flatten(0, 1)).view(count, length, width)
+
+    def forward(
+        self, x: Tensor, grid: tuple[int, ...], padding_mask: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Predictions from all positions x (N, T, C), row-major on a grid.
+
+        Args:
+            x: From `restore`.
+            grid: Positions along each axis.
+            padding_mask: (N, T) bool, True = padding, which convolutions see as zeros.
+            rows: int64, positions of the flattened (N, T) that are wanted; all by default.
+
+        Returns:
+            (N, T, C), or (rows, C).
 
         Raises:
             ValueError: A grid with another number of axes or of positions.
@@ -67,11 +114,15 @@ class ConvDecoder(nn.Module):
         if len(grid) != self.axes or math.prod(grid) != x.shape[1]:
             raise ValueError(f"grid: found {grid} for {x.shape[1]} positions and a decoder of {self.axes} axes")
         x = x.transpose(1, 2).unflatten(2, grid)
+        padding = None if padding_mask is None else padding_mask.view(-1, 1, *grid)
         for convolution in self.convolutions:
+            if padding is not None:
+                x = x.masked_fill(padding, 0)
             y = convolution(x)
             if self.kernel % 2 == 0:
                 y = y[(..., *[slice(side) for side in grid])]
             y = y.movedim(1, -1)
             y = F.gelu(F.layer_norm(y, y.shape[-1:])).movedim(-1, 1)
             x = x + y if self.residual and x.shape == y.shape else y
-        return self.projection(x.flatten(2).transpose(1, 2))
+        x = x.flatten(2).transpose(1, 2)
+        return self.projection(x if rows is None else x.flatten(0, 1)[rows])

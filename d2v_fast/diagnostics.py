@@ -212,6 +212,7 @@ class Seen(NamedTuple):
     student: Tensor  # some of its states at scored positions (N, C)
     teacher: Tensor  # and of the teacher's
     positions: Tensor  # `position_table` of the teacher's last layer, normalised as in the targets
+    cls_loss: Tensor  # the part of the loss that is not of positions
 
 
 def _size(tensors: list[Tensor]) -> float:
@@ -294,8 +295,11 @@ class Monitor:
         if not self.due:
             return
         mask, padding, index = inputs["mask"], inputs.get("padding_mask"), inputs.get("index")
-        padding = torch.zeros_like(mask) if padding is None else padding
+        batch, length = output.features.shape[:2]
+        padding = mask.new_zeros(batch, length) if padding is None else padding
         index = mask.flatten().nonzero().squeeze(1) if index is None else index
+        position = index % length
+        index = index // (mask.numel() // batch) * length + position  # of the sample, whatever the view
         # The other layers of the targets are no longer there; the last one stands for them.
         norms = model.loss_settings["norm"], model.loss_settings["target_norm"]
         last = make_targets([output.teacher_states], *norms, padding).flatten(0, 1)[index]
@@ -306,7 +310,8 @@ class Monitor:
                 moments_of(features.flatten(0, 1), ~padding.flatten()),
                 _some(output.states),
                 _some(output.teacher_states.flatten(0, 1)[index]),
-                position_table(last, index % mask.shape[1], mask.shape[1]),
+                position_table(last, position, length),
+                output.loss.new_zeros(()) if output.cls_loss is None else output.cls_loss,
             )
         )
 
@@ -331,6 +336,7 @@ class Monitor:
         share = position_share(self._summed(seen.positions))
         settings = self.model.loss_settings
         worst = float(constant_loss(target, settings["beta"], settings["scale"]))
+        loss -= float(self.accelerator.reduce(torch.stack(seen.cls_loss).sum(), "mean"))
         relative = loss / worst if worst else 1.0  # where nothing costs anything, a constant costs as much
         if math.isnan(relative):
             relative = math.inf  # it has diverged

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.ops import loss_implementation
-from d2v_fast.ops.reference import LossStats
+from d2v_fast.ops.reference import LossStats, make_targets
 
 Norm = Literal["none", "layer", "instance", "batch", "group"]
 TargetNorm = Literal["none", "layer", "instance"]
@@ -37,9 +37,9 @@ def data2vec_loss(
     """Masked regression of the normalised, averaged top-K teacher layers (data2vec section 3.3; spec 1.2, 1.4).
 
     Args:
-        predictions: (N, C), one row for each masked position in batch-major order, or (B, T, C); any float dtype.
+        predictions: (N, C), one row for each masked position in the order of `mask`, or (B, T, C); any float dtype.
         teacher_layers: K tensors (B, T, C), or (T, B, C) with layout="TBC"; any float dtype and strides; no gradient.
-        mask: (B, T) bool, True = masked = scored.
+        mask: (B, T) bool, True = masked = scored; or (B, M, T), M views of each sample, with predictions (N, C).
         norm: Normalisation of each layer: "layer" over C, "instance" over T, "batch" over B and T, "group" over T and C.
             No affine, eps 1e-5, biased variance, at least fp32.
         target_norm: The same for the average.
@@ -66,6 +66,9 @@ def data2vec_loss(
         raise ValueError("teacher_layers: found no tensor, expected at least one")
     layers = [x.transpose(0, 1) if layout == "TBC" else x for x in teacher_layers]
     _check_tensors(predictions, layers, mask, scale, padding_mask)
+    if mask.ndim == 3:
+        layers, mask, padding_mask = _rows_of_views(predictions, layers, mask, norm, target_norm, padding_mask)
+        norm = target_norm = "none"
     loss, stats = loss_implementation(impl, predictions, layers)(
         predictions,
         layers,
@@ -79,6 +82,21 @@ def data2vec_loss(
         stats=return_stats,
     )
     return (loss, stats) if return_stats else loss
+
+
+def _rows_of_views(
+    predictions: Tensor, layers: list[Tensor], mask: Tensor, norm: Norm, target_norm: TargetNorm, padding_mask: Tensor | None
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Targets of the masked positions of all views as one layer (1, N, C), with a mask and padding mask (1, N).
+
+    Targets are made once for each sample, whatever the number of views.
+    """
+    _, views, length = mask.shape
+    targets = make_targets(layers, norm, target_norm, padding_mask, torch.promote_types(predictions.dtype, torch.float32))
+    index = torch.nonzero_static(mask.flatten(), size=len(predictions)).squeeze(1)
+    rows = index // (views * length) * length + index % length
+    padding = None if padding_mask is None else padding_mask.flatten()[rows].unsqueeze(0)
+    return [targets.flatten(0, 1)[rows].unsqueeze(0)], mask.new_ones(1, len(rows)), padding
 
 
 def one_of(name: str, value: Any, choices: Any) -> None:
@@ -121,16 +139,19 @@ def _check_tensors(predictions, layers, mask, scale, padding_mask) -> None:
             continue
         if flags.dtype != torch.bool:
             raise ValueError(f"{name}: found dtype {flags.dtype}, expected torch.bool")
-        if flags.shape != (batch, length):
-            raise ValueError(f"{name}: found shape {tuple(flags.shape)}, expected (B, T) = {(batch, length)}")
+        several = name == "mask" and flags.ndim == 3
+        if (flags.shape[::2] if several else flags.shape) != (batch, length):
+            expected = f"(B, M, T) = ({batch}, M, {length})" if several else f"(B, T) = {(batch, length)}"
+            raise ValueError(f"{name}: found shape {tuple(flags.shape)}, expected {expected}")
     if not predictions.is_floating_point():
         raise ValueError(f"predictions: found dtype {predictions.dtype}, expected a float dtype")
     if predictions.ndim == 3 and predictions.shape != first.shape:
         raise ValueError(f"predictions: found shape {tuple(predictions.shape)}, expected (B, T, C) = {tuple(first.shape)}")
     if predictions.ndim == 2 and predictions.shape[1] != channels:
         raise ValueError(f"predictions: found {predictions.shape[1]} channels, expected {channels}")
-    if predictions.ndim not in (2, 3):
-        raise ValueError(f"predictions: found shape {tuple(predictions.shape)}, expected (N, C) or (B, T, C)")
+    if predictions.ndim not in ((2, 3) if mask.ndim == 2 else (2,)):
+        expected = "(N, C) or (B, T, C)" if mask.ndim == 2 else "(N, C) for a mask (B, M, T)"
+        raise ValueError(f"predictions: found shape {tuple(predictions.shape)}, expected {expected}")
     # Counting the mask would break a graph, and wait for a GPU; there a wrong N is the caller's to avoid.
     countable = mask.device.type == "cpu" and not torch.compiler.is_compiling()
     if predictions.ndim == 2 and countable and len(predictions) != int(mask.sum()):

@@ -91,6 +91,32 @@ def _poisson(u: np.ndarray, rate: float) -> np.ndarray:
     return np.searchsorted(np.exp(log_pmf).cumsum(), u)
 
 
+def visible_positions(mask: np.ndarray, padding_mask: np.ndarray | None = None) -> np.ndarray:
+    """Visible positions of each view in ascending order, (B·M, V) int64.
+
+    With padding V is the largest number of visible positions, and shorter rows are filled with padding.
+
+    Args:
+        mask: (B, M, T) bool, True = masked.
+        padding_mask: (B, T) bool, True = padding.
+
+    Raises:
+        ValueError: A view without visible positions, or views with different numbers of them.
+    """
+    padding = np.zeros_like(mask) if padding_mask is None else np.broadcast_to(padding_mask[:, None], mask.shape)
+    kind = np.where(padding, 1, 2 * mask.astype(np.int8)).reshape(-1, mask.shape[-1])
+    counts = (kind == 0).sum(axis=1)
+    if counts.min() == 0:
+        raise ValueError("mask: found a view in which nothing is visible, expected at least one position in each")
+    order = kind.argsort(axis=1, kind="stable")[:, : counts.max()]
+    if np.take_along_axis(kind, order, 1).max() > 1:
+        raise ValueError(
+            f"mask: found views with {counts.min()} to {counts.max()} visible positions, expected the same number in all, "
+            "which RandomMask and ExactBlockMask give"
+        )
+    return order
+
+
 @dataclass(frozen=True)
 class SpanMask:
     """Spans over time, as in wav2vec 2.0 and data2vec audio (spec 2.1).

@@ -1,6 +1,7 @@
 """data2vec: a student that sees a masked input predicts what its EMA teacher computes from all of it.
 
-Baevski et al. 2022, section 3; spec section 1. Nothing here knows whether the input is text, an image or speech.
+Baevski et al. 2022, section 3, and for 2.0 Baevski et al. 2023; spec sections 1 and 4. Nothing here knows whether the input is
+text, an image or speech.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from d2v_fast.decoders import ConvDecoder, regression_head
 from d2v_fast.ema import EMATeacher
 from d2v_fast.encoders import Encoder, LayerSource
 from d2v_fast.loss import Implementation, Norm, TargetNorm, check_settings, data2vec_loss, one_of
-from d2v_fast.ops.reference import LossStats
+from d2v_fast.masking import visible_positions
+from d2v_fast.ops.reference import LossStats, errors, make_targets
+from d2v_fast.predictors import Predicted, in_place, visible_only
 
 EMAScope = Literal["all", "encoder", "layers"]
+CLSReduction = Literal["mean", "sum"]
 
 
 @dataclass
@@ -27,8 +32,9 @@ class Data2VecOutput:
         loss: Scalar; the sum over scored positions divided by `num_targets` where given, else by their number.
         stats: Moments of targets and predictions at the scored positions, on the device.
         features: Local features (B, T, C) of the student, detached.
-        states: Of the student at masked positions (N, C), detached.
-        teacher_states: Result of the teacher's last layer (B, T, C); only masked positions count.
+        states: Of the student at the masked positions, or with a decoder at the visible ones; (rows, C), detached.
+        teacher_states: Result of the teacher's last layer (B, T, C); in place only masked positions count.
+        cls_loss: The part of `loss` that comes from the extra token, detached; None without.
     """
 
     loss: Tensor
@@ -36,25 +42,14 @@ class Data2VecOutput:
     features: Tensor
     states: Tensor
     teacher_states: Tensor
-
-
-def regression_head(hidden_size: int, layers: int, zero_init: bool = False) -> nn.Module:
-    """`layers` Linears with GELU between, twice as wide inside; none is the identity (spec 3.2, 3.3)."""
-    modules: list[nn.Module] = []
-    width = hidden_size
-    for _ in range(layers - 1):
-        modules += [nn.Linear(width, 2 * hidden_size), nn.GELU()]
-        width = 2 * hidden_size
-    if layers:
-        modules.append(nn.Linear(width, hidden_size))
-        if zero_init:
-            nn.init.zeros_(modules[-1].weight)
-            nn.init.zeros_(modules[-1].bias)
-    return nn.Sequential(*modules)
+    cls_loss: Tensor | None = None
 
 
 class Data2Vec(nn.Module):
     """Student, teacher and regression head around one encoder.
+
+    With `decoder` it is data2vec 2.0: the student encodes the visible positions of several masked views of each sample, and the
+    decoder predicts the rest.
 
     Args:
         encoder: The student. The teacher is a copy of it, made here: build before `accelerate.prepare` or DDP.
@@ -66,6 +61,10 @@ class Data2Vec(nn.Module):
         scale: Factor of the summed error: "auto" = 1/√C, "mean" = 1/C, or a number (spec 1.4).
         head_layers: Linears in the regression head; 0 for none.
         head_zero_init: Start the head at zero, so that first predictions are the mean of the targets and not noise.
+        decoder: In place of the head.
+        cls_weight: With a decoder, weight of the loss by which the first extra token (CLS) learns the mean of the targets over
+            all positions; 0 for none (spec 4.7).
+        cls_reduction: "mean" over the views of a batch, or "sum" as in the reference code, where it grows with the batch.
         ema_start, ema_end, ema_anneal_steps: Decay schedule of the teacher (spec 1.5).
         ema_scope: What is averaged: "all", the "encoder" without its local features, or its "layers" (spec 1.6);
             the rest is copied from the student at each step.
@@ -86,6 +85,9 @@ class Data2Vec(nn.Module):
         scale: float | Literal["auto", "mean"] = "auto",
         head_layers: int = 1,
         head_zero_init: bool = False,
+        decoder: ConvDecoder | None = None,
+        cls_weight: float = 0.0,
+        cls_reduction: CLSReduction = "mean",
         ema_start: float = 0.999,
         ema_end: float = 0.9999,
         ema_anneal_steps: int = 30_000,
@@ -97,8 +99,15 @@ class Data2Vec(nn.Module):
         super().__init__()
         one_of("source", source, LayerSource)
         one_of("ema_scope", ema_scope, EMAScope)
+        one_of("cls_reduction", cls_reduction, CLSReduction)
         if isinstance(scale, str):
             one_of("scale", scale, Literal["auto", "mean"])
+        if decoder is not None:
+            check_gathers(encoder)
+            if encoder.masks_features:
+                encoder.mask_token.requires_grad_(False)  # nothing stands in for what is masked
+        elif cls_weight:
+            raise ValueError(f"cls_weight: found {cls_weight} without a decoder; the loss of CLS is a part of data2vec 2.0")
         self.student = encoder
         self.teacher = EMATeacher(
             encoder,
@@ -109,9 +118,11 @@ class Data2Vec(nn.Module):
         )
         encoder.check_layers(top_k, source)
         self.top_k, self.source = top_k, source
-        self.head = regression_head(encoder.hidden_size, head_layers, head_zero_init)
-        # A teacher whose local features are the student's own need not compute them again.
-        self.shares_features = ema_scope != "all"
+        self.sparse = decoder is not None
+        self.head = decoder if self.sparse else regression_head(encoder.hidden_size, head_layers, head_zero_init)
+        self.cls_weight, self.cls_reduction = cls_weight, cls_reduction
+        # A teacher whose local features are the student's own need not compute them again. Those of text hold dropout.
+        self.shares_features = ema_scope != "all" and encoder.masks_features
         self.teacher_fp32 = teacher_fp32
         scales = {"auto": encoder.hidden_size**-0.5, "mean": 1 / encoder.hidden_size}
         self.loss_settings = dict(norm=norm, target_norm=target_norm, beta=beta, scale=scales.get(scale, scale), impl=impl)
@@ -124,6 +135,7 @@ class Data2Vec(nn.Module):
         target: Tensor | None = None,
         *,
         index: Tensor | None = None,
+        visible: Tensor | None = None,
         padding_mask: Tensor | None = None,
         target_padding_mask: Tensor | None = None,
         channel_mask: Tensor | None = None,
@@ -132,48 +144,97 @@ class Data2Vec(nn.Module):
         """One pass of student and teacher.
 
         Args:
-            source: What the student sees, as its encoder takes it. Masked already if `target` is given.
-            mask: (B, T) bool, True = masked = scored.
-            target: What the teacher sees where that is another input (text: the unmasked ids); default is `source`, whose
-                features are then masked for the student.
+            source: What the student sees, as its encoder takes it. In place it is masked already if `target` is given.
+            mask: (B, T) bool, True = masked = scored; with a decoder (B, M, T), M views of each sample.
+            target: What the teacher sees where that is another input (text in place: the unmasked ids); default is `source`.
             index: (N,) int64, `mask.flatten().nonzero()`; made by the data loader so that a GPU is not waited for.
+            visible: (B·M, V) int64, `masking.visible_positions(mask, padding_mask)`; the same.
             padding_mask: (B, T) bool, True = padding.
             target_padding_mask: The same for `target`, where it differs.
             channel_mask: (B, C) bool, channels set to zero for the student.
             num_targets: Scored positions that the loss is divided by, e.g. those of all micro-batches of all ranks,
                 divided by the ranks (spec 1.4).
+
+        Raises:
+            ValueError: A mask that does not fit the model, or views with different numbers of visible positions.
         """
-        features = self.student.embed(source)
-        if target is None:
-            teacher_features = features.detach() if self.shares_features else None
-            student_features = self.student.mask_features(features, mask)
-        else:
-            teacher_features = None
-            student_features = features
-        if channel_mask is not None:
-            student_features = student_features.masked_fill(channel_mask.unsqueeze(1), 0)
+        if mask.ndim != (3 if self.sparse else 2):
+            expected = "(B, M, T), M views of each sample" if self.sparse else "(B, T); several views need a decoder"
+            raise ValueError(f"mask: found shape {tuple(mask.shape)}, expected {expected}")
         if index is None:
             index = mask.flatten().nonzero().squeeze(1)
+        features = self.student.embed(source)
         layers = self.teacher_layers(
             source if target is None else target,
-            teacher_features,
+            features.detach() if self.shares_features and target is None else None,
             padding_mask if target_padding_mask is None else target_padding_mask,
-            index,
+            None if self.sparse else index,
         )
-        states = self.student.transform(self.student.place(student_features, padding_mask), padding_mask, rows=index).states
-        predictions = self.head(states)
+        masked = target is not None and not self.sparse
+        student_features = self.student.mask_features(features, mask) if not (masked or self.sparse) else features
+        if channel_mask is not None:
+            student_features = student_features.masked_fill(channel_mask.unsqueeze(1), 0)
+        predicted = self.predict(source, student_features, mask, index, visible, padding_mask)
+        settings, targets = self.loss_settings, layers
+        if self.sparse:  # all views have the same targets
+            targets = [make_targets(layers, settings["norm"], settings["target_norm"], padding_mask)]
+            settings = settings | dict(norm="none", target_norm="none")
         loss, stats = data2vec_loss(
-            predictions,
-            layers,
+            predicted.predictions,
+            targets,
             mask,
             padding_mask=padding_mask,
             reduction="mean" if num_targets is None else "sum",
             return_stats=True,
-            **self.loss_settings,
+            **settings,
         )
+        cls_loss = None
+        if self.cls_weight:
+            cls_loss = self._cls_loss(predicted.extra, targets[0], padding_mask)
+            if num_targets is not None:
+                cls_loss = cls_loss * len(index)
+            loss = loss + cls_loss
         if num_targets is not None:
             loss = loss / num_targets
-        return Data2VecOutput(loss, stats, features.detach(), states.detach(), layers[-1])
+            cls_loss = None if cls_loss is None else cls_loss / num_targets
+        return Data2VecOutput(
+            loss,
+            stats,
+            features.detach(),
+            predicted.states.detach(),
+            layers[-1],
+            None if cls_loss is None else cls_loss.detach(),
+        )
+
+    def predict(
+        self,
+        source: Tensor,
+        features: Tensor,
+        mask: Tensor,
+        index: Tensor,
+        visible: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> Predicted:
+        """The student's half; arguments as in `forward`, `features` (B, T, C) as the student sees them."""
+        if not self.sparse:
+            return in_place(self.student, self.head, features, index, padding_mask)
+        if visible is None:
+            found = visible_positions(mask.cpu().numpy(), None if padding_mask is None else padding_mask.cpu().numpy())
+            visible = torch.from_numpy(found).to(mask.device)
+        grid = self.student.positions(source.shape[-1])
+        grid = grid if isinstance(grid, tuple) else (grid,)
+        return visible_only(self.student, self.head, features, mask, index, visible, grid, padding_mask)
+
+    def _cls_loss(self, extra: Tensor, targets: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """What the first extra token of each view lacks of the mean target of its sample, weighted (spec 4.7)."""
+        if padding_mask is None:
+            mean = targets.mean(1)
+        else:
+            seen = (~padding_mask).unsqueeze(-1)
+            mean = (targets * seen).sum(1) / seen.sum(1)
+        error = extra[:, 0].to(mean.dtype) - mean.repeat_interleave(len(extra) // len(mean), 0)
+        values = errors(error, self.loss_settings["beta"]).sum(1) * self.loss_settings["scale"]
+        return self.cls_weight * getattr(values, self.cls_reduction)()
 
     @torch.no_grad()
     def teacher_layers(
@@ -200,3 +261,14 @@ class Data2Vec(nn.Module):
     def update_teacher(self) -> None:
         """Move the teacher; once after each successful optimizer step."""
         self.teacher.update(self.student)
+
+
+def check_gathers(encoder: Encoder) -> None:
+    """Raise ValueError unless the encoder can run on the visible positions alone."""
+    if not encoder.gathers:
+        name = type(encoder.model).__name__
+        raise ValueError(
+            f"encoder: {name} cannot encode the visible positions alone, as its positions are added inside of its blocks or by "
+            "a forward that is not known here; take roberta, bert, vit, deit, dinov2, beit, wav2vec2, data2vec-audio or one "
+            "of d2v_fast.nets, give a module of your own the method place(features), or leave the decoder out for data2vec 1.0"
+        )

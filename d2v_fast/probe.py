@@ -1,6 +1,7 @@
 """What a frozen encoder has learned, beside the same encoder untrained.
 
-Images and speech: states are averaged over positions; a k-NN and a linear classifier read the label from them.
+Images and speech: states are averaged over positions; a k-NN and a linear classifier read the label from them, and of images
+also from the state of the CLS token.
 Text: the cloze probe. 15 % of the tokens are hidden, and a linear classifier reads from the state at each hidden position
 which token was there. It needs no labels; its floor is the unigram distribution.
 """
@@ -13,6 +14,7 @@ import json
 import logging
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +35,7 @@ from d2v_fast.report import measure, read_probes
 log = logging.getLogger(__name__)
 
 NEIGHBOURS = 20
+CLS = ", CLS"  # ends the title of what is read from the CLS token alone
 CLOZE_TOKENS = 300  # the cloze probe tells the most frequent tokens apart
 CLOZE_L2 = 0.03  # per token; with less, it overfits the states of an untrained encoder
 
@@ -58,12 +61,18 @@ class States:
             encoder.to(self.device)
 
     def __call__(self, source: Tensor, padding_mask: Tensor | None) -> dict[str, Tensor]:
-        """States (B, T, C) in fp32, by title, on the device."""
+        """States (B, T, C) in fp32, by title, on the device; of encoders with a CLS token also its own, (B, 1, C)."""
+        found: dict[str, Tensor] = {}
         source = source.to(self.device)
         padding_mask = None if padding_mask is None else padding_mask.to(self.device)
         with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
             try:
-                return {title: encoder(source, padding_mask).float() for title, encoder in self.encoders.items()}
+                for title, encoder in self.encoders.items():
+                    encoded = encoder.encode(source, padding_mask)
+                    found[title] = encoded.states.float()
+                    if encoded.extra is not None and encoded.extra.shape[1]:
+                        found[f"{title}{CLS}"] = encoded.extra[:, :1].float()
+                return found
             except torch.OutOfMemoryError as error:
                 raise ConfigError(f"--batch-size {self.batch_size}: more than the memory of the GPU holds; lower it") from error
 
@@ -128,7 +137,7 @@ def _subset(source: Source, indices: np.ndarray) -> Source:
 def pooled_states(
     states: States, source: Source, collate: Callable, limit: int, what: str
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Mean state of each sample, (N, C) by title, and the samples' labels.
+    """Mean state of each sample, and where there is a CLS token its state, (N, C) by title; and the samples' labels.
 
     Args:
         states: The encoders.
@@ -137,7 +146,7 @@ def pooled_states(
         limit: Most samples.
         what: Title of the progress bar.
     """
-    rows: dict[str, list[Tensor]] = {title: [] for title in states.encoders}
+    rows: dict[str, list[Tensor]] = defaultdict(list)
     order, labels = np.random.default_rng(0).permutation(len(source))[:limit], []
     with progress(what, len(order), "sample") as bar:
         for begin in range(0, len(order), states.batch_size):
@@ -154,7 +163,7 @@ def pooled_states(
                 for title, found in states(inputs, padding_mask).items():
                     rows[title].append(_mean(found, padding_mask).cpu())
             bar.update(min(states.batch_size, len(order) - begin))
-    return {title: _finite(found) if found else np.empty((0, 0)) for title, found in rows.items()}, labels
+    return {title: _finite(found) for title, found in rows.items()}, labels
 
 
 def _mean(states: Tensor, padding_mask: Tensor | None) -> Tensor:
@@ -210,7 +219,7 @@ def probe_labels(config: Config, states: States, data: str, name: str | None, li
             f"--data {data}: left to fit on are {len(train_labels)} samples of {classes} classes, to test on "
             f"{len(test_labels)}; needed are two classes and one sample: more data, or a higher --limit"
         )
-    results = {title: score(train[title], train_labels, test[title], test_labels) for title in states.encoders}
+    results = {title: score(train[title], train_labels, test[title], test_labels) for title in train}
     results["chance"] = dict.fromkeys(
         ("knn", "linear"), max(np.bincount(np.unique(test_labels, return_inverse=True)[1])) / len(test_labels)
     )
@@ -225,7 +234,7 @@ def probe_cloze(config: Config, states: States, data: str, name: str | None, lim
 
     from d2v_fast.data.text import TextData
 
-    settings = config.data | {"name": name, "teacher_input": "full"}
+    settings = config.data | {"name": name, "teacher_input": "full", "views": None}
     mask = TokenMask(prob=0.15, length=1, keep_special=True)
     parts = []
     for split in ("train", "test"):
@@ -342,9 +351,9 @@ def main(args: list[str]) -> None:
     probe = probe_cloze if config.modality == "text" else probe_labels
     results = probe(config, states, data, options.name, options.limit)
     columns = list(next(iter(results.values())))
-    print(f"{'':12}" + "".join(f"{column:>12}" for column in columns))
+    print(f"{'':16}" + "".join(f"{column:>12}" for column in columns))
     for title, row in results.items():
-        print(f"{title:12}" + "".join(f"{measure(column, row[column]):>12}" for column in columns))
+        print(f"{title:16}" + "".join(f"{measure(column, row[column]):>12}" for column in columns))
     key = {"data": data, "name": options.name, "limit": options.limit, "step": found.step}
     try:
         _keep(file, {**key, "results": results})

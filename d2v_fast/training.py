@@ -7,6 +7,7 @@ them together, so that each counts the same wherever it was (spec 1.4); then cli
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import logging
@@ -30,8 +31,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, Tensors, sync, write_text
-from d2v_fast.config import FREE, Config, ConfigError, OptimizerConfig, ScheduleConfig, data_class
+from d2v_fast.config import DEFAULTS, FREE, Config, ConfigError, OptimizerConfig, ScheduleConfig, data_class
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
+from d2v_fast.decoders import ConvDecoder
 from d2v_fast.diagnostics import CollapseError, Monitor, distinct_share, environment
 from d2v_fast.encoders import Encoder, build_encoder, describe
 from d2v_fast.fused import fuse
@@ -98,14 +100,22 @@ def make_model(config: Config, encoder: Encoder) -> Data2Vec:
     Raises:
         ConfigError: head.pretrained holds no head, or another one.
     """
+    head, decoder = vars(config.head).copy(), None
+    kind, layers, zero_init, _ = (head.pop(name) for name in ("kind", "layers", "zero_init", "pretrained"))
+    if kind == "conv":
+        axes = 2 if config.modality == "vision" else 1
+        try:
+            decoder = ConvDecoder(encoder.hidden_size, axes, layers=layers, zero_init=zero_init, **head)
+        except ValueError as error:
+            raise ConfigError(f"head.{error}") from error
+    loss = {name: value for name, value in vars(config.loss).items() if name != "reduction"}
     model = Data2Vec(
         encoder,
         **vars(config.targets),
-        beta=config.loss.beta,
-        scale=config.loss.scale,
-        impl=config.loss.impl,
-        head_layers=config.head.layers,
-        head_zero_init=config.head.zero_init,
+        **loss,
+        head_layers=layers,
+        head_zero_init=zero_init,
+        decoder=decoder,
         **{f"ema_{name}": value for name, value in vars(config.ema).items()},
     )
     if config.head.pretrained is not None:
@@ -403,11 +413,8 @@ def freeze_unused(core: Data2Vec, data: PretrainingData) -> list[str]:
     batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
     parameters = {name: p for name, p in core.named_parameters() if p.requires_grad}
     core.eval()  # layer-drop would skip some that are used
-    features = core.student.embed(batch["source"])
-    if "target" not in batch:
-        features = core.student.mask_features(features, batch["mask"])
-    predictions = core.head(core.student.contextualize(features, batch.get("padding_mask")))
-    gradients = torch.autograd.grad(predictions.sum(), list(parameters.values()), allow_unused=True)
+    used = {name: value for name, value in batch.items() if name in inspect.signature(core.forward).parameters}
+    gradients = torch.autograd.grad(core(**used).loss, list(parameters.values()), allow_unused=True)
     core.train()
     unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     for name in unused:
@@ -502,7 +509,7 @@ class Trainer:
         config = self.config
         saved, start = self._newest() if config.resume else None, 0
         if saved:
-            saved.compare("settings", self.settings, (*FREE, *config.resume_allow))
+            saved.compare("settings", self.settings, (*FREE, *config.resume_allow, *self._since(saved)))
             with saved.reading():
                 start = int(saved.state["ranks"][self.accelerator.process_index]["batches"])
         self.done = self.saved = saved.step if saved else 0  # steps, now and at the newest checkpoint
@@ -709,6 +716,12 @@ class Trainer:
                 for key, value in kept.get(parameter, {}).items()
             },
         }
+
+    def _since(self, saved: Checkpoint) -> list[str]:
+        """Settings that did not exist when the checkpoint was written, and that are as everything was then."""
+        with saved.reading():
+            known = saved.state["settings"]
+        return [key for key, value in self.settings.items() if key not in known and DEFAULTS.get(key, ...) == value]
 
     def _compare_samples(self, saved: Checkpoint, names: Sequence[str]) -> None:
         """Raise CheckpointError, with the names of those that differ, unless the samples are those of the checkpoint."""

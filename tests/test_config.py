@@ -10,6 +10,7 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
+import d2v_fast.nets  # noqa: F401  the presets of data2vec 2.0 name its models
 from d2v_fast.compat import is_arxyzan, translate_arxyzan
 from d2v_fast.config import MASK_KINDS, MASKS, PRESETS, RANGES, SECTIONS, ConfigError, data_class, parse, presets
 from d2v_fast.training import make_encoder
@@ -184,7 +185,10 @@ class TestRefusals:
             (["--fusedd"], "fusedd: no such setting; did you mean fused?"),
             (["train=5"], "train: found 5, expected one of its settings"),
             (["foo"], "'foo': expected key=value, such as train.steps=1000"),
-            (["mask.kind=blok"], "mask.kind: found 'blok', expected for vision one of block, random; did you mean block?"),
+            (
+                ["mask.kind=blok"],
+                "mask.kind: found 'blok', expected for vision one of block, random, exact; did you mean block?",
+            ),
             (["targets.norm=layr"], "targets.norm: found layr, expected one of none, layer, .*; did you mean layer?"),
             (["train.steps=abc"], "train.steps: found abc, expected a whole number"),
             (["train.steps=1.5"], "train.steps: found 1.5, expected a whole number"),

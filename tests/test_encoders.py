@@ -129,7 +129,7 @@ def test_ffn_taps_are_what_the_specification_names(name):
         module = encoder.model.get_submodule(FFN_OUTPUT[name].format(i))
         module.register_forward_hook(lambda m, a, out: seen.append(out))
     with torch.no_grad():
-        states, taps = encoder.transform(encoder.place(encoder.embed(x)), layers=2)
+        states, taps, _ = encoder.transform(encoder.place(encoder.embed(x)), layers=2)
     for i, (tap, out) in enumerate(zip(taps, seen, strict=True), start=1):
         scale = getattr(encoder.blocks[i], "lambda_2", 1.0)  # BEiT's layer scale belongs to the result (spec 1.3)
         assert torch.equal(tap, (out * scale)[:, out.shape[1] - states.shape[1] :])
@@ -191,7 +191,7 @@ def test_an_encoder_of_your_own():
     x = torch.randn(2, 9, 6)
     seen = []
     encoder.model.blocks[2].mlp.register_forward_hook(lambda m, a, out: seen.append(out))
-    states, layers = encoder.transform(encoder.embed(x), layers=1)
+    states, layers, _ = encoder.transform(encoder.embed(x), layers=1)
     assert torch.equal(layers[0], seen[0])
     assert states.shape == (2, 9, 32) and torch.equal(states, encoder.model.contextualize(encoder.model.embed(x)))
     masked = encoder.mask_features(encoder.embed(x), torch.ones(2, 9, dtype=torch.bool))

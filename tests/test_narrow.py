@@ -140,7 +140,7 @@ def test_an_encoder_whose_layers_were_read_with_gradients_can_be_copied(name):
     x = models.inputs("wav2vec2" if name == "wavlm" else name)
     before = {key: set(vars(module)) for key, module in encoder.named_modules()}
     placed = encoder.place(encoder.embed(x))
-    _, layers = encoder.transform(placed, layers=2, rows=torch.tensor([1, 5]))
+    _, layers, _ = encoder.transform(placed, layers=2, rows=torch.tensor([1, 5]))
     assert all(layer.requires_grad for layer in layers)
     copied = copy.deepcopy(encoder)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in copied.blocks.modules())
@@ -199,9 +199,9 @@ def test_halves_are_what_a_block_computes(family, training):
     assert encoder.halves is not None
     image = name in (*models.IMAGES, "vit_msn")
     x = torch.randn(2, 17 if image else 12, 32)
-    _, _, arguments = encoder._enter(x[:, 1:] if image else x, None)
+    _, _, each = encoder._enter(x[:, 1:] if image else x, None)
     seen = []
-    for block in encoder.blocks:
+    for block, arguments in zip(encoder.blocks, each, strict=True):
         encoder._ffn(block).register_forward_hook(lambda m, args, out: seen.append(out))
         torch.manual_seed(0)
         expected = blocks.first(block(x, **arguments))
@@ -230,7 +230,7 @@ def test_blocks_with_other_parts_run_as_the_model_runs_them(model):
     assert encoder.halves is None
     x = models.inputs({"pixel_values": "beit", "input_values": "wav2vec2", "input_ids": "roberta"}[model.main_input_name])
     with torch.no_grad():
-        states, layers = encoder.transform(encoder.place(encoder.embed(x)), layers=2, source="block_output")
+        states, layers, _ = encoder.transform(encoder.place(encoder.embed(x)), layers=2, source="block_output")
         whole = model(x).last_hidden_state
         torch.testing.assert_close(states, whole[:, -states.shape[1] :])
     assert len(layers) == 2 and layers[0].shape == states.shape

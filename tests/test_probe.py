@@ -284,7 +284,7 @@ class TestHow:
 
     def test_more_than_the_memory_of_a_gpu(self):
         encoder = make("roberta")
-        encoder.register_forward_pre_hook(lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        encoder.model.embeddings.register_forward_pre_hook(lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
         with pytest.raises(ConfigError, match="--batch-size 7: more than the memory of the GPU holds; lower it"):
             States({"trained": encoder}, batch_size=7)(torch.zeros(1, 4, dtype=torch.long), None)
 

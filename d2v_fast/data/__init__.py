@@ -1,7 +1,7 @@
 """Samples to batches: what every modality shares.
 
 A batch is a dict of tensors named after the arguments of `Data2Vec.forward`: `source`, `mask`, `index`, and where they apply
-`target`, `padding_mask`, `target_padding_mask`, `channel_mask`. `broken` lists the samples that could not be read.
+`visible`, `target`, `padding_mask`, `target_padding_mask`, `channel_mask`. `broken` lists the samples that could not be read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from d2v_fast.masking import Draws
+from d2v_fast.masking import Draws, visible_positions
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +104,8 @@ class PretrainingData(Dataset):
     """Base of the data sets: keys (epoch, sample) in, one batch out, masks and augmentations a pure function of the keys."""
 
     seed: int = 0
+    views: int | None = None  # masked views of each sample for data2vec 2.0; None for the one mask of 1.0
+    mask: Any  # one of `masking`
     lengths: np.ndarray | None = None  # per sample, for bucketing
     name: str
     source: Source
@@ -118,6 +120,19 @@ class PretrainingData(Dataset):
     def collate(self, samples: list[Any], draws: Draws) -> dict[str, np.ndarray]:
         """Stack samples and mask them: `source`, `mask` and more, as numpy arrays."""
         raise NotImplementedError
+
+    def make_mask(self, draws: Draws, *where: Any) -> np.ndarray:
+        """Mask (B, T), or with `views` (B, views, T).
+
+        Args:
+            draws: Of the samples.
+            where: What the mask takes: a grid, or a length and the unpadded lengths (B,).
+        """
+        if self.views is None:
+            return self.mask(draws, *where)
+        where = [np.repeat(each, self.views) if isinstance(each, np.ndarray) else each for each in where]
+        mask = self.mask(replace(draws, views=self.views), *where)
+        return mask.reshape(len(draws), self.views, -1)
 
     def fit_to(self, encoder: Any) -> None:
         """Learn from the encoder what the data depend on, such as its number of positions.
@@ -150,6 +165,8 @@ class PretrainingData(Dataset):
         batch: Batch = {"epoch": epoch, "samples": read, "broken": broken}
         if samples:
             arrays = self.collate(samples, Draws(self.seed, epoch, read))
+            if self.views is not None:
+                arrays["visible"] = visible_positions(arrays["mask"], arrays.get("padding_mask"))
             batch |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
             batch["index"] = batch["mask"].flatten().nonzero().squeeze(1)
         return batch

@@ -17,7 +17,7 @@ import numpy as np
 
 from d2v_fast.data import DataError, PretrainingData, Source, find_files, first_line, is_local, load_media, regular
 from d2v_fast.data.builtin import builtin_speech
-from d2v_fast.masking import Draws, SpanMask
+from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, SpanMask
 
 log = logging.getLogger(__name__)
 
@@ -259,13 +259,15 @@ class AudioData(PretrainingData):
         channel_prob: Share of feature channels that spans of channels would cover, set to zero for the student.
         channel_length: Channels a span.
         mask: How frames are masked.
+        views: Masked views of each sample, for data2vec 2.0; null for one mask, as 1.0 takes it.
         seed: Seed of masks, crops and order.
     """
 
     def __init__(
         self,
         *,
-        mask: SpanMask,
+        mask: SpanMask | RandomMask | ExactBlockMask,
+        views: int | None = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,
@@ -280,7 +282,7 @@ class AudioData(PretrainingData):
         channel_prob: float = 0.0,
         channel_length: int = 10,
     ):
-        self.name, self.mask, self.seed, self.sample_rate = path, mask, seed, sample_rate
+        self.name, self.mask, self.views, self.seed, self.sample_rate = path, mask, views, seed, sample_rate
         self.max_samples, self.crop, self.normalize = round(max_seconds * sample_rate), crop, normalize
         self.join_samples = round(join_seconds * sample_rate)
         self.max_batch_length = None if batch_seconds is None else batch_seconds * sample_rate
@@ -369,7 +371,7 @@ class AudioData(PretrainingData):
                 row[: len(wave)] = wave
         batch["source"] = source.astype(np.float32)
         frames = np.array([self.frames(int(n)) for n in lengths])
-        batch["mask"] = self.mask(draws, int(frames.max()), frames)
+        batch["mask"] = self.make_mask(draws, int(frames.max()), frames)
         padding_mask = np.arange(frames.max()) >= frames[:, None]
         if padding_mask.any():
             batch["padding_mask"] = padding_mask

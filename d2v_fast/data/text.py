@@ -15,7 +15,7 @@ import torch
 
 from d2v_fast.data import DataError, PretrainingData, first_line
 from d2v_fast.data.documents import load_documents
-from d2v_fast.masking import Draws, TokenMask, Vocabulary
+from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, TokenMask, Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +148,7 @@ class TextData(PretrainingData):
         cross_documents: Pack across documents, </s> between them; without, each document (row) fills blocks of its own.
         teacher_input: "full", or "masked_only" as in the reference code, whose teacher sees the masked tokens alone.
         mask: How blocks are masked.
+        views: Masked views of each sample, for data2vec 2.0; null for one mask, as 1.0 takes it.
         seed: Seed of masks and order.
         max_broken: Largest share of files that cannot be read; `train.max_broken` of a run.
     """
@@ -155,7 +156,8 @@ class TextData(PretrainingData):
     def __init__(
         self,
         *,
-        mask: TokenMask,
+        mask: TokenMask | RandomMask | ExactBlockMask,
+        views: int | None = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,
@@ -168,8 +170,10 @@ class TextData(PretrainingData):
         teacher_input: Literal["full", "masked_only"] = "full",
         max_broken: float = 0.01,
     ):
-        self.name, self.mask, self.seed = path, mask, seed
+        self.name, self.mask, self.views, self.seed = path, mask, views, seed
         self.block_size, self.teacher_input = block_size, teacher_input
+        if views is not None and teacher_input != "full":
+            raise DataError(f"data.teacher_input={teacher_input}: is for one mask a sample; leave it out, or data.views")
         documents = load_documents(path, name, split, column, max_broken)
         if tokenizer == "train":
             self.tokenizer = train_tokenizer(iter(documents), vocab_size, block_size)
@@ -231,8 +235,13 @@ class TextData(PretrainingData):
         target = np.full((len(samples), lengths.max()), pad, dtype=np.int64)
         for row, ids in zip(target, samples, strict=True):
             row[: len(ids)] = ids
-        source, mask = self.mask(draws, target, self.vocabulary, lengths)
-        batch = {"source": source, "target": target, "mask": mask}
+        if isinstance(self.mask, TokenMask):
+            source, mask = self.mask(draws, target, self.vocabulary, lengths)
+        else:
+            mask = self.make_mask(draws, target.shape[1], lengths)
+            # With views the masked tokens are not encoded at all.
+            source = target if self.views else np.where(mask, self.vocabulary.mask_id, target)
+        batch = {"source": source, "mask": mask} | ({} if self.views else {"target": target})
         padding_mask = np.arange(target.shape[1]) >= lengths[:, None]
         if padding_mask.any():
             batch["padding_mask"] = padding_mask

@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImage
 
 from d2v_fast.data import DataError, PretrainingData, Source, find_files, is_local, load_media
 from d2v_fast.data.builtin import builtin_images
-from d2v_fast.masking import BlockMask, Draws, RandomMask
+from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels of ImageNet
 # Pillow tries every format it knows whatever the name of a file, and hands PostScript to Ghostscript, which runs it.
@@ -169,13 +169,15 @@ class ImageData(PretrainingData):
         mean: Subtracted from each channel, ImageNet's by default.
         std: Each channel is divided by it, ImageNet's by default.
         mask: How patches are masked.
+        views: Masked views of each sample, for data2vec 2.0; null for one mask, as 1.0 takes it.
         seed: Seed of masks, augmentations and order.
     """
 
     def __init__(
         self,
         *,
-        mask: BlockMask | RandomMask,
+        mask: BlockMask | RandomMask | ExactBlockMask,
+        views: int | None = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,
@@ -188,7 +190,7 @@ class ImageData(PretrainingData):
         mean: tuple[float, float, float] = MEAN,
         std: tuple[float, float, float] = STD,
     ):
-        self.name, self.mask, self.seed = path, mask, seed
+        self.name, self.mask, self.views, self.seed = path, mask, views, seed
         self.image_size, self.crop_scale, self.crop_ratio = image_size, tuple(crop_scale), tuple(crop_ratio)
         self.flip, self.jitter, self.mean, self.std = flip, jitter, tuple(mean), tuple(std)
         self.source = open_images(path, name, split)
@@ -229,4 +231,4 @@ class ImageData(PretrainingData):
         return color_jitter(image, self.jitter, rng) if self.jitter > 0 else image
 
     def collate(self, samples: list[Image.Image], draws: Draws) -> dict[str, np.ndarray]:
-        return {"source": to_pixels(samples, self.mean, self.std), "mask": self.mask(draws, self.grid)}
+        return {"source": to_pixels(samples, self.mean, self.std), "mask": self.make_mask(draws, self.grid)}

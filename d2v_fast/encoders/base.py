@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.encoders import blocks
 
 LayerSource = Literal["ffn", "block_output", "block_input"]
+
+
+def gather(x: Tensor, visible: Tensor) -> Tensor:
+    """x (B, T, C) at the positions `visible` (B·M, V) of its M views, (B·M, V, C)."""
+    first = torch.arange(len(visible), device=x.device) // (len(visible) // len(x)) * x.shape[1]
+    # The backward of an embedding adds up the views in parallel, that of indexing does not.
+    return F.embedding(visible + first[:, None], x.flatten(0, 1))
 
 
 class Encoded(NamedTuple):
@@ -21,10 +29,12 @@ class Encoded(NamedTuple):
     Attributes:
         states: (B, T, C), or (N, C) where rows were asked for.
         layers: Results of the last K blocks, first to last: K × (B, T, C).
+        extra: (B, E, C), states of tokens that stand for no position, such as CLS; None where they were not computed.
     """
 
     states: Tensor
     layers: list[Tensor]
+    extra: Tensor | None = None
 
 
 class Encoder(nn.Module):
@@ -80,13 +90,33 @@ class Encoder(nn.Module):
 
     def place(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Features with their positions, (B, T, C), where the model adds positions after masking."""
-        return features
+        return self.model.place(features) if hasattr(self.model, "place") else features
+
+    def place_visible(self, features: Tensor, mask: Tensor, visible: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Features of the visible positions of every view, with their positions (spec 4.3).
+
+        Args:
+            features: (B, T, C), from `embed`.
+            mask: (B, M, T) bool, True = masked.
+            visible: (B·M, V) int64, positions in [0, T) that are visible, view by view.
+            padding_mask: (B, T) bool, True = padding.
+
+        Returns:
+            (B·M, V, C).
+        """
+        return gather(self.place(features, padding_mask), visible)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the blocks run on some of the positions as they run on all."""
+        return self.halves is not None or hasattr(self.model, "place")
 
     def transform(
         self,
         x: Tensor,
         padding_mask: Tensor | None = None,
         *,
+        visible: Tensor | None = None,
         layers: int = 0,
         source: LayerSource = "ffn",
         rows: Tensor | None = None,
@@ -96,8 +126,9 @@ class Encoder(nn.Module):
         Never `output_hidden_states`: it would force eager attention and keep every layer.
 
         Args:
-            x: (B, T, C), from `place`.
+            x: (B, T, C), from `place`, or with `visible` from `place_visible`.
             padding_mask: (B, T) bool, True = padding.
+            visible: (B, T) int64, where x stands in the whole sequence, for what depends on distances; default is 0 to T - 1.
             layers: Number K of last blocks whose results are returned.
             source: What a block's result is (spec 1.3): its FFN's output, its own output, or its input.
             rows: (N,) int64, positions of the flattened (B, T) whose states are wanted; all by default. With `narrow` the last
@@ -121,8 +152,8 @@ class Encoder(nn.Module):
             return Encoded(states if rows is None else states.flatten(0, 1)[rows], results)
         halves = self._compiled_halves or self.halves
         batch, results, narrowed = len(x), [], None
-        x, extra, arguments = self._enter(x, padding_mask)
-        for left, block in zip(reversed(range(len(self.blocks))), self.blocks, strict=True):
+        x, extra, each = self._enter(x, padding_mask, visible)
+        for left, block, arguments in zip(reversed(range(len(self.blocks))), self.blocks, each, strict=True):
             if left < layers and source == "block_input":
                 results.append(x[:, extra:])
             if self._dropped():
@@ -142,16 +173,20 @@ class Encoder(nn.Module):
         states = self._leave(x)
         if narrowed is not None:
             return Encoded(states[0], results)
-        states = states[:, extra:]
-        return Encoded(states if rows is None else states.flatten(0, 1)[rows], results)
+        extra_states, states = states[:, :extra], states[:, extra:]
+        return Encoded(states if rows is None else states.flatten(0, 1)[rows], results, extra_states)
 
     def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """States (B, T, C) of all positions; padding_mask (B, T) bool, True = padding."""
         return self.transform(self.place(features, padding_mask), padding_mask).states
 
+    def encode(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Encoded:
+        """States of an unmasked input, as a probe wants them."""
+        return self.transform(self.place(self.embed(inputs), padding_mask), padding_mask)
+
     def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """States of an unmasked input, as a probe or a user wants them."""
-        return self.contextualize(self.embed(inputs), padding_mask)
+        """States (B, T, C) of an unmasked input."""
+        return self.encode(inputs, padding_mask).states
 
     def positions(self, size: int) -> int | tuple[int, int]:
         """Number of positions for an input of this size (tokens, samples), or the grid of patches for an image side."""
@@ -184,8 +219,10 @@ class Encoder(nn.Module):
 
     # What a family knows of its blocks
 
-    def _enter(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, int, dict[str, Any]]:
-        """Input of the first block (B, E + T, C), the number E of extra tokens in front, and the arguments of all blocks."""
+    def _enter(
+        self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None
+    ) -> tuple[Tensor, int, list[dict[str, Any]]]:
+        """Input of the first block (B, E + T, C), the number E of extra tokens in front, and the arguments of each block."""
         raise NotImplementedError
 
     def _leave(self, x: Tensor) -> Tensor:

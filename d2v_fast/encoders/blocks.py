@@ -65,6 +65,14 @@ def vit(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) ->
     return block.dropout(ffn) + x, ffn
 
 
+def dinov2(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
+    """DINOv2: layer scale and stochastic depth; the FFN's result is the scaled one, as BEiT's."""
+    attended = take(block.attention(block.norm1(x), **arguments)[0], rows)
+    x = block.drop_path(block.layer_scale1(attended)) + take(x, rows)
+    ffn = block.layer_scale2(block.mlp(block.norm2(x)))
+    return block.drop_path(ffn) + x, ffn
+
+
 def beit(block: nn.Module, x: Tensor, rows: Tensor | None = None, resolution=None, **arguments) -> tuple[Tensor, Tensor]:
     """BEiT with its relative positions shared by all blocks; layer scale and stochastic depth included."""
     attended = take(block.attention(block.layernorm_before(x), **arguments)[0], rows)
@@ -90,6 +98,7 @@ KNOWN: dict[str, Halves] = {
     **dict.fromkeys(("Wav2Vec2EncoderLayerStableLayerNorm", "HubertEncoderLayerStableLayerNorm"), stable_wave),
     **dict.fromkeys(("UniSpeechEncoderLayerStableLayerNorm", "UniSpeechSatEncoderLayerStableLayerNorm"), stable_wave),
     **dict.fromkeys(("ViTLayer", "DeiTLayer", "ViTMSNLayer"), vit),
+    "Dinov2Layer": dinov2,
     "BeitLayer": beit,
     "Data2VecVisionLayer": data2vec_vision,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.encoders import blocks
@@ -44,34 +45,52 @@ class PatchEncoder(Encoder):
         patches = self.model.embeddings.patch_embeddings(inputs)
         return patches[0] if isinstance(patches, tuple) else patches
 
-    def _enter(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, int, dict[str, Any]]:
+    def place(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        positions = self.model.embeddings.position_embeddings
+        return features if positions is None else features + positions[:, -features.shape[1] :]
+
+    def _enter(
+        self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None
+    ) -> tuple[Tensor, int, list[dict[str, Any]]]:
         model, embeddings = self.model, self.model.embeddings
         extra = [embeddings.cls_token]
         if hasattr(embeddings, "distillation_token"):
             extra.append(embeddings.distillation_token)
-        x = torch.cat([*(token.to(x.dtype).expand(len(x), -1, -1) for token in extra), x], dim=1)
+        extra = torch.cat(extra, dim=1)
         if embeddings.position_embeddings is not None:
-            x = x + embeddings.position_embeddings
+            extra = extra + embeddings.position_embeddings[:, : extra.shape[1]]
+        count = extra.shape[1]
+        x = torch.cat([extra.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        if hasattr(embeddings, "layernorm"):
+            x = embeddings.layernorm(x)
         x = embeddings.dropout(x)
         size, arguments = self._image_size(), {}
-        if hasattr(model, "encoder"):  # Data2VecVision
-            arguments = dict(relative_position_bias=None, resolution=size)
-            if model.encoder.has_relative_position_bias:
-                bias = model.encoder.relative_position_bias
-                arguments["relative_position_bias"] = bias(self.positions(size[0]), dim_size=x.shape[1])
+        if hasattr(model, "encoder") and hasattr(model.encoder, "has_relative_position_bias"):  # Data2VecVision
+            arguments = dict(relative_position_bias=self._bias(model.encoder, visible, count), resolution=size)
         elif hasattr(model, "shared_position_bias"):  # BEiT
-            bias = model.shared_position_bias
-            if bias is not None:
-                bias = bias(self.positions(size[0]), dim_size=x.shape[1])
-            arguments = dict(attention_mask=bias, resolution=size)
-        return x, len(extra), arguments
+            arguments = dict(attention_mask=self._bias(model, visible, count), resolution=size)
+        return x, count, [arguments] * len(self.blocks)
+
+    def _bias(self, owner: nn.Module, visible: Tensor | None, extra: int) -> Tensor | None:
+        """Bias of the attention by relative positions, (1 or B, H, E + T, E + T)."""
+        bias = getattr(owner, "shared_position_bias", None) or getattr(owner, "relative_position_bias", None)
+        if bias is None:
+            return None
+        high, wide = self.positions(0)
+        bias = bias((high, wide), dim_size=extra + high * wide)
+        if visible is None:
+            return bias
+        rows = F.pad(visible + extra, (extra, 0))
+        rows[:, :extra] = torch.arange(extra, device=rows.device)
+        return bias[0][:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)
 
     def _leave(self, x: Tensor) -> Tensor:
-        return self.model.layernorm(x)
+        norm = getattr(self.model, "layernorm", None)  # ours in `nets` has its norm in front of the blocks
+        return x if norm is None else norm(x)
 
     def _whole(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        x, extra, arguments = self._enter(x, padding_mask)
-        for block in self.blocks:
+        x, extra, each = self._enter(x, padding_mask)
+        for block, arguments in zip(self.blocks, each, strict=True):
             x = blocks.first(block(x, **arguments))
         return self._leave(x)[:, extra:]
 

@@ -28,8 +28,10 @@ class TokenEncoder(Encoder):
             return None
         return create_bidirectional_mask(config=self.model.config, inputs_embeds=x, attention_mask=~padding_mask)
 
-    def _enter(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, int, dict[str, Any]]:
-        return x, 0, dict(attention_mask=self._attend(x, padding_mask))
+    def _enter(
+        self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None
+    ) -> tuple[Tensor, int, list[dict[str, Any]]]:
+        return x, 0, [dict(attention_mask=self._attend(x, padding_mask))] * len(self.blocks)
 
     def _leave(self, x: Tensor) -> Tensor:
         norm = getattr(self.model, "LayerNorm", None)  # RobertaPreLayerNorm

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2v_fast.encoders.base import Encoder
+from d2v_fast.encoders.base import Encoder, gather
 
 
 class WaveEncoder(Encoder):
@@ -41,19 +42,35 @@ class WaveEncoder(Encoder):
     def place(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         if self.halves is None:
             return features  # the model itself adds positions
-        if padding_mask is not None:
-            features = features.masked_fill(padding_mask.unsqueeze(-1), 0)
-        return features + self.model.encoder.pos_conv_embed(features)
+        convolve = self.model.encoder.pos_conv_embed
+        if padding_mask is None:
+            return features + convolve(features)
+        features = features.masked_fill(padding_mask.unsqueeze(-1), 0)
+        knows_padding = "padding_mask" in inspect.signature(convolve.forward).parameters  # ours in `nets`
+        return features + (convolve(features, padding_mask) if knows_padding else convolve(features))
 
-    def _enter(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, int, dict[str, Any]]:
+    def place_visible(self, features: Tensor, mask: Tensor, visible: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        # Positions come from convolutions, which must not see what is masked: each view has a copy of its own.
+        views = mask.shape[1]
+        features = features.repeat_interleave(views, 0).masked_fill(mask.flatten(0, 1).unsqueeze(-1), 0)
+        padding_mask = None if padding_mask is None else padding_mask.repeat_interleave(views, 0)
+        return gather(self.place(features, padding_mask), visible)
+
+    def _enter(
+        self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None
+    ) -> tuple[Tensor, int, list[dict[str, Any]]]:
         from transformers.masking_utils import create_bidirectional_mask
 
         encoder = self.model.encoder
-        attend = None if padding_mask is None else ~padding_mask
-        attend = create_bidirectional_mask(config=self.model.config, inputs_embeds=x, attention_mask=attend)
+        if hasattr(encoder, "alibi"):
+            attend = encoder.alibi(x, visible, padding_mask)
+        else:
+            attend = None if padding_mask is None else ~padding_mask
+            attend = create_bidirectional_mask(config=self.model.config, inputs_embeds=x, attention_mask=attend)
         if not self._stable:
             x = encoder.layer_norm(x)
-        return encoder.dropout(x), 0, dict(attention_mask=attend)
+        each = attend if isinstance(attend, list) else [attend] * len(self.blocks)
+        return encoder.dropout(x), 0, [dict(attention_mask=bias) for bias in each]
 
     def _leave(self, x: Tensor) -> Tensor:
         return self.model.encoder.layer_norm(x) if self._stable else x

@@ -5,15 +5,14 @@
 The prenet blocks of data2vec 2.0 (spec 4.1) are the first blocks of the one stack: with the norm after the residual nothing
 stands between them and the others.
 
-This file needs torch and transformers alone, so that a saved model can carry it along: `AutoModel.from_pretrained(folder,
-trust_remote_code=True)` then works where d2v-fast is not installed.
+This file needs torch and transformers alone, and huggingface_hub that comes with it, so that a saved model can carry it along:
+`AutoModel.from_pretrained(folder, trust_remote_code=True)` then works where d2v-fast is not installed.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
     Data2VecAudioConfig,
@@ -35,6 +34,7 @@ from transformers.models.data2vec.modeling_data2vec_audio import (
 )
 
 
+@strict
 class Data2Vec2AudioConfig(Data2VecAudioConfig):
     """Fields as in `Data2VecAudioConfig`, with the values of data2vec 2.0's base model as defaults, and
 
@@ -145,7 +145,7 @@ class Data2Vec2AudioEncoder(nn.Module):
         for layer, bias in zip(self.layers, biases, strict=True):
             if self.training and drop > 0 and torch.rand([]) < drop:
                 continue
-            hidden_states = layer(hidden_states, attention_mask=bias, **kwargs)
+            hidden_states = layer(hidden_states, bias, **kwargs)  # not by name: checkpointing would lose its gradient
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
@@ -183,6 +183,8 @@ class Data2Vec2AudioModel(Data2Vec2AudioPreTrainedModel, Data2VecAudioModel):
         torch_own = [self.feature_projection.projection, *(layer.conv for layer in self.encoder.pos_conv_embed.layers)]
         if any(module is own for own in torch_own):
             module.reset_parameters()
+        elif module is self and hasattr(self, "masked_spec_embed"):  # which transformers 5.17 leaves as memory had it
+            init.uniform_(self.masked_spec_embed)
 
 
 class Data2Vec2AudioForCTC(Data2Vec2AudioPreTrainedModel, Data2VecAudioForCTC):

@@ -5,15 +5,14 @@
 The prenet blocks of data2vec 2.0 (spec 4.1) are the first blocks of the one stack: with the norm after the residual nothing
 stands between them and the others.
 
-This file needs torch and transformers alone, so that a saved model can carry it along: `AutoModel.from_pretrained(folder,
-trust_remote_code=True)` then works where d2v-fast is not installed.
+This file needs torch and transformers alone, and huggingface_hub that comes with it, so that a saved model can carry it along:
+`AutoModel.from_pretrained(folder, trust_remote_code=True)` then works where d2v-fast is not installed.
 """
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -23,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 
+@strict
 class Data2Vec2VisionConfig(PreTrainedConfig):
     """Fields as in `ViTConfig`; `image_size` and `patch_size` are a side or (height, width).
 
@@ -43,7 +43,7 @@ class Data2Vec2VisionConfig(PreTrainedConfig):
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
-    pooling: str = "mean"
+    pooling: Literal["mean", "cls"] = "mean"
     # What a block of BERT asks for beside these.
     is_decoder: bool = False
     add_cross_attention: bool = False
@@ -172,8 +172,6 @@ class Data2Vec2VisionForImageClassification(Data2Vec2VisionPreTrainedModel):
 
     def __init__(self, config: Data2Vec2VisionConfig):
         super().__init__(config)
-        if config.pooling not in ("mean", "cls"):
-            raise ValueError(f"pooling={config.pooling!r}: one of 'mean', 'cls'")
         self.num_labels = config.num_labels
         self.data2vec2_vision = Data2Vec2VisionModel(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=1e-6)

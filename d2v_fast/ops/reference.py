@@ -89,6 +89,14 @@ def moments_of(rows: Tensor, scored: Tensor) -> Moments:
     return Moments(count, mean, ((rows - mean) ** 2 * weight).sum(0))
 
 
+def errors(error: Tensor, beta: float) -> Tensor:
+    """The squared error, or smooth-L1 that is quadratic below `beta` (spec 1.4)."""
+    if beta == 0:
+        return error**2
+    distance = error.abs()
+    return torch.where(distance < beta, error**2 / (2 * beta), distance - beta / 2)
+
+
 def data2vec_loss(
     predictions: Tensor,
     layers: Sequence[Tensor],
@@ -120,13 +128,7 @@ def data2vec_loss(
     # Fill, not multiply: what is not scored may hold anything, NaN included.
     rows = rows.masked_fill(~scored.unsqueeze(-1), 0)
     targets = targets.masked_fill(~scored.unsqueeze(-1), 0)
-    error = rows - targets
-    if beta == 0:
-        values = error**2
-    else:
-        distance = error.abs()
-        values = torch.where(distance < beta, error**2 / (2 * beta), distance - beta / 2)
-    loss = values.sum() * scale
+    loss = errors(rows - targets, beta).sum() * scale
     if reduction == "mean":
         loss = loss / scored.sum().clamp(min=1)
     return loss, LossStats(moments_of(targets, scored), moments_of(rows.detach(), scored)) if stats else None
