@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, visible_positions
+
 CHANNELS = 768
 
 
@@ -62,6 +64,9 @@ class StepCase:
     settings: dict  # of Data2Vec, as the published recipe has them
     config: dict = field(default_factory=dict)  # of the encoder
     gpu_batch: int = 0  # meant to fill a GPU and leave room for the models of all variants
+    views: int = 0  # of each sample, for data2vec 2.0
+    mask: RandomMask | ExactBlockMask | None = None
+    decoder: dict = field(default_factory=dict)
 
     def on(self, device: str) -> StepCase:
         """The case as this device takes it."""
@@ -70,15 +75,21 @@ class StepCase:
         return replace(self, batch=self.gpu_batch, name=self.name.replace(f"-{self.batch}x", f"-{self.gpu_batch}x"))
 
     def batch_of(self, encoder, device: str) -> dict[str, Tensor]:
-        """Inputs of `Data2Vec.forward`: source, mask, index, for text also target; all of full length."""
+        """Inputs of `Data2Vec.forward`: source, mask, index, with views `visible`, else for text `target`; of full length."""
         generator = torch.Generator().manual_seed(0)
         if self.modality == "text":
             target = torch.randint(10, 50_000, (self.batch, *self.shape), generator=generator)
-            positions = self.shape[0]
+            grid = positions = self.shape[0]
         else:
             target = torch.randn(self.batch, *self.shape, generator=generator)
             grid = encoder.positions(self.shape[-1])
             positions = grid if isinstance(grid, int) else grid[0] * grid[1]
+        if self.views:
+            mask = self.mask(Draws(0, 0, range(self.batch), self.views), positions if isinstance(grid, int) else grid)
+            mask = mask.reshape(self.batch, self.views, positions)
+            batch = dict(source=target, mask=torch.from_numpy(mask), visible=torch.from_numpy(visible_positions(mask)))
+            batch["index"] = batch["mask"].flatten().nonzero().squeeze(1)
+            return {name: value.to(device) for name, value in batch.items()}
         mask = torch.zeros(self.batch, positions, dtype=torch.bool)
         for row in mask:  # every sample the same number
             row[torch.randperm(positions, generator=generator)[: round(self.masked * positions)]] = True
@@ -97,6 +108,28 @@ STEP_CASES = [
     StepCase("text-4x512", "text", "roberta", 4, (512,), 0.15, _TEXT, gpu_batch=32),
     StepCase("vision-8x224", "vision", "beit", 8, (3, 224, 224), 0.60, _VISION, gpu_batch=128),
     StepCase("audio-4x5s", "audio", "data2vec-audio", 4, (80_000,), 0.49, _AUDIO, gpu_batch=64),
+]
+
+# data2vec 2.0 by the published recipes of base size, each beside the 1.0 case of its modality.
+_VISION_2 = dict(top_k=10, norm="instance", target_norm="layer", cls_weight=2.56, ema_start=0.9998)
+_AUDIO_2 = dict(top_k=8, norm="instance", ema_scope="encoder")
+_TEXT_2 = dict(top_k=12, norm="instance", scale=1.0, ema_scope="layers")
+_PATCHES = dict(
+    mask=ExactBlockMask(prob=0.8, length=3, adjust=0.07), decoder=dict(axes=2, width=768, kernel=3, layers=6, groups=16)
+)
+_FRAMES = dict(
+    mask=ExactBlockMask(prob=0.5, length=5, adjust=0.05, inverse=False),
+    decoder=dict(width=384, kernel=7, layers=4, groups=16, dropout=0.1),
+)
+_TOKENS = dict(
+    mask=RandomMask(prob=0.48),
+    decoder=dict(width=768, kernel=9, layers=5, groups=1, residual=False, projection_layers=2, dropout=0.1),
+)
+STEP_CASES_2 = [
+    StepCase("vision-2x16", "vision", "data2vec2-vision", 2, (3, 224, 224), 0.8, _VISION_2, views=16, gpu_batch=32, **_PATCHES),
+    StepCase("vision-4x8", "vision", "data2vec2-vision", 4, (3, 224, 224), 0.8, _VISION_2, views=8, gpu_batch=64, **_PATCHES),
+    StepCase("audio-2x8", "audio", "data2vec2-audio", 2, (80_000,), 0.5, _AUDIO_2, views=8, gpu_batch=16, **_FRAMES),
+    StepCase("text-1x8", "text", "roberta", 1, (512,), 0.48, _TEXT_2, views=8, gpu_batch=8, **_TOKENS),
 ]
 
 # One size of the step at a time; 4 layers where it is not their number, so that the sweep takes minutes.

@@ -90,12 +90,31 @@ def step_table(path: Path) -> str:
     return markdown(columns, lines)
 
 
+def step_2_table(path: Path) -> str:
+    lines = []
+    for row in rows(path, "test_step_2"):
+        rate = {name: row["targets"][name] / seconds for name, seconds in row["seconds"].items()}
+        for name, seconds in row["seconds"].items():
+            cells = [
+                row["case"],
+                name.replace("fused", "2.0 fused") if name == "fused" else name,
+                f"{seconds * 1e3:.0f}",
+                f"{rate[name]:.0f}",
+                f"{row['flops'][name] / seconds / row['matmul_rate']:.0%}",
+                f"{row['extra_bytes'][name] / 2**30:.1f} GB",
+                f"{rate['fused'] / rate[name]:.1f}" if name != "fused" else "",
+            ]
+            lines.append(cells)
+    columns = ["case", "step", "ms", "masked targets/s", "of bf16 matmul", "memory", "targets/s of 2.0 fused, ×"]
+    return markdown(columns, lines)
+
+
 def breakdown_table(path: Path) -> str:
     """Milliseconds of each part of a step; backward is that of the student, its features and its head together."""
     parts = ["embed", "teacher", "student", "head", "loss", "backward", "optimizer", "EMA"]
     lines = [
         [row["case"], name, *(f"{seconds[part] * 1e3:.1f}" for part in parts)]
-        for row in rows(path, "test_step")
+        for row in rows(path, "test_step") + rows(path, "test_step_2")
         for name, seconds in row["parts"].items()
     ]
     return markdown(["ms", "step", *parts], lines)
@@ -137,6 +156,7 @@ TABLES = {
     "test_loss": [loss_table],
     "test_monitor": [monitor_table],
     "test_step": [step_table, breakdown_table],
+    "test_step_2": [step_2_table],
     "test_parts": [parts_table],
 }
 

@@ -1,5 +1,7 @@
 """A whole step at base size: (a) as it is taken today, (b) as a good engineer writes it in an hour, (c) ours with --fused.
 
+And of data2vec 2.0: as released, in fp32 and in bf16 autocast, ours with --fused, and beside them the steps of 1.0.
+
 Each variant runs in a process of its own, as --fused changes how the process keeps its memory; they take turns.
 """
 
@@ -16,11 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import STEP_CASES, SWEEPS
+from benchmarks.cases import STEP_CASES, STEP_CASES_2, SWEEPS
 from benchmarks.measure import Apart, matmul_rate, peak_extra_bytes, timed
 from d2v_fast import Data2Vec, build_encoder
 from d2v_fast import model as model_module
+from d2v_fast.decoders import ConvDecoder
 from d2v_fast.fused import PARTS, fuse
+from tests import released
 
 DECAY = 0.9998
 
@@ -104,7 +108,8 @@ class Ours(Variant):
         config = dict(layerdrop=0.0) if case.modality == "audio" else {}
         encoder = build_encoder(case.model, config=config | case.config)
         settings = case.settings if "loss" in parts else dict(impl="eager", **case.settings)
-        self.model = Data2Vec(encoder, **settings).to(device).train()
+        decoder = ConvDecoder(encoder.hidden_size, **case.decoder) if case.views else None
+        self.model = Data2Vec(encoder, decoder=decoder, **settings).to(device).train()
         self.used = [part for part in parts if fuse(self.model, torch.device(device), [part])]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -157,14 +162,89 @@ class Ours(Variant):
         return {name: seconds / rounds for name, seconds in self.clock.items()}
 
 
-VARIANTS = {"today": (Today,), "an hour's work": (Ours, ()), "fused": (Ours, tuple(PARTS))}
+CONVOLUTIONS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2"
+RELEASED = {
+    "vision": dict(input_size=224, patch_size=16, embed_dim=768, prenet_depth=2),
+    "audio": dict(feature_encoder_spec=CONVOLUTIONS, conv_pos_width=95, conv_pos_groups=16, num_alibi_heads=12),
+    "text": dict(max_source_positions=512),
+}
+
+
+class Released(Variant):
+    """data2vec 2.0 as its released code formulates the step, by the transcription of the tests, without its dropout."""
+
+    def __init__(self, case, device, precision):
+        super().__init__(case, device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        self.name = "image" if case.modality == "vision" else case.modality
+        d = case.decoder
+        decoder = dict(decoder_dim=d["width"], decoder_groups=d["groups"], decoder_kernel=d["kernel"])
+        decoder["decoder_layers"] = d["layers"]
+        changed = RELEASED[case.modality] | dict(decoder=decoder)
+        depth = 12 - changed.get("prenet_depth", 0)
+        shape = dict(embed_dim=768, num_heads=12, mlp_ratio=4, depth=depth, average_top_k_layers=case.settings["top_k"])
+        released.VOCABULARY = 50_265
+        self.student = released.make(self.name, changed, **shape).to(device).train()
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.optimizer = torch.optim.Adam([p for p in self.student.parameters() if p.requires_grad], lr=1e-4)
+        self.dtype = torch.bfloat16 if precision == "bf16" else None
+        self.batch = case.batch_of(build_encoder(case.model), device)
+
+    def step(self):
+        source, mask = self.batch["source"], self.batch["mask"]
+        with torch.autocast(self.device, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            features = self.student.encoder.local_features(source)
+            with torch.no_grad():
+                local = features if self.name != "image" else self.teacher.encoder.local_features(source)
+                _, results = self.teacher.run_blocks(self.teacher.encoder.contextualize(local))
+                targets = self.student.targets([result.float() for result in results])
+            context = self.student.encoder.contextualize(features, mask)
+            states, _ = self.student.run_blocks(context)
+            hidden = mask.shape[-1] - self.batch["visible"].shape[1]
+            noise = 0.01 * torch.randn(len(states), hidden, states.shape[-1], device=self.device)
+            predictions = self.student.encoder.decode(states, context.restore, noise)
+            losses = self.student.losses(states.float(), predictions.float(), targets, mask)
+        loss = losses["regression"] + losses.get("cls", 0.0)
+        loss.backward()
+        parameters = [p for p in self.student.parameters() if p.grad is not None]
+        torch._foreach_mul_([p.grad for p in parameters], 1 / losses["sample_size"])
+        nn.utils.clip_grad_norm_(parameters, 4.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            teacher = dict(self.teacher.named_parameters())
+            for name, value in self.student.named_parameters():
+                if not released.shared(name, self.name):
+                    teacher[name].mul_(DECAY).add_(value, alpha=1 - DECAY)
+
+
+def variants_of(case):
+    return {"today": (Today, case), "an hour's work": (Ours, case, ()), "fused": (Ours, case, tuple(PARTS))}
+
+
+def variants_2_of(case, device):
+    """Steps of data2vec 2.0, beside those of 1.0 on the longest case of the same modality."""
+    first = next(each.on(device) for each in reversed(STEP_CASES) if each.modality == case.modality)
+    return {
+        "1.0 today": (Today, first),
+        "1.0 fused": (Ours, first, tuple(PARTS)),
+        "2.0 as released, fp32": (Released, case, "fp32"),
+        "2.0 as released, bf16": (Released, case, "bf16"),
+        "fused": (Ours, case, tuple(PARTS)),
+    }
 
 
 @contextmanager
-def turns(variants, case, device, seconds):
-    """The variants, each in a process of its own, and the median seconds of a step of each, taken in turns."""
+def turns(variants, device, seconds):
+    """The variants, each in a process of its own, and the median seconds of a step of each, taken in turns.
+
+    Args:
+        variants: By name, its class, its case and what else the class is made with.
+        device: Where they run.
+        seconds: To measure for, in tenths.
+    """
     gc.collect()
-    running = {name: Apart(make, case, device, *rest) for name, (make, *rest) in variants.items()}
+    running = {name: Apart(made, case, device, *rest) for name, (made, case, *rest) in variants.items()}
     for _ in range(2):  # the first steps make the optimizer's state and fill the allocator
         for variant in running.values():
             variant("seconds")
@@ -181,7 +261,7 @@ def turns(variants, case, device, seconds):
 @pytest.mark.parametrize("case", STEP_CASES, ids=lambda case: case.name)
 def test_step(case, device, seconds, benchmark):
     case = case.on(device)
-    with turns(VARIANTS, case, device, seconds) as (variants, times):
+    with turns(variants_of(case), device, seconds) as (variants, times):
         benchmark.extra_info.update(
             case=case.name,
             samples=case.batch,
@@ -195,6 +275,21 @@ def test_step(case, device, seconds, benchmark):
         benchmark.pedantic(variants["fused"], args=("seconds",), rounds=2)
 
 
+@pytest.mark.parametrize("case", STEP_CASES_2, ids=lambda case: case.name)
+def test_step_2(case, device, seconds, benchmark):
+    with turns(variants_2_of(case.on(device), device), device, seconds) as (variants, times):
+        benchmark.extra_info.update(
+            case=case.on(device).name,
+            targets={name: variant("targets") for name, variant in variants.items()},
+            seconds=times,
+            extra_bytes={name: variant("extra_bytes") for name, variant in variants.items()},
+            flops={name: variant("flops") for name, variant in variants.items()},
+            matmul_rate=matmul_rate(device, torch.bfloat16),
+            parts={"fused": variants["fused"]("parts")} if device == "cpu" else {},
+        )
+        benchmark.pedantic(variants["fused"], args=("seconds",), rounds=2)
+
+
 @pytest.mark.parametrize("case", STEP_CASES, ids=lambda case: case.name)
 def test_parts(case, device, seconds, benchmark):
     """What each part of --fused that does something here is worth: the whole beside a step without it, two at a time."""
@@ -204,8 +299,8 @@ def test_parts(case, device, seconds, benchmark):
     used = whole("used_parts")
     whole.close()
     for part in used:
-        without = {"all": VARIANTS["fused"], "without": (Ours, tuple(other for other in PARTS if other != part))}
-        with turns(without, case, device, seconds / 3) as (variants, times):
+        without = {"all": (Ours, case, tuple(PARTS)), "without": (Ours, case, tuple(p for p in PARTS if p != part))}
+        with turns(without, device, seconds / 3) as (variants, times):
             pairs[part] = times
             if part == used[-1]:
                 benchmark.pedantic(variants["all"], args=("seconds",), rounds=2)
@@ -217,7 +312,7 @@ def test_sweep(axis, device, seconds, benchmark):
     """The fused step as one size of it grows."""
     times = {}
     for size, case in SWEEPS[axis].items():
-        with turns({"fused": VARIANTS["fused"]}, case, device, seconds / 5) as (variants, found):
+        with turns({"fused": (Ours, case, tuple(PARTS))}, device, seconds / 5) as (variants, found):
             times[size] = found["fused"]
             if size == max(SWEEPS[axis]):
                 benchmark.pedantic(variants["fused"], args=("seconds",), rounds=2)

@@ -119,7 +119,8 @@ class HeadConfig:
         kind: linear = a regression head on the masked positions, data2vec 1.0; conv = a decoder over all positions, 2.0.
         layers: Linears, with GELU between, or convolutions; 0 = none.
         zero_init: Start the last Linear at zero.
-        pretrained: Folder with the head.safetensors to start from, as d2v-export leaves of another project's checkpoint.
+        pretrained: Folder with the head.safetensors to start from, as d2v-export leaves of another project's checkpoint;
+            default is the folder of encoder.pretrained, where it holds one.
         width: Channels of the convolutions.
         kernel: Their side.
         groups: Groups of channels that each of them keeps apart.

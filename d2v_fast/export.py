@@ -6,6 +6,7 @@ What is written is read back and has to compute what the training encoder does.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import platform
 import shutil
@@ -17,12 +18,13 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import d2v_fast
-from d2v_fast import trained
+from d2v_fast import nets, trained
 from d2v_fast.checkpoint import sync
 from d2v_fast.config import ConfigError, nearest
-from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, make_model, named
+from d2v_fast.convert import Released, from_data2vec_pytorch, from_fairseq, make_model, named
 from d2v_fast.data import first_line, is_local
 from d2v_fast.data.audio import feature_extractor
 from d2v_fast.data.text import limit_length, load_tokenizer
@@ -30,6 +32,7 @@ from d2v_fast.data.vision import MEAN, STD, image_processor
 from d2v_fast.encoders import PatchEncoder, TokenEncoder, WaveEncoder, class_arguments, example, off_by, wrap
 from d2v_fast.report import read_lines, read_probes
 from d2v_fast.trained import Trained, check_utf8
+from d2v_fast.training import HEAD, TEACHER
 
 OLDER = "data2vec-pytorch"
 TOLERANCE = 1e-6  # of states after a layer norm, in fp32
@@ -42,7 +45,12 @@ WHY_NOT = {
     ("vit", "beit"): "has scaled residuals, relative positions and keys without bias",
 }
 UNFINISHED = ".unfinished"  # folder in the one to write, until all of it is there
-PIPELINES = {"pixel_values": "image-feature-extraction"}  # the task of the hub by main input; else feature-extraction
+PIPELINES = {  # the task of the hub by the class that loads a model; else feature-extraction
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForSequenceClassification": "text-classification",
+}
 LOGGED = ("step", "loss", "target_std", "prediction_std", "feature_std", "lr", "ema_decay")
 
 
@@ -52,11 +60,18 @@ class Exported:
     Args:
         encoder: As it was trained; its states are what the reloaded model has to compute.
         processor: Tokenizer, image processor or feature extractor, where there is one.
+        model: With a head around the encoder's model, where it was fine-tuned.
     """
 
-    def __init__(self, encoder: TokenEncoder | PatchEncoder | WaveEncoder, processor: Any = None):
+    def __init__(
+        self,
+        encoder: TokenEncoder | PatchEncoder | WaveEncoder,
+        processor: Any = None,
+        model: PreTrainedModel | None = None,
+    ):
         limits = processor is not None and isinstance(encoder, TokenEncoder)
         self.encoder, self.processor = encoder.eval(), limit_length(processor, encoder) if limits else processor
+        self.model = encoder.model if model is None else model.eval()
 
     def write(self, folder: Path, as_type: str | None = None) -> float:
         """Model and processor; returns the largest difference between the reloaded model and the encoder.
@@ -65,7 +80,7 @@ class Exported:
             ConfigError: The encoder is not of the architecture `as_type`, or its weights are broken.
             OSError: The folder cannot be written.
         """
-        from transformers import AutoModel
+        import transformers
 
         inputs = example(self.encoder)
         with torch.inference_mode():
@@ -74,20 +89,35 @@ class Exported:
             raise ConfigError(
                 "the encoder's states are not finite: its weights are broken; log.jsonl of the run tells since when"
             )
-        model = self.encoder.model
+        model = self.model
         if as_type not in (None, model.config.model_type):
             model = retype(model, as_type)
         with writing(folder):
-            model.save_pretrained(folder)
+            nets.save(model, folder)
             if self.processor is not None:
                 self.processor.save_pretrained(folder)
-        difference = off_by(expected, AutoModel.from_pretrained(folder), inputs)
+        again = getattr(transformers, auto_class(model)).from_pretrained(folder)
+        difference = off_by(expected, again.base_model, inputs)
+        if again.base_model is not again:
+            with torch.inference_mode():
+                difference = max(difference, float((again(inputs)[0] - model(inputs)[0]).abs().max()))
         if not difference <= TOLERANCE:
             raise RuntimeError(
                 f"{folder}: {type(model).__name__} computes other states than the training encoder, off by {difference:.1e}; "
                 "do not use it, and please report this"
             )
         return difference
+
+
+def auto_class(model: PreTrainedModel) -> str:
+    """Name of the class of transformers that loads a model of this kind by its folder."""
+    speech = model.main_input_name == "input_values"
+    heads = {
+        "ForCTC": "AutoModelForCTC",
+        "ForImageClassification": "AutoModelForImageClassification",
+        "ForSequenceClassification": f"AutoModelFor{'Audio' if speech else 'Sequence'}Classification",
+    }
+    return next((name for head, name in heads.items() if type(model).__name__.endswith(head)), "AutoModel")
 
 
 @contextmanager
@@ -203,10 +233,13 @@ def on_hub(name: str | None) -> str | None:
         return name
 
 
-def model_card(title: str, facts: dict[str, Any], folder: Path, to: Path, sections: list[str], **metadata: Any) -> str:
+def model_card(
+    model: PreTrainedModel, title: str, facts: dict[str, Any], folder: Path, to: Path, sections: list[str], **metadata: Any
+) -> str:
     """README.md of an exported model, in the format of the Hugging Face hub.
 
     Args:
+        model: What was exported.
         title: Headline.
         facts: Rows of the first table.
         folder: Where the model lies now.
@@ -215,11 +248,10 @@ def model_card(title: str, facts: dict[str, Any], folder: Path, to: Path, sectio
         metadata: What `huggingface_hub.ModelCardData` takes; what is None is left out.
     """
     from huggingface_hub import ModelCardData
-    from transformers import MODEL_MAPPING, AutoConfig
+    from transformers import AutoConfig
     from transformers import __version__ as transformers_version
 
-    config = AutoConfig.from_pretrained(folder)
-    cls = MODEL_MAPPING[type(config)]
+    config, loader = AutoConfig.from_pretrained(folder), auto_class(model)
     facts |= {
         "architecture": f"{config.architectures[0]}, {config.num_hidden_layers} layers, {config.hidden_size} wide",
         "exported with": f"d2v-fast {d2v_fast.__version__}, torch {torch.__version__}, transformers {transformers_version}, "
@@ -228,17 +260,21 @@ def model_card(title: str, facts: dict[str, Any], folder: Path, to: Path, sectio
     rows = "\n".join(
         f"| {name} | {' '.join(str(value).split()).replace('|', chr(92) + '|')} |" for name, value in facts.items()
     )
-    arguments = "".join(f", {name}={value}" for name, value in class_arguments(cls).items())
+    arguments = {} if loader != "AutoModel" else class_arguments(type(model))
+    if (folder / Path(inspect.getfile(type(model))).name).exists():
+        arguments["trust_remote_code"] = True  # the file is beside; not needed after an import from d2v_fast
+    arguments = "".join(f", {name}={value}" for name, value in arguments.items())
     name = to.resolve().name
-    use = f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{name}"{arguments})'
-    for file, loader in (("tokenizer.json", "AutoTokenizer"), ("preprocessor_config.json", "AutoImageProcessor")):
+    use = f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained("{name}"{arguments})'
+    for file, processor in (("tokenizer.json", "AutoTokenizer"), ("preprocessor_config.json", "AutoImageProcessor")):
         if (folder / file).exists():
             audio = "feature_extractor_type" in (folder / file).read_text(encoding="utf-8")
-            loader = "AutoFeatureExtractor" if audio else loader
-            use = use.replace("AutoModel\n", f"AutoModel, {loader}\n") + f'\nprocessor = {loader}.from_pretrained("{name}")'
+            processor = "AutoFeatureExtractor" if audio else processor
+            use = use.replace(f"{loader}\n", f"{loader}, {processor}\n", 1)
+            use += f'\nprocessor = {processor}.from_pretrained("{name}")'
     head = ModelCardData(
         library_name="transformers",
-        pipeline_tag=PIPELINES.get(cls.main_input_name, "feature-extraction"),
+        pipeline_tag=PIPELINES.get(loader, f"{'image-' * (model.main_input_name == 'pixel_values')}feature-extraction"),
         tags=["data2vec", "d2v-fast"],
         **metadata,
     ).to_yaml()
@@ -329,7 +365,9 @@ def export_run(
             f"{'teacher' if teacher else 'student'}; reloaded, its states differ by {difference:.1g} from those in training"
         )
         title = f"data2vec {found.config.modality}: {run.resolve().name}"
-        card = model_card(title, facts, folder, to, sections, **known | {k: v for k, v in metadata.items() if v})
+        card = model_card(
+            exported.model, title, facts, folder, to, sections, **known | {k: v for k, v in metadata.items() if v}
+        )
         with writing(to):
             if old:
                 from transformers import AutoModel
@@ -354,8 +392,8 @@ def import_checkpoint(
     Args:
         file: The checkpoint.
         to: Folder to write.
-        source: "fairseq", also for the vision code of the paper, or "data2vec-pytorch", whose regression head is then put
-            beside the encoder, for `head.pretrained` of `d2v-train`.
+        source: "fairseq", also for the vision code of the paper, or "data2vec-pytorch". Head or decoder and the teacher, where
+            they are in it, are put beside the encoder, from where `d2v-train encoder.pretrained=…` takes them.
         as_type: Model type of transformers, where the architecture has two names.
         encoder: For data2vec-pytorch: model.encoder_checkpoint of its YAML file.
         tokenizer: Tokenizer to put beside a text model, a name or folder.
@@ -366,20 +404,21 @@ def import_checkpoint(
     """
     from safetensors.torch import save_file
 
-    file, to, settings, head = str(file), Path(to), {}, {}
+    file, to = str(file), Path(to)
     if not os.path.isfile(file):
         raise ConfigError(f"{file}: no such file")
     if source == "fairseq":
         released = from_fairseq(file)
-        model, settings = released.model, released.settings
     elif encoder is None:
         raise ConfigError(f"--from {OLDER}: needs --encoder, the model.encoder_checkpoint of the run's YAML file")
     else:
         model, head = from_data2vec_pytorch(file, encoder)
+        released = Released(model, {}, decoder=head)
+    model, settings = released.model, released.settings
     with named(file, "its settings make no model"):
-        loaded = wrap(model)
+        loaded = wrap(model.base_model)
     if isinstance(loaded, TokenEncoder):
-        exported = Exported(loaded, tokenizer and load_tokenizer(tokenizer))
+        exported = Exported(loaded, tokenizer and load_tokenizer(tokenizer), model)
         if tokenizer and len(exported.processor) > model.config.vocab_size:
             raise ConfigError(
                 f"--tokenizer {tokenizer}: its {len(exported.processor)} tokens exceed the model's {model.config.vocab_size}"
@@ -387,20 +426,24 @@ def import_checkpoint(
     elif isinstance(loaded, PatchEncoder):
         inception = settings.get("imagenet_default_mean_and_std", True) is False
         mean, std = ((0.5,) * 3, (0.5,) * 3) if inception else (MEAN, STD)
-        exported = Exported(loaded, image_processor(loaded._image_size()[0], mean, std))
+        exported = Exported(loaded, image_processor(loaded._image_size()[0], mean, std), model)
     else:
         normalize = settings.get("task.normalize", settings.get("normalize", True))
-        exported = Exported(loaded, feature_extractor(loaded, 16_000, normalize))
+        exported = Exported(loaded, feature_extractor(loaded, 16_000, normalize), model)
     facts = {
         "data": public(settings.get("task.data", settings.get("data_path", "unknown"))),
         "checkpoint": f"{Path(file).name} of {source}",
     }
     with whole(to) as folder:
         difference = exported.write(folder, as_type)
-        card = model_card(f"data2vec: {Path(file).stem}", facts, folder, to, [], **metadata)
+        metadata["license"] = metadata.get("license") or released.licence
+        card = model_card(exported.model, f"data2vec: {Path(file).stem}", facts, folder, to, [], **metadata)
         with writing(to):
-            if head:
-                save_file(head, folder / "head.safetensors")
+            if released.decoder:
+                told = released.decoder_settings or {}
+                save_file(released.decoder, folder / HEAD, {name: str(value) for name, value in told.items()})
+            if released.teacher:
+                save_file(released.teacher, folder / TEACHER)
             (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
     return difference
 
@@ -461,8 +504,9 @@ def main(args: list[str]) -> None:
         print(f'{to}: AutoModel.from_pretrained("{to}") has the weights of {run}')
         if not any(Path(to).glob("tokenizer*")) and not (Path(to) / "preprocessor_config.json").exists():
             print("without tokenizer: --tokenizer NAME puts one beside, for most text models the one of roberta-base")
-        if options.source == OLDER:
-            print(
-                f"to train it further: d2v-train --config ITS.yaml encoder.pretrained={to} head.pretrained={to}; "
-                "the teacher was not saved there and starts as a copy of the student"
+        if (Path(to) / HEAD).exists():
+            last = (
+                "" if (Path(to) / TEACHER).exists() else "; the teacher was not saved there and starts as a copy of the student"
             )
+            recipe = "ITS.yaml" if options.source == OLDER else "MODALITY/v2-SIZE"
+            print(f"to train it further: d2v-train --config {recipe} encoder.pretrained={to}{last}")

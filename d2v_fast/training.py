@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 INTERRUPTED = 130  # exit code of a run that was asked to stop and can be resumed
 EMPTY = 100  # batches in a row without anything to score, after which the mask is to blame; of short samples one happens
 TOKENIZER = "tokenizer"  # folder of one that was trained for the run
+HEAD, TEACHER = "head.safetensors", "teacher.safetensors"  # beside the encoder of a checkpoint of another project
 STEP = "step.json"  # in export/: the step its weights are from
 PROGRESS = (
     "loss {loss:.4f}  target std {target_std:.3f}  prediction std {prediction_std:.3f}  "
@@ -118,16 +119,45 @@ def make_model(config: Config, encoder: Encoder) -> Data2Vec:
         decoder=decoder,
         **{f"ema_{name}": value for name, value in vars(config.ema).items()},
     )
-    if config.head.pretrained is not None:
-        from safetensors.torch import load_file
-
-        try:
-            model.head.load_state_dict(load_file(Path(config.head.pretrained).expanduser() / "head.safetensors"))
-        except (OSError, RuntimeError) as error:
-            raise ConfigError(f"head.pretrained={config.head.pretrained}: {' '.join(str(error).split())}") from error
-        if not config.resume:
-            log.warning("student and head go on from what they were; the teacher, not saved, is a copy of the student")
+    if not config.resume:  # else a checkpoint has them
+        _go_on(model, config)
     return model
+
+
+def _go_on(model: Data2Vec, config: Config) -> None:
+    """Take over the head and the teacher that lie beside pretrained weights, as d2v-export leaves them.
+
+    Raises:
+        ConfigError: head.pretrained has no head that fits, or a teacher is of another encoder.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    encoder = config.encoder.pretrained and Path(config.encoder.pretrained).expanduser()
+    asked = config.head.pretrained is not None
+    file = (Path(config.head.pretrained).expanduser() if asked else encoder or Path()) / HEAD
+    if asked or (encoder and file.is_file()):
+        try:
+            model.head.load_state_dict(load_file(file))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if asked:
+                raise ConfigError(f"head.pretrained={config.head.pretrained}: {' '.join(str(error).split())}") from error
+            with safe_open(file, "pt") as opened:
+                told = " ".join(f"head.{name}={value}" for name, value in (opened.metadata() or {}).items() if name != "axes")
+            log.warning("%s: is not of this head, which starts at random; made with: %s", file, told or "other layers")
+        else:
+            log.info("head from %s", file)
+    elif encoder and model.sparse:
+        log.warning("encoder.pretrained=%s: has no %s, so the decoder starts at random", config.encoder.pretrained, HEAD)
+    if encoder and (encoder / TEACHER).is_file():
+        try:
+            model.teacher.module.model.load_state_dict(load_file(encoder / TEACHER))
+        except (RuntimeError, SafetensorError) as error:
+            raise ConfigError(f"{encoder / TEACHER}: {' '.join(str(error).split())}; remove it, and the teacher starts as a "
+                              "copy of the student") from error  # fmt: skip
+        log.info("teacher from %s; ema.start is where its decay goes on", encoder / TEACHER)
+    elif asked or (encoder and model.sparse):
+        log.warning("student and head go on from what they were; the teacher, not saved, is a copy of the student")
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:

@@ -281,7 +281,9 @@ class Encoder(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write the model alone: Hugging Face format where it has one, else its weights as safetensors."""
         if hasattr(self.model, "save_pretrained"):
-            self.model.save_pretrained(folder)
+            from d2v_fast import nets
+
+            nets.save(self.model, folder)
             return
         from safetensors.torch import save_model
 

@@ -35,7 +35,7 @@ __all__ = [
     "Data2Vec2VisionForImageClassification",
     "Data2Vec2VisionModel",
     "register",
-    "save_with_code",
+    "save",
 ]
 
 AUTO = {
@@ -62,20 +62,17 @@ def register() -> None:
 register()
 
 
-def save_with_code(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write one of these models with the file that defines it.
+def save(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write a model of transformers; one of these with the file that defines it.
 
-    Where d2v-fast is imported `AutoModel.from_pretrained(folder)` takes the class from there, and runs nothing of the folder;
+    Where d2v-fast is imported `AutoModel.from_pretrained(folder)` takes their class from there, and runs nothing of the folder;
     where it is not installed `trust_remote_code=True` takes the class from the folder. The same holds for the Auto classes of
     the heads, whichever of the models was saved.
-
-    Raises:
-        ValueError: The model is none of these.
     """
-    models = AUTO.get(type(model.config))
-    if models is None or type(model) not in models.values():
-        known = ", ".join(m.__name__ for each in AUTO.values() for m in each.values())
-        raise ValueError(f"{type(model).__name__} is not a model of d2v_fast.nets ({known}): use its save_pretrained")
+    models = AUTO.get(type(model.config), {})
+    if type(model) not in models.values():
+        model.save_pretrained(folder)
+        return
     code = Path(inspect.getfile(type(model)))
     names = {AutoConfig: type(model.config)} | models
     model.config.auto_map = {auto.__name__: f"{code.stem}.{cls.__name__}" for auto, cls in names.items()}
