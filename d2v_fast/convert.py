@@ -596,8 +596,8 @@ def _alibi_scale(scale: Tensor | None, config: PreTrainedConfig, file: str) -> S
     return {"alibi_scale": scale.expand(-1, -1, heads, -1, -1)}
 
 
-def _dropout(cfg: dict[str, Any], **names: str) -> dict[str, Any]:
-    """Fields of a configuration for these settings, where there are any."""
+def _chosen(cfg: dict[str, Any], **names: str) -> dict[str, Any]:
+    """These settings under other names, those that there are."""
     return {field: cfg[name] for field, name in names.items() if cfg.get(name) is not None}
 
 
@@ -626,7 +626,7 @@ def _image_2(state: State, cfg: dict[str, Any], file: str) -> PreTrainedConfig:
         image_size=math.isqrt(positions.shape[1]) * projection.shape[2],
         layer_norm_eps=float(cfg.get("norm_eps", 1e-6)),
         **_layers_2(state),
-        **_dropout(cfg, hidden_dropout_prob="encoder_dropout", attention_probs_dropout_prob="attention_dropout"),
+        **_chosen(cfg, hidden_dropout_prob="encoder_dropout", attention_probs_dropout_prob="attention_dropout"),
     )
 
 
@@ -635,7 +635,7 @@ def _audio_2(state: State, cfg: dict[str, Any], file: str) -> PreTrainedConfig:
 
     position = state["relative_positional_encoder.1.0.weight"]
     scale = state.get("alibi_scale")
-    fields = _dropout(
+    fields = _chosen(
         cfg,
         hidden_dropout="encoder_dropout",
         attention_dropout="attention_dropout",
@@ -662,7 +662,7 @@ def _text_2(state: State, cfg: dict[str, Any], file: str) -> PreTrainedConfig:
     from transformers import RobertaConfig
 
     fields = _roberta(state, "local_encoder.") | _layers_2(state)
-    fields |= _dropout(cfg, hidden_dropout_prob="encoder_dropout", attention_probs_dropout_prob="attention_dropout")
+    fields |= _chosen(cfg, hidden_dropout_prob="encoder_dropout", attention_probs_dropout_prob="attention_dropout")
     return RobertaConfig(num_attention_heads=_heads(cfg, fields["hidden_size"], file), **fields)
 
 
@@ -708,6 +708,7 @@ def _decoder_2(state: State, hidden_size: int, axes: int, cfg: dict[str, Any], f
         groups=hidden_size // first.shape[1],
         residual=bool(cfg.get("own.decoder.decoder_residual", True)),
         projection_layers=_depth(state, r"projection\.(\d+)\."),
+        **_chosen(cfg, dropout="own.decoder.input_dropout", noise="own.mask_noise_std"),
     )
     with torch.device("meta"):
         expected = ConvDecoder(hidden_size, **settings).state_dict()

@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCTC, AutoModelForImageClassification
 
+from d2v_fast.config import parse
 from d2v_fast.convert import from_fairseq
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.export import import_checkpoint
-from tests.released import CTC, PAD, ImageClassifier, TextClassifier, checkpoint, make, make_teacher, sincos
+from d2v_fast.training import make_encoder, make_model
+from tests.released import CTC, MODALITIES, PAD, ImageClassifier, TextClassifier, checkpoint, make, make_teacher, sincos
 
 HEADS, LAYERS = dict(learned_alibi_scale_per_head=False), dict(learned_alibi_scale_per_layer=True)
 CASES = {  # modality, changed settings of it, changed settings of the model
@@ -28,6 +30,7 @@ CASES = {  # modality, changed settings of it, changed settings of the model
     "audio, 6 heads": ("audio", dict(num_alibi_heads=6), dict(embed_dim=48, num_heads=6)),
     "text": ("text", {}, {}),
 }
+CONVOLUTIONS = MODALITIES["audio"]["feature_encoder_spec"]
 SOURCES = {"image": torch.randn(2, 3, 16, 16), "audio": torch.randn(2, 900), "text": torch.randint(3, 70, (2, 12))}
 CLASSES = {"image": "Data2Vec2VisionModel", "audio": "Data2Vec2AudioModel", "text": "RobertaModel"}
 EXACT = dict(rtol=0, atol=1e-10)
@@ -88,7 +91,7 @@ class TestPreTrained:
     def test_decoder(self, modality, changed):
         original = make(modality, dict(decoder=changed))
         released = from_fairseq(save(original))
-        decoder = ConvDecoder(32, **released.decoder_settings).double()
+        decoder = ConvDecoder(32, **released.decoder_settings).double().eval()
         decoder.load_state_dict(released.decoder)
         x = torch.randn(2, 16, 32).double()
         close(decoder(x, (4, 4) if modality == "image" else (16,)), original.double().encoder.decoder(x))
@@ -217,8 +220,56 @@ class TestPreTrained:
         found = {modality: from_fairseq(save(make(modality))).licence for modality in SOURCES}
         assert found == {"image": "cc-by-nc-4.0", "audio": "mit", "text": "mit"}
 
-    def test_exports(self):
-        assert import_checkpoint(save(make("text")), "out", "fairseq") == 0
+    def test_decoder_settings_of_the_run(self):
+        """What weights do not tell."""
+        changed = dict(mask_noise_std=0.03, decoder=dict(input_dropout=0.2, decoder_residual=False))
+        found = from_fairseq(save(make("audio", changed))).decoder_settings
+        assert (found["noise"], found["dropout"], found["residual"]) == (0.03, 0.2, False)
+        original = make("audio")
+        original.cfg = {"model": {"num_heads": 4}}
+        original.cfg["model"]["modalities"] = {"audio": {"feature_encoder_spec": CONVOLUTIONS}}
+        assert {"noise", "dropout"}.isdisjoint(from_fairseq(save(original)).decoder_settings)
+
+
+# Of d2v-train, beside its preset for the base size.
+RECIPES = {
+    "image": [
+        "vision/v2-base",
+        "head.width=32",
+        "head.layers=3",
+        "head.groups=8",
+        "loss.cls_weight=.01",
+        "loss.cls_reduction=sum",
+    ],
+    "audio": ["audio/v2-base", "head.width=16", "head.groups=8"],
+    "text": ["text/v2-base", "head.width=32", "head.layers=3"],
+}
+
+
+class TestTraining:
+    @pytest.mark.parametrize("modality", SOURCES)
+    def test_goes_on_with_the_same_loss(self, modality):
+        """As the original would, from student, decoder and teacher, after d2v-export has put them into a folder."""
+        original = make(modality)
+        teacher = make_teacher(original)
+        assert import_checkpoint(save(original, teacher), "out", "fairseq") == 0
+        top_k = original.cfg["model"]["average_top_k_layers"]
+        preset, *changed = RECIPES[modality]
+        config, _ = parse(["--config", preset, "encoder.pretrained=out", *changed, f"targets.top_k={top_k}", "head.noise=0"])
+        model = make_model(config, make_encoder(config)).double().eval()
+        original, teacher = original.double(), teacher.double()
+        source = SOURCES[modality].to(torch.int64 if modality == "text" else torch.float64)
+        with torch.no_grad():
+            features = teacher.encoder.local_features(source)
+            mask = torch.rand(2, 3, features.shape[1]).argsort(2) < features.shape[1] // 2
+            _, results = teacher.run_blocks(teacher.encoder.contextualize(features))
+            expected = original.losses(*original.student(source, mask), original.targets(results), mask)
+            found = model(source, mask)
+        size, fp32 = expected["sample_size"], dict(rtol=1e-6, atol=0)  # in which the loss is taken
+        regression = found.loss - (found.cls_loss or 0)
+        torch.testing.assert_close(regression, expected["regression"] / size, **fp32)
+        if modality == "image":
+            torch.testing.assert_close(found.cls_loss, expected["cls"] / size, **fp32)
 
 
 class TestFineTuned:
