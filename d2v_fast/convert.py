@@ -156,7 +156,7 @@ VISION_PORT: Rules = [  # names of the fairseq port
 ]
 # What the settings in a checkpoint may be made of. Each is replaced by an object without behaviour.
 HARMLESS = re.compile(
-    r"argparse\.Namespace|(omegaconf|fairseq|examples\.data2vec)\.[\w.]+|typing\.Any|collections\.defaultdict"
+    r"argparse\.Namespace|(omegaconf|fairseq|(examples\.)?data2vec)\.[\w.]+|typing\.\w+|collections\.defaultdict"
     r"|builtins\.(bool|int|float|str|list|tuple|dict|object|NoneType)|pathlib\.\w*Path|torch\.torch_version\.TorchVersion"
     r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|ndarray|dtype|dtypes\.\w+)"
 )
@@ -246,6 +246,7 @@ def _settings(value: Any, prefix: str = "") -> dict[str, Any]:
         value = value.state
         if isinstance(value, dict):
             value = value.get("_content", value.get("_val", value))  # of omegaconf: a container or a value
+        return _settings(value, prefix)
     if not isinstance(value, dict):
         return {prefix[:-1]: value}
     return {k: v for name, inner in value.items() for k, v in _settings(inner, f"{prefix}{name}.").items()}

@@ -2,6 +2,7 @@
 
 import sys
 import types
+import typing
 
 import pytest
 import torch
@@ -191,21 +192,35 @@ class TestPreTrained:
             source = SOURCES["image"].double()
             close(states(model, source), original.double().extract(source))
 
-    def test_enumerations(self, monkeypatch):
-        """As fairseq pickles them, by class and number; not installed here."""
-        module = types.ModuleType("examples.data2vec.data.modality")
-        Modality = type("Modality", (), {"__reduce__": lambda self: (type(self), (2,)), "__module__": module.__name__})
-        Modality.__new__ = lambda cls, *args: object.__new__(cls)
-        Modality.__init__ = lambda self, *args: None
-        module.Modality = Modality
-        for name in ("examples", "examples.data2vec", "examples.data2vec.data"):
+    @pytest.mark.parametrize("package", ["examples.data2vec", "data2vec"])
+    def test_enumerations(self, monkeypatch, package):
+        """As fairseq and omegaconf pickle them, by class and number, with the types of lists; not installed here."""
+
+        def pretend(module, name):
+            made = types.ModuleType(module)
+            cls = type(name, (), {"__module__": module})
+            setattr(made, name, cls)
+            monkeypatch.setitem(sys.modules, module, made)
+            return cls
+
+        for name in ("examples", "examples.data2vec", "data2vec", f"{package}.data", "omegaconf"):
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        file = save(make("image", supported_modality=Modality()))
-        for name in list(sys.modules):
-            if name.startswith("examples"):
-                monkeypatch.delitem(sys.modules, name)
-        assert from_fairseq(file).settings["model.supported_modality"] == 2
+        modality, node = pretend(f"{package}.data.modality", "Modality"), pretend("omegaconf.nodes", "EnumNode")
+        modality.__new__ = lambda cls, *number: object.__new__(cls)
+        modality.__reduce__ = lambda self: (modality, (2,))
+        value = node()
+        value._val, value._metadata = modality(), {"ref_type": typing.List}  # noqa: UP006
+        file = save(make("image", supported_modality=value, type=modality()))
+        for name in [name for name in sys.modules if name.startswith(("examples", "data2vec", "omegaconf"))]:
+            monkeypatch.delitem(sys.modules, name)
+        settings = from_fairseq(file).settings
+        assert (settings["model.supported_modality"], settings["model.type"]) == (2, 2)
+
+    def test_settings_that_hold_themselves(self):
+        original = make("image")
+        original.cfg["model"]["own"] = original.cfg
+        with pytest.raises(ValueError, match=r"^checkpoint\.pt: its weights and settings make no model: RecursionError"):
+            from_fairseq(save(original))
 
     def test_without_settings_heads_are_assumed_aloud(self, caplog):
         original = make("image", embed_dim=128, num_heads=2, norm_eps=1e-6)
