@@ -143,7 +143,9 @@ def _go_on(model: Data2Vec, config: Config) -> None:
             if asked:
                 raise ConfigError(f"head.pretrained={config.head.pretrained}: {' '.join(str(error).split())}") from error
             with safe_open(file, "pt") as opened:
-                told = " ".join(f"head.{name}={value}" for name, value in (opened.metadata() or {}).items() if name != "axes")
+                told = " ".join(
+                    f"head.{name}={value}" for name, value in sorted((opened.metadata() or {}).items()) if name != "axes"
+                )
             log.warning("%s: is not of this head, which starts at random; made with: %s", file, told or "other layers")
         else:
             log.info("head from %s", file)
