@@ -134,16 +134,20 @@ def _go_on(model: Data2Vec, config: Config) -> None:
     from safetensors.torch import load_file
 
     encoder = config.encoder.pretrained and Path(config.encoder.pretrained).expanduser()
-    asked = config.head.pretrained is not None
+    asked, made = config.head.pretrained is not None, {}
     file = (Path(config.head.pretrained).expanduser() if asked else encoder or Path()) / HEAD
     if asked or (encoder and file.is_file()):
         try:
+            with safe_open(file, "pt") as opened:
+                made = {name: value for name, value in (opened.metadata() or {}).items() if hasattr(config.head, name)}
+            # The weights do not tell whether there are residuals.
+            if made.get("residual", str(config.head.residual)) != str(config.head.residual):
+                raise RuntimeError(f"head.residual: found {config.head.residual}, expected {made['residual']}")
             model.head.load_state_dict(load_file(file))
         except (OSError, RuntimeError, SafetensorError) as error:
             if asked:
                 raise ConfigError(f"head.pretrained={config.head.pretrained}: {' '.join(str(error).split())}") from error
-            with safe_open(file, "pt") as opened:
-                told = " ".join(f"head.{name}={value}" for name, value in (opened.metadata() or {}).items() if name != "axes")
+            told = " ".join(f"head.{name}={value}" for name, value in sorted(made.items()))
             log.warning("%s: is not of this head, which starts at random; made with: %s", file, told or "other layers")
         else:
             log.info("head from %s", file)
