@@ -1,4 +1,4 @@
-"""Deliberate mistakes in the code of data2vec 2.0, each of which a test has to notice (`make mutations`, 15 minutes)."""
+"""Deliberate mistakes in the code of data2vec 2.0, each of which a test has to notice (`make mutations`, 20 minutes)."""
 
 import os
 import shutil
