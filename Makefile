@@ -1,5 +1,6 @@
 # make demo   trains a tiny preset on builtin data and probes it, on the CPU
 # make test   runs the tests
+# make mutations  makes mistakes in a copy of the code, one by one, and requires that a test notices each
 # make lint   ruff
 # make docs   pages of all docstrings in build/docs
 # make bench        measures the loss beside its alternatives, writes $(RESULTS)
@@ -17,7 +18,7 @@ BENCH ?= loss
 RESULTS ?= benchmarks/results/cpu-$(BENCH).json
 MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_bench_$(BENCH).py -q --benchmark-columns=median
 
-.PHONY: demo test test-slow lint docs bench bench-check bench-report clean
+.PHONY: demo test test-slow mutations lint docs bench bench-check bench-report clean
 
 # torch first and by its exact version: a CPU build of it may be at hand, the newest one brings gigabytes of CUDA.
 $(BIN)/.installed: setup.py CMakeLists.txt $(wildcard kernels/*)
@@ -36,6 +37,9 @@ test: $(BIN)/.installed
 
 test-slow: $(BIN)/.installed
 	$(BIN)/python -m pytest -m slow
+
+mutations: $(BIN)/.installed
+	$(BIN)/python -m pytest -m slow -n 2 tests/test_mutations.py
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -439,7 +439,9 @@ def import_checkpoint(
     }
     with whole(to) as folder:
         difference = exported.write(folder, as_type)
-        metadata["license"] = metadata.get("license") or released.licence
+        if released.licence and not metadata.get("license"):
+            metadata["license"] = released.licence
+            facts["licence"] = f"{released.licence}, of the weights that the authors released; for others: d2v-export --license"
         card = model_card(exported.model, f"data2vec: {Path(file).stem}", facts, folder, to, [], **metadata)
         with writing(to):
             if released.decoder:

@@ -48,7 +48,7 @@ def _loss(model: Data2Vec, device: torch.device) -> str:
 def _last_block(model: Data2Vec, device: torch.device) -> str:
     """Nothing but the scored positions of the last block enters the loss, and of the teacher's where its norm is over C.
 
-    Not so in data2vec 2.0, whose decoder reads all that is visible.
+    With a decoder all that the student encodes is decoded, and some view scores nearly each position of the teacher.
     """
     if model.sparse:
         return ""
@@ -80,7 +80,7 @@ def _convolutions(model: Data2Vec, device: torch.device) -> str:
 
 
 def _dropout(model: Data2Vec, device: torch.device) -> str:
-    count = replace_dropout(model.student) if device.type == "cpu" else 0
+    count = replace_dropout(model.student) + replace_dropout(model.head) if device.type == "cpu" else 0
     return f"{count} dropouts counter-based" if count else ""
 
 

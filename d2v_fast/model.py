@@ -104,13 +104,13 @@ class Data2Vec(nn.Module):
             one_of("scale", scale, Literal["auto", "mean"])
         if decoder is not None:
             check_gathers(encoder)
+            if cls_weight and not encoder.extra_tokens:
+                name = type(encoder.model).__name__
+                raise ValueError(f"cls_weight: found {cls_weight}, but {name} has no CLS token that could learn; expected 0")
             if encoder.masks_features:
                 encoder.mask_token.requires_grad_(False)  # nothing stands in for what is masked
         elif cls_weight:
             raise ValueError(f"cls_weight: found {cls_weight} without a decoder; the loss of CLS is a part of data2vec 2.0")
-        if cls_weight and not encoder.has_cls:
-            name = type(encoder.model).__name__
-            raise ValueError(f"cls_weight: found {cls_weight}, but {name} has no CLS token as image models have; expected 0")
         self.student = encoder
         self.teacher = EMATeacher(
             encoder,
@@ -167,6 +167,9 @@ class Data2Vec(nn.Module):
         if index is None:
             index = mask.flatten().nonzero().squeeze(1)
         features = self.student.embed(source)
+        if (len(mask), mask.shape[-1]) != features.shape[:2]:
+            found, expected = (len(mask), mask.shape[-1]), tuple(features.shape[:2])
+            raise ValueError(f"mask: found {found} samples and positions, expected {expected} as of the encoder's features")
         layers = self.teacher_layers(
             source if target is None else target,
             features.detach() if self.shares_features and target is None else None,
@@ -180,7 +183,8 @@ class Data2Vec(nn.Module):
         predicted = self.predict(source, student_features, mask, index, visible, padding_mask)
         settings, targets = self.loss_settings, layers
         if self.sparse:  # all views have the same targets
-            targets = [make_targets(layers, settings["norm"], settings["target_norm"], padding_mask)]
+            dtype = torch.promote_types(predicted.predictions.dtype, torch.float32)
+            targets = [make_targets(layers, settings["norm"], settings["target_norm"], padding_mask, dtype)]
             settings = settings | dict(norm="none", target_norm="none")
         loss, stats = data2vec_loss(
             predicted.predictions,
@@ -225,7 +229,8 @@ class Data2Vec(nn.Module):
             found = visible_positions(mask.cpu().numpy(), None if padding_mask is None else padding_mask.cpu().numpy())
             visible = torch.from_numpy(found).to(mask.device)
         grid = self.student.positions(source.shape[-1])
-        grid = grid if isinstance(grid, tuple) else (grid,)
+        # Along one axis the mask tells it too, for a module whose inputs are neither tokens nor waveforms.
+        grid = grid if isinstance(grid, tuple) else (mask.shape[-1],)
         return visible_only(self.student, self.head, features, mask, index, visible, grid, padding_mask)
 
     def _cls_loss(self, extra: Tensor, targets: Tensor, padding_mask: Tensor | None) -> Tensor:

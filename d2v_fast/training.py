@@ -142,19 +142,21 @@ def _go_on(model: Data2Vec, config: Config) -> None:
     from safetensors.torch import load_file
 
     encoder = config.encoder.pretrained and Path(config.encoder.pretrained).expanduser()
-    asked = config.head.pretrained is not None
+    asked, made = config.head.pretrained is not None, {}
     file = (Path(config.head.pretrained).expanduser() if asked else encoder or Path()) / HEAD
     if asked or (encoder and file.is_file()):
         try:
+            with safe_open(file, "pt") as opened:
+                made = {name: value for name, value in (opened.metadata() or {}).items() if hasattr(config.head, name)}
+            # The weights do not tell whether there are residuals.
+            if made.get("residual", str(config.head.residual)) != str(config.head.residual):
+                raise RuntimeError(f"head.residual: found {config.head.residual}, expected {made['residual']}")
             model.head.load_state_dict(load_file(file))
         except (OSError, RuntimeError, SafetensorError) as error:
-            told = ""
-            with suppress(OSError, SafetensorError), safe_open(file, "pt") as opened:
-                known = {name: value for name, value in (opened.metadata() or {}).items() if name != "axes"}
-                told = "; made with:" + "".join(f" head.{name}={value}" for name, value in known.items()) if known else ""
+            told = "; made with:" + "".join(f" head.{name}={value}" for name, value in sorted(made.items())) if made else ""
             if asked:
                 raise ConfigError(f"head.pretrained={config.head.pretrained}: {_first(error)}{told}") from error
-            log.warning("%s: is not of this head, which starts at random: %s%s", file, _first(error), told)
+            log.warning("%s: is not of this head, which starts at random%s (%s)", file, told, _first(error))
         else:
             log.info("head from %s", file)
     elif encoder and model.sparse:

@@ -2,15 +2,18 @@
 
 import sys
 import types
+import typing
 
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCTC, AutoModelForImageClassification
 
+from d2v_fast.config import parse
 from d2v_fast.convert import from_fairseq
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.export import import_checkpoint
-from tests.released import CTC, PAD, ImageClassifier, TextClassifier, checkpoint, make, make_teacher, sincos
+from d2v_fast.training import make_encoder, make_model
+from tests.released import CTC, MODALITIES, PAD, ImageClassifier, TextClassifier, checkpoint, make, make_teacher, sincos
 
 HEADS, LAYERS = dict(learned_alibi_scale_per_head=False), dict(learned_alibi_scale_per_layer=True)
 CASES = {  # modality, changed settings of it, changed settings of the model
@@ -28,6 +31,7 @@ CASES = {  # modality, changed settings of it, changed settings of the model
     "audio, 6 heads": ("audio", dict(num_alibi_heads=6), dict(embed_dim=48, num_heads=6)),
     "text": ("text", {}, {}),
 }
+CONVOLUTIONS = MODALITIES["audio"]["feature_encoder_spec"]
 SOURCES = {"image": torch.randn(2, 3, 16, 16), "audio": torch.randn(2, 900), "text": torch.randint(3, 70, (2, 12))}
 CLASSES = {"image": "Data2Vec2VisionModel", "audio": "Data2Vec2AudioModel", "text": "RobertaModel"}
 EXACT = dict(rtol=0, atol=1e-10)
@@ -88,7 +92,7 @@ class TestPreTrained:
     def test_decoder(self, modality, changed):
         original = make(modality, dict(decoder=changed))
         released = from_fairseq(save(original))
-        decoder = ConvDecoder(32, **released.decoder_settings).double()
+        decoder = ConvDecoder(32, **released.decoder_settings).double().eval()
         decoder.load_state_dict(released.decoder)
         x = torch.randn(2, 16, 32).double()
         close(decoder(x, (4, 4) if modality == "image" else (16,)), original.double().encoder.decoder(x))
@@ -188,21 +192,35 @@ class TestPreTrained:
             source = SOURCES["image"].double()
             close(states(model, source), original.double().extract(source))
 
-    def test_enumerations(self, monkeypatch):
-        """As fairseq pickles them, by class and number; not installed here."""
-        module = types.ModuleType("examples.data2vec.data.modality")
-        Modality = type("Modality", (), {"__reduce__": lambda self: (type(self), (2,)), "__module__": module.__name__})
-        Modality.__new__ = lambda cls, *args: object.__new__(cls)
-        Modality.__init__ = lambda self, *args: None
-        module.Modality = Modality
-        for name in ("examples", "examples.data2vec", "examples.data2vec.data"):
+    @pytest.mark.parametrize("package", ["examples.data2vec", "data2vec"])
+    def test_enumerations(self, monkeypatch, package):
+        """As fairseq and omegaconf pickle them, by class and number, with the types of lists; not installed here."""
+
+        def pretend(module, name):
+            made = types.ModuleType(module)
+            cls = type(name, (), {"__module__": module})
+            setattr(made, name, cls)
+            monkeypatch.setitem(sys.modules, module, made)
+            return cls
+
+        for name in ("examples", "examples.data2vec", "data2vec", f"{package}.data", "omegaconf"):
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        file = save(make("image", supported_modality=Modality()))
-        for name in list(sys.modules):
-            if name.startswith("examples"):
-                monkeypatch.delitem(sys.modules, name)
-        assert from_fairseq(file).settings["model.supported_modality"] == 2
+        modality, node = pretend(f"{package}.data.modality", "Modality"), pretend("omegaconf.nodes", "EnumNode")
+        modality.__new__ = lambda cls, *number: object.__new__(cls)
+        modality.__reduce__ = lambda self: (modality, (2,))
+        value = node()
+        value._val, value._metadata = modality(), {"ref_type": typing.List}  # noqa: UP006
+        file = save(make("image", supported_modality=value, type=modality()))
+        for name in [name for name in sys.modules if name.startswith(("examples", "data2vec", "omegaconf"))]:
+            monkeypatch.delitem(sys.modules, name)
+        settings = from_fairseq(file).settings
+        assert (settings["model.supported_modality"], settings["model.type"]) == (2, 2)
+
+    def test_settings_that_hold_themselves(self):
+        original = make("image")
+        original.cfg["model"]["own"] = original.cfg
+        with pytest.raises(ValueError, match=r"^checkpoint\.pt: its weights and settings make no model: RecursionError"):
+            from_fairseq(save(original))
 
     def test_without_settings_heads_are_assumed_aloud(self, caplog):
         original = make("image", embed_dim=128, num_heads=2, norm_eps=1e-6)
@@ -217,8 +235,56 @@ class TestPreTrained:
         found = {modality: from_fairseq(save(make(modality))).licence for modality in SOURCES}
         assert found == {"image": "cc-by-nc-4.0", "audio": "mit", "text": "mit"}
 
-    def test_exports(self):
-        assert import_checkpoint(save(make("text")), "out", "fairseq") == 0
+    def test_decoder_settings_of_the_run(self):
+        """What weights do not tell."""
+        changed = dict(mask_noise_std=0.03, decoder=dict(input_dropout=0.2, decoder_residual=False))
+        found = from_fairseq(save(make("audio", changed))).decoder_settings
+        assert (found["noise"], found["dropout"], found["residual"]) == (0.03, 0.2, False)
+        original = make("audio")
+        original.cfg = {"model": {"num_heads": 4}}
+        original.cfg["model"]["modalities"] = {"audio": {"feature_encoder_spec": CONVOLUTIONS}}
+        assert {"noise", "dropout"}.isdisjoint(from_fairseq(save(original)).decoder_settings)
+
+
+# Of d2v-train, beside its preset for the base size.
+RECIPES = {
+    "image": [
+        "vision/v2-base",
+        "head.width=32",
+        "head.layers=3",
+        "head.groups=8",
+        "loss.cls_weight=.01",
+        "loss.cls_reduction=sum",
+    ],
+    "audio": ["audio/v2-base", "head.width=16", "head.groups=8"],
+    "text": ["text/v2-base", "head.width=32", "head.layers=3"],
+}
+
+
+class TestTraining:
+    @pytest.mark.parametrize("modality", SOURCES)
+    def test_goes_on_with_the_same_loss(self, modality):
+        """As the original would, from student, decoder and teacher, after d2v-export has put them into a folder."""
+        original = make(modality)
+        teacher = make_teacher(original)
+        assert import_checkpoint(save(original, teacher), "out", "fairseq") == 0
+        top_k = original.cfg["model"]["average_top_k_layers"]
+        preset, *changed = RECIPES[modality]
+        config, _ = parse(["--config", preset, "encoder.pretrained=out", *changed, f"targets.top_k={top_k}", "head.noise=0"])
+        model = make_model(config, make_encoder(config)).double().eval()
+        original, teacher = original.double(), teacher.double()
+        source = SOURCES[modality].to(torch.int64 if modality == "text" else torch.float64)
+        with torch.no_grad():
+            features = teacher.encoder.local_features(source)
+            mask = torch.rand(2, 3, features.shape[1]).argsort(2) < features.shape[1] // 2
+            _, results = teacher.run_blocks(teacher.encoder.contextualize(features))
+            expected = original.losses(*original.student(source, mask), original.targets(results), mask)
+            found = model(source, mask)
+        size, fp32 = expected["sample_size"], dict(rtol=1e-6, atol=0)  # in which the loss is taken
+        regression = found.loss - (found.cls_loss or 0)
+        torch.testing.assert_close(regression, expected["regression"] / size, **fp32)
+        if modality == "image":
+            torch.testing.assert_close(found.cls_loss.double(), expected["cls"] / size, **fp32)
 
 
 class TestFineTuned:
@@ -336,7 +402,8 @@ class TestRefused:
 
     def test_other_positions(self):
         rows_first = sincos(32, 4).unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2)
-        for positions in (rows_first, sincos(32, 4) + 1e-3, sincos(32, 4)[:, :12], sincos(32, 4)[0]):
+        half = (sincos(32, 4) + 1e-2).half()
+        for positions in (rows_first, sincos(32, 4) + 1e-3, half, sincos(32, 4)[:, :12], sincos(32, 4)[0]):
             change = {"modality_encoders.IMAGE.fixed_positional_encoder.positions": positions}
             with pytest.raises(ValueError, match=r"^checkpoint\.pt: fixed_positional_encoder\.positions are not the sines"):
                 from_fairseq(save(make("image"), change=change))
@@ -377,9 +444,12 @@ class TestHostile:
         with pytest.raises(ValueError, match=r"^checkpoint\.pt: .*positions has shape .* the file holds fewer numbers"):
             from_fairseq(save(make("image"), change=change))
 
-        wide = {"modality_encoders.IMAGE.local_encoder.proj.weight": torch.zeros(10**8, 0, 4, 4)}
-        with pytest.raises(ValueError, match=r"^checkpoint\.pt: "):
-            from_fairseq(save(make("image", num_heads=1), change=wide))
+        # Without numbers, but with a length: refused before a table of this length is made.
+        change = {"modality_encoders.TEXT.local_encoder.embed_positions.weight": torch.zeros(10**5, 0)}
+        with pytest.raises(
+            ValueError, match=r"^checkpoint\.pt: weights: embeddings\.position_embeddings\.weight: found \[100000, 0\]"
+        ):
+            from_fairseq(save(make("text"), change=change))
 
     def test_a_name_that_asks_for_a_billion_layers(self):
         for name in ("blocks.999999999.norm1.weight", f"blocks.{'9' * 5000}.norm1.weight"):

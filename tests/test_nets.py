@@ -571,7 +571,6 @@ def test_other_models_have_no_code_to_carry(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 
-
 # In pieces, as pre-training runs them
 
 

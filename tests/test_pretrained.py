@@ -1,10 +1,12 @@
 """What a run that starts from pretrained weights takes from them, beside the weights."""
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     RobertaConfig,
     RobertaModel,
@@ -19,8 +21,10 @@ from d2v_fast import build_encoder
 from d2v_fast.config import ConfigError, parse
 from d2v_fast.data.text import train_tokenizer
 from d2v_fast.data.vision import image_processor
-from d2v_fast.training import make_data, make_encoder
+from d2v_fast.export import import_checkpoint
+from d2v_fast.training import make_data, make_encoder, make_model
 from tests.models import COMMON, WAVE
+from tests.released import checkpoint, make, make_teacher
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -149,3 +153,73 @@ class TestWeights:
         save_file({"x": torch.ones(1)}, "model.safetensors")
         with pytest.raises(ValueError, match=r"encoder\.pretrained=\.: .*Missing key.*stem\.weight"):
             build_encoder("tests.models:Handwritten", pretrained=".", layers="blocks", ffn="mlp.2")
+
+
+class TestReleased:
+    """A released data2vec 2.0, exported and then trained further."""
+
+    @pytest.fixture
+    def released(self):
+        student = make("image")
+        teacher = make_teacher(student)
+        torch.save(checkpoint(student, teacher), "checkpoint.pt")
+        import_checkpoint("checkpoint.pt", "out", "fairseq")
+        return student, teacher
+
+    def model(self, *changes):
+        data = (
+            "data.image_size=16",
+            "targets.top_k=2",
+            "targets.source=ffn",
+            "head.groups=8",
+            "head.layers=3",
+            "head.width=32",
+        )
+        config = settings("vision/tiny-2", "encoder.pretrained=out", *data, *changes)
+        return make_model(config, make_encoder(config))
+
+    def test_student_teacher_and_decoder_are_those_of_the_checkpoint(self, released):
+        student, teacher = released
+        model, pixels = self.model().eval(), torch.randn(2, 3, 16, 16)
+        mask = torch.stack([torch.randperm(16) < 10 for _ in range(4)]).view(2, 2, 16)
+        model.head.noise = 0.0
+        with torch.no_grad():
+            _, expected = student.student(pixels, mask)
+            index = mask.flatten().nonzero().squeeze(1)
+            found = model.predict(pixels, model.student.embed(pixels), mask, index).predictions
+            torch.testing.assert_close(found, expected.flatten(0, 1)[index], rtol=1e-4, atol=1e-4)
+            _, results = teacher.run_blocks(teacher.encoder.contextualize(teacher.encoder.local_features(pixels)))
+            layers = model.teacher_layers(pixels, None, None)
+            torch.testing.assert_close(layers[-1], results[-1], rtol=1e-4, atol=1e-4)
+
+    def test_another_decoder_starts_at_random_and_says_so(self, released, caplog):
+        self.model("head.width=16")
+        assert (
+            "is not of this head, which starts at random; made with: head.dropout=0.0 head.groups=8 head.kernel=3"
+            in caplog.text
+        )
+        caplog.clear()
+        with pytest.raises(ConfigError, match=r"^head\.pretrained=out: .*size mismatch"):
+            self.model("head.width=16", "head.pretrained=out")
+
+    def test_what_is_missing_is_named(self, released, caplog):
+        os.remove("out/head.safetensors")
+        os.remove("out/teacher.safetensors")
+        model = self.model()
+        assert "has no head.safetensors, so the decoder starts at random" in caplog.text
+        assert "the teacher, not saved, is a copy of the student" in caplog.text
+        for ours, theirs in zip(model.teacher.module.parameters(), model.student.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_a_teacher_of_another_encoder(self, released):
+        save_file({"embeddings.cls_token": torch.zeros(1, 1, 8)}, "out/teacher.safetensors")
+        with pytest.raises(ConfigError, match=r"teacher\.safetensors: .*remove it, and the teacher starts as a copy"):
+            self.model()
+
+    def test_a_checkpoint_of_our_own_goes_before(self, released, caplog):
+        """A run that goes on has a head and a teacher already."""
+        caplog.set_level("INFO")
+        config = settings("vision/tiny-2", "encoder.pretrained=out", "data.image_size=16", "targets.top_k=2")
+        config.resume = True
+        make_model(config, make_encoder(config))
+        assert "teacher" not in caplog.text and "head" not in caplog.text

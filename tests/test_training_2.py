@@ -400,7 +400,7 @@ def test_any_number_of_views(views):
         (
             "text",
             "loss.cls_weight=1",
-            "cls_weight: found 1.0, but RobertaModel has no CLS token as image models have; expected 0",
+            "cls_weight: found 1.0, but RobertaModel has no CLS token that could learn; expected 0",
         ),
         ("audio", "loss.cls_weight=1", "cls_weight: found 1.0, but Data2VecAudioModel has no CLS token"),
         ("audio", "encoder.model=wavlm", "WavLMModel cannot encode the visible positions alone"),
@@ -469,8 +469,8 @@ class TestPretrained:
     @pytest.mark.parametrize(
         "spoil, more, message",
         [
-            ("", "head.kernel=5", "is not of this head, which starts at random: Error(s) in loading"),
-            ("head", "", "is not of this head, which starts at random: Error while deserializing header"),
+            ("", "head.kernel=5", "is not of this head, which starts at random; made with: head.width=32 (Error(s) in loading"),
+            ("head", "", "is not of this head, which starts at random (Error while deserializing header"),
             ("-head", "", "has no head.safetensors, so the decoder starts at random"),
             ("-teacher", "", "the teacher, not saved, is a copy of the student"),
         ],

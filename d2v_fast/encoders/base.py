@@ -58,8 +58,8 @@ class Encoder(nn.Module):
     local: tuple[str, ...] = ()  # parameters of the features before masking, as name prefixes
     positional: tuple[str, ...] = ()  # parameters of positions inside `contextualize`, as name prefixes
     mask_token_name: str | None = None
-    has_cls: bool = False  # the first extra token stands for the whole sample
     masks_features: bool = True  # else the input itself is masked, and no mask vector is learned
+    extra_tokens: bool = False  # whether the blocks see tokens that stand for no position, such as CLS
 
     def __init__(self, model: nn.Module, layers: str | None = None, ffn: str | None = None, hidden_size: int | None = None):
         super().__init__()

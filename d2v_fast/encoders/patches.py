@@ -34,10 +34,12 @@ class PatchEncoder(Encoder):
     local = ("embeddings",)
     positional = ("shared_position_bias", "encoder.relative_position_bias")
     mask_token_name = "embeddings.mask_token"
-    has_cls = True
+    extra_tokens = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if hasattr(self.model.embeddings, "layernorm"):  # data2vec 2.0 counts CLS and this norm to the context (spec 1.6)
+            self.local, self.positional = ("embeddings.patch_embeddings",), ("embeddings",)
         for module in self.model.modules():
             if hasattr(module, "generate_relative_position_index"):
                 module.generate_relative_position_index = _PositionIndex(module)

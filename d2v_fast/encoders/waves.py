@@ -52,6 +52,7 @@ class WaveEncoder(Encoder):
     def place_visible(self, features: Tensor, mask: Tensor, visible: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         # Positions come from convolutions, which must not see what is masked: each view has a copy of its own.
         views = mask.shape[1]
+        features = self.model.feature_projection.dropout(features)  # the student's alone, as in `mask_features`
         features = features.repeat_interleave(views, 0).masked_fill(mask.flatten(0, 1).unsqueeze(-1), 0)
         padding_mask = None if padding_mask is None else padding_mask.repeat_interleave(views, 0)
         return gather(self.place(features, padding_mask), visible)

@@ -1,0 +1,328 @@
+"""Deliberate mistakes in the code of data2vec 2.0, each of which a test has to notice (`make mutations`, 20 minutes)."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MUTATIONS = {  # what is wrong: file, the text that is there once, the text instead
+    # From features to states
+    "views before samples": (
+        "encoders/base.py",
+        "// (len(visible) // len(x)) * x.shape[1]",
+        "% len(x) * x.shape[1]",
+    ),
+    "rows offset by the number of visible positions": (
+        "encoders/base.py",
+        "// (len(visible) // len(x)) * x.shape[1]",
+        "// (len(visible) // len(x)) * visible.shape[1]",
+    ),
+    "positions by the index among the visible ones": (
+        "encoders/base.py",
+        "return gather(self.place(features, padding_mask), visible)",
+        "return self.place(gather(features, visible), padding_mask)",
+    ),
+    "convolved positions see what is masked": (
+        "encoders/waves.py",
+        "features.repeat_interleave(views, 0).masked_fill(mask.flatten(0, 1).unsqueeze(-1), 0)",
+        "features.repeat_interleave(views, 0)",
+    ),
+    "convolved positions see only what is masked": (
+        "encoders/waves.py",
+        ".masked_fill(mask.flatten(0, 1).unsqueeze(-1), 0)",
+        ".masked_fill(~mask.flatten(0, 1).unsqueeze(-1), 0)",
+    ),
+    "no convolved positions for what is visible": (
+        "encoders/waves.py",
+        "return gather(self.place(features, padding_mask), visible)",
+        "return gather(features, visible)",
+    ),
+    "convolved positions see padding": (
+        "encoders/waves.py",
+        "convolve(features, padding_mask) if knows_padding else convolve(features)",
+        "convolve(features)",
+    ),
+    "no dropout of the projection": (
+        "encoders/waves.py",
+        "features = self.model.feature_projection.dropout(features)  #",
+        "features = features  #",
+    ),
+    "ALiBi on indices among the visible ones": (
+        "predictors.py",
+        "padding.gather(1, visible), visible=visible)",
+        "padding.gather(1, visible))",
+    ),
+    "ALiBi knows no padding": (
+        "encoders/waves.py",
+        "encoder.alibi(x, visible, padding_mask)",
+        "encoder.alibi(x, visible, None)",
+    ),
+    "scale of ALiBi below zero": ("nets/audio.py", ".clamp(min=0)", ""),
+    "slopes of other heads": ("nets/audio.py", "head + 1, head - power + 0.5", "head + 0.5, head - power + 0.5"),
+    "slopes beyond a power of two": ("nets/audio.py", "head - power + 0.5", "head + 1"),
+    "one scale for all layers": (
+        "nets/audio.py",
+        "return biases if self.config.alibi_per_layer else biases[0]",
+        "return biases[0]",
+    ),
+    "dropout before the norm of the context, speech": (
+        "encoders/waves.py",
+        "x = encoder.layer_norm(x)\n        each = attend if isinstance(attend, list) else [attend] * len(self.blocks)\n"
+        "        return encoder.dropout(x), 0,",
+        "x = encoder.layer_norm(encoder.dropout(x))\n"
+        "        each = attend if isinstance(attend, list) else [attend] * len(self.blocks)\n"
+        "        return x, 0,",
+    ),
+    "dropout before the norm of the context, images": (
+        "encoders/patches.py",
+        "x = embeddings.layernorm(x)\n        x = embeddings.dropout(x)",
+        "x = embeddings.layernorm(embeddings.dropout(x))",
+    ),
+    "no norm of the context for CLS": (
+        "encoders/patches.py",
+        "x = embeddings.layernorm(x)",
+        "x = torch.cat([x[:, :1], embeddings.layernorm(x[:, 1:])], dim=1)",
+    ),
+    "rows before columns in the positions": ("nets/vision.py", "for axis in (column, row)]", "for axis in (row, column)]"),
+    "relative positions gathered for queries only": (
+        "encoders/patches.py",
+        "rows[:, :, None], rows[:, None, :]]",
+        "rows[:, :, None], torch.arange(rows.shape[1])[None, None]]",
+    ),
+    "relative positions without the offset of CLS": ("encoders/patches.py", "F.pad(visible + extra,", "F.pad(visible,"),
+    "padding of other positions": ("predictors.py", "padding.gather(1, visible)", "padding[:, : visible.shape[1]]"),
+    "padding of other samples": (
+        "predictors.py",
+        "padding_mask.repeat_interleave(mask.shape[1], 0)",
+        "padding_mask.repeat(mask.shape[1], 1)",
+    ),
+    # Decoder
+    "decoder sees padding": ("predictors.py", "decoder(x, grid, padding, index)", "decoder(x, grid, None, index)"),
+    "decoder zeroes padding once": ("decoders.py", "if padding is not None:", "if padding is not None and x.shape[1] > 16:"),
+    "noise of another strength": ("decoders.py", "device=states.device) * self.noise", "device=states.device) * self.noise**2"),
+    "noise of strength 1": ("decoders.py", "device=states.device) * self.noise", "device=states.device)"),
+    "states in front, whatever is visible": (
+        "decoders.py",
+        "rows = visible + length",
+        "rows = torch.arange(visible.shape[1], device=visible.device) + length",
+    ),
+    "states where something is masked": ("decoders.py", "rows = visible + length", "rows = length - 1 - visible + length"),
+    "no dropout of the decoder's input": ("decoders.py", "self.dropout(states)", "states"),
+    "another end is cut off": ("decoders.py", "slice(side) for side in grid", "slice(1, None) for side in grid"),
+    "another eps in the decoder": ("decoders.py", "F.layer_norm(y, y.shape[-1:])", "F.layer_norm(y, y.shape[-1:], eps=1e-6)"),
+    "no norm in the decoder": ("decoders.py", "F.gelu(F.layer_norm(y, y.shape[-1:]))", "F.gelu(y)"),
+    "norm after GELU": ("decoders.py", "F.gelu(F.layer_norm(y, y.shape[-1:]))", "F.layer_norm(F.gelu(y), y.shape[-1:])"),
+    "GELU by tanh": ("decoders.py", "y.shape[-1:])).movedim", "y.shape[-1:]), approximate='tanh').movedim"),
+    "no residual": ("decoders.py", "x = x + y if self.residual and x.shape == y.shape else y", "x = y"),
+    "always a residual": ("decoders.py", "if self.residual and x.shape", "if x.shape"),
+    "a residual where the width changes": (
+        "decoders.py",
+        "x = x + y if self.residual and x.shape == y.shape else y",
+        "x = (x if x.shape == y.shape else F.pad(x, [0, 0] * self.axes + [0, y.shape[1] - x.shape[1]])) + y "
+        "if self.residual else y",
+    ),
+    "projection without GELU": (
+        "decoders.py",
+        "nn.Linear(sizes[-1], 2 * width), nn.GELU()]",
+        "nn.Linear(sizes[-1], 2 * width), nn.Identity()]",
+    ),
+    "a projection without zeros at the start": (
+        "decoders.py",
+        "if zero_init:\n            _start_at_zero(self.projection[-1])",
+        "if zero_init:\n            pass",
+    ),
+    # Teacher and targets
+    "the teacher drops": ("ema.py", "return super().train(False)", "return super().train(mode)"),
+    "the teacher's text has the student's dropout": (
+        "model.py",
+        'self.shares_features = ema_scope != "all" and encoder.masks_features',
+        'self.shares_features = ema_scope != "all"',
+    ),
+    "the teacher never shares features": (
+        "model.py",
+        'self.shares_features = ema_scope != "all" and encoder.masks_features',
+        "self.shares_features = False",
+    ),
+    "the teacher sees what the first view sees": (
+        "model.py",
+        "features.detach() if self.shares_features and target is None",
+        "features.detach() * ~mask[:, 0, :, None] if self.shares_features and target is None",
+    ),
+    "the teacher copies its blocks": (
+        "encoders/base.py",
+        '"layers": self.local + self.positional}',
+        '"layers": ("enc", "emb")}',
+    ),
+    "the teacher averages features": ("encoders/base.py", '"encoder": self.local,', '"encoder": (),'),
+    "the teacher averages positions": ("encoders/base.py", '"layers": self.local + self.positional}', '"layers": self.local}'),
+    "targets normalised over other axes": (
+        "model.py",
+        'make_targets(layers, settings["norm"], settings["target_norm"], padding_mask, dtype)',
+        'make_targets(layers, "layer", settings["target_norm"], padding_mask, dtype)',
+    ),
+    "no norm of the average": (
+        "model.py",
+        'make_targets(layers, settings["norm"], settings["target_norm"], padding_mask, dtype)',
+        'make_targets(layers, settings["norm"], "none", padding_mask, dtype)',
+    ),
+    "padding in the statistics of targets": (
+        "model.py",
+        'settings["target_norm"], padding_mask, dtype)',
+        'settings["target_norm"], None, dtype)',
+    ),
+    "targets normalised after selection": (
+        "model.py",
+        'targets = [make_targets(layers, settings["norm"], settings["target_norm"], padding_mask, dtype)]',
+        'targets = [make_targets([x * mask.any(1)[..., None] for x in layers], settings["norm"], settings["target_norm"], '
+        "padding_mask, dtype)]",
+    ),
+    "targets in fp32": ("model.py", "padding_mask, dtype)]", "padding_mask)]"),
+    "targets of other samples": (
+        "loss.py",
+        "rows = index // (views * length) * length + index % length",
+        "rows = index // length % len(mask) * length + index % length",
+    ),
+    "targets of other positions": (
+        "loss.py",
+        "rows = index // (views * length) * length + index % length",
+        "rows = index // (views * length) * length + (index + 1) % length",
+    ),
+    "padding scored": (
+        "loss.py",
+        "padding = None if padding_mask is None else padding_mask.flatten()[rows]",
+        "padding = None if True else padding_mask.flatten()[rows]",
+    ),
+    "loss of the sum of views": (
+        "model.py",
+        'settings = settings | dict(norm="none", target_norm="none")',
+        'settings = settings | dict(norm="none", target_norm="none", scale=settings["scale"] * mask.shape[1])',
+    ),
+    "normalised twice": ("model.py", 'settings = settings | dict(norm="none", target_norm="none")', "pass"),
+    "the teacher sees the source in place of a target": ("model.py", "source if target is None else target,", "source,"),
+    "channel masks of other samples": ("model.py", "channel_mask.unsqueeze(1)", "channel_mask.flip(0).unsqueeze(1)"),
+    "a grid of the inputs' last side": ("model.py", "else (mask.shape[-1],)", "else (grid,)"),
+    "the teacher copies CLS with the patches": (
+        "encoders/patches.py",
+        'self.local, self.positional = ("embeddings.patch_embeddings",), ("embeddings",)',
+        "pass",
+    ),
+    # CLS
+    "CLS learns the masked positions": (
+        "model.py",
+        "self._cls_loss(predicted.extra, targets[0], padding_mask)",
+        "self._cls_loss(predicted.extra, targets[0], ~mask[:, 0])",
+    ),
+    "CLS learns from a patch": (
+        "model.py",
+        "self._cls_loss(predicted.extra, targets[0], padding_mask)",
+        "self._cls_loss(predicted.states.view(len(predicted.extra), -1, 32), targets[0], padding_mask)",
+    ),
+    "CLS learns other samples": (
+        "model.py",
+        "mean.repeat_interleave(len(extra) // len(mean), 0)",
+        "mean.repeat(len(extra) // len(mean), 1)",
+    ),
+    "CLS learns padding": ("model.py", "mean = (targets * seen).sum(1) / seen.sum(1)", "mean = targets.mean(1)"),
+    "no weight of CLS": ("model.py", "return self.cls_weight * getattr", "return getattr"),
+    "another reduction of CLS": ("model.py", "getattr(values, self.cls_reduction)()", "values.mean()"),
+    "another error of CLS": ("model.py", 'errors(error, self.loss_settings["beta"])', "errors(error, 0)"),
+    "no scale of CLS": ("model.py", '.sum(1) * self.loss_settings["scale"]', ".sum(1)"),
+    "CLS is not weighted by a micro-batch": ("model.py", "cls_loss = cls_loss * len(index)", "pass"),
+    "CLS is left out of the loss": ("model.py", "loss = loss + cls_loss", "pass"),
+    "CLS of an encoder without": ("model.py", "if cls_weight and not encoder.extra_tokens:", "if False:"),
+    "a mask vector that gets no gradient": ("model.py", "encoder.mask_token.requires_grad_(False)", "pass"),
+    "encoders whose positions are inside": (
+        "encoders/base.py",
+        'return self.halves is not None or self._places',
+        "return True",
+    ),
+    "masks of another length": ("model.py", "if (len(mask), mask.shape[-1]) != features.shape[:2]:", "if False:"),
+    # Masks and data
+    "p + a in the count": (
+        "masking.py",
+        "masked = size - int(size * (1 - self.prob))",
+        "masked = size - int(size * self._share)",
+    ),
+    "1 - p instead of the published order": (
+        "masking.py",
+        "masked = size - int(size * (1 - self.prob))",
+        "masked = int(size * self.prob)",
+    ),
+    "nothing inverted": ("masking.py", "return valid & ~chosen if self.inverse else chosen", "return chosen"),
+    "seeds in another order": (
+        "masking.py",
+        "sizes * (self._share / self.length**axes)",
+        "sizes * self._share / self.length**axes",
+    ),
+    "too many blocks": ("masking.py", "self._share / self.length**axes", "self._share / self.length"),
+    "blocks to the other side": (
+        "masking.py",
+        "np.arange(self.length) - self.length // 2",
+        "np.arange(self.length) - (self.length - 1) // 2",
+    ),
+    "padding masked": (
+        "masking.py",
+        "valid = np.arange(total) < sizes[:, None]\n",
+        "valid = np.arange(total) < sizes[:, None] + total\n",
+    ),
+    "random masks rounded": ("masking.py", "np.floor(sizes * (1 - self.prob))", "np.round(sizes * (1 - self.prob))"),
+    "views all the same": ("masking.py", "_splitmix(~key[:, None] + later)", "key[:, None] + 0 * later"),
+    "views of any sample the same": ("masking.py", "_splitmix(~key[:, None] + later)", "0 * key[:, None] + _splitmix(later)"),
+    "another first view": ("masking.py", "[key[:, None], _splitmix(", "[key[:, None] + np.uint64(self.views), _splitmix("),
+    "views of other samples": ("masking.py", "axis=1).ravel()", "axis=1).T.ravel()"),
+    "no epoch": ("masking.py", "for part in (self.seed, self.epoch, stream):", "for part in (self.seed, stream):"),
+    "visible backwards": ("masking.py", "[:, : counts.max()]\n", "[:, : counts.max()][:, ::-1]\n"),
+    "visible one short": ("masking.py", "[:, : counts.max()]\n", "[:, : counts.max() - 1]\n"),
+    "visible as in the first row": ("masking.py", "[:, : counts.max()]\n", "[:, : counts[0]]\n"),
+    "padding is visible": ("masking.py", "np.where(padding, 1, 2 * mask", "np.where(padding, 0, 2 * mask"),
+    "masks before crops": (
+        "data/audio.py",
+        "frames = np.array([self.frames(int(n)) for n in lengths])",
+        "frames = np.array([self.frames(len(wave)) for wave in samples])",
+    ),
+    "lengths of other samples": ("data/__init__.py", "np.repeat(each, self.views)", "np.tile(each, self.views)"),
+    "text masked where views leave out": (
+        "data/text.py",
+        "source = target if self.views else",
+        "source = np.where(mask[:, 0], self.vocabulary.mask_id, target) if self.views else",
+    ),
+    "no padding for what is visible": ("data/__init__.py", 'arrays["mask"], arrays.get("padding_mask")', 'arrays["mask"]'),
+}
+
+
+def files_for(file):
+    """The tests that have to notice: those of views for masks and data, those of the model for the rest."""
+    if file.startswith("data/"):
+        return ["tests/test_views.py"]
+    own = {
+        "masking.py": ["tests/test_views.py", "tests/test_masking.py"],
+        "nets/audio.py": ["tests/test_model_2.py", "tests/test_nets.py"],
+    }
+    return own.get(file, ["tests/test_model_2.py"])
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_mistake_can_still_be_made(name):
+    file, old, new = MUTATIONS[name]
+    assert (ROOT / "d2v_fast" / file).read_text().count(old) == 1 and new != old
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_mistake_is_noticed(name, tmp_path):
+    for folder in ("d2v_fast", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    file, old, new = MUTATIONS[name]
+    code = tmp_path / "d2v_fast" / file
+    code.write_text(code.read_text().replace(old, new))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *files_for(file)]
+    found = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=600
+    )
+    # 1 is a test that failed; anything else a mistake that cannot be run.
+    assert found.returncode == 1, found.stdout[-2000:] + found.stderr[-2000:]
