@@ -237,7 +237,7 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
     "a mask vector that gets no gradient": ("model.py", "encoder.mask_token.requires_grad_(False)", "pass"),
     "encoders whose positions are inside": (
         "encoders/base.py",
-        'return self.halves is not None or self._places',
+        "return self.halves is not None or self._places",
         "return True",
     ),
     "masks of another length": ("model.py", "if (len(mask), mask.shape[-1]) != features.shape[:2]:", "if False:"),
