@@ -3,7 +3,8 @@
 Images and speech: states are averaged over positions; a k-NN and a linear classifier read the label from them, and of images
 also from the state of the CLS token.
 Text: the cloze probe. 15 % of the tokens are hidden, and a linear classifier reads from the state at each hidden position
-which token was there. It needs no labels; its floor is the unigram distribution.
+which token was there, another one from the states of the two tokens beside it. It needs no labels; its floor is the unigram
+distribution. A student of data2vec 2.0 never meets the mask token, so that only the second reading tells what it has learned.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 NEIGHBOURS = 20
 CLS = ", CLS"  # ends the title of what is read from the CLS token alone
+BESIDE = ", beside"  # and of what is read from the tokens to the left and right of a hidden one
 CLOZE_TOKENS = 300  # the cloze probe tells the most frequent tokens apart
 CLOZE_L2 = 0.03  # per token; with less, it overfits the states of an untrained encoder
 
@@ -253,7 +255,7 @@ def probe_cloze(config: Config, states: States, data: str, name: str | None, lim
             "nats": float(-np.log(counts / counts.sum())[columns].mean()),
         }
     }
-    for title in states.encoders:
+    for title in train:
         reader = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (CLOZE_L2 * len(train_tokens)), max_iter=200))
         reader.fit(train[title][keep], train_tokens)
         log_probabilities = reader.predict_log_proba(test[title][keep_test])
@@ -276,8 +278,8 @@ def _split_path(data: str, split: str) -> str:
 
 
 def _hidden_tokens(data: Any, states: States, limit: int, what: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """States of each encoder at hidden positions, by title, and the tokens that were there."""
-    rows: dict[str, list[Tensor]] = {title: [] for title in states.encoders}
+    """States of each encoder at hidden positions and beside them, by title, and the tokens that were there."""
+    rows: dict[str, list[Tensor]] = defaultdict(list)
     tokens: list[np.ndarray] = []
     order = np.random.default_rng(0).permutation(len(data))
     with progress(what, limit, "token") as bar:
@@ -285,7 +287,10 @@ def _hidden_tokens(data: Any, states: States, limit: int, what: str) -> tuple[di
             batch = data.__getitems__([(0, int(i)) for i in order[begin : begin + states.batch_size]])
             tokens.append(batch["target"][batch["mask"]].numpy())
             for title, found in states(batch["source"], batch.get("padding_mask")).items():
-                rows[title].append(found[batch["mask"].to(found.device)].cpu())
+                row, column = batch["mask"].to(found.device).nonzero(as_tuple=True)
+                rows[title].append(found[row, column].cpu())
+                beside = column - 1, (column + 1).clamp(max=found.shape[1] - 1)  # the first token is special, never hidden
+                rows[f"{title}{BESIDE}"].append(torch.cat([found[row, each] for each in beside], dim=1).cpu())
             bar.update(len(tokens[-1]))
             if bar.n >= limit:
                 break
@@ -351,9 +356,9 @@ def main(args: list[str]) -> None:
     probe = probe_cloze if config.modality == "text" else probe_labels
     results = probe(config, states, data, options.name, options.limit)
     columns = list(next(iter(results.values())))
-    print(f"{'':16}" + "".join(f"{column:>12}" for column in columns))
+    print(f"{'':20}" + "".join(f"{column:>12}" for column in columns))
     for title, row in results.items():
-        print(f"{title:16}" + "".join(f"{measure(column, row[column]):>12}" for column in columns))
+        print(f"{title:20}" + "".join(f"{measure(column, row[column]):>12}" for column in columns))
     key = {"data": data, "name": options.name, "limit": options.limit, "step": found.step}
     try:
         _keep(file, {**key, "results": results})
