@@ -222,16 +222,14 @@ def variants_of(case):
     return {"today": (Today, case), "an hour's work": (Ours, case, ()), "fused": (Ours, case, tuple(PARTS))}
 
 
-def variants_2_of(case, device):
-    """Steps of data2vec 2.0, beside those of 1.0 on the longest case of the same modality."""
+def variants_2_of(case, beside, device):
+    """Steps of data2vec 2.0 beside those of 1.0, on the longest case of the same modality, or beside the released formulation."""
     first = next(each.on(device) for each in reversed(STEP_CASES) if each.modality == case.modality)
-    return {
-        "1.0 today": (Today, first),
-        "1.0 fused": (Ours, first, tuple(PARTS)),
-        "2.0 as released, fp32": (Released, case, "fp32"),
-        "2.0 as released, bf16": (Released, case, "bf16"),
-        "fused": (Ours, case, tuple(PARTS)),
+    others = {
+        "1.0": {"1.0 today": (Today, first), "1.0 fused": (Ours, first, tuple(PARTS))},
+        "released": {f"2.0 as released, {precision}": (Released, case, precision) for precision in ("fp32", "bf16")},
     }
+    return others[beside] | {"fused": (Ours, case, tuple(PARTS))}
 
 
 @contextmanager
@@ -275,9 +273,10 @@ def test_step(case, device, seconds, benchmark):
         benchmark.pedantic(variants["fused"], args=("seconds",), rounds=2)
 
 
+@pytest.mark.parametrize("beside", ["1.0", "released"])
 @pytest.mark.parametrize("case", STEP_CASES_2, ids=lambda case: case.name)
-def test_step_2(case, device, seconds, benchmark):
-    with turns(variants_2_of(case.on(device), device), device, seconds) as (variants, times):
+def test_step_2(case, beside, device, seconds, benchmark):
+    with turns(variants_2_of(case.on(device), beside, device), device, seconds) as (variants, times):
         benchmark.extra_info.update(
             case=case.on(device).name,
             targets={name: variant("targets") for name, variant in variants.items()},

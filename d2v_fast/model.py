@@ -238,8 +238,8 @@ class Data2Vec(nn.Module):
         if padding_mask is None:
             mean = targets.mean(1)
         else:
-            seen = (~padding_mask).unsqueeze(-1)
-            mean = (targets * seen).sum(1) / seen.sum(1)
+            padding = padding_mask.unsqueeze(-1)
+            mean = targets.masked_fill(padding, 0).sum(1) / (~padding).sum(1)  # fill, as padding may hold anything
         error = extra[:, 0].to(mean.dtype) - mean.repeat_interleave(len(extra) // len(mean), 0)
         values = errors(error, self.loss_settings["beta"]).sum(1) * self.loss_settings["scale"]
         return self.cls_weight * getattr(values, self.cls_reduction)()
