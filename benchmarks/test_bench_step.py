@@ -195,7 +195,7 @@ class Released(Variant):
         with torch.autocast(self.device, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             features = self.student.encoder.local_features(source)
             with torch.no_grad():
-                local = features if self.name != "image" else self.teacher.encoder.local_features(source)
+                local = features.detach() if self.name != "image" else self.teacher.encoder.local_features(source)
                 _, results = self.teacher.run_blocks(self.teacher.encoder.contextualize(local))
                 targets = self.student.targets([result.float() for result in results])
             context = self.student.encoder.contextualize(features, mask)
@@ -223,7 +223,7 @@ def variants_of(case):
 
 
 def variants_2_of(case, beside, device):
-    """Steps of data2vec 2.0 beside those of 1.0, on the longest case of the same modality, or beside the released formulation."""
+    """Steps of data2vec 2.0, beside those of 1.0 on the longest case of the modality or beside the released formulation."""
     first = next(each.on(device) for each in reversed(STEP_CASES) if each.modality == case.modality)
     others = {
         "1.0": {"1.0 today": (Today, first), "1.0 fused": (Ours, first, tuple(PARTS))},
