@@ -7,7 +7,6 @@ them together, so that each counts the same wherever it was (spec 1.4); then cli
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
 import json
 import logging
@@ -465,8 +464,7 @@ def freeze_unused(core: Data2Vec, data: PretrainingData) -> list[str]:
     batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
     parameters = {name: p for name, p in core.named_parameters() if p.requires_grad}
     core.eval()  # layer-drop would skip some that are used
-    used = {name: value for name, value in batch.items() if name in inspect.signature(core.forward).parameters}
-    gradients = torch.autograd.grad(core(**used).loss, list(parameters.values()), allow_unused=True)
+    gradients = torch.autograd.grad(core(**batch).loss, list(parameters.values()), allow_unused=True)
     core.train()
     unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     for name in unused:

@@ -226,7 +226,7 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
         "mean.repeat_interleave(len(extra) // len(mean), 0)",
         "mean.repeat(len(extra) // len(mean), 1)",
     ),
-    "CLS learns padding": ("model.py", "mean = (targets * seen).sum(1) / seen.sum(1)", "mean = targets.mean(1)"),
+    "CLS learns padding": ("model.py", "targets.masked_fill(padding, 0).sum(1) / (~padding).sum(1)", "targets.mean(1)"),
     "no weight of CLS": ("model.py", "return self.cls_weight * getattr", "return getattr"),
     "another reduction of CLS": ("model.py", "getattr(values, self.cls_reduction)()", "values.mean()"),
     "another error of CLS": ("model.py", 'errors(error, self.loss_settings["beta"])', "errors(error, 0)"),

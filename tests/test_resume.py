@@ -140,7 +140,8 @@ def spoiled(self, *args, **kwargs):
     global calls
     output = forward(self, *args, **kwargs)
     calls += 1
-    if calls == 2 and os.environ["RANK"] == "1" and not os.path.exists("run/checkpoints"):
+    # The first call asks which parameters get a gradient.
+    if calls == 3 and os.environ["RANK"] == "1" and not os.path.exists("run/checkpoints"):
         output.loss = output.loss + torch.tensor(float("inf"))  # its gradient stays finite
     return output
 
