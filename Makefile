@@ -12,7 +12,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DEMO ?= vision/tiny
+DEMO ?= vision/tiny-2
 RUN ?= runs/demo
 BENCH ?= loss
 RESULTS ?= benchmarks/results/cpu-$(BENCH).json
