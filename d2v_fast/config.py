@@ -454,11 +454,10 @@ class Config:
                 f"head.kind={self.head.kind} with data.views={'null' if views is None else views}: data2vec 2.0 takes "
                 "head.kind=conv and a number of views, such as 8; 1.0 takes head.kind=linear and data.views=null"
             )
-        several = [kind for kind in SEVERAL if kind in MASK_KINDS[self.modality]]
-        if conv and not isinstance(self.mask, tuple(MASKS[kind] for kind in several)):
+        if conv and not isinstance(self.mask, tuple(MASKS[kind] for kind in SEVERAL)):
             raise ConfigError(
                 f"mask: {type(self.mask).__name__} leaves another number of positions visible in each view, and data2vec 2.0 "
-                f"(head.kind=conv) needs the same; expected mask.kind={' or '.join(several)}"
+                f"(head.kind=conv) needs the same; expected mask.kind={' or '.join(SEVERAL)}"
             )
         if self.loss.cls_weight and not conv:
             raise ConfigError(f"loss.cls_weight: found {self.loss.cls_weight}, which is for head.kind=conv; expected 0")

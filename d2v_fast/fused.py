@@ -48,7 +48,7 @@ def _loss(model: Data2Vec, device: torch.device) -> str:
 def _last_block(model: Data2Vec, device: torch.device) -> str:
     """Nothing but the scored positions of the last block enters the loss, and of the teacher's where its norm is over C.
 
-    With a decoder all that the student encodes is decoded, and some view scores nearly each position of the teacher.
+    With a decoder, all of the student's states are decoded, and the views together score nearly every position.
     """
     if model.sparse:
         return ""

@@ -43,8 +43,8 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
     ),
     "convolved positions see padding": (
         "encoders/waves.py",
-        "convolve(features, padding_mask) if knows_padding else convolve(features)",
-        "convolve(features)",
+        "encoder.pos_conv_embed(features, *zeroed)",
+        "encoder.pos_conv_embed(features)",
     ),
     "no dropout of the projection": (
         "encoders/waves.py",

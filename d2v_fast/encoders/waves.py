@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -42,12 +41,11 @@ class WaveEncoder(Encoder):
     def place(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         if self.halves is None:
             return features  # the model itself adds positions
-        convolve = self.model.encoder.pos_conv_embed
-        if padding_mask is None:
-            return features + convolve(features)
-        features = features.masked_fill(padding_mask.unsqueeze(-1), 0)
-        knows_padding = "padding_mask" in inspect.signature(convolve.forward).parameters  # ours in `nets`
-        return features + (convolve(features, padding_mask) if knows_padding else convolve(features))
+        if padding_mask is not None:
+            features = features.masked_fill(padding_mask.unsqueeze(-1), 0)
+        encoder = self.model.encoder
+        zeroed = (padding_mask,) if hasattr(encoder, "alibi") else ()  # ours in `nets` zeroes padding for each convolution
+        return features + encoder.pos_conv_embed(features, *zeroed)
 
     def place_visible(self, features: Tensor, mask: Tensor, visible: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         # Positions come from convolutions, which must not see what is masked: each view has a copy of its own.
