@@ -75,6 +75,8 @@ def _memory(model: Data2Vec, device: torch.device) -> str:
 
 
 def _convolutions(model: Data2Vec, device: torch.device) -> str:
+    if device.type == "cuda":
+        return "convolutions channels last" if conv.use_channels_last(model) else ""
     used = device.type == "cpu" and conv.use(getattr(model.student.model, "feature_extractor", None))
     return "convolutions as matrix products" if used else ""
 
@@ -108,6 +110,9 @@ def _compile(model: Data2Vec, device: torch.device) -> str:
     convolutions = [module for encoder in encoders for module in conv.layers(encoder.model)]
     if convolutions:
         what += f" and {len(convolutions)} convolutions"
+    if model.sparse:
+        modules.append(model.head)
+        what += " and the decoder"
     for module in (*convolutions, *modules):
         module.compile()
     return f"{what} compiled, for which the first steps wait"

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -231,3 +232,46 @@ def test_a_second_derivative_is_refused_when_asked_for():
     assert grad.isfinite().all()
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings", [dict(kernel_size=9, padding=4), dict(kernel_size=4, padding=2, dilation=2), dict(kernel_size=10, stride=5)]
+)
+@pytest.mark.parametrize("time_first", [False, True])
+def test_channels_last_is_the_same_convolution(dtype, settings, time_first):
+    plain = nn.Conv1d(6, 10, **settings, dtype=dtype)
+    fast = copy.deepcopy(plain)
+    assert conv.use_channels_last(nn.Sequential(fast))
+    x = torch.randn(3, 40, 6, dtype=dtype)
+    x = x.transpose(1, 2) if time_first else x.transpose(1, 2).contiguous()
+    exact, x = x.double().requires_grad_(), x.requires_grad_()
+    expected, found = plain.double()(exact), fast(x)
+    assert found.shape == expected.shape and found.transpose(1, 2).is_contiguous()
+    weight = torch.randn(found.shape, dtype=torch.float64)
+    (expected * weight).sum().backward()
+    (found * weight).sum().backward()
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for a, b in [
+        (found, expected),
+        (x.grad, exact.grad),
+        (fast.weight.grad, plain.weight.grad),
+        (fast.bias.grad, plain.bias.grad),
+    ]:
+        assert relative(a, b) < tolerance
+
+
+def test_other_convolutions_keep_their_order():
+    others = [
+        nn.Conv1d(4, 4, 3, groups=2),
+        nn.Conv1d(4, 4, 3, padding="same"),
+        nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"),
+    ]
+    assert not conv.use_channels_last(nn.Sequential(*others, nn.Conv2d(4, 4, 3)))
+
+
+def test_a_convolution_with_channels_last_is_saved_whole():
+    fast = nn.Sequential(nn.Conv1d(4, 4, 3))
+    conv.use_channels_last(fast)
+    again, x = pickle.loads(pickle.dumps(fast)), torch.randn(2, 4, 9)
+    assert type(again[0]) is conv.ChannelsLast1d and torch.equal(again(x), fast(x))

@@ -10,6 +10,7 @@ from torch import nn
 
 from d2v_fast import Data2Vec, build_encoder
 from d2v_fast.config import parse
+from d2v_fast.decoders import ConvDecoder
 from d2v_fast.fused import fuse
 from d2v_fast.ops import attention, conv, native
 from d2v_fast.training import Trainer
@@ -197,6 +198,32 @@ def test_lengths_and_padding_compile_a_few_times(compiled):
         same_step(plain, fused, source=ids, target=ids, mask=mask & ~padding, padding_mask=padding if length % 2 else None)
         counts.append(compiled["stats"]["unique_graphs"])
     assert counts[-1] == counts[12] <= 16
+    assert not compiled["graph_break"]
+
+
+@pytest.mark.parametrize("name, grid", [("vit", (4, 4)), ("data2vec-audio", None)])
+def test_a_compiled_decoder_predicts_the_same(name, grid, compiled):
+    plain, fused = (
+        Data2Vec(models.make(name), top_k=2, decoder=ConvDecoder(32, axes=len(grid or (1,)), width=32, groups=4)).train()
+        for _ in range(2)
+    )
+    fused.load_state_dict(plain.state_dict())
+    assert "and the decoder compiled" in fuse(fused, torch.device("cuda"), ["convolutions", "compile"])[-1]
+    source = models.inputs(name)
+    positions = plain.student.embed(source).shape[1]
+    for hidden in (2, 3):
+        mask = torch.zeros(len(source), 2, positions, dtype=torch.bool)
+        mask[:, 0, :hidden] = mask[:, 1, -hidden:] = True
+        outputs = []
+        for model in (plain, fused):
+            torch.manual_seed(0)  # of the noise
+            outputs.append(model(source, mask))
+            model.zero_grad()
+            outputs[-1].loss.backward()
+        torch.testing.assert_close(outputs[1].loss, outputs[0].loss)
+        for (parameter, ours), theirs in zip(fused.named_parameters(), plain.parameters(), strict=True):
+            assert (ours.grad is None) == (theirs.grad is None), parameter
+            assert theirs.grad is None or theirs.grad.norm() < 1e-4 or relative(ours.grad, theirs.grad) < 1e-4, parameter
     assert not compiled["graph_break"]
 
 

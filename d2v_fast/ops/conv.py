@@ -1,8 +1,8 @@
-"""The convolutions over speech on a CPU: matrix products on frames that lie one behind the other, time first, channels last.
+"""Convolutions with channels last, as transformers keep them: on a GPU by cuDNN, over speech on a CPU by matrix products.
 
-All samples of a batch are put into one long waveform, each at a multiple of the stack's stride. A convolution is then one
-matrix product for each stride that its kernel is long, on views of its input and without any copy; layer norm and GELU are one
-pass over memory (`kernels/norm_gelu.cpp`). Frames that mix two samples are computed and thrown away.
+On a CPU all samples of a batch are put into one long waveform, each at a multiple of the stack's stride. A convolution is then
+one matrix product for each stride that its kernel is long, on views of its input and without any copy; layer norm and GELU are
+one pass over memory (`kernels/norm_gelu.cpp`). Frames that mix two samples are computed and thrown away.
 """
 
 from __future__ import annotations
@@ -145,6 +145,30 @@ def _made(kind: type) -> nn.Module:
     """An empty module of the kind, a fast one where there is the library; pickle fills it."""
     fast = kind if native.obstacle(torch.device("cpu")) else _fast(kind)
     return fast.__new__(fast)
+
+
+class ChannelsLast1d(nn.Conv1d):
+    """A convolution that reads and writes (B, T, C) in memory, as the norms and products around it do.
+
+    `F.conv1d` copies such an input into another order, and cuDNN's kernels copy it back.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        along = ((0, *self.padding), (1, *self.dilation))
+        return F.conv2d(x, self.weight.unsqueeze(2), self.bias, (1, *self.stride), *along).squeeze(2)
+
+
+def use_channels_last(module: nn.Module) -> bool:
+    """Let the dense convolutions over one axis keep the channels last; False where there is none.
+
+    cuDNN runs those of groups faster in the other order, its copies included.
+    """
+    convolutions = [m for m in module.modules() if type(m) is nn.Conv1d and m.groups == 1]
+    dense = [m for m in convolutions if m.padding_mode == "zeros" and not isinstance(m.padding, str)]
+    for each in dense:
+        each.__class__ = ChannelsLast1d
+    return bool(dense)
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
