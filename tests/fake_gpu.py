@@ -152,7 +152,7 @@ def loss(norm: str, target_norm: str, kind: str) -> None:
         for padding in (None, mask):
             outputs = triton_loss.loss(predictions, layers, mask, padding, norm, target_norm, 1.0, 0.1, True, True)
             assert all(output.device.type == "cuda" for output in outputs)
-            torch.ops.d2v_fast.scaled(outputs[1], outputs[2])
+            torch.ops.d2v_fast.scaled(outputs[1], outputs[2], outputs[0], "triton")
 
 
 def fuse_for_gpu(model) -> None:

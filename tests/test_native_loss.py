@@ -515,7 +515,7 @@ def test_opcheck(case, stats):
     z, layers, mask, padding = inputs(case)
     arguments = (z, layers, mask, padding, case.norm, case.target_norm, case.beta, 1.0, True, stats, "native")
     assert set(torch.library.opcheck(torch.ops.d2v_fast.loss, arguments).values()) == {"SUCCESS"}
-    scaled = torch.library.opcheck(torch.ops.d2v_fast.scaled, (z.nan_to_num(), torch.tensor(0.3)))
+    scaled = torch.library.opcheck(torch.ops.d2v_fast.scaled, (z.nan_to_num(), torch.tensor(0.3), torch.tensor(2.0), "native"))
     assert set(scaled.values()) == {"SUCCESS"}
 
 

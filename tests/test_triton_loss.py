@@ -25,7 +25,7 @@ from tests.gate import BF16, FP16, FP32, NORMS, Case, gate, inputs, relative
 
 triton = pytest.importorskip("triton")
 
-KERNELS = ("_loss_rows_kernel", "_loss_instance_kernel", "_channel_stats_kernel", "_finish_kernel")
+KERNELS = ("_loss_rows_kernel", "_loss_instance_kernel", "_channel_stats_kernel", "_finish_kernel", "_scale_kernel")
 
 
 def _turn(values, i):
@@ -162,6 +162,20 @@ def test_opcheck(interpreted, case):
     assert set(interpreted(_opcheck, case).values()) == {"SUCCESS"}
 
 
+def _scaled(x: Tensor, factor: float, weight: float) -> Tensor:
+    from d2v_fast.ops import triton_loss
+
+    return triton_loss.scaled(x, torch.tensor(factor), torch.tensor(weight))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("shape", [(5, 1000), (0, 7), (3, 4, 5)])
+def test_scaled_in_fp32(interpreted, dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    found = interpreted(_scaled, x, 3e-5, 1024.0)
+    torch.testing.assert_close(found, (x.double() * 3e-5 * 1024).to(dtype), rtol=2**-7 if dtype == BF16 else 1e-3, atol=1e-6)
+
+
 def test_obstacles():
     from d2v_fast.ops import triton_loss
 
@@ -192,6 +206,7 @@ RECIPES = {
     "text, large": Case(channels=1024, length=512, k=10, dtype=BF16, dtype_z=BF16),
     "vision, huge": Case(channels=1280, length=257, k=10, dtype=BF16, dtype_z=BF16),
     "audio, fp32": Case("instance", channels=768, length=780, k=8),
+    "C a multiple of 8 alone": Case(channels=312, length=65, k=2, dtype=BF16, dtype_z=BF16),
     "C not a multiple of 8": Case(channels=100, length=64, k=2, dtype=FP16, dtype_z=FP16),
 }
 TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int64: "*i64", torch.bool: "*i1"}
@@ -212,7 +227,10 @@ def _launches(case: Case, stats: bool) -> list:
 
     z, layers, mask, padding = inputs(case)
     with mock.patch.multiple(triton_loss, **{name: Recorder(getattr(triton_loss, name)) for name in KERNELS}):
-        triton_loss.loss(z, layers, mask, padding, case.norm, case.target_norm, case.beta, 1.0, True, stats)
+        _, grad, factor, *_ = triton_loss.loss(
+            z, layers, mask, padding, case.norm, case.target_norm, case.beta, 1.0, True, stats
+        )
+        triton_loss.scaled(grad, factor, factor)
     return launches
 
 

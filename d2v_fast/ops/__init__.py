@@ -35,7 +35,7 @@ torch.library.define(
     "(Tensor predictions, Tensor[] layers, Tensor mask, Tensor? padding_mask, str norm, str target_norm, float beta, "
     "float scale, bool mean, bool stats, str impl) -> (Tensor loss, Tensor grad, Tensor factor, Tensor count, Tensor moments)",
 )
-torch.library.define("d2v_fast::scaled", "(Tensor x, Tensor factor) -> Tensor")
+torch.library.define("d2v_fast::scaled", "(Tensor x, Tensor factor, Tensor weight, str impl) -> Tensor")
 
 
 @torch.library.impl("d2v_fast::loss", "CompositeExplicitAutograd")
@@ -53,13 +53,13 @@ def _loss_fake(predictions, layers, mask, padding_mask, norm, target_norm, beta,
 
 
 @torch.library.impl("d2v_fast::scaled", "CompositeExplicitAutograd")
-def _scaled(x, factor):
-    return (x.float() * factor).to(x.dtype) if x.is_cuda else x * factor.item()  # a Python number keeps fp32 inside
+def _scaled(x, factor, weight, impl):
+    return importlib.import_module(KERNELS[impl]).scaled(x, factor, weight)
 
 
 @torch.library.register_fake("d2v_fast::scaled")
-def _scaled_fake(x, factor):
-    return torch.empty_like(x)
+def _scaled_fake(x, factor, weight, impl):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def once_differentiable(backward: Callable) -> Callable:
@@ -86,6 +86,7 @@ class _FusedLoss(torch.autograd.Function):
     def forward(ctx, predictions, layers, mask, *settings):
         loss, grad, factor, count, moments = torch.ops.d2v_fast.loss(predictions, layers, mask, *settings)
         ctx.save_for_backward(grad, factor)
+        ctx.impl = settings[-1]
         ctx.mark_non_differentiable(count, moments)
         ctx.set_materialize_grads(False)
         return loss, count, moments
@@ -94,10 +95,10 @@ class _FusedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _count, _moments):
         grad, factor = ctx.saved_tensors
-        factor = factor * grad_loss
         # Reading a number is free on a CPU, a pass over the gradient is not.
-        done = not torch.compiler.is_compiling() and factor.device.type == "cpu" and factor.item() == 1
-        return (grad if done else torch.ops.d2v_fast.scaled(grad, factor), *[None] * 10)
+        on_host = not torch.compiler.is_compiling() and factor.device.type == "cpu"
+        done = on_host and factor.item() * grad_loss.item() == 1
+        return (grad if done else torch.ops.d2v_fast.scaled(grad, factor, grad_loss, ctx.impl), *[None] * 10)
 
 
 def _fused_loss(

@@ -116,6 +116,11 @@ def loss(
     return total, grad, factor, count, moments
 
 
+def scaled(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    """x · factor · weight, contiguous and in the dtype of x; both numbers are () fp32."""
+    return x.contiguous() * (factor * weight).item()  # a Python number keeps fp32 inside
+
+
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """Contiguous, like x: value i is zero if the hash of (seed, i) is less than p · 2³², else x / (1 - p); 0 <= p < 1."""
     x = x.contiguous()

@@ -15,6 +15,7 @@ Shapes: K teacher layers (B, T, C); the position of a token is b · T + t; N pre
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,8 +59,9 @@ def _error(z, y, scored, beta, SQUARED: tl.constexpr):
         slope = 2 * e
     else:
         size = tl.abs(e)
-        value = tl.where(size < beta, e * e / (2 * beta), size - beta / 2)
-        slope = e / tl.maximum(size, beta)  # e / β clamped to ±1, but a NaN stays one
+        inverse = 1 / beta
+        value = tl.where(size < beta, e * e * (0.5 * inverse), size - 0.5 * beta)
+        slope = tl.where(size < beta, e * inverse, tl.where(e < 0, -1.0, 1.0) + (e - e))  # NaN if e is not finite
     return value, slope
 
 
@@ -92,14 +94,14 @@ def _layer_norm(parts, C: tl.constexpr, BLOCK_C: tl.constexpr):
     total = parts[0]
     for i in tl.static_range(1, len(parts)):
         total += parts[i]
-    mean = tl.sum(total, 1, keep_dims=True) / C
+    mean = tl.sum(total, 1, keep_dims=True) * (1 / C)
     square = tl.zeros_like(total)
     centred = ()
     for i in tl.static_range(len(parts)):
         inside = i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :] < C
         centred += (tl.where(inside, parts[i] - mean, 0.0),)
         square += centred[i] * centred[i]
-    rstd = _inverse_std(tl.sum(square, 1, keep_dims=True) / C)
+    rstd = _inverse_std(tl.sum(square, 1, keep_dims=True) * (1 / C))
     out = ()
     for i in tl.static_range(len(parts)):
         out += (centred[i] * rstd,)
@@ -119,8 +121,8 @@ def _loss_rows_kernel(
     count_ptr,  # (P,) fp32
     moments_ptr,  # (4, P, C) fp32: mean and m2 of the targets, mean and m2 of the predictions
     n_rows, n_batch, n_time, stride_xb, stride_xt, stride_xc, beta,
-    K: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
-    TARGET_NORM: tl.constexpr, DENSE: tl.constexpr, SQUARED: tl.constexpr, WITH_STATS: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, TARGET_NORM: tl.constexpr, DENSE: tl.constexpr, SQUARED: tl.constexpr, WITH_STATS: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     column = tl.arange(0, BLOCK_C)[None, :]
@@ -141,6 +143,7 @@ def _loss_rows_kernel(
         position = tl.maximum(position, 0)
         batch = position // n_time
         offset = batch * tl.cast(stride_xb, tl.int64) + position % n_time * tl.cast(stride_xt, tl.int64)
+        offset = tl.multiple_of(offset, [ALIGNED, ALIGNED])
         if DENSE:
             row = position
             written = scored
@@ -169,7 +172,7 @@ def _loss_rows_kernel(
 
         average = ()
         for i in tl.static_range(CHUNKS):
-            average += (y[i] / K,)
+            average += (y[i] * (1 / K),)
         if TARGET_NORM == "layer":
             average = _layer_norm(average, C, BLOCK_C)
         count += scored.to(tl.float32)
@@ -215,13 +218,14 @@ def _loss_instance_kernel(
     count_ptr,  # (B,) fp32
     moments_ptr,  # (4, B, C) fp32: mean and m2 of the targets, mean and m2 of the predictions
     n_rows, n_time, stride_xb, stride_xt, stride_xc, beta,
-    K: tl.constexpr, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
-    DENSE: tl.constexpr, SQUARED: tl.constexpr, WITH_STATS: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    PADDED: tl.constexpr, DENSE: tl.constexpr, SQUARED: tl.constexpr, WITH_STATS: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
     n_batch = tl.num_programs(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    time = tl.arange(0, BLOCK_T)[:, None]
+    # One dimension until all is loaded: (BLOCK_T, 1) would be given a layout in which most threads load the same.
+    time = tl.arange(0, BLOCK_T)
     exists = time < n_time
     position = batch * n_time + time
     present = exists
@@ -237,18 +241,20 @@ def _loss_instance_kernel(
         row = tl.where(masked, order - 1, n_masked + position - order)
     written = exists & (row < n_rows)
     scored = masked & present & written
-    row = tl.where(written, row, 0).to(tl.int64)
+    row = tl.where(written, row, 0).to(tl.int64)[:, None]
+    time, present, written, scored = time[:, None], present[:, None], written[:, None], scored[:, None]
 
-    n_present = tl.maximum(tl.sum(present.to(tl.float32), 0, keep_dims=True), 1.0)
-    offset = batch * tl.cast(stride_xb, tl.int64) + time * tl.cast(stride_xt, tl.int64) + c * tl.cast(stride_xc, tl.int64)
+    share = 1 / tl.maximum(tl.sum(present.to(tl.float32), 0, keep_dims=True), 1.0)
+    offset = batch * tl.cast(stride_xb, tl.int64) + time * tl.cast(stride_xt, tl.int64)
+    offset = tl.multiple_of(offset, [ALIGNED, ALIGNED]) + c * tl.cast(stride_xc, tl.int64)
     y = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for k in tl.range(K, num_stages=STAGES):
         x = tl.load(_select(x_ptrs, k, K) + offset, mask=present & (c < C), other=0).to(tl.float32)
-        mean = tl.sum(x, 0, keep_dims=True) / n_present
+        mean = tl.sum(x, 0, keep_dims=True) * share
         off = tl.where(present, x - mean, 0.0)
-        y += off * _inverse_std(tl.sum(off * off, 0, keep_dims=True) / n_present)
+        y += off * _inverse_std(tl.sum(off * off, 0, keep_dims=True) * share)
     # The mean over T is 0 but for the rounding of each `mean`, which under a large mean is the largest error.
-    y = (y - tl.sum(y, 0, keep_dims=True) / n_present) / K
+    y = (y - tl.sum(y, 0, keep_dims=True) * share) * (1 / K)
 
     z = tl.load(z_ptr + row * C + c, mask=scored & (c < C), other=0).to(tl.float32)
     value, slope = _error(z, y, scored & (c < C), beta, SQUARED)
@@ -271,26 +277,45 @@ def _channel_stats_kernel(
     mean_ptr,  # (K, B, C) fp32
     m2_ptr,  # (K, B, C) fp32
     n_time, stride_xb, stride_xt, stride_xc,
-    K: tl.constexpr, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PADDED: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    x_ptr = _select(x_ptrs, tl.program_id(2), K) + batch * tl.cast(stride_xb, tl.int64) + c * tl.cast(stride_xc, tl.int64)
-    mean = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    m2 = mean
+    x_ptr = _select(x_ptrs, tl.program_id(2), K) + c * tl.cast(stride_xc, tl.int64)
+    # Sums of what is left of x without the first row that a thread sees: no cancellation, for less than a running mean takes.
+    first = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    total = first
+    square = first
     count = tl.zeros((BLOCK_T, 1), tl.float32)
     for start in range(0, n_time, BLOCK_T):
-        time = start + tl.arange(0, BLOCK_T)[:, None]
+        time = start + tl.arange(0, BLOCK_T)
         present = time < n_time
         if PADDED:
             present = present & (tl.load(padding_ptr + batch * n_time + time, mask=present, other=1) == 0)
-        x = tl.load(x_ptr + time * tl.cast(stride_xt, tl.int64), mask=present & (c < C), other=0).to(tl.float32)
+        time, present = time[:, None], present[:, None]
+        offset = batch * tl.cast(stride_xb, tl.int64) + time * tl.cast(stride_xt, tl.int64)
+        x = tl.load(x_ptr + tl.multiple_of(offset, [ALIGNED, ALIGNED]), mask=present & (c < C), other=0).to(tl.float32)
+        first = tl.where(count == 0, x, first)
+        off = tl.where(present, x - first, 0.0)
         count += present.to(tl.float32)
-        mean, m2 = _welford(mean, m2, x, present, 1 / tl.maximum(count, 1.0))
+        total += off
+        square += off * off
+    off = total / tl.maximum(count, 1.0)
+    mean = first + off
+    m2 = tl.maximum(square - total * off, 0.0)
     _, mean, m2 = _merge(count, mean, m2)
     out = (tl.program_id(2) * tl.num_programs(1) + batch).to(tl.int64) * C + c
     tl.store(mean_ptr + out, mean, mask=c < C)
     tl.store(m2_ptr + out, m2, mask=c < C)
+
+
+@_jit
+def _scale_kernel(x_ptr, factor_ptr, weight_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """out = x · factor · weight over n elements; the two are fp32 numbers on the device."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n).to(tl.float32)
+    y = x * (tl.load(factor_ptr) * tl.load(weight_ptr))
+    tl.store(out_ptr + i, y.to(out_ptr.dtype.element_ty), mask=i < n)
 
 
 @_jit(do_not_specialize=["n_losses", "n_counts"])
@@ -368,7 +393,12 @@ def _stages(tile_bytes: int) -> int:
     return 3 if tile_bytes <= 32768 else 2 if tile_bytes <= 65536 else 1
 
 
-def rows_tile(channels: int, itemsize: int, stats: bool) -> dict:
+def _alignment(x: Tensor) -> int:
+    """The power of two, at most 16 bytes of elements, that divides where the rows of x (B, T, C) start."""
+    return math.gcd(16 // x.element_size(), x.stride(0), x.stride(1))
+
+
+def rows_tile(channels: int, itemsize: int, affine: bool, stats: bool) -> dict:
     """Launch table of `_loss_rows_kernel`: 16 bytes a thread and 512 a warp, as many warps a row as registers ask for."""
     per_warp = 768 if stats else 1280  # moments are four more numbers for each channel
     warps = min(triton.next_power_of_2(triton.cdiv(channels, per_warp)), 8)
@@ -378,7 +408,7 @@ def rows_tile(channels: int, itemsize: int, stats: bool) -> dict:
     return dict(
         BLOCK_N=block_n,
         BLOCK_C=block_c,
-        STAGES=_stages(block_n * block_c * triton.cdiv(channels, block_c) * itemsize),
+        STAGES=_stages(block_n * block_c * triton.cdiv(channels, block_c) * (itemsize + 8 * affine)),  # mean and rstd: fp32
         num_warps=4 * warps,
     )
 
@@ -406,6 +436,7 @@ def _channel_statistics(layers: list[Tensor], padding_mask: Tensor | None, norm:
         *layers[0].stride(),
         K=len(layers),
         C=channels,
+        ALIGNED=_alignment(layers[0]),
         BLOCK_T=32,
         BLOCK_C=block_c,
         PADDED=padding_mask is not None,
@@ -470,7 +501,7 @@ def loss(
     z = predictions.reshape(-1, channels).contiguous()
     dense = predictions.ndim == 3
     on_chip = norm == "instance" and target_norm == "none" and length <= LONGEST
-    settings = dict(K=len(layers), C=channels, DENSE=dense, SQUARED=beta == 0, WITH_STATS=stats)
+    settings = dict(K=len(layers), C=channels, ALIGNED=_alignment(layers[0]), DENSE=dense, SQUARED=beta == 0, WITH_STATS=stats)
     fp32 = functools.partial(torch.empty, dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):
         if on_chip:
@@ -495,7 +526,7 @@ def loss(
                 **tile,
             )
         else:
-            tile = rows_tile(channels, layers[0].element_size(), stats)
+            tile = rows_tile(channels, layers[0].element_size(), norm in POOLED, stats)
             programs = max(triton.cdiv(len(z), tile["BLOCK_N"]), 1)
             if stats:  # few programs, because each leaves moments behind
                 programs = min(programs, 3 * _n_processors(z.device))
@@ -544,3 +575,13 @@ def loss(
             WITH_STATS=stats,
         )
     return result, grad.view(predictions.shape), factor, count, moments
+
+
+def scaled(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    """x · factor · weight in the dtype of x, computed in fp32; both numbers are () fp32 and stay on the device."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _scale_kernel[(triton.cdiv(x.numel(), 2048),)](x, factor, weight, out, x.numel(), BLOCK=2048)
+    return out
