@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_fast.ops import native, once_differentiable
+from d2v_fast.ops import native, once_differentiable, triton_conv
 
 
 def _pieces(x: Tensor, kernel: int, stride: int, written: bool = False) -> list[tuple[slice, Tensor]]:
@@ -159,16 +159,46 @@ class ChannelsLast1d(nn.Conv1d):
         return F.conv2d(x, self.weight.unsqueeze(2), self.bias, (1, *self.stride), *along).squeeze(2)
 
 
-def use_channels_last(module: nn.Module) -> bool:
-    """Let the dense convolutions over one axis keep the channels last; False where there is none.
+class _Grouped:
+    """A convolution in groups by `triton_conv`, where that can run; cuDNN spends most of its time on changing the order."""
 
-    cuDNN runs those of groups faster in the other order, its copies included.
-    """
-    convolutions = [m for m in module.modules() if type(m) is nn.Conv1d and m.groups == 1]
-    dense = [m for m in convolutions if m.padding_mode == "zeros" and not isinstance(m.padding, str)]
-    for each in dense:
-        each.__class__ = ChannelsLast1d
-    return bool(dense)
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if triton_conv.obstacle(x.device, dtype):
+            return super().forward(x)
+        one_axis = x.ndim == 3
+        x, weight = (x.unsqueeze(2), self.weight.unsqueeze(2)) if one_axis else (x, self.weight)
+        y = triton_conv.conv(x.to(dtype).movedim(1, -1), weight, self.bias, self.groups).movedim(-1, 1)
+        return y.squeeze(2) if one_axis else y
+
+
+class Grouped1d(_Grouped, nn.Conv1d):
+    pass
+
+
+class Grouped2d(_Grouped, nn.Conv2d):
+    pass
+
+
+def use_channels_last(module: nn.Module) -> bool:
+    """Let convolutions keep the channels last: dense ones over one axis, and those of groups; False where there is none."""
+    changed = 0
+    for each in module.modules():
+        if type(each) not in (nn.Conv1d, nn.Conv2d) or each.padding_mode != "zeros" or isinstance(each.padding, str):
+            continue
+        one_axis = isinstance(each, nn.Conv1d)
+        same = set(each.stride) == set(each.dilation) == {1} and all(
+            kernel % 2 and padding == kernel // 2 for kernel, padding in zip(each.kernel_size, each.padding, strict=True)
+        )
+        if each.groups > 1 and same:
+            each.__class__ = Grouped1d if one_axis else Grouped2d
+        elif each.groups == 1 and one_axis:
+            each.__class__ = ChannelsLast1d
+        else:
+            continue
+        changed += 1
+    return changed > 0
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

@@ -280,5 +280,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1)
         raise ValueError(f"conv cannot run: {why}; torch.nn.functional.conv2d takes any tensor")
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] * groups != x.shape[3] or weight.shape[0] % groups:
         found = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, groups {groups}"
-        raise ValueError(f"conv: found {found}, expected (N, H, W, C_in), (C_out, C_in / groups, kh, kw), groups of whole channels")
+        raise ValueError(
+            f"conv: found {found}, expected (N, H, W, C_in), (C_out, C_in / groups, kh, kw), groups of whole channels"
+        )
     return _Conv.apply(x, weight, bias, groups)
