@@ -1,8 +1,8 @@
 """Grouped convolutions over positions that are not strided, channels last, on a GPU: each is a product of matrices.
 
-A row of the left matrix is a position, its columns are what each tap of the kernel sees there, K = taps · channels of the group.
-It is never stored: `_patches` loads a tile of it from the input. Groups of 24 or 48 channels fill such tiles well, since a tile
-may begin and end inside of a tap; only the output channels are padded to a power of two.
+A row of the left matrix is a position, its columns are what all taps see there, K = taps · input channels of the group. It is
+not stored: `_patches` loads tiles of it from x. Groups of 24 or 48 channels waste nothing in them, because a tile may begin and
+end inside of a tap; only the output channels are padded to a power of two.
 
 | gradient of | is                                                                                                  |
 |-------------|-----------------------------------------------------------------------------------------------------|
@@ -28,7 +28,7 @@ except ImportError:
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 DTYPES = (torch.bfloat16, torch.float16)
-PROGRAMS = 1024  # of the weight's gradient: some waves on any GPU, and sums that do not depend on which one it is
+PROGRAMS = 768  # of the weight's gradient: two waves on an H100, and on any GPU the same sums
 _INTERPRETED = triton and tl.constexpr(INTERPRETED)
 
 
@@ -49,10 +49,14 @@ def _patches(x_ptr, start, end, i, k, height, width, C: tl.constexpr, C_IN: tl.c
     if TURNED:
         down = -down
         right = -right
-    row = position // width % height + down
-    column = position % width + right
-    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    offset = (i + down * width + right) * C + k % C_IN  # from `start`, since the whole of x may take more than 32 bits
+    # Unsigned numbers are divided in fewer instructions, and what is left of 0 is beyond the end.
+    line = tl.cast(position, tl.uint32) // tl.cast(width, tl.uint32)
+    column = position - tl.cast(line, tl.int32) * width + right
+    inside = tl.cast(column, tl.uint32) < tl.cast(width, tl.uint32)
+    if KH > 1:
+        row = tl.cast(line % tl.cast(height, tl.uint32), tl.int32) + down
+        inside = inside & (tl.cast(row, tl.uint32) < tl.cast(height, tl.uint32))
+    offset = i * C + ((down * width + right) * C + k % C_IN)  # from `start`, because all of x may take more than 32 bits
     x_ptr += tl.cast(start, tl.int64) * C
     return tl.load(x_ptr + offset, mask=inside & (position < end) & (k < KH * KW * C_IN), other=0)
 
@@ -279,8 +283,6 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1)
     if why := obstacle(x.device, x.dtype):
         raise ValueError(f"conv cannot run: {why}; torch.nn.functional.conv2d takes any tensor")
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] * groups != x.shape[3] or weight.shape[0] % groups:
-        found = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, groups {groups}"
-        raise ValueError(
-            f"conv: found {found}, expected (N, H, W, C_in), (C_out, C_in / groups, kh, kw), groups of whole channels"
-        )
+        found = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, groups={groups}"
+        raise ValueError(f"conv: found {found}, expected (N, H, W, C_in), (C_out, C_in / groups, kh, kw), groups dividing both")
     return _Conv.apply(x, weight, bias, groups)
