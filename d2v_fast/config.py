@@ -216,6 +216,8 @@ class TrainConfig:
         clip_norm: Largest norm of the gradient, 0 = no clipping.
         precision: Precision of the computation; weights and teacher are fp32.
         device: auto = GPU if there is one. CUDA_VISIBLE_DEVICES=1 selects one of several.
+        graphs: With --fused on one GPU, replay passes over batches of one shape as CUDA graphs, which small batches gain from;
+            each shape keeps a set of gradients, four at most.
         seed: Of weights, masks, augmentations and order.
         workers: Processes that load data, on each rank.
         threads: CPU threads of torch, 0 = its default.
@@ -235,6 +237,7 @@ class TrainConfig:
     clip_norm: float = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    graphs: bool = True
     seed: int = 0
     workers: int = 2
     threads: int = 0

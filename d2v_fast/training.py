@@ -36,6 +36,7 @@ from d2v_fast.decoders import ConvDecoder
 from d2v_fast.diagnostics import CollapseError, Monitor, distinct_share, environment
 from d2v_fast.encoders import Encoder, PatchEncoder, TokenEncoder, WaveEncoder, build_encoder, describe
 from d2v_fast.fused import fuse
+from d2v_fast.graphs import Graphs
 from d2v_fast.model import Data2Vec
 from d2v_fast.report import read_lines
 
@@ -604,6 +605,7 @@ class Trainer:
         # A layer that layer-drop skips on one rank has no gradient there.
         parallel.find_unused_parameters = getattr(getattr(encoder.model, "config", None), "layerdrop", 0) > 0
         self.model, self.optimizer = self.accelerator.prepare(self.core, self.optimizer)
+        self.graphs = self._make_graphs()
         # Dropout differs between ranks. What numpy takes has 32 bits.
         set_seed((config.train.seed + self.accelerator.process_index) % 2**32)
         self.broken = BrokenSamples(len(self.data), config.train.max_broken)
@@ -870,13 +872,11 @@ class Trainer:
         for i, batch in enumerate(micro_batches):
             # Ranks exchange gradients with the last micro-batch only.
             with nullcontext() if i == last else self.accelerator.no_sync(self.model):
-                output = self.model(**self._inputs(batch), num_targets=num_targets)
                 parts = 1 if num_targets is not None else len(micro_batches)
-                share = output.loss / parts
-                self.accelerator.backward(share)
-            loss += share.detach()
-            if output.cls_loss is not None:
-                self.cls_loss += output.cls_loss / parts
+                run = self._pass if self.graphs is None or self.monitor.due else self.graphs
+                share, cls_share = run(self._inputs(batch), num_targets, parts)
+            loss += share
+            self.cls_loss += cls_share
         parameters = [p for p in self.core.parameters() if p.requires_grad]
         grad_norm = self.accelerator.clip_grad_norm_(parameters, config.train.clip_norm or math.inf)
         self.monitor.watch(grad_norm)
@@ -898,6 +898,23 @@ class Trainer:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
+
+    def _pass(self, inputs: dict[str, Tensor], num_targets: Tensor | float | None, parts: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward of a micro-batch; what it adds to the loss of the step, and the part of it that is CLS."""
+        output = self.model(**inputs, num_targets=num_targets)
+        share = output.loss / parts
+        self.accelerator.backward(share)
+        return share.detach(), torch.zeros_like(share) if output.cls_loss is None else output.cls_loss / parts
+
+    def _make_graphs(self) -> Graphs | None:
+        """For one process on a GPU whose passes ask the host for nothing, as layer-drop and the model's own forward may."""
+        train, student = self.config.train, self.core.student
+        alone = self.fused and self.device.type == "cuda" and self.world == 1
+        simple = train.accumulate == 1 and self.accelerator.scaler is None and student.halves is not None
+        if not (train.graphs and alone and simple) or getattr(student.model.config, "layerdrop", 0) > 0:
+            return None
+        self.fused.append("CUDA graphs of passes whose shapes come again")
+        return Graphs(self._pass, [p for p in self.core.parameters() if p.requires_grad])
 
     def export(self) -> None:
         """The student in Hugging Face format, with its tokenizer or processor; each file is replaced at once."""
