@@ -149,8 +149,9 @@ def _splits(programs: int) -> list[Tensor]:
 def test_the_weight_gradient_in_parts(interpreted):
     """Over so many programs that the last has few positions or none; twice the same bits."""
     whole, _ = interpreted(_splits, 1)
-    for programs in (4, 8, 14, 1000):
-        first, second = interpreted(_splits, programs)
+    parts = [interpreted(_splits, programs) for programs in (4, 8, 14, 1000)]
+    assert not torch.equal(parts[0][0], whole)
+    for first, second in parts:
         assert torch.equal(first, second)
         assert relative(first, whole.double()) < 1e-6
 
