@@ -279,11 +279,11 @@ def test_no_second_derivative(interpreted):
 
 
 def test_obstacles():
-    from d2v_fast.ops import triton_conv
+    from d2v_fast.ops import triton_conv, triton_loss
 
     assert triton_conv.obstacle(torch.device("cuda"), BF16) is None
     assert "found torch.float32" in triton_conv.obstacle(torch.device("cuda"), FP32)
-    with mock.patch.object(triton_conv, "INTERPRETED", False):
+    with mock.patch.object(triton_loss, "INTERPRETED", False):
         assert "found cpu" in triton_conv.obstacle(torch.device("cpu"), BF16)
 
 
