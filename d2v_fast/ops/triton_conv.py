@@ -1,4 +1,5 @@
-"""Grouped convolutions over positions that are not strided, channels last, on a GPU: each is a product of matrices.
+"""GPU kernels of grouped convolutions with channels last, as the decoders and the audio positions have them: stride 1, one
+output for each position. A group is a product of matrices.
 
 A row of the left matrix is a position, its columns are what all taps see there, K = taps · input channels of the group. It is
 not stored: `_patches` loads tiles of it from x. Groups of 24 or 48 channels waste nothing in them, because a tile may begin and
@@ -18,7 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2v_fast.ops import once_differentiable
+from d2v_fast.ops import once_differentiable, triton_loss
+from d2v_fast.ops.triton_loss import _jit
 
 try:
     import triton
@@ -26,16 +28,9 @@ try:
 except ImportError:
     triton = None
 
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 DTYPES = (torch.bfloat16, torch.float16)
-PROGRAMS = 768  # of the weight's gradient: two waves on an H100, and on any GPU the same sums
-_INTERPRETED = triton and tl.constexpr(INTERPRETED)
-
-
-def _jit(function=None, **options):
-    if triton is None:
-        return function or _jit
-    return triton.jit(function, **options)
+PROGRAMS = 768  # of the weight's gradient: two waves on an H100; fixed, so that every GPU sums in one order
+_INTERPRETED = triton and tl.constexpr(triton_loss.INTERPRETED)
 
 
 @_jit
@@ -134,13 +129,9 @@ def _weight_grad_kernel(
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `conv` cannot run on inputs of this dtype on `device`, or None if it can."""
-    if triton is None:
-        return "the package triton is not installed"
-    if device.type != "cuda" and not INTERPRETED:
-        return f"it runs on cuda, found {device.type} (TRITON_INTERPRET=1, set before the start, allows it)"
     if dtype not in DTYPES:
         return f"found {dtype}, expected {' or '.join(map(str, DTYPES))}"
-    return None
+    return triton_loss.obstacle(device)
 
 
 def _block(size: int, largest: int) -> int:
@@ -148,15 +139,13 @@ def _block(size: int, largest: int) -> int:
 
 
 def conv_tile(columns: int, channels: int) -> dict:
-    """Launch table of `_conv_kernel`: 64 KB to 96 KB of shared memory, which consumer GPUs have, and 64 sums a thread."""
-    block_n = _block(channels, 128)
-    return dict(BLOCK_M=128, BLOCK_N=block_n, BLOCK_K=_block(columns, 64), STAGES=3, num_warps=8 if block_n > 64 else 4)
+    """Launch table of `_conv_kernel`: its stages take 72 KB of shared memory, or 96 KB, which consumer GPUs have."""
+    return dict(BLOCK_M=128, BLOCK_N=_block(channels, 128), BLOCK_K=_block(columns, 64), STAGES=3, num_warps=8)
 
 
 def weight_grad_tile(columns: int, channels: int) -> dict:
-    """Launch table of `_weight_grad_kernel`."""
-    block_n = _block(channels, 128)
-    return dict(BLOCK_M=64, BLOCK_N=block_n, BLOCK_K=_block(columns, 128), STAGES=3, num_warps=8 if block_n > 64 else 4)
+    """Launch table of `_weight_grad_kernel`: the same tiles the other way."""
+    return dict(BLOCK_M=64, BLOCK_N=_block(channels, 128), BLOCK_K=_block(columns, 128), STAGES=3, num_warps=8)
 
 
 def _matrices(weight: Tensor, groups: int, dtype: torch.dtype, turned: bool) -> Tensor:
