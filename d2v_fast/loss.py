@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.ops import loss_implementation
-from d2v_fast.ops.reference import LossStats, make_targets
+from d2v_fast.ops.reference import LossStats
 
 Norm = Literal["none", "layer", "instance", "batch", "group"]
 TargetNorm = Literal["none", "layer", "instance"]
@@ -33,13 +33,15 @@ def data2vec_loss(
     layout: Layout = "BTC",
     impl: Implementation = "auto",
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, LossStats]:
+    return_target_mean: bool = False,
+) -> Tensor | tuple:
     """Masked regression of the normalised, averaged top-K teacher layers (data2vec section 3.3; spec 1.2, 1.4).
 
     Args:
-        predictions: (N, C), one row for each masked position in the order of `mask`, or (B, T, C); any float dtype.
+        predictions: (N, C), one row for each masked position in the order of `mask.flatten()`, or (B, T, C); any float dtype.
         teacher_layers: K tensors (B, T, C), or (T, B, C) with layout="TBC"; any float dtype and strides; no gradient.
-        mask: (B, T) bool, True = masked = scored; or (B, M, T), M views of each sample, with predictions (N, C).
+        mask: (B, T) bool, True = masked = scored; or (B, M, T), M views of each sample that share its
+            targets, with predictions (N, C).
         norm: Normalisation of each layer: "layer" over C, "instance" over T, "batch" over B and T, "group" over T and C.
             No affine, eps 1e-5, biased variance, at least fp32.
         target_norm: The same for the average.
@@ -49,10 +51,12 @@ def data2vec_loss(
         reduction: "mean" over scored positions (C is summed), or "sum".
         layout: Memory layout of the teacher layers.
         impl: "auto", "eager", "compile", "native" (CPU) or "triton" (GPU); `d2v_fast.ops` says which "auto" takes.
-        return_stats: Also return the moments of targets and predictions at the scored positions.
+        return_stats: Also return the moments of targets and predictions at the scored positions, a `LossStats`.
+        return_target_mean: Also return the mean of the targets over all positions that are not padding, (B, C) in the dtype
+            of the loss: what the CLS token of data2vec 2.0 learns (spec 4.7).
 
     Returns:
-        The loss, a scalar in fp32 (fp64 for fp64 predictions); with `return_stats` a pair with `LossStats`.
+        The loss, a scalar in fp32 (fp64 for fp64 predictions); or a tuple of it and what else is asked for, in this order.
         An empty mask gives 0 and zero gradients; a layer whose variance overflows gives NaN.
 
     Raises:
@@ -66,10 +70,7 @@ def data2vec_loss(
         raise ValueError("teacher_layers: found no tensor, expected at least one")
     layers = [x.transpose(0, 1) if layout == "TBC" else x for x in teacher_layers]
     _check_tensors(predictions, layers, mask, scale, padding_mask)
-    if mask.ndim == 3:
-        layers, mask, padding_mask = _rows_of_views(predictions, layers, mask, norm, target_norm, padding_mask)
-        norm = target_norm = "none"
-    loss, stats = loss_implementation(impl, predictions, layers)(
+    loss, stats, means = loss_implementation(impl, predictions, layers)(
         predictions,
         layers,
         mask,
@@ -80,23 +81,10 @@ def data2vec_loss(
         padding_mask=padding_mask,
         reduction=reduction,
         stats=return_stats,
+        target_mean=return_target_mean,
     )
-    return (loss, stats) if return_stats else loss
-
-
-def _rows_of_views(
-    predictions: Tensor, layers: list[Tensor], mask: Tensor, norm: Norm, target_norm: TargetNorm, padding_mask: Tensor | None
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Targets of the masked positions of all views as one layer (1, N, C), with a mask and padding mask (1, N).
-
-    Targets are made once for each sample, whatever the number of views.
-    """
-    _, views, length = mask.shape
-    targets = make_targets(layers, norm, target_norm, padding_mask, torch.promote_types(predictions.dtype, torch.float32))
-    index = torch.nonzero_static(mask.flatten(), size=len(predictions)).squeeze(1)
-    rows = index // (views * length) * length + index % length
-    padding = None if padding_mask is None else padding_mask.flatten()[rows].unsqueeze(0)
-    return [targets.flatten(0, 1)[rows].unsqueeze(0)], mask.new_ones(1, len(rows)), padding
+    found = (loss, *([stats] if return_stats else []), *([means] if return_target_mean else []))
+    return found if len(found) > 1 else loss
 
 
 def one_of(name: str, value: Any, choices: Any) -> None:

@@ -17,7 +17,7 @@ from d2v_fast.ema import EMATeacher
 from d2v_fast.encoders import Encoder, LayerSource
 from d2v_fast.loss import Implementation, Norm, TargetNorm, check_settings, data2vec_loss, one_of
 from d2v_fast.masking import visible_positions
-from d2v_fast.ops.reference import LossStats, errors, make_targets
+from d2v_fast.ops.reference import LossStats, errors
 from d2v_fast.predictors import Predicted, in_place, visible_only
 
 EMAScope = Literal["all", "encoder", "layers"]
@@ -181,23 +181,19 @@ class Data2Vec(nn.Module):
         if channel_mask is not None:
             student_features = student_features.masked_fill(channel_mask.unsqueeze(1), 0)
         predicted = self.predict(source, student_features, mask, index, visible, padding_mask)
-        settings, targets = self.loss_settings, layers
-        if self.sparse:  # all views have the same targets
-            dtype = torch.promote_types(predicted.predictions.dtype, torch.float32)
-            targets = [make_targets(layers, settings["norm"], settings["target_norm"], padding_mask, dtype)]
-            settings = settings | dict(norm="none", target_norm="none")
-        loss, stats = data2vec_loss(
+        loss, stats, *mean = data2vec_loss(
             predicted.predictions,
-            targets,
+            layers,
             mask,
             padding_mask=padding_mask,
             reduction="mean" if num_targets is None else "sum",
             return_stats=True,
-            **settings,
+            return_target_mean=bool(self.cls_weight),
+            **self.loss_settings,
         )
         cls_loss = None
         if self.cls_weight:
-            cls_loss = self._cls_loss(predicted.extra, targets[0], padding_mask)
+            cls_loss = self._cls_loss(predicted.extra, *mean)
             if num_targets is not None:
                 cls_loss = cls_loss * len(index)
             loss = loss + cls_loss
@@ -233,13 +229,8 @@ class Data2Vec(nn.Module):
         grid = grid if isinstance(grid, tuple) else (mask.shape[-1],)
         return visible_only(self.student, self.head, features, mask, index, visible, grid, padding_mask)
 
-    def _cls_loss(self, extra: Tensor, targets: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """What the first extra token of each view lacks of the mean target of its sample, weighted (spec 4.7)."""
-        if padding_mask is None:
-            mean = targets.mean(1)
-        else:
-            padding = padding_mask.unsqueeze(-1)
-            mean = targets.masked_fill(padding, 0).sum(1) / (~padding).sum(1)  # fill, as padding may hold anything
+    def _cls_loss(self, extra: Tensor, mean: Tensor) -> Tensor:
+        """What the first extra token of each view lacks of the mean target (B, C) of its sample, weighted (spec 4.7)."""
         error = extra[:, 0].to(mean.dtype) - mean.repeat_interleave(len(extra) // len(mean), 0)
         values = errors(error, self.loss_settings["beta"]).sum(1) * self.loss_settings["scale"]
         return self.cls_weight * getattr(values, self.cls_reduction)()

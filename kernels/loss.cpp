@@ -2,7 +2,7 @@
 // formulas as in d2v_fast/ops/reference.py). Built once per instruction set, with D2V_ISA as its name.
 //
 // The work is cut into tiles: some positions × some columns. A tile adds the normalised layers up in a block that stays in
-// the cache, then scores it. What must be known before a position can be normalised decides the cut:
+// the cache, then scores it against all of its views. What must be known before a position can be normalised decides the cut:
 //   layer norm:    one row, so tiles are a scored position × all columns, and nothing but scored rows is read;
 //   instance norm: one sample's columns, so tiles are a sample × as many columns as the cache holds;
 //   a mix of both: a sample × all columns.
@@ -29,6 +29,7 @@ constexpr int TOGETHER = 8;       // rows that are added up in one pass over the
 constexpr int64_t AHEAD = 16;     // rows that are fetched in advance: one alone cannot hide the memory's latency
 // Bytes of a thread's block. Cutting rows to make it smaller costs more than leaving the L2 cache: memory is fast in long runs.
 constexpr int64_t BLOCK = 1280 << 10;
+constexpr int64_t BLOCK_OF_VIEWS = 1 << 20;  // most positions are scored in one of several views, so that blocks are full
 constexpr int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
 typedef std::unique_ptr<float[]> Floats;
@@ -133,53 +134,52 @@ void squares_to_weights(float *squares, int64_t n, int64_t rows, int64_t n_layer
     for (int64_t i = 0; i < n; ++i) squares[i] = 1 / (deviation(squares[i] / std::max<int64_t>(rows, 1), EPS) * n_layers);
 }
 
-// Mean and M2 of the rows seen so far, per column (Welford 1962).
+// Mean and M2 of the targets and of the predictions seen so far, per column (Welford 1962).
 struct Moments {
-    std::vector<float> count;  // one per column, as threads take columns of different samples
-    Floats values;             // (4, C)
+    std::vector<float> counts[2];  // one per column, as threads take columns of different samples
+    Floats values;                 // (4, C)
     int64_t channels;
 
-    explicit Moments(int64_t c) : count(c), values(new float[4 * padded(c)]()), channels(c) {}
+    explicit Moments(int64_t c) : counts{std::vector<float>(c), std::vector<float>(c)}, values(new float[4 * padded(c)]()), channels(c) {}
     float *field(int64_t i) { return values.get() + i * padded(channels); }
 
-    void add(const float *target, Row<float> prediction, int64_t c0, int64_t n) {
-        const float next = ++count[c0];  // columns of one tile have the same count
+    // A row of targets (which = 0) or predictions (1), `weight` times.
+    void add(int which, Row<float> row, float weight, int64_t c0, int64_t n) {
+        std::vector<float> &count = counts[which];
+        const float next = count[c0] += weight;  // columns of one tile have the same count
         for (int64_t i = 1; i < n; ++i) count[c0 + i] = next;
-        const float share = 1 / next;
-        auto update = [&](Row<float> row, float *mean, float *m2) {
-            each(row, n, [&](int64_t i, Vec x, Mask lanes, int) D2V_INLINE {
-                const Vec old = widen(mean + i), d = x - old, now = old + d * share;
-                narrow(select(lanes, now, old), mean + i);
-                narrow(select(lanes, widen(m2 + i) + d * (x - now), widen(m2 + i)), m2 + i);
-            });
-        };
-        update(Row<float>{target}, field(0) + c0, field(1) + c0);
-        update(prediction, field(2) + c0, field(3) + c0);
+        const float share = weight / next;
+        float *mean = field(2 * which) + c0, *m2 = field(2 * which + 1) + c0;
+        each(row, n, [&](int64_t i, Vec x, Mask lanes, int) D2V_INLINE {
+            const Vec old = widen(mean + i), d = x - old, now = old + d * share;
+            narrow(select(lanes, now, old), mean + i);
+            narrow(select(lanes, widen(m2 + i) + d * (x - now) * weight, widen(m2 + i)), m2 + i);
+        });
     }
 
     // Chan et al. 1979.
     void merge(Moments &other) {
-        for (int64_t c = 0; c < channels; ++c) {
-            const double a = count[c], b = other.count[c];
-            if (b == 0) continue;
-            for (int64_t i = 0; i < 4; i += 2) {
-                float &mean = field(i)[c], &m2 = field(i + 1)[c];
-                const double d = (double)other.field(i)[c] - mean;
-                m2 = m2 + other.field(i + 1)[c] + d * d * a * b / (a + b);
+        for (int which = 0; which < 2; ++which)
+            for (int64_t c = 0; c < channels; ++c) {
+                const double a = counts[which][c], b = other.counts[which][c];
+                if (b == 0) continue;
+                float &mean = field(2 * which)[c], &m2 = field(2 * which + 1)[c];
+                const double d = (double)other.field(2 * which)[c] - mean;
+                m2 = m2 + other.field(2 * which + 1)[c] + d * d * a * b / (a + b);
                 mean = mean + d * b / (a + b);
+                counts[which][c] = a + b;
             }
-            count[c] = a + b;
-        }
     }
 };
 
 template <class T, bool STRIDED> class Loss {
     const D2VLoss &a;
-    const int64_t T_, C, K;
-    std::vector<int32_t> row_of;   // prediction row of each position, -1 = not scored
+    const int64_t M, T_, C, K;
+    std::vector<int32_t> row_of;   // (B, M, T): prediction row of each position of each view, -1 = not scored
     std::vector<int32_t> kept;     // positions that are not padding
-    std::vector<int32_t> scored;   // positions that are scored
+    std::vector<int32_t> scored;   // positions that are scored in some view
     std::vector<int64_t> kept_from, scored_from;  // where each sample begins
+    int64_t n_scored = 0;          // in all views together
     Floats batch;                  // (3, K, C): shift, delta, weight of batch norm
     float grad_scale;
 
@@ -320,47 +320,80 @@ template <class T, bool STRIDED> class Loss {
             if (copy) narrow(x, copy + i);
         });
         w.loss += total(values);
-        if (copy) w.moments.add(target, Row<float>{copy}, c0, n);
+        if (copy) w.moments.add(1, Row<float>{copy}, 1, c0, n);
+    }
+
+    void mean_of_block(Workspace &w, int64_t count, int64_t n, float *mean) const {
+        float *sum = affine(w, n).shift;
+        std::fill_n(sum, padded(n), 0.0f);
+        Row<float> rows[TOGETHER];
+        Affine share[TOGETHER];
+        std::fill_n(share, TOGETHER, Affine{0, 0, 1.0f / std::max<int64_t>(count, 1)});
+        for (int64_t r = 0; r < count; r += TOGETHER) {
+            const int64_t some = std::min<int64_t>(TOGETHER, count - r);
+            for (int64_t j = 0; j < some; ++j) rows[j] = {w.block.get() + (r + j) * padded(n)};
+            add_rows(rows, share, some, n, sum, false);
+        }
+        std::copy_n(sum, n, mean);
     }
 
     void tile(Workspace &w, const int32_t *positions, int64_t count, int64_t left, int64_t b, int64_t c0, int64_t n) const {
         average(w, positions, count, left, b, c0, n);
         normalize_block(w, count, n);
-        for (int64_t r = 0; r < count; ++r) {
-            const int32_t to = row_of[positions[r]];
-            if (to < 0) continue;
-            const float *target = w.block.get() + r * padded(n);
-            if (a.prediction_dtype == D2V_FP32) score<float>(w, target, to, c0, n);
-            else if (a.prediction_dtype == D2V_BF16) score<bf16>(w, target, to, c0, n);
-            else score<fp16>(w, target, to, c0, n);
-        }
+        if (a.target_mean) mean_of_block(w, count, n, a.target_mean + b * C + c0);
+        const auto target = [&](int64_t r) { return w.block.get() + r * padded(n); };
+        const auto row_in = [&](int64_t m, int64_t r) {
+            const int64_t p = positions[r], sample = p / T_;
+            return row_of[p + (sample * (M - 1) + m) * T_];
+        };
+        for (int64_t m = 0; m < M; ++m)  // the rows of a view follow each other in memory
+            for (int64_t r = 0; r < count; ++r) {
+                const int32_t to = row_in(m, r);
+                if (to < 0) continue;
+                if (a.prediction_dtype == D2V_FP32) score<float>(w, target(r), to, c0, n);
+                else if (a.prediction_dtype == D2V_BF16) score<bf16>(w, target(r), to, c0, n);
+                else score<fp16>(w, target(r), to, c0, n);
+            }
+        if (a.moments)
+            for (int64_t r = 0; r < count; ++r) {
+                int64_t views = 0;
+                for (int64_t m = 0; m < M; ++m) views += row_in(m, r) >= 0;
+                if (views) w.moments.add(0, Row<float>{target(r)}, views, c0, n);
+            }
     }
 
     // Every position is written and the end moved on only if it counts: a branch on a random mask is mispredicted half the time.
     void list_positions() {
-        row_of.resize(a.batch * T_);
+        row_of.resize(a.batch * M * T_);
         kept.resize(a.batch * T_);
         scored.resize(a.batch * T_);
         kept_from.push_back(0);
         scored_from.push_back(0);
+        std::vector<uint8_t> any(T_);
         int32_t masked = 0;
-        int64_t n_kept = 0, n_scored = 0;
+        int64_t n_kept = 0, n_used = 0;
         for (int64_t b = 0; b < a.batch; ++b) {
+            const uint8_t *padding = a.padding ? a.padding + b * T_ : nullptr;
+            std::fill(any.begin(), any.end(), 0);
+            for (int64_t m = 0; m < M; ++m)
+                for (int64_t t = 0; t < T_; ++t) {
+                    const int64_t i = (b * M + m) * T_ + t;
+                    const bool score = a.mask[i] & !(padding && padding[t]);
+                    row_of[i] = score ? (a.dense ? i : masked) : -1;
+                    any[t] |= score;
+                    n_scored += score;
+                    masked += a.mask[i];
+                }
             for (int64_t t = 0; t < T_; ++t) {
-                const int32_t position = b * T_ + t;
-                const bool keep = !a.padding || !a.padding[position], score = keep & a.mask[position];
-                kept[n_kept] = position;
-                n_kept += keep;
-                scored[n_scored] = position;
-                n_scored += score;
-                row_of[position] = score ? (a.dense ? position : masked) : -1;
-                masked += a.mask[position];
+                kept[n_kept] = scored[n_used] = b * T_ + t;
+                n_kept += !(padding && padding[t]);
+                n_used += any[t];
             }
             kept_from.push_back(n_kept);
-            scored_from.push_back(n_scored);
+            scored_from.push_back(n_used);
         }
         kept.resize(n_kept);
-        scored.resize(n_scored);
+        scored.resize(n_used);
         if (!a.dense && masked != a.n_rows) throw std::invalid_argument("n_rows");
     }
 
@@ -369,10 +402,10 @@ template <class T, bool STRIDED> class Loss {
         if (!a.dense && !a.padding) return;
         const int64_t bytes = C * (a.prediction_dtype == D2V_FP32 ? 4 : 2);
         int64_t masked = 0;
-        for (int64_t p = 0; p < a.batch * T_; ++p) {
-            const int64_t to = a.dense ? p : masked;
-            masked += a.mask[p];
-            if (row_of[p] < 0 && (a.dense || a.mask[p])) memset((char *)a.grad + to * bytes, 0, bytes);
+        for (int64_t i = 0; i < a.batch * M * T_; ++i) {
+            const int64_t to = a.dense ? i : masked;
+            masked += a.mask[i];
+            if (row_of[i] < 0 && (a.dense || a.mask[i])) memset((char *)a.grad + to * bytes, 0, bytes);
         }
     }
 
@@ -406,28 +439,29 @@ template <class T, bool STRIDED> class Loss {
     }
 
 public:
-    explicit Loss(const D2VLoss &args) : a(args), T_(args.length), C(args.channels), K(args.n_layers) {}
+    explicit Loss(const D2VLoss &args) : a(args), M(args.views), T_(args.length), C(args.channels), K(args.n_layers) {}
 
     void run() {
         list_positions();
-        const double count = scored.size(), divided = a.scale / (a.mean ? std::max(count, 1.0) : 1.0);
+        const double count = n_scored, divided = a.scale / (a.mean ? std::max(count, 1.0) : 1.0);
         // In fp16 the scaled gradient would leave the normal range, and twice the error would overflow.
         grad_scale = a.prediction_dtype == D2V_FP16 ? 0.25 : divided;
         *a.factor = a.prediction_dtype == D2V_FP16 ? divided * 4 : 1;
         *a.count = count;
 
-        const bool by_row = (a.norm == D2V_LAYER || a.norm == D2V_NONE) && a.target_norm != D2V_INSTANCE;
+        const bool by_row = (a.norm == D2V_LAYER || a.norm == D2V_NONE) && a.target_norm != D2V_INSTANCE && !a.target_mean;
         const bool by_column = a.norm != D2V_LAYER && a.norm != D2V_GROUP && a.target_norm != D2V_LAYER;
-        // Positions that enter a tile: those that are scored, or all where the target's norm needs them.
-        const bool all = a.target_norm == D2V_INSTANCE;
+        // Positions that enter a tile: those that are scored, or all where the target's norm or mean needs them.
+        const bool all = a.target_norm == D2V_INSTANCE || a.target_mean;
         const std::vector<int32_t> &used = all ? kept : scored;
         const std::vector<int64_t> &from = all ? kept_from : scored_from;
-        int64_t rows = 1, columns = std::max<int64_t>(C, 1);
+        int64_t rows = M == 1 ? 1 : ROWS, columns = std::max<int64_t>(C, 1);
         if (!by_row) {
             rows = 0;
             for (int64_t b = 0; b < a.batch; ++b) rows = std::max(rows, from[b + 1] - from[b]);
-            const int64_t fit = BLOCK / (std::max<int64_t>(rows, 1) * sizeof(float)) / 64 * 64;
-            if (by_column) columns = std::min(columns, std::max<int64_t>(fit, 64));
+            const int64_t block = M == 1 ? BLOCK : BLOCK_OF_VIEWS;
+            const int64_t fit = std::max<int64_t>(block / (std::max<int64_t>(rows, 1) * sizeof(float)) / 64 * 64, 64);
+            if (by_column && columns > fit) columns = (columns / ((columns + fit - 1) / fit) + 63) / 64 * 64;
         }
 
         std::vector<Workspace> workspaces;
@@ -442,9 +476,9 @@ public:
         for (int64_t i = 0; i < tiles; ++i) {
             Workspace &w = workspaces[omp_get_thread_num()];
             if (by_row) {
-                const int64_t count = used.size();
-                for (int64_t r = i * ROWS; r < std::min((i + 1) * ROWS, count); ++r)
-                    tile(w, used.data() + r, 1, count - r, 0, 0, C);
+                const int64_t count = used.size(), end = std::min((i + 1) * ROWS, count);
+                for (int64_t r = i * ROWS; r < end; r += rows)
+                    tile(w, used.data() + r, std::min(rows, end - r), count - r, 0, 0, C);
             } else {
                 const int64_t b = i / blocks, c0 = i % blocks * columns;
                 const int64_t count = from[b + 1] - from[b];

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define D2V_ABI 3  // one more whenever anything declared in these headers changes; d2v_fast/ops/native.py compares
+#define D2V_ABI 4  // one more whenever anything declared in these headers changes; d2v_fast/ops/native.py compares
 
 #define D2V_PUBLIC __attribute__((visibility("default")))
 
@@ -14,12 +14,12 @@ enum D2VDtype { D2V_FP32, D2V_BF16, D2V_FP16 };
 enum D2VNorm { D2V_NONE, D2V_LAYER, D2V_INSTANCE, D2V_BATCH, D2V_GROUP };
 
 typedef struct {
-    int64_t batch, length, channels, n_layers, n_rows;
+    int64_t batch, views, length, channels, n_layers, n_rows;
     const void *const *layers;   // K pointers to (B, T, C)
     const int64_t *strides;      // (K, 3) in elements
     const void *predictions;     // (N, C), a row for each masked position, or (B, T, C) if dense; contiguous
     void *grad;                  // like predictions
-    const uint8_t *mask;         // (B, T)
+    const uint8_t *mask;         // (B, M, T)
     const uint8_t *padding;      // (B, T) or NULL
     int32_t layer_dtype, prediction_dtype, dense;
     int32_t norm, target_norm, mean, threads;
@@ -27,6 +27,7 @@ typedef struct {
     double scale;
     float *loss, *factor, *count;  // scalars; the gradient is grad · factor
     float *moments;                // (4, C): target mean, target M2, prediction mean, prediction M2; or NULL
+    float *target_mean;            // (B, C): mean of the targets over T; or NULL
 } D2VLoss;
 
 D2V_PUBLIC int d2v_abi(void);

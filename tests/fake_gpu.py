@@ -150,7 +150,7 @@ def loss(norm: str, target_norm: str, kind: str) -> None:
     predictions = on_gpu(torch.empty(2, 7, 64) if kind == "dense" else torch.empty(5, 64))
     with MODE:
         for padding in (None, mask):
-            outputs = triton_loss.loss(predictions, layers, mask, padding, norm, target_norm, 1.0, 0.1, True, True)
+            outputs = triton_loss.loss(predictions, layers, mask, padding, norm, target_norm, 1.0, 0.1, True, True, True)
             assert all(output.device.type == "cuda" for output in outputs)
             torch.ops.d2v_fast.scaled(outputs[1], outputs[2], outputs[0], "triton")
 

@@ -31,6 +31,8 @@ class Case(NamedTuple):
     reduction: str = "mean"
     magnitude: float = 1.0  # factor of the layers
     magnitude_z: float = 1.0  # of the predictions
+    views: int = 0  # M of a mask (B, M, T); 0 = (B, T)
+    expanded: bool = False  # the same mask for all views, and its memory only once
 
     def __str__(self):
         short = [str(value).removeprefix("torch.") for value in self]
@@ -38,7 +40,10 @@ class Case(NamedTuple):
 
 
 def inputs(case: Case, device="cpu") -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
-    """Predictions, layers (B, T, C) in the memory layout of the case, mask, padding; padding holds NaN everywhere."""
+    """Predictions, layers (B, T, C) in the memory layout of the case, mask, padding; padding holds NaN everywhere.
+
+    Of several views the first position is masked in none and the second in all.
+    """
     random = dict(generator=torch.Generator(device).manual_seed(0), device=device)
     shape = case.batch, case.length, case.channels
     mask = torch.rand(shape[:2], **random) < case.masked
@@ -46,11 +51,19 @@ def inputs(case: Case, device="cpu") -> tuple[Tensor, list[Tensor], Tensor, Tens
     if case.padded:
         time, sample = torch.arange(case.length, device=device), torch.arange(case.batch, device=device)
         padding = time.expand(shape[:2]) >= case.length - 3 * sample[:, None]
-    z = ((torch.randn(shape, **random) + case.location_z) * case.magnitude_z).to(case.dtype_z)
+    shape_z = shape
+    if case.views:
+        mask = torch.rand(case.batch, 1 if case.expanded else case.views, case.length, **random) < case.masked
+        mask[..., :1], mask[..., 1:2] = False, True
+        mask = mask.expand(-1, case.views, -1)
+        shape_z = *mask.shape, case.channels
+    z = ((torch.randn(shape_z, **random) + case.location_z) * case.magnitude_z).to(case.dtype_z)
     layers = [torch.randn(shape, **random) * 2 + 0.5 + 2 * case.location for _ in range(case.k)]
     layers = [(x * case.magnitude).to(case.dtype) for x in layers]
-    for x in (z, *layers) if case.padded else ():
+    for x in layers if case.padded else ():
         x[padding] = float("nan")
+    if case.padded:
+        z[padding.unsqueeze(1).expand_as(mask) if case.views else padding] = float("nan")
     if case.layout == "TBC":
         layers = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in layers]
     if case.layout == "strided":
@@ -59,7 +72,7 @@ def inputs(case: Case, device="cpu") -> tuple[Tensor, list[Tensor], Tensor, Tens
 
 
 def outcome(case: Case, impl: str, device="cpu", exact=False) -> dict[str, Tensor]:
-    """Loss and gradient with and without moments, and these, by `impl`; all in float64 if `exact`."""
+    """Loss and gradient with and without moments, these, and the mean target, by `impl`; all in float64 if `exact`."""
     z, layers, mask, padding = inputs(case, device)
     if exact:
         z, layers = z.double(), [x.double() for x in layers]
@@ -72,7 +85,8 @@ def outcome(case: Case, impl: str, device="cpu", exact=False) -> dict[str, Tenso
     (plain_gradient,) = torch.autograd.grad(plain, z)
     loss, stats = data2vec_loss(z, layers, mask, return_stats=True, **settings)
     (1.5 * loss).backward()
-    scored = mask if padding is None else mask & ~padding
+    loss_beside, means = data2vec_loss(z, layers, mask, return_target_mean=True, **settings)
+    scored = mask if padding is None else mask & ~(padding.unsqueeze(1) if case.views else padding)
     moments = {}
     for name, part in stats._asdict().items():
         std = (part.m2 / part.count.clamp(min=1)).sqrt()
@@ -84,6 +98,8 @@ def outcome(case: Case, impl: str, device="cpu", exact=False) -> dict[str, Tenso
         plain_gradient=plain_gradient,
         unscored=z.grad[~scored] if case.dense else z.grad[~scored[mask]],
         count=stats.target.count,
+        loss_beside=loss_beside.detach(),
+        target_mean=torch.cat([means, torch.ones_like(means)]),  # of 0 under norms over T
         **moments,
     )
 
@@ -125,7 +141,7 @@ def gate(case: Case, impl: str, device="cpu", rounding: float | None = None) -> 
             factor of the backward and once behind it.
     """
     # fp32 sums over many rows, or of what is 300 σ away from 0, cost a digit.
-    tolerance = 2e-5 if case.location or case.location_z or case.length > 1000 else 2e-6
+    tolerance = 2e-5 if case.location or case.location_z or case.length * max(case.views, 1) > 1000 else 2e-6
     if rounding is None:
         rounding = {BF16: 2**-8, FP16: 2**-11}.get(case.dtype_z, 0.0)
     exact = outcome(case, "eager", device, exact=True)

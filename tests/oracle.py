@@ -43,7 +43,15 @@ def targets(layers, norm, target_norm, padding=None):
 
 
 def loss(predictions, layers, mask, norm, target_norm, beta, scale, padding=None, reduction="mean"):
-    """Loss, and its gradient for predictions given as (B, T, C)."""
+    """Loss, and its gradient for predictions given as (B, T, C); or as (B, M, T, C) for a mask (B, M, T)."""
+    if mask.ndim == 3:
+        views = [
+            loss(predictions[:, m], layers, mask[:, m], norm, target_norm, beta, scale, padding, "sum")
+            for m in range(mask.shape[1])
+        ]
+        scored = mask if padding is None else mask & ~padding[:, None]
+        divisor = max(scored.sum(), 1) if reduction == "mean" else 1
+        return sum(value for value, _ in views) / divisor, np.stack([gradient for _, gradient in views], 1) / divisor
     y = targets(layers, norm, target_norm, padding)
     total, count, gradient = 0.0, 0, np.zeros_like(predictions)
     for b in range(mask.shape[0]):

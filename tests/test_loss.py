@@ -55,6 +55,40 @@ def test_against_a_second_transcription(norm, target_norm, beta, padded, dtype, 
         assert relative(given.grad, wanted) <= tolerance
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("norm, target_norm", list(itertools.product(NORMS, NORMS[:3])))
+def test_views_against_a_second_transcription(norm, target_norm, padded, dtype, tolerance):
+    """Three views a sample: unequal counts, a position that none masks, one that all mask, and a view that masks nothing."""
+    _, layers, _, padding = case(padded=padded)
+    rng = np.random.default_rng(1)
+    mask, predictions = rng.random((2, 3, 7)) < 0.5, rng.normal(0.0, 2.0, (2, 3, 7, 5))
+    mask[:, :, 0], mask[:, :, 1], mask[1, 2] = False, True, False
+    hidden = None if padding is None else padding.numpy()
+    given = [x.numpy() for x in layers]
+    expected, gradient = oracle.loss(predictions, given, mask, norm, target_norm, 1.0, 5**-0.5, hidden)
+    rows = torch.from_numpy(predictions[mask]).to(dtype).requires_grad_()
+    settings = dict(norm=norm, target_norm=target_norm, beta=1.0, padding_mask=padding)
+    layers = [x.to(dtype) for x in layers]
+    loss, stats, mean = data2vec_loss(
+        rows, layers, torch.from_numpy(mask), return_stats=True, return_target_mean=True, **settings
+    )
+    loss.backward()
+    assert relative(loss.detach(), expected) <= tolerance and relative(rows.grad, gradient[mask]) <= tolerance
+    scored = mask if hidden is None else mask & ~hidden[:, None]
+    y = oracle.targets(given, norm, target_norm, hidden)
+    assert stats.target.count == scored.sum()
+    seen = np.broadcast_to(y[:, None], predictions.shape)[scored]
+    for moments, values in ((stats.target, seen), (stats.prediction, predictions[scored])):
+        assert (
+            relative(moments.mean, values.mean(0)) <= 10 * tolerance
+            and relative(moments.m2 / len(values), values.var(0)) <= 10 * tolerance
+        )
+    keep = np.ones((2, 7), bool) if hidden is None else ~hidden
+    mean_target = torch.from_numpy(np.stack([y[b, keep[b]].mean(0) for b in range(2)]))
+    torch.testing.assert_close(mean.double(), mean_target, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("wrong", [lambda g: 0 * g, lambda g: -g, lambda g: g / 2])
 def test_a_wrong_gradient_would_be_seen(wrong):
     predictions, layers, mask, _ = case()

@@ -161,47 +161,41 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
     "the teacher averages positions": ("encoders/base.py", '"layers": self.local + self.positional}', '"layers": self.local}'),
     "targets normalised over other axes": (
         "model.py",
-        'make_targets(layers, settings["norm"], settings["target_norm"], padding_mask, dtype)',
-        'make_targets(layers, "layer", settings["target_norm"], padding_mask, dtype)',
+        "            **self.loss_settings,",
+        '            **self.loss_settings | dict(norm="layer"),',
     ),
     "no norm of the average": (
         "model.py",
-        'make_targets(layers, settings["norm"], settings["target_norm"], padding_mask, dtype)',
-        'make_targets(layers, settings["norm"], "none", padding_mask, dtype)',
+        "            **self.loss_settings,",
+        '            **self.loss_settings | dict(target_norm="none"),',
     ),
-    "padding in the statistics of targets": (
-        "model.py",
-        'settings["target_norm"], padding_mask, dtype)',
-        'settings["target_norm"], None, dtype)',
-    ),
+    "padding in the statistics of targets": ("model.py", "padding_mask=padding_mask,\n            reduction", "reduction"),
     "targets normalised after selection": (
         "model.py",
-        'targets = [make_targets(layers, settings["norm"], settings["target_norm"], padding_mask, dtype)]',
-        'targets = [make_targets([x * mask.any(1)[..., None] for x in layers], settings["norm"], settings["target_norm"], '
-        "padding_mask, dtype)]",
+        "            layers,\n            mask,",
+        "            [x * mask.any(1)[..., None] if self.sparse else x for x in layers],\n            mask,",
     ),
-    "targets in fp32": ("model.py", "padding_mask, dtype)]", "padding_mask)]"),
+    "targets in fp32": (
+        "ops/reference.py",
+        "upcast = upcast or torch.promote_types(predictions.dtype, torch.float32)",
+        "upcast = torch.float32",
+    ),
     "targets of other samples": (
-        "loss.py",
-        "rows = index // (views * length) * length + index % length",
-        "rows = index // length % len(mask) * length + index % length",
+        "ops/reference.py",
+        "position = index // math.prod(mask.shape[1:]) * length + index % length",
+        "position = index // length % len(mask) * length + index % length",
     ),
     "targets of other positions": (
-        "loss.py",
-        "rows = index // (views * length) * length + index % length",
-        "rows = index // (views * length) * length + (index + 1) % length",
+        "ops/reference.py",
+        "position = index // math.prod(mask.shape[1:]) * length + index % length",
+        "position = index // math.prod(mask.shape[1:]) * length + (index + 1) % length",
     ),
-    "padding scored": (
-        "loss.py",
-        "padding = None if padding_mask is None else padding_mask.flatten()[rows]",
-        "padding = None if True else padding_mask.flatten()[rows]",
-    ),
+    "padding scored": ("ops/reference.py", "keep.flatten()[position]", "torch.ones_like(keep.flatten()[position])"),
     "loss of the sum of views": (
         "model.py",
-        'settings = settings | dict(norm="none", target_norm="none")',
-        'settings = settings | dict(norm="none", target_norm="none", scale=settings["scale"] * mask.shape[1])',
+        "            **self.loss_settings,",
+        '            **self.loss_settings | dict(scale=self.loss_settings["scale"] * mask.shape[1]),',
     ),
-    "normalised twice": ("model.py", 'settings = settings | dict(norm="none", target_norm="none")', "pass"),
     "the teacher sees the source in place of a target": ("model.py", "source if target is None else target,", "source,"),
     "channel masks of other samples": ("model.py", "channel_mask.unsqueeze(1)", "channel_mask.flip(0).unsqueeze(1)"),
     "a grid of the inputs' last side": ("model.py", "else (mask.shape[-1],)", "else (grid,)"),
@@ -211,22 +205,21 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
         "pass",
     ),
     # CLS
-    "CLS learns the masked positions": (
-        "model.py",
-        "self._cls_loss(predicted.extra, targets[0], padding_mask)",
-        "self._cls_loss(predicted.extra, targets[0], ~mask[:, 0])",
-    ),
     "CLS learns from a patch": (
         "model.py",
-        "self._cls_loss(predicted.extra, targets[0], padding_mask)",
-        "self._cls_loss(predicted.states.view(len(predicted.extra), -1, 32), targets[0], padding_mask)",
+        "self._cls_loss(predicted.extra, *mean)",
+        "self._cls_loss(predicted.states.view(len(predicted.extra), -1, 32), *mean)",
     ),
     "CLS learns other samples": (
         "model.py",
         "mean.repeat_interleave(len(extra) // len(mean), 0)",
         "mean.repeat(len(extra) // len(mean), 1)",
     ),
-    "CLS learns padding": ("model.py", "targets.masked_fill(padding, 0).sum(1) / (~padding).sum(1)", "targets.mean(1)"),
+    "CLS learns padding": (
+        "ops/reference.py",
+        "targets.masked_fill(padding, 0).sum(1) / (~padding).sum(1).clamp(min=1)",
+        "targets.masked_fill(padding, 0).sum(1) / targets.shape[1]",
+    ),
     "no weight of CLS": ("model.py", "return self.cls_weight * getattr", "return getattr"),
     "another reduction of CLS": ("model.py", "getattr(values, self.cls_reduction)()", "values.mean()"),
     "another error of CLS": ("model.py", 'errors(error, self.loss_settings["beta"])', "errors(error, 0)"),
@@ -299,6 +292,7 @@ def files_for(file):
     if file.startswith("data/"):
         return ["tests/test_views.py"]
     own = {
+        "ops/reference.py": ["tests/test_loss.py", "tests/test_model_2.py"],
         "masking.py": ["tests/test_views.py", "tests/test_masking.py"],
         "nets/audio.py": ["tests/test_model_2.py", "tests/test_nets.py"],
     }

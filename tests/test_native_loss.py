@@ -1,8 +1,8 @@
 """The C++ kernels of the loss against float64 (tests/gate.py), in every instruction set built, and inside what PyTorch offers.
 
-The issue's cross has 5 norms × 3 target norms × 3 betas × 3 layouts × 7 dtypes × 4 K × 5 C × 6 T × 2 forms × padding × 3 masks
-× 2 reductions, some two million cases. Run are: all 720 of norms, dtypes, beta, form and padding at one small shape; 52 cases
-(`PAIRS`) in which every pair of values of any two settings meets; the edges by hand; and 300 random ones marked slow.
+The cross of the settings has several million cases. Run are: all 720 of norms, dtypes, beta, form and padding at one small
+shape, and 1440 of several views; 63 cases (`PAIRS`) in which every pair of values of any two settings meets; the edges by hand;
+and 300 random ones marked slow.
 """
 
 import os
@@ -36,7 +36,7 @@ CROSS = dict(
     norm=NORMS,
     target_norm=TARGET_NORMS,
     beta=[0.0, 1.0, 4.0],
-    dense=[False, True],
+    form=["dense", "rows", 1, 2, 8, 16],  # or so many views
     layout=["BTC", "TBC", "strided"],
     dtypes=[*DTYPES, (FP16, FP32), (FP32, BF16), (BF16, FP16)],
     k=[1, 2, 8, 12],
@@ -52,13 +52,15 @@ def drawn(rng: random.Random, elements: int, **fixed) -> dict:
     """A random case of the cross whose layers hold at most so many elements per sample."""
     while True:
         case = {name: rng.choice(values) for name, values in CROSS.items()} | fixed
-        if case["k"] * case["channels"] * case["length"] <= elements:
+        views = case["form"] if isinstance(case["form"], int) else 1
+        if max(case["k"], views) * case["channels"] * case["length"] <= elements:
             return case
 
 
 def as_case(values: dict) -> Case:
-    dtype, dtype_z = values["dtypes"]
-    return Case(dtype=dtype, dtype_z=dtype_z, **{name: value for name, value in values.items() if name != "dtypes"})
+    values = dict(values)
+    (dtype, dtype_z), form = values.pop("dtypes"), values.pop("form")
+    return Case(dtype=dtype, dtype_z=dtype_z, dense=form == "dense", views=form if isinstance(form, int) else 0, **values)
 
 
 def pairwise() -> list[Case]:
@@ -88,6 +90,13 @@ EDGES = [
     Case("instance", channels=130, k=1, length=6000, batch=1, masked=0.1),
     Case("instance", channels=200, k=2, length=2000, layout="strided", dtype=BF16),
     Case("layer", channels=2048, k=2, length=40, dtype_z=BF16),
+    # The same of several views, which are masked mostly, partly or little.
+    *(
+        Case(norm, channels=768, k=1, length=750, views=2, masked=masked)
+        for norm in ("instance", "layer")
+        for masked in (0.8, 0.1)
+    ),
+    Case("instance", "layer", channels=1280, k=1, length=197, views=8, padded=True, dtype=BF16, dtype_z=BF16, masked=0.8),
     # Fewer channels than one vector has, and every remainder of the unrolled loops.
     *(Case(norm, channels=channels) for norm, channels in product(("layer", "instance"), (1, 3, 15, 16, 17, 63, 65, 127))),
     # Samples that are padding altogether, alone or between others.
@@ -108,6 +117,19 @@ def test_every_setting_at_a_small_shape(norm, target_norm):
         case = Case(norm, target_norm, beta, dense, "BTC", dtype, dtype_z, k=2, channels=36, length=11, padded=padded)
         wrong[str(case)] = gate(case, "native")
     assert len(wrong) == 48 and {case: found for case, found in wrong.items() if found} == {}
+
+
+@pytest.mark.parametrize("norm, target_norm", list(product(NORMS, TARGET_NORMS)))
+def test_every_setting_of_several_views(norm, target_norm):
+    wrong = {}
+    settings = product((0.0, 1.0, 4.0), (1, 2, 8, 16), (False, True), DTYPES)
+    for i, (beta, views, padded, (dtype, dtype_z)) in enumerate(settings):
+        masked, expanded = (0.1, 0.5, 0.8, 1.0, 0.0)[i % 5], i % 3 == 1
+        case = Case(
+            norm, target_norm, beta, False, "BTC", dtype, dtype_z, 2, 36, 11, padded, masked, views=views, expanded=expanded
+        )
+        wrong[str(case)] = gate(case, "native")
+    assert len(wrong) == 96 and {case: found for case, found in wrong.items() if found} == {}
 
 
 @pytest.mark.parametrize("case", [*PAIRS, *EDGES], ids=str)
@@ -206,7 +228,7 @@ def _conversions():
 
     def gradient(targets, dtype):
         z = torch.zeros(1, targets.numel(), dtype=dtype)
-        _, grad, factor, *_ = native.loss(z, [targets.view(1, 1, -1)], one, None, "none", "none", 0.0, 0.5, False, False)
+        _, grad, factor, *_ = native.loss(z, [targets.view(1, 1, -1)], one, None, "none", "none", 0.0, 0.5, False, False, False)
         return grad, factor
 
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16)
@@ -513,7 +535,7 @@ def test_a_wrong_number_of_rows_is_seen_when_traced(change):
 @pytest.mark.parametrize("stats", [False, True])
 def test_opcheck(case, stats):
     z, layers, mask, padding = inputs(case)
-    arguments = (z, layers, mask, padding, case.norm, case.target_norm, case.beta, 1.0, True, stats, "native")
+    arguments = (z, layers, mask, padding, case.norm, case.target_norm, case.beta, 1.0, True, stats, stats, "native")
     assert set(torch.library.opcheck(torch.ops.d2v_fast.loss, arguments).values()) == {"SUCCESS"}
     scaled = torch.library.opcheck(torch.ops.d2v_fast.scaled, (z.nan_to_num(), torch.tensor(0.3), torch.tensor(2.0), "native"))
     assert set(scaled.values()) == {"SUCCESS"}

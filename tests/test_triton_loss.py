@@ -25,7 +25,8 @@ from tests.gate import BF16, FP16, FP32, NORMS, Case, gate, inputs, relative
 
 triton = pytest.importorskip("triton")
 
-KERNELS = ("_loss_rows_kernel", "_loss_instance_kernel", "_channel_stats_kernel", "_finish_kernel", "_scale_kernel")
+TEACHER_KERNELS = ("_loss_rows_kernel", "_loss_instance_kernel", "_channel_stats_kernel")
+KERNELS = (*TEACHER_KERNELS, "_order_kernel", "_target_mean_kernel", "_finish_kernel", "_scale_kernel")
 
 
 def _turn(values, i):
@@ -52,6 +53,29 @@ def _cases():
         )
 
 
+def _views():
+    dtypes = ((FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP16))
+    for i, (norm, target_norm, padded) in enumerate(product(NORMS, NORMS[:3], (False, True))):
+        dtype, dtype_z = _turn(dtypes, i + i // 4)
+        yield Case(
+            norm,
+            target_norm,
+            beta=_turn((0.0, 1.0), i // 3),
+            layout=_turn(("BTC", "TBC", "strided"), i // 2),
+            dtype=dtype,
+            dtype_z=dtype_z,
+            k=_turn((2, 3, 1), i),
+            channels=_turn((64, 100, 130, 48), i + i // 5),
+            length=_turn((13, 7, 33, 18), i // 2 + i // 7),
+            padded=padded,
+            masked=_turn((0.5, 0.8, 0.15), i // 2),
+            batch=3,
+            reduction=_turn(("mean", "sum"), i // 2),
+            views=_turn((1, 2, 8, 16), i),
+            expanded=i % 7 == 3,
+        )
+
+
 CASES = [
     *_cases(),
     # The two hot cases at real widths.
@@ -74,6 +98,8 @@ CASES = [
     *(Case(norm, location_z=300.0, channels=20) for norm in ("layer", "instance")),
     Case("instance", length=1030, channels=8, k=1, padded=True),
     Case("group", "instance", padded=True),
+    # Several views: every norm × target norm, with every number of views, padding, and a mask whose memory is there once.
+    *_views(),
     # Squares that vanish beside epsilon, and that overflow.
     *(Case(norm, channels=24, magnitude=magnitude) for norm in NORMS for magnitude in (1e-30, 1e17, 1e19, 1e25, 1e37)),
     *(Case("none", target_norm, channels=24, magnitude=1e25) for target_norm in NORMS[1:3]),
@@ -113,7 +139,7 @@ def _wrong_number_of_rows(norm: str, n_rows: int) -> list[Tensor]:
     z, memory = torch.full((40, 20), float("nan")), torch.full((40, 20), 7.0)
     z[:n_rows] = 1
     with mock.patch.object(torch, "empty_like", lambda x: memory[: len(x)]):
-        loss, grad, _, count, _ = triton_loss.loss(z[:n_rows], layers, mask, None, norm, "none", 0.0, 1.0, True, False)
+        loss, grad, _, count, *_ = triton_loss.loss(z[:n_rows], layers, mask, None, norm, "none", 0.0, 1.0, True, False, False)
     return loss, grad, count, memory
 
 
@@ -153,7 +179,7 @@ def _opcheck(case: Case) -> dict:
     import d2v_fast.ops  # noqa: F401
 
     z, layers, mask, padding = inputs(case)
-    arguments = (z, layers, mask, padding, case.norm, case.target_norm, case.beta, 1.0, True, True, "triton")
+    arguments = (z, layers, mask, padding, case.norm, case.target_norm, case.beta, 1.0, True, True, True, "triton")
     return torch.library.opcheck(torch.ops.d2v_fast.loss, arguments)
 
 
@@ -201,6 +227,11 @@ RECIPES = {
     "audio": Case("instance", channels=768, length=780, k=8, dtype=BF16, dtype_z=BF16, padded=True),
     "vision, instance": Case("instance", channels=768, length=197, k=6, dtype=BF16, dtype_z=BF16),
     "tokens, then layer": Case("instance", "layer", channels=192, length=65, k=3, dtype=BF16, dtype_z=BF16),
+    "vision, 16 views": Case("instance", "layer", channels=768, length=196, k=10, dtype=BF16, dtype_z=BF16, views=16),
+    "audio, 8 views": Case("instance", channels=768, length=750, k=8, dtype=BF16, dtype_z=BF16, padded=True, views=8),
+    "text, 8 views": Case("instance", channels=768, length=512, k=12, dtype=BF16, dtype_z=BF16, views=8),
+    "text, 8 views, layer": Case(channels=768, length=512, k=12, dtype=BF16, dtype_z=BF16, views=8),
+    "vision, 16 views, fp32": Case("instance", "layer", channels=768, length=196, k=10, views=16),
     "text, fp32 head": Case(channels=768, length=512, k=10, dtype=BF16),
     "text, fp32": Case(channels=768, length=512, k=10),
     "text, large": Case(channels=1024, length=512, k=10, dtype=BF16, dtype_z=BF16),
@@ -209,7 +240,7 @@ RECIPES = {
     "C a multiple of 8 alone": Case(channels=312, length=65, k=2, dtype=BF16, dtype_z=BF16),
     "C not a multiple of 8": Case(channels=100, length=64, k=2, dtype=FP16, dtype_z=FP16),
 }
-TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int64: "*i64", torch.bool: "*i1"}
+TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int32: "*i32", torch.bool: "*i1"}
 
 
 def _launches(case: Case, stats: bool) -> list:
@@ -228,7 +259,7 @@ def _launches(case: Case, stats: bool) -> list:
     z, layers, mask, padding = inputs(case)
     with mock.patch.multiple(triton_loss, **{name: Recorder(getattr(triton_loss, name)) for name in KERNELS}):
         _, grad, factor, *_ = triton_loss.loss(
-            z, layers, mask, padding, case.norm, case.target_norm, case.beta, 1.0, True, stats
+            z, layers, mask, padding, case.norm, case.target_norm, case.beta, 1.0, True, stats, case.views == 16
         )
         triton_loss.scaled(grad, factor, factor)
     return launches
@@ -254,8 +285,9 @@ def _compile(kernel, arguments: dict, arch: int):
             signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
             if isinstance(value, Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
                 divisible[(i,)] = [["tt.divisibility", 16]]
+    options = dict(num_warps=arguments.get("num_warps", 4), maxnreg=arguments.get("maxnreg"))
     source = ASTSource(kernel, signature, constants, divisible)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=arguments.get("num_warps", 4)))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def compile_offline(arch: int) -> list[dict]:
@@ -318,5 +350,5 @@ def test_compiles_without_spills(compiler, arch):
     assert [row for row in table if row["spills"] > 8] == []
     # The teacher, and nothing else is that large, is read 16 bytes at a time.
     for row in table:
-        if row["kernel"] in KERNELS[:3] and row["case"] != "C not a multiple of 8":
+        if row["kernel"] in TEACHER_KERNELS and row["case"] != "C not a multiple of 8":
             assert row["loads"].get(128, 0) > 0, row

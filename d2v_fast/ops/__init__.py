@@ -33,23 +33,26 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 torch.library.define(
     "d2v_fast::loss",
     "(Tensor predictions, Tensor[] layers, Tensor mask, Tensor? padding_mask, str norm, str target_norm, float beta, "
-    "float scale, bool mean, bool stats, str impl) -> (Tensor loss, Tensor grad, Tensor factor, Tensor count, Tensor moments)",
+    "float scale, bool mean, bool stats, bool target_mean, str impl) -> "
+    "(Tensor loss, Tensor grad, Tensor factor, Tensor count, Tensor moments, Tensor target_mean)",
 )
 torch.library.define("d2v_fast::scaled", "(Tensor x, Tensor factor, Tensor weight, str impl) -> Tensor")
 
 
 @torch.library.impl("d2v_fast::loss", "CompositeExplicitAutograd")
-def _loss(predictions, layers, mask, padding_mask, norm, target_norm, beta, scale, mean, stats, impl):
+def _loss(predictions, layers, mask, padding_mask, norm, target_norm, beta, scale, mean, stats, target_mean, impl):
     kernel = importlib.import_module(KERNELS[impl]).loss
-    return kernel(predictions, layers, mask, padding_mask, norm, target_norm, beta, scale, mean, stats)
+    return kernel(predictions, layers, mask, padding_mask, norm, target_norm, beta, scale, mean, stats, target_mean)
 
 
 @torch.library.register_fake("d2v_fast::loss")
-def _loss_fake(predictions, layers, mask, padding_mask, norm, target_norm, beta, scale, mean, stats, impl):
-    scalars = [predictions.new_empty((), dtype=torch.float32) for _ in range(3)]
+def _loss_fake(predictions, layers, mask, padding_mask, norm, target_norm, beta, scale, mean, stats, target_mean, impl):
+    loss, factor, count = (predictions.new_empty((), dtype=torch.float32) for _ in range(3))
     grad = torch.empty_like(predictions, memory_format=torch.contiguous_format)
-    moments = predictions.new_empty((4, predictions.shape[-1] if stats else 0), dtype=torch.float32)
-    return scalars[0], grad, scalars[1], scalars[2], moments
+    batch, _, channels = layers[0].shape
+    moments = predictions.new_empty((4, channels if stats else 0), dtype=torch.float32)
+    means = predictions.new_empty((batch, channels if target_mean else 0), dtype=torch.float32)
+    return loss, grad, factor, count, moments, means
 
 
 @torch.library.impl("d2v_fast::scaled", "CompositeExplicitAutograd")
@@ -84,21 +87,21 @@ def once_differentiable(backward: Callable) -> Callable:
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, predictions, layers, mask, *settings):
-        loss, grad, factor, count, moments = torch.ops.d2v_fast.loss(predictions, layers, mask, *settings)
+        loss, grad, factor, count, *rest = torch.ops.d2v_fast.loss(predictions, layers, mask, *settings)
         ctx.save_for_backward(grad, factor)
         ctx.impl = settings[-1]
-        ctx.mark_non_differentiable(count, moments)
+        ctx.mark_non_differentiable(count, *rest)
         ctx.set_materialize_grads(False)
-        return loss, count, moments
+        return loss, count, *rest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _count, _moments):
+    def backward(ctx, grad_loss, *_):
         grad, factor = ctx.saved_tensors
         # Reading a number is free on a CPU, a pass over the gradient is not.
         on_host = not torch.compiler.is_compiling() and factor.device.type == "cpu"
         done = on_host and factor.item() * grad_loss.item() == 1
-        return (grad if done else torch.ops.d2v_fast.scaled(grad, factor, grad_loss, ctx.impl), *[None] * 10)
+        return (grad if done else torch.ops.d2v_fast.scaled(grad, factor, grad_loss, ctx.impl), *[None] * 11)
 
 
 def _fused_loss(
@@ -114,13 +117,12 @@ def _fused_loss(
     padding_mask: Tensor | None,
     reduction: str,
     stats: bool,
-) -> tuple[Tensor, LossStats | None]:
-    settings = (padding_mask, norm, target_norm, beta, scale, reduction == "mean", stats, impl)
-    loss, count, moments = _FusedLoss.apply(predictions, list(layers), mask, *settings)
-    if not stats:
-        return loss, None
-    target_mean, target_m2, mean, m2 = moments
-    return loss, LossStats(Moments(count, target_mean, target_m2), Moments(count, mean, m2))
+    target_mean: bool,
+) -> tuple[Tensor, LossStats | None, Tensor | None]:
+    settings = (padding_mask, norm, target_norm, beta, scale, reduction == "mean", stats, target_mean, impl)
+    loss, count, moments, means = _FusedLoss.apply(predictions, list(layers), mask, *settings)
+    found = LossStats(Moments(count, *moments[:2]), Moments(count, *moments[2:])) if stats else None
+    return loss, found, means if target_mean else None
 
 
 @functools.cache

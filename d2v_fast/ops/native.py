@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NORMS = {"none": 0, "layer": 1, "instance": 2, "batch": 3, "group": 4}
 
 
 class _Loss(ctypes.Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("batch", "length", "channels", "n_layers", "n_rows")),
+        *((name, c_int64) for name in ("batch", "views", "length", "channels", "n_layers", "n_rows")),
         ("layers", POINTER(c_void_p)),
         ("strides", POINTER(c_int64)),
         *((name, c_void_p) for name in ("predictions", "grad", "mask", "padding")),
@@ -26,7 +26,7 @@ class _Loss(ctypes.Structure):
         *((name, c_int32) for name in ("norm", "target_norm", "mean", "threads")),
         ("beta", c_float),
         ("scale", c_double),
-        *((name, c_void_p) for name in ("loss", "factor", "count", "moments")),
+        *((name, c_void_p) for name in ("loss", "factor", "count", "moments", "target_mean")),
     ]
 
 
@@ -74,16 +74,22 @@ def loss(
     scale: float,
     mean: bool,
     stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), gradient like `predictions`, its factor (), count () and moments (4, C or 0), all but the gradient in fp32."""
+    target_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), gradient like `predictions`, its factor (), count (), moments (4, C or 0), mean target (B, C or 0).
+
+    All but the gradient are fp32; the mask is (B, T) or (B, M, T).
+    """
     predictions, mask = predictions.contiguous(), mask.contiguous()
     padding_mask = None if padding_mask is None else padding_mask.contiguous()
     batch, length, channels = layers[0].shape
     grad = torch.empty_like(predictions)
     total, factor, count = (torch.empty((), dtype=torch.float32) for _ in range(3))
     moments = torch.empty(4, channels if stats else 0, dtype=torch.float32)
+    means = torch.empty(batch, channels if target_mean else 0, dtype=torch.float32)
     arguments = _Loss(
         batch=batch,
+        views=mask.shape[1] if mask.ndim == 3 else 1,
         length=length,
         channels=channels,
         n_layers=len(layers),
@@ -107,13 +113,14 @@ def loss(
         factor=factor.data_ptr(),
         count=count.data_ptr(),
         moments=moments.data_ptr() if stats else None,
+        target_mean=means.data_ptr() if target_mean else None,
     )
     failed = library().d2v_loss(arguments)
     if failed == 1:
         raise MemoryError(f"the loss of {batch} × {length} × {channels} found no memory for its workspace")
     if failed == 2:
         raise ValueError(f"predictions: found {len(predictions)} rows, expected {int(mask.sum())}, the masked positions")
-    return total, grad, factor, count, moments
+    return total, grad, factor, count, moments, means
 
 
 def scaled(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:

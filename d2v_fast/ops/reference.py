@@ -5,6 +5,7 @@ With `upcast=torch.float64` it is the oracle of the tests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -81,6 +82,15 @@ def make_targets(
     return normalize(total / len(layers), target_norm, padding_mask)
 
 
+def mean_over_time(targets: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    """Mean of targets (B, T, C) over the positions that are not padding, (B, C): what CLS learns (spec 4.7)."""
+    if padding_mask is None:
+        return targets.sum(1) / max(targets.shape[1], 1)
+    padding = padding_mask.unsqueeze(-1)
+    # Fill, not multiply: padding may hold anything, NaN included.
+    return targets.masked_fill(padding, 0).sum(1) / (~padding).sum(1).clamp(min=1)
+
+
 def moments_of(rows: Tensor, scored: Tensor) -> Moments:
     """Of the rows (N, C) that `scored` (N,) names; the others must be finite."""
     weight = scored.unsqueeze(-1).to(rows.dtype)
@@ -109,26 +119,32 @@ def data2vec_loss(
     padding_mask: Tensor | None,
     reduction: str,
     stats: bool = True,
+    target_mean: bool = False,
     upcast: torch.dtype | None = None,
-) -> tuple[Tensor, LossStats | None]:
-    """Loss and statistics; arguments as in `d2v_fast.loss.data2vec_loss`, layers in (B, T, C).
+) -> tuple[Tensor, LossStats | None, Tensor | None]:
+    """Loss, statistics, mean of the targets; arguments as in `d2v_fast.loss.data2vec_loss`, layers in (B, T, C).
 
     All is computed in `upcast`; None = fp32, or fp64 for fp64 predictions.
     """
     upcast = upcast or torch.promote_types(predictions.dtype, torch.float32)
-    targets = make_targets(layers, norm, target_norm, padding_mask, upcast).flatten(0, 1)
-    scored = (mask if padding_mask is None else mask & ~padding_mask).flatten()
+    targets = make_targets(layers, norm, target_norm, padding_mask, upcast)
+    mean = mean_over_time(targets, padding_mask) if target_mean else None
+    targets = targets.flatten(0, 1)
+    keep = torch.ones_like(mask[:, 0] if mask.ndim == 3 else mask) if padding_mask is None else ~padding_mask
     if predictions.ndim == 3:
-        rows = predictions.flatten(0, 1).to(upcast)
+        rows, scored = predictions.flatten(0, 1).to(upcast), (mask & keep).flatten()
     else:
         rows = predictions.to(upcast)
         # size= keeps the number of rows on the host, so that a GPU is not waited for.
         index = torch.nonzero_static(mask.flatten(), size=len(rows)).squeeze(1)
-        targets, scored = targets[index], scored[index]
+        length = mask.shape[-1]
+        position = index // math.prod(mask.shape[1:]) * length + index % length  # all views of a sample share its targets
+        targets, scored = targets[position], keep.flatten()[position]
     # Fill, not multiply: what is not scored may hold anything, NaN included.
     rows = rows.masked_fill(~scored.unsqueeze(-1), 0)
     targets = targets.masked_fill(~scored.unsqueeze(-1), 0)
     loss = errors(rows - targets, beta).sum() * scale
     if reduction == "mean":
         loss = loss / scored.sum().clamp(min=1)
-    return loss, LossStats(moments_of(targets, scored), moments_of(rows.detach(), scored)) if stats else None
+    found = LossStats(moments_of(targets, scored), moments_of(rows.detach(), scored)) if stats else None
+    return loss, found, mean

@@ -1,15 +1,17 @@
-"""GPU kernels of the loss: of the teacher only masked rows are read where the norm allows it, and no target is stored.
+"""GPU kernels of the loss: a target is made once, in registers, scored against all of its views, and never stored.
 
 | norm                   | kernels                                                                                       |
 |------------------------|-----------------------------------------------------------------------------------------------|
-| layer, none            | `_loss_rows_kernel`: a warp owns a row, its channels stay in registers                        |
+| layer, none            | `_loss_rows_kernel`: a warp owns a position, its channels stay in registers; of the teacher   |
+|                        | nothing is read where nothing is scored                                                       |
 | instance, T ≤ LONGEST  | `_loss_instance_kernel`: a program owns a sample × BLOCK_C channels and reads each layer once |
 | batch, group, longer T | `_channel_stats_kernel`, then `_loss_rows_kernel` with the mean and rstd of each channel;     |
 |                        | so does instance when target_norm is layer                                                    |
 | target_norm over T     | the averages of all rows are written out and become the only layer                            |
 
+`_order_kernel` comes first: it numbers the masked positions, which pairs them with the rows of the predictions.
 `_finish_kernel` comes last: it sums what each of P programs left behind in a fixed order, so two runs agree bit by bit.
-Shapes: K teacher layers (B, T, C); the position of a token is b · T + t; N predictions (N, C), or B · T if dense.
+Shapes: K teacher layers (B, T, C); the position of a token is b · T + t; M views; N predictions (N, C), or B · T if dense.
 """
 
 from __future__ import annotations
@@ -66,11 +68,11 @@ def _error(z, y, scored, beta, SQUARED: tl.constexpr):
 
 
 @_jit
-def _welford(mean, m2, x, scored, share):
-    """Moments (R, C) with one more row each, of weight `share` = 1 / count; E[x²] - μ² would cancel under a large mean."""
-    off = tl.where(scored, x - mean, 0.0)
+def _welford(mean, m2, x, weight, share):
+    """Moments (R, C) with x `weight` times more, `share` of all rows; E[x²] - μ² would cancel under a large mean."""
+    off = tl.where(weight > 0, x - mean, 0.0)
     mean += off * share
-    return mean, m2 + tl.where(scored, off * (x - mean), 0.0)
+    return mean, m2 + off * (x - mean) * weight
 
 
 @_jit
@@ -108,46 +110,99 @@ def _layer_norm(parts, C: tl.constexpr, BLOCK_C: tl.constexpr):
     return out
 
 
-@_jit(do_not_specialize=["n_rows", "n_batch", "n_time"])
+@_jit(do_not_specialize=["n_rows", "n_time"])
+def _order_kernel(
+    mask_ptr,  # (B, M, T) bool
+    padding_ptr,  # (B, T) bool, read if PADDED
+    order_ptr,  # int32. BY_ROW (N,): the position of a row, -1 = not scored.
+    # Else (B, M, T): the row of a view's position; -2 - row = not scored, its gradient is 0; -1 = it has none.
+    n, n_rows, n_views, n_time,
+    DENSE: tl.constexpr, BY_ROW: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Numbers the masked positions. Each program counts all others by itself: the mask is small, and one launch is saved."""
+    lane = tl.arange(0, BLOCK)
+    first = tl.program_id(0) * BLOCK
+    i = first + lane
+    exists = i < n
+    masked = tl.load(mask_ptr + i, mask=exists, other=0) != 0
+    if DENSE:
+        row = i
+    else:
+        before = tl.zeros((BLOCK,), tl.int32)
+        total = before
+        for start in range(0, n, BLOCK):
+            part = (tl.load(mask_ptr + start + lane, mask=start + lane < n, other=0) != 0).to(tl.int32)
+            total += part
+            before += tl.where(start < first, part, 0)
+        order = tl.sum(before) + tl.cumsum(masked.to(tl.int32))
+        # Positions that are not masked get the rows behind the last: with too many predictions these become zero.
+        row = tl.where(masked, order - 1, tl.sum(total) + i - order)
+    position = i // (n_views * n_time) * n_time + i % n_time
+    scored = masked
+    if PADDED:
+        scored = masked & (tl.load(padding_ptr + position, mask=exists, other=1) == 0)
+    written = exists & (row < n_rows)
+    if BY_ROW:
+        tl.store(order_ptr + row, tl.where(scored, position, -1), mask=written)
+    else:
+        tl.store(order_ptr + i, tl.where(written, tl.where(scored, row, -2 - row), -1), mask=exists)
+
+
+@_jit(do_not_specialize=["n_rows", "n_tiles", "n_batch", "n_time"])
 def _loss_rows_kernel(
     x_ptrs,  # K × (B, T, C)
     mean_ptr,  # (K, B, C) fp32, read by NORM "affine" only
     rstd_ptr,  # (K, B, C) fp32
-    index_ptr,  # (N,) int64: the position of a row; -1 = not scored
-    n_scored_ptr,  # () int64, read if DENSE: how many of `index` are there
-    z_ptr,  # (N, C), DENSE (B·T, C): the predictions
+    order_ptr,  # int32 of `_order_kernel`: BY_ROW (N,), else (B, M, T)
+    padding_ptr,  # (B, T) bool, read if PADDED and WITH_MEAN
+    z_ptr,  # (N, C): the predictions
     grad_ptr,  # like z
     loss_ptr,  # (P,) fp32
     count_ptr,  # (P,) fp32
     moments_ptr,  # (4, P, C) fp32: mean and m2 of the targets, mean and m2 of the predictions
-    n_rows, n_batch, n_time, stride_xb, stride_xt, stride_xc, beta,
-    K: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, TARGET_NORM: tl.constexpr, DENSE: tl.constexpr, SQUARED: tl.constexpr, WITH_STATS: tl.constexpr,
+    sums_ptr,  # (n_tiles, C) fp32, written if WITH_MEAN: sum of the targets of a tile
+    n_rows, n_tiles, n_batch, n_time, stride_xb, stride_xt, stride_xc, beta, n_views,
+    K: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, TARGET_NORM: tl.constexpr, BY_ROW: tl.constexpr,
+    PADDED: tl.constexpr, SQUARED: tl.constexpr, WITH_STATS: tl.constexpr, WITH_MEAN: tl.constexpr,
 ):  # fmt: skip
+    """A tile is BLOCK_N rows if BY_ROW, else BLOCK_N positions of one sample."""
     CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     column = tl.arange(0, BLOCK_C)[None, :]
     zeros = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     count = tl.zeros((BLOCK_N, 1), tl.float32)
     value = count
-    moments = ()
+    of_targets = ()
+    of_predictions = ()
     if WITH_STATS:
-        for _ in tl.static_range(4 * CHUNKS):
-            moments += (zeros,)
-    if DENSE:
-        n_rows = tl.load(n_scored_ptr).to(tl.int32)
-    for start in range(tl.program_id(0) * BLOCK_N, n_rows, tl.num_programs(0) * BLOCK_N):
-        row = start + tl.arange(0, BLOCK_N)[:, None]
-        written = row < n_rows
-        position = tl.load(index_ptr + row, mask=written, other=-1).to(tl.int32)
-        scored = position >= 0
-        position = tl.maximum(position, 0)
-        batch = position // n_time
-        offset = batch * tl.cast(stride_xb, tl.int64) + position % n_time * tl.cast(stride_xt, tl.int64)
+        for _ in tl.static_range(2 * CHUNKS):
+            of_targets += (zeros,)
+            of_predictions += (zeros,)
+    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+        if BY_ROW:
+            own = tile * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+            exists = own < n_rows
+            position = tl.load(order_ptr + own, mask=exists, other=-1)
+            used = position >= 0
+            own = tl.where(exists, tl.where(used, own, -2 - own), -1)
+            position = tl.maximum(position, 0)
+            batch = position // n_time
+            time = position % n_time
+        else:
+            tiles = (n_time + BLOCK_N - 1) // BLOCK_N
+            batch = tile // tiles
+            time = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+            exists = time < n_time
+            if WITH_MEAN:
+                used = exists
+                if PADDED:
+                    used = exists & (tl.load(padding_ptr + batch * n_time + time, mask=exists, other=1) == 0)
+            else:
+                views = tl.arange(0, BLOCK_M)[None, :]
+                rows = order_ptr + (batch * n_views + views) * n_time + time
+                used = tl.max(tl.load(rows, mask=exists & (views < n_views), other=-1), 1, keep_dims=True) >= 0
+        offset = batch * tl.cast(stride_xb, tl.int64) + time * tl.cast(stride_xt, tl.int64)
         offset = tl.multiple_of(offset, [ALIGNED, ALIGNED])
-        if DENSE:
-            row = position
-            written = scored
-        z_offset = row.to(tl.int64) * C
 
         y = ()
         for _ in tl.static_range(CHUNKS):
@@ -157,11 +212,12 @@ def _loss_rows_kernel(
             parts = ()
             for i in tl.static_range(CHUNKS):
                 c = i * BLOCK_C + column
-                part = tl.load(x_ptr + offset + c * tl.cast(stride_xc, tl.int64), mask=scored & (c < C), other=0).to(tl.float32)
+                part = tl.load(x_ptr + offset + c * tl.cast(stride_xc, tl.int64), mask=used & (c < C), other=0).to(tl.float32)
                 if NORM == "affine":
-                    s = (k * n_batch + batch).to(tl.int64) * C + c
-                    mean = tl.load(mean_ptr + s, mask=scored & (c < C), other=0)
-                    part = (part - mean) * tl.load(rstd_ptr + s, mask=scored & (c < C), other=0)
+                    known = used & (c < C) if BY_ROW else c < C  # positions of a tile share one sample's statistics
+                    s = tl.cast(k * n_batch + batch, tl.int64) * C + c
+                    mean = tl.load(mean_ptr + s, mask=known, other=0)
+                    part = (part - mean) * tl.load(rstd_ptr + s, mask=known, other=0)
                 parts += (part,)
             if NORM == "layer":
                 parts = _layer_norm(parts, C, BLOCK_C)
@@ -175,22 +231,44 @@ def _loss_rows_kernel(
             average += (y[i] * (1 / K),)
         if TARGET_NORM == "layer":
             average = _layer_norm(average, C, BLOCK_C)
-        count += scored.to(tl.float32)
-        share = 1 / tl.maximum(count, 1.0)
-        updated = ()
+
         errors = zeros
-        for i in tl.static_range(CHUNKS):
-            c = i * BLOCK_C + column
-            z = tl.load(z_ptr + z_offset + c, mask=scored & (c < C), other=0).to(tl.float32)
+        weight = tl.zeros((BLOCK_N, 1), tl.float32)
+        for view in tl.range(n_views, num_stages=STAGES):
+            if BY_ROW:
+                row = own
+            else:
+                row = tl.load(order_ptr + (batch * n_views + view) * n_time + time, mask=exists, other=-1)
+            scored = row >= 0
+            row = tl.where(scored, row, -2 - row)
+            z_offset = row.to(tl.int64) * C
+            ones = scored.to(tl.float32)
+            weight += ones
+            count += ones
+            share = 1 / tl.maximum(count, 1.0)
+            updated = ()
+            for i in tl.static_range(CHUNKS):
+                c = i * BLOCK_C + column
+                z = tl.load(z_ptr + z_offset + c, mask=scored & (c < C), other=0).to(tl.float32)
+                if WITH_STATS:
+                    updated += _welford(of_predictions[2 * i], of_predictions[2 * i + 1], z, ones, ones * share)
+                v, g = _error(z, average[i], scored, beta, SQUARED)
+                errors += v
+                tl.store(grad_ptr + z_offset + c, g.to(grad_ptr.dtype.element_ty), mask=(row >= 0) & (c < C))
             if WITH_STATS:
-                updated += _welford(moments[4 * i], moments[4 * i + 1], average[i], scored, share)
-                updated += _welford(moments[4 * i + 2], moments[4 * i + 3], z, scored, share)
-            v, g = _error(z, average[i], scored, beta, SQUARED)
-            errors += v
-            tl.store(grad_ptr + z_offset + c, g.to(grad_ptr.dtype.element_ty), mask=written & (c < C))
+                of_predictions = updated
         value += tl.sum(errors, 1, keep_dims=True)
         if WITH_STATS:
-            moments = updated
+            share = 1 / tl.maximum(count, 1.0)
+            updated = ()
+            for i in tl.static_range(CHUNKS):
+                updated += _welford(of_targets[2 * i], of_targets[2 * i + 1], average[i], weight, weight * share)
+            of_targets = updated
+        if WITH_MEAN:
+            for i in tl.static_range(CHUNKS):
+                c = i * BLOCK_C + column
+                summed = tl.sum(tl.where(used, average[i], 0.0), 0, keep_dims=True)
+                tl.store(sums_ptr + tl.cast(tile, tl.int64) * C + c, summed, mask=c < C)
 
     program = tl.program_id(0)
     tl.store(loss_ptr + program, tl.sum(value))
@@ -200,26 +278,54 @@ def _loss_rows_kernel(
         for i in tl.static_range(CHUNKS):
             c = i * BLOCK_C + column
             for j in tl.static_range(2):
-                _, mean, m2 = _merge(count, moments[4 * i + 2 * j], moments[4 * i + 2 * j + 1])
+                moments = of_targets if j == 0 else of_predictions
+                _, mean, m2 = _merge(count, moments[2 * i], moments[2 * i + 1])
                 out = moments_ptr + (2 * j * n_programs + program) * C + c
                 tl.store(out, mean, mask=c < C)
                 tl.store(out + n_programs * C, m2, mask=c < C)
 
 
-@_jit(do_not_specialize=["n_rows", "n_time"])
+@_jit(do_not_specialize=["n_time"])
+def _target_mean_kernel(
+    sums_ptr,  # (B, tiles, C) fp32
+    padding_ptr,  # (B, T) bool, read if PADDED
+    mean_ptr,  # (B, C) fp32
+    n_time,
+    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = 64
+    batch = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    tiles = (n_time + BLOCK_N - 1) // BLOCK_N
+    total = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for start in range(0, tiles, ROWS):
+        i = start + tl.arange(0, ROWS)[:, None]
+        part = sums_ptr + (batch * tiles + i).to(tl.int64) * C + c
+        total += tl.load(part, mask=(i < tiles) & (c < C), other=0)
+    n_present = tl.cast(n_time, tl.float32)
+    if PADDED:
+        present = tl.zeros((1024,), tl.float32)
+        for start in range(0, n_time, 1024):
+            time = start + tl.arange(0, 1024)
+            present += (tl.load(padding_ptr + batch * n_time + time, mask=time < n_time, other=1) == 0).to(tl.float32)
+        n_present = tl.sum(present)
+    mean = tl.sum(total, 0, keep_dims=True) / tl.maximum(n_present, 1.0)
+    tl.store(mean_ptr + batch * C + c, mean, mask=c < C)
+
+
+@_jit(do_not_specialize=["n_time"])
 def _loss_instance_kernel(
     x_ptrs,  # K × (B, T, C)
-    mask_ptr,  # (B, T) bool
     padding_ptr,  # (B, T) bool, read if PADDED
-    order_ptr,  # (B, T) int64: how many are masked up to here; not read if DENSE
-    z_ptr,  # (N, C), DENSE (B·T, C): the predictions
+    order_ptr,  # (B, M, T) int32 of `_order_kernel`
+    z_ptr,  # (N, C): the predictions
     grad_ptr,  # like z
     loss_ptr,  # (B, C / BLOCK_C) fp32
     count_ptr,  # (B,) fp32
     moments_ptr,  # (4, B, C) fp32: mean and m2 of the targets, mean and m2 of the predictions
-    n_rows, n_time, stride_xb, stride_xt, stride_xc, beta,
+    n_time, stride_xb, stride_xt, stride_xc, beta, n_views,
     K: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-    PADDED: tl.constexpr, DENSE: tl.constexpr, SQUARED: tl.constexpr, WITH_STATS: tl.constexpr,
+    PADDED: tl.constexpr, SQUARED: tl.constexpr, WITH_STATS: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
     n_batch = tl.num_programs(1)
@@ -227,27 +333,15 @@ def _loss_instance_kernel(
     # One dimension until all is loaded: (BLOCK_T, 1) would be given a layout in which most threads load the same.
     time = tl.arange(0, BLOCK_T)
     exists = time < n_time
-    position = batch * n_time + time
     present = exists
     if PADDED:
-        present = exists & (tl.load(padding_ptr + position, mask=exists, other=1) == 0)
-    masked = tl.load(mask_ptr + position, mask=exists, other=0) != 0
-    if DENSE:
-        row = position
-    else:
-        # Positions that are not masked get the rows behind the last: with too many predictions these become zero.
-        order = tl.load(order_ptr + position, mask=exists, other=0).to(tl.int32)
-        n_masked = tl.load(order_ptr + n_batch * n_time - 1).to(tl.int32)
-        row = tl.where(masked, order - 1, n_masked + position - order)
-    written = exists & (row < n_rows)
-    scored = masked & present & written
-    row = tl.where(written, row, 0).to(tl.int64)[:, None]
-    time, present, written, scored = time[:, None], present[:, None], written[:, None], scored[:, None]
-
+        present = exists & (tl.load(padding_ptr + batch * n_time + time, mask=exists, other=1) == 0)
+    present = present[:, None]
     share = 1 / tl.maximum(tl.sum(present.to(tl.float32), 0, keep_dims=True), 1.0)
-    offset = batch * tl.cast(stride_xb, tl.int64) + time * tl.cast(stride_xt, tl.int64)
+    offset = batch * tl.cast(stride_xb, tl.int64) + time[:, None] * tl.cast(stride_xt, tl.int64)
     offset = tl.multiple_of(offset, [ALIGNED, ALIGNED]) + c * tl.cast(stride_xc, tl.int64)
-    y = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    zeros = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    y = zeros
     for k in tl.range(K, num_stages=STAGES):
         x = tl.load(_select(x_ptrs, k, K) + offset, mask=present & (c < C), other=0).to(tl.float32)
         mean = tl.sum(x, 0, keep_dims=True) * share
@@ -256,18 +350,40 @@ def _loss_instance_kernel(
     # The mean over T is 0 but for the rounding of each `mean`, which under a large mean is the largest error.
     y = (y - tl.sum(y, 0, keep_dims=True) * share) * (1 / K)
 
-    z = tl.load(z_ptr + row * C + c, mask=scored & (c < C), other=0).to(tl.float32)
-    value, slope = _error(z, y, scored & (c < C), beta, SQUARED)
-    tl.store(grad_ptr + row * C + c, slope.to(grad_ptr.dtype.element_ty), mask=written & (c < C))
+    value = tl.zeros((BLOCK_T, 1), tl.float32)
+    weight = value
+    count = tl.zeros((1, 1), tl.float32)
+    mean = tl.zeros((1, BLOCK_C), tl.float32)
+    m2 = mean
+    for view in range(n_views):
+        row = tl.load(order_ptr + (batch * n_views + view) * n_time + time, mask=exists, other=-1)[:, None]
+        scored = row >= 0
+        row = tl.where(scored, row, -2 - row)
+        z_offset = row.to(tl.int64) * C + c
+        z = tl.load(z_ptr + z_offset, mask=scored & (c < C), other=0).to(tl.float32)
+        error, slope = _error(z, y, scored & (c < C), beta, SQUARED)
+        tl.store(grad_ptr + z_offset, slope.to(grad_ptr.dtype.element_ty), mask=(row >= 0) & (c < C))
+        value += tl.sum(error, 1, keep_dims=True)
+        weight += scored.to(tl.float32)
+        if WITH_STATS:  # view by view: moments of each position would not fit into the registers
+            more = tl.sum(scored.to(tl.float32), 0, keep_dims=True)
+            other = tl.sum(z, 0, keep_dims=True) / tl.maximum(more, 1.0)
+            off = tl.where(scored, z - other, 0.0)
+            m2 += tl.sum(off * off, 0, keep_dims=True)
+            off = other - mean
+            step = off * (more / tl.maximum(count + more, 1.0))
+            mean += step
+            m2 += count * off * step
+            count += more
     tl.store(loss_ptr + batch * tl.num_programs(0) + tl.program_id(0), tl.sum(value))
-    ones = scored.to(tl.float32)
-    tl.store(count_ptr + batch, tl.sum(ones), mask=tl.program_id(0) == 0)
+    tl.store(count_ptr + batch, tl.sum(weight), mask=tl.program_id(0) == 0)
     if WITH_STATS:
-        for j in tl.static_range(2):
-            _, mean, m2 = _merge(ones, y if j == 0 else z, tl.zeros_like(y))
-            out = moments_ptr + (2 * j * n_batch + batch) * C + c
-            tl.store(out, mean, mask=c < C)
-            tl.store(out + n_batch * C, m2, mask=c < C)
+        _, of_targets, squares = _merge(weight, y, zeros)
+        out = moments_ptr + batch * C + c
+        tl.store(out, of_targets, mask=c < C)
+        tl.store(out + n_batch * C, squares, mask=c < C)
+        tl.store(out + 2 * n_batch * C, mean, mask=c < C)
+        tl.store(out + 3 * n_batch * C, m2, mask=c < C)
 
 
 @_jit(do_not_specialize=["n_time"])
@@ -275,9 +391,10 @@ def _channel_stats_kernel(
     x_ptrs,  # K × (B, T, C)
     padding_ptr,  # (B, T) bool, read if PADDED
     mean_ptr,  # (K, B, C) fp32
-    m2_ptr,  # (K, B, C) fp32
+    m2_ptr,  # (K, B, C) fp32: summed squared deviation, or 1/σ if INVERSE
     n_time, stride_xb, stride_xt, stride_xc,
     K: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PADDED: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -303,7 +420,9 @@ def _channel_stats_kernel(
     off = total / tl.maximum(count, 1.0)
     mean = first + off
     m2 = tl.maximum(square - total * off, 0.0)
-    _, mean, m2 = _merge(count, mean, m2)
+    n_present, mean, m2 = _merge(count, mean, m2)
+    if INVERSE:
+        m2 = _inverse_std(m2 / tl.maximum(n_present, 1.0))
     out = (tl.program_id(2) * tl.num_programs(1) + batch).to(tl.int64) * C + c
     tl.store(mean_ptr + out, mean, mask=c < C)
     tl.store(m2_ptr + out, m2, mask=c < C)
@@ -331,7 +450,7 @@ def _finish_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, MEAN: tl.constexpr, WITH_STATS: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = 1024
-    ROWS: tl.constexpr = 32
+    ROWS: tl.constexpr = 128  # many at a time: the loads of one turn wait for those of the turn before
     loss = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_losses, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -393,23 +512,44 @@ def _stages(tile_bytes: int) -> int:
     return 3 if tile_bytes <= 32768 else 2 if tile_bytes <= 65536 else 1
 
 
+def _order(mask: Tensor, padding_mask: Tensor | None, n_rows: int, dense: bool, by_row: bool) -> Tensor:
+    """Which row of the predictions belongs to which position of the contiguous mask (B, M, T); int32, see `_order_kernel`."""
+    order = torch.empty(n_rows if by_row else mask.shape, dtype=torch.int32, device=mask.device)
+    if mask.numel():
+        _order_kernel[(triton.cdiv(mask.numel(), 2048),)](
+            mask,
+            mask if padding_mask is None else padding_mask,
+            order,
+            mask.numel(),
+            n_rows,
+            *mask.shape[1:],
+            DENSE=dense,
+            BY_ROW=by_row,
+            PADDED=padding_mask is not None,
+            BLOCK=2048,
+        )
+    return order
+
+
 def _alignment(x: Tensor) -> int:
     """The power of two, at most 16 bytes of elements, that divides where the rows of x (B, T, C) start."""
     return math.gcd(16 // x.element_size(), x.stride(0), x.stride(1))
 
 
-def rows_tile(channels: int, itemsize: int, affine: bool, stats: bool) -> dict:
+def rows_tile(channels: int, itemsize: int, by_row: bool, affine: bool, stats: bool) -> dict:
     """Launch table of `_loss_rows_kernel`: 16 bytes a thread and 512 a warp, as many warps a row as registers ask for."""
     per_warp = 768 if stats else 1280  # moments are four more numbers for each channel
     warps = min(triton.next_power_of_2(triton.cdiv(channels, per_warp)), 8)
     full = warps * 512 // itemsize
     block_c = min(full, triton.next_power_of_2(channels))
     block_n = 4 * full // block_c  # narrow rows share a warp
+    staged = itemsize + 8 * (affine and by_row)  # mean and rstd of each row
     return dict(
         BLOCK_N=block_n,
         BLOCK_C=block_c,
-        STAGES=_stages(block_n * block_c * triton.cdiv(channels, block_c) * (itemsize + 8 * affine)),  # mean and rstd: fp32
+        STAGES=_stages(block_n * block_c * triton.cdiv(channels, block_c) * staged),
         num_warps=4 * warps,
+        maxnreg=168 if stats and not affine and warps == 1 else None,  # for a third block on a processor
     )
 
 
@@ -440,10 +580,12 @@ def _channel_statistics(layers: list[Tensor], padding_mask: Tensor | None, norm:
         BLOCK_T=32,
         BLOCK_C=block_c,
         PADDED=padding_mask is not None,
+        INVERSE=norm == "instance",
     )
+    if norm == "instance":
+        return mean, m2
     count = mean.new_full((1, 1, 1), length) if padding_mask is None else (~padding_mask).sum(1)[None, :, None]
     count = count.float().expand_as(mean)
-    total = count
     for dim in POOLED[norm]:
         total = count.sum(dim, keepdim=True).clamp(min=1)
         pooled = (count * mean).sum(dim, keepdim=True) / total
@@ -465,13 +607,14 @@ def loss(
     scale: float,
     mean: bool,
     stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, unscaled gradient, its factor, number of scored positions and moments, without waiting for the GPU.
+    target_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, unscaled gradient, its factor, number of scored positions, moments and means, without waiting for the GPU.
 
     Args:
-        predictions: (N, C), one row for each masked position in batch-major order, or (B, T, C); fp32, bf16 or fp16.
+        predictions: (N, C), one row for each masked position in the order of `mask.flatten()`, or (B, T, C); no fp64.
         layers: K tensors (B, T, C) of any strides, all fp32, bf16 or fp16.
-        mask: (B, T) bool, True = scored.
+        mask: (B, T) or (B, M, T) bool, True = scored.
         padding_mask: (B, T) bool or None, True = left out of the statistics and never scored.
         norm: "none", "layer", "instance", "batch" or "group".
         target_norm: "none", "layer" or "instance", of the average.
@@ -479,87 +622,110 @@ def loss(
         scale: Factor of the summed error.
         mean: Divide by the number of scored positions.
         stats: Compute the moments.
+        target_mean: Compute the mean of the targets over T.
 
     Returns:
         loss () fp32; d Σ error / d predictions, contiguous, in shape and dtype of the predictions; factor () fp32 that it
         lacks; count () fp32; moments (4, C) fp32 = mean and summed squared deviation of targets, then of predictions, per
-        channel over scored positions, (4, 0) without `stats`.
+        channel over scored positions, (4, 0) without `stats`; mean of the targets over positions that are not padding
+        (B, C) fp32, (B, 0) without `target_mean`.
     """
     batch, length, channels = layers[0].shape
     layers = _uniform(layers)
-    mask = mask.contiguous()
+    mask = (mask if mask.ndim == 3 else mask.unsqueeze(1)).contiguous()
+    views = mask.shape[1]
     padding_mask = None if padding_mask is None else padding_mask.contiguous()
     if mask.numel() == 0:
         norm, target_norm, padding_mask = "none", "none", None
     if target_norm not in ("none", "layer"):
         # The gradient of the squared error at a prediction of 0 is -2 · target: no kernel of its own for the averages.
-        zeros = torch.zeros((*mask.shape, channels), dtype=torch.float32, device=mask.device)
-        everything = torch.ones_like(mask)
-        grad = loss(zeros, layers, everything, padding_mask, norm, "none", 0.0, 1.0, False, False)[1]
+        zeros = torch.zeros((batch, length, channels), dtype=torch.float32, device=mask.device)
+        everything = mask.new_ones((batch, length))
+        grad = loss(zeros, layers, everything, padding_mask, norm, "none", 0.0, 1.0, False, False, False)[1]
         layers, norm, target_norm = [grad * -0.5], target_norm, "none"
 
     z = predictions.reshape(-1, channels).contiguous()
     dense = predictions.ndim == 3
     on_chip = norm == "instance" and target_norm == "none" and length <= LONGEST
-    settings = dict(K=len(layers), C=channels, ALIGNED=_alignment(layers[0]), DENSE=dense, SQUARED=beta == 0, WITH_STATS=stats)
+    by_row = views == 1 and not (dense or on_chip or target_mean)
+    n_rows = min(len(z), mask.numel())
+    padding = mask if padding_mask is None else padding_mask
+    settings = dict(K=len(layers), C=channels, ALIGNED=_alignment(layers[0]), PADDED=padding_mask is not None)
+    settings |= dict(SQUARED=beta == 0, WITH_STATS=stats)
+    grad = torch.empty_like(z)
     fp32 = functools.partial(torch.empty, dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):
+        order = _order(mask, padding_mask, n_rows, dense, by_row)
         if on_chip:
             tile = instance_tile(length, channels, layers[0].element_size())
             blocks = triton.cdiv(channels, tile["BLOCK_C"])
-            grad = torch.empty_like(z)
             parts = fp32(blocks * batch), fp32(batch), fp32((4, batch, channels if stats else 0))
             _loss_instance_kernel[(blocks, batch)](
                 tuple(layers),
-                mask,
-                mask if padding_mask is None else padding_mask,
-                mask if dense else mask.flatten().cumsum(0),
+                padding,
+                order,
                 z,
                 grad,
                 *parts,
-                len(z),
                 length,
                 *layers[0].stride(),
                 float(beta),
-                PADDED=padding_mask is not None,
+                views,
                 **settings,
                 **tile,
             )
+            means = torch.zeros((batch, channels if target_mean else 0), dtype=torch.float32, device=z.device)
         else:
-            tile = rows_tile(channels, layers[0].element_size(), norm in POOLED, stats)
-            programs = max(triton.cdiv(len(z), tile["BLOCK_N"]), 1)
-            if stats:  # few programs, because each leaves moments behind
-                programs = min(programs, 3 * _n_processors(z.device))
+            tile = rows_tile(channels, layers[0].element_size(), by_row, norm in POOLED, stats)
+            block_n = tile["BLOCK_N"]
+            n_tiles = triton.cdiv(n_rows, block_n) if by_row else batch * triton.cdiv(length, block_n)
+            programs = max(n_tiles, 1)
+            if stats:  # as many as run at a time, because each leaves moments behind
+                programs = min(programs, (3 if tile["maxnreg"] else 8 // tile["num_warps"] or 1) * _n_processors(z.device))
             statistics = (z, z)
             if norm in POOLED:
                 statistics, norm = _channel_statistics(layers, padding_mask, norm), "affine"
-            scored = mask if padding_mask is None else mask & ~padding_mask
-            index = torch.nonzero_static((scored if dense else mask).flatten(), size=len(z)).squeeze(1)
-            if not dense and padding_mask is not None:
-                index = index.masked_fill(padding_mask.flatten()[index], -1)
-            # Of dense rows the kernel visits only those that are scored.
-            grad = torch.zeros_like(z) if dense else torch.empty_like(z)
             parts = fp32(programs), fp32(programs), fp32((4, programs, channels if stats else 0))
+            sums = fp32((n_tiles, channels if target_mean else 0))
             _loss_rows_kernel[(programs,)](
                 tuple(layers),
                 *statistics,
-                index,
-                scored.sum() if dense else index,
+                order,
+                padding,
                 z,
                 grad,
                 *parts,
-                len(z),
+                sums,
+                n_rows,
+                n_tiles,
                 batch,
                 length,
                 *layers[0].stride(),
                 float(beta),
+                views,
+                BLOCK_M=triton.next_power_of_2(views),
                 NORM=norm,
                 TARGET_NORM=target_norm,
+                BY_ROW=by_row,
+                WITH_MEAN=target_mean,
                 **settings,
                 **tile,
             )
+            means = fp32((batch, channels if target_mean else 0))
+            if means.numel():
+                block_c = min(32, triton.next_power_of_2(channels))
+                _target_mean_kernel[(triton.cdiv(channels, block_c), batch)](
+                    sums,
+                    padding,
+                    means,
+                    length,
+                    C=channels,
+                    BLOCK_N=block_n,
+                    BLOCK_C=block_c,
+                    PADDED=padding_mask is not None,
+                )
         result, factor, count, moments = fp32(()), fp32(()), fp32(()), fp32((4, channels if stats else 0))
-        block_c = min(32, triton.next_power_of_2(channels))
+        block_c = min(8, triton.next_power_of_2(channels))
         _finish_kernel[(triton.cdiv(channels, block_c), 2) if stats else (1, 1)](
             *parts,
             result,
@@ -574,7 +740,7 @@ def loss(
             MEAN=mean,
             WITH_STATS=stats,
         )
-    return result, grad.view(predictions.shape), factor, count, moments
+    return result, grad.view(predictions.shape), factor, count, moments, means
 
 
 def scaled(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
