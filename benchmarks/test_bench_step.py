@@ -7,6 +7,7 @@ Each variant runs in a process of its own, as --fused changes how the process ke
 
 import copy
 import gc
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -24,9 +25,21 @@ from d2v_fast import Data2Vec, build_encoder
 from d2v_fast import model as model_module
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.fused import PARTS, fuse
+from d2v_fast.graphs import Graphs
 from tests import released
 
 DECAY = 0.9998
+
+
+def conv_flops(x, weight, *_, out_shape=None):
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
+
+
+def conv_weight_flops(x, grad, kernel, groups, *, out_shape=None):
+    return 2 * math.prod(x) // groups * grad[-1] * math.prod(kernel)
+
+
+FLOPS = {torch.ops.d2v_fast.conv: conv_flops, torch.ops.d2v_fast.conv_weight_grad: conv_weight_flops}
 
 
 class Variant:
@@ -50,7 +63,8 @@ class Variant:
 
     def flops(self):
         # Operation by operation, whether compiled or not.
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
+        with torch.compiler.set_stance("force_eager"), counter:
             self.step()
         return counter.get_total_flops()
 
@@ -110,20 +124,31 @@ class Ours(Variant):
         settings = case.settings if "loss" in parts else dict(impl="eager", **case.settings)
         decoder = ConvDecoder(encoder.hidden_size, **case.decoder) if case.views else None
         self.model = Data2Vec(encoder, decoder=decoder, **settings).to(device).train()
-        self.used = [part for part in parts if fuse(self.model, torch.device(device), [part])]
+        self.used = [part for part in parts if part in PARTS and fuse(self.model, torch.device(device), [part])]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         self.batch = case.batch_of(encoder, device)
+        self.graphs = Graphs(self.forward_backward, parameters) if device == "cuda" and "graphs" in parts else None
         self.clock = defaultdict(float)
 
     def used_parts(self):
         return self.used
 
-    def step(self):
+    def forward_backward(self, inputs):
         with torch.autocast(self.device, torch.bfloat16):
-            output = self.model(**self.batch, num_targets=float(len(self.batch["index"])))
+            output = self.model(**inputs, num_targets=float(len(inputs["index"])))
         with self.part("backward"):
             output.loss.backward()
+        return (output.loss.detach(),)
+
+    def flops(self):
+        graphs, self.graphs = self.graphs, None  # nothing counts what they do
+        found = super().flops()
+        self.graphs = graphs
+        return found
+
+    def step(self):
+        (self.graphs or self.forward_backward)(self.batch)
         with self.part("optimizer"):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -218,18 +243,21 @@ class Released(Variant):
                     teacher[name].mul_(DECAY).add_(value, alpha=1 - DECAY)
 
 
+ALL = (*PARTS, "graphs")  # what --fused does on a GPU that trains alone
+
+
 def variants_of(case):
-    return {"today": (Today, case), "an hour's work": (Ours, case, ()), "fused": (Ours, case, tuple(PARTS))}
+    return {"today": (Today, case), "an hour's work": (Ours, case, ()), "fused": (Ours, case, ALL)}
 
 
 def variants_2_of(case, beside, device):
     """Steps of data2vec 2.0, beside those of 1.0 on the longest case of the modality or beside the released formulation."""
     first = next(each.on(device) for each in reversed(STEP_CASES) if each.modality == case.modality)
     others = {
-        "1.0": {"1.0 today": (Today, first), "1.0 fused": (Ours, first, tuple(PARTS))},
+        "1.0": {"1.0 today": (Today, first), "1.0 fused": (Ours, first, ALL)},
         "released": {f"2.0 as released, {precision}": (Released, case, precision) for precision in ("fp32", "bf16")},
     }
-    return others[beside] | {"fused": (Ours, case, tuple(PARTS))}
+    return others[beside] | {"fused": (Ours, case, ALL)}
 
 
 @contextmanager
@@ -294,11 +322,11 @@ def test_parts(case, device, seconds, benchmark):
     """What each part of --fused that does something here is worth: the whole beside a step without it, two at a time."""
     case = case.on(device)
     pairs = {}
-    whole = Apart(Ours, case, device, tuple(PARTS))
+    whole = Apart(Ours, case, device, ALL)
     used = whole("used_parts")
     whole.close()
     for part in used:
-        without = {"all": (Ours, case, tuple(PARTS)), "without": (Ours, case, tuple(p for p in PARTS if p != part))}
+        without = {"all": (Ours, case, ALL), "without": (Ours, case, tuple(p for p in PARTS if p != part))}
         with turns(without, device, seconds / 3) as (variants, times):
             pairs[part] = times
             if part == used[-1]:
@@ -311,7 +339,7 @@ def test_sweep(axis, device, seconds, benchmark):
     """The fused step as one size of it grows."""
     times = {}
     for size, case in SWEEPS[axis].items():
-        with turns({"fused": (Ours, case, tuple(PARTS))}, device, seconds / 5) as (variants, found):
+        with turns({"fused": (Ours, case, ALL)}, device, seconds / 5) as (variants, found):
             times[size] = found["fused"]
             if size == max(SWEEPS[axis]):
                 benchmark.pedantic(variants["fused"], args=("seconds",), rounds=2)

@@ -17,6 +17,7 @@ is view m of sample b. Masks and padding are bool, True = masked, True = padding
 """
 
 import copy
+import functools
 import math
 from typing import NamedTuple
 
@@ -193,12 +194,13 @@ def sincos(D: int, side: int) -> Tensor:
     return torch.stack(rows).unsqueeze(0).to(torch.get_default_dtype())
 
 
-def slopes(heads: int) -> Tensor:
+@functools.cache
+def slopes(heads: int, device: torch.device) -> Tensor:
     """of ALiBi, spec 4.4: (H,)"""
     power = 2 ** math.floor(math.log2(heads))
     made = [2.0 ** (-8 / power * (i + 1)) for i in range(power)]
     finer = [2.0 ** (-8 / (2 * power) * (i + 1)) for i in range(2 * power)]
-    return torch.tensor(made + finer[::2][: heads - power], dtype=torch.float64)
+    return torch.tensor(made + finer[::2][: heads - power], dtype=torch.float64, device=device)
 
 
 class Context(NamedTuple):
@@ -282,8 +284,8 @@ class ModalityEncoder(nn.Module):
             positions = positions.transpose(1, 2)
         bias = None
         if self.own["use_alibi_encoder"]:
-            place = torch.arange(T, dtype=torch.float64)
-            bias = -slopes(self.heads)[:, None, None] * (place[:, None] - place).abs()
+            place = torch.arange(T, dtype=torch.float64, device=x.device)
+            bias = -slopes(self.heads, x.device)[:, None, None] * (place[:, None] - place).abs()
             bias = bias.to(x.dtype).expand(len(x), -1, -1, -1)
         if keep is not None:
             channels = keep[..., None].expand(-1, -1, x.shape[2])

@@ -1,0 +1,98 @@
+"""Passes that are replayed: the same training as without, with a recording that runs the pass again in place of a GPU."""
+
+import pytest
+import torch
+from torch import nn
+
+from d2v_fast.graphs import Graphs
+
+
+class Again(Graphs):
+    """Writes into the tensors of the first run, as a graph does, and into no other."""
+
+    def capture(self, run):
+        outputs = run()
+        grads = [(p, p.grad) for p in self.parameters if p.grad is not None]
+
+        def replay():
+            for p, _ in grads:
+                p.grad = None
+            for kept, new in zip(outputs, run(), strict=True):
+                kept.copy_(new)
+            for p, kept in grads:
+                kept.copy_(p.grad)
+
+        return replay, outputs
+
+
+def training(wrap):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    unused = nn.Parameter(torch.ones(2))
+    parameters = [*model.parameters(), unused]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    calls = []
+
+    def run(inputs, scale):
+        calls.append(len(inputs["x"]))
+        loss = ((model(inputs["x"]) - inputs["y"]) ** 2).sum() / scale
+        loss.backward()
+        return (loss.detach(),)
+
+    graphs = wrap(run, parameters)
+
+    def step(size, scale=2.0):
+        (loss,) = graphs(dict(x=torch.randn(size, 6), y=torch.randn(size, 3)), scale)
+        loss = float(loss)  # read before the next call writes it again
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step, graphs, calls, unused
+
+
+def plain(run, parameters):
+    return run
+
+
+def test_the_same_training_whatever_is_replayed():
+    sizes = [4, 4, 5, 4, 4, 5, 4, 5, 5, 4, 7, 5]
+    curves = []
+    for wrap in (plain, lambda *args: Again(*args, after=2)):
+        step, graphs, _, unused = training(wrap)
+        curves.append([step(size) for size in sizes])
+        assert unused.grad is None
+    assert curves[0] == curves[1]
+    assert [key[1][1] for key in graphs.recorded] == [(4, 6), (5, 6)]
+
+
+def test_other_settings_or_dtypes_are_another_graph():
+    step, graphs, _, _ = training(lambda *args: Again(*args, after=0))
+    first, second = step(4, 2.0), step(4, 200.0)
+    assert first > 20 * second and len(graphs.recorded) == 2
+    (key, _) = graphs.recorded
+    assert key[1:] == (("x", (4, 6), torch.float32), ("y", (4, 3), torch.float32))
+
+
+def test_there_are_as_many_graphs_as_asked_for():
+    step, graphs, _, _ = training(lambda *args: Again(*args, after=1, most=2))
+    for size in (1, 2, 3, 1, 2, 3, 1, 2, 3):
+        step(size)
+    assert [key[1][1][0] for key in graphs.recorded] == [1, 2]
+
+
+def test_shapes_that_never_come_again_fill_no_memory():
+    graphs = Again(lambda inputs: (), [], after=0, most=0)
+    for size in range(1500):
+        graphs(dict(x=torch.empty(size)))
+    assert len(graphs.seen) == 1000
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_was_returned_is_written_again(size):
+    _, graphs, _, _ = training(lambda *args: Again(*args, after=0))
+    inputs = dict(x=torch.randn(size, 6), y=torch.zeros(size, 3))
+    (first,) = graphs(inputs, 1.0)
+    (second,) = graphs(dict(inputs, y=torch.full((size, 3), 100.0)), 1.0)
+    assert first is second and float(first) > 1e3
