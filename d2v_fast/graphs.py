@@ -6,12 +6,15 @@ GPU to run them. A graph is launched once.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 Run = Callable[..., tuple[Tensor, ...]]
 
@@ -55,9 +58,16 @@ class Graphs:
         if key not in self.recorded:
             if len(self.seen) < 1000:  # lengths that hardly come twice would fill the memory of the host
                 self.seen[key] += 1
-            if self.seen[key] <= self.after or len(self.recorded) == self.most:
+            if self.seen[key] <= self.after or len(self.recorded) >= self.most:
                 return self.run(inputs, *settings)
-            self.recorded[key] = self._record(inputs, settings)
+            try:
+                self.recorded[key] = self._record(inputs, settings)
+            except RuntimeError as error:
+                self.most = 0
+                log.warning("no CUDA graphs: a pass could not be recorded: %s", str(error).splitlines()[0])
+                for parameter in self.parameters:
+                    parameter.grad = None
+                return self.run(inputs, *settings)
         found = self.recorded[key]
         for name, x in inputs.items():
             found.inputs[name].copy_(x, non_blocking=True)

@@ -96,3 +96,17 @@ def test_what_was_returned_is_written_again(size):
     (first,) = graphs(inputs, 1.0)
     (second,) = graphs(dict(inputs, y=torch.full((size, 3), 100.0)), 1.0)
     assert first is second and float(first) > 1e3
+
+
+def test_what_cannot_be_recorded_goes_on_without(caplog):
+    class Broken(Again):
+        def capture(self, run):
+            run()
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    curves = []
+    for wrap in (plain, lambda *args: Broken(*args, after=1)):
+        step, _, calls, _ = training(wrap)
+        curves.append([step(4) for _ in range(5)])
+    assert curves[0] == curves[1] and len(calls) == 6
+    assert caplog.messages == ["no CUDA graphs: a pass could not be recorded: operation not permitted when stream is capturing"]
