@@ -39,7 +39,7 @@ class LossCase:
         return (self.top_k * read + 2 * self.scored) * self.channels * dtype.itemsize
 
     def tensors(self, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Predictions (N, C) that require a gradient, K teacher layers (B, T, C), mask (B, T) or (B, M, T); N for every seed."""
+        """Predictions (N, C) that require a gradient, K teacher layers (B, T, C), mask (B, T) or (B, M, T); one N for all."""
         random = dict(device=device, generator=torch.Generator(device).manual_seed(seed))
         shape = (self.batch, self.length, self.channels)
         layers = [torch.randn(shape, dtype=dtype, **random) for _ in range(self.top_k)]
