@@ -20,23 +20,38 @@ class LossCase:
     top_k: int
     masked: float
     norm: str
+    target_norm: str = "none"
+    views: int = 0  # of each sample, for data2vec 2.0; all mask as many positions
+    channels: int = CHANNELS
 
-    def needed_bytes(self, dtype: torch.dtype, scored: int) -> int:
+    @property
+    def scored(self) -> int:
+        return self.batch * self.views * round(self.length * self.masked) or round(self.batch * self.length * self.masked)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a layer that are masked; of several views hardly one is masked in none."""
+        return self.batch * self.length if self.views else self.scored
+
+    def needed_bytes(self, dtype: torch.dtype) -> int:
         """Each needed byte once: the rows of the teacher that the norm reads, the predictions, their gradient."""
-        read = scored if self.norm == "layer" else self.batch * self.length
-        return (self.top_k * read + 2 * scored) * CHANNELS * dtype.itemsize
+        read = self.rows if self.norm == "layer" else self.batch * self.length
+        return (self.top_k * read + 2 * self.scored) * self.channels * dtype.itemsize
 
     def tensors(self, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Predictions (N, C) that require a gradient, K teacher layers (B, T, C), mask (B, T); the same N for every seed."""
-        generator = torch.Generator(device).manual_seed(seed)
-        shape = (self.batch, self.length, CHANNELS)
-        layers = [torch.randn(shape, dtype=dtype, device=device, generator=generator) for _ in range(self.top_k)]
-        scored = round(self.batch * self.length * self.masked)
-        chosen = torch.randperm(self.batch * self.length, generator=generator, device=device)[:scored]
-        mask = torch.zeros(self.batch * self.length, dtype=torch.bool, device=device)
-        mask[chosen] = True
-        predictions = torch.randn(scored, CHANNELS, dtype=dtype, device=device, generator=generator)
-        return predictions.requires_grad_(), layers, mask.view(shape[:2])
+        """Predictions (N, C) that require a gradient, K teacher layers (B, T, C), mask (B, T) or (B, M, T); one N for all."""
+        random = dict(device=device, generator=torch.Generator(device).manual_seed(seed))
+        shape = (self.batch, self.length, self.channels)
+        layers = [torch.randn(shape, dtype=dtype, **random) for _ in range(self.top_k)]
+        if self.views:
+            order = torch.rand(self.batch, self.views, self.length, **random).argsort(-1)
+            mask = order < round(self.length * self.masked)
+        else:
+            mask = torch.zeros(self.batch * self.length, dtype=torch.bool, device=device)
+            mask[torch.randperm(self.batch * self.length, **random)[: self.scored]] = True
+            mask = mask.view(shape[:2])
+        predictions = torch.randn(self.scored, self.channels, dtype=dtype, **random)
+        return predictions.requires_grad_(), layers, mask
 
 
 LOSS_CASES = [
@@ -50,6 +65,14 @@ LOSS_CASES = [
     LossCase("audio-16x250", 16, 250, 8, 0.49, "instance"),
     LossCase("audio-8x780", 8, 780, 8, 0.49, "instance"),
     LossCase("audio-16x780", 16, 780, 8, 0.49, "instance"),
+]
+
+# data2vec 2.0: M views of each sample share its targets.
+LOSS_CASES_2 = [
+    LossCase("image-16x16x196", 16, 196, 10, 0.80, "instance", "layer", views=16),
+    LossCase("image-large-8x16x196", 8, 196, 18, 0.80, "instance", "layer", views=16, channels=1024),
+    LossCase("audio-4x8x750", 4, 750, 8, 0.50, "instance", views=8),
+    LossCase("text-4x8x512", 4, 512, 12, 0.48, "instance", views=8),
 ]
 
 

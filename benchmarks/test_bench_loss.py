@@ -1,4 +1,4 @@
-"""Loss and gradient: ours beside eager, `torch.compile`, both on rows gathered first, and the machine's copy bandwidth."""
+"""Loss and gradient: ours beside eager, the published formulation, one that reads what it needs, all compiled, and a copy."""
 
 import gc
 import itertools
@@ -7,37 +7,69 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.cases import CHANNELS, LOSS_CASES
+from benchmarks.cases import LOSS_CASES, LOSS_CASES_2
 from benchmarks.measure import copy, interleaved, peak_extra_bytes
 from d2v_fast import data2vec_loss
 
 COLD = 128 << 20  # bytes that pass between two uses of the same input
 
 
-def gather_first(predictions, layers, index, norm):
-    """What a careful engineer writes: nothing but masked rows is normalised."""
+def gather_first(predictions, layers, index, case):
+    """What a careful engineer writes: of a layer norm nothing but masked rows, and of several views one average."""
+    position = index
+    if case.views:
+        position = index // (case.views * case.length) * case.length + index % case.length
     total = 0
     for x in layers:
-        if norm == "layer":
-            total = total + F.layer_norm(x.flatten(0, 1)[index].float(), (CHANNELS,))
+        if case.norm == "layer" and not case.views:
+            total = total + F.layer_norm(x.flatten(0, 1)[position].float(), x.shape[-1:])
+            continue
+        x = x.float()
+        if case.norm == "layer":
+            total = total + F.layer_norm(x, x.shape[-1:])
+            continue
+        variance, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
+        if case.views:
+            total = total + (x - mean) * (variance + 1e-5).rsqrt()
         else:
-            x = x.float()
-            variance, mean = torch.var_mean(x, 1, correction=0)
-            sample = index // x.shape[1]
-            total = total + (x.flatten(0, 1)[index] - mean[sample]) * (variance + 1e-5).rsqrt()[sample]
-    return ((predictions.float() - total / len(layers)) ** 2).sum() * CHANNELS**-0.5 / len(index)
+            sample = position // x.shape[1]
+            rows = x.flatten(0, 1)[position]
+            total = total + (rows - mean[sample, 0]) * (variance[sample, 0] + 1e-5).rsqrt()
+    average = total / len(layers)
+    if case.target_norm == "layer":
+        average = F.layer_norm(average, average.shape[-1:])
+    targets = average.flatten(0, 1)[position] if case.views else average
+    return F.mse_loss(predictions.float(), targets, reduction="sum") * case.channels**-0.5 / len(index)
+
+
+def published(predictions, layers, index, case):
+    """As the papers' formulas are written down first: all of every layer in fp32, repeated for the views, rows taken last."""
+    average = 0
+    for x in layers:
+        x = x.float()
+        if case.norm == "layer":
+            x = F.layer_norm(x, x.shape[-1:])
+        else:
+            x = F.instance_norm(x.transpose(1, 2)).transpose(1, 2)
+        average = average + x
+    average = average / len(layers)
+    if case.target_norm == "layer":
+        average = F.layer_norm(average, average.shape[-1:])
+    if case.views:
+        average = average.repeat_interleave(case.views, 0)
+    targets = average.flatten(0, 1)[index]
+    return F.mse_loss(predictions.float(), targets, reduction="sum") * case.channels**-0.5 / len(index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*LOSS_CASES, *LOSS_CASES_2], ids=lambda case: case.name)
 def test_loss(case, dtype, device, seconds, benchmark):
     torch._dynamo.reset()
     gc.collect()
-    scored = round(case.batch * case.length * case.masked)
-    needed = case.needed_bytes(dtype, scored)
+    needed = case.needed_bytes(dtype)
     inputs = [case.tensors(dtype, device, seed) for seed in range(2 + COLD // needed)]
     inputs = [(*tensors, tensors[2].flatten().nonzero().squeeze(1)) for tensors in inputs]
-    compiled = torch.compile(gather_first, dynamic=False)
+    compiled = {plain: torch.compile(plain, dynamic=False) for plain in (gather_first, published)}
 
     def step(loss):
         turn = itertools.cycle(inputs)
@@ -50,26 +82,36 @@ def test_loss(case, dtype, device, seconds, benchmark):
         return run
 
     def ours(impl):
-        return step(lambda predictions, layers, mask, _: data2vec_loss(predictions, layers, mask, norm=case.norm, impl=impl))
+        return step(lambda predictions, layers, mask, _: fused(predictions, layers, mask, case, impl))
 
+    def theirs(loss):
+        return step(lambda predictions, layers, _, index: loss(predictions, layers, index, case))
+
+    kernel = "native" if device == "cpu" else "triton"
     variants = {
-        "fused": ours("native" if device == "cpu" else "triton"),
+        "fused": ours(kernel),
         "compile": ours("compile"),
-        "gather first": step(lambda predictions, layers, _, index: gather_first(predictions, layers, index, case.norm)),
-        "gather first, compile": step(lambda predictions, layers, _, index: compiled(predictions, layers, index, case.norm)),
+        "gather first": theirs(gather_first),
+        "gather first, compile": theirs(compiled[gather_first]),
+        "published": theirs(published),
+        "published, compile": theirs(compiled[published]),
         "eager": ours("eager"),
         "copy": copy(device),
-        "copy rows": copy_rows(inputs),
+        "copy rows": copy_rows(inputs, case),
     }
     if device == "cuda":
         variants["fused, graph"] = replayed(variants["fused"], len(inputs))
-    expected, *others = (loss_of(impl, inputs[0], case, compiled) for impl in ("eager", "fused", "gather first, compile"))
+    predictions, layers, mask, index = inputs[0]
+    with torch.no_grad():
+        expected = fused(predictions, layers, mask, case, "eager")
+        others = [fused(predictions, layers, mask, case, kernel)]
+        others += [loss(predictions, layers, index, case) for loss in (gather_first, published, *compiled.values())]
     for loss in others:
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
 
     times = interleaved(variants, device, seconds)
     bandwidth = 2 * (256 << 20) / times.pop("copy")
-    row_bandwidth = 2 * case.top_k * scored * CHANNELS * dtype.itemsize / times.pop("copy rows")
+    row_bandwidth = 2 * case.top_k * case.rows * case.channels * dtype.itemsize / times.pop("copy rows")
     memory = {}
     for name in times:
         for predictions, *_ in inputs:
@@ -79,7 +121,7 @@ def test_loss(case, dtype, device, seconds, benchmark):
         case=case.name,
         dtype=str(dtype).removeprefix("torch."),
         bytes=needed,
-        gradient_bytes=scored * CHANNELS * dtype.itemsize,
+        gradient_bytes=case.scored * case.channels * dtype.itemsize,
         copy_bandwidth=bandwidth,
         row_bandwidth=row_bandwidth,
         seconds=times,
@@ -88,25 +130,21 @@ def test_loss(case, dtype, device, seconds, benchmark):
     benchmark.pedantic(variants["fused"], rounds=10, warmup_rounds=2)
 
 
-def loss_of(name, inputs, case, compiled):
-    predictions, layers, mask, index = inputs
-    with torch.no_grad():
-        if name == "gather first, compile":
-            return compiled(predictions, layers, index, case.norm)
-        impl = {"eager": "eager", "fused": "native" if predictions.device.type == "cpu" else "triton"}[name]
-        return data2vec_loss(predictions, layers, mask, norm=case.norm, impl=impl)
+def fused(predictions, layers, mask, case, impl):
+    return data2vec_loss(predictions, layers, mask, norm=case.norm, target_norm=case.target_norm, impl=impl)
 
 
-def copy_rows(inputs):
+def copy_rows(inputs, case):
     """Copies the masked rows of all layers and nothing else: what the machine can do for memory read in pieces."""
     turn = itertools.cycle(inputs)
-    first, layers, *_ = inputs[0]
-    targets = [torch.empty_like(first, requires_grad=False) for _ in layers]
+    _, layers, *_, index = inputs[0]
+    everything = torch.arange(case.batch * case.length, device=index.device)
+    targets = [x.new_empty(case.rows, case.channels) for x in layers]
 
     def run():
         _, layers, _, index = next(turn)
         for x, target in zip(layers, targets, strict=True):
-            torch.index_select(x.flatten(0, 1), 0, index, out=target)
+            torch.index_select(x.flatten(0, 1), 0, everything if case.views else index, out=target)
 
     return run
 

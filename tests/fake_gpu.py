@@ -146,11 +146,12 @@ def loss(norm: str, target_norm: str, kind: str) -> None:
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     torch.cuda.device_of = lambda tensor: MODE
     layers = [on_gpu(torch.empty(2, 7, 64, dtype=torch.bfloat16)) for _ in range(3)]
-    mask = on_gpu(torch.empty(2, 7, dtype=torch.bool))
+    padding = on_gpu(torch.empty(2, 7, dtype=torch.bool))
+    mask = on_gpu(torch.empty(2, 3, 7, dtype=torch.bool)) if kind == "views" else padding
     predictions = on_gpu(torch.empty(2, 7, 64) if kind == "dense" else torch.empty(5, 64))
     with MODE:
-        for padding in (None, mask):
-            outputs = triton_loss.loss(predictions, layers, mask, padding, norm, target_norm, 1.0, 0.1, True, True, True)
+        for hidden in (None, padding):
+            outputs = triton_loss.loss(predictions, layers, mask, hidden, norm, target_norm, 1.0, 0.1, True, True, True)
             assert all(output.device.type == "cuda" for output in outputs)
             torch.ops.d2v_fast.scaled(outputs[1], outputs[2], outputs[0], "triton")
 

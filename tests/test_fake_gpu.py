@@ -24,7 +24,7 @@ CASES = [
     *(f"{name} {precision} {kind}" for name, precision, kind in product(models.CONFIGS, ("fp32", "bf16"), ("plain", "fused"))),
     *(f"{name} {precision} {kind}" for name, precision, kind in FLASH),
     *(f"trainer {modality} {kind}" for modality, kind in product(("text", "vision", "audio"), ("plain", "fused"))),
-    *(f"loss {norm} {target} {kind}" for norm, target, kind in product(NORMS, NORMS[:3], ("rows", "dense"))),
+    *(f"loss {norm} {target} {kind}" for norm, target, kind in product(NORMS, NORMS[:3], ("rows", "dense", "views"))),
 ]
 MISTAKES = {  # what has to be noticed, and how
     "beit fp32 host mask": "aten.where.self copies from the host",

@@ -16,6 +16,9 @@ HOT = [
     Case(channels=768, length=512, k=10, dtype=BF16, dtype_z=BF16, masked=0.15, batch=8),
     Case(channels=768, length=197, k=6, dtype=BF16, dtype_z=BF16, masked=0.6, batch=64, beta=2.0),
     Case("instance", channels=768, length=800, k=8, dtype=BF16, dtype_z=BF16, batch=4, padded=True),
+    Case("instance", "layer", channels=768, length=196, k=10, dtype=BF16, dtype_z=BF16, masked=0.8, batch=8, views=16),
+    Case("instance", channels=768, length=750, k=8, dtype=BF16, dtype_z=BF16, batch=2, padded=True, views=8),
+    Case(channels=768, length=512, k=12, dtype=BF16, dtype_z=BF16, masked=0.48, batch=2, views=8),
 ]
 REAL = [
     Case(norm, target_norm, beta, dense, dtype=dtype, dtype_z=dtype_z, k=12, channels=768, length=length, padded=padded)
@@ -36,7 +39,15 @@ WIDE = [
 ]
 
 
-@pytest.mark.parametrize("case", [*HOT, *CASES, *REAL, *WIDE], ids=str)
+VIEWS = [
+    Case(norm, target_norm, 1.0, dtype=dtype, dtype_z=dtype, k=3, channels=768, length=length, padded=padded, views=views)
+    for norm, target_norm, dtype, (length, padded, views) in product(
+        NORMS, NORMS[:3], (FP32, BF16), ((196, False, 16), (300, True, 8), (1100, True, 2), (50, False, 1))
+    )
+]
+
+
+@pytest.mark.parametrize("case", [*HOT, *CASES, *REAL, *WIDE, *VIEWS], ids=str)
 def test_against_float64(case):
     assert gate(case, "triton", "cuda") == []
 
@@ -57,15 +68,28 @@ def test_two_runs_agree_bit_by_bit(case):
 
 @pytest.mark.parametrize("target_norm", ["none", "layer", "instance"])
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("dense", [False, True])
-def test_nothing_waits_for_the_gpu(norm, target_norm, dense):
-    _, step = _step(Case(norm, target_norm, dense=dense, padded=True))
+@pytest.mark.parametrize("form", ["rows", "dense", "views"])
+def test_nothing_waits_for_the_gpu(norm, target_norm, form):
+    _, step = _step(Case(norm, target_norm, dense=form == "dense", padded=True, views=3 if form == "views" else 0))
     step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("case", HOT, ids=str)
+def test_captured_in_a_graph(case):
+    z, step = _step(case)
+    step()
+    expected, z.grad = z.grad, None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    z.grad.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(z.grad, expected)
 
 
 @pytest.mark.parametrize("case", HOT, ids=str)
@@ -77,8 +101,9 @@ def test_inside_a_compiled_step(case):
     torch.testing.assert_close(compiled_z.grad, z.grad)
 
 
+@pytest.mark.parametrize("views", [0, 8])
 @pytest.mark.parametrize("norm", ["layer", "instance"])
-def test_another_length_or_number_of_rows_compiles_nothing(norm):
+def test_another_length_or_number_of_rows_compiles_nothing(norm, views):
     from d2v_fast.ops import triton_loss
 
     kernel = triton_loss._loss_rows_kernel if norm == "layer" else triton_loss._loss_instance_kernel
@@ -88,7 +113,7 @@ def test_another_length_or_number_of_rows_compiles_nothing(norm):
 
     counts = set()
     for length, masked in ((97, 0.5), (101, 0.2), (112, 0.3), (128, 0.9), (65, 0.01)):
-        _step(Case(norm, length=length, masked=masked))[1]()
+        _step(Case(norm, length=length, masked=masked, views=views))[1]()
         counts.add(compiled())
     assert len(counts) == 1
 
