@@ -261,9 +261,38 @@ def test_channels_last_is_the_same_convolution(dtype, settings, time_first):
         assert relative(a, b) < tolerance
 
 
+@pytest.mark.parametrize(
+    "plain, shape",
+    [
+        (nn.Conv1d(8, 12, 5, padding=2, groups=4), (2, 8, 9)),
+        (nn.Conv2d(8, 8, (3, 5), padding=(1, 2), groups=2), (2, 8, 4, 7)),
+    ],
+)
+def test_convolutions_in_groups_are_left_to_the_kernel(plain, shape, monkeypatch):
+    def kernel(x, weight, bias, groups):
+        assert x.ndim == weight.ndim == 4 and x.is_contiguous() and x.dtype == torch.bfloat16
+        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+        with torch.autocast("cpu", enabled=False):
+            y = F.conv2d(x.permute(0, 3, 1, 2).float(), weight, bias, padding=padding, groups=groups)
+        return y.permute(0, 2, 3, 1).to(x.dtype)
+
+    fast = copy.deepcopy(plain)
+    assert conv.use_channels_last(nn.Sequential(fast))
+    x = torch.randn(shape).movedim(1, -1).contiguous().movedim(-1, 1)
+    assert torch.equal(fast(x), plain(x))  # no GPU
+    monkeypatch.setattr(conv.triton_conv, "obstacle", lambda device, dtype: None)
+    monkeypatch.setattr(conv.triton_conv, "conv", kernel)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fast(x)
+    expected = plain(x)
+    assert found.shape == expected.shape and relative(found, expected) < 1e-2
+
+
 def test_other_convolutions_keep_their_order():
     others = [
         nn.Conv1d(4, 4, 3, groups=2),
+        nn.Conv1d(4, 4, 4, padding=2, groups=2),
+        nn.Conv2d(4, 4, 3, padding=1, stride=2, groups=2),
         nn.Conv1d(4, 4, 3, padding="same"),
         nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"),
     ]

@@ -21,6 +21,7 @@ class Again(Graphs):
                 kept.copy_(new)
             for p, kept in grads:
                 kept.copy_(p.grad)
+                p.grad = None  # a graph knows nothing of parameters
 
         return replay, outputs
 

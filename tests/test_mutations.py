@@ -284,6 +284,17 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
         "source = np.where(mask[:, 0], self.vocabulary.mask_id, target) if self.views else",
     ),
     "no padding for what is visible": ("data/__init__.py", 'arrays["mask"], arrays.get("padding_mask")', 'arrays["mask"]'),
+    # On a GPU
+    "no gradient after a replay": ("graphs.py", "            parameter.grad = grad\n", "            pass\n"),
+    "inputs of the recording again": (
+        "graphs.py",
+        "found.inputs[name].copy_(x, non_blocking=True)",
+        "found.inputs[name]",
+    ),
+    "one graph for all settings": ("graphs.py", "key = (settings, *(", "key = ((), *("),
+    "groups forgotten": ("ops/conv.py", "weight, self.bias, self.groups)", "weight, self.bias, 1)"),
+    "a convolution with strides for one without": ("ops/conv.py", "set(each.stride) == ", ""),
+    "channels last without the stride": ("ops/conv.py", "self.bias, (1, *self.stride), *along)", "self.bias, 1, *along)"),
 }
 
 
@@ -294,6 +305,8 @@ def files_for(file):
     own = {
         "ops/reference.py": ["tests/test_loss.py", "tests/test_model_2.py"],
         "masking.py": ["tests/test_views.py", "tests/test_masking.py"],
+        "graphs.py": ["tests/test_graphs.py"],
+        "ops/conv.py": ["tests/test_conv.py"],
         "nets/audio.py": ["tests/test_model_2.py", "tests/test_nets.py"],
     }
     return own.get(file, ["tests/test_model_2.py"])
