@@ -119,6 +119,7 @@ def test_loss(case, dtype, device, seconds, benchmark):
         memory[name] = peak_extra_bytes(variants[name], device)
     benchmark.extra_info.update(
         case=case.name,
+        norm=case.norm,
         dtype=str(dtype).removeprefix("torch."),
         bytes=needed,
         gradient_bytes=case.scored * case.channels * dtype.itemsize,
