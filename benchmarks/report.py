@@ -176,9 +176,9 @@ TABLES = {
 
 def plot_loss(path: Path, plt: Any) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    names = list(ratios(rows(path, "test_loss")[0], "test_loss"))
     for axis, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
         chosen = [row for row in rows(path, "test_loss") if row["dtype"] == dtype]
-        names = list(ratios(chosen[0], "test_loss")) if chosen else []
         for i, name in enumerate(names):
             heights = [ratios(row, "test_loss")[name] for row in chosen]
             width = 0.8 / len(names)
@@ -187,7 +187,7 @@ def plot_loss(path: Path, plt: Any) -> Any:
         axis.set_yticks(range(len(chosen)), [row["case"] for row in chosen])
         axis.axvline(1, color="black", linewidth=0.8)
     axes[0].invert_yaxis()
-    axes[1].legend()
+    axes[0].legend()
     figure.suptitle(f"Loss and gradient on {machine(path)}", fontsize=9)
     return figure
 
