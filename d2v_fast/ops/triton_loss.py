@@ -451,7 +451,7 @@ def _finish_kernel(
     n_losses, n_counts, scale,
     C: tl.constexpr, BLOCK_C: tl.constexpr, MEAN: tl.constexpr, WITH_STATS: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = 1024
+    BLOCK: tl.constexpr = 4096
     ROWS: tl.constexpr = 128  # many at a time: the loads of one turn wait for those of the turn before
     loss = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_losses, BLOCK):
