@@ -34,7 +34,7 @@ def data2vec_loss(
     impl: Implementation = "auto",
     return_stats: bool = False,
     return_target_mean: bool = False,
-) -> Tensor | tuple:
+) -> Tensor | tuple[Tensor | LossStats, ...]:
     """Masked regression of the normalised, averaged top-K teacher layers (data2vec section 3.3; spec 1.2, 1.4).
 
     Args:
@@ -164,13 +164,14 @@ class Data2VecLoss(nn.Module):
         layout: Layout = "BTC",
         impl: Implementation = "auto",
         return_stats: bool = False,
+        return_target_mean: bool = False,
     ):
         super().__init__()
         self.settings = dict(
             norm=norm, target_norm=target_norm, beta=beta, scale=scale, reduction=reduction, layout=layout, impl=impl
         )
         check_settings(**self.settings)
-        self.settings["return_stats"] = return_stats
+        self.settings |= dict(return_stats=return_stats, return_target_mean=return_target_mean)
 
     def forward(
         self,
@@ -178,7 +179,7 @@ class Data2VecLoss(nn.Module):
         teacher_layers: Sequence[Tensor],
         mask: Tensor,
         padding_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, LossStats]:
+    ) -> Tensor | tuple[Tensor | LossStats, ...]:
         return data2vec_loss(predictions, teacher_layers, mask, padding_mask=padding_mask, **self.settings)
 
     def extra_repr(self) -> str:

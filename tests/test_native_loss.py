@@ -518,6 +518,22 @@ def test_inside_a_compiled_module(impl, stats, dense):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
+def test_views_inside_a_compiled_function():
+    z, layers, mask, padding = inputs(Case(views=3, padded=True))
+    how = dict(norm="instance", target_norm="layer", padding_mask=padding, impl="native")
+    how |= dict(return_stats=True, return_target_mean=True)
+    torch._dynamo.reset()
+    found = []
+    for run in (data2vec_loss, torch.compile(data2vec_loss, fullgraph=True, backend="aot_eager")):
+        q = z.clone().requires_grad_()
+        loss, stats, mean = run(q, layers, mask, **how)
+        (2 * loss).backward()
+        assert not mean.requires_grad and mean.shape == (2, 64)
+        found.append([loss, q.grad, stats.target.std, stats.prediction.std, mean])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("change", [-1, 3])
 def test_a_wrong_number_of_rows_is_seen_when_traced(change):
     z, layers, mask, _ = inputs(Case())
@@ -530,7 +546,13 @@ def test_a_wrong_number_of_rows_is_seen_when_traced(change):
 
 
 @pytest.mark.parametrize(
-    "case", [Case(channels=20), Case("instance", "instance", 1.0, True, "TBC", padded=True, dtype_z=FP16, dtype=BF16)], ids=str
+    "case",
+    [
+        Case(channels=20),
+        Case("instance", "instance", 1.0, True, "TBC", padded=True, dtype_z=FP16, dtype=BF16),
+        Case("instance", "layer", channels=20, views=3, padded=True),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("stats", [False, True])
 def test_opcheck(case, stats):

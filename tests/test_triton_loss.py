@@ -346,8 +346,8 @@ def test_compiles_without_spills(compiler, arch):
     for row in table:
         print(*row.values(), sep=" | ")
     assert {row["kernel"] for row in table} == set(KERNELS)
-    # ptxas trades two words outside the loop for one more block on an sm_80; any more would mean too large a tile.
-    assert [row for row in table if row["spills"] > 8] == []
+    # ptxas trades up to four words outside the loop for one more block; any more would mean too large a tile.
+    assert [row for row in table if row["spills"] > 16] == []
     # The teacher, and nothing else is that large, is read 16 bytes at a time.
     for row in table:
         if row["kernel"] in TEACHER_KERNELS and row["case"] != "C not a multiple of 8":

@@ -148,7 +148,7 @@ def _order_kernel(
         tl.store(order_ptr + i, tl.where(written, tl.where(scored, row, -2 - row), -1), mask=exists)
 
 
-@_jit(do_not_specialize=["n_rows", "n_tiles", "n_batch", "n_time"])
+@_jit(do_not_specialize=["n_rows", "n_tiles", "n_batch", "n_time", "stride_xb", "stride_xt"])
 def _loss_rows_kernel(
     x_ptrs,  # K × (B, T, C)
     mean_ptr,  # (K, B, C) fp32, read by NORM "affine" only
@@ -207,17 +207,19 @@ def _loss_rows_kernel(
         y = ()
         for _ in tl.static_range(CHUNKS):
             y += (zeros,)
-        for k in tl.range(K, num_stages=STAGES):
+        layers = K
+        if not BY_ROW and BLOCK_M == 1:  # of several views hardly a tile is unused
+            layers = tl.max(tl.where(used, K, 0))
+        for k in tl.range(0, layers, num_stages=STAGES):
             x_ptr = _select(x_ptrs, k, K)
             parts = ()
             for i in tl.static_range(CHUNKS):
                 c = i * BLOCK_C + column
                 part = tl.load(x_ptr + offset + c * tl.cast(stride_xc, tl.int64), mask=used & (c < C), other=0).to(tl.float32)
                 if NORM == "affine":
-                    known = used & (c < C) if BY_ROW else c < C  # positions of a tile share one sample's statistics
-                    s = tl.cast(k * n_batch + batch, tl.int64) * C + c
-                    mean = tl.load(mean_ptr + s, mask=known, other=0)
-                    part = (part - mean) * tl.load(rstd_ptr + s, mask=known, other=0)
+                    s = tl.cast(k * n_batch + batch, tl.int64) * C + c  # not BY_ROW, so that a tile is of one sample
+                    mean = tl.load(mean_ptr + s, mask=c < C, other=0)
+                    part = (part - mean) * tl.load(rstd_ptr + s, mask=c < C, other=0)
                 parts += (part,)
             if NORM == "layer":
                 parts = _layer_norm(parts, C, BLOCK_C)
@@ -313,7 +315,7 @@ def _target_mean_kernel(
     tl.store(mean_ptr + batch * C + c, mean, mask=c < C)
 
 
-@_jit(do_not_specialize=["n_time"])
+@_jit(do_not_specialize=["n_time", "stride_xb", "stride_xt"])
 def _loss_instance_kernel(
     x_ptrs,  # K × (B, T, C)
     padding_ptr,  # (B, T) bool, read if PADDED
@@ -352,9 +354,6 @@ def _loss_instance_kernel(
 
     value = tl.zeros((BLOCK_T, 1), tl.float32)
     weight = value
-    count = tl.zeros((1, 1), tl.float32)
-    mean = tl.zeros((1, BLOCK_C), tl.float32)
-    m2 = mean
     for view in range(n_views):
         row = tl.load(order_ptr + (batch * n_views + view) * n_time + time, mask=exists, other=-1)[:, None]
         scored = row >= 0
@@ -365,28 +364,31 @@ def _loss_instance_kernel(
         tl.store(grad_ptr + z_offset, slope.to(grad_ptr.dtype.element_ty), mask=(row >= 0) & (c < C))
         value += tl.sum(error, 1, keep_dims=True)
         weight += scored.to(tl.float32)
-        if WITH_STATS:  # view by view: moments of each position would not fit into the registers
-            more = tl.sum(scored.to(tl.float32), 0, keep_dims=True)
-            other = tl.sum(z, 0, keep_dims=True) / tl.maximum(more, 1.0)
-            off = tl.where(scored, z - other, 0.0)
-            m2 += tl.sum(off * off, 0, keep_dims=True)
-            off = other - mean
-            step = off * (more / tl.maximum(count + more, 1.0))
-            mean += step
-            m2 += count * off * step
-            count += more
     tl.store(loss_ptr + batch * tl.num_programs(0) + tl.program_id(0), tl.sum(value))
     tl.store(count_ptr + batch, tl.sum(weight), mask=tl.program_id(0) == 0)
     if WITH_STATS:
-        _, of_targets, squares = _merge(weight, y, zeros)
         out = moments_ptr + batch * C + c
-        tl.store(out, of_targets, mask=c < C)
-        tl.store(out + n_batch * C, squares, mask=c < C)
+        _, mean, m2 = _merge(weight, y, zeros)
+        tl.store(out, mean, mask=c < C)
+        tl.store(out + n_batch * C, m2, mask=c < C)
+        # The predictions once more, from the L2 cache: beside y the registers would not hold what this needs.
+        count = tl.zeros((1, 1), tl.float32)
+        mean = tl.zeros((1, BLOCK_C), tl.float32)
+        m2 = mean
+        for view in range(n_views):
+            row = tl.load(order_ptr + (batch * n_views + view) * n_time + time, mask=exists, other=-1)[:, None]
+            z = tl.load(z_ptr + row.to(tl.int64) * C + c, mask=(row >= 0) & (c < C), other=0).to(tl.float32)
+            more, other, squares = _merge((row >= 0).to(tl.float32), z, zeros)
+            count += more
+            off = other - mean
+            step = off * (more / tl.maximum(count, 1.0))
+            mean += step
+            m2 += squares + (count - more) * off * step
         tl.store(out + 2 * n_batch * C, mean, mask=c < C)
         tl.store(out + 3 * n_batch * C, m2, mask=c < C)
 
 
-@_jit(do_not_specialize=["n_time"])
+@_jit(do_not_specialize=["n_time", "stride_xb", "stride_xt"])
 def _channel_stats_kernel(
     x_ptrs,  # K × (B, T, C)
     padding_ptr,  # (B, T) bool, read if PADDED
@@ -404,7 +406,7 @@ def _channel_stats_kernel(
     total = first
     square = first
     count = tl.zeros((BLOCK_T, 1), tl.float32)
-    for start in range(0, n_time, BLOCK_T):
+    for start in tl.range(0, n_time, BLOCK_T, num_stages=4):
         time = start + tl.arange(0, BLOCK_T)
         present = time < n_time
         if PADDED:
@@ -449,7 +451,7 @@ def _finish_kernel(
     n_losses, n_counts, scale,
     C: tl.constexpr, BLOCK_C: tl.constexpr, MEAN: tl.constexpr, WITH_STATS: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = 1024
+    BLOCK: tl.constexpr = 4096
     ROWS: tl.constexpr = 128  # many at a time: the loads of one turn wait for those of the turn before
     loss = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_losses, BLOCK):
@@ -538,18 +540,18 @@ def _alignment(x: Tensor) -> int:
 
 def rows_tile(channels: int, itemsize: int, by_row: bool, affine: bool, stats: bool) -> dict:
     """Launch table of `_loss_rows_kernel`: 16 bytes a thread and 512 a warp, as many warps a row as registers ask for."""
-    per_warp = 768 if stats else 1280  # moments are four more numbers for each channel
+    # Moments are four more numbers for each channel, the mean and rstd of a layer two.
+    per_warp = (512 if affine and itemsize == 4 else 768) if stats else 1280
     warps = min(triton.next_power_of_2(triton.cdiv(channels, per_warp)), 8)
     full = warps * 512 // itemsize
     block_c = min(full, triton.next_power_of_2(channels))
     block_n = 4 * full // block_c  # narrow rows share a warp
-    staged = itemsize + 8 * (affine and by_row)  # mean and rstd of each row
     return dict(
         BLOCK_N=block_n,
         BLOCK_C=block_c,
-        STAGES=_stages(block_n * block_c * triton.cdiv(channels, block_c) * staged),
+        STAGES=_stages(block_n * block_c * triton.cdiv(channels, block_c) * itemsize),
         num_warps=4 * warps,
-        maxnreg=168 if stats and not affine and warps == 1 else None,  # for a third block on a processor
+        maxnreg=168 if stats and by_row and warps == 1 else None,  # for a third block on a processor
     )
 
 
@@ -647,7 +649,7 @@ def loss(
     z = predictions.reshape(-1, channels).contiguous()
     dense = predictions.ndim == 3
     on_chip = norm == "instance" and target_norm == "none" and length <= LONGEST
-    by_row = views == 1 and not (dense or on_chip or target_mean)
+    by_row = views == 1 and norm not in POOLED and not (dense or target_mean)
     n_rows = min(len(z), mask.numel())
     padding = mask if padding_mask is None else padding_mask
     settings = dict(K=len(layers), C=channels, ALIGNED=_alignment(layers[0]), PADDED=padding_mask is not None)
