@@ -152,6 +152,24 @@ def test_a_wrong_number_of_rows_stays_in_bounds(interpreted, norm, n_rows):
     assert (grad[12:18] == 0).all()
 
 
+def _beside_nan(case: Case) -> list[Tensor]:
+    """Loss, gradient and moments where the teacher is NaN at each position that is masked in no view."""
+    from d2v_fast import data2vec_loss
+
+    z, layers, mask, _ = inputs(case)
+    for x in layers:
+        x[~(mask.any(1) if case.views else mask)] = float("nan")
+    z.requires_grad_()
+    loss, stats, _ = data2vec_loss(z, layers, mask, norm="layer", impl="triton", return_stats=True, return_target_mean=True)
+    loss.backward()
+    return [loss.detach(), z.grad, *stats.target, *stats.prediction]
+
+
+@pytest.mark.parametrize("case", [Case(dense=True), Case(), Case(views=2)], ids=str)
+def test_what_is_not_scored_may_hold_anything(interpreted, case):
+    assert all(x.isfinite().all() for x in interpreted(_beside_nan, case))
+
+
 def _finish(losses: Tensor, counts: Tensor, moments: Tensor) -> tuple[Tensor, ...]:
     from d2v_fast.ops import triton_loss
 
