@@ -84,6 +84,12 @@ def loss_table(path: Path) -> str:
     return markdown(columns, lines)
 
 
+def memory(row: dict, name: str) -> str:
+    """Of a step, beyond what lies there before it."""
+    extra = row["extra_bytes"]
+    return f"{extra[name] / 2**30:.1f} GB" if name in extra else "–"
+
+
 def step_table(path: Path) -> str:
     lines = []
     for row in rows(path, "test_step"):
@@ -95,7 +101,7 @@ def step_table(path: Path) -> str:
                 f"{row['samples'] / seconds:.1f}",
                 f"{row['targets'] / seconds:.0f}",
                 f"{row['flops'][name] / seconds / row['matmul_rate']:.0%}",
-                f"{row['extra_bytes'][name] / 2**30:.1f} GB",
+                memory(row, name),
                 f"{ratios(row, 'test_step')[name]:.1f}" if name != "fused" else "",
             ]
             lines.append(cells)
@@ -114,7 +120,7 @@ def step_2_table(path: Path) -> str:
                 f"{seconds * 1e3:.0f}",
                 f"{rate[name]:.0f}",
                 f"{row['flops'][name] / seconds / row['matmul_rate']:.0%}",
-                f"{row['extra_bytes'][name] / 2**30:.1f} GB",
+                memory(row, name),
                 f"{rate['fused'] / rate[name]:.1f}" if name != "fused" else "",
             ]
             lines.append(cells)
@@ -130,7 +136,7 @@ def breakdown_table(path: Path) -> str:
         for row in rows(path, "test_step") + rows(path, "test_step_2")
         for name, seconds in row["parts"].items()
     ]
-    return markdown(["ms", "step", *parts], lines)
+    return markdown(["ms", "step", *parts], lines) if lines else ""
 
 
 def parts_table(path: Path) -> str:
@@ -241,7 +247,8 @@ def main() -> None:
     print(machine(arguments.results))
     for test, tables in TABLES.items():
         for table in tables if rows(arguments.results, test) else ():
-            print(f"\n{table(arguments.results)}")
+            if text := table(arguments.results):
+                print(f"\n{text}")
     if arguments.plot:
         plot(arguments.results, arguments.plot)
     if arguments.against:

@@ -52,8 +52,9 @@ def test_inside_a_compiled_step(case):
     step()
     compiled_leaves, compiled_step = _step(case, torch.compile(triton_conv.conv, fullgraph=True))
     compiled_step()
-    for leaf, compiled in zip(leaves, compiled_leaves, strict=True):
-        torch.testing.assert_close(compiled.grad, leaf.grad)
+    for leaf, compiled, tolerance in zip(leaves, compiled_leaves, (0, 0, 1e-4), strict=True):
+        # The kernels are the same; the bias has a sum of the compiler's own, in another order.
+        torch.testing.assert_close(compiled.grad, leaf.grad, rtol=tolerance, atol=tolerance)
 
 
 def test_inside_a_graph():
