@@ -11,7 +11,8 @@ class Again(Graphs):
     """Writes into the tensors of the first run, as a graph does, and into no other."""
 
     def capture(self, run):
-        outputs = run()
+        with torch.random.fork_rng(devices=[]):  # nothing is drawn while a graph is recorded
+            outputs = run()
         grads = [(p, p.grad) for p in self.parameters if p.grad is not None]
 
         def replay():

@@ -19,9 +19,11 @@ from transformers import AutoModel
 from d2v_fast import ConvDecoder, Data2Vec, Encoder, cli, training
 from d2v_fast.config import parse
 from d2v_fast.diagnostics import CollapseError, constant_loss
+from d2v_fast.graphs import Graphs
 from d2v_fast.training import Trainer, freeze_unused
 from tests.models import Handwritten
 from tests.runs import Run, train
+from tests.test_graphs import Again
 from tests.test_resume import assert_same, killed_and_resumed, last
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -269,6 +271,35 @@ def test_bf16_is_near_the_same_curve():
         curves.append([record["loss"] for record in records(precision)])
     np.testing.assert_allclose(*curves, rtol=0.03)
     assert curves[0] != curves[1]
+
+
+@pytest.mark.parametrize("modality", SMALL)
+def test_replayed_passes_are_the_same_run(modality):
+    found = []
+    for name in ("plain", "replayed"):
+        run = Trainer(config(modality, name, *OURS.get(modality, "").split(), "train.steps=9", "train.log_every=3"))
+        if name == "replayed":
+            run.graphs = Again(run._pass, [p for p in run.core.parameters() if p.requires_grad], after=1)
+        run.run()
+        found.append((records(name), run.core.state_dict()))
+    (plain, weights), (replayed, again) = found
+    for key in ("loss", "cls_loss", "grad_norm", "target_std", "teacher_rank"):
+        assert [record.get(key) for record in replayed] == [record.get(key) for record in plain], key
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    assert run.graphs.recorded or modality == "audio"  # whose lengths differ
+
+
+def test_graphs_are_for_one_gpu_and_passes_that_ask_for_nothing(monkeypatch):
+    run = Trainer(config("vision", "run"), fused=True)
+    assert run.graphs is None  # on a CPU
+    monkeypatch.setattr(run, "device", torch.device("cuda"))
+    assert isinstance(run._make_graphs(), Graphs) and "CUDA graphs" in run.fused[-1]
+    for name, value in (("graphs", False), ("accumulate", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(run.config.train, name, value)
+            assert run._make_graphs() is None
+    monkeypatch.setattr(run, "world", 2)
+    assert run._make_graphs() is None
 
 
 class TestTheMonitor:
