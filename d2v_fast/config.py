@@ -809,6 +809,8 @@ def parse(args: list[str]) -> tuple[Config, bool]:
             raise ConfigError(f"{argument!r}: expected key=value, such as train.steps=1000")
     overrides = {a[2:].partition("=")[0]: a.partition("=")[2] for a in rest if "=" in a}
     overrides.pop("print_config", None)
+    if overrides.get("data.class") == "null":
+        overrides["data.class"] = None
     _make_way(settings, overrides)
     given = _flat(settings)
     asks_only = {"-h", "--help"} & set(rest)
@@ -818,7 +820,6 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     if not settings and not overrides and not asks_only:
         raise ConfigError(f"no settings: d2v-train --config PRESET, one of {', '.join(presets())}; --help explains")
     own = overrides.get("data.class", given.get("data.class"))
-    own = None if own == "null" else own
     modality = overrides.get("modality", given.get("modality", "custom" if own else "text" if asks_only else None))
     cls = data_class(modality, own)
     kind = overrides.get("mask.kind", given.get("mask.kind", MASK_KINDS[modality][0]))
