@@ -507,8 +507,8 @@ class Ids(PretrainingData):
         model = ["data.class=mine:Ids", "encoder.model=roberta", *(f"encoder.config.{field}" for field in fields)]
         said = refused(*model, *ONE, *SMALL, "train.output=run", code=code)
         assert said == (
-            "data.class=mine:Ids: collate gives no target, but RobertaModel has no mask vector; give it masked ids as source and "
-            "the unmasked ones as target"
+            "data.class=mine:Ids: collate gives no target, but RobertaModel has no mask vector; give it masked ids as source "
+            "and the unmasked ones as target"
         )
 
 
@@ -537,3 +537,27 @@ def test_the_encoder_of_a_run_is_read_back():
     found = trained.load(trained.read_config(Path("run")), Path("run"))
     expected = trainer.core.student.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in found.encoder.state_dict().items() if "model" in name)
+
+
+GUIDE = Path(__file__).parents[1] / "docs/own-data.md"
+
+
+def blocks_of_the_guide():
+    return re.findall(r"^```(\w+)\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_guide_takes_fewer_than_80_lines():
+    """`test_docs.py` runs them."""
+    assert sum(len(text.splitlines()) for _, text in blocks_of_the_guide()) < 80
+
+
+@pytest.mark.slow
+def test_the_guide_teaches_the_encoder_rhythms():
+    for _, text in blocks_of_the_guide():
+        if file := re.match(r"# (ecg\.\w+)\n", text):
+            Path(file[1]).write_text(text)
+    train("--config", "ecg.yaml", "train.output=run", "train.workers=0")
+    probe.main(["run", "--limit", "1000"])
+    results = json.loads(Path("run/probe.json").read_text())[0]["results"]
+    assert results["trained"]["knn"] > results["untrained"]["knn"] + 0.1
+    assert results["trained"]["linear"] > results["untrained"]["linear"] + 0.1

@@ -84,8 +84,8 @@ def check_batch(name: str, data: PretrainingData, batch: Batch, encoder: Any, de
     if not decodes:
         if not encoder.masks_features and "target" not in batch:
             raise DataError(
-                f"data.class={name}: collate gives no target, but {type(encoder.model).__name__} has no mask vector; give it masked "
-                "ids as source and the unmasked ones as target"
+                f"data.class={name}: collate gives no target, but {type(encoder.model).__name__} has no mask vector; give it "
+                "masked ids as source and the unmasked ones as target"
             )
         return
     length, size = batch["mask"].shape[-1], batch["source"].shape[-1]
