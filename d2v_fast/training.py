@@ -76,7 +76,9 @@ def make_data(config: Config) -> PretrainingData:
         )
     if config.modality == "text" and not config.own_data:
         data["max_broken"] = config.train.max_broken
-    made = data_class(config.modality, own)(mask=config.mask, seed=config.train.seed, **data)
+    cls = data_class(config.modality, own)
+    with blamed(own, cls, "cannot be made"):
+        made = cls(mask=config.mask, seed=config.train.seed, **data)
     if own:
         check_class(own, made)
     return made
@@ -587,9 +589,9 @@ class Trainer:
             self.data = make_data(config)
         encoder = make_encoder(config, None if config.own_data else getattr(self.data, "tokens", None))
         own = config.data["class"]
-        with blamed(own, self.data, "fit_to fails"):
+        with blamed(own, type(self.data), "fit_to or contents fails"):
             self.data.fit_to(encoder)
-        names, digests = self.data.contents()
+            names, digests = self.data.contents()
         self.digests = torch.from_numpy(digests.copy())
         content = hashlib.sha256(digests.tobytes()).hexdigest()
         self.samples = {"samples": {"number": len(self.data), "content": content}}
@@ -599,7 +601,7 @@ class Trainer:
         self.core = make_model(config, encoder, self.data.axes)
         if self.world > 1 or own:  # data of one's own are tried before the first step
             self.core.to(self.device)
-            with self.accelerator.autocast(), blamed(own, self.data, f"the model does not take its batch, {shown}"):
+            with self.accelerator.autocast(), blamed(own, type(self.data), f"the model does not take its batch, {shown}"):
                 unused = freeze_unused(self.core, self.data)
             if unused and self.accelerator.is_main_process:
                 log.info("frozen, as no gradient reaches them: %s", ", ".join(unused))
@@ -646,7 +648,7 @@ class Trainer:
         """What a batch of a class of one's own holds, in words, once it is known to be one."""
         if self.data.grid is not None:
             self.data.check_mask()
-        with blamed(own, self.data, "collate fails on its first samples"):
+        with blamed(own, type(self.data), "collate fails on its first samples"):
             batch = first_batch(self.data)
         if batch is None:  # the first step says why
             return ""

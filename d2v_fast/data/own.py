@@ -104,14 +104,14 @@ def check_batch(name: str, data: PretrainingData, batch: Batch, encoder: Any, de
 
 
 @contextmanager
-def blamed(name: str | None, data: PretrainingData, what: str) -> Iterator[None]:
+def blamed(name: str | None, cls: type, what: str) -> Iterator[None]:
     """Turn any error into a DataError that names the class and the line in its file; without a name it stays what it was."""
     try:
         yield
     except Exception as error:
         if name is None or isinstance(error, DataError | MemoryError | torch.OutOfMemoryError):
             raise
-        file = inspect.getfile(type(data))
+        file = inspect.getfile(cls)
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         place = f" ({Path(file).name}, line {lines[-1]})" if lines else ""
         raise DataError(f"data.class={name}: {what}: {type(error).__name__}: {first_line(error)}{place}") from error
