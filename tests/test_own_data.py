@@ -446,6 +446,9 @@ class TestRefusals:
         said = refused(*args, code=f"\n\nclass Other(PretrainingData):\n    {code}\n")
         if message:
             assert re.match(f"data.class=mine:Other: {message}", said), said
+            if number := re.search(r"line (\d+)\)$", said):
+                line = dict(enumerate(Path("mine.py").read_text().splitlines(), start=1))[int(number[1])]
+                assert line and line in MINE + "    " + code  # of the class or, in the same file, of the encoder
         else:
             assert said == "Other.collate: gives no source; found mask"
 
