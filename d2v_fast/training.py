@@ -67,9 +67,10 @@ def make_data(config: Config) -> PretrainingData:
     """
     data, trained = dict(config.data), Path(config.train.output or "", TOKENIZER)
     own = data.pop("class")
-    if config.resume and data.get("tokenizer") == "train" and trained.exists():
+    learns_tokens = data.get("tokenizer") == "train" and not config.own_data
+    if config.resume and learns_tokens and trained.exists():
         data["tokenizer"] = str(trained)
-    if data.get("tokenizer") == "train" and config.encoder.pretrained:
+    elif learns_tokens and config.encoder.pretrained:
         raise ConfigError(
             f"data.tokenizer=train: makes a new vocabulary, but encoder.pretrained={config.encoder.pretrained} has learned "
             "another one; leave data.tokenizer out, or name the tokenizer that the encoder was trained with"
@@ -670,7 +671,8 @@ class Trainer:
             if not self.changed:
                 write_text(self.folder / "config.yaml", self.config.yaml)
             place = self.folder / TOKENIZER
-            if self.config.data.get("tokenizer") == "train" and not (self.config.resume and place.exists()):
+            learns_tokens = self.config.data.get("tokenizer") == "train" and not self.config.own_data
+            if learns_tokens and not (self.config.resume and place.exists()):
                 beside = place.with_suffix(".tmp")
                 for folder in (beside, place):  # of a run that ended before its first step
                     shutil.rmtree(folder, ignore_errors=True)
