@@ -1,7 +1,7 @@
 """One run as typed dataclasses, from a preset or YAML file and dotted overrides.
 
 The options of `data` and `mask` are the arguments of the classes in `d2v_fast.data` and `d2v_fast.masking`; which class,
-`modality` and `mask.kind` say.
+`modality` and `mask.kind` say, or for data of one's own `data.class`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ MASK_KINDS = {
     "text": ("token", "random", "exact"),
     "vision": ("block", "random", "exact"),
     "audio": ("span", "random", "exact"),
+    "custom": ("random", "exact", "span", "block"),
 }
+NO_SETTINGS = {"mask", "seed", "max_broken"}  # arguments of data sets that other sections give
 LAYERED = ("data2vec-audio", "data2vec2-audio")  # their num_conv_pos_embeddings counts layers, elsewhere it is a width
 SEVERAL = ("random", "exact")  # kinds that leave as many positions visible in every view
 
@@ -299,7 +301,8 @@ SECTIONS = {
 
 
 GROUPS = {*SECTIONS, "mask", "data"}
-DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)} | {"data.views": None}
+DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)}
+DEFAULTS |= {"data.class": None, "data.views": None}
 
 # The interval of a number or of each of several; a round bracket leaves the bound out.
 RANGES = {
@@ -401,9 +404,12 @@ def _in_words(interval: str) -> str:
 
 @dataclass
 class Config:
-    """Everything a run depends on. `data` and `mask` hold the arguments of the classes of this modality."""
+    """Everything a run depends on. `mask` and `data` hold the arguments of their classes, `data` also `class`.
 
-    modality: Literal["text", "vision", "audio"]
+    `own_data`: the data have not the settings of those of the modality, as their class does not derive from it.
+    """
+
+    modality: Literal["text", "vision", "audio", "custom"]
     encoder: EncoderConfig
     targets: TargetsConfig
     loss: LossConfig
@@ -415,6 +421,7 @@ class Config:
     collapse: CollapseConfig
     mask: SpanMask | BlockMask | RandomMask | TokenMask | ExactBlockMask
     data: dict[str, Any]
+    own_data: bool = False
     yaml: str = ""
     name: str = "run"  # what a run without train.output is called
     resume: bool = False
@@ -433,6 +440,8 @@ class Config:
                 raise ConfigError(
                     f"{key}: found {value!r}, which is not UTF-8, so config.yaml cannot hold it; rename or link it"
                 )
+        if self.own_data:  # whose settings may have the names of others
+            values = {key: value for key, value in values.items() if not key.startswith("data.") or key == "data.views"}
         for key, interval in RANGES.items():
             value = values.get(key)
             several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
@@ -451,7 +460,7 @@ class Config:
             raise ConfigError(f"mask.random_prob + mask.keep_prob: found {replaced}, expected at most 1")
         if values.get("data.block_size") == 2 and not values["data.cross_documents"]:
             raise ConfigError("data.block_size: found 2, expected at least 3 without data.cross_documents: <s>, a token, </s>")
-        conv, views = self.head.kind == "conv", values["data.views"]
+        conv, views = self.head.kind == "conv", values.get("data.views")
         if conv != (views is not None):
             raise ConfigError(
                 f"head.kind={self.head.kind} with data.views={'null' if views is None else views}: data2vec 2.0 takes "
@@ -466,7 +475,7 @@ class Config:
             raise ConfigError(f"loss.cls_weight: found {self.loss.cls_weight}, which is for head.kind=conv; expected 0")
         if self.train.output == "" or "\0" in (self.train.output or ""):
             raise ConfigError(f"train.output: found {self.train.output!r}, expected a folder; by default one in runs/ is made")
-        if not values["data.path"]:
+        if not values.get("data.path", True):
             raise ConfigError("data.path: found nothing, expected builtin, a file, a folder or the name of a Hugging Face set")
         if (self.encoder.model is None) == (self.encoder.pretrained is None) and not (self.encoder.model or "").count(":"):
             raise ConfigError("encoder: give either encoder.model (random weights) or encoder.pretrained")
@@ -561,6 +570,8 @@ def _make_way(settings: dict[str, Any], later: dict[str, Any]) -> None:
     default = MASK_KINDS.get(settings.get("modality"), [None])[0]
     if "mask.kind" in later and later["mask.kind"] != mask.get("kind", default):
         settings.pop("mask", None)
+    if later.get("data.class"):
+        _keep_what_it_takes(settings, later)
     if "train.steps" in later and "train.epochs" not in later:
         settings.get("train", {}).pop("epochs", None)  # which would replace the steps
     if later.get("encoder.pretrained") and ":" not in (encoder.get("model") or ""):
@@ -582,6 +593,8 @@ def _fit_data(settings: dict[str, Any], later: dict[str, Any]) -> None:
     keys = {"text": ("tokenizer",), "vision": ("image_size", "mean", "std"), "audio": ("sample_rate", "normalize")}
     modality = later.get("modality", settings.get("modality"))
     wanted = [key for key in keys.get(modality, ()) if f"data.{key}" not in later]
+    if own := later.get("data.class", settings.get("data", {}).get("class")):
+        wanted = [key for key in wanted if key in data_settings(data_class(modality, own))]
     known = _preprocessing(name, modality) if wanted else {}
     data = settings.setdefault("data", {})
     changed = {key: known[key] for key in wanted if key in known and known[key] != data.get(key)}
@@ -629,6 +642,17 @@ def _preprocessing(name: str, modality: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def _keep_what_it_takes(settings: dict[str, Any], later: dict[str, Any]) -> None:
+    """Take out of the data's `settings`, which are of one class, what that of `later` does not take."""
+    data, name = settings.get("data", {}), later["data.class"]
+    if data.get("class") != name:
+        taken = data_settings(data_class(later.get("modality", settings.get("modality", "custom")), name))
+        if strange := sorted(data.keys() - taken - {"class"}):
+            before = data.get("class") or settings.get("modality")
+            print(f"data.class={name}: without {', '.join(strange)}, which was for {before}", file=sys.stderr)
+        settings["data"] = {key: value for key, value in data.items() if key in taken}
+
+
 def _keep_what_fits(encoder: dict[str, Any], model: str) -> None:
     """Take out of `encoder`, the settings of one model, what another one does not know."""
     before, config = encoder.get("model"), encoder.get("config", {})
@@ -664,8 +688,33 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def data_class(modality: str) -> type:
-    """The data set of a modality; imported here, so that one does not need the libraries of the others."""
+def data_class(modality: str, own: str | None = None) -> type:
+    """The data set of a modality; imported here, so that one does not need the libraries of the others.
+
+    Args:
+        modality: One of `MASK_KINDS`.
+        own: data.class, to take instead.
+
+    Raises:
+        ConfigError: No such modality, or no such class that is a data set.
+    """
+    if own is not None and modality in MASK_KINDS:
+        from d2v_fast.data import DataError
+        from d2v_fast.data.own import own_class
+
+        try:
+            cls = own_class(own)
+            data_settings(cls)
+        except DataError as error:
+            raise ConfigError(str(error)) from error
+        except ValueError as error:
+            raise ConfigError(f"data.class={own}: its arguments become settings, which need type hints: {error}") from error
+        return cls
+    if modality == "custom":
+        raise ConfigError(
+            "modality=custom: found no data.class, expected package.module:Class, a class of your own that derives from "
+            "d2v_fast.data.PretrainingData; docs/own-data.md has one to start from"
+        )
     if modality == "text":
         from d2v_fast.data.text import TextData as cls
     elif modality == "vision":
@@ -680,6 +729,13 @@ def data_class(modality: str) -> type:
     return cls
 
 
+def data_settings(cls: type) -> set[str]:
+    """Names of the settings that a class of data takes, its parents' included where it hands arguments on to them."""
+    from jsonargparse import ArgumentParser
+
+    return set(ArgumentParser().add_class_arguments(cls, skip=NO_SETTINGS))
+
+
 DESCRIPTION = """Pre-train an encoder of text, images or speech with data2vec.
 
   d2v-train --config vision/tiny                          a preset on builtin data
@@ -692,12 +748,12 @@ DESCRIPTION = """Pre-train an encoder of text, images or speech with data2vec.
 Settings are given as key=value; later ones win. A run writes its resolved config.yaml, a log.jsonl, checkpoints/ and, in
 Hugging Face format, the student in export/. Ctrl-C or SIGTERM: the run saves after the current step and ends with exit code
 130. It goes on only with the settings and samples that it had; --resume-allow KEY, once for each, accepts an intended change.
-What the data and mask of a modality take: d2v-train --config PRESET --help.
+What the data and mask of a modality take: d2v-train --config PRESET --help. Data of your own: docs/own-data.md.
 
 presets: """
 
 
-def _parser(modality: str, kind: str) -> ArgumentParser:
+def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -713,10 +769,12 @@ def _parser(modality: str, kind: str) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="Preset or YAML file; several are merged.")
     parser.add_argument("--fused", action="store_true", help="Fused kernels and bf16, or stop with the reason.")
-    parser.add_argument("--modality", type=Literal["text", "vision", "audio"], default=modality, help="What is learned from.")
+    parser.add_argument("--modality", type=Literal[tuple(MASK_KINDS)], default=modality, help="What is learned from.")
     for name, cls in SECTIONS.items():
         parser.add_class_arguments(cls, name)
-    parser.add_class_arguments(data_class(modality), "data", skip={"mask", "seed", "max_broken"})
+    help = 'Data of your own, "package.module:Class", mostly with modality=custom.'
+    parser.add_argument("--data.class", type=str | None, default=own, help=help)
+    parser.add_class_arguments(data_class(modality, own), "data", skip=NO_SETTINGS)
     parser.add_argument("--mask.kind", type=Literal[MASK_KINDS[modality]], default=kind, help="How positions are chosen.")
     parser.add_class_arguments(MASKS[kind], "mask")
     return parser
@@ -754,6 +812,8 @@ def parse(args: list[str]) -> tuple[Config, bool]:
             raise ConfigError(f"{argument!r}: expected key=value, such as train.steps=1000")
     overrides = {a[2:].partition("=")[0]: a.partition("=")[2] for a in rest if "=" in a}
     overrides.pop("print_config", None)
+    if overrides.get("data.class") == "null":
+        overrides["data.class"] = None
     _make_way(settings, overrides)
     given = _flat(settings)
     asks_only = {"-h", "--help"} & set(rest)
@@ -762,21 +822,23 @@ def parse(args: list[str]) -> tuple[Config, bool]:
         raise ConfigError(which)
     if not settings and not overrides and not asks_only:
         raise ConfigError(f"no settings: d2v-train --config PRESET, one of {', '.join(presets())}; --help explains")
-    modality = overrides.get("modality", given.get("modality", "text" if asks_only else None))
-    data_class(modality)
+    own = overrides.get("data.class", given.get("data.class"))
+    modality = overrides.get("modality", given.get("modality", "custom" if own else "text" if asks_only else None))
+    cls = data_class(modality, own)
     kind = overrides.get("mask.kind", given.get("mask.kind", MASK_KINDS[modality][0]))
     if kind not in MASK_KINDS[modality]:
         raise ConfigError(
             f"mask.kind: found {kind!r}, expected for {modality} one of {', '.join(MASK_KINDS[modality])}"
             f"{nearest(str(kind), MASK_KINDS[modality])}"
         )
-    parser = _parser(modality, kind)
+    parser = _parser(modality, kind, own)
     known = [action.dest for action in parser._actions]
     for key in [*given, *overrides]:
         if key in GROUPS:
             raise ConfigError(f"{key}: found {overrides[key]}, expected one of its settings, {key}.…=value")
         if key not in known and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
-            raise ConfigError(f"{key}: no such setting{nearest(key, known)}")
+            takes = f"; {own} takes {', '.join(sorted(data_settings(cls)))}" if own and key.startswith("data.") else ""
+            raise ConfigError(f"{key}: no such setting{takes}{nearest(key, known)}")
     try:
         namespace = parser.parse_args(["--config", json.dumps(settings, default=str), *rest])
     except argparse.ArgumentError as error:
@@ -791,6 +853,7 @@ def parse(args: list[str]) -> tuple[Config, bool]:
         **{name: cls(**values[name]) for name, cls in SECTIONS.items()},
         mask=MASKS[kind](**values["mask"]),
         data=values["data"],
+        own_data=own is not None and (modality == "custom" or not data_settings(data_class(modality)) <= data_settings(cls)),
         yaml=parser.dump(namespace, skip_unset=False),
         name="-".join(names) or values["modality"],
         resume=resume,
@@ -833,6 +896,8 @@ def _resume(args: list[str]) -> tuple[list[str], bool, list[str]]:
 
 def _readable(message: str, given: dict[str, Any], parser: ArgumentParser) -> str:
     """jsonargparse's complaint as "key: found value, expected …", with the nearest of the values allowed."""
+    if missing := message.partition("arguments are required: ")[2]:
+        return f"{missing}: missing; {given.get('data.class')} has no default"
     key = re.search(r'key "([^"]+)"', message)
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     if not key or not hints.get(key[1]):

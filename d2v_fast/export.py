@@ -208,6 +208,8 @@ def open_run(run: Path, checkpoint: str | None = None, teacher: bool = False) ->
             f"ends or is resumed leaves its weights in {run / 'export' / 'model.safetensors'}, for safetensors.torch.load_model"
         )
     found, data = trained.load(config, run, checkpoint, teacher), config.data
+    if config.own_data:
+        return found, Exported(found.encoder)
     if config.modality == "text":
         return found, Exported(found.encoder, found.tokenizer)
     if config.modality == "vision":
@@ -272,11 +274,9 @@ def model_card(
             processor = "AutoFeatureExtractor" if audio else processor
             use = use.replace(f"{loader}\n", f"{loader}, {processor}\n", 1)
             use += f'\nprocessor = {processor}.from_pretrained("{name}")'
+    task = PIPELINES.get(loader, f"{'image-' * (model.main_input_name == 'pixel_values')}feature-extraction")
     head = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=PIPELINES.get(loader, f"{'image-' * (model.main_input_name == 'pixel_values')}feature-extraction"),
-        tags=["data2vec", "d2v-fast"],
-        **metadata,
+        library_name="transformers", tags=["data2vec", "d2v-fast"], **{"pipeline_tag": task} | metadata
     ).to_yaml()
     body = [f"# {title}", f"| | |\n|---|---|\n{rows}", f"```python\n{use}\n```", *sections]
     return f"---\n{head}\n---\n" + "\n\n".join(body) + "\n"
@@ -297,7 +297,7 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
     if config.head.kind == "conv":
         mask, version = f"{mask} in {data['views']} views, decoder of {config.head.layers} convolutions", " 2.0"
     facts = {
-        "data": " ".join(str(data[key]) for key in ("path", "name", "split") if data.get(key)),
+        "data": " ".join(str(data[key]) for key in ("class", "path", "name", "split") if data.get(key)),
         "recipe": f"data2vec{version} on {config.modality}{start}: {targets.source} of the last {targets.top_k} layers, "
         f"norm {targets.norm}, mask {mask}, {train.precision}",
         "steps": f"{last} of {train.batch_size} × {train.accumulate} samples a process",
@@ -359,8 +359,10 @@ def export_run(
     found, exported = open_run(run, checkpoint, teacher)
     facts, sections = run_sections(run, found)
     data, old = found.config.data, as_type == OLDER
-    known = {"base_model": on_hub(found.config.encoder.pretrained), "datasets": on_hub(data["path"])}
-    if found.config.modality == "text" and data["path"] == "builtin":
+    known = {"base_model": on_hub(found.config.encoder.pretrained), "datasets": on_hub(data.get("path"))}
+    if found.config.own_data:
+        known["pipeline_tag"] = "feature-extraction"
+    elif found.config.modality == "text" and data["path"] == "builtin":
         known["language"] = "en"
     with whole(to) as folder:
         difference = exported.write(folder, None if old else as_type)

@@ -305,7 +305,8 @@ class ExactBlockMask:
     def _blocks(self, draws: Draws, grid: tuple[int, ...], sizes: np.ndarray) -> np.ndarray:
         """Union of blocks around positions drawn with replacement, cut at the border. (B·views, *grid) bool."""
         axes = len(grid)
-        counts = (sizes * (self._share / self.length**axes) * (1 + self.dropout)).astype(np.int64)
+        volume = math.prod(min(self.length, side) for side in grid)  # a block is cut to a side that is shorter
+        counts = (sizes * (self._share / volume) * (1 + self.dropout)).astype(np.int64)
         centres = np.floor(draws.uniform(0, counts.max(initial=0)) * sizes[:, None]).astype(np.int64)
         rows, blocks = np.nonzero(np.arange(centres.shape[1]) < counts[:, None])
         offsets = np.arange(self.length) - self.length // 2
@@ -342,8 +343,8 @@ class RandomMask:
 
     prob: float = 0.6
 
-    def __call__(self, draws: Draws, size: int | tuple[int, int], lengths: Sequence[int] | None = None) -> np.ndarray:
-        """Mask of shape (B, T); `size` is T or a grid (H, W), `lengths` (B,) are the unpadded lengths."""
+    def __call__(self, draws: Draws, size: int | tuple[int, ...], lengths: Sequence[int] | None = None) -> np.ndarray:
+        """Mask of shape (B, T); `size` is T or a grid of any axes, `lengths` (B,) are the unpadded lengths."""
         total = math.prod(size) if isinstance(size, tuple) else size
         sizes = np.full(len(draws), total) if lengths is None else np.asarray(lengths)
         visible = np.maximum(np.floor(sizes * (1 - self.prob)).astype(np.int64), 1)

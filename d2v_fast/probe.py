@@ -1,7 +1,7 @@
 """What a frozen encoder has learned, beside the same encoder untrained.
 
-Images and speech: states are averaged over positions; a k-NN and a linear classifier read the label from them, and of images
-also from the state of the CLS token.
+Images, speech and labelled data of one's own: states are averaged over positions; a k-NN and a linear classifier read the label
+from them, and of images also from the state of the CLS token.
 Text: the cloze probe. 15 % of the tokens are hidden, and a linear classifier reads from the state at each hidden position
 which token was there, another one from the states of the two tokens beside it. It needs no labels; its floor is the unigram
 distribution. A student of data2vec 2.0 never meets the mask token, so that only the second reading tells what it has learned.
@@ -30,8 +30,9 @@ from d2v_fast.checkpoint import write_text
 from d2v_fast.config import Config, ConfigError
 from d2v_fast.data import DataError, Source, first_line, is_local
 from d2v_fast.encoders import Encoder
-from d2v_fast.masking import TokenMask
+from d2v_fast.masking import Draws, TokenMask
 from d2v_fast.report import measure, read_probes
+from d2v_fast.training import make_data
 
 log = logging.getLogger(__name__)
 
@@ -116,16 +117,68 @@ def split_sources(open_split: Callable[..., Source], data: str, name: str | None
     elif is_local(data) and all((Path(data) / split).is_dir() for split in ("train", "test")):
         parts = [open_split(str(Path(data) / split)) for split in ("train", "test")]
     elif is_local(data):
-        whole = open_split(data)
-        order = np.random.default_rng(0).permutation(len(whole))
-        fifth = len(order) // 5
-        parts = [_subset(whole, order[fifth:]), _subset(whole, order[:fifth])]
+        parts = _fifth(open_split(data))
     else:
         parts = [open_split(data, name, split) for split in ("train", "test")]
+    return _labelled(data, parts)
+
+
+def own_sources(
+    config: Config, encoder: Encoder, data: str, path: str | None, name: str | None
+) -> tuple[Source, Source, Callable]:
+    """The same of a class of one's own, and what makes (source, padding_mask or None) of a list of its samples.
+
+    Its setting `split`, if it has one, is train and then test, else a random fifth is for testing. Samples are loaded with the
+    same draws, so that all are augmented alike.
+
+    Args:
+        config: Of the run.
+        encoder: For `fit_to`.
+        data: What messages call the data.
+        path: Its setting `path`, if it has one; None for that of the run.
+        name: The same of `name`.
+
+    Raises:
+        ConfigError: A path or name that it does not take.
+        DataError: No labels.
+    """
+    changed = {key: value for key, value in (("path", path), ("name", name)) if value is not None}
+    for key in changed.keys() - config.data.keys():
+        option = "data" if key == "path" else key
+        raise ConfigError(f"--{option} {changed[key]}: {config.data['class']} takes no data.{key}; leave it out")
+    splits = [{"split": "train"}, {"split": "test"}] if "split" in config.data else [{}]
+    made = [make_data(replace(config, data=config.data | changed | split)) for split in splits]
+    parts = []
+    for each in made:
+        each.fit_to(encoder)
+        labels = getattr(getattr(each, "source", None), "labels", None)
+        if labels is None or len(labels) != len(each):
+            raise DataError(
+                f"data.class={config.data['class']}: found {'no' if labels is None else len(labels)} labels of {len(each)} "
+                "samples; for a probe give a label for each, self.source = Source(names, read, labels)"
+            )
+        names = [each.sample_name(i) for i in range(len(each))]
+        parts.append(Source(names, lambda i, each=each: each.load(int(i), np.random.default_rng(0)), list(labels)))
+
+    def collate(samples: list) -> tuple[Tensor, Tensor | None]:
+        arrays = made[0].collate(samples, Draws(0, 0, range(len(samples))))
+        padding_mask = arrays.get("padding_mask")
+        return torch.as_tensor(arrays["source"]), None if padding_mask is None else torch.as_tensor(padding_mask)
+
+    return *_labelled(data, parts if len(parts) == 2 else _fifth(parts[0])), collate
+
+
+def _labelled(data: str, parts: Sequence[Source]) -> tuple[Source, Source]:
     for part in parts:
         if part.labels is None or len(set(part.labels)) < 2:
             raise DataError(f"--data {data}: a probe needs labels of at least two classes, found {set(part.labels or [])}")
     return parts[0], parts[1]
+
+
+def _fifth(whole: Source) -> list[Source]:
+    order = np.random.default_rng(0).permutation(len(whole))
+    fifth = len(order) // 5
+    return [_subset(whole, order[fifth:]), _subset(whole, order[:fifth])]
 
 
 def _subset(source: Source, indices: np.ndarray) -> Source:
@@ -176,9 +229,12 @@ def _mean(states: Tensor, padding_mask: Tensor | None) -> Tensor:
 
 
 def probe_labels(config: Config, states: States, data: str, name: str | None, limit: int) -> dict[str, dict]:
-    """Accuracies of each encoder on labelled images or speech."""
+    """Accuracies of each encoder on labelled images, speech or data of one's own."""
     settings = config.data
-    if config.modality == "vision":
+    if config.own_data:
+        path = None if data == settings["class"] else data
+        *parts, collate = own_sources(config, next(iter(states.encoders.values())), data, path, name)
+    elif config.modality == "vision":
         from d2v_fast.data.vision import center_crop, open_images, to_pixels
 
         def collate(images: list) -> tuple[torch.Tensor, None]:
@@ -237,6 +293,7 @@ def probe_cloze(config: Config, states: States, data: str, name: str | None, lim
     from d2v_fast.data.text import TextData
 
     settings = config.data | {"name": name, "teacher_input": "full", "views": None}
+    del settings["class"]
     mask = TokenMask(prob=0.15, length=1, keep_special=True)
     parts = []
     for split in ("train", "test"):
@@ -309,13 +366,15 @@ def main(args: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="d2v-probe",
         description="k-NN and linear probe of a run's frozen student, beside the same encoder untrained. "
-        "Images and speech need labels (folders, a column label of parquet, for speech also of metadata.csv); text needs none. "
+        "Images and speech need labels (folders, a column label of parquet, for speech also of metadata.csv), data of your own "
+        "those of their Source; text needs none. "
         "Results are added to probe.json in the run's folder.",
     )
     parser.add_argument("run", help="folder of a run of d2v-train; it may still go on")
     parser.add_argument(
         "--data",
-        help="folder with train/ and test/, a Hugging Face set, or builtin, which is the default for a run on builtin data",
+        help="folder with train/ and test/, a Hugging Face set, or builtin, which is the default for a run on builtin data; "
+        "of your own data the setting data.path, by default that of the run",
     )
     parser.add_argument("--name", help="configuration of the Hugging Face set")
     parser.add_argument(
@@ -342,18 +401,19 @@ def main(args: list[str]) -> None:
         raise ConfigError("--device cuda: torch sees no GPU; d2v-doctor tells why")
     run = Path(os.path.expanduser(options.run))
     config = trained.read_config(run)
-    if options.data is None and config.data["path"] != "builtin":
+    if options.data is None and not config.own_data and config.data["path"] != "builtin":
         raise ConfigError(
             f"--data: missing; the run learned from {config.data['path']}, so name a set to probe on: a folder with "
             "train/ and test/, a Hugging Face set, or builtin"
         )
-    data, file = os.path.expanduser(options.data or "builtin"), run / "probe.json"
+    default = config.data["class"] if config.own_data else "builtin"
+    data, file = os.path.expanduser(options.data or default), run / "probe.json"
     read_probes(file)  # before the work, as the results are to be added to it
     found = trained.load(config, run, options.checkpoint)
     batch_size = options.batch_size or (32 if config.modality == "text" else 64)
     states = States({"untrained": found.untrained(), "trained": found.encoder}, device, options.precision, batch_size)
     log.info("probing on %s, %s on %s", " ".join(filter(None, (data, options.name))), options.precision, device)
-    probe = probe_cloze if config.modality == "text" else probe_labels
+    probe = probe_cloze if config.modality == "text" and not config.own_data else probe_labels
     results = probe(config, states, data, options.name, options.limit)
     columns = list(next(iter(results.values())))
     print(f"{'':20}" + "".join(f"{column:>12}" for column in columns))

@@ -32,6 +32,7 @@ from torch import Tensor
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, Tensors, sync, write_text
 from d2v_fast.config import DEFAULTS, FREE, Config, ConfigError, OptimizerConfig, ScheduleConfig, data_class
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
+from d2v_fast.data.own import blamed, check_batch, check_class
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.diagnostics import CollapseError, Monitor, distinct_share, environment
 from d2v_fast.encoders import Encoder, PatchEncoder, TokenEncoder, WaveEncoder, build_encoder, describe
@@ -59,18 +60,30 @@ SUMMARY = (
 
 
 def make_data(config: Config) -> PretrainingData:
-    """The data set that the config describes; a tokenizer that its run has trained already stays as it is."""
+    """The data set that the config describes; a tokenizer that its run has trained already stays as it is.
+
+    Raises:
+        ConfigError: Settings that do not fit each other.
+        DataError: Data that cannot be used, or a class of one's own that leaves something out.
+    """
     data, trained = dict(config.data), Path(config.train.output or "", TOKENIZER)
-    if config.resume and data.get("tokenizer") == "train" and trained.exists():
+    own = data.pop("class")
+    learns_tokens = data.get("tokenizer") == "train" and not config.own_data
+    if config.resume and learns_tokens and trained.exists():
         data["tokenizer"] = str(trained)
-    if data.get("tokenizer") == "train" and config.encoder.pretrained:
+    elif learns_tokens and config.encoder.pretrained:
         raise ConfigError(
             f"data.tokenizer=train: makes a new vocabulary, but encoder.pretrained={config.encoder.pretrained} has learned "
             "another one; leave data.tokenizer out, or name the tokenizer that the encoder was trained with"
         )
-    if config.modality == "text":
+    if config.modality == "text" and not config.own_data:
         data["max_broken"] = config.train.max_broken
-    return data_class(config.modality)(mask=config.mask, seed=config.train.seed, **data)
+    cls = data_class(config.modality, own)
+    with blamed(own, cls, "cannot be made"):
+        made = cls(mask=config.mask, seed=config.train.seed, **data)
+    if own:
+        check_class(own, made)
+    return made
 
 
 def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encoder:
@@ -93,7 +106,7 @@ def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encode
         fields = {field: value for field, value in tokens.items() if hasattr(known, field)} | fields
     torch.manual_seed(config.train.seed)
     settings = {k: v for k, v in vars(config.encoder).items() if k != "config"}
-    encoder, expected = build_encoder(config=fields, **settings), READERS[config.modality]
+    encoder, expected = build_encoder(config=fields, **settings), READERS.get(config.modality, Encoder)
     if type(encoder) is not Encoder and not isinstance(encoder, expected):  # else one of the user's own
         setting = "model" if config.encoder.pretrained is None else "pretrained"
         raise ConfigError(
@@ -103,8 +116,13 @@ def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encode
     return encoder
 
 
-def make_model(config: Config, encoder: Encoder) -> Data2Vec:
+def make_model(config: Config, encoder: Encoder, axes: int | None = None) -> Data2Vec:
     """Student, teacher and head.
+
+    Args:
+        config: Its settings.
+        encoder: The student's.
+        axes: Of the grid of positions; by default those of the modality.
 
     Raises:
         ConfigError: head.pretrained holds no head, or another one.
@@ -112,7 +130,7 @@ def make_model(config: Config, encoder: Encoder) -> Data2Vec:
     head, decoder = vars(config.head).copy(), None
     kind, layers, zero_init, _ = (head.pop(name) for name in ("kind", "layers", "zero_init", "pretrained"))
     if kind == "conv":
-        axes = 2 if config.modality == "vision" else 1
+        axes = axes or (2 if config.modality == "vision" else 1)
         try:
             decoder = ConvDecoder(encoder.hidden_size, axes, layers=layers, zero_init=zero_init, **head)
         except ValueError as error:
@@ -452,15 +470,20 @@ def cannot_write(folder: Path, error: OSError) -> ConfigError:
     return ConfigError(f"train.output={folder}: cannot be written, choose another folder: {error}")
 
 
+def first_batch(data: PretrainingData) -> Batch | None:
+    """Two samples, or the one that can be read, with something to score; None without, and the first step says why."""
+    batches = (data.__getitems__([(0, i) for i in range(at, min(at + 2, len(data)))]) for at in range(0, len(data), 2))
+    return next((batch for batch in itertools.islice(batches, EMPTY) if len(batch.get("index", ()))), None)
+
+
 def freeze_unused(core: Data2Vec, data: PretrainingData) -> list[str]:
     """Freeze the parameters that no gradient reaches, which several ranks would not accept; returns their names.
 
     An example is the positional convolution of Wav2Vec2-Conformer, which has positions of another kind.
     """
-    batches = (data.__getitems__([(0, index)]) for index in range(len(data)))
-    batch = next((batch for batch in itertools.islice(batches, EMPTY) if len(batch.get("index", ()))), None)
+    batch = first_batch(data)
     if batch is None:
-        return []  # the first step says why
+        return []
     device = next(core.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
     parameters = {name: p for name, p in core.named_parameters() if p.requires_grad}
@@ -566,18 +589,21 @@ class Trainer:
         self.done = self.saved = saved.step if saved else 0  # steps, now and at the newest checkpoint
         with self.accelerator.main_process_first():  # the others find what it has cached
             self.data = make_data(config)
-        encoder = make_encoder(config, getattr(self.data, "tokens", None))
-        self.data.fit_to(encoder)
-        names, digests = self.data.contents()
+        encoder = make_encoder(config, None if config.own_data else getattr(self.data, "tokens", None))
+        own = config.data["class"]
+        with blamed(own, type(self.data), "fit_to or contents fails"):
+            self.data.fit_to(encoder)
+            names, digests = self.data.contents()
         self.digests = torch.from_numpy(digests.copy())
         content = hashlib.sha256(digests.tobytes()).hexdigest()
         self.samples = {"samples": {"number": len(self.data), "content": content}}
         if saved:
             self._compare_samples(saved, names)
-        self.core = make_model(config, encoder)
-        if self.world > 1:
+        shown = self._try_collate(own, encoder) if own else ""
+        self.core = make_model(config, encoder, self.data.axes)
+        if self.world > 1 or own:  # data of one's own are tried before the first step
             self.core.to(self.device)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), blamed(own, type(self.data), f"the model does not take its batch, {shown}"):
                 unused = freeze_unused(self.core, self.data)
             if unused and self.accelerator.is_main_process:
                 log.info("frozen, as no gradient reaches them: %s", ", ".join(unused))
@@ -621,6 +647,17 @@ class Trainer:
             with saved.reading():
                 self._restore(saved)
 
+    def _try_collate(self, own: str, encoder: Encoder) -> str:
+        """What a batch of a class of one's own holds, in words, once it is known to be one."""
+        if self.data.grid is not None:
+            self.data.check_mask()
+        with blamed(own, type(self.data), "collate fails on its first samples"):
+            batch = first_batch(self.data)
+        if batch is None:  # the first step says why
+            return ""
+        check_batch(own, self.data, batch, encoder, self.config.head.kind == "conv")
+        return ", ".join(f"{key} {each.dtype} {tuple(each.shape)}" for key, each in batch.items() if isinstance(each, Tensor))
+
     def run(self) -> int:
         """Train to the end or until asked to stop; returns the exit code."""
         try:
@@ -636,7 +673,8 @@ class Trainer:
             if not self.changed:
                 write_text(self.folder / "config.yaml", self.config.yaml)
             place = self.folder / TOKENIZER
-            if self.config.data.get("tokenizer") == "train" and not (self.config.resume and place.exists()):
+            learns_tokens = self.config.data.get("tokenizer") == "train" and not self.config.own_data
+            if learns_tokens and not (self.config.resume and place.exists()):
                 beside = place.with_suffix(".tmp")
                 for folder in (beside, place):  # of a run that ended before its first step
                     shutil.rmtree(folder, ignore_errors=True)
@@ -923,7 +961,8 @@ class Trainer:
             shutil.rmtree(beside, ignore_errors=True)
             try:
                 self.core.student.save(beside)
-                self.data.processor(self.core.student).save_pretrained(beside)
+                if (processor := self.data.processor(self.core.student)) is not None:
+                    processor.save_pretrained(beside)
                 write_text(beside / STEP, json.dumps({"step": self.done}))
                 place.mkdir(exist_ok=True)
                 for file in beside.iterdir():

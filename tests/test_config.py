@@ -212,7 +212,8 @@ class TestRefusals:
 
     def test_modality(self):
         assert (
-            refused("modality=visoin") == "modality: found 'visoin', expected one of text, vision, audio; did you mean vision?"
+            refused("modality=visoin")
+            == "modality: found 'visoin', expected one of text, vision, audio, custom; did you mean vision?"
         )
         assert "found None" in refused("--config", "vision/fairseq")
         assert refused().startswith("no settings: d2v-train --config PRESET, one of ")

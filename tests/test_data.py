@@ -384,7 +384,7 @@ class TestImages:
 
     def test_patches_must_be_more_than_are_masked(self, images):
         image_data(images, BlockMask(15))
-        with pytest.raises(DataError, match=r"mask.count=16: an image has 16 patches.*60 % of them, mask.count=10"):
+        with pytest.raises(DataError, match=r"mask.count=16: a sample has 16 positions.*60 % of them, mask.count=10"):
             image_data(images, BlockMask(16))
 
     def test_size_must_be_the_encoders(self, images):

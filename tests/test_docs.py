@@ -40,6 +40,7 @@ SMALL = [f"encoder.config.{name}" for name in ("hidden_size=16", "num_attention_
 SMALL = {
     "text": [*SMALL, "encoder.config.num_hidden_layers=3", "data.vocab_size=300", "data.block_size=32"],
     "vision": [*SMALL, "encoder.config.num_hidden_layers=3"],
+    "custom": [*SMALL, "encoder.config.num_hidden_layers=3"],
     "audio": [*SMALL, "encoder.config.num_hidden_layers=3", f"encoder.config.conv_dim={[16] * 7}", "data.max_seconds=2.5"],
 }
 WORDS = "the cat sat on a mat while one dog ran over two hills and some birds flew by".split()
@@ -101,7 +102,7 @@ def given():
 def smaller(args):
     """The same command line for a small model and few steps."""
     args = [re.sub(r"^train\.steps=.+", "train.steps=4", arg) for arg in args]
-    if "--config" not in args:
+    if "--config" not in args or "--help" in args:
         return args  # --resume RUN has the settings of the run
     config, _ = parse([arg for arg in args if arg not in ("--resume", "--print_config")])
     free = config.encoder.pretrained is None and ":" not in config.encoder.model
@@ -150,7 +151,7 @@ def test_page_runs(page, shop, monkeypatch, caplog):
             shutil.copytree("run", copy)
     blocks = BLOCK.findall((ROOT / page).read_text())
     assert blocks
-    sys.path.insert(0, ".")
+    sys.path.insert(0, str(Path.cwd()))
     for kind, text in blocks:
         if file := re.match(r"# (\w+\.\w+)\n", text):
             Path(file[1]).write_text(text)

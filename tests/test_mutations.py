@@ -248,10 +248,10 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
     "nothing inverted": ("masking.py", "return valid & ~chosen if self.inverse else chosen", "return chosen"),
     "seeds in another order": (
         "masking.py",
-        "sizes * (self._share / self.length**axes)",
-        "sizes * self._share / self.length**axes",
+        "sizes * (self._share / volume)",
+        "sizes * self._share / volume",
     ),
-    "too many blocks": ("masking.py", "self._share / self.length**axes", "self._share / self.length"),
+    "too many blocks": ("masking.py", "self._share / volume", "self._share / self.length"),
     "blocks to the other side": (
         "masking.py",
         "np.arange(self.length) - self.length // 2",

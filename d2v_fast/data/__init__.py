@@ -10,6 +10,7 @@ import glob
 import hashlib
 import io
 import logging
+import math
 import multiprocessing
 import os
 from collections import Counter
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from d2v_fast.masking import Draws, visible_positions
+from d2v_fast.masking import BlockMask, Draws, SpanMask, TokenMask, visible_positions
 
 log = logging.getLogger(__name__)
 
@@ -101,25 +102,44 @@ def _edges(file: str | io.BytesIO) -> bytes:
 
 
 class PretrainingData(Dataset):
-    """Base of the data sets: keys (epoch, sample) in, one batch out, masks and augmentations a pure function of the keys."""
+    """Base of the data sets: keys (epoch, sample) in, one batch out, masks and augmentations a pure function of the keys.
+
+    Data of your own, for `data.class`, are a class that sets `source` and `grid`, and overrides what is not as they need it:
+
+        class Series(PretrainingData):
+            def __init__(self, *, path: str, length: int = 512, **common):  # settings data.path and data.length
+                super().__init__(**common)
+                self.source = Source(names, read, labels)
+
+            def fit_to(self, encoder):
+                self.grid = encoder.positions(self.length)
+
+    Args:
+        mask: How positions are masked, one of `masking`.
+        views: Masked views of each sample, for data2vec 2.0; null for one mask, as 1.0 takes it.
+        seed: Seed of masks, augmentations and order.
+    """
 
     seed: int = 0
-    views: int | None = None  # masked views of each sample for data2vec 2.0; None for the one mask of 1.0
-    mask: Any  # one of `masking`
+    views: int | None = None
+    mask: Any
     lengths: np.ndarray | None = None  # per sample, for bucketing
-    name: str
+    grid: int | tuple[int, ...] | None = None  # positions of a sample, along each axis; None where samples differ
     source: Source
 
+    def __init__(self, *, mask: Any, views: int | None = None, seed: int = 0):
+        self.mask, self.views, self.seed = mask, views, seed
+
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self.source)
 
     def load(self, index: int, rng: np.random.Generator) -> Any:
         """One augmented sample. Raises to mark it as broken."""
-        raise NotImplementedError
+        return self.source.read(index)
 
     def collate(self, samples: list[Any], draws: Draws) -> dict[str, np.ndarray]:
         """Stack samples and mask them: `source`, `mask` and more, as numpy arrays."""
-        raise NotImplementedError
+        return {"source": np.stack(samples), "mask": self.make_mask(draws, self.grid)}
 
     def make_mask(self, draws: Draws, *where: Any) -> np.ndarray:
         """Mask (B, T), or with `views` (B, views, T).
@@ -128,6 +148,7 @@ class PretrainingData(Dataset):
             draws: Of the samples.
             where: What the mask takes: a grid, or a length and the unpadded lengths (B,).
         """
+        where = [each[0] if isinstance(each, tuple) and len(each) == 1 else each for each in where]
         if self.views is None:
             return self.mask(draws, *where)
         where = [np.repeat(each, self.views) if isinstance(each, np.ndarray) else each for each in where]
@@ -141,12 +162,32 @@ class PretrainingData(Dataset):
             DataError: Data and encoder do not fit together.
         """
 
+    @property
+    def axes(self) -> int:
+        """Axes of `grid`."""
+        return len(self.grid) if isinstance(self.grid, tuple) else 1
+
+    def check_mask(self) -> None:
+        """Raise DataError unless the mask fits `grid`."""
+        kind, where = type(self.mask), {BlockMask: "two axes", SpanMask: "one axis", TokenMask: "ids of a tokenizer"}
+        if kind in where and (kind, self.axes) not in ((BlockMask, 2), (SpanMask, 1)):
+            raise DataError(
+                f"mask: {kind.__name__} is for {where[kind]}, and the grid of the data is {self.grid}; mask.kind=random and "
+                "mask.kind=exact take any"
+            )
+        total = math.prod(self.grid) if isinstance(self.grid, tuple) else self.grid
+        if kind is BlockMask and self.mask.count >= total:
+            raise DataError(
+                f"mask.count={self.mask.count}: a sample has {total} positions, and some must stay visible; the recipe masks "
+                f"about 60 % of them, mask.count={round(0.6 * total)}"
+            )
+
     def processor(self, encoder: Any) -> Any:
         """Tokenizer, image processor or feature extractor of transformers: what makes inputs for the exported encoder."""
-        raise NotImplementedError
+        return None
 
     def sample_name(self, index: int) -> str:
-        return f"{self.name}[{index}]"
+        return self.source.names[index]
 
     def contents(self) -> tuple[Sequence[str], np.ndarray]:
         """Names of what the samples are made of, and a digest (int64) of each. A run resumes with the same ones only."""
@@ -165,6 +206,10 @@ class PretrainingData(Dataset):
         batch: Batch = {"epoch": epoch, "samples": read, "broken": broken}
         if samples:
             arrays = self.collate(samples, Draws(self.seed, epoch, read))
+            if lacking := {"source", "mask"} - arrays.keys():
+                raise DataError(
+                    f"{type(self).__name__}.collate: gives no {' and no '.join(lacking)}; found {', '.join(arrays)}"
+                )
             if self.views is not None:
                 arrays["visible"] = visible_positions(arrays["mask"], arrays.get("padding_mask"))
             batch |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}

@@ -282,7 +282,8 @@ class AudioData(PretrainingData):
         channel_prob: float = 0.0,
         channel_length: int = 10,
     ):
-        self.name, self.mask, self.views, self.seed, self.sample_rate = path, mask, views, seed, sample_rate
+        super().__init__(mask=mask, views=views, seed=seed)
+        self.name, self.sample_rate = path, sample_rate
         self.max_samples, self.crop, self.normalize = round(max_seconds * sample_rate), crop, normalize
         self.join_samples = round(join_seconds * sample_rate)
         self.max_batch_length = None if batch_seconds is None else batch_seconds * sample_rate

@@ -170,8 +170,8 @@ class TextData(PretrainingData):
         teacher_input: Literal["full", "masked_only"] = "full",
         max_broken: float = 0.01,
     ):
-        self.name, self.mask, self.views, self.seed = path, mask, views, seed
-        self.block_size, self.teacher_input = block_size, teacher_input
+        super().__init__(mask=mask, views=views, seed=seed)
+        self.name, self.block_size, self.teacher_input = path, block_size, teacher_input
         if views is not None and teacher_input != "full":
             raise DataError(f"data.teacher_input={teacher_input}: is for one mask a sample; leave it out, or data.views")
         documents = load_documents(path, name, split, column, max_broken)
@@ -197,6 +197,9 @@ class TextData(PretrainingData):
 
     def __len__(self) -> int:
         return len(self.begins)
+
+    def sample_name(self, index: int) -> str:
+        return f"{self.name}[{index}]"
 
     def contents(self) -> tuple[list[str], np.ndarray]:
         digest = hashlib.sha256(self.ids.tobytes() + self.begins.tobytes() + self.ends.tobytes()).digest()

@@ -190,16 +190,10 @@ class ImageData(PretrainingData):
         mean: tuple[float, float, float] = MEAN,
         std: tuple[float, float, float] = STD,
     ):
-        self.name, self.mask, self.views, self.seed = path, mask, views, seed
+        super().__init__(mask=mask, views=views, seed=seed)
         self.image_size, self.crop_scale, self.crop_ratio = image_size, tuple(crop_scale), tuple(crop_ratio)
         self.flip, self.jitter, self.mean, self.std = flip, jitter, tuple(mean), tuple(std)
         self.source = open_images(path, name, split)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def sample_name(self, index: int) -> str:
-        return self.source.names[index]
 
     def fit_to(self, encoder: Any) -> None:
         expected = getattr(getattr(encoder.model, "config", None), "image_size", self.image_size)
@@ -214,12 +208,7 @@ class ImageData(PretrainingData):
                 f"encoder.model: {type(encoder.model).__name__} needs a method positions(image_size) that returns "
                 "the rows and columns of patches"
             )
-        patches = self.grid[0] * self.grid[1]
-        if isinstance(self.mask, BlockMask) and self.mask.count >= patches:
-            raise DataError(
-                f"mask.count={self.mask.count}: an image has {patches} patches, and some must stay visible; "
-                f"the recipe masks about 60 % of them, mask.count={round(0.6 * patches)}"
-            )
+        self.check_mask()
 
     def processor(self, encoder: Any) -> Any:
         return image_processor(self.image_size, self.mean, self.std)
