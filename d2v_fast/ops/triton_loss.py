@@ -264,7 +264,8 @@ def _loss_rows_kernel(
             share = 1 / tl.maximum(count, 1.0)
             updated = ()
             for i in tl.static_range(CHUNKS):
-                target = tl.where(weight > 0, average[i], 0.0)  # what is not scored may hold anything
+                # Not BY_ROW, what is not scored may hold anything.
+                target = average[i] if BY_ROW else tl.where(weight > 0, average[i], 0.0)
                 updated += _welford(of_targets[2 * i], of_targets[2 * i + 1], target, weight, weight * share)
             of_targets = updated
         if WITH_MEAN:
