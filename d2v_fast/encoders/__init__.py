@@ -17,7 +17,7 @@ taken apart, others run whole with their local features exchanged (`spliced`). A
 """
 
 from d2v_fast.encoders.base import Encoded, Encoder, LayerSource
-from d2v_fast.encoders.hub import build_encoder, class_arguments, describe, example, off_by, wrap
+from d2v_fast.encoders.hub import build_encoder, class_arguments, describe, example, model_class, off_by, wrap
 from d2v_fast.encoders.patches import PatchEncoder
 from d2v_fast.encoders.spliced import SplicedEncoder
 from d2v_fast.encoders.tokens import TokenEncoder
@@ -35,6 +35,7 @@ __all__ = [
     "class_arguments",
     "describe",
     "example",
+    "model_class",
     "off_by",
     "wrap",
 ]

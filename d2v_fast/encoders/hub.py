@@ -134,6 +134,14 @@ def _check_states(encoder: Encoder) -> None:
         )
 
 
+def model_class(config: type) -> type[nn.Module]:
+    """The class of transformers for this class of configuration; the first where it has several."""
+    from transformers import MODEL_MAPPING
+
+    found = MODEL_MAPPING[config]
+    return found[0] if isinstance(found, tuple) else found
+
+
 def class_arguments(cls: type[nn.Module]) -> dict[str, bool]:
     """What a class of transformers is to be told beside its config, to have all weights of an encoder and no others."""
     # Poolers get no gradient; mask tokens of ViT and DeiT are an argument and not a config field.
@@ -215,7 +223,7 @@ def build_encoder(
         hf_config = _new_config(model, config)
     if type(hf_config) not in MODEL_MAPPING:
         raise ValueError(f"encoder.model={hf_config.model_type!r}: transformers has no encoder for it")
-    cls = MODEL_MAPPING[type(hf_config)]
+    cls = model_class(type(hf_config))
     if getattr(hf_config, "is_encoder_decoder", False):
         raise ValueError(
             f"encoder.model={hf_config.model_type!r}: {cls.__name__} has a decoder too; its encoder alone can be trained from "

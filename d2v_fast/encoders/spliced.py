@@ -203,9 +203,7 @@ class SplicedEncoder(Encoder):
         extra = torch.arange(self.extra, device=visible.device).expand(len(visible), -1)
         rows = torch.cat([extra, visible + self.extra], dim=1)
 
-        def change(block, args, kwargs):
-            number = self._number[block]
-
+        def change(number, args, kwargs):
             def replace(path, value):
                 if path == first:
                     return torch.cat([value[:, : self.extra].to(x.dtype), x], dim=1) if number == 0 else value
@@ -218,8 +216,12 @@ class SplicedEncoder(Encoder):
             return _mapped(replace, args, kwargs)
 
         with ExitStack() as stack:
-            for block in self.blocks:
-                stack.callback(block.register_forward_pre_hook(change, with_kwargs=True).remove)
+            for number, block in enumerate(self.blocks):
+
+                def hook(block, args, kwargs, number=number):
+                    return change(number, args, kwargs)
+
+                stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
     # What is found by trying
@@ -252,7 +254,6 @@ class SplicedEncoder(Encoder):
     @torch.no_grad()
     def _try_all(self, named: str | None) -> list[tuple[str | None, _Unfit]]:
         """Set what is known of the model and return nothing, or return why no module fits."""
-        self._number = {block: number for number, block in enumerate(self.blocks)}
         inputs, states = self._inputs_that_run()
         if states.ndim != 3 or states.shape[-1] != self.hidden_size:
             raise _Unfit(f"its last states have the shape {tuple(states.shape)}, not (B, T, {self.hidden_size})", 10)
@@ -283,9 +284,9 @@ class SplicedEncoder(Encoder):
         config, why = self.model.config, ""
         for shape in _shapes(self.reads, self.model):
             self._shape, self._time = shape, max(range(len(shape)), key=lambda axis: shape[axis], default=0)
-            inputs = self.example(BATCH)
             self.grid = ()
             try:
+                inputs = self.example(BATCH)
                 if "noise" in self._takes:
                     side = config.image_size // config.patch_size
                     self.grid = (side, side)
@@ -316,7 +317,7 @@ class SplicedEncoder(Encoder):
                 try:
                     self._until(self.blocks[0], lambda: self._call(inputs), inputs=True)
                 except _Unfit:
-                    raise _Unfit(f"its blocks {self.layers_name} are not run one after the other, from the first on", 10) from None
+                    raise _Unfit(f"its blocks {self.layers_name} are not called as modules", 10) from None
         return seen
 
     def _try(self, path: str, output: Any, inputs: Tensor, states: Tensor) -> None:
@@ -409,7 +410,8 @@ class SplicedEncoder(Encoder):
         elif self.reads == "vision":
             other[..., -1, -1] += 10
         else:
-            other.narrow(1 + self._time, -(-7 * self._shape[self._time] // 8), self._shape[self._time] // 8).add_(10)
+            last = other.narrow(1 + self._time, -(-7 * self._shape[self._time] // 8), self._shape[self._time] // 8)
+            last.add_(torch.randn_like(last))
         inside = {each for block in self.blocks for each in block.modules()}
         with ExitStack() as stack:
             for each in self.model.modules():
@@ -455,10 +457,13 @@ class SplicedEncoder(Encoder):
             raise _Unfit("masked positions get equal states: positions are lost with the mask, or the model has none", 6)
 
     def _check_both_ways(self, features: Tensor, states: Tensor) -> None:
-        other = features.clone()
-        other[:, -1] += torch.randn_like(other[:, -1])
-        if _same(self._run(other)[:, 0], states[:, 0]) and not _same(self._run(features.flip(1))[:, -1], states[:, -1]):
-            raise _Unfit("is causal: a position sees none of the later ones, so the masked context on its right is lost", 10)
+        def moved_by(at: int) -> Tensor:
+            other = features.clone()
+            other[:, at] += torch.randn_like(other[:, at])
+            return (self._run(other) - states).abs().amax((0, -1)) > 1e-6 * states.abs().max()
+
+        if not moved_by(-1)[:-1].any() and moved_by(0)[1:].any():
+            raise _Unfit("is causal: a position sees none of the later ones", 10)
 
     def _learn(self, inputs: Tensor) -> None:
         """The FFN's output, what teachers copy, padding, and whether visible positions can be encoded alone."""
@@ -491,8 +496,7 @@ class SplicedEncoder(Encoder):
         order: list[tuple[str, nn.Module]] = []
         with ExitStack() as stack:
             for path, module in self.blocks[-1].named_modules():
-                scales = type(module).__name__.endswith("LayerScale")
-                if path and (isinstance(module, nn.Linear) or scales):
+                if path and type(module).__name__.endswith(("Linear", "Conv1D", "LayerScale")):
                     hook = module.register_forward_hook(lambda m, a, o, path=path: order.append((path, m)))
                     stack.callback(hook.remove)
             self._run(features)
@@ -557,8 +561,9 @@ class SplicedEncoder(Encoder):
         """
         length = features.shape[1]
         with ExitStack() as stack:
-            for block in self.blocks:
-                stack.callback(block.register_forward_pre_hook(self._note_axes(length), with_kwargs=True).remove)
+            for number, block in enumerate(self.blocks):
+                hook = block.register_forward_pre_hook(self._note_axes(number, length), with_kwargs=True)
+                stack.callback(hook.remove)
             states = self._run(features)
         at = length // 2
         other = features.clone()
@@ -586,14 +591,14 @@ class SplicedEncoder(Encoder):
             return "its blocks treat neighbours in a sequence as neighbours"
         return None
 
-    def _note_axes(self, length: int) -> Callable:
+    def _note_axes(self, number: int, length: int) -> Callable:
         def note(block, args, kwargs):
             first = _first_path(args, kwargs)
 
             def axes(path, value):
                 if path != first:
                     found = [axis for axis, size in enumerate(value.shape) if size in (self.extra + length, length)]
-                    self._axes[self._number[block], path] = found
+                    self._axes[number, path] = found
                 return value
 
             _mapped(axes, args, kwargs)
@@ -610,9 +615,13 @@ class SplicedEncoder(Encoder):
                 if isinstance(modules, nn.ModuleList) and len(modules) and "att" in _inner(modules[0])
             }
             outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-            if len(outer) != 1:
-                raise
-            return outer[0]
+            if len(outer) == 1:
+                return outer[0]
+            wanted = getattr(self.model.config, "num_hidden_layers", None)
+            as_many = [name for name, each in self.model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == wanted]
+            if len(as_many) == 1:
+                return as_many[0]
+            raise
 
     def _kind(self, like: Tensor | None = None) -> dict[str, Any]:
         parameter = next(self.model.parameters())
@@ -621,6 +630,8 @@ class SplicedEncoder(Encoder):
     def _tokens(self) -> Tensor:
         """Ids that are not special."""
         config = self.model.config
+        if not isinstance(getattr(config, "vocab_size", None), int):
+            raise ValueError(f"{type(config).__name__} has no vocab_size")
         special = {value for name, value in config.to_dict().items() if name.endswith("token_id") and isinstance(value, int)}
         return torch.tensor([i for i in range(3, min(config.vocab_size, 200)) if i not in special])
 
@@ -646,7 +657,7 @@ def _other_weights(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in probe.parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter.add_(noise * (0.1 if parameter.ndim < 2 else parameter[0].numel() ** -0.5))
+            parameter.add_(noise * (0.1 if parameter.ndim < 2 else max(1, parameter[0].numel()) ** -0.5))
     return probe
 
 
