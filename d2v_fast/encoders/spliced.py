@@ -23,6 +23,7 @@ from d2v_fast.encoders.base import Encoder, LayerSource, gather
 READS = {"input_ids": "text", "pixel_values": "vision", "input_values": "audio", "input_features": "spectrogram"}
 NORMS_OVER_TIME = (nn.GroupNorm, nn.InstanceNorm1d, nn.BatchNorm1d)  # they mix statistics, not content
 BATCH, TOKENS = 2, 13  # of what is tried; no axis of a model has such a length
+FINAL = 10  # rank of a failure that no other module mends
 CLOSE = 1e-4  # of two results in fp32, relative to their size
 
 
@@ -45,7 +46,7 @@ class SplicedEncoder(Encoder):
         reads: What it takes: text (token ids), vision (pixels), audio (waveforms) or spectrogram.
         features_name: Dotted path of the module that makes local features.
         extra: Number of tokens in front that stand for no position.
-        no_gather: Why the blocks cannot run on some positions as they run on all; None where they can.
+        no_padding: Why padding cannot be left out of the context; None where it can.
 
     Args:
         model: Takes `input_ids`, `pixel_values`, `input_values` or `input_features`, and returns `last_hidden_state` (B, E + T, C).
@@ -64,7 +65,7 @@ class SplicedEncoder(Encoder):
         names = [n for n, p in model.named_parameters() if n.rpartition(".")[2] in own and p.numel() == p.shape[-1]]
         self.mask_token_name = names[0] if names else None
         super().__init__(model, layers, ffn)
-        self.squeeze, self.no_gather, self.no_padding = 1, None, None
+        self.squeeze, self.no_padding, self._no_gather = 1, None, ...
         self._axes: dict[tuple, list[int]] = {}  # of the blocks' arguments, those that count positions
         parameters = inspect.signature(model.forward).parameters
         self._takes = {name for name in ("attention_mask", "noise") if name in parameters}
@@ -79,11 +80,21 @@ class SplicedEncoder(Encoder):
     def place_visible(self, features: Tensor, mask: Tensor, visible: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         if self.training and getattr(self.model, "is_gradient_checkpointing", False):
             raise ValueError(f"{type(self.model).__name__}: gradient checkpointing runs its blocks anew on other positions")
+        if not self.gathers:
+            raise ValueError(f"{type(self.model).__name__} cannot encode the visible positions alone: {self.no_gather}")
         return gather(self._placed(features, padding_mask), visible)
 
     @property
     def gathers(self) -> bool:
         return self.no_gather is None
+
+    @property
+    def no_gather(self) -> str | None:
+        """Why the blocks cannot run on some positions as they run on all; None where they can. Tried once, when it is asked for."""
+        if self._no_gather is ...:
+            with self._copied(), torch.no_grad():
+                self._no_gather = "its blocks see fewer positions" if self.squeeze > 1 else self._try_gather()
+        return self._no_gather
 
     def transform(self, x: Tensor, padding_mask: Tensor | None = None, **wanted: Any) -> Any:
         encoded = super().transform(x, padding_mask, **wanted)
@@ -226,37 +237,44 @@ class SplicedEncoder(Encoder):
 
     # What is found by trying
 
-    def _find(self, named: str | None) -> None:
-        model, name = self.model, type(self.model).__name__
-        training = {module: module.training for module in model.modules()}
-        self._rest, self.grid, self.extra, self._width, self._per_step = None, (), 0, self.hidden_size, None
+    @contextmanager
+    def _copied(self) -> Iterator[None]:
+        """A copy with other weights in place of the model, in eval mode."""
+        model = self.model
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)
                 self.model = _other_weights(model)
+                yield
+        finally:
+            self.model = model
+
+    def _find(self, named: str | None) -> None:
+        self._rest, self.grid, self.extra, self._width, self._per_step = None, (), 0, self.hidden_size, None
+        try:
+            with self._copied():
                 failures = self._try_all(named)
         except _Unfit as error:
             failures = [(named, error)]
-        finally:
-            self.model = model
-            for module, mode in training.items():
-                module.training = mode
-        if failures:
-            path, why = max(failures, key=lambda failure: failure[1].rank)
-            found = f"encoder.features={named}: " if named else ""
-            at = f" at {path}" if path and not named else ""
-            remedy = "" if why.rank >= 10 else (
-                "; name the module whose output is a local feature of each position, before positions are added: "
-                "encoder.features=…, or give a module of your own the methods embed and contextualize"
-            )
-            raise ValueError(f"{found}{name} cannot be spliced{at}: {why}{remedy}")
+        if not failures:
+            return
+        path, why = max(failures, key=lambda failure: failure[1].rank)
+        found = f"encoder.features={named}: " if named else ""
+        at = f" at {path}" if path and not named else ""
+        remedy = (
+            "; name the module whose output is a local feature of each position, before positions are added: "
+            "encoder.features=…, or give a module of your own the methods embed and contextualize"
+        )
+        raise ValueError(
+            f"{found}{type(self.model).__name__} cannot be spliced{at}: {why}{'' if why.rank == FINAL else remedy}"
+        )
 
     @torch.no_grad()
     def _try_all(self, named: str | None) -> list[tuple[str | None, _Unfit]]:
         """Set what is known of the model and return nothing, or return why no module fits."""
         inputs, states = self._inputs_that_run()
         if states.ndim != 3 or states.shape[-1] != self.hidden_size:
-            raise _Unfit(f"its last states have the shape {tuple(states.shape)}, not (B, T, {self.hidden_size})", 10)
+            raise _Unfit(f"its last states have the shape {tuple(states.shape)}, not (B, T, {self.hidden_size})", FINAL)
         seen = self._outputs(inputs, named)
         if named and not any(path == named for path, _ in seen):
             raise _Unfit("is not in the model, or not run before its blocks", 0)
@@ -277,7 +295,7 @@ class SplicedEncoder(Encoder):
         most = max((grid.shape[2:].numel() for grid in grids if isinstance(grid, Tensor) and grid.ndim == 4), default=0)
         if most > states.shape[1] and all(error.rank < 3 for _, error in failures):
             why = f"is hierarchical: of {most} local features {states.shape[1]} states are left, and no mask fits both"
-            raise _Unfit(why, 10)
+            raise _Unfit(why, FINAL)
         return failures or [(None, _Unfit("no module before its blocks gives a feature of each position", 0))]
 
     def _inputs_that_run(self) -> tuple[Tensor, Tensor]:
@@ -296,11 +314,11 @@ class SplicedEncoder(Encoder):
                 why = why or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 continue
             if not _same(states, again):
-                raise _Unfit("its states differ from call to call", 10)
+                raise _Unfit("its states differ from call to call", FINAL)
             if len(shape) == 2:
                 self.reads = "spectrogram"
             return inputs, states
-        raise _Unfit(f"it does not run on {self.model.main_input_name} alone: {why}", 10)
+        raise _Unfit(f"it does not run on {self.model.main_input_name} alone: {why}", FINAL)
 
     def _outputs(self, inputs: Tensor, named: str | None) -> list[tuple[str, Any]]:
         """Outputs by path, in the order in which they come before the first block; with `named` that one's alone."""
@@ -317,7 +335,7 @@ class SplicedEncoder(Encoder):
                 try:
                     self._until(self.blocks[0], lambda: self._call(inputs), inputs=True)
                 except _Unfit:
-                    raise _Unfit(f"its blocks {self.layers_name} are not called as modules", 10) from None
+                    raise _Unfit(f"its blocks {self.layers_name} are not called as modules", FINAL) from None
         return seen
 
     def _try(self, path: str, output: Any, inputs: Tensor, states: Tensor) -> None:
@@ -463,10 +481,10 @@ class SplicedEncoder(Encoder):
             return (self._run(other) - states).abs().amax((0, -1)) > 1e-6 * states.abs().max()
 
         if not moved_by(-1)[:-1].any() and moved_by(0)[1:].any():
-            raise _Unfit("is causal: a position sees none of the later ones", 10)
+            raise _Unfit("is causal: a position sees none of the later ones", FINAL)
 
     def _learn(self, inputs: Tensor) -> None:
-        """The FFN's output, what teachers copy, padding, and whether visible positions can be encoded alone."""
+        """The FFN's output, what teachers copy, and whether padding is left out."""
         features = self.embed(inputs)
         if self.ffn_name is None:
             self.ffn_name = self._executed_last(features)
@@ -476,7 +494,7 @@ class SplicedEncoder(Encoder):
                 self._run(features)
             if len(captured) < len(self.blocks):
                 what = f"FFN output {self.ffn_name}" if source == "ffn" else "blocks"
-                raise _Unfit(f"not all of its {what} are run; name the FFN's output: encoder.ffn=…", 10)
+                raise _Unfit(f"not all of its {what} are run; name the FFN's output: encoder.ffn=…", FINAL)
             for result in captured.values():
                 found = tuple(result.shape)
                 whole = result.ndim == 3 and found[::2] == (BATCH, self.hidden_size)
@@ -484,13 +502,11 @@ class SplicedEncoder(Encoder):
                     self.squeeze = length // found[1]
                 elif not whole or found[1] != length:
                     expected = (BATCH, length, self.hidden_size)
-                    raise _Unfit(f"{source}: found a layer's result of shape {found}, expected {expected}: encoder.ffn=…", 10)
+                    raise _Unfit(
+                        f"{source}: found a layer's result of shape {found}, expected {expected}: encoder.ffn=…", FINAL
+                    )
         self._learn_parameters(inputs)
         self.no_padding = self._try_padding(features)
-        try:
-            self.no_gather = "its blocks see fewer positions" if self.squeeze > 1 else self._try_gather(features)
-        except Exception as error:
-            self.no_gather = f"its blocks do not run on some positions: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
     def _executed_last(self, features: Tensor) -> str:
         order: list[tuple[str, nn.Module]] = []
@@ -501,7 +517,7 @@ class SplicedEncoder(Encoder):
                     stack.callback(hook.remove)
             self._run(features)
         if not order:
-            raise _Unfit(f"{type(self.blocks[-1]).__name__} runs no nn.Linear: name the FFN's output, encoder.ffn=…", 10)
+            raise _Unfit(f"{type(self.blocks[-1]).__name__} runs no nn.Linear: name the FFN's output, encoder.ffn=…", FINAL)
         return order[-1][0]
 
     def _learn_parameters(self, inputs: Tensor) -> None:
@@ -529,7 +545,10 @@ class SplicedEncoder(Encoder):
                 if not results:
                     return set()
                 found = torch.autograd.grad(
-                    sum(result.float().sum() for result in results), list(parameters.values()), allow_unused=True, retain_graph=True
+                    sum(result.float().sum() for result in results),
+                    list(parameters.values()),
+                    allow_unused=True,
+                    retain_graph=True,
                 )
                 return {name for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
 
@@ -554,42 +573,45 @@ class SplicedEncoder(Encoder):
             return f"does not run with its attention_mask ({type(error).__name__})"
         return None if _same(one, two) else "sees what its attention_mask covers"
 
-    def _try_gather(self, features: Tensor) -> str | None:
+    def _try_gather(self) -> str | None:
         """Why a subset of the positions cannot be encoded alone; None if it can.
 
-        A permutation tells: whatever depends on positions has to move with them.
+        A permutation tells: whatever depends on positions has to move with them. Texts are long enough to have neighbourhoods.
         """
-        length = features.shape[1]
+        features = self.embed(self.example(BATCH, min(131, getattr(self.model.config, "max_position_embeddings", 131) - 4)))
+        length, at = features.shape[1], features.shape[1] // 2
         with ExitStack() as stack:
             for number, block in enumerate(self.blocks):
                 hook = block.register_forward_pre_hook(self._note_axes(number, length), with_kwargs=True)
                 stack.callback(hook.remove)
-            states = self._run(features)
-        at = length // 2
+            states = self._run(features)[:, self.extra :]
         other = features.clone()
         other[:, at] += torch.randn_like(other[:, at])
         placed = self._placed(features)
         moved = (self._placed(other) - placed).abs().amax((0, -1)) > 1e-6 * placed.abs().max()
         if placed.shape[1] != length or moved.sum() != 1 or not moved[at]:
             return "its positions come from a convolution or the like, which would see what is masked"
-        orders = torch.stack([torch.randperm(length, device=features.device) for _ in range(BATCH)])
-        extra, expected = states.split([self.extra, length], dim=1)
-        expected = torch.cat([extra, expected.gather(1, orders[..., None].expand_as(expected))], dim=1)
+
+        def encoded(rows: Tensor) -> Tensor:
+            return self._whole(gather(placed, rows), None, rows)[:, self.extra :]
+
+        def shuffled(rows: Tensor) -> tuple[Tensor, Tensor]:
+            """Rows in another order, and where they were, (B, V, C)."""
+            order = torch.stack([torch.randperm(rows.shape[1], device=rows.device) for _ in rows])
+            return rows.gather(1, order), order[..., None].expand(-1, -1, self.hidden_size)
+
+        rows, order = shuffled(torch.arange(length, device=features.device).expand(BATCH, -1))
         found = self._axes
         for axes in (found, {at: each[:1] for at, each in found.items()}):  # another axis may happen to be as long
             self._axes = axes
-            if _same(self._whole(gather(placed, orders), None, orders), expected):
-                break
-        else:
-            return "positions enter inside of its blocks, in a form that cannot be gathered"
-        some = orders[:, : length // 2].sort(1).values
-        views = self._whole(gather(placed, some), None, some)
-        mixed = some.gather(1, torch.stack([torch.randperm(some.shape[1], device=some.device) for _ in range(BATCH)]))
-        where = (mixed[:, :, None] == some[:, None]).int().argmax(-1)
-        again = self._whole(gather(placed, mixed), None, mixed)[:, self.extra :]
-        if not _same(again, views[:, self.extra :].gather(1, where[..., None].expand_as(again))):
-            return "its blocks treat neighbours in a sequence as neighbours"
-        return None
+            try:
+                moves = _same(encoded(rows), states.gather(1, order))
+                some, order_of_some = shuffled(rows[:, : length // 2])
+                if moves and _same(encoded(some), encoded(rows[:, : length // 2]).gather(1, order_of_some)):
+                    return None
+            except Exception:  # blocks that do not run on fewer positions
+                continue
+        return "positions enter inside of its blocks, in a form that cannot be gathered"
 
     def _note_axes(self, number: int, length: int) -> Callable:
         def note(block, args, kwargs):
@@ -618,7 +640,9 @@ class SplicedEncoder(Encoder):
             if len(outer) == 1:
                 return outer[0]
             wanted = getattr(self.model.config, "num_hidden_layers", None)
-            as_many = [name for name, each in self.model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == wanted]
+            as_many = [
+                name for name, each in self.model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == wanted
+            ]
             if len(as_many) == 1:
                 return as_many[0]
             raise
@@ -725,7 +749,9 @@ def _mapped(change: Callable[[tuple, Tensor], Any], args: tuple, kwargs: dict[st
 def _take(value: Tensor, axes: list[int], rows: Tensor) -> Tensor:
     """`value` at `rows` (B, V) of its `axes`; without an axis of the batch, it gets one that broadcasts over heads."""
     if axes[0] == 0:
-        value, axes = (value[None, None], [2 + axis for axis in axes]) if value.ndim == 2 else (value[None], [1 + a for a in axes])
+        value, axes = (
+            (value[None, None], [2 + axis for axis in axes]) if value.ndim == 2 else (value[None], [1 + a for a in axes])
+        )
     value = value.expand(len(rows), *value.shape[1:])
     for axis in axes:
         index = rows.view(len(rows), *[rows.shape[1] if other == axis else 1 for other in range(1, value.ndim)])

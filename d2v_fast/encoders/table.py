@@ -1,8 +1,8 @@
 """Which encoders of the installed transformers work: each class is tried on a tiny configuration with random weights.
 
-    python -m d2v_fast.encoders.table                     prints the table of docs/encoders.md
-    python -m d2v_fast.encoders.table docs/encoders.md    writes it there
-    python -m d2v_fast.encoders.table modernbert swin     tries these alone
+python -m d2v_fast.encoders.table                     prints the table of docs/encoders.md
+python -m d2v_fast.encoders.table docs/encoders.md    writes it there
+python -m d2v_fast.encoders.table modernbert swin     tries these alone
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ LARGEST = 100_000_000  # parameters; a configuration that cannot be made small i
 BEGIN, END = "<!-- encoders -->", "<!-- /encoders -->"
 
 # Encoders that are in none of the lists below.
-OTHERS = ("IJepaModel", "WhisperModel", "DINOv3ViTModel", "JinaEmbeddingsV3Model", "GteModel", "EsmcModel", "ViTMAEModel", "PixioModel")
+OTHERS = (
+    "IJepaModel",
+    "WhisperModel",
+    "DINOv3ViTModel",
+    "JinaEmbeddingsV3Model",
+    "GteModel",
+    "EsmcModel",
+    "ViTMAEModel",
+    "PixioModel",
+)
 
 # Fields by which configurations are made small, where they have them.
 SMALL: dict[str, Any] = {
@@ -35,10 +44,12 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("decoder_layers", "num_decoder_layers"), 1),
     **dict.fromkeys(("num_attention_heads", "n_heads", "n_head", "encoder_attention_heads", "decoder_attention_heads"), 2),
     **dict.fromkeys(("num_heads", "num_key_value_heads"), 2),
-    **dict.fromkeys(("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "d_inner"), 48),
+    **dict.fromkeys(
+        ("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "d_inner"), 48
+    ),
     **dict.fromkeys(("head_dim", "d_kv", "d_head", "attention_head_size"), 16),
     "vocab_size": 60,
-    "max_position_embeddings": 66,
+    "max_position_embeddings": 200,
     **dict.fromkeys(("pad_token_id", "mask_token_id"), 1),
     **dict.fromkeys(("bos_token_id", "cls_token_id", "decoder_start_token_id"), 0),
     **dict.fromkeys(("eos_token_id", "sep_token_id"), 2),
@@ -65,13 +76,11 @@ MORE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("deberta", "deberta-v2"), _DEBERTA),
     "dinov3_vit": dict(num_register_tokens=4),
     **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin"), _SWIN),
-    "hiera": dict(
-        image_size=[32, 32], patch_size=None, hidden_size=None, embed_dim=16, depths=[1, 1], num_heads=[1, 2], num_query_pool=1
-    ),
+    "hiera": dict(image_size=[32, 32], patch_size=None, hidden_size=None, depths=[1, 1], num_heads=[1, 2], num_query_pool=1),
     "funnel": dict(num_hidden_layers=None, block_sizes=[1, 1], block_repeats=None),
     "longformer": dict(attention_window=4),
     "luke": dict(entity_vocab_size=20),
-    "mobilebert": dict(true_hidden_size=16),
+    "mobilebert": dict(hidden_size=None, intermediate_size=None, num_attention_heads=None),
     "reformer": dict(axial_pos_embds=False, attn_layers=["local", "lsh"], local_attn_chunk_length=4, lsh_attn_chunk_length=4),
     "vit_mae": dict(mask_ratio=0.0),
     "xmod": dict(languages=("en_XX",), default_language="en_XX"),
@@ -108,7 +117,15 @@ def names() -> list[str]:
         cls = model_class(CONFIG_MAPPING[name])
         modalities = getattr(cls, "input_modalities", None)
         several = isinstance(modalities, tuple | list) and len(modalities) > 1
-        if not several or name.endswith(("_vision", "_vision_model", "_audio", "_encoder")) or name == "whisper":
+        tower = (
+            name.endswith(("_vision", "_vision_model", "_audio", "_encoder"))
+            and getattr(cls, "main_input_name", None) != "input_ids"
+        )
+        if (
+            (not several and getattr(cls, "main_input_name", None) in READS and not name.endswith("_vision"))
+            or tower
+            or name == "whisper"
+        ):
             single.append(name)
     return single
 
@@ -183,6 +200,10 @@ def _line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"^(encoder: )?\w+ cannot (be spliced|encode the visible positions alone)( at [\w.]+)?: ", "", text)
     text = re.sub(r"^cannot find the transformer layers of .*", "has no list of blocks with attention that is found", text)
+    text = re.sub(r"it does not run on \w+ alone: \w+: \S+ missing .* arguments?: (.*)", r"needs \1 too", text)
+    text = re.sub(
+        r"^\w+ has neither hidden_size .*", "has no one hidden_size, as hierarchical models and convolutional ones", text
+    )
     text = re.sub(r" requires the (\w+) library.*", r" requires \1", text)
     return text.partition("; ")[0].replace("|", "\\|")[:160]
 
@@ -192,7 +213,9 @@ def report(found: list[Row]) -> str:
     import transformers
 
     tried = [row for row in found if row.reads]
-    first, second = (sum(bool(row.way) and not why for row, why in ((r, getattr(r, w)) for r in tried)) for w in ("first", "second"))
+    first, second = (
+        sum(bool(row.way) and not why for row, why in ((r, getattr(r, w)) for r in tried)) for w in ("first", "second")
+    )
     lines = [
         f"Tried with transformers {transformers.__version__}, on tiny configurations with random weights: {len(tried)} model types, of "
         f"which {first} work with data2vec 1.0 and {second} of them with 2.0.",
