@@ -29,7 +29,7 @@ from d2v_fast.data import first_line, is_local
 from d2v_fast.data.audio import feature_extractor
 from d2v_fast.data.text import limit_length, load_tokenizer
 from d2v_fast.data.vision import MEAN, STD, image_processor
-from d2v_fast.encoders import Encoder, PatchEncoder, TokenEncoder, WaveEncoder, class_arguments, example, off_by, wrap
+from d2v_fast.encoders import Encoder, PatchEncoder, TokenEncoder, class_arguments, example, off_by, wrap
 from d2v_fast.report import read_lines, read_probes
 from d2v_fast.trained import Trained, check_utf8
 from d2v_fast.training import HEAD, TEACHER

@@ -279,7 +279,7 @@ def check_gathers(encoder: Encoder) -> None:
             "its positions are added inside of its blocks or by a forward that is not known here"
         )
         raise ValueError(
-            f"encoder: {name} cannot encode the visible positions alone: {why}; take one that can (docs/encoders.md), such as "
-            "roberta, modernbert, vit, dinov3_vit, beit, data2vec2-vision, wav2vec2 or data2vec2-audio, give a module of your own "
-            "the method place(features), or leave the decoder out for data2vec 1.0: head.kind=linear, data.views=null"
+            f"encoder: {name} cannot encode the visible positions alone: {why}; take roberta, modernbert, vit, dinov3_vit, "
+            "beit, data2vec2-vision, wav2vec2, data2vec2-audio or another of docs/encoders.md, give a module of your own the "
+            "method place(features), or leave the decoder out for data2vec 1.0: head.kind=linear, data.views=null"
         )

@@ -93,7 +93,7 @@ class PatchEncoder(Encoder):
         return x if norm is None else norm(x)
 
     def _whole(self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None) -> Tensor:
-        x, extra, each = self._enter(x, padding_mask)
+        x, _, each = self._enter(x, padding_mask)
         for block, arguments in zip(self.blocks, each, strict=True):
             x = blocks.first(block(x, **arguments))
         return self._leave(x)

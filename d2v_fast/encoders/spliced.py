@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.encoders import blocks
-from d2v_fast.encoders.base import Encoder, LayerSource, gather
+from d2v_fast.encoders.base import Encoded, Encoder, gather
 
 READS = {"input_ids": "text", "pixel_values": "vision", "input_values": "audio", "input_features": "spectrogram"}
 NORMS_OVER_TIME = (nn.GroupNorm, nn.InstanceNorm1d, nn.BatchNorm1d)  # they mix statistics, not content
@@ -49,7 +49,7 @@ class SplicedEncoder(Encoder):
         no_padding: Why padding cannot be left out of the context; None where it can.
 
     Args:
-        model: Takes `input_ids`, `pixel_values`, `input_values` or `input_features`, and returns `last_hidden_state` (B, E + T, C).
+        model: Takes `input_ids`, `pixel_values`, `input_values` or `input_features`; its `last_hidden_state` is (B, E + T, C).
         features: Dotted path of the module whose output is (B, T, C), (B, C, T) or (B, C, H, W); default is found by trying.
         layers, ffn: As of `Encoder`; the FFN's output is else that of the last Linear a block runs, scaled by its layer scale.
 
@@ -69,6 +69,8 @@ class SplicedEncoder(Encoder):
         self._axes: dict[tuple, list[int]] = {}  # of the blocks' arguments, those that count positions
         parameters = inspect.signature(model.forward).parameters
         self._takes = {name for name in ("attention_mask", "noise") if name in parameters}
+        special = [value for name, value in model.config.to_dict().items() if name.endswith("token_id")]
+        self._ids = [i for i in range(3, min(getattr(model.config, "vocab_size", None) or 0, 200)) if i not in special]
         self._find(features)
         self.extra_tokens = self.extra > 0
 
@@ -90,13 +92,13 @@ class SplicedEncoder(Encoder):
 
     @property
     def no_gather(self) -> str | None:
-        """Why the blocks cannot run on some positions as they run on all; None where they can. Tried once, when it is asked for."""
+        """Why the blocks cannot run on some positions as they run on all; None where they can. Tried when first asked for."""
         if self._no_gather is ...:
             with self._copied(), torch.no_grad():
                 self._no_gather = "its blocks see fewer positions" if self.squeeze > 1 else self._try_gather()
         return self._no_gather
 
-    def transform(self, x: Tensor, padding_mask: Tensor | None = None, **wanted: Any) -> Any:
+    def transform(self, x: Tensor, padding_mask: Tensor | None = None, **wanted: Any) -> Encoded:
         encoded = super().transform(x, padding_mask, **wanted)
         if self.squeeze == 1:
             return encoded
@@ -114,7 +116,9 @@ class SplicedEncoder(Encoder):
     def example(self, batch: int, tokens: int = TOKENS) -> Tensor:
         """Random inputs; token ids (B, T) without special ones, else as the config says."""
         if self.reads == "text":
-            return self._tokens()[torch.randint(len(self._tokens()), (batch, tokens))].to(next(self.model.parameters()).device)
+            if not self._ids:
+                raise ValueError(f"{type(self.model.config).__name__} has no vocab_size")
+            return torch.tensor(self._ids)[torch.randint(len(self._ids), (batch, tokens))].to(self._kind()["device"])
         return torch.randn(batch, *self._shape, **self._kind())
 
     def _whole(self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None) -> Tensor:
@@ -132,7 +136,7 @@ class SplicedEncoder(Encoder):
         """Last states (B, E + T, C) of the model, whatever its input is, with `features` (B, T, C)."""
         batch, length = features.shape[:2]
         if self.reads == "text":
-            inputs = torch.full((batch, length), int(self._tokens()[0]), device=features.device)
+            inputs = torch.full((batch, length), self._ids[0], device=features.device)
             pad = getattr(self.model.config, "pad_token_id", None)
             if padding_mask is not None and pad is not None:
                 inputs = inputs.masked_fill(padding_mask, pad)
@@ -143,11 +147,15 @@ class SplicedEncoder(Encoder):
             elif length != math.prod(self.grid):
                 expected = " × ".join(map(str, self.grid))
                 raise ValueError(f"{type(self.model).__name__}: found {length} positions, expected {expected}")
-            inputs = torch.zeros(1, *shape, **self._kind(features)).expand(batch, *shape)
+            inputs = torch.zeros(1, *shape, **self._kind()).expand(batch, *shape)
         if padding_mask is not None:
             features = features.clone()  # some zero padding in place
-        module = self.model.get_submodule(self.features_name)
-        with _forward(module, lambda *args, **kwargs: self._as_output(features)):
+        with ExitStack() as stack:
+            features_of = self.model.get_submodule(self.features_name)
+            stack.enter_context(_forward(features_of, lambda *args, **kwargs: self._as_output(features)))
+            if self._stem_name is not None:
+                stem = self.model.get_submodule(self._stem_name)
+                stack.enter_context(_forward(stem, _once(stem.forward)))
             return self._call(inputs, padding_mask)
 
     def _call(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -164,15 +172,14 @@ class SplicedEncoder(Encoder):
         if "noise" in self._takes:  # ViT-MAE orders patches by it
             arguments["noise"] = torch.arange(math.prod(self.grid), device=inputs.device).expand(len(inputs), -1)
         config = self.model.config
-        augments = getattr(config, "apply_spec_augment", False)  # masks of the model's own
+        augments = getattr(config, "apply_spec_augment", None)
+        if not augments:
+            return self.model(**arguments).last_hidden_state
         try:
-            if augments:
-                config.apply_spec_augment = False
-            output = self.model(**arguments)
+            config.apply_spec_augment = False  # else the model masks a training input by itself
+            return self.model(**arguments).last_hidden_state
         finally:
-            if augments:
-                config.apply_spec_augment = True
-        return output.last_hidden_state
+            config.apply_spec_augment = augments
 
     def _until(self, module: nn.Module, run: Callable[[], Any], inputs: bool = False) -> Any:
         """The output of `module`, or its first input, in a run that ends there."""
@@ -250,7 +257,14 @@ class SplicedEncoder(Encoder):
             self.model = model
 
     def _find(self, named: str | None) -> None:
-        self._rest, self.grid, self.extra, self._width, self._per_step = None, (), 0, self.hidden_size, None
+        self._rest, self.grid, self.extra, self._width, self._per_step, self._stem_name = (
+            None,
+            (),
+            0,
+            self.hidden_size,
+            None,
+            None,
+        )
         try:
             with self._copied():
                 failures = self._try_all(named)
@@ -279,7 +293,7 @@ class SplicedEncoder(Encoder):
         if named and not any(path == named for path, _ in seen):
             raise _Unfit("is not in the model, or not run before its blocks", 0)
         failures: list[tuple[str | None, _Unfit]] = []
-        for path, output in reversed(seen):
+        for number, (path, output) in reversed(list(enumerate(seen))):
             if not named and self.masks_features and _drops(self.model.get_submodule(path)):
                 continue  # features are the teacher's too, and dropout is the student's alone
             try:
@@ -289,6 +303,7 @@ class SplicedEncoder(Encoder):
             except Exception as error:  # a model that does not run with it
                 failures.append((path, _Unfit(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", 1)))
             else:
+                self._stem_name = self._stem([before for before, _ in seen[:number]])
                 self._learn(inputs)
                 return []
         grids = [blocks.first(output) for _, output in seen]
@@ -297,6 +312,15 @@ class SplicedEncoder(Encoder):
             why = f"is hierarchical: of {most} local features {states.shape[1]} states are left, and no mask fits both"
             raise _Unfit(why, FINAL)
         return failures or [(None, _Unfit("no module before its blocks gives a feature of each position", 0))]
+
+    def _stem(self, before: list[str]) -> str | None:
+        """The module that takes the inputs of speech, if it is another one."""
+        if not self._timed:
+            return None
+        around = [path for path in before if not f"{self.features_name}.".startswith(f"{path}.")]
+        outer = [path for path in around if not any(path.startswith(f"{other}.") for other in around)]
+        inner = [path for path in outer if not path.startswith(f"{self.features_name}.")]
+        return inner[0] if inner else None
 
     def _inputs_that_run(self) -> tuple[Tensor, Tensor]:
         config, why = self.model.config, ""
@@ -341,7 +365,7 @@ class SplicedEncoder(Encoder):
     def _try(self, path: str, output: Any, inputs: Tensor, states: Tensor) -> None:
         """Raise _Unfit unless this module is local and all that the model learns of its input."""
         module = self.model.get_submodule(path)
-        self.features_name, self._per_step, self.grid = path, None, ()
+        self.features_name, self._per_step, self.grid, self._stem_name = path, None, (), None
         rest = output[1:] if isinstance(output, tuple) else ()
         if any(each is not None for each in rest):
             raise _Unfit(f"its output has {len(output)} parts", 1)
@@ -424,7 +448,7 @@ class SplicedEncoder(Encoder):
         """Change the end of the input: features elsewhere stay, but for the reach of a convolution."""
         other = inputs.clone()
         if self.reads == "text":
-            other[:, -1] = self._tokens()[(self._tokens() == other[0, -1]).nonzero()[0, 0] - 1]
+            other[:, -1] = self._ids[self._ids.index(int(other[0, -1])) - 1]
         elif self.reads == "vision":
             other[..., -1, -1] += 10
         else:
@@ -647,17 +671,9 @@ class SplicedEncoder(Encoder):
                 return as_many[0]
             raise
 
-    def _kind(self, like: Tensor | None = None) -> dict[str, Any]:
+    def _kind(self) -> dict[str, Any]:
         parameter = next(self.model.parameters())
-        return dict(device=parameter.device, dtype=parameter.dtype if like is None else like.dtype)
-
-    def _tokens(self) -> Tensor:
-        """Ids that are not special."""
-        config = self.model.config
-        if not isinstance(getattr(config, "vocab_size", None), int):
-            raise ValueError(f"{type(config).__name__} has no vocab_size")
-        special = {value for name, value in config.to_dict().items() if name.endswith("token_id") and isinstance(value, int)}
-        return torch.tensor([i for i in range(3, min(config.vocab_size, 200)) if i not in special])
+        return dict(device=parameter.device, dtype=parameter.dtype)
 
 
 def _drops(module: nn.Module) -> bool:
@@ -681,7 +697,7 @@ def _other_weights(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in probe.parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter.add_(noise * (0.1 if parameter.ndim < 2 else max(1, parameter[0].numel()) ** -0.5))
+            parameter.nan_to_num_().add_(noise * (0.1 if parameter.ndim < 2 else max(1, parameter[0].numel()) ** -0.5))
     return probe
 
 
@@ -705,6 +721,17 @@ def _shapes(reads: str, model: nn.Module) -> list[tuple[int, ...]]:
     if "feature_projection_input_dim" in config.to_dict():
         spectrograms.insert(0, (97, config.feature_projection_input_dim))
     return [(4000,), *spectrograms] if model.main_input_name == "input_values" else spectrograms
+
+
+def _once(forward: Callable) -> Callable:
+    """A forward for a batch of equal samples, which computes one."""
+
+    @torch.no_grad()
+    def once(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        one = forward(x[:1], *args, **kwargs)
+        return one.expand(len(x), *one.shape[1:])
+
+    return once
 
 
 @contextmanager

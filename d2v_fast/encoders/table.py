@@ -213,20 +213,19 @@ def report(found: list[Row]) -> str:
     import transformers
 
     tried = [row for row in found if row.reads]
-    first, second = (
-        sum(bool(row.way) and not why for row, why in ((r, getattr(r, w)) for r in tried)) for w in ("first", "second")
-    )
+    first = [row for row in tried if row.way and not row.first]
+    second = [row for row in first if not row.second]
     lines = [
-        f"Tried with transformers {transformers.__version__}, on tiny configurations with random weights: {len(tried)} model types, of "
-        f"which {first} work with data2vec 1.0 and {second} of them with 2.0.",
+        f"Tried with transformers {transformers.__version__}, on tiny configurations with random weights: {len(tried)} model "
+        f"types, of which {len(first)} work with data2vec 1.0 and {len(second)} of them with 2.0."
     ]
     titles = {"text": "Text", "vision": "Images", "audio": "Waveforms", "spectrogram": "Spectrograms"}
     for reads, title in titles.items():
-        rows_ = [row for row in tried if row.reads == reads]
-        works = [row for row in rows_ if row.way and not row.first]
+        works = [row for row in first if row.reads == reads]
+        refused = [row for row in tried if row.reads == reads and row not in works]
         lines += ["", f"**{title}**", "", "| model type | class | run | 1.0 | 2.0 |", "|---|---|---|---|---|"]
         lines += [f"| `{r.name}` | {r.cls} | {r.way} | yes | {f'no: {r.second}' if r.second else 'yes'} |" for r in works]
-        lines += [f"| `{r.name}` | {r.cls} | | no: {r.first} | no |" for r in rows_ if r not in works]
+        lines += [f"| `{r.name}` | {r.cls} | | no: {r.first} | no |" for r in refused]
     left = [f"`{row.name}` ({row.first})" for row in found if not row.reads]
     if left:
         lines += ["", f"Not tried: {', '.join(left)}."]
