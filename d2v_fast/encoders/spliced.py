@@ -129,7 +129,8 @@ class SplicedEncoder(Encoder):
         padding = None
         if padding_mask is not None:
             padding = padding_mask.new_ones(len(x), length).scatter(1, visible, padding_mask)
-        with self._gathering(x, visible, length):
+        extra = torch.arange(self.extra, device=x.device).expand(len(x), -1)
+        with self._gathering(extra, visible, length, lambda hidden: torch.cat([hidden[:, : self.extra].to(x.dtype), x], dim=1)):
             return self._run(x.new_zeros(1, 1, self._width).expand(len(x), length, -1), padding)
 
     def _run(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -216,21 +217,24 @@ class SplicedEncoder(Encoder):
     # The blocks with some of the positions
 
     @contextmanager
-    def _gathering(self, x: Tensor, visible: Tensor, length: int) -> Iterator[None]:
-        """The first block takes x (B, V, C) behind its extra tokens, and what comes along with it is of these positions too."""
-        extra = torch.arange(self.extra, device=visible.device).expand(len(visible), -1)
+    def _gathering(self, extra: Tensor, visible: Tensor, length: int, enter: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """The first block takes what `enter` makes of its input, and what comes along is gathered for the same rows.
+
+        Those are the extra tokens `extra` (B, E') and behind them the positions `visible` (B, V) of `length`.
+        """
         rows = torch.cat([extra, visible + self.extra], dim=1)
 
-        def change(number, args, kwargs):
-            def replace(path, value):
+        def change(number: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            first = _first_path(args, kwargs)
+
+            def replace(path: tuple, value: Tensor) -> Tensor:
                 if path == first:
-                    return torch.cat([value[:, : self.extra].to(x.dtype), x], dim=1) if number == 0 else value
+                    return enter(value) if number == 0 else value
                 axes = self._axes.get((number, path))
                 if axes is None:  # a mask that the trial did not need
                     axes = [axis for axis in (2, 3) if value.ndim == 4 and value.shape[axis] == self.extra + length]
                 return _take(value, axes, rows if value.shape[axes[0]] != length else visible) if axes else value
 
-            first = _first_path(args, kwargs)
             return _mapped(replace, args, kwargs)
 
         with ExitStack() as stack:
@@ -600,7 +604,8 @@ class SplicedEncoder(Encoder):
     def _try_gather(self) -> str | None:
         """Why a subset of the positions cannot be encoded alone; None if it can.
 
-        A permutation tells: whatever depends on positions has to move with them. Texts are long enough to have neighbourhoods.
+        A permutation tells whether all that depends on positions moves with them, and taking each row twice, which no softmax
+        notices, whether the number of rows matters. Texts are long enough to have neighbourhoods.
         """
         features = self.embed(self.example(BATCH, min(131, getattr(self.model.config, "max_position_embeddings", 131) - 4)))
         length, at = features.shape[1], features.shape[1] // 2
@@ -616,24 +621,23 @@ class SplicedEncoder(Encoder):
         if placed.shape[1] != length or moved.sum() != 1 or not moved[at]:
             return "its positions come from a convolution or the like, which would see what is masked"
 
-        def encoded(rows: Tensor) -> Tensor:
-            return self._whole(gather(placed, rows), None, rows)[:, self.extra :]
+        extra = torch.arange(self.extra, device=features.device).expand(BATCH, -1)
+        order = torch.stack([torch.randperm(length, device=features.device) for _ in range(BATCH)])
+        some = order[:, : length // 2]
 
-        def shuffled(rows: Tensor) -> tuple[Tensor, Tensor]:
-            """Rows in another order, and where they were, (B, V, C)."""
-            order = torch.stack([torch.randperm(rows.shape[1], device=rows.device) for _ in rows])
-            return rows.gather(1, order), order[..., None].expand(-1, -1, self.hidden_size)
+        def encoded(extra: Tensor, rows: Tensor) -> Tensor:
+            both = torch.cat([extra, rows + self.extra], dim=1)[..., None].expand(-1, -1, self.hidden_size)
+            with self._gathering(extra, rows, length, lambda hidden: hidden.gather(1, both)):
+                return self._run(features)[:, extra.shape[1] :][:, : length // 2]
 
-        rows, order = shuffled(torch.arange(length, device=features.device).expand(BATCH, -1))
         found = self._axes
         for axes in (found, {at: each[:1] for at, each in found.items()}):  # another axis may happen to be as long
             self._axes = axes
             try:
-                moves = _same(encoded(rows), states.gather(1, order))
-                some, order_of_some = shuffled(rows[:, : length // 2])
-                if moves and _same(encoded(some), encoded(rows[:, : length // 2]).gather(1, order_of_some)):
+                moves = _same(encoded(extra, order), states.gather(1, some[..., None].expand(-1, -1, self.hidden_size)))
+                if moves and _same(encoded(extra, some), encoded(torch.cat([extra, extra], 1), torch.cat([some, some], 1))):
                     return None
-            except Exception:  # blocks that do not run on fewer positions
+            except Exception:  # blocks that do not run on other rows
                 continue
         return "positions enter inside of its blocks, in a form that cannot be gathered"
 
