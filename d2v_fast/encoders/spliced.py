@@ -80,8 +80,9 @@ class SplicedEncoder(Encoder):
         return self._features_of(self._until(self.model.get_submodule(self.features_name), lambda: self._call(inputs)))
 
     def place_visible(self, features: Tensor, mask: Tensor, visible: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        if self.training and getattr(self.model, "is_gradient_checkpointing", False):
-            raise ValueError(f"{type(self.model).__name__}: gradient checkpointing runs its blocks anew on other positions")
+        if self.training and getattr(self.blocks[0], "gradient_checkpointing", False):
+            name = type(self.model).__name__
+            raise ValueError(f"{name}: gradient checkpointing would run its blocks anew without what is gathered; leave it off")
         if not self.gathers:
             raise ValueError(f"{type(self.model).__name__} cannot encode the visible positions alone: {self.no_gather}")
         return gather(self._placed(features, padding_mask), visible)
