@@ -69,6 +69,8 @@ class SplicedEncoder(Encoder):
         self._axes: dict[tuple, list[int]] = {}  # of the blocks' arguments, those that count positions
         parameters = inspect.signature(model.forward).parameters
         self._takes = {name for name in ("attention_mask", "noise") if name in parameters}
+        if not isinstance(getattr(model.config, "patch_size", None), int):
+            self._takes.discard("noise")
         special = [value for name, value in model.config.to_dict().items() if name.endswith("token_id")]
         self._ids = [i for i in range(3, min(getattr(model.config, "vocab_size", None) or 0, 200)) if i not in special]
         self._find(features)
@@ -275,6 +277,8 @@ class SplicedEncoder(Encoder):
                 failures = self._try_all(named)
         except _Unfit as error:
             failures = [(named, error)]
+        except Exception as error:  # each class of transformers has errors of its own
+            failures = [(named, _Unfit(_described(error), FINAL))]
         if not failures:
             return
         path, why = max(failures, key=lambda failure: failure[1].rank)
@@ -294,6 +298,7 @@ class SplicedEncoder(Encoder):
         inputs, states = self._inputs_that_run()
         if states.ndim != 3 or states.shape[-1] != self.hidden_size:
             raise _Unfit(f"its last states have the shape {tuple(states.shape)}, not (B, T, {self.hidden_size})", FINAL)
+        states = self._skip_most(inputs)
         seen = self._outputs(inputs, named)
         if named and not any(path == named for path, _ in seen):
             raise _Unfit("is not in the model, or not run before its blocks", 0)
@@ -306,7 +311,7 @@ class SplicedEncoder(Encoder):
             except _Unfit as error:
                 failures.append((path, error))
             except Exception as error:  # a model that does not run with it
-                failures.append((path, _Unfit(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", 1)))
+                failures.append((path, _Unfit(_described(error), 1)))
             else:
                 self._stem_name = self._stem([before for before, _ in seen[:number]])
                 self._learn(inputs)
@@ -335,12 +340,11 @@ class SplicedEncoder(Encoder):
             try:
                 inputs = self.example(BATCH)
                 if "noise" in self._takes:
-                    side = config.image_size // config.patch_size
-                    self.grid = (side, side)
+                    self.grid = (config.image_size // config.patch_size,) * 2
                 states = self._call(inputs)
                 again = self._call(inputs)
             except Exception as error:  # each class of transformers has errors of its own
-                why = why or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                why = why or _described(error)
                 continue
             if not _same(states, again):
                 raise _Unfit("its states differ from call to call", FINAL)
@@ -348,6 +352,23 @@ class SplicedEncoder(Encoder):
                 self.reads = "spectrogram"
             return inputs, states
         raise _Unfit(f"it does not run on {self.model.main_input_name} alone: {why}", FINAL)
+
+    def _skip_most(self, inputs: Tensor) -> Tensor:
+        """Let the blocks between the first and the last of the copy do nothing, to save time; last states without them."""
+        plain: list[nn.Module] = []
+        with ExitStack() as stack:
+            for block in list(self.blocks)[1:-1]:
+                hook = block.register_forward_hook(lambda m, args, output: isinstance(output, Tensor) and plain.append(m))
+                stack.callback(hook.remove)
+            states = self._call(inputs)
+        try:
+            for block in plain:
+                block.forward = lambda *args, **kwargs: _first_of(args, kwargs)
+            return self._call(inputs)
+        except Exception:  # a model that asks for more than a tensor
+            for block in plain:
+                del block.forward
+            return states
 
     def _outputs(self, inputs: Tensor, named: str | None) -> list[tuple[str, Any]]:
         """Outputs by path, in the order in which they come before the first block; with `named` that one's alone."""
@@ -519,21 +540,19 @@ class SplicedEncoder(Encoder):
             self.ffn_name = self._executed_last(features)
         length = self.extra + features.shape[1]
         for source in ("ffn", "block_output"):
-            with self._captured(len(self.blocks), source) as captured:
+            with self._captured(1, source) as captured:
                 self._run(features)
-            if len(captured) < len(self.blocks):
-                what = f"FFN output {self.ffn_name}" if source == "ffn" else "blocks"
-                raise _Unfit(f"not all of its {what} are run; name the FFN's output: encoder.ffn=…", FINAL)
-            for result in captured.values():
-                found = tuple(result.shape)
-                whole = result.ndim == 3 and found[::2] == (BATCH, self.hidden_size)
-                if whole and self._timed and not self.extra and 1 < length // found[1] <= 4:
-                    self.squeeze = length // found[1]
-                elif not whole or found[1] != length:
-                    expected = (BATCH, length, self.hidden_size)
-                    raise _Unfit(
-                        f"{source}: found a layer's result of shape {found}, expected {expected}: encoder.ffn=…", FINAL
-                    )
+            expected = (BATCH, length, self.hidden_size)
+            found = tuple(captured[self.blocks[-1]].shape) if captured else None
+            if found and self._timed and not self.extra and (found[0], *found[2:]) == (BATCH, self.hidden_size):
+                self.squeeze = max(1, length // found[1])
+                expected = (BATCH, length // self.squeeze, self.hidden_size)
+            if found != expected:
+                name = self.ffn_name if source == "ffn" else self.layers_name
+                raise _Unfit(
+                    f"{name}: found a layer's result of shape {found}, expected {expected}; name it: encoder.ffn=…",
+                    FINAL,
+                )
         self._learn_parameters(inputs)
         self.no_padding = self._try_padding(features)
 
@@ -679,6 +698,10 @@ class SplicedEncoder(Encoder):
     def _kind(self) -> dict[str, Any]:
         parameter = next(self.model.parameters())
         return dict(device=parameter.device, dtype=parameter.dtype)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _drops(module: nn.Module) -> bool:

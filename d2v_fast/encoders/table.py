@@ -205,7 +205,7 @@ def _line(error: Exception) -> str:
         r"^\w+ has neither hidden_size .*", "has no one hidden_size, as hierarchical models and convolutional ones", text
     )
     text = re.sub(r" requires the (\w+) library.*", r" requires \1", text)
-    return text.partition("; ")[0].replace("|", "\\|")[:160]
+    return text.partition("; ")[0].replace("|", "\\|")[:120]
 
 
 def report(found: list[Row]) -> str:
