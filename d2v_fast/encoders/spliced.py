@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -285,11 +286,11 @@ class SplicedEncoder(Encoder):
         found = f"encoder.features={named}: " if named else ""
         at = f" at {path}" if path and not named else ""
         remedy = (
-            "; name the module whose output is a local feature of each position, before positions are added: "
-            "encoder.features=…, or give a module of your own the methods embed and contextualize"
+            "" if why.rank == FINAL else "name the module whose output is local and without positions: encoder.features=…, or "
         )
         raise ValueError(
-            f"{found}{type(self.model).__name__} cannot be spliced{at}: {why}{'' if why.rank == FINAL else remedy}"
+            f"{found}{type(self.model).__name__} cannot be spliced{at}: {why}; {remedy}give it the methods embed and "
+            f"contextualize, see {Path(__file__).parents[1]}/docs/encoders.md"
         )
 
     @torch.no_grad()
@@ -356,10 +357,14 @@ class SplicedEncoder(Encoder):
     def _skip_most(self, inputs: Tensor) -> Tensor:
         """Let the blocks between the first and the last of the copy do nothing, to save time; last states without them."""
         plain: list[nn.Module] = []
+
+        def note(block, args, output):
+            if isinstance(output, Tensor):
+                plain.append(block)
+
         with ExitStack() as stack:
             for block in list(self.blocks)[1:-1]:
-                hook = block.register_forward_hook(lambda m, args, output: isinstance(output, Tensor) and plain.append(m))
-                stack.callback(hook.remove)
+                stack.callback(block.register_forward_hook(note).remove)
             states = self._call(inputs)
         try:
             for block in plain:

@@ -40,7 +40,7 @@ OTHERS = (
 # Fields by which configurations are made small, where they have them.
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "dim", "embedding_size", "emb_dim", "embed_dim"), 32),
-    **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer", "encoder_layers", "num_layers"), 2),
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer", "encoder_layers", "num_layers"), 3),
     **dict.fromkeys(("decoder_layers", "num_decoder_layers"), 1),
     **dict.fromkeys(("num_attention_heads", "n_heads", "n_head", "encoder_attention_heads", "decoder_attention_heads"), 2),
     **dict.fromkeys(("num_heads", "num_key_value_heads"), 2),
@@ -233,11 +233,6 @@ def report(found: list[Row]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     files = [Path(argument) for argument in arguments if argument.endswith(".md")]
     chosen = [argument for argument in arguments if not argument.endswith(".md")] or names()
     text = report([attempt(name) for name in chosen])
@@ -252,4 +247,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     main(sys.argv[1:])
