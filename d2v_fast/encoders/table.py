@@ -81,7 +81,9 @@ MORE: dict[str, dict[str, Any]] = {
     "longformer": dict(attention_window=4),
     "luke": dict(entity_vocab_size=20),
     "mobilebert": dict(hidden_size=None, intermediate_size=None, num_attention_heads=None),
-    "reformer": dict(axial_pos_embds=False, attn_layers=["local", "lsh"], local_attn_chunk_length=4, lsh_attn_chunk_length=4),
+    "reformer": dict(
+        axial_pos_embds=False, attn_layers=["local", "lsh", "local"], local_attn_chunk_length=4, lsh_attn_chunk_length=4
+    ),
     "vit_mae": dict(mask_ratio=0.0),
     "xmod": dict(languages=("en_XX",), default_language="en_XX"),
 }
@@ -197,7 +199,7 @@ def _step(encoder: Encoder, views: int = 0) -> str:
 
 def _line(error: Exception) -> str:
     """The reason alone, in one line, fit for a table."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()).partition("; ")[0] or type(error).__name__
     text = re.sub(r"^(encoder: )?\w+ cannot (be spliced|encode the visible positions alone)( at [\w.]+)?: ", "", text)
     text = re.sub(r"^cannot find the transformer layers of .*", "has no list of blocks with attention that is found", text)
     text = re.sub(r"it does not run on \w+ alone: \w+: \S+ missing .* arguments?: (.*)", r"needs \1 too", text)
@@ -205,7 +207,7 @@ def _line(error: Exception) -> str:
         r"^\w+ has neither hidden_size .*", "has no one hidden_size, as hierarchical models and convolutional ones", text
     )
     text = re.sub(r" requires the (\w+) library.*", r" requires \1", text)
-    return text.partition("; ")[0].replace("|", "\\|")[:120]
+    return text.replace("|", "\\|")[:120]
 
 
 def report(found: list[Row]) -> str:
