@@ -60,6 +60,8 @@ class EncoderConfig:
         ffn: Path inside a block of the FFN output, where it is not the block's last Linear.
         feature_grad_mult: Scale of the gradient into the convolutions of a speech encoder.
         attention: Attention implementation of transformers.
+        features: Path of the module that makes local features, in a model that runs whole (docs/encoders.md), where it is not
+            found by itself.
     """
 
     model: str | None = None
@@ -70,6 +72,7 @@ class EncoderConfig:
     ffn: str | None = None
     feature_grad_mult: float = 1.0
     attention: str = "sdpa"
+    features: str | None = None
 
 
 @dataclass
@@ -660,7 +663,7 @@ def _keep_what_fits(encoder: dict[str, Any], model: str) -> None:
         return
     strange = set(config)
     if ":" in model:
-        for name in ("init", "layers", "ffn"):
+        for name in ("init", "layers", "ffn", "features"):
             encoder.pop(name, None)
     else:
         from transformers import CONFIG_MAPPING

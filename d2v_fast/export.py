@@ -29,7 +29,7 @@ from d2v_fast.data import first_line, is_local
 from d2v_fast.data.audio import feature_extractor
 from d2v_fast.data.text import limit_length, load_tokenizer
 from d2v_fast.data.vision import MEAN, STD, image_processor
-from d2v_fast.encoders import PatchEncoder, TokenEncoder, WaveEncoder, class_arguments, example, off_by, wrap
+from d2v_fast.encoders import Encoder, PatchEncoder, TokenEncoder, class_arguments, example, off_by, wrap
 from d2v_fast.report import read_lines, read_probes
 from d2v_fast.trained import Trained, check_utf8
 from d2v_fast.training import HEAD, TEACHER
@@ -65,11 +65,11 @@ class Exported:
 
     def __init__(
         self,
-        encoder: TokenEncoder | PatchEncoder | WaveEncoder,
+        encoder: Encoder,
         processor: Any = None,
         model: PreTrainedModel | None = None,
     ):
-        limits = processor is not None and isinstance(encoder, TokenEncoder)
+        limits = processor is not None and encoder.reads == "text"
         self.encoder, self.processor = encoder.eval(), limit_length(processor, encoder) if limits else processor
         self.model = encoder.model if model is None else model.eval()
 

@@ -266,9 +266,11 @@ def check_gathers(encoder: Encoder) -> None:
     """Raise ValueError unless the encoder can run on the visible positions alone."""
     if not encoder.gathers:
         name = type(encoder.model).__name__
+        why = getattr(encoder, "no_gather", None) or (
+            "its positions are added inside of its blocks or by a forward that is not known here"
+        )
         raise ValueError(
-            f"encoder: {name} cannot encode the visible positions alone, as its positions are added inside of its blocks or by "
-            "a forward that is not known here; take roberta, bert, vit, deit, dinov2, beit, data2vec2-vision, wav2vec2, "
-            "data2vec-audio or data2vec2-audio, give a module of your own the method place(features), or leave the decoder out "
-            "for data2vec 1.0: head.kind=linear, data.views=null"
+            f"encoder: {name} cannot encode the visible positions alone: {why}; take roberta, modernbert, vit, dinov3_vit, "
+            "beit, data2vec2-vision, wav2vec2, data2vec2-audio or another of docs/encoders.md, give a module of your own the "
+            "method place(features), or leave the decoder out for data2vec 1.0: head.kind=linear, data.views=null"
         )

@@ -143,7 +143,8 @@ def _exported(config: Config, run: Path) -> Encoder:
 
 def _vocab_size(weights: dict[str, Any], run: Path) -> int | None:
     """Rows of the token embedding, which a tokenizer with gaps between its ids does not tell."""
-    rows = [len(value) for name, value in weights.items() if name.endswith("embeddings.word_embeddings.weight")]
+    tables = ("word_embeddings.weight", "tok_embeddings.weight", "embed_tokens.weight")
+    rows = [len(value) for name, value in weights.items() if name.endswith(tables)]
     if rows:
         return rows[0]
     config = run / "export" / "config.json"  # an encoder of one's own has none, and no use for the number

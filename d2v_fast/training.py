@@ -35,7 +35,7 @@ from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first
 from d2v_fast.data.own import blamed, check_batch, check_class
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.diagnostics import CollapseError, Monitor, distinct_share, environment
-from d2v_fast.encoders import Encoder, PatchEncoder, TokenEncoder, WaveEncoder, build_encoder, describe
+from d2v_fast.encoders import Encoder, build_encoder, describe
 from d2v_fast.fused import fuse
 from d2v_fast.graphs import Graphs
 from d2v_fast.model import Data2Vec
@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 
 INTERRUPTED = 130  # exit code of a run that was asked to stop and can be resumed
 EMPTY = 100  # batches in a row without anything to score, after which the mask is to blame; of short samples one happens
-READERS = {"text": TokenEncoder, "vision": PatchEncoder, "audio": WaveEncoder}
 TOKENIZER = "tokenizer"  # folder of one that was trained for the run
 HEAD, TEACHER = "head.safetensors", "teacher.safetensors"  # beside the encoder of a checkpoint of another project
 STEP = "step.json"  # in export/: the step its weights are from
@@ -106,8 +105,8 @@ def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encode
         fields = {field: value for field, value in tokens.items() if hasattr(known, field)} | fields
     torch.manual_seed(config.train.seed)
     settings = {k: v for k, v in vars(config.encoder).items() if k != "config"}
-    encoder, expected = build_encoder(config=fields, **settings), READERS.get(config.modality, Encoder)
-    if type(encoder) is not Encoder and not isinstance(encoder, expected):  # else one of the user's own
+    encoder = build_encoder(config=fields, **settings)
+    if config.modality != "custom" and encoder.reads not in (None, config.modality):
         setting = "model" if config.encoder.pretrained is None else "pretrained"
         raise ConfigError(
             f"encoder.{setting}={getattr(config.encoder, setting)}: {type(encoder.model).__name__} does not read what "

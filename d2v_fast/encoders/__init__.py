@@ -1,6 +1,7 @@
 """Transformer encoders seen one way: embed → mask_features → place → transform.
 
-Hugging Face models are recognised by their main input (token ids, pixels, waveforms), not by name. An encoder of your own is an
+Hugging Face models are recognised by their main input (token ids, pixels, waveforms), not by name: families that are known are
+taken apart, others run whole with their local features exchanged (`spliced`). An encoder of your own is an
 `nn.Module` with two methods (three for images and speech) and a name for what the teacher should hand out:
 
     class Mine(nn.Module):
@@ -16,8 +17,9 @@ Hugging Face models are recognised by their main input (token ids, pixels, wavef
 """
 
 from d2v_fast.encoders.base import Encoded, Encoder, LayerSource
-from d2v_fast.encoders.hub import build_encoder, class_arguments, describe, example, off_by, wrap
+from d2v_fast.encoders.hub import build_encoder, class_arguments, describe, example, model_class, off_by, wrap
 from d2v_fast.encoders.patches import PatchEncoder
+from d2v_fast.encoders.spliced import SplicedEncoder
 from d2v_fast.encoders.tokens import TokenEncoder
 from d2v_fast.encoders.waves import WaveEncoder
 
@@ -26,12 +28,14 @@ __all__ = [
     "Encoder",
     "LayerSource",
     "PatchEncoder",
+    "SplicedEncoder",
     "TokenEncoder",
     "WaveEncoder",
     "build_encoder",
     "class_arguments",
     "describe",
     "example",
+    "model_class",
     "off_by",
     "wrap",
 ]

@@ -55,6 +55,7 @@ class Encoder(nn.Module):
         ValueError: The blocks, the FFN or the hidden size cannot be found; the message says how to name them.
     """
 
+    reads: str | None = None  # modality of the inputs; None for a module of your own
     local: tuple[str, ...] = ()  # parameters of the features before masking, as name prefixes
     positional: tuple[str, ...] = ()  # parameters of positions inside `contextualize`, as name prefixes
     mask_token_name: str | None = None
@@ -147,14 +148,16 @@ class Encoder(nn.Module):
         length = x.shape[1]
         if self.halves is None:
             with self._captured(layers, source) as captured:
-                states = self._whole(x, padding_mask)
+                states = self._whole(x, padding_mask, visible)
             if len(captured) < layers:
                 raise ValueError(
                     f"{type(self.model).__name__}: {layers - len(captured)} of the last {layers} blocks gave no result; "
                     "call them as modules, and name the FFN's output if it is not the last Linear: ffn=…"
                 )
             results = [self._scaled(result[:, -length:], block, source) for block, result in captured.items()]
-            return Encoded(states if rows is None else states.flatten(0, 1)[rows], results)
+            extra_states, states = states[:, :-length], states[:, -length:]
+            states = states if rows is None else states.flatten(0, 1)[rows]
+            return Encoded(states, results, extra_states if extra_states.shape[1] else None)
         halves = self._compiled_halves or self.halves
         batch, results, narrowed = len(x), [], None
         x, extra, each = self._enter(x, padding_mask, visible)
@@ -234,8 +237,8 @@ class Encoder(nn.Module):
         """The output of the last block as states."""
         return x
 
-    def _whole(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """States (B, T, C) as the model itself runs its blocks, for those whose halves are not known."""
+    def _whole(self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None) -> Tensor:
+        """States (B, E + T, C) as the model itself runs its blocks, for those whose halves are not known."""
         return self.model.contextualize(x, padding_mask)
 
     def _dropped(self) -> bool:

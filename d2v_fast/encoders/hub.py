@@ -18,6 +18,7 @@ from d2v_fast.data import first_line
 from d2v_fast.encoders import blocks
 from d2v_fast.encoders.base import Encoder
 from d2v_fast.encoders.patches import PatchEncoder, init_data2vec, init_sincos
+from d2v_fast.encoders.spliced import READS, SplicedEncoder
 from d2v_fast.encoders.tokens import TokenEncoder
 from d2v_fast.encoders.waves import WaveEncoder
 
@@ -39,31 +40,45 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "data2vec-vision": _BEIT,
     "data2vec-text": dict(layer_norm_eps=1e-5, type_vocab_size=1, max_position_embeddings=514),
     "roberta": dict(layer_norm_eps=1e-5, type_vocab_size=1, max_position_embeddings=514),
+    "vit_mae": dict(mask_ratio=0.0),  # masks come from here
     # spec 8.1: here num_conv_pos_embeddings is the number of layers of the positional convolution.
     "data2vec-audio": dict(conv_pos_kernel_size=19, num_conv_pos_embeddings=5),
 }
 
 
-def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None) -> Encoder:
+def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None, features: str | None = None) -> Encoder:
     """`model` as an Encoder: a Hugging Face model by its main input, anything else by its own `embed`/`contextualize`.
+
+    Families that are known here are taken apart; others run whole, with the output of the module `features` exchanged.
 
     Raises:
         ValueError: The module is neither.
     """
     if hasattr(model, "embed") and hasattr(model, "contextualize"):
+        if features is not None:
+            raise ValueError(f"features={features!r}: is for models of transformers; {type(model).__name__} has its own embed")
         return Encoder(model, layers, ffn)
-    adapter = ADAPTERS.get(getattr(model, "main_input_name", None))
-    if adapter is None:
+    reads = getattr(model, "main_input_name", None)
+    if reads not in READS or not hasattr(model, "config"):
         raise ValueError(
             f"{type(model).__name__} is neither a Hugging Face encoder of text, images or speech nor a module with the "
             "methods embed(inputs) and contextualize(features, padding_mask); see d2v_fast.encoders"
         )
+    if reads in ADAPTERS and features is None:
+        try:
+            return _taken_apart(model, ADAPTERS[reads], layers, ffn)
+        except ValueError as error:
+            log.debug("%s", error)
+    encoder = SplicedEncoder(model, features, layers, ffn)
+    _check_states(encoder)
+    return encoder
+
+
+def _taken_apart(model: nn.Module, adapter: type[Encoder], layers: str | None, ffn: str | None) -> Encoder:
+    """The model in the pieces of a family that is known; ValueError if it is of none."""
     for part in adapter.local:
         if part != adapter.mask_token_name and not hasattr(model, part):
-            raise ValueError(
-                f"{type(model).__name__} has no {part!r}, so its features cannot be told from its context: "
-                "give it the methods embed and contextualize; see d2v_fast.encoders"
-            )
+            raise ValueError(f"{type(model).__name__} has no {part!r}")
     encoder = adapter(model, layers, ffn)
     kinds = {blocks.known(block) for block in encoder.blocks}
     if len(kinds) == 1 and ffn is None:
@@ -74,6 +89,8 @@ def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None) ->
 
 def example(encoder: Encoder, batch: int = 2, tokens: int = 64) -> Tensor:
     """Random inputs of a Hugging Face encoder."""
+    if isinstance(encoder, SplicedEncoder):
+        return encoder.example(batch, tokens)
     config, generator = encoder.model.config, torch.Generator().manual_seed(0)
     if isinstance(encoder, TokenEncoder):
         length = min(tokens, config.max_position_embeddings - 2)
@@ -86,22 +103,28 @@ def example(encoder: Encoder, batch: int = 2, tokens: int = 64) -> Tensor:
 @torch.no_grad()
 def off_by(states: Tensor, model: nn.Module, inputs: Tensor) -> float:
     """Largest difference of an encoder's states from those that a model of transformers computes as a whole."""
-    return float((model(inputs).last_hidden_state[:, -states.shape[1] :] - states).abs().max())
+    ordered = {}
+    if "noise" in inspect.signature(model.forward).parameters:  # ViT-MAE shuffles patches by it
+        ordered = {"noise": torch.arange(states.shape[1]).expand(len(states), -1)}
+    return float((model(inputs, **ordered).last_hidden_state[:, -states.shape[1] :] - states).abs().max())
 
 
 def _check_states(encoder: Encoder) -> None:
     """Tried on one small input, where weights are at hand: the pieces of the model do what it does as a whole."""
     model = encoder.model
-    if any(p.device.type != "cpu" or p.dtype != torch.float32 or not p.isfinite().all() for p in model.parameters()):
+    if any(p.is_meta or not p.isfinite().all() for p in model.parameters()):
         return
+    like = next(model.parameters())
+    close = 1e-3 if like.dtype.itemsize >= 4 else 0.1
     training = {module: module.training for module in encoder.modules()}
     encoder.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            inputs = example(encoder, 1, 16)
+            inputs = example(encoder, 1, 16).to(like.device)
+            inputs = inputs.to(like.dtype) if inputs.is_floating_point() else inputs
             x = encoder.place(encoder.embed(inputs))
             difference = off_by(encoder.transform(x, layers=len(encoder.blocks)).states, model, inputs)
-        why = f"its pieces compute other states than the whole, off by {difference:.1e}" if difference > 1e-3 else None
+        why = f"its pieces compute other states than the whole, off by {difference:.1e}" if difference > close else None
     except Exception as error:  # each class of transformers has errors of its own
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
     finally:
@@ -112,6 +135,14 @@ def _check_states(encoder: Encoder) -> None:
             f"{type(model).__name__} is not put together as the models that are known here: {why}; "
             f"give it the methods embed and contextualize, see {Path(__file__).parents[1]}/docs/encoders.md"
         )
+
+
+def model_class(config: type) -> type[nn.Module]:
+    """The class of transformers for this class of configuration; the first where it has several."""
+    from transformers import MODEL_MAPPING
+
+    found = MODEL_MAPPING[config]
+    return found[0] if isinstance(found, tuple) else found
 
 
 def class_arguments(cls: type[nn.Module]) -> dict[str, bool]:
@@ -130,6 +161,7 @@ def build_encoder(
     ffn: str | None = None,
     feature_grad_mult: float = 1.0,
     attention: str = "sdpa",
+    features: str | None = None,
 ) -> Encoder:
     """An encoder from a Hugging Face model type, from pretrained weights, or from your own class.
 
@@ -143,6 +175,7 @@ def build_encoder(
         ffn: Path inside a block of the FFN output, where it is not the last Linear.
         feature_grad_mult: Gradient scale of the convolutions of a speech encoder.
         attention: Attention implementation of transformers; models without it fall back to eager.
+        features: Path of the module that makes local features, where the model is to run whole and it is not found by itself.
 
     Raises:
         ValueError: No such model type, config field or class.
@@ -168,7 +201,7 @@ def build_encoder(
                 load_model(own, str(Path(pretrained) / "model.safetensors"))
             except RuntimeError as error:
                 raise ValueError(f"encoder.pretrained={pretrained}: {' '.join(str(error).split())}") from error
-        return wrap(own, layers, ffn)
+        return wrap(own, layers, ffn, features)
 
     from safetensors import SafetensorError
     from transformers import MODEL_MAPPING, AutoConfig
@@ -193,7 +226,12 @@ def build_encoder(
         hf_config = _new_config(model, config)
     if type(hf_config) not in MODEL_MAPPING:
         raise ValueError(f"encoder.model={hf_config.model_type!r}: transformers has no encoder for it")
-    cls = MODEL_MAPPING[type(hf_config)]
+    cls = model_class(type(hf_config))
+    if getattr(hf_config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"encoder.model={hf_config.model_type!r}: {cls.__name__} has a decoder too; its encoder alone can be trained from "
+            "Python: d2v_fast.wrap(model.get_encoder())"
+        )
     arguments = class_arguments(cls)
     if attention == "sdpa" and not getattr(cls, "_supports_sdpa", False):
         attention = "eager"
@@ -219,14 +257,15 @@ def build_encoder(
         raise ValueError(f"{setting}: {cls.__name__} cannot be made with it: {reason}") from error
     if pretrained is not None:
         _check_loaded(hf_model, loaded, pretrained)
-    encoder = wrap(hf_model, layers, ffn)
+    encoder = wrap(hf_model, layers, ffn, features)
     if isinstance(encoder, WaveEncoder):
         encoder.feature_grad_mult = feature_grad_mult
         if feature_grad_mult == 0:  # else DDP would wait for gradients
             encoder.model.feature_extractor.requires_grad_(False)
     if init != "hf" and pretrained is None:
         if not isinstance(encoder, PatchEncoder):
-            raise ValueError(f"encoder.init={init!r}: is for images, found {type(encoder.model).__name__}")
+            name = type(encoder.model).__name__
+            raise ValueError(f"encoder.init={init!r}: is for ViT, BEiT and their kin, found {name}; take encoder.init=hf")
         (init_data2vec if init == "data2vec" else init_sincos)(encoder)
     return encoder
 

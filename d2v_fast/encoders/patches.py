@@ -31,6 +31,7 @@ class _PositionIndex:
 class PatchEncoder(Encoder):
     """BEiT, ViT, DeiT, Data2VecVision: pixels → patch embeddings → extra tokens and positions → blocks → final norm."""
 
+    reads = "vision"
     local = ("embeddings",)
     positional = ("shared_position_bias", "encoder.relative_position_bias")
     mask_token_name = "embeddings.mask_token"
@@ -91,11 +92,11 @@ class PatchEncoder(Encoder):
         norm = getattr(self.model, "layernorm", None)  # ours in `nets` has its norm in front of the blocks
         return x if norm is None else norm(x)
 
-    def _whole(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        x, extra, each = self._enter(x, padding_mask)
+    def _whole(self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None) -> Tensor:
+        x, _, each = self._enter(x, padding_mask)
         for block, arguments in zip(self.blocks, each, strict=True):
             x = blocks.first(block(x, **arguments))
-        return self._leave(x)[:, extra:]
+        return self._leave(x)
 
     def positions(self, size: int) -> tuple[int, int]:
         (high, wide), patch = self._image_size(), _pair(self.model.config.patch_size)

@@ -15,6 +15,7 @@ class TokenEncoder(Encoder):
     Masking happens in the ids, so the student's features are masked already.
     """
 
+    reads = "text"
     local = ("embeddings",)
     masks_features = False
 
@@ -37,5 +38,5 @@ class TokenEncoder(Encoder):
         norm = getattr(self.model, "LayerNorm", None)  # RobertaPreLayerNorm
         return x if norm is None else norm(x)
 
-    def _whole(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+    def _whole(self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None) -> Tensor:
         return self._leave(self.model.encoder(x, attention_mask=self._attend(x, padding_mask)).last_hidden_state)

@@ -16,6 +16,7 @@ class WaveEncoder(Encoder):
     `feature_grad_mult` scales the gradient into the conv stack; 0 freezes it (spec 3.1).
     """
 
+    reads = "audio"
     local = ("feature_extractor", "feature_projection", "masked_spec_embed")
     positional = ("encoder.pos_conv_embed",)
     mask_token_name = "masked_spec_embed"
@@ -74,7 +75,7 @@ class WaveEncoder(Encoder):
     def _leave(self, x: Tensor) -> Tensor:
         return self.model.encoder.layer_norm(x) if self._stable else x
 
-    def _whole(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+    def _whole(self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None) -> Tensor:
         attend = None
         if padding_mask is not None:
             attend = ~padding_mask

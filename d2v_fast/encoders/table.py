@@ -1,0 +1,254 @@
+"""Which encoders of the installed transformers work: each class is tried on a tiny configuration with random weights.
+
+python -m d2v_fast.encoders.table                     prints the table of docs/encoders.md
+python -m d2v_fast.encoders.table docs/encoders.md    writes it there
+python -m d2v_fast.encoders.table modernbert swin     tries these alone
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from d2v_fast.decoders import ConvDecoder
+from d2v_fast.encoders import Encoder, SplicedEncoder, class_arguments, example, model_class, wrap
+from d2v_fast.encoders.spliced import READS
+from d2v_fast.model import Data2Vec
+
+LARGEST = 100_000_000  # parameters; a configuration that cannot be made small is not tried
+BEGIN, END = "<!-- encoders -->", "<!-- /encoders -->"
+
+# Encoders that are in none of the lists below.
+OTHERS = (
+    "IJepaModel",
+    "WhisperModel",
+    "DINOv3ViTModel",
+    "JinaEmbeddingsV3Model",
+    "GteModel",
+    "EsmcModel",
+    "ViTMAEModel",
+    "PixioModel",
+)
+
+# Fields by which configurations are made small, where they have them.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "dim", "embedding_size", "emb_dim", "embed_dim"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer", "encoder_layers", "num_layers"), 3),
+    **dict.fromkeys(("decoder_layers", "num_decoder_layers"), 1),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "n_head", "encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("num_heads", "num_key_value_heads"), 2),
+    **dict.fromkeys(
+        ("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "d_inner"), 48
+    ),
+    **dict.fromkeys(("head_dim", "d_kv", "d_head", "attention_head_size"), 16),
+    "vocab_size": 60,
+    "max_position_embeddings": 200,
+    **dict.fromkeys(("pad_token_id", "mask_token_id"), 1),
+    **dict.fromkeys(("bos_token_id", "cls_token_id", "decoder_start_token_id"), 0),
+    **dict.fromkeys(("eos_token_id", "sep_token_id"), 2),
+    "image_size": 16,
+    "patch_size": 4,
+    "projection_dim": 32,
+    "conv_dim": (16, 16, 16),
+    "conv_kernel": (10, 3, 2),
+    "conv_stride": (5, 2, 2),
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 4,
+    "feature_projection_input_dim": 24,
+    "num_mel_bins": 16,
+    "max_source_positions": 40,
+    "max_target_positions": 40,
+}
+# What a model asks for beyond that; None leaves a field as it is.
+_SWIN = dict(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4, hidden_size=None)
+_DEBERTA = dict(relative_attention=True, pos_att_type=["c2p", "p2c"])
+MORE: dict[str, dict[str, Any]] = {
+    "audio-spectrogram-transformer": dict(max_length=32, frequency_stride=4, time_stride=4),
+    "big_bird": dict(attention_type="original_full"),
+    **dict.fromkeys(("deberta", "deberta-v2"), _DEBERTA),
+    "dinov3_vit": dict(num_register_tokens=4),
+    **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin"), _SWIN),
+    "hiera": dict(image_size=[32, 32], patch_size=None, hidden_size=None, depths=[1, 1], num_heads=[1, 2], num_query_pool=1),
+    "funnel": dict(num_hidden_layers=None, block_sizes=[1, 1], block_repeats=None),
+    "longformer": dict(attention_window=4),
+    "luke": dict(entity_vocab_size=20),
+    "mobilebert": dict(hidden_size=None, intermediate_size=None, num_attention_heads=None),
+    "reformer": dict(
+        axial_pos_embds=False, attn_layers=["local", "lsh", "local"], local_attn_chunk_length=4, lsh_attn_chunk_length=4
+    ),
+    "vit_mae": dict(mask_ratio=0.0),
+    "xmod": dict(languages=("en_XX",), default_language="en_XX"),
+}
+FFN = {"mobilebert": "output.bottleneck.dense"}  # where it is to be named
+
+
+class Row(NamedTuple):
+    """What came of a model type: what it reads, how it is run, and why 1.0 and 2.0 refuse it ("" where they work)."""
+
+    reads: str
+    name: str
+    cls: str
+    way: str
+    first: str
+    second: str
+
+
+def names() -> list[str]:
+    """Model types of transformers that are encoders of one modality, by what their classes are used for."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto as auto
+
+    used = (
+        *(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
+        *(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES),
+        *(auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_CTC_MAPPING_NAMES),
+    )
+    found = {name for mapping in used for name in mapping}
+    found |= {name for name in auto.MODEL_MAPPING_NAMES if name.endswith(("_vision", "_vision_model", "_audio", "_encoder"))}
+    found |= {name for name in auto.MODEL_MAPPING_NAMES if auto.MODEL_MAPPING_NAMES[name] in OTHERS}
+    single = []
+    for name in sorted(found & set(auto.MODEL_MAPPING_NAMES)):
+        cls = model_class(CONFIG_MAPPING[name])
+        modalities = getattr(cls, "input_modalities", None)
+        several = isinstance(modalities, tuple | list) and len(modalities) > 1
+        tower = (
+            name.endswith(("_vision", "_vision_model", "_audio", "_encoder"))
+            and getattr(cls, "main_input_name", None) != "input_ids"
+        )
+        if (
+            (not several and getattr(cls, "main_input_name", None) in READS and not name.endswith("_vision"))
+            or tower
+            or name == "whisper"
+        ):
+            single.append(name)
+    return single
+
+
+def tiny(name: str) -> nn.Module:
+    """A model of this type, small and with random weights; of one with a decoder, its encoder."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[name]
+    known, other = kind(), getattr(kind, "attribute_map", {})
+    fields = {}
+    for field, value in SMALL.items():
+        default = getattr(known, field, ...)
+        if default is not ... and isinstance(default, list | tuple) == isinstance(value, tuple):
+            fields[other.get(field, field)] = value
+    fields |= MORE.get(name, {})
+    fields = {field: value for field, value in fields.items() if value is not None}
+    config, cls = kind(**fields), model_class(kind)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in cls(config).parameters())
+    if count > LARGEST:
+        raise ValueError(f"no small configuration is known: {count:,} parameters")
+    torch.manual_seed(0)
+    model = cls(config, **class_arguments(cls))
+    return model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model
+
+
+def attempt(name: str) -> Row:
+    """Try a model type: wrap it, and take a step of data2vec 1.0 and one of 2.0."""
+    from transformers import CONFIG_MAPPING
+
+    cls = model_class(CONFIG_MAPPING[name]).__name__
+    try:
+        model = tiny(name)
+    except Exception as error:  # each class of transformers has errors of its own
+        return Row("", name, cls, "", _line(error), "")
+    reads = READS.get(getattr(model, "main_input_name", None), "")
+    try:
+        encoder = wrap(model, ffn=FFN.get(name))
+    except ValueError as error:
+        return Row(reads, name, type(model).__name__, "", _line(error), "")
+    way = "whole" if isinstance(encoder, SplicedEncoder) else "in pieces"
+    return Row(encoder.reads, name, type(model).__name__, way, _step(encoder), _step(encoder, views=2))
+
+
+def _step(encoder: Encoder, views: int = 0) -> str:
+    """Why a step does not work; nothing if it does."""
+    try:
+        inputs = torch.randn(2, 2000) if encoder.reads == "audio" else example(encoder, 2, 16)
+        length, decoder = encoder.embed(inputs).shape[1], None
+        if views:
+            grid = encoder.positions(inputs.shape[-1])
+            axes = len(grid) if isinstance(grid, tuple) else 1
+            decoder = ConvDecoder(encoder.hidden_size, axes, width=16, kernel=3, groups=2)
+        model = Data2Vec(encoder, top_k=1, decoder=decoder)
+        mask = (torch.arange(length) % 2 == 0).expand(len(inputs), length)
+        if views:
+            output = model(inputs, mask[:, None].expand(-1, views, -1))
+        elif encoder.masks_features:
+            output = model(inputs, mask)
+        else:
+            output = model(torch.where(mask, inputs.flip(1), inputs), mask, inputs)
+        output.loss.backward()
+        model.update_teacher()
+    except Exception as error:  # each class of transformers has errors of its own
+        return _line(error)
+    return "" if output.loss.isfinite() else "the loss is not finite"
+
+
+def _line(error: Exception) -> str:
+    """The reason alone, in one line, fit for a table."""
+    text = " ".join(str(error).split()).partition("; ")[0] or type(error).__name__
+    text = re.sub(r"^(encoder: )?\w+ cannot (be spliced|encode the visible positions alone)( at [\w.]+)?: ", "", text)
+    text = re.sub(r"^cannot find the transformer layers of .*", "has no list of blocks with attention that is found", text)
+    text = re.sub(r"it does not run on \w+ alone: \w+: \S+ missing .* arguments?: (.*)", r"needs \1 too", text)
+    text = re.sub(
+        r"^\w+ has neither hidden_size .*", "has no one hidden_size, as hierarchical models and convolutional ones", text
+    )
+    text = re.sub(r" requires the (\w+) library.*", r" requires \1", text)
+    return text.replace("|", "\\|")[:120]
+
+
+def report(found: list[Row]) -> str:
+    """The table as Markdown."""
+    import transformers
+
+    tried = [row for row in found if row.reads]
+    first = [row for row in tried if row.way and not row.first]
+    second = [row for row in first if not row.second]
+    lines = [
+        f"Tried with transformers {transformers.__version__}, on tiny configurations with random weights: {len(tried)} model "
+        f"types, of which {len(first)} work with data2vec 1.0 and {len(second)} of them with 2.0."
+    ]
+    titles = {"text": "Text", "vision": "Images", "audio": "Waveforms", "spectrogram": "Spectrograms"}
+    for reads, title in titles.items():
+        works = [row for row in first if row.reads == reads]
+        refused = [row for row in tried if row.reads == reads and row not in works]
+        lines += ["", f"**{title}**", "", "| model type | class | run | 1.0 | 2.0 |", "|---|---|---|---|---|"]
+        lines += [f"| `{r.name}` | {r.cls} | {r.way} | yes | {f'no: {r.second}' if r.second else 'yes'} |" for r in works]
+        lines += [f"| `{r.name}` | {r.cls} | | no: {r.first} | no |" for r in refused]
+    left = [f"`{row.name}` ({row.first})" for row in found if not row.reads]
+    if left:
+        lines += ["", f"Not tried: {', '.join(left)}."]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> None:
+    files = [Path(argument) for argument in arguments if argument.endswith(".md")]
+    chosen = [argument for argument in arguments if not argument.endswith(".md")] or names()
+    text = report([attempt(name) for name in chosen])
+    for file in files:
+        page = file.read_text(encoding="utf-8")
+        before, _, rest = page.partition(BEGIN)
+        if END not in rest:
+            sys.exit(f"{file}: found no {BEGIN} … {END}, between which the table goes")
+        file.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}", encoding="utf-8")
+    if not files:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    main(sys.argv[1:])

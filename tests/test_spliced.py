@@ -1,0 +1,519 @@
+"""Encoders that run whole with other local features, against plain models of transformers and hooks written here.
+
+What a model is made of, its paths, is written down by hand, so that nothing found by trying checks itself.
+"""
+
+import copy
+import json
+from typing import NamedTuple
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel
+
+from d2v_fast import Data2Vec, build_encoder, training, wrap
+from d2v_fast.config import ConfigError, parse
+from d2v_fast.decoders import ConvDecoder
+from d2v_fast.encoders import SplicedEncoder, table
+
+COMMON = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
+TEXT = COMMON | dict(vocab_size=60, max_position_embeddings=64, pad_token_id=1)
+IMAGE = COMMON | dict(image_size=16, patch_size=4)
+LAYOUTS = {"BTC": (0, 1, 2), "BCT": (0, 2, 1), "BCHW": (0, 2, 3, 1)}
+
+
+class Family(NamedTuple):
+    cls: str
+    config: dict
+    features: str  # where local features come from, and their layout
+    layout: str
+    blocks: str
+    ffn: str  # seen from a block
+    extra: int = 0
+    gathers: bool = True
+    shape: tuple = (12,)
+
+
+DEBERTA = TEXT | dict(relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4)
+SEW = COMMON | dict(conv_dim=(16, 16, 16), conv_kernel=(10, 3, 2), conv_stride=(5, 2, 2), num_conv_pos_embeddings=8)
+MEL = dict(num_mel_bins=16, d_model=32, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=48)
+MEL |= dict(max_source_positions=20)
+FAMILIES = {
+    "modernbert": Family("ModernBert", TEXT | dict(local_attention=6), "embeddings", "BTC", "layers", "mlp.Wo"),
+    "distilbert": Family(
+        "DistilBert", dict(dim=32, n_layers=3, n_heads=2, hidden_dim=48, vocab_size=60),
+        "embeddings", "BTC", "transformer.layer", "ffn.lin2",
+    ),
+    "deberta": Family("Deberta", DEBERTA, "embeddings", "BTC", "encoder.layer", "output.dense", gathers=False),
+    "deberta-v2": Family("DebertaV2", DEBERTA, "embeddings", "BTC", "encoder.layer", "output.dense", gathers=False),
+    "mpnet": Family("MPNet", TEXT, "embeddings", "BTC", "encoder.layer", "output.dense"),
+    "nomic_bert": Family("NomicBert", TEXT, "embeddings", "BTC", "layers", "mlp.down_proj"),
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegisters", IMAGE | dict(num_register_tokens=3, layerscale_value=0.5),
+        "embeddings.patch_embeddings.projection", "BCHW", "encoder.layer", "layer_scale2", 4, shape=(3, 16, 16),
+    ),
+    "dinov3_vit": Family(
+        "DINOv3ViT", IMAGE | dict(num_register_tokens=2, layerscale_value=0.5),
+        "embeddings.patch_embeddings", "BCHW", "model.layer", "layer_scale2", 3, shape=(3, 16, 16),
+    ),
+    "ijepa": Family(
+        "IJepa", IMAGE, "embeddings.patch_embeddings.projection", "BCHW", "layers", "mlp.fc2", shape=(3, 16, 16)
+    ),
+    "clip_vision_model": Family(
+        "CLIPVision", IMAGE, "embeddings.patch_embedding", "BCHW", "encoder.layers", "mlp.fc2", 1, shape=(3, 16, 16)
+    ),
+    "siglip_vision_model": Family(
+        "SiglipVision", IMAGE, "embeddings.patch_embedding", "BCHW", "encoder.layers", "mlp.fc2", shape=(3, 16, 16)
+    ),
+    "audio-spectrogram-transformer": Family(
+        "AST", COMMON | dict(patch_size=4, frequency_stride=4, time_stride=4, max_length=24, num_mel_bins=12),
+        "embeddings.patch_embeddings.projection", "BCHW", "layers", "mlp.fc2", 2, shape=(24, 12),
+    ),
+    "whisper": Family("WhisperEncoder", MEL, "conv2", "BCT", "layers", "fc2", shape=(16, 40)),
+    "wav2vec2-bert": Family(
+        "Wav2Vec2Bert", COMMON | dict(feature_projection_input_dim=24, conv_depthwise_kernel_size=3),
+        "feature_projection.projection", "BTC", "encoder.layers", "ffn2.output_dense", gathers=False, shape=(30, 24),
+    ),
+    "sew": Family(
+        "SEW", SEW | dict(num_feat_extract_layers=3, num_conv_pos_embedding_groups=4, squeeze_factor=2),
+        "feature_projection", "BTC", "encoder.layers", "feed_forward.output_dense", gathers=False, shape=(430,),
+    ),
+}  # fmt: skip
+
+
+def plain(name):
+    """A model of transformers in float64, without dropout, whose weights are all other than zero."""
+    family = FAMILIES[name]
+    config = transformers.CONFIG_MAPPING[name](**family.config)
+    for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "layerdrop"):
+        if hasattr(config, field):
+            setattr(config, field, 0.0)
+    for field in ("hidden_dropout", "activation_dropout", "feat_proj_dropout", "conformer_conv_dropout", "encoder_layerdrop"):
+        if hasattr(config, field):
+            setattr(config, field, 0.0)
+    cls = getattr(transformers, f"{family.cls}Model", None) or transformers.models.whisper.modeling_whisper.WhisperEncoder
+    torch.manual_seed(0)
+    model = cls(config, **({"add_pooling_layer": False} if name in ("ijepa", "mpnet") else {})).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def inputs(name, batch=3):
+    torch.manual_seed(1)
+    shape = FAMILIES[name].shape
+    if shape == (12,):
+        return torch.randint(5, 55, (batch, 12))
+    return torch.randn(batch, *shape, dtype=torch.float64)
+
+
+def states_of(model, *args, **kwargs):
+    return model(*args, **kwargs).last_hidden_state
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_unmasked_states_are_the_models(name):
+    family, model, x = FAMILIES[name], plain(name), inputs(name)
+    expected = states_of(model, x)
+    encoder = wrap(model)
+    assert isinstance(encoder, SplicedEncoder) and encoder.extra == family.extra
+    assert encoder.features_name == family.features and encoder.layers_name == family.blocks
+    encoded = encoder.encode(x)
+    torch.testing.assert_close(encoded.states, expected[:, family.extra :], rtol=0, atol=1e-12)
+    if family.extra:
+        torch.testing.assert_close(encoded.extra, expected[:, : family.extra], rtol=0, atol=1e-12)
+    else:
+        assert encoded.extra is None
+    assert torch.equal(states_of(model, x), expected), "the model is not as it was"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_masked_states_are_those_of_a_hook_written_by_hand(name):
+    """The mask vector in the module's own output, whose layout is written down above."""
+    family, model, x = FAMILIES[name], plain(name), inputs(name)
+    encoder, order = wrap(model), LAYOUTS[family.layout]
+    features = encoder.embed(x)
+    mask = torch.rand(features.shape[:2]) < 0.5
+    vector = torch.randn(32, dtype=torch.float64)
+
+    def hook(module, args, output):
+        moved = output.permute(order).clone()
+        assert torch.equal(features, moved.flatten(1, -2))
+        grid = mask.view(moved.shape[:-1])
+        moved[grid] = vector
+        return moved.permute([order.index(axis) for axis in range(len(order))])
+
+    handle = model.get_submodule(family.features).register_forward_hook(hook)
+    expected = states_of(model, x)[:, family.extra :]
+    handle.remove()
+    found = encoder.transform(encoder.place(torch.where(mask.unsqueeze(-1), vector, features))).states
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    if encoder.masks_features:
+        with torch.no_grad():
+            encoder.double().mask_token.copy_(vector)
+        masked = encoder.contextualize(encoder.mask_features(features, mask))
+        torch.testing.assert_close(masked, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("source", ["ffn", "block_output", "block_input"])
+def test_layers_are_those_of_hooks_written_by_hand(name, source):
+    family, model, x = FAMILIES[name], plain(name), inputs(name)
+    encoder, seen = wrap(model), []
+
+    def first(value):
+        return value[0] if isinstance(value, tuple) else value
+
+    def before(module, args, kwargs):
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    for block in model.get_submodule(family.blocks)[1:]:
+        if source == "block_input":
+            block.register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            module = block.get_submodule(family.ffn) if source == "ffn" else block
+            module.register_forward_hook(lambda m, a, output: seen.append(first(output)))
+    states_of(model, x)
+    expected = [result[:, family.extra :] for result in seen]
+    if name == "sew":  # two positions share a result
+        length = encoder.embed(x).shape[1]
+        expected = [torch.cat([each.repeat_interleave(2, 1), each[:, -1:]], 1)[:, :length] for each in expected]
+    found = encoder.transform(encoder.place(encoder.embed(x)), layers=2, source=source).layers
+    assert len(found) == len(expected[:2]) == 2
+    for one, other in zip(found, expected[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.gathers])
+def test_visible_positions_alone_are_a_whole_whose_attention_sees_no_others(name, monkeypatch):
+    family, model, x = FAMILIES[name], plain(name), inputs(name, batch=2)
+    encoder = wrap(model)
+    assert encoder.gathers
+    features = encoder.embed(x)
+    length, views = features.shape[1], 2
+    visible = torch.stack([torch.randperm(length)[: length // 2].sort().values for _ in range(4)])
+    mask = torch.ones(2, views, length, dtype=torch.bool).view(4, length).scatter(1, visible, False).view(2, views, length)
+    found = encoder.transform(encoder.place_visible(features, mask, visible), visible=visible, layers=2)
+    seen = torch.cat([torch.ones(4, family.extra, dtype=torch.bool), ~mask.view(4, length)], dim=1)
+    x = x.repeat_interleave(views, 0)
+    if family.shape == (12,):
+        expected = states_of(model, x, attention_mask=seen.long())
+    else:
+        attend = nn.functional.scaled_dot_product_attention
+
+        def among_visible(query, key, value, attn_mask=None, **kwargs):
+            assert attn_mask is None
+            return attend(query, key, value, attn_mask=seen[:, None, None], **kwargs)
+
+        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", among_visible)
+        expected = states_of(model, x)
+        monkeypatch.undo()
+    extra, expected = expected[:, : family.extra], expected[:, family.extra :]
+    expected = expected.gather(1, visible[..., None].expand(-1, -1, 32))
+    torch.testing.assert_close(found.states, expected, rtol=0, atol=1e-12)
+    assert [layer.shape for layer in found.layers] == [expected.shape] * 2
+    if family.extra:
+        torch.testing.assert_close(found.extra, extra, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.gathers])
+def test_what_cannot_gather_says_why(name):
+    encoder = wrap(plain(name))
+    why = "its blocks see fewer positions" if name == "sew" else "positions enter inside of its blocks"
+    with pytest.raises(ValueError, match=f"cannot encode the visible positions alone: {why}"):
+        Data2Vec(encoder, top_k=2, decoder=ConvDecoder(32, 1, width=16, kernel=3, groups=4))
+    with pytest.raises(ValueError, match="cannot encode the visible positions alone"):
+        encoder.place_visible(torch.zeros(1, 4, 32), torch.zeros(1, 1, 4).bool(), torch.zeros(1, 2).long())
+
+
+@pytest.mark.parametrize("name", ["modernbert", "distilbert", "deberta-v2", "mpnet", "nomic_bert"])
+def test_padded_text(name):
+    model, x = plain(name), inputs(name)
+    encoder = wrap(model)
+    padding = torch.zeros(3, 12, dtype=torch.bool)
+    padding[0, 7:], padding[2, 10:] = True, True
+    x = x.masked_fill(padding, model.config.pad_token_id)
+    expected = states_of(model, x, attention_mask=(~padding).long())
+    torch.testing.assert_close(encoder(x, padding)[~padding], expected[~padding], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sew", "wav2vec2-bert"])
+def test_padded_speech(name):
+    model, x = plain(name), inputs(name)
+    encoder = wrap(model)
+    sizes = torch.tensor([430, 430, 250]) if name == "sew" else torch.tensor([30, 30, 17])
+    seen = torch.arange(x.shape[1]) < sizes[:, None]
+    frames = torch.tensor([encoder.positions(int(size)) for size in sizes])
+    features = encoder.embed(x)
+    kept, padding = features.clone(), torch.arange(features.shape[1]) >= frames[:, None]
+    found = encoder.contextualize(features, padding)
+    expected = states_of(model, x, attention_mask=seen.long())
+    torch.testing.assert_close(found[~padding], expected[~padding], rtol=0, atol=1e-12)
+    assert torch.equal(features, kept), "the caller's features were changed in place"
+
+
+@pytest.mark.parametrize("samples", [30, 31, 49, 50, 430, 1234])
+def test_frames_of_a_waveform(samples):
+    encoder = wrap(plain("sew"))
+    assert encoder.embed(torch.randn(1, samples, dtype=torch.float64)).shape[1] == encoder.positions(samples)
+    assert encoder.positions(29) == 0
+
+
+def test_grids():
+    assert wrap(plain("dinov3_vit")).positions(16) == (4, 4)
+    ast = wrap(plain("audio-spectrogram-transformer"))
+    assert ast.reads == "spectrogram" and ast.positions(0) == (3, 6)  # bins and frames in patches of 4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_reaches_what_it_should_and_moves_the_teacher(name):
+    """A gradient reaches what a plain model's states depend on, and the mask vector."""
+    family, model, x = FAMILIES[name], plain(name).float().train(), inputs(name)
+    x = x if family.shape == (12,) else x.float()
+    parameters = {n: parameter for n, parameter in model.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(states_of(model, x).square().sum(), list(parameters.values()), allow_unused=True)
+    used = {n for n, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    data2vec = Data2Vec(wrap(model), top_k=2, source="block_output", ema_start=0.5, ema_end=0.5)
+    mask = torch.zeros(3, data2vec.student.embed(x).shape[1], dtype=torch.bool)
+    mask[:, 1::2] = True
+    if data2vec.student.masks_features:
+        output = data2vec(x, mask)
+        masks = data2vec.student.mask_token
+    else:
+        output = data2vec(x.masked_fill(mask, 3), mask, x)
+        masks = None
+    output.loss.backward()
+    reached = {n for n, parameter in parameters.items() if parameter.grad is not None}
+    assert reached - used <= {n for n, parameter in parameters.items() if parameter is masks} and used <= reached
+    assert masks is None or masks.grad.abs().sum() > 0
+    before = copy.deepcopy(dict(data2vec.teacher.module.named_parameters()))
+    torch.optim.SGD([p for p in data2vec.student.parameters() if p.grad is not None], lr=0.1).step()
+    data2vec.update_teacher()
+    students = dict(data2vec.student.named_parameters())
+    for n, teacher in data2vec.teacher.module.named_parameters():
+        if students[n].requires_grad:
+            torch.testing.assert_close(teacher, 0.5 * before[n] + 0.5 * students[n], rtol=1e-6, atol=1e-7)
+    assert any(not torch.equal(before[n], teacher) for n, teacher in data2vec.teacher.module.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["modernbert", "dinov3_vit", "siglip_vision_model", "audio-spectrogram-transformer"])
+def test_a_step_of_data2vec_2(name):
+    family, model, x = FAMILIES[name], plain(name).float().train(), inputs(name)
+    x = x if family.shape == (12,) else x.float()
+    encoder = wrap(model)
+    grid = encoder.positions(12)
+    axes = len(grid) if isinstance(grid, tuple) else 1
+    decoder = ConvDecoder(32, axes, width=16, kernel=3, groups=4)
+    data2vec = Data2Vec(encoder, top_k=2, decoder=decoder, cls_weight=0.1 if family.extra else 0.0)
+    mask = (torch.arange(encoder.embed(x).shape[1]) % 3 > 0).expand(3, 2, -1)
+    output = data2vec(x, mask)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    first = next(model.get_submodule(family.blocks)[0].parameters())
+    local = next(model.get_submodule(family.features).parameters())
+    assert first.grad.abs().sum() > 0 and local.grad.abs().sum() > 0
+
+
+def test_what_teachers_copy():
+    """Spec 1.6: the features' parameters, and for the scope "layers" those of positions and extra tokens as well."""
+    encoder = wrap(plain("dinov2_with_registers"))
+    projection = {f"embeddings.patch_embeddings.projection.{n}" for n in ("weight", "bias")}
+    assert set(encoder.local) == projection | {"embeddings.mask_token"}
+    assert set(encoder.positional) == {f"embeddings.{n}" for n in ("cls_token", "register_tokens", "position_embeddings")}
+    text = wrap(plain("modernbert"))
+    assert text.local and all(n.startswith("embeddings.") for n in text.local) and not text.positional
+    assert "encoder.rel_embeddings.weight" in wrap(plain("deberta-v2")).positional
+    assert any("feature_extractor" in n for n in wrap(plain("sew")).local)
+
+
+def test_dropout_and_the_models_own_masks_stay_out_of_features():
+    model = plain("wav2vec2-bert").train()
+    model.config.mask_time_prob, model.config.mask_time_length = 0.9, 2
+    model.feature_projection.dropout.p = 0.5
+    encoder, x = wrap(model), inputs("wav2vec2-bert")
+    assert torch.equal(encoder.embed(x), encoder.embed(x))
+    model.feature_projection.dropout.p = 0.0
+    assert torch.equal(encoder(x), encoder(x)), "SpecAugment was on"
+    assert model.config.apply_spec_augment
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_saved_and_loaded_by_transformers(name, tmp_path):
+    family, x = FAMILIES[name], inputs(name)
+    encoder = wrap(plain(name).float())
+    x = x if family.shape == (12,) else x.float()
+    encoder.save(tmp_path)
+    again = (type(encoder.model) if name == "whisper" else AutoModel).from_pretrained(tmp_path).eval()
+    for n, parameter in encoder.model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(n)), n
+    torch.testing.assert_close(states_of(again, x)[:, encoder.extra :], encoder(x), rtol=0, atol=1e-6)
+
+
+def test_mae_in_order():
+    """ViT-MAE shuffles patches and drops some; without masks of its own and with an order given it is faithful."""
+    config = transformers.ViTMAEConfig(**IMAGE, mask_ratio=0.0)
+    model = transformers.ViTMAEModel(config).double().eval()
+    encoder, x = wrap(model), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    expected = model(x, noise=torch.arange(16).expand(2, -1)).last_hidden_state
+    torch.testing.assert_close(encoder(x), expected[:, 1:], rtol=0, atol=1e-12)
+    assert build_encoder("vit_mae", config=IMAGE).model.config.mask_ratio == 0
+    with pytest.raises(ValueError, match="ViTMAEModel cannot be spliced"):
+        build_encoder("vit_mae", config=IMAGE | dict(mask_ratio=0.5))
+
+
+def test_named_features_run_a_known_family_whole():
+    """Also where the hand-written pieces cannot gather, as those of RoFormer."""
+    config = TEXT | dict(hidden_dropout_prob=0.0)
+    assert not isinstance(build_encoder("roberta", config=TEXT), SplicedEncoder)
+    encoder = build_encoder("roformer", config=config, features="embeddings").eval()
+    x = torch.randint(5, 55, (2, 12))
+    assert isinstance(encoder, SplicedEncoder) and encoder.gathers
+    torch.testing.assert_close(encoder(x), encoder.model(x).last_hidden_state)
+
+
+class Averaging(nn.Module):
+    """Local features that are not: each knows the mean of all."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.weight = inner.weight
+
+    def forward(self, *args, **kwargs):
+        x = self.inner(*args, **kwargs)
+        return x + x.mean((2, 3), keepdim=True)
+
+
+class Peeking(transformers.ModernBertModel):
+    """Something of the input passes by the embeddings."""
+
+    def forward(self, input_ids, attention_mask=None):
+        output = super().forward(input_ids, attention_mask=attention_mask)
+        output.last_hidden_state = output.last_hidden_state + 0.1 * input_ids.unsqueeze(-1)
+        return output
+
+
+class Nowhere(transformers.SiglipVisionModel):
+    """No positions at all."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings.position_embedding = nn.Embedding.from_pretrained(torch.zeros(16, 32))
+
+
+def averaging():
+    model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**IMAGE))
+    model.embeddings.patch_embedding = Averaging(model.embeddings.patch_embedding)
+    return model
+
+
+def nowhere():
+    model = Nowhere(transformers.SiglipVisionConfig(**IMAGE))
+    model.embeddings.position_embedding.weight = None
+    model.embeddings.position_embedding.forward = lambda ids: torch.zeros(1, 16, 32)
+    return model
+
+
+def swin():
+    config = transformers.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    return transformers.SwinModel(config)
+
+
+MODERNBERT = transformers.ModernBertConfig(**TEXT)
+
+
+@pytest.mark.parametrize(
+    "attempt, named",
+    [
+        (lambda: wrap(swin()), "SwinModel cannot be spliced: is hierarchical: of 64 local features 16 states are left"),
+        (lambda: wrap(averaging()), "without its blocks, feature 8 is found in the states [0, 1, 2, 3, 4], expected 8 alone"),
+        (
+            lambda: wrap(averaging(), features="embeddings.patch_embedding"),
+            "is not local: the end of the input changes 16 of 16",
+        ),
+        (lambda: wrap(Peeking(MODERNBERT)), "at embeddings: the rest of the model depends on its input in other ways too"),
+        (lambda: wrap(nowhere()), "masked positions get equal states: positions are lost with the mask, or the model has none"),
+        (
+            lambda: build_encoder("modernbert", config=TEXT, features="layers.1"),
+            "encoder.features=layers.1: ModernBertModel cannot be spliced: is not local: the end of the input changes",
+        ),
+        (
+            lambda: build_encoder("modernbert", config=TEXT, features="embedings"),
+            "encoder.features=embedings: ModernBertModel cannot be spliced: is not in the model, or not run before its blocks",
+        ),
+        (
+            lambda: build_encoder("dinov3_vit", config=IMAGE, features="embeddings"),
+            "encoder.features=embeddings: DINOv3ViTModel cannot be spliced: its 17 positions are no square grid",
+        ),
+        (
+            lambda: build_encoder("siglip_vision_model", config=IMAGE, features="embeddings.position_embedding"),
+            "found the output shape (1, 16, 32), expected B = 2 and C = 32",
+        ),
+        (
+            lambda: build_encoder("llama", config=TEXT | dict(num_key_value_heads=2)),
+            "LlamaModel cannot be spliced at embed_tokens: is causal: a position sees none of the later ones",
+        ),
+        (lambda: build_encoder("t5"), "encoder.model='t5': T5Model has a decoder too; its encoder alone can be"),
+        (lambda: build_encoder("yolos", config=IMAGE | dict(image_size=[16, 16])), "extra tokens stand"),
+        (lambda: wrap(transformers.ViTModel(transformers.ViTConfig(**IMAGE)), features="nowhere"), "is not in the model"),
+    ],
+)
+def test_what_cannot_be_spliced_is_explained(attempt, named):
+    with pytest.raises(ValueError) as error:
+        attempt()
+    assert named in str(error.value)
+
+
+def test_padding_that_would_be_seen_is_refused():
+    encoder = wrap(plain("whisper"))
+    padding = torch.zeros(3, 20, dtype=torch.bool)
+    padding[:, 15:] = True
+    with pytest.raises(ValueError, match="padding_mask: WhisperEncoder sees what its attention_mask covers; crop inputs"):
+        encoder(inputs("whisper"), padding)
+
+
+RUNS = {
+    "text": "encoder.model=modernbert encoder.config.local_attention=8 data.vocab_size=400 data.block_size=32",
+    "vision": "encoder.model=dinov3_vit encoder.init=hf encoder.config.num_register_tokens=2",
+    "audio": "encoder.model=sew encoder.config.conv_dim=[8,8,8,8,8,8,8] data.max_seconds=0.5 data.join_seconds=0.5 "
+    "encoder.config.squeeze_factor=2 encoder.config.num_conv_pos_embeddings=8 encoder.config.num_conv_pos_embedding_groups=4",
+}
+
+
+@pytest.mark.parametrize("modality", RUNS)
+def test_a_run(modality, tmp_path):
+    small = [f"encoder.config.{n}" for n in ("hidden_size=32", "num_hidden_layers=3", "num_attention_heads=2")]
+    more = ["encoder.config.intermediate_size=48", "targets.top_k=2", "train.steps=3", "train.workers=0", "train.batch_size=4"]
+    run = tmp_path / "run"
+    args = ["--config", f"{modality}/tiny", *RUNS[modality].split(), *small, *more, f"train.output={run}"]
+    assert training.train(parse([*args, "train.precision=fp32"])[0]) == 0
+    assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
+    again = build_encoder(pretrained=str(run / "export"))
+    assert isinstance(again, SplicedEncoder)
+    assert AutoModel.from_pretrained(run / "export").config.model_type == again.model.config.model_type
+
+
+def test_a_spectrogram_is_no_waveform(tmp_path):
+    args = ["--config", "audio/tiny", "encoder.model=audio-spectrogram-transformer", f"train.output={tmp_path / 'run'}"]
+    more = [f"encoder.config.{k}={v}" for k, v in FAMILIES["audio-spectrogram-transformer"].config.items()]
+    with pytest.raises(ConfigError, match="ASTModel does not read what modality=audio gives"):
+        training.train(parse([*args, *more])[0])
+
+
+def test_the_table(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    table.main([str(page), "modernbert", "swin", "roberta", "bart"])
+    text = page.read_text()
+    assert text.startswith("before\n<!-- encoders -->\nTried with transformers")
+    assert text.endswith("<!-- /encoders -->\nafter\n")
+    assert "4 model types, of which 3 work with data2vec 1.0 and 3 of them with 2.0" in text and "old" not in text
+    assert "| `modernbert` | ModernBertModel | whole | yes | yes |" in text
+    assert "| `roberta` | RobertaModel | in pieces | yes | yes |" in text
+    assert "| `swin` | SwinModel | | no: is hierarchical: of 64 local features 16 states are left, and no mask" in text
+    table.main(["swin"])
+    assert "SwinModel" in capsys.readouterr().out
+    assert len(table.names()) > 100
