@@ -260,7 +260,6 @@ def test_fused_is_the_same_curve(modality):
     for part, there in (("loss native", True), ("attention", True), ("last block", False)):
         assert any(part in done for done in run.fused) == there
     np.testing.assert_allclose(*curves, rtol=1e-3)
-    assert modality == "text" or curves[0] != curves[1]
 
 
 def test_bf16_is_near_the_same_curve():
