@@ -92,8 +92,7 @@ def _attention(model: Data2Vec, device: torch.device) -> str:
 
 
 def _compile(model: Data2Vec, device: torch.device) -> str:
-    """Fuse what lies between the matrix products, and the norms of convolutions; on a GPU, where it is expected to pay and not
-    yet measured.
+    """On a GPU, fuse what lies between the matrix products, the norms of convolutions, and the decoder.
 
     Block by block, as most are the same graph. Blocks whose halves are not known run as they are where hooks capture results.
     """

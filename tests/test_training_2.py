@@ -20,6 +20,7 @@ from d2v_fast import ConvDecoder, Data2Vec, Encoder, cli, training
 from d2v_fast.config import parse
 from d2v_fast.diagnostics import CollapseError, constant_loss
 from d2v_fast.graphs import Graphs
+from d2v_fast.ops import attention
 from d2v_fast.training import Trainer, freeze_unused
 from tests.models import Handwritten
 from tests.runs import Run, train
@@ -251,14 +252,16 @@ def test_every_parameter_that_trains_has_a_gradient(modality):
 
 
 @pytest.mark.parametrize("modality", SMALL)
-def test_fused_is_the_same_curve(modality):
-    curves = []
+def test_fused_is_the_same_curve(modality, monkeypatch):
+    curves, attended, ours = [], set(), attention.attention
+    monkeypatch.setattr(attention, "attention", lambda *args, **kwargs: attended.add(name) or ours(*args, **kwargs))
     for name, fused in (("plain", False), ("fused", True)):
         run = Trainer(config(modality, name, *OURS.get(modality, "").split(), "train.log_every=1"), fused)
         run.run()
         curves.append([record["loss"] for record in records(name)])
     for part, there in (("loss native", True), ("attention", True), ("last block", False)):
         assert any(part in done for done in run.fused) == there
+    assert attended == {"fused"}
     np.testing.assert_allclose(*curves, rtol=1e-3)
 
 
