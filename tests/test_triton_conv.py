@@ -3,7 +3,6 @@
 As in tests/test_triton_loss.py each of the two works in a process of its own; tests/gpu/test_conv.py has these cases on a GPU.
 """
 
-import contextlib
 import re
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from tests.gate import BF16, FP16, FP32, relative
 
 triton = pytest.importorskip("triton")
 
-interpreted, compiler = test_triton_loss.interpreted, test_triton_loss.compiler
+interpreted, compiler, recorded = test_triton_loss.interpreted, test_triton_loss.compiler, test_triton_loss.recorded
 KERNELS = ("_conv_kernel", "_weight_grad_kernel")
 
 
@@ -111,24 +110,6 @@ def gate(case: Case, device: str = "cpu", rounding: float = 0.5, sums: float = 1
     return wrong
 
 
-@contextlib.contextmanager
-def recorded():
-    """A list of (kernel, arguments) that grows instead of kernels running."""
-    from d2v_fast.ops import triton_conv
-
-    launches = []
-
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            return lambda *a, **k: launches.append((self.kernel, dict(zip(self.kernel.arg_names, a, strict=False)) | k))
-
-    with mock.patch.multiple(triton_conv, **{name: Recorder(getattr(triton_conv, name)) for name in KERNELS}):
-        yield launches
-
-
 def interpreted_gate(case: Case) -> list[str]:
     return gate(case, rounding=1)  # the interpreter truncates to bf16
 
@@ -177,12 +158,12 @@ def test_tensors_that_are_not_contiguous(interpreted):
 
 
 def _launches_of_a_step(needed: str) -> list[str]:
-    from d2v_fast.ops.triton_conv import conv
+    from d2v_fast.ops import triton_conv
 
     x, weight, bias, grad = inputs(Case((1, 9), 32, 32, (1, 3), 2))
     dict(x=x, weight=weight, bias=bias)[needed].requires_grad_()
-    with recorded() as launches:
-        conv(x, weight, bias, 2).backward(grad)
+    with recorded(triton_conv, KERNELS) as launches:
+        triton_conv.conv(x, weight, bias, 2).backward(grad)
     return [kernel.__name__ for kernel, _ in launches]
 
 
@@ -310,8 +291,10 @@ RECIPES = {
 
 def _launches(case: Case) -> list:
     """(kernel, arguments) of everything that this case launches, without running it."""
+    from d2v_fast.ops import triton_conv
+
     x, weight, bias, grad = inputs(case)
-    with recorded() as launches:
+    with recorded(triton_conv, KERNELS) as launches:
         torch.ops.d2v_fast.conv(x, weight, bias, case.groups, False)
         torch.ops.d2v_fast.conv(grad, weight, None, case.groups, True)
         torch.ops.d2v_fast.conv_weight_grad(x, grad, case.kernel, case.groups)

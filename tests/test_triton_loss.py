@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -261,10 +262,9 @@ RECIPES = {
 TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int32: "*i32", torch.bool: "*i1"}
 
 
-def _launches(case: Case, stats: bool) -> list:
-    """(kernel, arguments) of everything that this case launches, without running it."""
-    from d2v_fast.ops import triton_loss
-
+@contextmanager
+def recorded(module, kernels):
+    """A list of (kernel, arguments) that grows instead of these kernels of the module running."""
     launches = []
 
     class Recorder:
@@ -274,8 +274,16 @@ def _launches(case: Case, stats: bool) -> list:
         def __getitem__(self, grid):
             return lambda *a, **k: launches.append((self.kernel, dict(zip(self.kernel.arg_names, a, strict=False)) | k))
 
+    with mock.patch.multiple(module, **{name: Recorder(getattr(module, name)) for name in kernels}):
+        yield launches
+
+
+def _launches(case: Case, stats: bool) -> list:
+    """(kernel, arguments) of everything that this case launches, without running it."""
+    from d2v_fast.ops import triton_loss
+
     z, layers, mask, padding = inputs(case)
-    with mock.patch.multiple(triton_loss, **{name: Recorder(getattr(triton_loss, name)) for name in KERNELS}):
+    with recorded(triton_loss, KERNELS) as launches:
         _, grad, factor, *_ = triton_loss.loss(
             z, layers, mask, padding, case.norm, case.target_norm, case.beta, 1.0, True, stats, case.views == 16
         )

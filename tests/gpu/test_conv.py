@@ -5,6 +5,7 @@ import torch
 
 from d2v_fast.ops import triton_conv
 from tests.gate import FP16
+from tests.gpu import nothing_waits
 from tests.test_triton_conv import CASES, RECIPES, Case, expected, gate, inputs, outcome
 
 if not torch.cuda.is_available():
@@ -39,11 +40,8 @@ def _step(case: Case, conv=triton_conv.conv):
 def test_nothing_waits_for_the_gpu(case):
     _, step = _step(case)
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("case", REAL[:4], ids=str)

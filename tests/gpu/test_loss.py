@@ -7,6 +7,7 @@ import torch
 
 from d2v_fast import data2vec_loss
 from tests.gate import BF16, FP16, FP32, NORMS, Case, gate, inputs, outcome
+from tests.gpu import nothing_waits
 from tests.test_triton_loss import CASES
 
 if not torch.cuda.is_available():
@@ -72,11 +73,8 @@ def test_two_runs_agree_bit_by_bit(case):
 def test_nothing_waits_for_the_gpu(norm, target_norm, form):
     _, step = _step(Case(norm, target_norm, dense=form == "dense", padded=True, views=3 if form == "views" else 0))
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("case", HOT, ids=str)

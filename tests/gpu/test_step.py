@@ -7,6 +7,7 @@ from d2v_fast import Data2Vec
 from d2v_fast.fused import PARTS, fuse
 from d2v_fast.graphs import Graphs
 from tests import models
+from tests.gpu import nothing_waits
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -70,11 +71,8 @@ def test_a_fused_step_waits_for_nothing(name):
     step = make_step(name, PARTS)
     for _ in range(2):
         step("bf16")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         step("bf16")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", NAMES)
