@@ -27,6 +27,9 @@ from d2v_fast.config import ConfigError, nearest
 from d2v_fast.convert import Released, from_data2vec_pytorch, from_fairseq, make_model, named
 from d2v_fast.data import first_line, is_local
 from d2v_fast.data.audio import feature_extractor
+from d2v_fast.data.spectrograms import MEAN as SOUND_MEAN
+from d2v_fast.data.spectrograms import STD as SOUND_STD
+from d2v_fast.data.spectrograms import spectrogram_extractor
 from d2v_fast.data.text import limit_length, load_tokenizer
 from d2v_fast.data.vision import MEAN, STD, image_processor
 from d2v_fast.encoders import Encoder, PatchEncoder, TokenEncoder, class_arguments, example, off_by, wrap
@@ -214,6 +217,9 @@ def open_run(run: Path, checkpoint: str | None = None, teacher: bool = False) ->
         return found, Exported(found.encoder, found.tokenizer)
     if config.modality == "vision":
         return found, Exported(found.encoder, image_processor(data["image_size"], data["mean"], data["std"]))
+    if config.modality == "spectrogram":
+        sizes = [data[key] for key in ("target_length", "mel_bins", "mean", "std")]
+        return found, Exported(found.encoder, spectrogram_extractor(*sizes))
     return found, Exported(found.encoder, feature_extractor(found.encoder, data["sample_rate"], data["normalize"]))
 
 
@@ -360,7 +366,7 @@ def export_run(
     facts, sections = run_sections(run, found)
     data, old = found.config.data, as_type == OLDER
     known = {"base_model": on_hub(found.config.encoder.pretrained), "datasets": on_hub(data.get("path"))}
-    if found.config.own_data:
+    if found.config.own_data or found.config.modality == "spectrogram":  # which the input of image models does not tell
         known["pipeline_tag"] = "feature-extraction"
     elif found.config.modality == "text" and data["path"] == "builtin":
         known["language"] = "en"

@@ -242,6 +242,28 @@ def probe_labels(config: Config, states: States, data: str, name: str | None, li
             return torch.from_numpy(to_pixels(crops, settings["mean"], settings["std"])), None
 
         parts = split_sources(open_images, data, name)
+    elif config.modality == "spectrogram":
+        from d2v_fast.data.audio import open_audio
+        from d2v_fast.data.spectrograms import WINDOW, spectrogram
+
+        as_image = next(iter(states.encoders.values())).reads != "spectrogram"
+        sizes = [settings[key] for key in ("target_length", "mel_bins", "mean", "std")]
+
+        def collate(spectrograms: list) -> tuple[torch.Tensor, None]:
+            source = torch.from_numpy(np.stack(spectrograms))
+            return source.unsqueeze(1) if as_image else source, None
+
+        def open_split(path: str, name: str | None = None, split: str = "train") -> Source:
+            source = open_audio(path, name, split, settings["sample_rate"])
+
+            def read(i: int) -> np.ndarray:
+                if len(wave := source.read(i)) < WINDOW:
+                    raise ValueError(f"is too short: {len(wave)} samples")
+                return spectrogram(wave, *sizes)
+
+            return replace(source, read=read)
+
+        parts = split_sources(open_split, data, name)
     else:
         from d2v_fast.data.audio import open_audio, standardize
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 import d2v_fast.nets  # noqa: F401  the presets of data2vec 2.0 name its models
 from d2v_fast.compat import is_arxyzan, translate_arxyzan
-from d2v_fast.config import MASK_KINDS, MASKS, PRESETS, RANGES, SECTIONS, ConfigError, data_class, parse, presets
+from d2v_fast.config import MASKS, MODALITIES, PRESETS, RANGES, SECTIONS, ConfigError, data_class, parse, presets
 from d2v_fast.training import make_encoder
 
 VISION = ["modality=vision", "encoder.model=beit"]
@@ -55,7 +55,7 @@ class TestPresets:
         unknown = set(fields) - set(inspect.signature(type(model)).parameters)
         assert not unknown
         assert config.targets.top_k <= model.num_hidden_layers
-        assert config.mask.__class__ in [MASKS[kind] for kind in MASK_KINDS[config.modality]]
+        assert config.mask.__class__ in [MASKS[kind] for kind in MODALITIES[config.modality].masks]
         if config.modality == "vision":
             assert config.data["image_size"] == model.image_size
         if config.modality == "text":
@@ -249,7 +249,7 @@ def parameters():
     """Every setting there is, with the arguments that lead to it."""
     for args in (TEXT, VISION, AUDIO):
         modality = args[0].partition("=")[2]
-        for kind in MASK_KINDS[modality]:
+        for kind in MODALITIES[modality].masks:
             for name in inspect.signature(MASKS[kind]).parameters:
                 yield f"mask.{name}", [*args, f"mask.kind={kind}"]
         for name in inspect.signature(data_class(modality)).parameters:
