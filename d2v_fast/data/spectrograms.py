@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,13 +39,17 @@ def _filters(bins: int) -> Tensor:
     """(FFT / 2 + 1, bins) float64, triangles on Kaldi's mel scale from 20 Hz on."""
     from transformers.audio_utils import mel_filter_bank
 
+    scale = dict(norm=None, mel_scale="kaldi", triangularize_in_mel_space=True)
+    with _quiet():
+        return torch.from_numpy(mel_filter_bank(FFT // 2 + 1, bins, 20.0, RATE / 2, RATE, **scale))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that the lowest of many filters fall between two frequencies, as they do in Kaldi."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the lowest of 128 filters fall between two frequencies, here as in Kaldi
-        return torch.from_numpy(
-            mel_filter_bank(
-                FFT // 2 + 1, bins, 20.0, RATE / 2, RATE, norm=None, mel_scale="kaldi", triangularize_in_mel_space=True
-            )
-        )
+        warnings.filterwarnings("ignore", "At least one mel filter")
+        yield
 
 
 def log_mel(wave: np.ndarray, bins: int = 128) -> np.ndarray:
@@ -78,7 +84,8 @@ def spectrogram_extractor(length: int, bins: int, mean: float, std: float) -> An
     """The same as a feature extractor of transformers."""
     from transformers import ASTFeatureExtractor
 
-    return ASTFeatureExtractor(sampling_rate=RATE, num_mel_bins=bins, max_length=length, mean=mean, std=std)
+    with _quiet():
+        return ASTFeatureExtractor(sampling_rate=RATE, num_mel_bins=bins, max_length=length, mean=mean, std=std)
 
 
 class SpectrogramData(AudioData):
@@ -120,8 +127,8 @@ class SpectrogramData(AudioData):
     ):
         if sample_rate != RATE:
             raise DataError(
-                f"data.sample_rate={sample_rate}: spectrograms are made at {RATE} Hz, as the exported ASTFeatureExtractor makes "
-                f"them; leave it at {RATE}, and recordings of other rates are resampled"
+                f"data.sample_rate={sample_rate}: spectrograms are made at {RATE} Hz, as the exported feature extractor does; "
+                f"leave it at {RATE}, and recordings of other rates are resampled"
             )
         seconds = ((target_length - 1) * HOP + WINDOW) / RATE
         super().__init__(
@@ -139,32 +146,33 @@ class SpectrogramData(AudioData):
         self.frames, self.size, self.mean, self.std = frames, (target_length, mel_bins), mean, std
 
     def fit_to(self, encoder: Any) -> None:
-        name, config = type(encoder.model).__name__, getattr(encoder.model, "config", None)
-        length, bins = self.size
+        config, (length, bins) = getattr(encoder.model, "config", None), self.size
         self.as_image = encoder.reads != "spectrogram"
-        fields = {"num_channels": 1, "image_size": [length, bins]} if self.as_image else {"max_length": length, "num_mel_bins": bins}
-        for field, expected in fields.items():
+        wanted = {"max_length": length, "num_mel_bins": bins}
+        if self.as_image:
+            wanted = {"num_channels": 1, "image_size": [length, bins]}
+        for field, expected in wanted.items():
             found = getattr(config, field, expected)
             if (_pair(found) if field == "image_size" else found) != expected:
                 raise DataError(
                     f"encoder.config.{field}={found}: data.target_length={length} with data.mel_bins={bins} needs {expected}; "
-                    f"set encoder.config.{field}={expected}{' or the data' if expected != 1 else ''}"
+                    f"set encoder.config.{field}={expected}{' or change the data' if expected != 1 else ''}"
                 )
         patch = _pair(getattr(config, "patch_size", 1))
-        overlap = getattr(config, "time_stride", patch[0]) < patch[0] or getattr(config, "frequency_stride", patch[1]) < patch[1]
-        for setting, size, side in zip(("target_length", "mel_bins"), self.size, patch, strict=True):
-            if size % side and not overlap:
+        strides = [getattr(config, f"{axis}_stride", side) for axis, side in zip(("time", "frequency"), patch, strict=True)]
+        for setting, size, side, stride in zip(("target_length", "mel_bins"), self.size, patch, strides, strict=True):
+            if size % side and stride >= side:
+                low = size // side * side
                 raise DataError(
-                    f"data.{setting}={size}: is no multiple of encoder.config.patch_size={side}, so that the last {size % side} "
-                    f"would be in no patch; take {size // side * side} or {(size // side + 1) * side}, and the same in "
-                    f"encoder.config"
+                    f"data.{setting}={size}: no multiple of encoder.config.patch_size={side}, so that the last {size % side} "
+                    f"would be in no patch; take {f'{low} or ' if low else ''}{low + side}, and the same in encoder.config"
                 )
         self.grid = encoder.positions(length)
         if not isinstance(self.grid, tuple) or len(self.grid) != 2:
             raise DataError(
-                f"encoder.model: {name} gives positions of {self.grid}, expected a grid of patches: take "
-                "audio-spectrogram-transformer, vit, data2vec2-vision, or give your own a method positions(frames) that returns "
-                "the rows and columns of patches"
+                f"encoder.model: {type(encoder.model).__name__} gives positions {self.grid}, expected a grid of patches: take "
+                "audio-spectrogram-transformer, vit or data2vec2-vision, or give your own a method positions(frames) that "
+                "returns the rows and columns of patches"
             )
         self.check_mask()
 
