@@ -18,6 +18,7 @@ from d2v_fast.training import make_encoder
 VISION = ["modality=vision", "encoder.model=beit"]
 TEXT = ["modality=text", "encoder.model=roberta"]
 AUDIO = ["modality=audio", "encoder.model=data2vec-audio"]
+SPECTROGRAM = ["modality=spectrogram", "encoder.model=vit"]
 
 
 def values(config):
@@ -58,6 +59,8 @@ class TestPresets:
         assert config.mask.__class__ in [MASKS[kind] for kind in MODALITIES[config.modality].masks]
         if config.modality == "vision":
             assert config.data["image_size"] == model.image_size
+        if config.modality == "spectrogram":
+            assert [config.data["target_length"], config.data["mel_bins"]] == model.image_size
         if config.modality == "text":
             assert config.data["block_size"] <= fields.get("max_position_embeddings", 514) - 2
         if config.modality == "audio":
@@ -213,7 +216,7 @@ class TestRefusals:
     def test_modality(self):
         assert (
             refused("modality=visoin")
-            == "modality: found 'visoin', expected one of text, vision, audio, custom; did you mean vision?"
+            == "modality: found 'visoin', expected one of text, vision, audio, spectrogram, custom; did you mean vision?"
         )
         assert "found None" in refused("--config", "vision/fairseq")
         assert refused().startswith("no settings: d2v-train --config PRESET, one of ")
@@ -247,7 +250,7 @@ class TestRefusals:
 
 def parameters():
     """Every setting there is, with the arguments that lead to it."""
-    for args in (TEXT, VISION, AUDIO):
+    for args in (TEXT, VISION, AUDIO, SPECTROGRAM):
         modality = args[0].partition("=")[2]
         for kind in MODALITIES[modality].masks:
             for name in inspect.signature(MASKS[kind]).parameters:
@@ -298,6 +301,8 @@ BOUNDS = [
     ("data.max_seconds", 0.1, 0),
     ("data.batch_seconds", 0.1, 0),
     ("data.channel_prob", 0, 1),
+    ("data.mel_bins", 1, 0),
+    ("data.target_length", 1, 0),
 ]
 
 
