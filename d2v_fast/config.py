@@ -53,16 +53,30 @@ class Modality:
     files: dict[str, str] = field(default_factory=dict)
 
 
-IMAGES = {"image_size": "image_size", "mean": "image_mean", "std": "image_std"}
-WAVES = {"sample_rate": "sampling_rate", "normalize": "do_normalize"}
-SPECTROGRAMS = {"sample_rate": "sampling_rate", "target_length": "max_length", "mel_bins": "num_mel_bins"}
-SPECTROGRAMS |= {"mean": "mean", "std": "std"}
 MODALITIES = {
-    "text": Modality("text:TextData", ("token", "random", "exact"), 1, ("text",), {"tokenizer": "tokenizer"}),
-    "vision": Modality("vision:ImageData", ("block", "random", "exact"), 2, ("vision",), IMAGES),
-    "audio": Modality("audio:AudioData", ("span", "random", "exact"), 1, ("audio",), WAVES),
+    "text": Modality("text:TextData", ("token", "random", "exact"), reads=("text",), files={"tokenizer": "tokenizer"}),
+    "vision": Modality(
+        "vision:ImageData",
+        ("block", "random", "exact"),
+        axes=2,
+        reads=("vision",),
+        files={"image_size": "image_size", "mean": "image_mean", "std": "image_std"},
+    ),
+    "audio": Modality(
+        "audio:AudioData",
+        ("span", "random", "exact"),
+        reads=("audio",),
+        files={"sample_rate": "sampling_rate", "normalize": "do_normalize"},
+    ),
     "spectrogram": Modality(
-        "spectrograms:SpectrogramData", ("exact", "random", "block"), 2, ("spectrogram", "vision"), SPECTROGRAMS
+        "spectrograms:SpectrogramData",
+        ("exact", "random", "block"),
+        axes=2,
+        reads=("spectrogram", "vision"),
+        files={
+            **{"sample_rate": "sampling_rate", "target_length": "max_length", "mel_bins": "num_mel_bins"},
+            **{"mean": "mean", "std": "std"},
+        },
     ),
     "custom": Modality(None, ("random", "exact", "span", "block")),
 }

@@ -1,7 +1,7 @@
 """What a frozen encoder has learned, beside the same encoder untrained.
 
-Images, speech and labelled data of one's own: states are averaged over positions; a k-NN and a linear classifier read the label
-from them, and of images also from the state of the CLS token.
+Images, speech, spectrograms and labelled data of one's own: states are averaged over positions; a k-NN and a linear classifier
+read the label from them, and where there is a CLS token, also from its state.
 Text: the cloze probe. 15 % of the tokens are hidden, and a linear classifier reads from the state at each hidden position
 which token was there, another one from the states of the two tokens beside it. It needs no labels; its floor is the unigram
 distribution. A student of data2vec 2.0 never meets the mask token, so that only the second reading tells what it has learned.
