@@ -20,6 +20,7 @@ from d2v_fast.encoders.base import Encoder
 from d2v_fast.encoders.patches import PatchEncoder, init_data2vec, init_sincos
 from d2v_fast.encoders.spliced import READS, SplicedEncoder
 from d2v_fast.encoders.tokens import TokenEncoder
+from d2v_fast.encoders.trial import splice
 from d2v_fast.encoders.waves import WaveEncoder
 
 log = logging.getLogger(__name__)
@@ -69,9 +70,7 @@ def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None, fe
             return _taken_apart(model, ADAPTERS[reads], layers, ffn)
         except ValueError as error:
             log.debug("%s", error)
-    encoder = SplicedEncoder(model, features, layers, ffn)
-    _check_states(encoder)
-    return encoder
+    return splice(model, features, layers, ffn)
 
 
 def _taken_apart(model: nn.Module, adapter: type[Encoder], layers: str | None, ffn: str | None) -> Encoder:
