@@ -1,8 +1,8 @@
 """Finding by trying what has to be known of a model so that it runs whole with other features.
 
 Which module makes local features, where extra tokens stand, what the FFN's output is and whether visible positions can be
-encoded alone: each is tried on one small input, on a copy of the model with other weights, in which a block stands for all that are
-alike.
+encoded alone: each is tried on one small input, on a copy of the model with other weights, in which one block stands for all
+of its kind.
 """
 
 from __future__ import annotations
@@ -49,15 +49,13 @@ def splice(model: nn.Module, features: str | None = None, layers: str | None = N
         ValueError: No module fits; the message says which test the best one has failed, and what can be named.
     """
     layers = layers or _find_layers(model)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for whole in (False, True):  # some models do not run with blocks that do nothing
             torch.default_generator.manual_seed(0)
-            trial = Trial(model, features, layers, ffn)
-            failures = trial.find()
-    except Unfit as error:
-        failures = [(features, error)]
-    except Exception as error:  # each class of transformers has errors of its own
-        failures = [(features, Unfit(_described(error), FINAL))]
+            trial = Trial(model, features, layers, ffn, whole)
+            failures = trial.failures()
+            if trial.runs:
+                break
     if not failures:
         return SplicedEncoder(model, trial.splice, layers, trial.encoder.ffn_name)
     path, why = max(failures, key=lambda failure: failure[1].rank)
@@ -71,17 +69,30 @@ def splice(model: nn.Module, features: str | None = None, layers: str | None = N
 
 
 class Trial:
-    """What is tried, each thing by changing `splice`, with which `encoder` runs the copy."""
+    """What is tried, each thing by changing `splice`, with which `encoder` runs the copy.
 
-    def __init__(self, model: nn.Module, named: str | None, layers: str, ffn: str | None):
-        self.named, self.splice = named, Splice(READS[model.main_input_name])
+    Args:
+        model, named, layers, ffn: As of `splice`.
+        whole: Keep all blocks in the copy.
+    """
+
+    def __init__(self, model: nn.Module, named: str | None, layers: str, ffn: str | None, whole: bool):
+        self.named, self.whole, self.runs, self.splice = named, whole, False, Splice(READS[model.main_input_name])
         self.rest: tuple | None = None  # what a block returns beside its result, once one has run
         self.encoder = SplicedEncoder(self._copy(model, layers), self.splice, layers, ffn)
         self.blocks = self.encoder.blocks
         self.inside = {module for block in self.blocks for module in block.modules()}
 
-    def find(self) -> list[tuple[str | None, Unfit]]:
+    def failures(self) -> list[tuple[str | None, Unfit]]:
         """Fill in `splice` and return nothing, or return why no module fits."""
+        try:
+            return self._try_all()
+        except Unfit as error:
+            return [(self.named, error)]
+        except Exception as error:  # each class of transformers has errors of its own
+            return [(self.named, Unfit(_described(error), FINAL))]
+
+    def _try_all(self) -> list[tuple[str | None, Unfit]]:
         inputs, states, seen, results = self._run_once()
         if states.ndim != 3 or states.shape[-1] != self.encoder.hidden_size:
             expected = f"(B, T, {self.encoder.hidden_size})"
@@ -123,8 +134,10 @@ class Trial:
         """
         all_blocks = model.get_submodule(layers)
         kinds = [_kind_of(block) for block in all_blocks]
-        kept = {0, len(kinds) - 1, *(kinds.index(kind) for kind in kinds)}
-        left_out = {id(block): self._stand_in(block) for number, block in enumerate(all_blocks) if number not in kept}
+        self.kept = sorted({0, len(kinds) - 1, *(kinds.index(kind) for kind in kinds)})
+        if self.whole:
+            self.kept = list(range(len(kinds)))
+        left_out = {id(block): self._stand_in(block) for number, block in enumerate(all_blocks) if number not in self.kept}
         copied = copy.deepcopy(model, left_out).eval().requires_grad_(False)
         if next(copied.parameters()).dtype.itemsize < 4:
             copied.float()
@@ -147,11 +160,12 @@ class Trial:
         return x if self.rest is None else (x, *self.rest)
 
     @contextmanager
-    def _idle(self) -> Iterator[None]:
-        """No block does anything."""
+    def _idle(self, but: nn.Module | None = None) -> Iterator[None]:
+        """No block does anything, but this one."""
         with ExitStack() as stack:
             for block in self.blocks:
-                stack.enter_context(forward_of(block, self._do_nothing))
+                if block is not but:
+                    stack.enter_context(forward_of(block, self._do_nothing))
             yield
 
     # What is tried
@@ -200,6 +214,7 @@ class Trial:
                     continue
             if len(called) < len(set(self.blocks)):
                 raise Unfit(f"its blocks {encoder.layers_name} are not called as modules", FINAL)
+            self.runs = True
             if len(shape) == 2:
                 self.splice.reads = "spectrogram"
             return inputs, states, seen, results
@@ -241,7 +256,7 @@ class Trial:
         if self.encoder.masks_features:
             self._check_positions(features)
         else:
-            self._check_both_ways(features, states)
+            self._check_both_ways(features)
 
     def _order_of(self, output: Any, module: nn.Module, inputs: Tensor) -> tuple[int, ...]:
         """The axes of the batch, the positions and the channels in a module's output."""
@@ -347,12 +362,21 @@ class Trial:
         if not added and not differ():
             raise Unfit("masked positions get equal states: positions are lost with the mask, or the model has none", 6)
 
-    def _check_both_ways(self, features: Tensor, states: Tensor) -> None:
-        def moved_by(at: int) -> Tensor:
-            return _moved(self.encoder.run(_changed(features, at))[0], states[0])
-
-        if not moved_by(-1)[:-1].any() and moved_by(0)[1:].any():
-            raise Unfit("is causal: a position sees none of the later ones", FINAL)
+    def _check_both_ways(self, features: Tensor) -> None:
+        """Change the first and the last feature: a block that passes on only the first one's change is causal."""
+        three = torch.cat([features, _changed(features, 0), _changed(features, -1)])
+        causal = []
+        for number in self.kept:
+            with self._idle(but=self.blocks[number]):
+                plain, first, last = self.encoder.run(three)
+            if _moved(first, plain)[1:].any() and not _moved(last, plain)[:-1].any():
+                causal.append(number)
+        if causal:
+            who = "is causal" if len(causal) == len(self.kept) else f"has causal blocks, such as {causal[0]}"
+            remedy = "encoder.bidirectional=true lets its attention see them"
+            if getattr(self.encoder.model.config, "is_causal", True) is False:
+                remedy = "config.is_causal = false, which encoder.bidirectional sets, does not change that"
+            raise Unfit(f"{who}: a position sees none of the later ones; {remedy}", FINAL)
 
     # What is learned of a model whose features are known
 
