@@ -259,6 +259,8 @@ def model_card(
         "exported with": f"d2v-fast {d2v_fast.__version__}, torch {torch.__version__}, transformers {transformers_version}, "
         f"Python {platform.python_version()}",
     }
+    if getattr(config, "is_causal", True) is False:
+        facts["attention"] = "bidirectional: is_causal is false in its config, and transformers follows it"
     rows = "\n".join(
         f"| {name} | {' '.join(str(value).split()).replace('|', chr(92) + '|')} |" for name, value in facts.items()
     )
