@@ -272,7 +272,9 @@ def build_encoder(
         if feature_grad_mult == 0:  # else DDP would wait for gradients
             encoder.model.feature_extractor.requires_grad_(False)
     if init != "hf" and pretrained is None:
-        if not isinstance(encoder, PatchEncoder):
+        spliced = init == "sincos" and isinstance(encoder, SplicedEncoder) and len(encoder.grid) == 2
+        placed = hasattr(getattr(encoder.model, "embeddings", None), "position_embeddings")
+        if not isinstance(encoder, PatchEncoder) and not (spliced and placed):
             name = type(encoder.model).__name__
             raise ValueError(f"encoder.init={init!r}: is for ViT, BEiT and their kin, found {name}; take encoder.init=hf")
         (init_data2vec if init == "data2vec" else init_sincos)(encoder)
