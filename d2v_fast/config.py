@@ -105,6 +105,8 @@ class EncoderConfig:
         attention: Attention implementation of transformers.
         features: Path of the module that makes local features, in a model that runs whole (docs/encoders.md), where it is not
             found by itself.
+        bidirectional: Let the attention of a decoder-only model (gpt2, llama, …) see later positions too; causal models are
+            refused without it.
     """
 
     model: str | None = None
@@ -116,6 +118,7 @@ class EncoderConfig:
     feature_grad_mult: float = 1.0
     attention: str = "sdpa"
     features: str | None = None
+    bidirectional: bool = False
 
 
 @dataclass

@@ -34,8 +34,8 @@ from d2v_fast.data.text import limit_length, load_tokenizer
 from d2v_fast.data.vision import MEAN, STD, image_processor
 from d2v_fast.encoders import Encoder, PatchEncoder, TokenEncoder, class_arguments, example, off_by, wrap
 from d2v_fast.report import read_lines, read_probes
+from d2v_fast.train.folder import HEAD, TEACHER
 from d2v_fast.trained import Trained, check_utf8
-from d2v_fast.training import HEAD, TEACHER
 
 OLDER = "data2vec-pytorch"
 TOLERANCE = 1e-6  # of states after a layer norm, in fp32
@@ -265,6 +265,8 @@ def model_card(
         "exported with": f"d2v-fast {d2v_fast.__version__}, torch {torch.__version__}, transformers {transformers_version}, "
         f"Python {platform.python_version()}",
     }
+    if getattr(config, "is_causal", True) is False:
+        facts["attention"] = "bidirectional: is_causal is false in its config, and transformers follows it"
     rows = "\n".join(
         f"| {name} | {' '.join(str(value).split()).replace('|', chr(92) + '|')} |" for name, value in facts.items()
     )

@@ -32,7 +32,7 @@ from d2v_fast.data import DataError, Source, first_line, is_local
 from d2v_fast.encoders import Encoder
 from d2v_fast.masking import Draws, TokenMask
 from d2v_fast.report import measure, read_probes
-from d2v_fast.training import make_data
+from d2v_fast.train.build import make_data
 
 log = logging.getLogger(__name__)
 

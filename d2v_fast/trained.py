@@ -12,7 +12,8 @@ from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from d2v_fast.config import Config, ConfigError, parse
 from d2v_fast.data.text import load_tokenizer, token_fields
 from d2v_fast.encoders import Encoder, build_encoder
-from d2v_fast.training import STEP, TOKENIZER, make_encoder
+from d2v_fast.train.build import make_encoder
+from d2v_fast.train.folder import STEP, TOKENIZER
 
 log = logging.getLogger(__name__)
 

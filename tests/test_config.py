@@ -13,7 +13,7 @@ from transformers import AutoConfig
 import d2v_fast.nets  # noqa: F401  the presets of data2vec 2.0 name its models
 from d2v_fast.compat import is_arxyzan, translate_arxyzan
 from d2v_fast.config import MASKS, MODALITIES, PRESETS, RANGES, SECTIONS, ConfigError, data_class, parse, presets
-from d2v_fast.training import make_encoder
+from d2v_fast.train.build import make_encoder
 
 VISION = ["modality=vision", "encoder.model=beit"]
 TEXT = ["modality=text", "encoder.model=roberta"]
