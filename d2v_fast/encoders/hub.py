@@ -272,7 +272,7 @@ def build_encoder(
         if feature_grad_mult == 0:  # else DDP would wait for gradients
             encoder.model.feature_extractor.requires_grad_(False)
     if init != "hf" and pretrained is None:
-        spliced = init == "sincos" and isinstance(encoder, SplicedEncoder) and len(encoder.grid) == 2
+        spliced = init == "sincos" and isinstance(encoder, SplicedEncoder) and isinstance(encoder.positions(0), tuple)
         placed = hasattr(getattr(encoder.model, "embeddings", None), "position_embeddings")
         if not isinstance(encoder, PatchEncoder) and not (spliced and placed):
             name = type(encoder.model).__name__
