@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d2v_fast.checkpoint import Checkpoint, Checkpoints
-from d2v_fast.config import Config, ConfigError, data_class
+from d2v_fast.config import MODALITIES, Config, ConfigError, data_class
 from d2v_fast.data import Batch, EpochBatches, PretrainingData
 from d2v_fast.data.own import blamed, check_batch, check_class
 from d2v_fast.decoders import ConvDecoder
@@ -284,7 +284,7 @@ def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encode
     torch.manual_seed(config.train.seed)
     settings = {k: v for k, v in vars(config.encoder).items() if k != "config"}
     encoder = build_encoder(config=fields, **settings)
-    if config.modality != "custom" and encoder.reads not in (None, config.modality):
+    if config.modality != "custom" and encoder.reads not in (None, *MODALITIES[config.modality].reads):
         setting = "model" if config.encoder.pretrained is None else "pretrained"
         raise ConfigError(
             f"encoder.{setting}={getattr(config.encoder, setting)}: {type(encoder.model).__name__} does not read what "
@@ -307,7 +307,7 @@ def make_model(config: Config, encoder: Encoder, axes: int | None = None) -> Dat
     head, decoder = vars(config.head).copy(), None
     kind, layers, zero_init, _ = (head.pop(name) for name in ("kind", "layers", "zero_init", "pretrained"))
     if kind == "conv":
-        axes = axes or (2 if config.modality == "vision" else 1)
+        axes = axes or MODALITIES[config.modality].axes
         try:
             decoder = ConvDecoder(encoder.hidden_size, axes, layers=layers, zero_init=zero_init, **head)
         except ValueError as error:
