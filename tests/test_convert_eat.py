@@ -11,7 +11,7 @@ from d2v_fast.config import parse
 from d2v_fast.convert import from_fairseq
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.export import import_checkpoint, main
-from d2v_fast.training import make_data, make_encoder, make_model
+from d2v_fast.train.build import make_data, make_encoder, make_model
 from tests.released import EAT, ImageClassifier, checkpoint, make, make_teacher
 
 SOUND = torch.randn(2, 1, 64, 128).double()  # 4 × 8 patches

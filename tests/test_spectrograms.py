@@ -19,7 +19,8 @@ from d2v_fast.data.spectrograms import SpectrogramData, frames, log_mel, spectro
 from d2v_fast.encoders import build_encoder
 from d2v_fast.export import export_run
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask
-from d2v_fast.training import Trainer, make_encoder
+from d2v_fast.train.build import build, make_encoder
+from d2v_fast.train.loop import loop
 from tests.models import Handwritten
 
 AST = "audio-spectrogram-transformer"
@@ -226,8 +227,8 @@ TWO = "head.width=32 head.layers=2 data.views=2"
 def train(model, *more):
     fields = [f"encoder.config.{name}={value}" for name, value in FIELDS[model].items()]
     args = ["--config", "spectrogram/tiny-2", f"encoder.model={model}", *fields, *RUN.split(), "train.output=run", *more]
-    trainer = Trainer(parse(args)[0])
-    trainer.run()
+    trainer = build(parse(args)[0])
+    loop(trainer)
     return trainer
 
 
@@ -252,7 +253,7 @@ class TestRuns:
         trainer = train(model, *recipe.split(), *cls, "data.path=sounds/train", "encoder.init=hf")
         losses = [json.loads(line)["loss"] for line in Path("run/log.jsonl").read_text().splitlines()]
         assert np.isfinite(losses).all()
-        student = trainer.core.student.eval()
+        student = trainer.state.core.student.eval()
         assert export_run("run", "out") < 1e-6
         for folder in ("out", "run/export"):
             found, expected = wave_and_states(folder, student)
@@ -268,7 +269,7 @@ class TestRuns:
         seen = []  # of the patches, then of CLS
         monkeypatch.setattr(probe, "score", lambda train, *rest: {"samples": seen.append(train)})
         config = trained.read_config(Path("run"))
-        probe.probe_labels(config, probe.States({"trained": trainer.core.student.eval()}), "sounds", None, 100)
+        probe.probe_labels(config, probe.States({"trained": trainer.state.core.student.eval()}), "sounds", None, 100)
         extractor = AutoFeatureExtractor.from_pretrained("run/export")
         model = AutoModel.from_pretrained("run/export", add_pooling_layer=False).eval()
         source = trainer.data.source
