@@ -13,7 +13,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -89,7 +89,7 @@ class ConfigError(ValueError):
     """A key or value that cannot be used; the message names it and what would do."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class EncoderConfig:
     """The encoder.
 
@@ -121,7 +121,7 @@ class EncoderConfig:
     bidirectional: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class TargetsConfig:
     """What the student predicts.
 
@@ -140,7 +140,7 @@ class TargetsConfig:
     teacher_fp32: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossConfig:
     """How a prediction is scored.
 
@@ -161,7 +161,7 @@ class LossConfig:
     cls_reduction: Literal["mean", "sum"] = "mean"
 
 
-@dataclass
+@dataclass(frozen=True)
 class HeadConfig:
     """What turns states into predictions.
 
@@ -195,7 +195,7 @@ class HeadConfig:
     noise: float = 0.01
 
 
-@dataclass
+@dataclass(frozen=True)
 class EMAConfig:
     """How the teacher follows the student.
 
@@ -214,7 +214,7 @@ class EMAConfig:
     copied: list[str] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW.
 
@@ -235,7 +235,7 @@ class OptimizerConfig:
     lr_scale: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScheduleConfig:
     """The learning rate over time.
 
@@ -254,7 +254,7 @@ class ScheduleConfig:
     initial: float = 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
     """The run.
 
@@ -300,7 +300,7 @@ class TrainConfig:
     max_skipped: int = 20
 
 
-@dataclass
+@dataclass(frozen=True)
 class CollapseConfig:
     """When a run counts as collapsed; a bound of 0 switches its rule off.
 
@@ -453,7 +453,7 @@ def _in_words(interval: str) -> str:
     return f"a number in {interval}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """Everything a run depends on. `mask` and `data` hold the arguments of their classes, `data` also `class`.
 
@@ -907,13 +907,12 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     for key in resume_allow:
         if key not in [*known, *GROUPS, *SAMPLES] and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
             raise ConfigError(f"--resume-allow {key}: no such setting{nearest(key, [*known, *SAMPLES])}")
+    output = config.train.output
     if run and "train.output" not in overrides:  # the settings of a run: that run, wherever it is now, or one more like it
-        config.train.output = run if resume else None
-    if config.train.output is None and resume:
+        output = run if resume else None
+    if output is None and resume:
         raise ConfigError(which)
-    if config.train.output is not None:
-        config.train.output = os.path.expanduser(config.train.output)
-    return config, fused
+    return replace(config, train=replace(config.train, output=output and os.path.expanduser(output))), fused
 
 
 def _resume(args: list[str]) -> tuple[list[str], bool, list[str]]:

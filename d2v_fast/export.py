@@ -210,7 +210,8 @@ def open_run(run: Path, checkpoint: str | None = None, teacher: bool = False) ->
             f"{run}: transformers has no class for the encoder {config.encoder.model}, so AutoModel cannot load it; a run that "
             f"ends or is resumed leaves its weights in {run / 'export' / 'model.safetensors'}, for safetensors.torch.load_model"
         )
-    found, data = trained.load(config, run, checkpoint, teacher), config.data
+    found = trained.load(config, run, checkpoint, teacher)
+    data = found.config.data
     if config.own_data:
         return found, Exported(found.encoder)
     if config.modality == "text":

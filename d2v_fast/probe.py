@@ -436,7 +436,7 @@ def main(args: list[str]) -> None:
     states = States({"untrained": found.untrained(), "trained": found.encoder}, device, options.precision, batch_size)
     log.info("probing on %s, %s on %s", " ".join(filter(None, (data, options.name))), options.precision, device)
     probe = probe_cloze if config.modality == "text" and not config.own_data else probe_labels
-    results = probe(config, states, data, options.name, options.limit)
+    results = probe(found.config, states, data, options.name, options.limit)
     columns = list(next(iter(results.values())))
     print(f"{'':20}" + "".join(f"{column:>12}" for column in columns))
     for title, row in results.items():

@@ -179,7 +179,7 @@ def test_fine_tuning_starts_from_the_run(name, runs, monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     export_run(runs[FINE_TUNING[name]].folder, "encoder")
-    expected = dict(runs[FINE_TUNING[name]].trainer.core.student.model.named_parameters())
+    expected = dict(runs[FINE_TUNING[name]].trainer.state.core.student.model.named_parameters())
     same, train = [], Trainer.train
 
     def spied(self):
