@@ -31,6 +31,7 @@ from d2v_fast.data import PretrainingData
 from d2v_fast.model import Data2Vec, Data2VecOutput
 from d2v_fast.ops import native
 from d2v_fast.ops.reference import Moments, make_targets, moments_of
+from d2v_fast.sharding import whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -215,7 +216,7 @@ class Seen(NamedTuple):
 
 
 def _size(tensors: list[Tensor]) -> float:
-    return float(get_total_norm(tensors))
+    return float(whole(get_total_norm(tensors)))
 
 
 def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:

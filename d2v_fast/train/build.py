@@ -20,8 +20,9 @@ from d2v_fast.data.own import blamed, check_batch, check_class
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.diagnostics import Monitor
 from d2v_fast.encoders import Encoder, build_encoder
-from d2v_fast.fused import fuse
+from d2v_fast.fused import COMPILED, PARTS, fuse
 from d2v_fast.model import Data2Vec
+from d2v_fast.sharding import shard
 from d2v_fast.train.feed import EMPTY, Feed
 from d2v_fast.train.folder import HEAD, TEACHER, TOKENIZER, RunFolder
 from d2v_fast.train.guards import BrokenSamples, SkippedSteps
@@ -116,7 +117,12 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     if saved:
         samples.compare(saved, config.resume_allow)
     core = _make_core(config, data, encoder, accelerator)
-    words = fuse(core, device) if fused else []
+    parts = [name for name in PARTS if not (train.shard and name in COMPILED)]
+    words = fuse(core, device, parts) if fused else []
+    if train.checkpointing:
+        core.student.checkpoint_blocks()
+    if train.shard:
+        _shard(core, config, data, accelerator)
 
     order = _order(config, data, accelerator, saved)
     steps_per_epoch = len(order.epoch(0)) / train.accumulate
@@ -131,7 +137,8 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     )
     # A layer that layer-drop skips on one rank has no gradient there.
     accelerator.ddp_handler.find_unused_parameters = getattr(getattr(encoder.model, "config", None), "layerdrop", 0) > 0
-    model, prepared = accelerator.prepare(core, optimizer)
+    # What is sharded averages gradients by itself, and DistributedDataParallel is left out.
+    model, prepared = accelerator.prepare_model(core, evaluation_mode=bool(train.shard)), accelerator.prepare(optimizer)
     main, alone = accelerator.is_main_process, world == 1
     warmup = warmup_steps(steps, config.schedule)
     state = State(
@@ -195,6 +202,42 @@ def _make_core(config: Config, data: PretrainingData, encoder: Encoder, accelera
         if unused and accelerator.is_main_process:
             log.info("frozen, as no gradient reaches them: %s", ", ".join(unused))
     return core
+
+
+def _shard(core: Data2Vec, config: Config, data: PretrainingData, accelerator: Accelerator) -> None:
+    """Spread the model over the ranks, and try whether it still runs.
+
+    Raises:
+        ConfigError: One process alone, a model whose ranks may leave blocks out, or that reads their weights elsewhere.
+    """
+    asked, world, device = config.train.shard, accelerator.num_processes, accelerator.device
+    what = f"train.shard={str(asked).lower()}"
+    if world == 1:
+        raise ConfigError(
+            f"{what}: there is one process, which has nobody to share with; start several, torchrun --nproc_per_node=GPUS -m "
+            "d2v_fast.cli …, or train.shard=false, and train.checkpointing=true for less memory"
+        )
+    name, dropped = type(core.student.model).__name__, getattr(getattr(core.student.model, "config", None), "layerdrop", 0)
+    if dropped:
+        raise ConfigError(
+            f"{what} with encoder.config.layerdrop={dropped}: a block is gathered from all ranks, and none may leave it out; "
+            "encoder.config.layerdrop=0 or train.shard=false"
+        )
+    core.to(device)
+    batch = first_batch(data)
+    try:
+        shard(core, device, world, hybrid=asked == "hybrid")
+        if batch is not None:
+            core.eval()
+            with torch.no_grad(), accelerator.autocast():
+                core(**{key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)})
+            core.reshard()
+            core.train()
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{what}: {name} cannot be sharded by its blocks: {_in_one_line(error)}; blocks that are called as modules can, if "
+            "nothing outside reads their weights; else train.shard=false, and train.checkpointing=true for less memory"
+        ) from error
 
 
 def _try_collate(config: Config, data: PretrainingData, encoder: Encoder) -> str:

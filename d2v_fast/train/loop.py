@@ -42,7 +42,7 @@ def loop(run: Run) -> int:
 def _steps(run: Run) -> tuple[bool, dict[str, float] | None]:
     """All steps; whether the run was asked to stop, and the last line of the log."""
     train, state, main, begin = run.config.train, run.state, run.accelerator.is_main_process, run.state.done
-    record, stopped = None, False
+    record, stopped, together = None, False, False
     state.model.train()
     try:
         lines, progress = RunLog(run.folder.path if main else None, begin), Progress(run.steps, begin, main)
@@ -74,8 +74,10 @@ def _steps(run: Run) -> tuple[bool, dict[str, float] | None]:
                     run.checkpoints.reserve(state.tensors())
             save(run)
             run.checkpoints.wait()
+            together = True
     except (CollapseError, NotFiniteError):  # all ranks at once, after a step
         save(run)
+        together = True
         raise
     except WorkerDied:
         stopped = stop.asked  # whoever asked may have told all processes of the run
@@ -84,7 +86,8 @@ def _steps(run: Run) -> tuple[bool, dict[str, float] | None]:
     finally:
         run.feed.close()
         run.checkpoints.wait()
-        if state.done:  # whatever ended the run, what was learned is kept
+        # Whatever ended the run, what was learned is kept. One rank alone cannot gather what is spread over all.
+        if state.done and (together or not train.shard):
             export(run)
     return stopped, record
 

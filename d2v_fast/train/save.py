@@ -17,6 +17,7 @@ from torch import Tensor
 
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, sync, write_text
 from d2v_fast.config import DEFAULTS, FREE, Config
+from d2v_fast.sharding import gathered, whole
 from d2v_fast.train.folder import STEP
 from d2v_fast.train.parallel import from_main
 
@@ -86,6 +87,9 @@ def save(run: Run) -> None:
     rank = {**run.feed.state_dict(), **numbers, **run.broken.state_dict(), "window": run.window.state_dict()}
     ranks = gather_object([(rank, generators)])
     if not run.accelerator.is_main_process:
+        for values in state.tensors().values() if run.config.train.shard else ():
+            for value in values.values():  # the main process gathers them in this order
+                whole(value)
         return
     scaler = run.accelerator.scaler
     tensors = {
@@ -150,8 +154,13 @@ def export(run: Run) -> None:
     Raises:
         OSError: The disk is full or at fault; that checkpoints could not be written either is said as well.
     """
-    if not run.accelerator.is_main_process:
-        return
+    main = run.accelerator.is_main_process
+    with gathered(run.state.core.student, keep=main):
+        if main:
+            _export(run)
+
+
+def _export(run: Run) -> None:
     student, place = run.state.core.student, run.folder.path / "export"
     beside = place.with_suffix(".tmp")
     shutil.rmtree(beside, ignore_errors=True)
