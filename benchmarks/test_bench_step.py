@@ -170,7 +170,7 @@ class Ours(Variant):
         self.clock[name] += time.perf_counter() - start
 
     def parts(self, rounds=3):
-        """Seconds of each part of a step on the CPU, where nothing runs behind the caller's back."""
+        """Seconds of each part of a step on the CPU, where calls are synchronous."""
 
         def watch(owner, method, name):
             inner = getattr(owner, method)
