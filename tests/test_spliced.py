@@ -52,14 +52,14 @@ FAMILIES = {
     "nomic_bert": Family("NomicBert", TEXT, "embeddings", "BTC", "layers", "mlp.down_proj"),
     "dinov2_with_registers": Family(
         "Dinov2WithRegisters", IMAGE | dict(num_register_tokens=3, layerscale_value=0.5),
-        "embeddings.patch_embeddings.projection", "BCHW", "encoder.layer", "layer_scale2", 4, shape=(3, 16, 16),
+        "embeddings.patch_embeddings", "BTC", "encoder.layer", "layer_scale2", 4, shape=(3, 16, 16),
     ),
     "dinov3_vit": Family(
         "DINOv3ViT", IMAGE | dict(num_register_tokens=2, layerscale_value=0.5),
         "embeddings.patch_embeddings", "BCHW", "model.layer", "layer_scale2", 3, shape=(3, 16, 16),
     ),
     "ijepa": Family(
-        "IJepa", IMAGE, "embeddings.patch_embeddings.projection", "BCHW", "layers", "mlp.fc2", shape=(3, 16, 16)
+        "IJepa", IMAGE, "embeddings.patch_embeddings", "BTC", "layers", "mlp.fc2", shape=(3, 16, 16)
     ),
     "clip_vision_model": Family(
         "CLIPVision", IMAGE, "embeddings.patch_embedding", "BCHW", "encoder.layers", "mlp.fc2", 1, shape=(3, 16, 16)
