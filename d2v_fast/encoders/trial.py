@@ -102,11 +102,8 @@ class Trial:
         failures: list[tuple[str | None, Unfit]] = []
         for number, (path, output) in reversed(list(enumerate(seen))):
             module = self.encoder.model.get_submodule(path)
-            if (
-                not self.named
-                and self.encoder.masks_features
-                and any(isinstance(each, nn.Dropout) for each in module.modules())
-            ):
+            drops = any(isinstance(each, nn.Dropout) for each in module.modules())
+            if drops and self.encoder.masks_features and not self.named:
                 continue  # features are the teacher's too, and dropout is the student's alone
             try:
                 self._try(path, output, inputs, states)
