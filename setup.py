@@ -65,6 +65,7 @@ setup(
         "flash": ["flash-attn"],  # encoder.attention=flash_attention_2, on GPUs; built from source
         "report": ["matplotlib"],
         "tensorboard": ["tensorboard"],
+        "timm": ["timm>=1.0.20"],  # it brings torchvision, of the release that goes with torch
         "vision": ["torchvision"],  # what AutoImageProcessor of transformers 5.17 needs to load an exported processor
         "dev": [
             "hypothesis",
