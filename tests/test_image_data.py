@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, PngImagePlugin, features
 
 from d2v_fast.data import DataError, load_hub, load_media
 from d2v_fast.data.audio import open_audio
-from d2v_fast.data.text import load_documents
+from d2v_fast.data.documents import load_documents
 from d2v_fast.data.vision import ImageData, crop_to, image_processor, open_images, read_crop, read_image, to_rgb
 from d2v_fast.masking import RandomMask
 
@@ -94,14 +94,15 @@ class TestOrientation:
         assert read_image(io.BytesIO(encoded(Image.new("RGB", (6, 4)), "JPEG", exif=b"Exif\0\0rubbish"))).size == (6, 4)
 
 
+@pytest.fixture
+def picture():
+    """Waves so steep that a shift by a pixel would be ten levels; 403 × 301, which no power of two divides."""
+    y, x = np.mgrid[0:301, 0:403]
+    return Image.fromarray((127 + 127 * np.sin(np.dstack([x, y, x + y]) / 13)).astype(np.uint8))
+
+
 class TestDraft:
     """JPEGs that are decoded at 1/2, 1/4 or 1/8, beside the same ones decoded whole."""
-
-    @pytest.fixture(scope="class")
-    def picture(self):
-        """Waves so steep that a shift by a pixel would be ten levels; 403 × 301, which no power of two divides."""
-        y, x = np.mgrid[0:301, 0:403]
-        return Image.fromarray((127 + 127 * np.sin(np.dstack([x, y, x + y]) / 13)).astype(np.uint8))
 
     @pytest.mark.parametrize("orientation", SEEN)
     @pytest.mark.parametrize("side, shrink", [(300, 8), (150, 4), (70, 2)])
