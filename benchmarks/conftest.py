@@ -4,10 +4,18 @@ import subprocess
 import pytest
 import torch
 
+from benchmarks.measure import rates
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.addoption("--seconds", type=float, default=3.0, help="time for the variants of one case together")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def before(request):
+    """The rates of the machine before the first case; those after the last stand beside them in the result."""
+    request.config.rates = [rates(request.config.getoption("--device"))]
 
 
 @pytest.fixture
@@ -25,6 +33,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     cpu = {key: machine_info["cpu"].get(key) for key in ("brand_raw", "arch", "l2_cache_size", "l3_cache_size")}
     machine_info.clear()
     machine_info.update(cpu=cpu, threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
+    machine_info["rates"] = [*config.rates, rates(config.getoption("--device"))]
     if config.getoption("--device") == "cuda":
         import triton
 

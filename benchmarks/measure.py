@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -28,24 +29,31 @@ def timed(call: Callable[[], object], device: str) -> float:
     return before.elapsed_time(after) / 1e3
 
 
+SLOW = 0.2  # seconds beside which what a variant finds in the allocator and the threads is nothing
+
+
 def interleaved(
     variants: dict[str, Callable[[], object]], device: str, seconds: float = 3.0, calls: int = 3
 ) -> dict[str, float]:
     """Median seconds of each variant.
 
     The variants take turns, so that a drift of the machine meets all of them. Within its turn a variant runs `calls` times
-    after one that is not counted: that pays for what the variant before it did to the allocator and the threads.
+    after one that is not counted: that pays for what the variant before it did to the allocator and the threads. A slow
+    variant runs once.
     """
-    for call in variants.values():
+    slow = set()
+    for name, call in variants.items():
         call()
-        call()
+        if timed(call, device) > SLOW:
+            slow.add(name)
     times: dict[str, list[float]] = {name: [] for name in variants}
     end = time.monotonic() + seconds
     rounds = 0
     while rounds < 3 or time.monotonic() < end:
         for name, call in variants.items():
-            call()
-            times[name] += [timed(call, device) for _ in range(calls)]
+            if name not in slow:
+                call()
+            times[name] += [timed(call, device) for _ in range(1 if name in slow else calls)]
         rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -99,6 +107,16 @@ def copy(device: str, size: int = 256 << 20) -> Callable[[], object]:
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def rates(device: str) -> dict[str, float]:
+    """What the machine gives now: bytes/s of a long copy, FLOP/s of large products; and the load that others put on it."""
+    return {
+        "load": os.getloadavg()[0],
+        "copy": 2 * (256 << 20) / interleaved({"copy": copy(device)}, device, seconds=1.0)["copy"],
+        "fp32": matmul_rate(device, torch.float32),
+        "bf16": matmul_rate(device, torch.bfloat16),
+    }
 
 
 def peak_extra_bytes(call: Callable[[], object], device: str) -> int:

@@ -3,22 +3,28 @@
 python -m benchmarks.report FILE                   the tables in Markdown
 python -m benchmarks.report FILE --plot FILE.svg   and a plot
 python -m benchmarks.report FILE --against OLD     exit code 1 if a ratio fell more than 15 % below that of OLD
+python -m benchmarks.report --update PAGE.md ...   rewrites the tables of a page, each between its two marks:
+                                                   <!-- FILE.json TABLE --> ... <!-- end -->
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent / "results"
 BASELINES = {  # what is compared with "fused", by test
     "test_ema": ("state dict loop", "in-place loop", "foreach mul + add"),
     "test_loss": ("published", "published, compile", "gather first", "gather first, compile", "eager", "compile"),
     "test_step": ("today", "an hour's work"),
+    "test_step_2": ("1.0 today", "1.0 fused", "2.0 as released, fp32", "2.0 as released, bf16"),
 }
 TOLERANCE = 0.15
+SLOW = 0.75  # of the best rate seen on a processor: below it something else was running
 
 
 def rows(path: Path, test: str) -> list[dict]:
@@ -27,15 +33,17 @@ def rows(path: Path, test: str) -> list[dict]:
     return [entry["extra_info"] for entry in entries if entry["name"].partition("[")[0] == test]
 
 
-def ratios(row: dict, test: str) -> dict[str, float]:
-    """How many times longer each baseline takes, of those that the file has."""
-    seconds = row["seconds"]
-    return {name: seconds[name] / seconds["fused"] for name in BASELINES[test] if name in seconds}
+def ratios(row: dict, test: str, seconds: str = "seconds") -> dict[str, float]:
+    """How many times longer each baseline takes, for each target where they differ, of those that the file has."""
+    times = row[seconds]
+    if isinstance(row.get("targets"), dict):
+        times = {name: time / row["targets"][name] for name, time in times.items()}
+    return {name: times[name] / times["fused"] for name in BASELINES[test] if name in times}
 
 
-def alone(row: dict) -> float:
+def alone(row: dict, seconds: str = "seconds") -> float:
     """Seconds of ours; of a GPU its own, without the launches that it waits for on small inputs."""
-    return row["seconds"].get("fused, graph", row["seconds"]["fused"])
+    return row[seconds].get("fused, graph", row[seconds]["fused"])
 
 
 def share(row: dict, limit: str) -> float:
@@ -43,12 +51,41 @@ def share(row: dict, limit: str) -> float:
     return row["bytes"] / alone(row) / row[limit]
 
 
+def hardware(about: dict) -> str:
+    return about.get("gpu") or f"{about['cpu']['brand_raw']}, {about['threads']} threads"
+
+
+def found_rates(about: dict) -> dict[str, float]:
+    """The lowest that a run saw of the machine's rates, before its first case and after its last."""
+    found = about.get("rates", [])
+    return {name: min(rates[name] for rates in found) for name in ("copy", "fp32", "bf16") if found}
+
+
+def slow_rates(path: Path) -> list[str]:
+    """Rates of a run far below the best that any committed run saw on the same hardware, as sentences."""
+    about = json.loads(path.read_text(encoding="utf-8"))["machine_info"]
+    others = [json.loads(file.read_text(encoding="utf-8"))["machine_info"] for file in RESULTS.glob("*.json")]
+    same = [rates for other in others if hardware(other) == hardware(about) for rates in other.get("rates", [])]
+    best = {name: max((rates[name] for rates in same), default=0.0) for name in found_rates(about)}
+    return [
+        f"{name} {rate / best[name]:.0%} of the best seen here"
+        for name, rate in found_rates(about).items()
+        if rate < SLOW * best[name]
+    ]
+
+
 def machine(path: Path) -> str:
+    """What ran a file's cases: hardware, its rates and whether they are as usual, versions, commit."""
     info = json.loads(path.read_text(encoding="utf-8"))
     about = info["machine_info"]
-    hardware = about.get("gpu") or f"{about['cpu']['brand_raw']}, {about['threads']} threads"
-    versions = ", ".join(f"{name} {about[name]}" for name in ("driver", "torch", "triton") if name in about)
-    return f"{hardware}; {versions}; commit {info['commit_info']['id'][:7]}"
+    parts = [hardware(about)]
+    if rates := found_rates(about):
+        products = f"products {rates['fp32'] / 1e9:.0f} (fp32) and {rates['bf16'] / 1e9:.0f} (bf16) GFLOP/s"
+        parts.append(f"copy {rates['copy'] / 1e9:.0f} GB/s, {products}, load before {about['rates'][0]['load']:.1f}")
+        if slow := slow_rates(path):
+            parts.append(f"**slow run**: {', '.join(slow)}")
+    parts.append(", ".join(f"{name} {about[name]}" for name in ("driver", "torch", "triton") if name in about))
+    return "; ".join([*parts, f"commit {info['commit_info']['id'][:7]}"])
 
 
 def markdown(columns: list[str], lines: list[list[str]]) -> str:
@@ -60,28 +97,37 @@ def reads_rows(row: dict) -> bool:
     return row.get("norm", "instance" if "audio" in row["case"] else "layer") == "layer"
 
 
-def loss_table(path: Path) -> str:
-    found = rows(path, "test_loss")
-    compared = list(ratios(found[0], "test_loss"))
-    columns = ["case", "dtype", "ms", "GB/s", "of copy", "of row copy", "memory beyond gradient"]
+def loss_table(path: Path, seconds: str = "seconds") -> str:
+    """With `seconds_reused` of one input at each call, without the shares of bandwidths, which caches make meaningless."""
+    found = [row for row in rows(path, "test_loss") if seconds in row]
+    if not found:
+        return ""
+    compared, cold = list(ratios(found[0], "test_loss")), seconds == "seconds"
+    columns = ["case", "dtype", "ms", "GB/s", *(["of copy", "of row copy", "memory beyond gradient"] if cold else [])]
     columns += [f"× {name}" for name in compared]
     lines = []
     for row in found:
-        seconds = alone(row)
         extra = (row["extra_bytes"]["fused"] - row["gradient_bytes"]) / 2**20
+        shares = [
+            f"{share(row, 'copy_bandwidth'):.0%}",
+            f"{share(row, 'row_bandwidth'):.0%}" if reads_rows(row) else "–",
+            f"{extra:.1f} MB",
+        ]
         lines.append(
             [
                 row["case"],
                 row["dtype"].replace("float32", "fp32").replace("bfloat16", "bf16"),
-                f"{seconds * 1e3:.3g}",
-                f"{row['bytes'] / seconds / 1e9:.3g}",
-                f"{share(row, 'copy_bandwidth'):.0%}",
-                f"{share(row, 'row_bandwidth'):.0%}" if reads_rows(row) else "–",
-                f"{extra:.1f} MB",
-                *(f"{ratios(row, 'test_loss')[name]:.1f}" for name in compared),
+                f"{alone(row, seconds) * 1e3:.3g}",
+                f"{row['bytes'] / alone(row, seconds) / 1e9:.3g}",
+                *(shares if cold else []),
+                *(f"{ratio:.1f}" for ratio in ratios(row, "test_loss", seconds).values()),
             ]
         )
     return markdown(columns, lines)
+
+
+def reused_loss_table(path: Path) -> str:
+    return loss_table(path, "seconds_reused")
 
 
 def memory(row: dict, name: str) -> str:
@@ -172,12 +218,26 @@ def monitor_table(path: Path) -> str:
 
 TABLES = {
     "test_ema": [ema_table],
-    "test_loss": [loss_table],
+    "test_loss": [loss_table, reused_loss_table],
     "test_monitor": [monitor_table],
     "test_step": [step_table, breakdown_table],
-    "test_step_2": [step_2_table],
+    "test_step_2": [step_2_table, breakdown_table],
     "test_parts": [parts_table],
 }
+NAMED = {each.__name__.removesuffix("_table"): each for tables in TABLES.values() for each in tables} | {"machine": machine}
+
+
+def updated(page: str) -> str:
+    """The page with each table made anew from the file that its first mark names.
+
+    Raises:
+        KeyError: A mark names no table.
+    """
+
+    def made(mark: re.Match) -> str:
+        return f"{mark[1]}\n{NAMED[mark[3]](RESULTS / mark[2])}\n{mark[4]}"
+
+    return re.sub(r"(<!-- (\S+\.json) (\w+) -->)\n.*?(<!-- end -->)", made, page, flags=re.DOTALL)
 
 
 def plot_loss(path: Path, plt: Any) -> Any:
@@ -226,32 +286,43 @@ def regressions(new: Path, old: Path) -> list[str]:
     """Ratios that fell, as sentences; ratios, because the speed of a machine drifts."""
     found = []
     for test in BASELINES:
-        committed = {(row["case"], row.get("dtype")): row for row in rows(old, test)}
-        for row in rows(new, test):
-            before = committed.get((row["case"], row.get("dtype")))
-            for name, was in ratios(before, test).items() if before else ():
-                ratio = ratios(row, test)[name]
-                limit = was * (1 - TOLERANCE)
-                if ratio < limit:
-                    case = " ".join(filter(None, (row["case"], row.get("dtype"))))
-                    found.append(f"{case}: {ratio:.2f} × {name}, committed {was:.2f}, limit {limit:.2f}")
+        for seconds in ("seconds", "seconds_reused"):
+            committed: dict[tuple, float] = {
+                (row["case"], row.get("dtype"), name): ratio
+                for row in rows(old, test)
+                if seconds in row
+                for name, ratio in ratios(row, test, seconds).items()
+            }
+            for row in rows(new, test):
+                for name, ratio in ratios(row, test, seconds).items() if seconds in row else ():
+                    was = committed.get((row["case"], row.get("dtype"), name), 0.0)
+                    if ratio < (limit := was * (1 - TOLERANCE)):
+                        case = " ".join(filter(None, (row["case"], row.get("dtype"), seconds.partition("_")[2])))
+                        found.append(f"{case}: {ratio:.2f} × {name}, committed {was:.2f}, limit {limit:.2f}")
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="?")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--against", type=Path)
+    parser.add_argument("--update", type=Path, nargs="+", default=[], metavar="PAGE.md")
     arguments = parser.parse_args()
+    for page in arguments.update:
+        page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")
+    if arguments.results is None:
+        return
     print(machine(arguments.results))
-    for test, tables in TABLES.items():
-        for table in tables if rows(arguments.results, test) else ():
-            if text := table(arguments.results):
-                print(f"\n{text}")
+    shown = [each for test, tables in TABLES.items() if rows(arguments.results, test) for each in tables]
+    for table in dict.fromkeys(shown):
+        if text := table(arguments.results):
+            print(f"\n{text}")
     if arguments.plot:
         plot(arguments.results, arguments.plot)
     if arguments.against:
+        if slow := slow_rates(arguments.results):
+            sys.exit(f"not compared, the machine was slow: {', '.join(slow)}; try again when nothing else runs")
         found = regressions(arguments.results, arguments.against)
         print("\n".join(["", *(found or ["no ratio fell more than 15 %"])]))
         sys.exit(bool(found))

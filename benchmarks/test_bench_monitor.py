@@ -7,7 +7,8 @@ import pytest
 
 from d2v_fast import diagnostics
 from d2v_fast.config import parse
-from d2v_fast.training import Trainer
+from d2v_fast.train import loop
+from d2v_fast.train.build import build
 
 LOGGED = ("_after_forward", "_before_update", "figures", "judge")
 BASE = ["data.path=builtin", "data.name=null", "data.split=train", "train.workers=0"]
@@ -46,9 +47,8 @@ def test_monitor(preset, device, benchmark, monkeypatch, tmp_path):
 
     for name in LOGGED:
         watch(diagnostics.Monitor, name, "monitor")
-    watch(Trainer, "step", "step")
-    trainer = Trainer(config, fused=True)
-    benchmark.pedantic(trainer.run, rounds=1)
+    watch(loop, "step", "step")
+    benchmark.pedantic(loop.loop, args=(build(config, fused=True),), rounds=1)
     line, step = spent["monitor"] / len(calls), spent["step"] / config.train.steps
     every = config.train.log_every if "tiny" in preset else 50
     benchmark.extra_info.update(case=preset, log_every=every, seconds_a_line=line, seconds_a_step=step)

@@ -10,8 +10,8 @@
         manifest.json           size and SHA-256 of each file
 
 With RUN/config.yaml, and RUN/tokenizer if one was trained for the run, this is enough to rebuild the student without its data:
-`training.make_encoder` gives the module, student.safetensors its weights under the prefix "student.". A pretrained encoder or a
-tokenizer that the settings name must still be there.
+`train.build.make_encoder` gives the module, student.safetensors its weights under the prefix "student.". A pretrained encoder
+or a tokenizer that the settings name must still be there.
 
 They are written as `step-1000.tmp`, the manifest last, and each file and folder is synced to the disk before the rename: what
 is called step-N was finished. The checkpoints of accelerate and torch.distributed are not used, as they contain pickle.

@@ -90,11 +90,13 @@ def _train(args: list[str]) -> int | str:
     config, fused = parse(args)
     import torch.distributed
 
-    from d2v_fast import diagnostics, training
+    from d2v_fast.diagnostics import CollapseError
+    from d2v_fast.train import train
+    from d2v_fast.train.guards import NotFiniteError
 
     try:
-        code = training.train(config, fused)
-    except (diagnostics.CollapseError, training.NotFiniteError) as error:
+        code = train(config, fused)
+    except (CollapseError, NotFiniteError) as error:
         code = f"d2v-train: {error}"
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import json
 import os
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -31,11 +32,53 @@ FREE = (
     *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache"),
 )
 SAMPLES = ("samples", "samples.number", "samples.content")  # what is compared beside the settings
-MASK_KINDS = {
-    "text": ("token", "random", "exact"),
-    "vision": ("block", "random", "exact"),
-    "audio": ("span", "random", "exact"),
-    "custom": ("random", "exact", "span", "block"),
+
+
+@dataclass(frozen=True)
+class Modality:
+    """What a modality stands for.
+
+    Attributes:
+        data: Its data set, "module:Class" in `d2v_fast.data`.
+        masks: Kinds of masks that it takes, the default one first.
+        axes: Axes of its positions.
+        reads: What its encoders take, as they name it.
+        files: Settings of data that a pretrained encoder's files tell, and what they are called there.
+    """
+
+    data: str | None
+    masks: tuple[str, ...]
+    axes: int = 1
+    reads: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
+
+
+MODALITIES = {
+    "text": Modality("text:TextData", ("token", "random", "exact"), reads=("text",), files={"tokenizer": "tokenizer"}),
+    "vision": Modality(
+        "vision:ImageData",
+        ("block", "random", "exact"),
+        axes=2,
+        reads=("vision",),
+        files={"image_size": "image_size", "mean": "image_mean", "std": "image_std"},
+    ),
+    "audio": Modality(
+        "audio:AudioData",
+        ("span", "random", "exact"),
+        reads=("audio",),
+        files={"sample_rate": "sampling_rate", "normalize": "do_normalize"},
+    ),
+    "spectrogram": Modality(
+        "spectrograms:SpectrogramData",
+        ("exact", "random", "block"),
+        axes=2,
+        reads=("spectrogram", "vision"),
+        files={
+            **{"sample_rate": "sampling_rate", "target_length": "max_length", "mel_bins": "num_mel_bins"},
+            **{"mean": "mean", "std": "std"},
+        },
+    ),
+    "custom": Modality(None, ("random", "exact", "span", "block")),
 }
 NO_SETTINGS = {"mask", "seed", "max_broken"}  # arguments of data sets that other sections give
 LAYERED = ("data2vec-audio", "data2vec2-audio")  # their num_conv_pos_embeddings counts layers, elsewhere it is a width
@@ -46,7 +89,7 @@ class ConfigError(ValueError):
     """A key or value that cannot be used; the message names it and what would do."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class EncoderConfig:
     """The encoder.
 
@@ -62,6 +105,8 @@ class EncoderConfig:
         attention: Attention implementation of transformers.
         features: Path of the module that makes local features, in a model that runs whole (docs/encoders.md), where it is not
             found by itself.
+        bidirectional: Let the attention of a decoder-only model (gpt2, llama, …) see later positions too; causal models are
+            refused without it.
     """
 
     model: str | None = None
@@ -73,9 +118,10 @@ class EncoderConfig:
     feature_grad_mult: float = 1.0
     attention: str = "sdpa"
     features: str | None = None
+    bidirectional: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class TargetsConfig:
     """What the student predicts.
 
@@ -94,7 +140,7 @@ class TargetsConfig:
     teacher_fp32: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossConfig:
     """How a prediction is scored.
 
@@ -115,7 +161,7 @@ class LossConfig:
     cls_reduction: Literal["mean", "sum"] = "mean"
 
 
-@dataclass
+@dataclass(frozen=True)
 class HeadConfig:
     """What turns states into predictions.
 
@@ -149,7 +195,7 @@ class HeadConfig:
     noise: float = 0.01
 
 
-@dataclass
+@dataclass(frozen=True)
 class EMAConfig:
     """How the teacher follows the student.
 
@@ -168,7 +214,7 @@ class EMAConfig:
     copied: list[str] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW.
 
@@ -189,7 +235,7 @@ class OptimizerConfig:
     lr_scale: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScheduleConfig:
     """The learning rate over time.
 
@@ -208,7 +254,7 @@ class ScheduleConfig:
     initial: float = 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
     """The run.
 
@@ -254,7 +300,7 @@ class TrainConfig:
     max_skipped: int = 20
 
 
-@dataclass
+@dataclass(frozen=True)
 class CollapseConfig:
     """When a run counts as collapsed; a bound of 0 switches its rule off.
 
@@ -333,9 +379,11 @@ RANGES = {
     "data.join_seconds": "[0, inf)",
     "data.max_seconds": "(0, 86400]",
     "data.mean": "(-inf, inf)",
+    "data.mel_bins": "[1, inf)",
     "data.min_seconds": "[0, inf)",
     "data.sample_rate": "[1, inf)",
     "data.std": "(0, inf)",
+    "data.target_length": "[1, inf)",
     "data.views": "[1, inf)",
     "data.vocab_size": "[261, 16777216]",  # 256 bytes and 5 special tokens; tokenizers aborts where memory ends
     "ema.anneal_steps": "[0, inf)",
@@ -405,14 +453,14 @@ def _in_words(interval: str) -> str:
     return f"a number in {interval}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """Everything a run depends on. `mask` and `data` hold the arguments of their classes, `data` also `class`.
 
     `own_data`: the data have not the settings of those of the modality, as their class does not derive from it.
     """
 
-    modality: Literal["text", "vision", "audio", "custom"]
+    modality: Literal["text", "vision", "audio", "spectrogram", "custom"]
     encoder: EncoderConfig
     targets: TargetsConfig
     loss: LossConfig
@@ -482,8 +530,8 @@ class Config:
             raise ConfigError("data.path: found nothing, expected builtin, a file, a folder or the name of a Hugging Face set")
         if (self.encoder.model is None) == (self.encoder.pretrained is None) and not (self.encoder.model or "").count(":"):
             raise ConfigError("encoder: give either encoder.model (random weights) or encoder.pretrained")
-        if self.mask.__class__ not in [MASKS[kind] for kind in MASK_KINDS[self.modality]]:
-            raise ConfigError(f"mask.kind: modality {self.modality} takes one of {MASK_KINDS[self.modality]}")
+        if self.mask.__class__ not in [MASKS[kind] for kind in MODALITIES[self.modality].masks]:
+            raise ConfigError(f"mask.kind: modality {self.modality} takes one of {MODALITIES[self.modality].masks}")
 
 
 def presets() -> list[str]:
@@ -526,7 +574,7 @@ def read_yaml(name: str) -> dict[str, Any]:
             print(f"{name}: {change}", file=sys.stderr)
     settings = {key: value for key, value in settings.items() if value is not None}
     if not isinstance(settings.get("modality", ""), str):
-        raise ConfigError(f"--config {name}: modality: found {settings['modality']}, expected one of {', '.join(MASK_KINDS)}")
+        raise ConfigError(f"--config {name}: modality: found {settings['modality']}, expected one of {', '.join(MODALITIES)}")
     for key in filter(settings.__contains__, sorted(GROUPS)):
         if not isinstance(settings[key], dict):
             raise ConfigError(f"--config {name}: {key}: found {settings[key]}, expected a mapping of settings")
@@ -570,7 +618,8 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 def _make_way(settings: dict[str, Any], later: dict[str, Any]) -> None:
     """Take out of `settings` what goes with a mask, an encoder or a length that `later`, as flat keys, replaces by another."""
     encoder, mask = settings.get("encoder", {}), settings.get("mask", {})
-    default = MASK_KINDS.get(settings.get("modality"), [None])[0]
+    known = MODALITIES.get(settings.get("modality"))
+    default = known and known.masks[0]
     if "mask.kind" in later and later["mask.kind"] != mask.get("kind", default):
         settings.pop("mask", None)
     if later.get("data.class"):
@@ -593,9 +642,9 @@ def _fit_data(settings: dict[str, Any], later: dict[str, Any]) -> None:
     What `later` itself says of the data stays.
     """
     name = os.path.expanduser(later["encoder.pretrained"])
-    keys = {"text": ("tokenizer",), "vision": ("image_size", "mean", "std"), "audio": ("sample_rate", "normalize")}
     modality = later.get("modality", settings.get("modality"))
-    wanted = [key for key in keys.get(modality, ()) if f"data.{key}" not in later]
+    keys = MODALITIES[modality].files if modality in MODALITIES else ()
+    wanted = [key for key in keys if f"data.{key}" not in later]
     if own := later.get("data.class", settings.get("data", {}).get("class")):
         wanted = [key for key in wanted if key in data_settings(data_class(modality, own))]
     known = _preprocessing(name, modality) if wanted else {}
@@ -624,19 +673,16 @@ def _preprocessing(name: str, modality: str) -> dict[str, Any]:
             print(f"encoder.pretrained={name}: has no usable tokenizer: {reason}", file=sys.stderr)
             return {}
         return {"tokenizer": name}
-    reads = {
-        "vision": ImageProcessingMixin.get_image_processor_dict,
-        "audio": FeatureExtractionMixin.get_feature_extractor_dict,
-    }
+    image = modality == "vision"
+    read = ImageProcessingMixin.get_image_processor_dict if image else FeatureExtractionMixin.get_feature_extractor_dict
     try:
-        said, _ = reads[modality](name)
+        said, _ = read(name)
     except OSError:
         said = {}
-    if modality == "audio":
-        found = {"sample_rate": said.get("sampling_rate"), "normalize": said.get("do_normalize")}
-    else:
-        scaled = said.get("do_normalize", True)
-        found = {"mean": said.get("image_mean") if scaled else [0.0] * 3, "std": said.get("image_std") if scaled else [1.0] * 3}
+    found = {key: said.get(there) for key, there in MODALITIES[modality].files.items()}
+    if not said.get("do_normalize", True) and "mean" in found:
+        found |= {"mean": [0.0] * 3, "std": [1.0] * 3} if image else {"mean": 0.0, "std": 0.5}  # spectrograms: 2 std
+    if image:
         try:
             size = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "image_size", None)
         except (OSError, ValueError):  # whoever loads the model says what is wrong with it
@@ -695,13 +741,13 @@ def data_class(modality: str, own: str | None = None) -> type:
     """The data set of a modality; imported here, so that one does not need the libraries of the others.
 
     Args:
-        modality: One of `MASK_KINDS`.
+        modality: One of `MODALITIES`.
         own: data.class, to take instead.
 
     Raises:
         ConfigError: No such modality, or no such class that is a data set.
     """
-    if own is not None and modality in MASK_KINDS:
+    if own is not None and modality in MODALITIES:
         from d2v_fast.data import DataError
         from d2v_fast.data.own import own_class
 
@@ -718,18 +764,13 @@ def data_class(modality: str, own: str | None = None) -> type:
             "modality=custom: found no data.class, expected package.module:Class, a class of your own that derives from "
             "d2v_fast.data.PretrainingData; docs/own-data.md has one to start from"
         )
-    if modality == "text":
-        from d2v_fast.data.text import TextData as cls
-    elif modality == "vision":
-        from d2v_fast.data.vision import ImageData as cls
-    elif modality == "audio":
-        from d2v_fast.data.audio import AudioData as cls
-    else:
+    if modality not in MODALITIES:
         raise ConfigError(
-            f"modality: found {modality!r}, expected one of {', '.join(MASK_KINDS)}"
-            + (nearest(str(modality), MASK_KINDS) if modality else "; a preset without it is given after another")
+            f"modality: found {modality!r}, expected one of {', '.join(MODALITIES)}"
+            + (nearest(str(modality), MODALITIES) if modality else "; a preset without it is given after another")
         )
-    return cls
+    module, _, name = MODALITIES[modality].data.partition(":")
+    return getattr(importlib.import_module(f"d2v_fast.data.{module}"), name)
 
 
 def data_settings(cls: type) -> set[str]:
@@ -739,7 +780,7 @@ def data_settings(cls: type) -> set[str]:
     return set(ArgumentParser().add_class_arguments(cls, skip=NO_SETTINGS))
 
 
-DESCRIPTION = """Pre-train an encoder of text, images or speech with data2vec.
+DESCRIPTION = """Pre-train an encoder of text, images, speech or sounds with data2vec.
 
   d2v-train --config vision/tiny                          a preset on builtin data
   d2v-train --config text/roberta-base data.path=corpus/  a preset on your data
@@ -772,13 +813,13 @@ def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="Preset or YAML file; several are merged.")
     parser.add_argument("--fused", action="store_true", help="Fused kernels and bf16, or stop with the reason.")
-    parser.add_argument("--modality", type=Literal[tuple(MASK_KINDS)], default=modality, help="What is learned from.")
+    parser.add_argument("--modality", type=Literal[tuple(MODALITIES)], default=modality, help="What is learned from.")
     for name, cls in SECTIONS.items():
         parser.add_class_arguments(cls, name)
     help = 'Data of your own, "package.module:Class", mostly with modality=custom.'
     parser.add_argument("--data.class", type=str | None, default=own, help=help)
     parser.add_class_arguments(data_class(modality, own), "data", skip=NO_SETTINGS)
-    parser.add_argument("--mask.kind", type=Literal[MASK_KINDS[modality]], default=kind, help="How positions are chosen.")
+    parser.add_argument("--mask.kind", type=Literal[MODALITIES[modality].masks], default=kind, help="How positions are chosen.")
     parser.add_class_arguments(MASKS[kind], "mask")
     return parser
 
@@ -828,11 +869,11 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     own = overrides.get("data.class", given.get("data.class"))
     modality = overrides.get("modality", given.get("modality", "custom" if own else "text" if asks_only else None))
     cls = data_class(modality, own)
-    kind = overrides.get("mask.kind", given.get("mask.kind", MASK_KINDS[modality][0]))
-    if kind not in MASK_KINDS[modality]:
+    masks = MODALITIES[modality].masks
+    kind = overrides.get("mask.kind", given.get("mask.kind", masks[0]))
+    if kind not in masks:
         raise ConfigError(
-            f"mask.kind: found {kind!r}, expected for {modality} one of {', '.join(MASK_KINDS[modality])}"
-            f"{nearest(str(kind), MASK_KINDS[modality])}"
+            f"mask.kind: found {kind!r}, expected for {modality} one of {', '.join(masks)}{nearest(str(kind), masks)}"
         )
     parser = _parser(modality, kind, own)
     known = [action.dest for action in parser._actions]
@@ -866,13 +907,12 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     for key in resume_allow:
         if key not in [*known, *GROUPS, *SAMPLES] and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
             raise ConfigError(f"--resume-allow {key}: no such setting{nearest(key, [*known, *SAMPLES])}")
+    output = config.train.output
     if run and "train.output" not in overrides:  # the settings of a run: that run, wherever it is now, or one more like it
-        config.train.output = run if resume else None
-    if config.train.output is None and resume:
+        output = run if resume else None
+    if output is None and resume:
         raise ConfigError(which)
-    if config.train.output is not None:
-        config.train.output = os.path.expanduser(config.train.output)
-    return config, fused
+    return replace(config, train=replace(config.train, output=output and os.path.expanduser(output))), fused
 
 
 def _resume(args: list[str]) -> tuple[list[str], bool, list[str]]:

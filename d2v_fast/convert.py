@@ -1,4 +1,4 @@
-"""Checkpoints of fairseq, of the paper's vision code and of arxyzan/data2vec-pytorch as Hugging Face models (spec 8).
+"""Checkpoints of fairseq, EAT, the paper's vision code and arxyzan/data2vec-pytorch as Hugging Face models (spec 8).
 
 None of these projects needs to be installed. The weights are renamed, never changed; a key that no rule knows is an error.
 """
@@ -127,8 +127,11 @@ ONLY_2: list[tuple[str, str, Any, str]] = [
     ("TEXT", "own.no_scale_embedding", True, "its embeddings are scaled"),
 ]
 POOLING_2 = {"mean_pooling": "mean", "1": "mean", "cls_token": "cls", "2": "cls"}  # enumerations are read as their numbers
-# Licences of the weights that the authors of 2.0 released, as the hub writes them.
-LICENCES_2 = {"AUDIO": "mit", "IMAGE": "cc-by-nc-4.0", "TEXT": "mit"}
+# Licences of the weights that the authors of 2.0 and of EAT released, as the hub writes them.
+LICENCES_2 = {"AUDIO": "mit", "IMAGE": "cc-by-nc-4.0", "TEXT": "mit", "EAT": "mit"}
+EAT_SIZE = 1024, 128  # frames, where its settings do not tell, and mel bins, which they never do
+# Mean and std of its spectrograms, of AudioSet or by the setting of a fine-tuning that says so: ESC-50, Speech Commands.
+EAT_NORMS = {"task.esc50_eval": (-6.627, 5.359), "task.spcv2_eval": (-6.846, 5.565)}
 VISION: Rules = [  # names of BEiT, as in the code of the paper
     (r"cls_token|mask_token", r"embeddings.\g<0>"),
     (r"patch_embed\.proj\.(.+)", r"embeddings.patch_embeddings.projection.\1"),
@@ -319,12 +322,16 @@ def make_model(config: PreTrainedConfig, state: State, file: str, cls: type[PreT
     return model.eval()
 
 
-def from_fairseq(file: str) -> Released:
-    """What is in a checkpoint of fairseq, or of the vision code of the paper.
+def from_fairseq(file: str, eat: bool = False) -> Released:
+    """What is in a checkpoint of fairseq, of EAT, or of the vision code of the paper.
 
     v1 audio → Data2VecAudioModel, v1 text → Data2VecTextModel, v1 vision → Data2VecVisionModel; v2 audio, text and images →
     Data2Vec2AudioModel, RobertaModel and Data2Vec2VisionModel, fine-tuned ones with their head. The student is taken, as
-    fine-tuning does (spec 1.6).
+    fine-tuning does (spec 1.6). EAT (Chen et al. 2024) is v2 of images, on spectrograms (frames, 128 mel bins) of one channel.
+
+    Args:
+        file: The checkpoint.
+        eat: Whether it is one of EAT.
 
     Raises:
         ValueError: Not such a checkpoint, or a model that there is no class for; the message says why.
@@ -338,7 +345,9 @@ def from_fairseq(file: str) -> Released:
         state = {k: v for k, v in checkpoint["model"].items() if isinstance(v, Tensor) and "_ema." not in k}
         _check_whole(state, file)
         if any("modality_encoders." in k for k in state):
-            return _version_2(state, checkpoint["model"].get("_ema"), settings, file)
+            return _version_2(state, checkpoint["model"].get("_ema"), settings, file, eat)
+        if eat:
+            raise ValueError(f"{file}: has no modality_encoders.IMAGE, so it is no model of EAT; --from fairseq may read it")
         if "encoder.sentence_encoder.embed_tokens.weight" in state:
             stripped = {k.removeprefix("encoder.").removeprefix("sentence_encoder."): v for k, v in state.items()}
             return Released(_text(stripped, settings, file), settings)
@@ -475,8 +484,8 @@ def _vision(state: State, file: str) -> PreTrainedModel:
     return make_model(AutoConfig.for_model("data2vec-vision", **fields), _rename(_split_qkv(state), VISION, file), file)
 
 
-def _version_2(state: State, ema: Any, settings: dict[str, Any], file: str) -> Released:
-    """A model of data2vec 2.0, pre-trained or fine-tuned; `ema` is a dict of the teacher's weights, if they were saved."""
+def _version_2(state: State, ema: Any, settings: dict[str, Any], file: str, eat: bool) -> Released:
+    """A model of data2vec 2.0 or EAT, pre-trained or fine-tuned; `ema` is a dict of the teacher's weights, if saved."""
     from transformers import MODEL_MAPPING
 
     prefix = next(key for key in state if "modality_encoders." in key).partition("modality_encoders.")[0]
@@ -491,6 +500,12 @@ def _version_2(state: State, ema: Any, settings: dict[str, Any], file: str) -> R
         )
     (modality,) = modalities
     cfg = _settings_2(settings, modality, file)
+    if eat and modality != "IMAGE":
+        raise ValueError(f"{file}: has an encoder of {modality}, EAT's is one of IMAGE; take --from fairseq")
+    if eat:
+        settings = {"model.prediction_mode": "cls_token"} | settings  # its default
+        lengths = (settings.get("model.target_length"), cfg.get("own.target_length"), settings.get("task.target_length"))
+        cfg["spectrogram"] = [int(next(filter(None, lengths), EAT_SIZE[0])), EAT_SIZE[1]]
     body = {key.removeprefix(f"modality_encoders.{modality}."): value for key, value in body.items()}
     # Both predict in pre-training and have no place here.
     body = {key: value for key, value in body.items() if not key.startswith(("shared_decoder.", "recon_proj."))}
@@ -501,7 +516,7 @@ def _version_2(state: State, ema: Any, settings: dict[str, Any], file: str) -> R
     with torch.device("meta"):  # so that a small file cannot ask for much memory
         model = MODEL_MAPPING[type(config)](config, **class_arguments(MODEL_MAPPING[type(config)]))
     _check_shapes(weights, model.state_dict(), "weights", file)
-    licence = LICENCES_2[modality]
+    licence = LICENCES_2["EAT" if eat else modality]
     if head := {key: value for key, value in state.items() if not key.startswith(prefix)}:
         return Released(_fine_tuned_2(config, weights, head, modality, settings, file), settings, licence=licence)
     released = Released(make_model(config, weights, file), settings, licence=licence)
@@ -571,16 +586,20 @@ def _rename_2(state: State, modality: str, config: PreTrainedConfig, file: str) 
 
 
 def _check_positions(positions: Tensor, config: PreTrainedConfig, file: str) -> None:
-    """Refuse other positions than Data2Vec2VisionModel computes."""
+    """Refuse other positions than Data2Vec2VisionModel computes; those of EAT may go on for longer recordings."""
     from d2v_fast.nets.vision import sincos
 
-    side, channels = config.image_size // config.patch_size, config.hidden_size
+    eat, channels = isinstance(config.image_size, list), config.hidden_size
+    high, wide = (side // config.patch_size for side in (config.image_size if eat else [config.image_size] * 2))
     rounding = 1e-3 if positions.element_size() < 4 else 1e-5
-    same = positions.shape == (1, side * side, channels) and channels % 4 == 0
-    if not (same and (positions[0] - sincos(side, side, channels)).abs().max() <= rounding):
+    used = positions[:, : high * wide] if eat else positions
+    same = used.shape == (1, high * wide, channels) and channels % 4 == 0
+    if not (same and (used[0] - sincos(high, wide, channels)).abs().max() <= rounding):
+        grid = f"{high} × {wide} patches (frames, mel bins)" if eat else "a square of patches"
+        hint = "" if eat or config.num_channels > 1 else "; a model of EAT is read by --from eat"
         raise ValueError(
-            f"{file}: fixed_positional_encoder.positions are not the sines and cosines of a square of patches, column first, "
-            "which Data2Vec2VisionModel computes"
+            f"{file}: fixed_positional_encoder.positions are not the sines and cosines of {grid}, column first, "
+            f"which Data2Vec2VisionModel computes{hint}"
         )
 
 
@@ -619,12 +638,15 @@ def _image_2(state: State, cfg: dict[str, Any], file: str) -> PreTrainedConfig:
     if "fixed_positional_encoder.positions" not in state:
         raise ValueError(f"{file}: has no fixed_positional_encoder.positions, but Data2Vec2VisionModel computes such ones")
     projection, positions = state["local_encoder.proj.weight"], state["fixed_positional_encoder.positions"]
+    size = cfg.get("spectrogram", math.isqrt(positions.shape[1]) * projection.shape[2])
+    if "spectrogram" in cfg and projection.shape[1] != 1:
+        raise ValueError(f"{file}: its patches have {projection.shape[1]} channels, EAT's have 1; take --from fairseq")
     return Data2Vec2VisionConfig(
         hidden_size=len(projection),
         num_attention_heads=_heads(cfg, len(projection), file),
         num_channels=projection.shape[1],
         patch_size=projection.shape[2],
-        image_size=math.isqrt(positions.shape[1]) * projection.shape[2],
+        image_size=size,
         layer_norm_eps=float(cfg.get("norm_eps", 1e-6)),
         **_layers_2(state),
         **_chosen(cfg, hidden_dropout_prob="encoder_dropout", attention_probs_dropout_prob="attention_dropout"),
@@ -682,7 +704,7 @@ def _fine_tuned_2(
         cls, fields = Data2Vec2AudioForCTC, {"vocab_size": len(renamed["lm_head.weight"])}
     elif modality == "IMAGE":
         cls, fields = Data2Vec2VisionForImageClassification, {"num_labels": len(renamed["classifier.weight"])}
-        mode = str(settings.get("model.prediction_mode") or "mean_pooling").lower()
+        mode = str(settings.get("model.prediction_mode") or "mean_pooling").lower().rpartition(".")[2]
         fields["pooling"] = POOLING_2.get(mode)
         if fields["pooling"] is None:
             raise ValueError(f"{file}: model.prediction_mode: found {mode}, expected one of {', '.join(POOLING_2)}")

@@ -38,7 +38,7 @@ class ConvDecoder(nn.Module):
 
     Args:
         hidden_size: Channels C of the encoder and of the targets.
-        axes: Axes of the grid of positions: 1 for text and speech, 2 for images.
+        axes: Axes of the grid of positions: 1 for text and speech, 2 for images and spectrograms.
         width: Channels of the convolutions.
         kernel: Their side; an even one reaches one position further to the left.
         layers: Number of convolutions.

@@ -263,15 +263,15 @@ class Monitor:
         model.register_forward_hook(self._after_forward, with_kwargs=True)
         optimizer.register_step_pre_hook(self._before_update)
 
-    def state(self) -> dict[str, Any]:
-        """What `load_state` needs in a run that goes on: rules that have warned and are still broken, and gradient norms."""
+    def state_dict(self) -> dict[str, Any]:
+        """For `load_state_dict` in a run that goes on: rules that have warned and are still broken, and norms."""
         return {
             "broken": [[rule.figure, rule.bound] for rule in RULES if rule in self.active],
             "norms": self._finite_norms(),
             "usual": list(self.usual),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.active = {rule for rule in RULES if [rule.figure, rule.bound] in state.get("broken", ())}
         self.norms = [torch.tensor(norm, device=self.accelerator.device) for norm in state.get("norms", ())]
         self.usual.extend(state.get("usual", ()))

@@ -24,15 +24,18 @@ import d2v_fast
 from d2v_fast import nets, trained
 from d2v_fast.checkpoint import sync
 from d2v_fast.config import ConfigError, nearest
-from d2v_fast.convert import Released, from_data2vec_pytorch, from_fairseq, make_model, named
+from d2v_fast.convert import EAT_NORMS, Released, from_data2vec_pytorch, from_fairseq, make_model, named
 from d2v_fast.data import first_line, is_local
 from d2v_fast.data.audio import feature_extractor
+from d2v_fast.data.spectrograms import MEAN as SOUND_MEAN
+from d2v_fast.data.spectrograms import STD as SOUND_STD
+from d2v_fast.data.spectrograms import spectrogram_extractor
 from d2v_fast.data.text import limit_length, load_tokenizer
 from d2v_fast.data.vision import MEAN, STD, image_processor
 from d2v_fast.encoders import Encoder, PatchEncoder, TokenEncoder, class_arguments, example, off_by, wrap
 from d2v_fast.report import read_lines, read_probes
+from d2v_fast.train.folder import HEAD, TEACHER
 from d2v_fast.trained import Trained, check_utf8
-from d2v_fast.training import HEAD, TEACHER
 
 OLDER = "data2vec-pytorch"
 TOLERANCE = 1e-6  # of states after a layer norm, in fp32
@@ -207,13 +210,17 @@ def open_run(run: Path, checkpoint: str | None = None, teacher: bool = False) ->
             f"{run}: transformers has no class for the encoder {config.encoder.model}, so AutoModel cannot load it; a run that "
             f"ends or is resumed leaves its weights in {run / 'export' / 'model.safetensors'}, for safetensors.torch.load_model"
         )
-    found, data = trained.load(config, run, checkpoint, teacher), config.data
+    found = trained.load(config, run, checkpoint, teacher)
+    data = found.config.data
     if config.own_data:
         return found, Exported(found.encoder)
     if config.modality == "text":
         return found, Exported(found.encoder, found.tokenizer)
     if config.modality == "vision":
         return found, Exported(found.encoder, image_processor(data["image_size"], data["mean"], data["std"]))
+    if config.modality == "spectrogram":
+        sizes = [data[key] for key in ("target_length", "mel_bins", "mean", "std")]
+        return found, Exported(found.encoder, spectrogram_extractor(*sizes))
     return found, Exported(found.encoder, feature_extractor(found.encoder, data["sample_rate"], data["normalize"]))
 
 
@@ -259,6 +266,8 @@ def model_card(
         "exported with": f"d2v-fast {d2v_fast.__version__}, torch {torch.__version__}, transformers {transformers_version}, "
         f"Python {platform.python_version()}",
     }
+    if getattr(config, "is_causal", True) is False:
+        facts["attention"] = "bidirectional: is_causal is false in its config, and transformers follows it"
     rows = "\n".join(
         f"| {name} | {' '.join(str(value).split()).replace('|', chr(92) + '|')} |" for name, value in facts.items()
     )
@@ -360,7 +369,7 @@ def export_run(
     facts, sections = run_sections(run, found)
     data, old = found.config.data, as_type == OLDER
     known = {"base_model": on_hub(found.config.encoder.pretrained), "datasets": on_hub(data.get("path"))}
-    if found.config.own_data:
+    if found.config.own_data or found.config.modality == "spectrogram":  # which the input of image models does not tell
         known["pipeline_tag"] = "feature-extraction"
     elif found.config.modality == "text" and data["path"] == "builtin":
         known["language"] = "en"
@@ -397,8 +406,8 @@ def import_checkpoint(
     Args:
         file: The checkpoint.
         to: Folder to write.
-        source: "fairseq", also for the vision code of the paper, or "data2vec-pytorch". Head or decoder and the teacher, where
-            they are in it, are put beside the encoder, from where `d2v-train encoder.pretrained=…` takes them.
+        source: "fairseq", also for the vision code of the paper, "eat", or "data2vec-pytorch". Head or decoder and the
+            teacher, where they are in it, are put beside the encoder, from where `d2v-train encoder.pretrained=…` takes them.
         as_type: Model type of transformers, where the architecture has two names.
         encoder: For data2vec-pytorch: model.encoder_checkpoint of its YAML file.
         tokenizer: Tokenizer to put beside a text model, a name or folder.
@@ -412,8 +421,8 @@ def import_checkpoint(
     file, to = str(file), Path(to)
     if not os.path.isfile(file):
         raise ConfigError(f"{file}: no such file")
-    if source == "fairseq":
-        released = from_fairseq(file)
+    if source in ("fairseq", "eat"):
+        released = from_fairseq(file, source == "eat")
     elif encoder is None:
         raise ConfigError(f"--from {OLDER}: needs --encoder, the model.encoder_checkpoint of the run's YAML file")
     else:
@@ -428,6 +437,10 @@ def import_checkpoint(
             raise ConfigError(
                 f"--tokenizer {tokenizer}: its {len(exported.processor)} tokens exceed the model's {model.config.vocab_size}"
             )
+    elif source == "eat":
+        norm = next((EAT_NORMS[name] for name in EAT_NORMS if settings.get(name)), (SOUND_MEAN, SOUND_STD))
+        exported = Exported(loaded, spectrogram_extractor(*model.config.image_size, *norm), model)
+        metadata["pipeline_tag"] = "feature-extraction" if model is model.base_model else "audio-classification"
     elif isinstance(loaded, PatchEncoder):
         inception = settings.get("imagenet_default_mean_and_std", True) is False
         mean, std = ((0.5,) * 3, (0.5,) * 3) if inception else (MEAN, STD)
@@ -465,7 +478,7 @@ def main(args: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="d2v-export",
         usage="d2v-export RUN --to DIR [options]\n"
-        "       d2v-export --from fairseq|data2vec-pytorch CHECKPOINT --to DIR [options]",
+        "       d2v-export --from fairseq|eat|data2vec-pytorch CHECKPOINT --to DIR [options]",
         description="Write what AutoModel.from_pretrained loads: weights, tokenizer or processor, and a model card. "
         "The result is read back and compared with the training encoder.",
     )
@@ -486,7 +499,7 @@ def main(args: list[str]) -> None:
     parser.add_argument(
         "--from",
         dest="source",
-        choices=["fairseq", OLDER],
+        choices=["fairseq", "eat", OLDER],
         help="project that wrote the checkpoint; fairseq includes the vision code of the paper",
     )
     parser.add_argument("--encoder", metavar="NAME", help="with data2vec-pytorch: model.encoder_checkpoint of its YAML file")
@@ -515,5 +528,5 @@ def main(args: list[str]) -> None:
             last = (
                 "" if (Path(to) / TEACHER).exists() else "; the teacher was not saved there and starts as a copy of the student"
             )
-            recipe = "ITS.yaml" if options.source == OLDER else "MODALITY/v2-SIZE"
+            recipe = {OLDER: "ITS.yaml", "eat": "spectrogram/eat-base"}.get(options.source, "MODALITY/v2-SIZE")
             print(f"to train it further: d2v-train --config {recipe} encoder.pretrained={to}{last}")

@@ -1,7 +1,7 @@
 """What a frozen encoder has learned, beside the same encoder untrained.
 
-Images, speech and labelled data of one's own: states are averaged over positions; a k-NN and a linear classifier read the label
-from them, and of images also from the state of the CLS token.
+Images, speech, spectrograms and labelled data of one's own: states are averaged over positions; a k-NN and a linear classifier
+read the label from them, and where there is a CLS token, also from its state.
 Text: the cloze probe. 15 % of the tokens are hidden, and a linear classifier reads from the state at each hidden position
 which token was there, another one from the states of the two tokens beside it. It needs no labels; its floor is the unigram
 distribution. A student of data2vec 2.0 never meets the mask token, so that only the second reading tells what it has learned.
@@ -32,7 +32,7 @@ from d2v_fast.data import DataError, Source, first_line, is_local
 from d2v_fast.encoders import Encoder
 from d2v_fast.masking import Draws, TokenMask
 from d2v_fast.report import measure, read_probes
-from d2v_fast.training import make_data
+from d2v_fast.train.build import make_data
 
 log = logging.getLogger(__name__)
 
@@ -242,6 +242,28 @@ def probe_labels(config: Config, states: States, data: str, name: str | None, li
             return torch.from_numpy(to_pixels(crops, settings["mean"], settings["std"])), None
 
         parts = split_sources(open_images, data, name)
+    elif config.modality == "spectrogram":
+        from d2v_fast.data.audio import open_audio
+        from d2v_fast.data.spectrograms import WINDOW, spectrogram
+
+        as_image = next(iter(states.encoders.values())).reads != "spectrogram"
+        sizes = [settings[key] for key in ("target_length", "mel_bins", "mean", "std")]
+
+        def collate(spectrograms: list) -> tuple[torch.Tensor, None]:
+            source = torch.from_numpy(np.stack(spectrograms))
+            return source.unsqueeze(1) if as_image else source, None
+
+        def open_split(path: str, name: str | None = None, split: str = "train") -> Source:
+            source = open_audio(path, name, split, settings["sample_rate"])
+
+            def read(i: int) -> np.ndarray:
+                if len(wave := source.read(i)) < WINDOW:
+                    raise ValueError(f"is too short: {len(wave)} samples")
+                return spectrogram(wave, *sizes)
+
+            return replace(source, read=read)
+
+        parts = split_sources(open_split, data, name)
     else:
         from d2v_fast.data.audio import open_audio, standardize
 
@@ -414,7 +436,7 @@ def main(args: list[str]) -> None:
     states = States({"untrained": found.untrained(), "trained": found.encoder}, device, options.precision, batch_size)
     log.info("probing on %s, %s on %s", " ".join(filter(None, (data, options.name))), options.precision, device)
     probe = probe_cloze if config.modality == "text" and not config.own_data else probe_labels
-    results = probe(config, states, data, options.name, options.limit)
+    results = probe(found.config, states, data, options.name, options.limit)
     columns = list(next(iter(results.values())))
     print(f"{'':20}" + "".join(f"{column:>12}" for column in columns))
     for title, row in results.items():

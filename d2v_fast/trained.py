@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from d2v_fast.config import Config, ConfigError, parse
 from d2v_fast.data.text import load_tokenizer, token_fields
 from d2v_fast.encoders import Encoder, build_encoder
-from d2v_fast.training import STEP, TOKENIZER, make_encoder
+from d2v_fast.train.build import make_encoder
+from d2v_fast.train.folder import STEP, TOKENIZER
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ class Trained:
     """What a run has trained.
 
     Attributes:
-        config: The run's settings.
+        config: The run's settings; `data.tokenizer` is the place where the tokenizer lies now.
         encoder: Student or teacher, in eval mode, on the CPU.
         tokenizer: Of text.
         step: Steps that the weights were trained for; None for an export/ that does not say.
@@ -62,7 +63,7 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
     """The newest weights of a run that are intact.
 
     Args:
-        config: The run's settings; `data.tokenizer` becomes the place where the tokenizer lies now.
+        config: The run's settings.
         run: Its folder.
         checkpoint: Name of the checkpoint to take instead, such as step-1000.
         teacher: Take the teacher's weights.
@@ -76,7 +77,7 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
     tokenizer = tokens = None
     if config.modality == "text" and not config.own_data:
         kept = [str(run / name) for name in ("export", TOKENIZER) if (run / name / "tokenizer.json").is_file()]
-        config.data["tokenizer"] = next(iter(kept), config.data["tokenizer"])
+        config = replace(config, data=config.data | {"tokenizer": next(iter(kept), config.data["tokenizer"])})
         if config.data["tokenizer"] == "train":
             raise ConfigError(f"{run}: holds no tokenizer, neither in {TOKENIZER}/ nor in export/")
         tokenizer = load_tokenizer(config.data["tokenizer"])

@@ -27,6 +27,7 @@ constexpr float EPS = 1e-5f;
 constexpr int64_t ROWS = 16;      // scored positions that a thread takes at a time under layer norm
 constexpr int TOGETHER = 8;       // rows that are added up in one pass over the block
 constexpr int64_t AHEAD = 16;     // rows that are fetched in advance: one alone cannot hide the memory's latency
+constexpr int64_t AHEAD_SCORED = 4;  // the same of predictions and gradients, whose rows of a view follow each other
 // Bytes of a thread's block. Cutting rows to make it smaller costs more than leaving the L2 cache: memory is fast in long runs.
 constexpr int64_t BLOCK = 1280 << 10;
 constexpr int64_t BLOCK_OF_VIEWS = 1 << 20;  // most positions are scored in one of several views, so that blocks are full
@@ -39,23 +40,33 @@ typedef std::unique_ptr<float[]> Floats;
 struct Affine { float shift, delta, weight; };
 struct ColumnAffine { float *shift, *delta, *weight; };
 
-D2V_INLINE inline float total(const Vec s[4]) { return sum((s[0] + s[1]) + (s[2] + s[3])); }
+template <int N> D2V_INLINE inline float total(const Vec (&s)[N]) {
+    if constexpr (N == 2) return sum(s[0] + s[1]);
+    else return sum((s[0] + s[1]) + (s[2] + s[3]));
+}
 
-// The first sixteen values give the shift: as they are part of the row, cancellation is bounded by n / 16.
-// `next` is fetched on the way.
-template <class R> Affine row_stats(R row, R next, int64_t n, float *m2 = nullptr) {
+// Of P rows at once: the sums of one fill the pauses of the other. The first sixteen values give the shift: as they are part of
+// the row, cancellation is bounded by n / 16. `next` is fetched on the way; m2 is Σ(x - mean)², if asked for.
+template <int P, class R> void row_stats(const R *rows, const R *next, int64_t n, Affine *f, float *m2 = nullptr) {
+    constexpr int SUMS = 4 / P;
     const int64_t first = std::min(n, W);
-    const float shift = sum(n < W ? row.tail(0, n) : row(0)) / first;
-    Vec d1[4] = {}, d2[4] = {};
-    each(row, n, [&](int64_t i, Vec x, Mask lanes, int u) D2V_INLINE {
-        if (u * R::bytes % 4 == 0) next.prefetch(i);  // once for each 64 bytes
-        const Vec d = select(lanes, x - shift, Vec{});
-        d1[u] += d;
-        d2[u] += d * d;
+    for (int j = 0; j < P; ++j) f[j].shift = sum(n < W ? rows[j].tail(0, n) : rows[j](0)) / first;
+    Vec d1[P][SUMS] = {}, d2[P][SUMS] = {};
+    each(rows[0], n, [&](int64_t i, Vec x, Mask lanes, int u) D2V_INLINE {
+        for (int j = 0; j < P; ++j) {
+            if (u * R::bytes % 4 == 0) next[j].prefetch(i);  // once for each 64 bytes
+            if (j) x = i + W <= n ? rows[j](i) : rows[j].tail(i, n - i);
+            const Vec d = select(lanes, x - f[j].shift, Vec{});
+            d1[j][u % SUMS] += d;
+            d2[j][u % SUMS] += d * d;
+        }
     });
-    const float delta = total(d1) / n, squares = std::max(total(d2) - n * delta * delta, 0.0f);
-    if (m2) *m2 = squares;
-    return {shift, delta, 1 / deviation(squares / n, EPS)};
+    for (int j = 0; j < P; ++j) {
+        f[j].delta = total(d1[j]) / n;
+        const float squares = std::max(total(d2[j]) - n * f[j].delta * f[j].delta, 0.0f);
+        if (m2) m2[j] = squares;
+        f[j].weight = 1 / deviation(squares / n, EPS);
+    }
 }
 
 // As many rows as `count` says, at compile time.
@@ -210,19 +221,23 @@ template <class T, bool STRIDED> class Loss {
 
     // The normalised layers at a position, averaged. Of the `left` positions from here on the next are fetched on the way.
     void average_row(const int32_t *position, int64_t left, int64_t c0, int64_t n, float *block) const {
-        R rows[TOGETHER];
+        R rows[TOGETHER], next[TOGETHER];
         Affine f[TOGETHER];
         for (int64_t k = 0; k < K; k += TOGETHER) {
             const int64_t count = std::min<int64_t>(TOGETHER, K - k);
             for (int64_t j = 0; j < count; ++j) {
+                const int64_t ahead = std::min(k + j + AHEAD, left * K - 1);
                 rows[j] = row(k + j, *position, c0);
+                next[j] = row(ahead % K, position[ahead / K], c0);
                 f[j] = {0, 0, 1};
-                if (a.norm == D2V_LAYER) {
-                    const int64_t ahead = std::min(k + j + AHEAD, left * K - 1);
-                    f[j] = row_stats(rows[j], row(ahead % K, position[ahead / K], c0), n);
-                }
-                f[j].weight /= K;
             }
+            if (a.norm == D2V_LAYER) {
+                constexpr int P = R::bytes == 4 ? 2 : 1;  // of half precision two rows at once take longer
+                int64_t j = 0;
+                for (; j + P <= count; j += P) row_stats<P>(rows + j, next + j, n, f + j);
+                if (j < count) row_stats<1>(rows + j, next + j, n, f + j);
+            }
+            for (int64_t j = 0; j < count; ++j) f[j].weight /= K;
             add_rows(rows, f, count, n, block, k == 0);
         }
     }
@@ -264,7 +279,9 @@ template <class T, bool STRIDED> class Loss {
         double mean = 0, m2 = 0, count = 0;
         for (int64_t i = kept_from[b]; i < kept_from[b + 1]; ++i) {
             float squares;
-            const Affine f = row_stats(row(k, kept[i], 0), row(k, kept[i], 0), C, &squares);
+            const R x = row(k, kept[i], 0);
+            Affine f;
+            row_stats<1>(&x, &x, C, &f, &squares);
             const double d = (double)f.shift + f.delta - mean;
             m2 += squares + d * d * count * C / (count + C);
             mean += d * C / (count + C);
@@ -285,7 +302,9 @@ template <class T, bool STRIDED> class Loss {
         };
         if (a.target_norm == D2V_LAYER) {
             for (int64_t r = 0; r < count; ++r) {
-                const Affine f = row_stats(Row<float>{block + r * ld}, Row<float>{block + r * ld}, n);
+                const Row<float> x = {block + r * ld};
+                Affine f;
+                row_stats<1>(&x, &x, n, &f);
                 replace(r, [&](int64_t, Vec x) { return ((x - f.shift) - f.delta) * f.weight; });
             }
         } else if (a.target_norm == D2V_INSTANCE) {
@@ -307,6 +326,10 @@ template <class T, bool STRIDED> class Loss {
         float *copy = a.moments ? w.prediction.get() : nullptr;
         Vec values[4] = {};
         each(prediction, n, [&](int64_t i, Vec x, Mask lanes, int u) D2V_INLINE {
+            if (u * sizeof(P) % 4 == 0) {
+                __builtin_prefetch(prediction.x + i + AHEAD_SCORED * C, 0, 2);
+                __builtin_prefetch(grad + i + AHEAD_SCORED * C, 1, 2);
+            }
             const Vec e = select(lanes, x - widen(target + i), Vec{});
             Vec g = e;
             if (beta == 0) {

@@ -26,10 +26,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from d2v_fast import Data2Vec, encoders, training
+from d2v_fast import Data2Vec, encoders, train
 from d2v_fast.config import parse
+from d2v_fast.diagnostics import Monitor
 from d2v_fast.fused import PARTS, fuse
 from d2v_fast.ops import triton_loss
+from d2v_fast.train.build import build
+from d2v_fast.train.log import Window
+from d2v_fast.train.optim import make_optimizer
 from tests import models
 from tests.test_training import arguments
 
@@ -105,27 +109,28 @@ def trainer(modality: str, kind: str) -> None:
     """Steps of `d2v-train`, the first of them to be logged. They wait once, to see whether loss and gradient are finite."""
     with tempfile.TemporaryDirectory() as folder:
         config = parse(arguments(modality, folder, "loss.impl=triton", "train.device=cpu"))[0]
-        run = training.Trainer(config)
-        batch = next(run._batches())
+        run = build(config)
+        batch = run.feed.take(1)[0]
+    state = run.state
     if kind == "fused":
-        fuse_for_gpu(run.core)
-    run.device = torch.device("cuda")
-    move(run.core)
-    run.optimizer = run.accelerator.prepare(training.make_optimizer(run.core, config.optimizer, fused=True))
-    run.scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer.optimizer, lambda step: 1.0)
-    run.monitor = training.Monitor(run.core, run.optimizer.optimizer, config.collapse, 4, 0, run.accelerator, None)
+        fuse_for_gpu(state.core)
+    state.device = torch.device("cuda")
+    move(state.core)
+    state.optimizer = run.accelerator.prepare(make_optimizer(state.core, config.optimizer, fused=True))
+    state.scheduler = torch.optim.lr_scheduler.LambdaLR(state.optimizer.optimizer, lambda step: 1.0)
+    state.monitor = Monitor(state.core, state.optimizer.optimizer, config.collapse, 4, 0, run.accelerator, None)
     isfinite, torch.isfinite = torch.isfinite, lambda x: True
     try:
         with MODE, NoCopies():
             there = {k: MODE.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            run.window = training.Window(run.device)
+            window = Window(state.device)
             for due in (True, False):
-                run.monitor.due = due
-                loss, grad_norm = run.step([there])
-                run.window.add(loss, 4)
+                state.monitor.due = due
+                outcome = train.step.step(state, [there])
+                window.add(outcome, 4)
     finally:
         torch.isfinite = isfinite
-    assert loss.device.type == grad_norm.device.type == "cuda" and run.core.teacher.step == 2
+    assert outcome.loss.device.type == outcome.grad_norm.device.type == "cuda" and state.core.teacher.step == 2
 
 
 def loss(norm: str, target_norm: str, kind: str) -> None:

@@ -3,7 +3,8 @@
 import torch
 
 from d2v_fast.config import parse
-from d2v_fast.training import Trainer
+from d2v_fast.train.build import build
+from d2v_fast.train.loop import loop
 from tests.test_cli import AUDIO, TEXT, VISION
 
 RUNS = {"text": TEXT, "vision": VISION, "audio": AUDIO}
@@ -15,9 +16,9 @@ class Run:
     def __init__(self, folder, modality):
         self.folder = folder / modality
         config, _ = parse([*RUNS[modality], f"train.output={self.folder}"])
-        self.trainer = Trainer(config)
-        self.trainer.run()
-        student, teacher = self.trainer.core.student.eval(), self.trainer.core.teacher
+        self.trainer = build(config)
+        loop(self.trainer)
+        student, teacher = self.trainer.state.core.student.eval(), self.trainer.state.core.teacher
         size = {"text": (2, 16), "vision": (2, 3, 32, 32), "audio": (2, 6000)}[modality]
         self.inputs = torch.randint(5, 200, size) if modality == "text" else torch.randn(size)
         with torch.no_grad():

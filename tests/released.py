@@ -1,7 +1,8 @@
 """data2vec 2.0 as it was released: its modules under their original names, written from spec 4 and 11 alone.
 
 The independent truth of several tests. Nothing of d2v_fast is used, nothing is fast, every dropout is 0 and there is no
-training: what is random, masks and noise, is handed in. Everything runs in the dtype of the weights; `model.double()` for
+training: what is random, masks and noise, is handed in. With `EAT` as the changed settings the image model is EAT, on
+spectrograms (frames, 128 mel bins). Everything runs in the dtype of the weights; `model.double()` for
 float64, where the fixed positions keep the fp32 values that checkpoints have. Post-LN only, as in all published configurations.
 
     student = make("image", seed=0).double()                  # cfg in student.cfg; make("audio", dict(prenet_depth=2), depth=3)
@@ -55,6 +56,8 @@ MODALITIES = {
         prenet_depth=0, num_extra_tokens=0, use_alibi_encoder=False, ema_local_encoder=False, prenet_dropout=0.0,
     ),
 }  # fmt: skip
+# EAT (Chen et al. 2024): positions for up to max_length patches of time, of which the first are used.
+EAT = dict(in_chans=1, patch_size=16, target_length=64, max_length=6, prenet_depth=0)
 COMMON = dict(
     _name="data2vec_multi", embed_dim=32, num_heads=4, mlp_ratio=1.5, depth=2, layer_norm_first=False, norm_affine=True,
     end_of_block_targets=False, batch_norm_target_layer=False, layer_norm_target_layer=False, instance_norm_target_layer=True,
@@ -143,8 +146,9 @@ class ContextEncoder(nn.Module):
 class Decoder(nn.Module):
     """spec 4.5, Decoder1d or Decoder2d: x (N, T, D) of all positions → predictions (N, T, D)."""
 
-    def __init__(self, cfg: dict, settings: dict, axes: int):
+    def __init__(self, cfg: dict, settings: dict, axes: int, high: int | None = None):
         super().__init__()
+        self.high = high
         D, width, kernel = cfg["embed_dim"], settings["decoder_dim"], settings["decoder_kernel"]
         conv = nn.Conv1d if axes == 1 else nn.Conv2d
         self.axes, self.residual = axes, settings["decoder_residual"]
@@ -159,7 +163,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.transpose(1, 2)
         if self.axes == 2:
-            x = x.unflatten(2, (math.isqrt(x.shape[2]), -1))
+            x = x.unflatten(2, (self.high, -1))
         for block in self.blocks:
             y = convolve(block[0], x)
             x = x + y if self.residual and x.shape[1] == y.shape[1] else y
@@ -185,12 +189,13 @@ class ConvStack(nn.Module):
         return x.transpose(1, 2)
 
 
-def sincos(D: int, side: int) -> Tensor:
-    """(1, side², D): the first half of the channels tells the column, the second the row."""
+def sincos(D: int, wide: int, high: int | None = None) -> Tensor:
+    """(1, high · wide, D), of a square without `high`: the first half of the channels tells the column, the second the row."""
+    high = wide if high is None else high
     omega = 10_000.0 ** (-torch.arange(D // 4, dtype=torch.float64) / (D / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    angles = torch.arange(max(wide, high), dtype=torch.float64)[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    rows = [torch.cat([axis[column], axis[row]]) for row in range(side) for column in range(side)]
+    rows = [torch.cat([axis[column], axis[row]]) for row in range(high) for column in range(wide)]
     return torch.stack(rows).unsqueeze(0).to(torch.get_default_dtype())
 
 
@@ -219,9 +224,13 @@ class ModalityEncoder(nn.Module):
         self.modality, self.extra = modality, own["num_extra_tokens"]
         self.own, self.heads = own, cfg["num_heads"]
         if modality == "image":
-            patch, side = own["patch_size"], own["input_size"] // own["patch_size"]
+            patch = own["patch_size"]
+            high, wide = (own["target_length"], 128) if "target_length" in own else (own["input_size"],) * 2
+            high, wide = high // patch, wide // patch
             self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(own["in_chans"], D, patch, patch)})
-            self.fixed_positional_encoder = nn.ParameterDict({"positions": nn.Parameter(sincos(D, side), requires_grad=False)})
+            self.fixed_positional_encoder = nn.ParameterDict(
+                {"positions": nn.Parameter(sincos(D, wide, own.get("max_length", high)), requires_grad=False)}
+            )
         elif modality == "audio":
             layers = eval(own["feature_encoder_spec"])
             self.local_encoder = ConvStack(layers)
@@ -244,7 +253,7 @@ class ModalityEncoder(nn.Module):
             initial = torch.full((layers, 1, heads, 1, 1), own["alibi_scale"])
             self.alibi_scale = nn.Parameter(initial, requires_grad=own["learned_alibi_scale"])
         self.context_encoder = ContextEncoder(cfg, own, modality)
-        self.decoder = Decoder(cfg, own["decoder"], 2 if modality == "image" else 1)
+        self.decoder = Decoder(cfg, own["decoder"], *((2, high) if modality == "image" else (1,)))
 
     def local_features(self, source: Tensor) -> Tensor:
         """(B, T, D), before fixed or convolved positions: of pixels (B, 3, side, side), a waveform or tokens."""
@@ -266,7 +275,7 @@ class ModalityEncoder(nn.Module):
         """Local features (B, T, D), masks (B, M, T) with equal counts, padding (B, T); spec 4.3 and 4.1, prenet included."""
         x, T = features, features.shape[1]
         if self.modality == "image":
-            x = x + self.fixed_positional_encoder["positions"]
+            x = x + self.fixed_positional_encoder["positions"][:, : x.shape[1]]
         restore = keep = None
         if mask is not None:
             views, rows = mask.shape[1], mask.flatten(0, 1)

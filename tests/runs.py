@@ -11,7 +11,7 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [f"d2v_fast.{name}" for name in ("cli", "training", "data.text", "data.vision", "data.audio")]
+    [f"d2v_fast.{name}" for name in ("cli", "train", "data.text", "data.vision", "data.audio")]
     + ["accelerate", "datasets", "jsonargparse", "soundfile", "soxr", "tqdm", "torch.utils.tensorboard"]
     + [f"transformers.models.{name}" for name in ("roberta.modeling_roberta", "vit.modeling_vit")]
     + ["transformers.models.data2vec.modeling_data2vec_audio", "tests.runs"]
@@ -99,12 +99,12 @@ def _train(folder, stderr, args, before, threads, own_group):
 
 def traced(file, kill_at=None, after=None):
     """Write each step's batches to a file; die at the begin of a step, once the folder `after` is there."""
-    from d2v_fast.training import Trainer
+    from d2v_fast.train import loop
 
-    step = Trainer.step
+    step = loop.step
 
-    def noted(self, micro_batches):
-        if self.done + 1 == kill_at:
+    def noted(state, micro_batches):
+        if state.done + 1 == kill_at:
             while not Path(after).exists():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -113,7 +113,7 @@ def traced(file, kill_at=None, after=None):
             for batch in micro_batches
         ]
         with open(file, "a") as out:
-            out.write(json.dumps({"step": self.done + 1, "batches": batches}) + "\n")
-        return step(self, micro_batches)
+            out.write(json.dumps({"step": state.done + 1, "batches": batches}) + "\n")
+        return step(state, micro_batches)
 
-    Trainer.step = noted
+    loop.step = noted

@@ -239,10 +239,10 @@ class TestMessages:
 
     @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("unable to allocate 9 TiB")])
     def test_out_of_memory(self, error, monkeypatch):
-        def step(self, micro_batches):
+        def step(state, micro_batches):
             raise error
 
-        monkeypatch.setattr("d2v_fast.training.Trainer.step", step)
+        monkeypatch.setattr("d2v_fast.train.loop.step", step)
         message = train(monkeypatch, *VISION)
         assert message.startswith("d2v-train: out of memory; a smaller train.batch_size with a larger train.accumulate needs")
         assert message.endswith(str(error))

@@ -12,12 +12,13 @@ from transformers import AutoConfig
 
 import d2v_fast.nets  # noqa: F401  the presets of data2vec 2.0 name its models
 from d2v_fast.compat import is_arxyzan, translate_arxyzan
-from d2v_fast.config import MASK_KINDS, MASKS, PRESETS, RANGES, SECTIONS, ConfigError, data_class, parse, presets
-from d2v_fast.training import make_encoder
+from d2v_fast.config import MASKS, MODALITIES, PRESETS, RANGES, SECTIONS, ConfigError, data_class, parse, presets
+from d2v_fast.train.build import make_encoder
 
 VISION = ["modality=vision", "encoder.model=beit"]
 TEXT = ["modality=text", "encoder.model=roberta"]
 AUDIO = ["modality=audio", "encoder.model=data2vec-audio"]
+SPECTROGRAM = ["modality=spectrogram", "encoder.model=vit"]
 
 
 def values(config):
@@ -55,9 +56,11 @@ class TestPresets:
         unknown = set(fields) - set(inspect.signature(type(model)).parameters)
         assert not unknown
         assert config.targets.top_k <= model.num_hidden_layers
-        assert config.mask.__class__ in [MASKS[kind] for kind in MASK_KINDS[config.modality]]
+        assert config.mask.__class__ in [MASKS[kind] for kind in MODALITIES[config.modality].masks]
         if config.modality == "vision":
             assert config.data["image_size"] == model.image_size
+        if config.modality == "spectrogram":
+            assert [config.data["target_length"], config.data["mel_bins"]] == model.image_size
         if config.modality == "text":
             assert config.data["block_size"] <= fields.get("max_position_embeddings", 514) - 2
         if config.modality == "audio":
@@ -213,7 +216,7 @@ class TestRefusals:
     def test_modality(self):
         assert (
             refused("modality=visoin")
-            == "modality: found 'visoin', expected one of text, vision, audio, custom; did you mean vision?"
+            == "modality: found 'visoin', expected one of text, vision, audio, spectrogram, custom; did you mean vision?"
         )
         assert "found None" in refused("--config", "vision/fairseq")
         assert refused().startswith("no settings: d2v-train --config PRESET, one of ")
@@ -247,9 +250,9 @@ class TestRefusals:
 
 def parameters():
     """Every setting there is, with the arguments that lead to it."""
-    for args in (TEXT, VISION, AUDIO):
+    for args in (TEXT, VISION, AUDIO, SPECTROGRAM):
         modality = args[0].partition("=")[2]
-        for kind in MASK_KINDS[modality]:
+        for kind in MODALITIES[modality].masks:
             for name in inspect.signature(MASKS[kind]).parameters:
                 yield f"mask.{name}", [*args, f"mask.kind={kind}"]
         for name in inspect.signature(data_class(modality)).parameters:
@@ -298,6 +301,8 @@ BOUNDS = [
     ("data.max_seconds", 0.1, 0),
     ("data.batch_seconds", 0.1, 0),
     ("data.channel_prob", 0, 1),
+    ("data.mel_bins", 1, 0),
+    ("data.target_length", 1, 0),
 ]
 
 

@@ -18,7 +18,7 @@ from d2v_fast.config import ConfigError, parse
 from d2v_fast.convert import from_data2vec_pytorch, from_fairseq, load_checkpoint
 from d2v_fast.export import import_checkpoint
 from d2v_fast.model import regression_head
-from d2v_fast.training import make_encoder, make_model
+from d2v_fast.train.build import make_encoder, make_model
 from tests.models import CONFIGS
 
 C, HEADS, FFN, LAYERS = 32, 4, 48, 3

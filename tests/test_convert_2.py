@@ -12,7 +12,7 @@ from d2v_fast.config import parse
 from d2v_fast.convert import from_fairseq
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.export import import_checkpoint
-from d2v_fast.training import make_encoder, make_model
+from d2v_fast.train.build import make_encoder, make_model
 from tests.released import CTC, MODALITIES, PAD, ImageClassifier, TextClassifier, checkpoint, make, make_teacher, sincos
 
 HEADS, LAYERS = dict(learned_alibi_scale_per_head=False), dict(learned_alibi_scale_per_layer=True)

@@ -27,7 +27,9 @@ from d2v_fast.diagnostics import (
 )
 from d2v_fast.model import Data2Vec
 from d2v_fast.ops.reference import Moments
-from d2v_fast.training import Trainer
+from d2v_fast.train.build import build
+from d2v_fast.train.loop import loop
+from d2v_fast.train.step import step
 from tests.models import make
 from tests.test_training import config, records
 
@@ -104,7 +106,7 @@ class TestDistinctShare:
 
     @pytest.mark.parametrize("modality", ["text", "vision", "audio"])
     def test_builtin_data_differ(self, modality, tmp_path):
-        assert distinct_share(Trainer(config(modality, tmp_path / "run")).data) == 1
+        assert distinct_share(build(config(modality, tmp_path / "run")).data) == 1
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 2.0])
@@ -125,21 +127,21 @@ def test_loss_of_a_constant(beta):
 @pytest.fixture
 def due(tmp_path):
     """A trainer of two micro-batches after a step that was due, its batches, and its parameters from before."""
-    trainer = Trainer(config("vision", tmp_path / "run", "train.accumulate=2", "schedule.warmup=0"))
-    stream = trainer._batches()
+    trainer = build(config("vision", tmp_path / "run", "train.accumulate=2", "schedule.warmup=0"))
+    stream = trainer.feed.batches
     batches = [next(stream) for _ in range(2)]
-    trainer.core.train()
-    before = {name: p.detach().clone() for name, p in trainer.core.named_parameters()}
-    trainer.monitor.due = True
-    trainer.step(batches)
+    trainer.state.core.train()
+    before = {name: p.detach().clone() for name, p in trainer.state.core.named_parameters()}
+    trainer.state.monitor.due = True
+    step(trainer.state, batches)
     return trainer, batches, before
 
 
 class TestFigures:
     def test_are_those_of_the_step(self, due):
         trainer, batches, before = due
-        after = dict(trainer.core.named_parameters())
-        found = trainer.monitor.figures(loss=3.0)
+        after = dict(trainer.state.core.named_parameters())
+        found = trainer.state.monitor.figures(loss=3.0)
         moved = [(p - before[n]).flatten() for n, p in after.items() if p.requires_grad]
         assert found["update_norm"] == pytest.approx(float(torch.cat(moved).detach().norm()), rel=1e-4)
         pairs = [
@@ -152,7 +154,7 @@ class TestFigures:
         with torch.no_grad():
             for name, p in after.items():
                 p.copy_(before[name])
-            core, targets, states, teacher, features, positions = trainer.core, [], [], [], [], []
+            core, targets, states, teacher, features, positions = trainer.state.core, [], [], [], [], []
             for batch in batches:
                 mask = batch["mask"]
                 layers = core.teacher_layers(batch["source"], None, None)
@@ -190,18 +192,18 @@ class TestFigures:
 
     def test_measure_how_student_and_teacher_moved(self, due):
         trainer, batches, before = due
-        found = trainer.monitor.figures(loss=3.0)
-        assert found["teacher_decay"] == pytest.approx(trainer.core.teacher.decay(1), abs=1e-4)
-        trained = [name for name, p in trainer.core.named_parameters() if p.requires_grad]
+        found = trainer.state.monitor.figures(loss=3.0)
+        assert found["teacher_decay"] == pytest.approx(trainer.state.core.teacher.decay(1), abs=1e-4)
+        trained = [name for name, p in trainer.state.core.named_parameters() if p.requires_grad]
         size = torch.cat([before[name].flatten() for name in trained]).norm()
         assert found["update_share"] == pytest.approx(found["update_norm"] / float(size), rel=1e-4)
         # Late in the schedule steps are small, and the share is that of a step at the peak all the same.
-        for group in trainer.optimizer.param_groups:
+        for group in trainer.state.optimizer.param_groups:
             group["lr"] = 1e-4 * group["initial_lr"]
-        trainer.core.update_teacher = lambda: None
-        trainer.monitor.due = True
-        trainer.step(batches)
-        late = trainer.monitor.figures(loss=3.0)
+        trainer.state.core.update_teacher = lambda: None
+        trainer.state.monitor.due = True
+        step(trainer.state, batches)
+        late = trainer.state.monitor.figures(loss=3.0)
         assert late["update_norm"] < 1e-3 * found["update_norm"]
         assert late["update_share"] == pytest.approx(found["update_share"], rel=0.7)
         assert late["teacher_decay"] == 1
@@ -209,7 +211,7 @@ class TestFigures:
     def test_ranks_need_rows(self, due, monkeypatch):
         trainer, batches, _ = due
         monkeypatch.setattr(diagnostics, "FEWEST", sum(len(batch["index"]) for batch in batches) + 1)
-        found = trainer.monitor.figures(loss=3.0)
+        found = trainer.state.monitor.figures(loss=3.0)
         assert all(math.isnan(found[name]) for name in ("student_rank", "teacher_rank", "position_share", "content_loss"))
 
     def test_a_loss_that_is_nan_has_diverged(self, due):
@@ -217,16 +219,16 @@ class TestFigures:
 
     def test_a_loss_that_costs_nothing_is_no_leak(self, due):
         trainer, _, _ = due
-        trainer.core.loss_settings["scale"] = 0.0
-        assert trainer.monitor.figures(loss=0.0)["relative_loss"] == 1
+        trainer.state.core.loss_settings["scale"] = 0.0
+        assert trainer.state.monitor.figures(loss=0.0)["relative_loss"] == 1
 
     def test_of_a_skipped_step(self, due):
         trainer, (batch, _), _ = due
-        trainer.monitor.figures(1.0)
+        trainer.state.monitor.figures(1.0)
         batch["source"][0, 0, 0, 0] = float("nan")
-        trainer.monitor.due = True
-        trainer.step([batch])
-        found = trainer.monitor.figures(1.0)
+        trainer.state.monitor.due = True
+        step(trainer.state, [batch])
+        found = trainer.state.monitor.figures(1.0)
         assert found["update_norm"] == 0
         assert math.isnan(found["update_share"]) and math.isnan(found["teacher_decay"])
 
@@ -234,15 +236,20 @@ class TestFigures:
         calls = []
         measure = effective_rank
         monkeypatch.setattr(diagnostics, "effective_rank", lambda rows: calls.append(1) or measure(rows))
-        trainer = Trainer(config("vision", tmp_path / "run", "train.steps=9", "train.log_every=4"))
+        trainer = build(config("vision", tmp_path / "run", "train.steps=9", "train.log_every=4"))
         kept = []
-        step = trainer.step
-        monkeypatch.setattr(trainer, "step", lambda batches: (step(batches), kept.append(trainer.monitor.before))[0])
-        trainer.run()
+
+        def noted(state, batches):
+            outcome = step(state, batches)
+            kept.append(state.monitor.before)
+            return outcome
+
+        monkeypatch.setattr("d2v_fast.train.loop.step", noted)
+        loop(trainer)
         assert [r["step"] for r in records(tmp_path / "run")] == [1, 4, 8, 9]
         assert len(calls) == 2 * 4
         assert [i for i, weights in enumerate(kept, 1) if weights is not None] == [1, 4, 8, 9]
-        assert trainer.monitor.before is None and trainer.monitor.batches == []
+        assert trainer.state.monitor.before is None and trainer.state.monitor.batches == []
 
 
 FINE = {
@@ -290,9 +297,9 @@ class TestGradientPeak:
         one, other = monitor(), monitor()
         self.line(one, 2.0)
         one.watch(torch.tensor(8.0))
-        other.load_state(json.loads(json.dumps(one.state())))
+        other.load_state_dict(json.loads(json.dumps(one.state_dict())))
         assert self.line(one, 1.0) == self.line(other, 1.0) == 4
-        assert other.state() == one.state()
+        assert other.state_dict() == one.state_dict()
 
 
 class TestRules:
@@ -383,7 +390,7 @@ def alarms(folder):
 def tiny(preset, folder, *more):
     """A trainer of a tiny preset as it is shipped, one thread."""
     settings = ["train.threads=1", "train.workers=0", "train.log_every=20", "train.precision=fp32", "data.split=train"]
-    return Trainer(parse(["--config", preset, *settings, f"train.output={folder}", *more])[0])
+    return build(parse(["--config", preset, *settings, f"train.output={folder}", *more])[0])
 
 
 class TestBrokenRuns:
@@ -391,26 +398,26 @@ class TestBrokenRuns:
 
     def test_constant_encoder(self, tmp_path):
         trainer = tiny("text/tiny", tmp_path / "run", "train.steps=40", "collapse.after=10", "train.batch_size=8")
-        for encoder in (trainer.core.student, trainer.core.teacher.module):
+        for encoder in (trainer.state.core.student, trainer.state.core.teacher.module):
             place = encoder.place
             encoder.place = lambda features, padding_mask=None, place=place: place(features * 0, padding_mask)
-        trainer.run()
+        loop(trainer)
         found = " ".join(alarms(tmp_path / "run"))
         assert "targets are becoming constant" in found and "predictions are becoming constant" in found
 
     def test_dead_conv_stem(self, tmp_path):
         small = ["encoder.config.num_hidden_layers=2", "targets.top_k=2", "data.max_seconds=0.5", "data.join_seconds=0.5"]
         trainer = tiny("audio/tiny", tmp_path / "run", "train.steps=40", "collapse.after=10", *small)
-        for encoder in (trainer.core.student, trainer.core.teacher.module):
+        for encoder in (trainer.state.core.student, trainer.state.core.teacher.module):
             for layer in encoder.model.feature_extractor.conv_layers:
                 torch.nn.init.zeros_(layer.layer_norm.weight)
                 layer.requires_grad_(False)
-        trainer.run()
+        loop(trainer)
         assert any("the local features hardly differ" in alarm for alarm in alarms(tmp_path / "run"))
 
     def test_decay_too_low(self, tmp_path):
         trainer = tiny("text/tiny", tmp_path / "run", "train.steps=60", "collapse.after=10", "ema.start=0.5", "ema.end=0.5")
-        trainer.run()
+        loop(trainer)
         assert any("targets are becoming constant" in alarm for alarm in alarms(tmp_path / "run"))
         assert any("the teacher's states shrink" in alarm for alarm in alarms(tmp_path / "run"))
 
@@ -422,8 +429,8 @@ class TestBrokenRuns:
 
     def test_teacher_that_is_never_updated(self, tmp_path):
         trainer = tiny("vision/tiny", tmp_path / "run", "collapse.after=10", "train.batch_size=8", "train.steps=20")
-        trainer.core.update_teacher = lambda: None
-        trainer.run()
+        trainer.state.core.update_teacher = lambda: None
+        loop(trainer)
         (alarm,) = alarms(tmp_path / "run")
         assert "the teacher stands still: teacher_decay 1 is above" in alarm
 
@@ -434,11 +441,11 @@ class TestBrokenRuns:
         assert "the student hardly moves" in alarm
 
     def test_gradient_that_explodes_once(self, tmp_path):
-        trainer = Trainer(config("vision", tmp_path / "run", "train.steps=9", "train.log_every=4"))
+        trainer = build(config("vision", tmp_path / "run", "train.steps=9", "train.log_every=4"))
         backward = trainer.accelerator.backward
         factor = iter([1, 1, 1e12])
         trainer.accelerator.backward = lambda loss: backward(loss * next(factor, 1))
-        trainer.run()
+        loop(trainer)
         (alarm,) = alarms(tmp_path / "run")
         assert "the gradient explodes" in alarm
 
@@ -464,18 +471,18 @@ class TestBrokenRuns:
     def test_unmasked_student(self, preset, tmp_path):
         more = ["train.steps=200", "collapse.after=20", *(["train.batch_size=16"] if preset == "text/tiny" else [])]
         trainer = tiny(preset, tmp_path / "run", *more)
-        forward = trainer.core.forward
+        forward = trainer.state.core.forward
         if preset == "text/tiny":
-            trainer.core.forward = lambda source, mask, target, **inputs: forward(target, mask, target, **inputs)
+            trainer.state.core.forward = lambda source, mask, target, **inputs: forward(target, mask, target, **inputs)
         else:
-            trainer.core.student.mask_features = lambda features, mask: features
-        trainer.run()
+            trainer.state.core.student.mask_features = lambda features, mask: features
+        loop(trainer)
         (alarm,) = alarms(tmp_path / "run")
         assert "the loss is suspiciously low" in alarm
 
     def test_far_too_high_a_rate(self, tmp_path):
         trainer = tiny("text/tiny", tmp_path / "run", "train.steps=40", "collapse.after=10", "optimizer.lr=0.1")
-        trainer.run()
+        loop(trainer)
         assert any("predictions are becoming constant" in alarm for alarm in alarms(tmp_path / "run"))
 
     def test_stopped_through_the_command(self, tmp_path):
@@ -503,9 +510,9 @@ class TestBrokenRuns:
 )
 def test_a_healthy_run_raises_no_alarm(preset, more, fused, tmp_path):
     """The first steps of each tiny preset on its builtin data."""
-    trainer = Trainer(parse(["--config", preset, *more, "train.log_every=20", f"train.output={tmp_path / 'run'}"])[0], fused)
-    assert trainer.run() == 0
-    assert alarms(tmp_path / "run") == [] and trainer.monitor.after == max(100, trainer.steps // 10)
+    trainer = build(parse(["--config", preset, *more, "train.log_every=20", f"train.output={tmp_path / 'run'}"])[0], fused)
+    assert loop(trainer) == 0
+    assert alarms(tmp_path / "run") == [] and trainer.state.monitor.after == max(100, trainer.steps // 10)
 
 
 @pytest.mark.slow
@@ -590,6 +597,6 @@ class TestEnvironment:
         assert f"torch {torch.__version__}" in done.stdout and "loss on cpu" in done.stdout
 
     def test_a_run_records_it(self, tmp_path):
-        trainer = Trainer(config("vision", tmp_path / "run", "train.steps=1"))
-        trainer.run()
+        trainer = build(config("vision", tmp_path / "run", "train.steps=1"))
+        loop(trainer)
         assert json.loads((tmp_path / "run" / "environment.json").read_text())["packages"] == environment()["packages"]

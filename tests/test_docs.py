@@ -41,6 +41,7 @@ SMALL = {
     "text": [*SMALL, "encoder.config.num_hidden_layers=3", "data.vocab_size=300", "data.block_size=32"],
     "vision": [*SMALL, "encoder.config.num_hidden_layers=3"],
     "custom": [*SMALL, "encoder.config.num_hidden_layers=3"],
+    "spectrogram": [*SMALL, "encoder.config.num_hidden_layers=3"],
     "audio": [*SMALL, "encoder.config.num_hidden_layers=3", f"encoder.config.conv_dim={[16] * 7}", "data.max_seconds=2.5"],
 }
 WORDS = "the cat sat on a mat while one dog ran over two hills and some birds flew by".split()
@@ -84,6 +85,8 @@ def shop(here):
     Path(test_convert.save(state, test_convert.TEXT)).rename("checkpoint_best.pt")
     student = released.make("image")
     torch.save(released.checkpoint(student, released.make_teacher(student)), "base_imagenet.pt")
+    student = released.make("image", released.EAT)
+    torch.save(released.checkpoint(student, released.make_teacher(student)), "EAT-base.pt")
 
 
 def given():
@@ -179,7 +182,7 @@ def test_settings_of_a_page_exist(page):
     """Also those in tables and sentences."""
     from d2v_fast.config import _parser
 
-    kinds = {"text": ["token"], "vision": ["block", "random", "exact"], "audio": ["span"]}
+    kinds = {"text": ["token"], "vision": ["block", "random", "exact"], "audio": ["span"], "spectrogram": ["exact"]}
     known = {action.dest for modality in kinds for kind in kinds[modality] for action in _parser(modality, kind)._actions}
     sections = {name.partition(".")[0] for name in known if "." in name}
     words = re.findall(r"`([^`\n]+)`", BLOCK.sub("", (ROOT / page).read_text()))

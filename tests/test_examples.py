@@ -179,7 +179,7 @@ def test_fine_tuning_starts_from_the_run(name, runs, monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     export_run(runs[FINE_TUNING[name]].folder, "encoder")
-    expected = dict(runs[FINE_TUNING[name]].trainer.core.student.model.named_parameters())
+    expected = dict(runs[FINE_TUNING[name]].trainer.state.core.student.model.named_parameters())
     same, train = [], Trainer.train
 
     def spied(self):
@@ -203,11 +203,11 @@ def test_fine_tuning_starts_from_the_run(name, runs, monkeypatch, tmp_path):
 def test_fine_tuning_beats_scratch(name, tmp_path, monkeypatch):
     from d2v_fast.config import parse
     from d2v_fast.export import export_run
-    from d2v_fast.training import Trainer
+    from d2v_fast.train import train
 
     monkeypatch.chdir(tmp_path)
     config, _ = parse(["--config", f"{FINE_TUNING[name]}/tiny", "train.output=run"])
-    Trainer(config).run()
+    train(config)
     export_run("run", "encoder")
     found = load(EXAMPLES / f"{name}.py").main("encoder")
     assert found["pretrained"] > found["scratch"] + 0.03

@@ -21,7 +21,8 @@ from d2v_fast.config import ConfigError
 from d2v_fast.data.audio import standardize
 from d2v_fast.data.vision import center_crop, to_pixels
 from d2v_fast.export import Exported, export_run
-from d2v_fast.training import Trainer
+from d2v_fast.train.build import build
+from d2v_fast.train.loop import loop
 from tests.models import IMAGES, TEXTS, WAVES, inputs, make
 from tests.test_training import config
 
@@ -139,7 +140,7 @@ class TestInputs:
         export_run(run.folder, "out")
         waves = [np.random.default_rng(n).normal(size=n).astype(np.float32) for n in (6000, 4000)]
         batch = AutoFeatureExtractor.from_pretrained("out")(waves, sampling_rate=16_000, padding=True, return_tensors="pt")
-        student = run.trainer.core.student
+        student = run.trainer.state.core.student
         with torch.no_grad():
             found = AutoModel.from_pretrained("out")(**batch).last_hidden_state
             for wave, states in zip(waves, found, strict=True):
@@ -309,8 +310,8 @@ class TestWeights:
                 )
 
     def test_of_a_checkpoint_that_is_named(self, tmp_path):
-        trainer = Trainer(config("vision", tmp_path / "run", "train.save_every=2"))
-        trainer.run()
+        trainer = build(config("vision", tmp_path / "run", "train.save_every=2"))
+        loop(trainer)
         for role in ("student", "teacher"):
             file = tmp_path / "run" / "checkpoints" / "step-2" / f"{role}.safetensors"
             export_run("run", role, teacher=role == "teacher", checkpoint="step-2")

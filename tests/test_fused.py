@@ -13,7 +13,8 @@ from d2v_fast.config import parse
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.fused import fuse
 from d2v_fast.ops import attention, conv, native
-from d2v_fast.training import Trainer
+from d2v_fast.train.build import build
+from d2v_fast.train.loop import loop
 from tests import models
 from tests.test_training import arguments, records
 
@@ -32,9 +33,9 @@ def relative(a, b):
 
 def run(modality, folder, steps, precision, fused):
     more = [*COMPARABLE[modality].split(), f"train.steps={steps}", "train.log_every=10", f"train.precision={precision}"]
-    trainer = Trainer(parse([*arguments(modality, folder), *more])[0], fused)
-    assert trainer.run() == 0
-    return trainer.core, [r["loss"] for r in records(folder)]
+    trainer = build(parse([*arguments(modality, folder), *more])[0], fused)
+    assert loop(trainer) == 0
+    return trainer.state.core, [r["loss"] for r in records(folder)]
 
 
 @pytest.mark.parametrize("modality", COMPARABLE)
@@ -66,7 +67,7 @@ def test_with_dropout_the_mean_curve_is_the_same(modality, tmp_path):
         for seed in range(3):
             folder = tmp_path / f"{fused}-{seed}"
             more = [*rate, "train.steps=150", "train.log_every=15", f"train.seed={seed}"]
-            Trainer(parse([*arguments(modality, folder), *more])[0], fused).run()
+            loop(build(parse([*arguments(modality, folder), *more])[0], fused))
             curves.append([r["loss"] for r in records(folder)][1:])  # the first is of one step
     plain, fast = torch.tensor(curves).view(2, 3, -1)
     spread = (plain.var(0) / 3 + fast.var(0) / 3).sqrt().clamp(min=0.002 * plain.mean())

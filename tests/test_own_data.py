@@ -11,13 +11,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from d2v_fast import cli, probe, trained, training
+from d2v_fast import cli, probe, trained
 from d2v_fast.checkpoint import Checkpoint, CheckpointError
 from d2v_fast.config import Config, ConfigError, parse
 from d2v_fast.data import DataError
 from d2v_fast.export import export_run
 from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, SpanMask
 from d2v_fast.probe import score
+from d2v_fast.train.build import build, make_data, make_encoder
+from d2v_fast.train.loop import loop
 from tests.test_resume import killed_and_resumed, last
 
 MINE = '''
@@ -143,8 +145,8 @@ def mine(here, monkeypatch):
 
 
 def train(*args):
-    trainer = training.Trainer(parse(list(args))[0])
-    trainer.run()
+    trainer = build(parse(list(args))[0])
+    loop(trainer)
     return trainer
 
 
@@ -153,7 +155,7 @@ def refused(*args, code=""):
     Path("mine.py").write_text(MINE + code)
     sys.modules.pop("mine", None)
     with pytest.raises((ConfigError, DataError)) as error:
-        training.Trainer(parse(list(args))[0])
+        build(parse(list(args))[0])
     assert not Path("run").exists()
     return str(error.value)
 
@@ -186,7 +188,7 @@ def test_killed_and_resumed_it_is_the_same_run_and_its_export_loads(grid, more):
     kept = Checkpoint(last("whole")).tensors("student")
     assert all(torch.equal(value, kept[f"student.model.{name}"]) for name, value in encoder.state_dict().items())
     saved = load_file("killed/export/model.safetensors")
-    start = training.make_encoder(parse(arguments(grid, *settings))[0]).model.state_dict()
+    start = make_encoder(parse(arguments(grid, *settings))[0]).model.state_dict()
     assert any(not torch.equal(value, start[name]) for name, value in saved.items())
 
 
@@ -194,7 +196,7 @@ def test_killed_and_resumed_it_is_the_same_run_and_its_export_loads(grid, more):
 def test_batches_are_what_read_and_masks_give(grid):
     sides, samples = tuple(GRIDS[grid]), [7, 2, 30]
     for version, views, mask in ((ONE, 1, RandomMask(0.5)), (TWO, 3, ExactBlockMask(0.6, 2))):
-        data = training.make_data(parse(arguments(grid, *version, "train.seed=5"))[0])
+        data = make_data(parse(arguments(grid, *version, "train.seed=5"))[0])
         batch = data.__getitems__([(4, i) for i in samples])
         assert np.array_equal(batch["source"], [data.read(i) for i in samples])
         expected = mask(Draws(5, 4, samples, views), sides)
@@ -203,15 +205,15 @@ def test_batches_are_what_read_and_masks_give(grid):
 
 
 def test_spans_over_a_grid_of_one_axis():
-    data = training.make_data(parse(arguments("line", "mask.kind=span", "mask.length=3"))[0])
+    data = make_data(parse(arguments("line", "mask.kind=span", "mask.length=3"))[0])
     expected = SpanMask(length=3)(Draws(0, 0, [1, 2]), 12)
     assert np.array_equal(data.__getitems__([(0, 1), (0, 2)])["mask"], expected)
 
 
 def test_the_decoder_has_the_axes_of_the_grid():
     for grid, convolution in (("line", torch.nn.Conv1d), ("plane", torch.nn.Conv2d), ("space", torch.nn.Conv3d)):
-        trainer = training.Trainer(parse(arguments(grid, *TWO, folder=grid))[0])
-        assert {type(each) for each in trainer.core.head.convolutions} == {convolution}
+        trainer = build(parse(arguments(grid, *TWO, folder=grid))[0])
+        assert {type(each) for each in trainer.state.core.head.convolutions} == {convolution}
 
 
 def test_padded_samples_of_one_and_two():
@@ -249,10 +251,10 @@ def test_a_modality_with_its_masks_and_probe(capsys):
     config, _ = parse(["--config", "vision/tiny", "data.class=mine:Gray", *small, *SMALL, "train.steps=2", "train.output=run"])
     assert (config.modality, config.data["image_size"], config.own_data) == ("vision", 32, False)
     assert "without" not in capsys.readouterr().err
-    trainer = training.Trainer(config)
+    trainer = build(config)
     pixels = trainer.data.__getitems__([(0, 3)])["source"] * torch.tensor(trainer.data.std)[:, None, None]
     assert torch.allclose(pixels[:, 0] + trainer.data.mean[0], pixels[:, 1] + trainer.data.mean[1], atol=1e-5)
-    trainer.run()
+    loop(trainer)
     probe.main(["run", "--limit", "60"])
     assert json.loads(Path("run/probe.json").read_text())[0]["data"] == "builtin"
     export_run("run", "encoder")
@@ -273,7 +275,7 @@ def test_a_model_of_transformers_is_exported_with_a_card(tmp_path):
     trainer = train(*HF, *TWO, "train.steps=2")
     assert export_run("run", "encoder") < 1e-6
     model = AutoModel.from_pretrained("encoder", add_pooling_layer=False, use_mask_token=True)
-    expected = trainer.core.student.model.state_dict()
+    expected = trainer.state.core.student.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     card = Path("encoder/README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "feature-extraction"
@@ -292,7 +294,7 @@ class TestProbe:
         probe.main(["run", "--limit", "40"])
         (found,) = json.loads(Path("run/probe.json").read_text())
         assert found["data"] == "mine:Fields" and found["results"]["chance"]["knn"] == 0.5
-        student, order = trainer.core.student.eval(), np.random.default_rng(0).permutation(40)
+        student, order = trainer.state.core.student.eval(), np.random.default_rng(0).permutation(40)
         with torch.inference_mode():
             states = student(torch.from_numpy(np.stack([trainer.data.read(int(i)) for i in order]))).mean(1).numpy()
         labels = [trainer.data.source.labels[i] for i in order]
@@ -328,7 +330,7 @@ class Files(Fields):
     def test_a_fifth_without_splits(self):
         config, _ = parse(arguments("plane", *ONE))
         del config.data["split"]
-        encoder = training.make_encoder(config)
+        encoder = make_encoder(config)
         fit, test, collate = probe.own_sources(config, encoder, "x", None, None)
         assert (len(fit), len(test)) == (32, 8) and not set(fit.names) & set(test.names)
         source, padding = collate([fit.read(0), fit.read(1)])
@@ -348,10 +350,10 @@ def test_a_run_goes_on_with_its_class_alone():
     Path("mine.py").write_text(MINE + "\n\nclass Others(Fields):\n    pass\n")
     sys.modules.pop("mine")
     with pytest.raises(CheckpointError, match=r"data\.class.*mine:Fields.*mine:Others"):
-        training.Trainer(parse(["--resume", "run", "data.class=mine:Others", "data.sides=[4,6]"])[0])
+        build(parse(["--resume", "run", "data.class=mine:Others", "data.sides=[4,6]"])[0])
     with pytest.raises(CheckpointError, match=r"data\.speed"):
-        training.Trainer(parse(["--resume", "run", "data.speed=2"])[0])
-    assert training.Trainer(parse(["--resume", "run"])[0]).done == 2
+        build(parse(["--resume", "run", "data.speed=2"])[0])
+    assert build(parse(["--resume", "run"])[0]).state.done == 2
 
 
 def test_runs_of_before_go_on(monkeypatch):
@@ -365,7 +367,7 @@ def test_runs_of_before_go_on(monkeypatch):
     resolved = yaml.safe_load(Path("run/config.yaml").read_text())
     del resolved["data"]["class"]
     Path("run/config.yaml").write_text(yaml.safe_dump(resolved))
-    assert training.Trainer(parse(["--resume", "run"])[0]).done == 2
+    assert build(parse(["--resume", "run"])[0]).state.done == 2
 
 
 class TestRefusals:
@@ -541,7 +543,7 @@ def test_blocks_that_a_short_side_cuts():
 def test_the_encoder_of_a_run_is_read_back():
     trainer = train(*arguments("space", *TWO, "train.steps=3"))
     found = trained.load(trained.read_config(Path("run")), Path("run"))
-    expected = trainer.core.student.state_dict()
+    expected = trainer.state.core.student.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in found.encoder.state_dict().items() if "model" in name)
 
 

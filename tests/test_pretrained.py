@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from d2v_fast.config import ConfigError, parse
 from d2v_fast.data.text import train_tokenizer
 from d2v_fast.data.vision import image_processor
 from d2v_fast.export import import_checkpoint
-from d2v_fast.training import make_data, make_encoder, make_model
+from d2v_fast.train.build import make_data, make_encoder, make_model
 from tests.models import COMMON, WAVE
 from tests.released import checkpoint, make, make_teacher
 
@@ -219,7 +220,7 @@ class TestReleased:
     def test_a_checkpoint_of_our_own_goes_before(self, released, caplog):
         """A run that goes on has a head and a teacher already."""
         caplog.set_level("INFO")
-        config = settings("vision/tiny-2", "encoder.pretrained=out", "data.image_size=16", "targets.top_k=2")
-        config.resume = True
+        more = ["encoder.pretrained=out", "data.image_size=16", "targets.top_k=2"]
+        config = replace(settings("vision/tiny-2", *more), resume=True)
         make_model(config, make_encoder(config))
         assert "teacher" not in caplog.text and "head" not in caplog.text

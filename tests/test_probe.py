@@ -9,12 +9,15 @@ import soundfile
 import torch
 from PIL import Image
 
-from d2v_fast import probe, trained, training
+from d2v_fast import probe, trained
+from d2v_fast import train as training
 from d2v_fast.config import ConfigError, parse
 from d2v_fast.data import DataError, Source, find_files
 from d2v_fast.export import export_run
 from d2v_fast.probe import States, pooled_states, score
 from d2v_fast.report import read_probes
+from d2v_fast.train.build import build
+from d2v_fast.train.loop import loop
 from tests.models import make
 from tests.test_training import arguments
 
@@ -59,12 +62,12 @@ def test_pooling_leaves_padding_out():
 def test_the_untrained_encoder_is_where_training_began(tmp_path):
     run = tmp_path / "run"
     config = parse(arguments("vision", run, "train.seed=3"))[0]
-    trainer = training.Trainer(config)
-    before = {n: p.detach().clone() for n, p in trainer.core.student.named_parameters()}
-    trainer.run()
+    trainer = build(config)
+    before = {n: p.detach().clone() for n, p in trainer.state.core.student.named_parameters()}
+    loop(trainer)
     found = opened(run)
     assert all(torch.equal(p, before[n]) for n, p in found.untrained().named_parameters())
-    after = dict(trainer.core.student.named_parameters())
+    after = dict(trainer.state.core.student.named_parameters())
     assert all(torch.equal(p, after[n]) for n, p in found.encoder.named_parameters())
     assert any((before[n] != after[n]).any() for n in before)
 
@@ -220,7 +223,7 @@ class TestWhichWeights:
         """Without export/."""
         for modality, run in runs.items():
             shutil.copytree(run.folder, tmp_path / modality, ignore=shutil.ignore_patterns("export"))
-            weights = run.trainer.core.student.state_dict()
+            weights = run.trainer.state.core.student.state_dict()
             found = opened(tmp_path / modality)
             assert all(torch.equal(value, weights[name]) for name, value in found.encoder.state_dict().items())
             assert found.step == 2 and not found.encoder.training

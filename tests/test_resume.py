@@ -317,26 +317,27 @@ def small_disk(tmp_path):
 def _full_from_step_5_to_8(mounted):
     import resource
 
-    from d2v_fast.training import Trainer
+    from d2v_fast.train import loop
 
-    step, hard = Trainer.step, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    take, hard = loop._take, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
-    def stepping(self, micro_batches):
-        self.checkpoints.wait()
-        if self.done == 4 and mounted:
+    def taking(run):
+        run.checkpoints.wait()
+        done = run.state.done
+        if done == 4 and mounted:
             with open("disk/ballast", "wb", buffering=0) as file:
                 try:
                     while True:
                         file.write(b"0" * 4096)
                 except OSError:
                     pass
-        elif self.done == 8 and mounted:
+        elif done == 8 and mounted:
             os.unlink("disk/ballast")
         elif not mounted:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (64 if 4 <= self.done < 8 else hard, hard))
-        return step(self, micro_batches)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64 if 4 <= done < 8 else hard, hard))
+        return take(run)
 
-    Trainer.step = stepping
+    loop._take = taking
 
 
 def test_a_full_disk_does_not_end_the_training(small_disk):
@@ -419,16 +420,16 @@ def test_counts_of_broken_samples_and_skipped_steps_survive():
 
 
 def _infinite_at_step_2(until=2):
-    from d2v_fast.training import Trainer
+    from d2v_fast.train import loop
 
-    step = Trainer.step
+    step = loop.step
 
-    def spoiled(self, micro_batches):
-        if 2 <= self.done + 1 <= until:
+    def spoiled(state, micro_batches):
+        if 2 <= state.done + 1 <= until:
             micro_batches[0]["source"][0, 0, 0, 0] = float("inf")
-        return step(self, micro_batches)
+        return step(state, micro_batches)
 
-    Trainer.step = spoiled
+    loop.step = spoiled
 
 
 def test_not_finite_again_and_again_it_gives_up_and_tells_with_what():
@@ -475,16 +476,16 @@ def test_a_file_that_changes_between_runs():
 
 
 def _vanishing():
-    from d2v_fast.training import Trainer
+    from d2v_fast.train import loop
 
-    step = Trainer.step
+    step = loop.step
 
-    def stepping(self, micro_batches):
-        if self.done == 6:  # of 12 images, two a step
+    def stepping(state, micro_batches):
+        if state.done == 6:  # of 12 images, two a step
             os.unlink("images/05.png")
-        return step(self, micro_batches)
+        return step(state, micro_batches)
 
-    Trainer.step = stepping
+    loop.step = stepping
 
 
 def test_a_clock_that_jumps():
@@ -502,16 +503,16 @@ def test_a_clock_that_jumps():
 
 
 def _jumping_clock():
-    from d2v_fast.training import Trainer
+    from d2v_fast.train import loop
 
-    step, real = Trainer.step, time.time
+    step, real = loop.step, time.time
 
-    def stepping(self, micro_batches):
-        shift = 0 if self.done < 4 else -86_400 if self.done < 8 else 3e7
+    def stepping(state, micro_batches):
+        shift = 0 if state.done < 4 else -86_400 if state.done < 8 else 3e7
         time.time = lambda: real() + shift
-        return step(self, micro_batches)
+        return step(state, micro_batches)
 
-    Trainer.step = stepping
+    loop.step = stepping
 
 
 class TestStrict:
@@ -650,17 +651,17 @@ class TestStrict:
 
 def test_what_is_found_in_the_folder_stays(monkeypatch):
     """From the first look on; and a run that never came to be leaves nothing behind."""
-    from d2v_fast import training
     from d2v_fast.config import parse
+    from d2v_fast.train import build, loop
 
     def another(*args):
         code, said = train(vision("run", "train.seed=5"))
         assert code == 1 and "another d2v-train is at work there" in said, said
         return make_data(*args)
 
-    make_data = training.make_data
-    monkeypatch.setattr(training, "make_data", another)
-    assert training.Trainer(parse(vision("run", "train.steps=2"))[0]).run() == 0
+    make_data = build.make_data
+    monkeypatch.setattr(build, "make_data", another)
+    assert loop.loop(build.build(parse(vision("run", "train.steps=2"))[0])) == 0
     assert train(["--resume", "run"])[0] == 0
     code, said = train(vision("other", "data.path=nowhere"))
     assert code == 1 and not Path("other").exists(), said
@@ -721,9 +722,10 @@ def test_nobody_reads_what_it_says():
 def test_no_process_is_left_behind():
     """A trainer that is used inside of another program takes its loader workers with it."""
     from d2v_fast.config import parse
-    from d2v_fast.training import Trainer
+    from d2v_fast.train.build import build
+    from d2v_fast.train.loop import loop
 
-    trainer = Trainer(parse(arguments("vision", "run", "train.steps=3", "train.workers=2"))[0])
+    trainer = build(parse(arguments("vision", "run", "train.steps=3", "train.workers=2"))[0])
     before = set(multiprocessing.active_children())
-    assert trainer.run() == 0
+    assert loop(trainer) == 0
     assert set(multiprocessing.active_children()) == before

@@ -67,7 +67,7 @@ class TestSettings:
         with pytest.raises(ConfigError, match=r"--config hostile\.yaml: not valid YAML: "):
             read_yaml("hostile.yaml")
 
-    @pytest.mark.parametrize("model", ["os:mkdir", "subprocess:Popen", "builtins:exec", "d2v_fast.training:train"])
+    @pytest.mark.parametrize("model", ["os:mkdir", "subprocess:Popen", "builtins:exec", "d2v_fast.train:train"])
     def test_an_encoder_that_is_none(self, model):
         """A preset from elsewhere may name any function; only modules of a network are called."""
         with pytest.raises(ValueError, match=r"expected a class that derives from nn\.Module"):

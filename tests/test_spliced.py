@@ -13,10 +13,11 @@ import transformers
 from torch import nn
 from transformers import AutoModel
 
-from d2v_fast import Data2Vec, build_encoder, training, wrap
+from d2v_fast import Data2Vec, build_encoder, wrap
 from d2v_fast.config import ConfigError, parse
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.encoders import SplicedEncoder, table
+from d2v_fast.train import train
 
 COMMON = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
 TEXT = COMMON | dict(vocab_size=60, max_position_embeddings=64, pad_token_id=1)
@@ -489,7 +490,7 @@ def test_a_run(modality, tmp_path):
     more = ["encoder.config.intermediate_size=48", "targets.top_k=2", "train.steps=3", "train.workers=0", "train.batch_size=4"]
     run = tmp_path / "run"
     args = ["--config", f"{modality}/tiny", *RUNS[modality].split(), *small, *more, f"train.output={run}"]
-    assert training.train(parse([*args, "train.precision=fp32"])[0]) == 0
+    assert train(parse([*args, "train.precision=fp32"])[0]) == 0
     assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
     again = build_encoder(pretrained=str(run / "export"))
     assert isinstance(again, SplicedEncoder)
@@ -500,7 +501,7 @@ def test_a_spectrogram_is_no_waveform(tmp_path):
     args = ["--config", "audio/tiny", "encoder.model=audio-spectrogram-transformer", f"train.output={tmp_path / 'run'}"]
     more = [f"encoder.config.{k}={v}" for k, v in FAMILIES["audio-spectrogram-transformer"].config.items()]
     with pytest.raises(ConfigError, match="ASTModel does not read what modality=audio gives"):
-        training.train(parse([*args, *more])[0])
+        train(parse([*args, *more])[0])
 
 
 def test_the_table(tmp_path, capsys):

@@ -17,7 +17,8 @@ from d2v_fast.data.documents import load_documents
 from d2v_fast.data.text import TextData, load_tokenizer, train_tokenizer
 from d2v_fast.export import Exported
 from d2v_fast.masking import TokenMask
-from d2v_fast.training import Trainer, make_data, make_encoder
+from d2v_fast.train.build import build, make_data, make_encoder
+from d2v_fast.train.loop import loop
 from tests.test_cli import TEXT
 
 ODD = ["one\x85two", "a\u2028b\u2029c", "x\x0cy\x0bz\x1cw\x1dv\x1eu", "plain"]  # str.splitlines() makes more of each
@@ -340,14 +341,14 @@ def test_a_run_resumes_on_the_same_text_only(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("\n".join(sentences()))
     settings = [*TEXT, "data.path=a.txt", "train.output=run"]
-    Trainer(parse(settings)[0]).run()
+    loop(build(parse(settings)[0]))
     more = ["--resume", "run", "train.steps=3", "--resume-allow", "train.steps"]
     before = file.read_text()
     file.write_text(before.replace("alpha", "delta", 1))
     with pytest.raises(CheckpointError, match=r"samples\.content: was"):
-        Trainer(parse(more)[0])
+        build(parse(more)[0])
     file.write_text(before)
-    assert Trainer(parse(more)[0]).run() == 0
+    assert loop(build(parse(more)[0])) == 0
 
 
 def test_folders_written_by_save_to_disk(tmp_path):

@@ -13,11 +13,16 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from d2v_fast import training
 from d2v_fast.config import ConfigError, OptimizerConfig, ScheduleConfig, parse
 from d2v_fast.data import DataError
 from d2v_fast.diagnostics import CollapseError
-from d2v_fast.training import BrokenSamples, Trainer, lr_factor, make_encoder, make_model, make_optimizer
+from d2v_fast.train import folder as folders
+from d2v_fast.train import train
+from d2v_fast.train.build import build, freeze_unused, make_encoder, make_model
+from d2v_fast.train.guards import BrokenSamples
+from d2v_fast.train.loop import loop
+from d2v_fast.train.optim import lr_factor, make_optimizer
+from d2v_fast.train.step import step
 
 SMALL = {
     "text": "encoder.config.hidden_size=32 encoder.config.num_hidden_layers=3 encoder.config.num_attention_heads=2 "
@@ -46,7 +51,7 @@ def records(folder):
 @pytest.mark.parametrize("modality", SMALL)
 def test_a_run_leaves_what_it_promises(modality, tmp_path):
     run = tmp_path / "run"
-    assert training.train(config(modality, run)) == 0
+    assert train(config(modality, run)) == 0
     log = records(run)
     assert [r["step"] for r in log] == [1, 2, 4]
     for r in log:
@@ -58,10 +63,10 @@ def test_a_run_leaves_what_it_promises(modality, tmp_path):
 
 
 def test_the_export_is_the_student(tmp_path):
-    trainer = Trainer(config("vision", tmp_path / "run"))
-    trainer.run()
+    trainer = build(config("vision", tmp_path / "run"))
+    loop(trainer)
     model = AutoModel.from_pretrained(tmp_path / "run" / "export", add_pooling_layer=False).eval()
-    student = trainer.core.student.eval()
+    student = trainer.state.core.student.eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model(x).last_hidden_state[:, 1:], student(x))
@@ -71,16 +76,16 @@ def test_the_export_is_the_student(tmp_path):
 def test_the_same_seed_gives_the_same_bits(tmp_path):
     for name in ("a", "b", "c"):
         more = ["train.seed=1"] if name == "c" else []
-        training.train(config("text", tmp_path / name, *more))
+        train(config("text", tmp_path / name, *more))
     a, b, c = ([r["loss"] for r in records(tmp_path / name)] for name in "abc")
     assert a == b != c
 
 
 def test_one_optimizer_step_by_hand(tmp_path):
     """Two micro-batches: divide by all their masked positions, clip, AdamW, then the teacher with τ(1)."""
-    trainer = Trainer(config("vision", tmp_path / "run", "train.accumulate=2", "train.clip_norm=0.5", "schedule.warmup=0"))
-    core = trainer.core.train()
-    stream = trainer._batches()
+    trainer = build(config("vision", tmp_path / "run", "train.accumulate=2", "train.clip_norm=0.5", "schedule.warmup=0"))
+    core = trainer.state.core.train()
+    stream = trainer.feed.batches
     batches = [next(stream) for _ in range(2)]
     before = {n: p.detach().clone() for n, p in core.named_parameters()}
     total = sum(int(batch["mask"].sum()) for batch in batches)
@@ -92,7 +97,7 @@ def test_one_optimizer_step_by_hand(tmp_path):
     norm = torch.cat([g.flatten() for g in grads.values()]).norm()
     assert norm > 0.5, "nothing to clip"
 
-    _, reported = trainer.step(batches)
+    reported = step(trainer.state, batches).grad_norm
     assert float(reported) == pytest.approx(float(norm), rel=1e-4)
     cfg = trainer.config.optimizer
     for name, p in core.named_parameters():
@@ -117,40 +122,40 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     norms = []
     for size, accumulate in ((4, 1), (2, 2)):
         run = config("audio", tmp_path / str(size), f"train.batch_size={size}", f"train.accumulate={accumulate}")
-        trainer = Trainer(run)
-        trainer.core.double()
+        trainer = build(run)
+        trainer.state.core.double()
         batch = trainer.data.__getitems__([(0, i) for i in range(4)])
         halves = [trainer.data.__getitems__([(0, i) for i in pair]) for pair in ((0, 1), (2, 3))]
         for part in (batch, *halves):
             part["source"] = part["source"].double()
-        _, norm = trainer.step([batch] if accumulate == 1 else halves)
+        norm = step(trainer.state, [batch] if accumulate == 1 else halves).grad_norm
         norms.append(float(norm))
     assert norms[0] == pytest.approx(norms[1], rel=1e-9)
 
 
 def test_a_local_mean_weighs_micro_batches_alike(tmp_path):
-    trainer = Trainer(config("vision", tmp_path / "run", "train.accumulate=2", "loss.reduction=local"))
-    batches = list(itertools.islice(trainer._batches(), 2))
+    trainer = build(config("vision", tmp_path / "run", "train.accumulate=2", "loss.reduction=local"))
+    batches = list(itertools.islice(trainer.feed.batches, 2))
     batches[1]["mask"][0] = False  # unequal masks, of which a global mean would count the positions
     batches[1]["index"] = batches[1]["mask"].flatten().nonzero().squeeze(1)
-    losses = [trainer.core(batch["source"], batch["mask"]).loss for batch in batches]
-    parameters = [p for p in trainer.core.parameters() if p.requires_grad]
+    losses = [trainer.state.core(batch["source"], batch["mask"]).loss for batch in batches]
+    parameters = [p for p in trainer.state.core.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(sum(losses) / 2, parameters, allow_unused=True)
-    loss, norm = trainer.step(batches)
+    loss, norm, *_ = step(trainer.state, batches)
     assert float(loss) == pytest.approx(sum(each.item() for each in losses) / 2, rel=1e-5)
     assert float(norm) == pytest.approx(float(torch.cat([g.flatten() for g in gradients if g is not None]).norm()), rel=1e-4)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
-    trainer = Trainer(config("vision", tmp_path / "run"))
-    batch = next(trainer._batches())
+    trainer = build(config("vision", tmp_path / "run"))
+    batch = trainer.feed.take(1)[0]
     batch["source"][0, 0, 0, 0] = float("nan")
-    before = {n: p.clone() for n, p in trainer.core.named_parameters()}
-    trainer.step([batch])
-    assert trainer.skipped == 1 and trainer.core.teacher.step == 0
-    assert all(torch.equal(p, before[n]) for n, p in trainer.core.named_parameters())
-    trainer.step([next(trainer._batches())])
-    assert trainer.core.teacher.step == 1 and all(p.isfinite().all() for p in trainer.core.parameters())
+    before = {n: p.clone() for n, p in trainer.state.core.named_parameters()}
+    step(trainer.state, [batch])
+    assert trainer.state.skipped.count == 1 and trainer.state.core.teacher.step == 0
+    assert all(torch.equal(p, before[n]) for n, p in trainer.state.core.named_parameters())
+    step(trainer.state, [trainer.feed.take(1)[0]])
+    assert trainer.state.core.teacher.step == 1 and all(p.isfinite().all() for p in trainer.state.core.parameters())
 
 
 def test_schedules():
@@ -204,11 +209,11 @@ def test_the_optimizer_is_adamw_with_its_settings():
     settings = OptimizerConfig(lr=0.02, betas=(0.6, 0.7), eps=1e-2, weight_decay=0.3)
     optimizer = make_optimizer(model, settings)
     w, m, v = model.weight.detach().clone(), 0, 0
-    for step in range(1, 4):
+    for number in range(1, 4):
         g = model.weight.grad = torch.randn(4, 5, dtype=torch.float64)
         optimizer.step()
         m, v = 0.6 * m + 0.4 * g, 0.7 * v + 0.3 * g**2
-        w = w - 0.02 * (m / (1 - 0.6**step) / ((v / (1 - 0.7**step)).sqrt() + 1e-2) + 0.3 * w)
+        w = w - 0.02 * (m / (1 - 0.6**number) / ((v / (1 - 0.7**number)).sqrt() + 1e-2) + 0.3 * w)
     assert torch.allclose(model.weight, w, rtol=1e-12)
 
 
@@ -225,32 +230,32 @@ def test_broken_samples_are_named_once_and_limited(caplog):
 
 
 def test_the_encoder_knows_the_tokenizers_special_tokens(tmp_path):
-    trainer = Trainer(config("text", tmp_path / "run", "encoder.model=bert", "encoder.config.max_position_embeddings=40"))
-    model, tokenizer = trainer.core.student.model, trainer.data.tokenizer
+    trainer = build(config("text", tmp_path / "run", "encoder.model=bert", "encoder.config.max_position_embeddings=40"))
+    model, tokenizer = trainer.state.core.student.model, trainer.data.tokenizer
     assert model.config.pad_token_id == model.embeddings.word_embeddings.padding_idx == tokenizer.pad_token_id == 1
     assert model.embeddings.word_embeddings.weight[tokenizer.cls_token_id].norm() > 0
     with pytest.raises(ConfigError, match=r"encoder\.model=vit: has no vocabulary"):
-        Trainer(config("text", tmp_path / "other", "encoder.model=vit"))
+        build(config("text", tmp_path / "other", "encoder.model=vit"))
 
 
 def test_short_rows_may_have_nothing_to_score(tmp_path):
     (tmp_path / "short.txt").write_text("\n".join("a b" if i % 2 else "a few words more than that" for i in range(400)))
     settings = [f"data.path={tmp_path / 'short.txt'}", "data.cross_documents=false", "train.batch_size=1", "train.steps=60"]
-    assert training.train(config("text", tmp_path / "run", *settings)) == 0
+    assert train(config("text", tmp_path / "run", *settings)) == 0
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-60" / "state.json").read_text())
     assert state["ranks"][0]["batches"] > 60
 
 
 def test_variables_of_accelerate_change_nothing(tmp_path, monkeypatch, caplog):
     """Of those that it documents: gradient accumulation divided each gradient, the others change what is computed and where."""
-    plain = Trainer(config("vision", tmp_path / "plain"))
+    plain = build(config("vision", tmp_path / "plain"))
     variables = {"GRADIENT_ACCUMULATION_STEPS": "4", "MIXED_PRECISION": "bf16", "DYNAMO_BACKEND": "EAGER", "USE_CPU": "no"}
     for name, value in variables.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    other = Trainer(config("vision", tmp_path / "other"))
+    other = build(config("vision", tmp_path / "other"))
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4" in caplog.text and os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
-    assert type(other.model) is type(plain.model)
-    norms = [[float(trainer.step([batch])[1]) for batch in (next(trainer._batches()),)] for trainer in (plain, other)]
+    assert type(other.state.model) is type(plain.state.model)
+    norms = [[float(step(trainer.state, [batch])[1]) for batch in (trainer.feed.take(1)[0],)] for trainer in (plain, other)]
     assert norms[0] == norms[1]
 
 
@@ -259,20 +264,20 @@ def test_variables_of_accelerate_change_nothing(tmp_path, monkeypatch, caplog):
 def test_another_parallelism_of_accelerate_is_refused(name, value, tmp_path, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
     with pytest.raises(ConfigError, match=f"ACCELERATE_USE_{name}={value}: d2v-train has data parallelism only; unset it"):
-        Trainer(config("vision", tmp_path / "run"))
+        build(config("vision", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_full_shared_memory_is_gone_round(tmp_path, monkeypatch, caplog):
     """Docker gives 64 MB. Batches then come through a pipe, and the run is the same."""
-    training.train(config("vision", tmp_path / "a", "train.workers=1"))
+    train(config("vision", tmp_path / "a", "train.workers=1"))
     assert "/dev/shm" not in caplog.text
 
     def full(tensor):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # also in the workers, which are forks
-    training.train(config("vision", tmp_path / "b", "train.workers=1"))
+    train(config("vision", tmp_path / "b", "train.workers=1"))
     assert caplog.text.count("/dev/shm is full, so that batches come through a pipe") == 1
     a, b = ([r["loss"] for r in records(tmp_path / name)] for name in "ab")
     assert a == b
@@ -285,14 +290,14 @@ def test_workers_that_cannot_be_started(tmp_path, monkeypatch):
     monkeypatch.setattr("multiprocessing.context.BaseContext.Queue", full)
     message = r"train\.workers=1: cannot be started: .*No space left on device; fewer may do, .* docker run --shm-size=8g"
     with pytest.raises(DataError, match=message):
-        training.train(config("vision", tmp_path / "run", "train.workers=1"))
+        train(config("vision", tmp_path / "run", "train.workers=1"))
     assert not (tmp_path / "run").exists()
 
 
 def test_outside_of_the_main_thread(tmp_path, caplog):
     """As in a notebook server or in Ray: only the main thread hears signals."""
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(training.train, config("vision", tmp_path / "run", "train.workers=1")).result() == 0
+        assert pool.submit(train, config("vision", tmp_path / "run", "train.workers=1")).result() == 0
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 4]
     assert "not in the main thread: SIGTERM and Ctrl-C do not save the run" in caplog.text
 
@@ -301,7 +306,7 @@ def test_where_there_is_no_fork_and_signals_are_fewer(tmp_path, monkeypatch, cap
     for name in ("SIGHUP", "SIGCHLD"):
         monkeypatch.delattr(signal, name)
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
-    assert training.train(config("vision", tmp_path / "run", "train.workers=2")) == 0
+    assert train(config("vision", tmp_path / "run", "train.workers=2")) == 0
     assert "train.workers=2: this system cannot fork a process; the training process loads the data" in caplog.text
 
 
@@ -309,20 +314,20 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda format: "20260101-000000")
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(training.new_folder, ["text-tiny"] * 8))
-    assert sorted(map(str, folders)) == sorted(
+        made = list(pool.map(folders.new_folder, ["text-tiny"] * 8))
+    assert sorted(map(str, made)) == sorted(
         f"runs/text-tiny-20260101-000000{end}" for end in ("", *(f"-{n}" for n in range(2, 9)))
     )
     (tmp_path / "file").touch()
-    monkeypatch.setattr(training, "Path", lambda name: tmp_path / "file" / name)
+    monkeypatch.setattr(folders, "Path", lambda name: tmp_path / "file" / name)
     with pytest.raises(ConfigError, match="cannot be written, choose another folder"):
-        training.new_folder("x")
+        folders.new_folder("x")
 
 
 def test_a_log_that_is_no_terminal_gets_plain_lines(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
     caplog.set_level("INFO")
-    training.train(config("vision", tmp_path / "run"))
+    train(config("vision", tmp_path / "run"))
     lines = capsys.readouterr().err.splitlines()
     progress = [line for line in lines if line.startswith("step ")]
     assert [line.partition(",")[0] for line in progress] == ["step 1/4", "step 2/4", "step 4/4"]
@@ -333,47 +338,47 @@ def test_a_log_that_is_no_terminal_gets_plain_lines(tmp_path, monkeypatch, capsy
 def test_what_no_gradient_reaches_is_frozen(tmp_path):
     """Else two ranks stop at their second step. Wav2Vec2-Conformer has a positional convolution that it does not use."""
     fields = ["encoder.model=wav2vec2-conformer", "encoder.config.layerdrop=0.5"]
-    trainer = Trainer(config("audio", tmp_path / "run", *fields))
-    core, batch = trainer.core.train(), trainer.data.__getitems__([(0, 0), (0, 1)])
-    trainer.core.student.model.config.layerdrop = 0  # so that one pass reaches all that there is
+    trainer = build(config("audio", tmp_path / "run", *fields))
+    core, batch = trainer.state.core.train(), trainer.data.__getitems__([(0, 0), (0, 1)])
+    trainer.state.core.student.model.config.layerdrop = 0  # so that one pass reaches all that there is
     core(batch["source"], batch["mask"], padding_mask=batch.get("padding_mask")).loss.backward()
     without = [name for name, p in core.named_parameters() if p.requires_grad and p.grad is None]
     assert without and all("pos_conv_embed" in name for name in without)
-    assert training.freeze_unused(core, trainer.data) == without
+    assert freeze_unused(core, trainer.data) == without
     assert not any(dict(core.named_parameters())[name].requires_grad for name in without)
-    assert training.freeze_unused(core, trainer.data) == [] and core.student.training
+    assert freeze_unused(core, trainer.data) == [] and core.student.training
 
 
 @pytest.mark.parametrize("seed", [2**32, 2**63 - 1])
 def test_any_seed(seed, tmp_path):
-    Trainer(config("vision", tmp_path / "run", f"train.seed={seed}"))
+    build(config("vision", tmp_path / "run", f"train.seed={seed}"))
 
 
 def test_collapse_rules(tmp_path, caplog):
     run = config("vision", tmp_path / "run", "collapse.after=0", "collapse.target_std=2.0", "collapse.action=stop")
     with pytest.raises(CollapseError, match=r"target_std .* is below collapse\.target_std=2;"):
-        training.train(run)
-    training.train(config("vision", tmp_path / "warn", "collapse.after=2", "collapse.target_std=2.0"))
+        train(run)
+    train(config("vision", tmp_path / "warn", "collapse.after=2", "collapse.target_std=2.0"))
     assert [r.message.split(":")[0] for r in caplog.records if "target_std" in r.message] == ["step 4"]
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
-    training.train(config("vision", tmp_path / "run"))
+    train(config("vision", tmp_path / "run"))
     with pytest.raises(ConfigError, match="holds a run already"):
-        Trainer(config("vision", tmp_path / "run"))
+        build(config("vision", tmp_path / "run"))
 
 
 def test_runs_of_one_process_may_differ_in_precision(tmp_path):
     kept = []
     for precision in ("fp32", "bf16", "fp32"):
-        kept.append(trainer := Trainer(config("vision", tmp_path / precision, f"train.precision={precision}")))
+        kept.append(trainer := build(config("vision", tmp_path / precision, f"train.precision={precision}")))
         assert trainer.accelerator.mixed_precision == {"fp32": "no"}.get(precision, precision)
-        trainer.step([next(trainer._batches())])
-        assert all(p.dtype == torch.float32 for p in trainer.core.parameters())
+        step(trainer.state, [trainer.feed.take(1)[0]])
+        assert all(p.dtype == torch.float32 for p in trainer.state.core.parameters())
 
 
 def test_epochs_replace_steps(tmp_path):
-    trainer = Trainer(config("vision", tmp_path / "run", "train.epochs=0.5", "train.batch_size=100", "train.accumulate=2"))
+    trainer = build(config("vision", tmp_path / "run", "train.epochs=0.5", "train.batch_size=100", "train.accumulate=2"))
     assert trainer.steps == 10  # 4000 images
 
 

@@ -1,12 +1,13 @@
 """data2vec 2.0 by d2v-train: runs, what they leave, going on, ranks, and settings that do not fit."""
 
+import functools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel
 
-from d2v_fast import ConvDecoder, Data2Vec, Encoder, cli, training
+from d2v_fast import ConvDecoder, Data2Vec, Encoder, cli
+from d2v_fast import train as training
 from d2v_fast.config import parse
 from d2v_fast.diagnostics import CollapseError, constant_loss
 from d2v_fast.graphs import Graphs
 from d2v_fast.ops import attention
-from d2v_fast.training import Trainer, freeze_unused
+from d2v_fast.train.build import build, freeze_unused
+from d2v_fast.train.loop import loop
+from d2v_fast.train.step import forward_backward, make_graphs, step, to_device
 from tests.models import Handwritten
 from tests.runs import Run, train
 from tests.test_graphs import Again
@@ -77,18 +81,18 @@ def command(monkeypatch, name, *args):
 
 @pytest.mark.parametrize("modality, ours", [*((name, False) for name in SMALL), *((name, True) for name in OURS)])
 def test_a_run_leaves_what_it_promises(modality, ours, monkeypatch):
-    trainer = Trainer(config(modality, "run", *(OURS[modality].split() if ours else [])))
-    assert trainer.run() == 0
+    trainer = build(config(modality, "run", *(OURS[modality].split() if ours else [])))
+    assert loop(trainer) == 0
     log = records()
     assert [record["step"] for record in log] == [1, 2, 4]
     for record in log:
         assert all(math.isfinite(record[k]) for k in ("loss", "target_std", "prediction_std", "relative_loss", "grad_norm"))
-        assert ("cls_loss" in record) == (trainer.core.cls_weight > 0)
+        assert ("cls_loss" in record) == (trainer.state.core.cls_weight > 0)
     for trust in (False, True):
         exported = AutoModel.from_pretrained("run/export", trust_remote_code=trust).eval()
         batch = trainer.data.__getitems__([(0, 0), (0, 1)])
         with torch.no_grad():
-            states = trainer.core.student.eval()(batch["source"])
+            states = trainer.state.core.student.eval()(batch["source"])
             whole = exported(batch["source"]).last_hidden_state[:, -states.shape[1] :]
         torch.testing.assert_close(whole, states, rtol=0, atol=1e-6)
     for weights in ([], ["--teacher"]):
@@ -107,12 +111,12 @@ PADDED = {
 @pytest.mark.parametrize("modality", PADDED)
 def test_padding_is_neither_seen_nor_scored(modality, waves):
     """In float64: a padded batch costs what each of its samples alone does, whatever stands in the padding."""
-    trainer = Trainer(config(modality, "run", "head.noise=0", *PADDED[modality].split()))
-    core = trainer.core.double().eval()
+    trainer = build(config(modality, "run", "head.noise=0", *PADDED[modality].split()))
+    core = trainer.state.core.double().eval()
 
     def loss(*samples, padded=None):
         batch = trainer.data.__getitems__([(0, i) for i in samples])
-        inputs = {k: v.double() if v.is_floating_point() else v for k, v in trainer._inputs(batch).items()}
+        inputs = {k: v.double() if v.is_floating_point() else v for k, v in to_device(batch, trainer.state.device).items()}
         if padded is not None:
             inputs["source"] = inputs["source"].masked_fill(batch["padding_mask"], padded)
         with torch.no_grad():
@@ -164,15 +168,14 @@ def test_accumulation_equals_a_larger_batch(modality, waves):
     if modality == "audio":  # unequal masks
         more += ["data.path=waves", "data.crop=false", "data.join_seconds=0"]
     for size, accumulate in ((4, 1), (2, 2)):
-        trainer = Trainer(config(modality, str(size), f"train.accumulate={accumulate}", *more))
-        trainer.core.double()
+        trainer = build(config(modality, str(size), f"train.accumulate={accumulate}", *more))
+        trainer.state.core.double()
         keys = [(0, i) for i in range(4)]
         batches = [trainer.data.__getitems__(keys[i : i + size]) for i in range(0, 4, size)]
         for batch in batches:
             if batch["source"].is_floating_point():
                 batch["source"] = batch["source"].double()
-        loss, norm = trainer.step(batches)
-        found.append([float(x) for x in (loss, norm, trainer.cls_loss)])
+        found.append([float(x) for x in step(trainer.state, batches)[:3]])
     assert len({len(batch["index"]) for batch in batches}) == (2 if modality == "audio" else 1)
     assert found[0] == pytest.approx(found[1], rel=1e-6) and (found[0][2] > 0) == (modality == "vision")
 
@@ -181,28 +184,28 @@ def test_accumulation_equals_a_larger_batch(modality, waves):
 def test_the_loss_of_cls_is_not_held_against_a_constant(reduction):
     """The mean over a window of two steps of two micro-batches each."""
     more = [*OURS["vision"].split(), "train.accumulate=2", f"loss.reduction={reduction}", "loss.cls_weight=50", "head.noise=0"]
-    trainer = Trainer(config("vision", "run", *more))
+    trainer = build(config("vision", "run", *more))
     seen = []
 
     def note(core, args, inputs, output):
         error = output.loss.detach() - output.cls_loss
         seen.append((float(error), float(output.cls_loss), output.stats.target))
 
-    trainer.core.register_forward_hook(note, with_kwargs=True)
-    trainer.run()
+    trainer.state.core.register_forward_hook(note, with_kwargs=True)
+    loop(trainer)
     record, share = records()[-1], 1 if reduction == "global" else 2
     error, cls = (sum(each[i] for each in seen[-4:]) / 2 / share for i in (0, 1))
     assert cls > 2 * error
     assert (record["loss"], record["cls_loss"]) == pytest.approx((error + cls, cls), rel=1e-4)
     target = type(seen[0][2]).pooled([each[2] for each in seen[-2:]])
-    settings = trainer.core.loss_settings
+    settings = trainer.state.core.loss_settings
     constant = float(constant_loss(target, settings["beta"], settings["scale"]))
     assert record["relative_loss"] == pytest.approx(error / constant, rel=1e-4)
 
 
 def test_a_position_counts_once_however_many_views_score_it():
     """The share of the targets' variance that position explains: R², adjusted by what is free, of the rows that are there."""
-    trainer = Trainer(config("vision", "run", "data.views=6", "mask.prob=0.5", "mask.adjust=0", "train.steps=1"))
+    trainer = build(config("vision", "run", "data.views=6", "mask.prob=0.5", "mask.adjust=0", "train.steps=1"))
     seen = []
 
     def note(core, args, inputs, output):
@@ -211,8 +214,8 @@ def test_a_position_counts_once_however_many_views_score_it():
         normed = (normed - normed.mean(2, keepdim=True)) / (normed.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
         seen.append((inputs["mask"], normed))
 
-    trainer.core.register_forward_hook(note, with_kwargs=True)
-    trainer.run()
+    trainer.state.core.register_forward_hook(note, with_kwargs=True)
+    loop(trainer)
     ((mask, last),) = seen
     sample, position = mask.any(1).nonzero(as_tuple=True)
     rows, within = last[sample, position], 0.0
@@ -247,8 +250,8 @@ def test_two_processes_train_as_one():
 
 @pytest.mark.parametrize("modality", SMALL)
 def test_every_parameter_that_trains_has_a_gradient(modality):
-    trainer = Trainer(config(modality, "run", *OURS.get(modality, "").split()))
-    assert freeze_unused(trainer.core, trainer.data) == []
+    trainer = build(config(modality, "run", *OURS.get(modality, "").split()))
+    assert freeze_unused(trainer.state.core, trainer.data) == []
 
 
 @pytest.mark.parametrize("modality", SMALL)
@@ -256,8 +259,8 @@ def test_fused_is_the_same_curve(modality, monkeypatch):
     curves, attended, ours = [], set(), attention.attention
     monkeypatch.setattr(attention, "attention", lambda *args, **kwargs: attended.add(name) or ours(*args, **kwargs))
     for name, fused in (("plain", False), ("fused", True)):
-        run = Trainer(config(modality, name, *OURS.get(modality, "").split(), "train.log_every=1"), fused)
-        run.run()
+        run = build(config(modality, name, *OURS.get(modality, "").split(), "train.log_every=1"), fused)
+        loop(run)
         curves.append([record["loss"] for record in records(name)])
     for part, there in (("loss native", True), ("attention", True), ("last block", False)):
         assert any(part in done for done in run.fused) == there
@@ -279,29 +282,28 @@ def test_bf16_is_near_the_same_curve():
 def test_replayed_passes_are_the_same_run(modality):
     found = []
     for name in ("plain", "replayed"):
-        run = Trainer(config(modality, name, *OURS.get(modality, "").split(), "train.steps=9", "train.log_every=3"))
+        run = build(config(modality, name, *OURS.get(modality, "").split(), "train.steps=9", "train.log_every=3"))
         if name == "replayed":
-            run.graphs = Again(run._pass, [p for p in run.core.parameters() if p.requires_grad], after=1)
-        run.run()
-        found.append((records(name), run.core.state_dict()))
+            run.state.graphs = Again(functools.partial(forward_backward, run.state), run.state.parameters, after=1)
+        loop(run)
+        found.append((records(name), run.state.core.state_dict()))
     (plain, weights), (replayed, again) = found
     for key in ("loss", "cls_loss", "grad_norm", "target_std", "teacher_rank"):
         assert [record.get(key) for record in replayed] == [record.get(key) for record in plain], key
     assert all(torch.equal(again[name], value) for name, value in weights.items())
-    assert run.graphs.recorded or modality == "audio"  # whose lengths differ
+    assert run.state.graphs.recorded or modality == "audio"  # whose lengths differ
 
 
-def test_graphs_are_for_one_gpu_and_passes_that_ask_for_nothing(monkeypatch):
-    run = Trainer(config("vision", "run"), fused=True)
-    assert run.graphs is None  # on a CPU
-    monkeypatch.setattr(run, "device", torch.device("cuda"))
-    assert isinstance(run._make_graphs(), Graphs) and "CUDA graphs" in run.fused[-1]
-    for name, value in (("graphs", False), ("accumulate", 2)):
-        with monkeypatch.context() as patch:
-            patch.setattr(run.config.train, name, value)
-            assert run._make_graphs() is None
-    monkeypatch.setattr(run, "world", 2)
-    assert run._make_graphs() is None
+def test_graphs_are_for_one_gpu_and_passes_that_ask_for_nothing():
+    run = build(config("vision", "run"), fused=True)
+    state, settings = run.state, run.config.train
+    assert state.graphs is None  # on a CPU
+    state.device = torch.device("cuda")
+    assert isinstance(make_graphs(state, settings), Graphs)
+    for change in ({"graphs": False}, {"accumulate": 2}):
+        assert make_graphs(state, replace(settings, **change)) is None
+    state.world = 2
+    assert make_graphs(state, settings) is None
 
 
 class TestTheMonitor:
@@ -403,16 +405,16 @@ def test_an_encoder_of_ones_own():
 
 def test_patches_that_are_no_squares():
     more = ["encoder.config.patch_size=[4,8]", "encoder.init=hf", *OURS["vision"].split()]
-    trainer = Trainer(config("vision", "run", *more))
-    assert trainer.data.grid == (8, 4) and trainer.run() == 0
+    trainer = build(config("vision", "run", *more))
+    assert trainer.data.grid == (8, 4) and loop(trainer) == 0
 
 
 @pytest.mark.parametrize("views", range(1, 17, 3))
 def test_any_number_of_views(views):
-    trainer = Trainer(config("vision", "run", f"data.views={views}"))
-    batch = next(trainer._batches())
+    trainer = build(config("vision", "run", f"data.views={views}"))
+    batch = trainer.feed.take(1)[0]
     assert batch["mask"].shape[:2] == (4, views)
-    assert math.isfinite(trainer.step([batch])[0])
+    assert math.isfinite(step(trainer.state, [batch])[0])
 
 
 @pytest.mark.parametrize(
@@ -479,9 +481,9 @@ class TestPretrained:
 
     @pytest.fixture
     def folder(self, here):
-        trainer = Trainer(config("vision", "before", *OURS["vision"].split()))
-        trainer.run()
-        folder, core = Path("before/export"), trainer.core
+        trainer = build(config("vision", "before", *OURS["vision"].split()))
+        loop(trainer)
+        folder, core = Path("before/export"), trainer.state.core
         save_file({k: v.contiguous() for k, v in core.head.state_dict().items()}, folder / "head.safetensors", {"width": "32"})
         save_file(core.teacher.module.model.state_dict(), folder / "teacher.safetensors")
         return folder, core
@@ -491,10 +493,10 @@ class TestPretrained:
         return [*settings, "encoder.pretrained=before/export", *more]
 
     def test_goes_on_from_all_three(self, folder):
-        trainer = Trainer(parse(self.arguments())[0])
+        trainer = build(parse(self.arguments())[0])
         for name, value in folder[1].state_dict().items():
             if isinstance(value, torch.Tensor) and not name.endswith(("mask_embedding", "_extra_state")):
-                assert torch.equal(trainer.core.state_dict()[name], value), name
+                assert torch.equal(trainer.state.core.state_dict()[name], value), name
 
     def test_of_another_modality(self, folder, monkeypatch):
         found = command(monkeypatch, "train", *self.arguments("audio"))
@@ -515,7 +517,7 @@ class TestPretrained:
             file.unlink()
         elif spoil:
             file.write_bytes(b"nonsense" * 9)
-        Trainer(parse(self.arguments("vision", *more.split()))[0])
+        build(parse(self.arguments("vision", *more.split()))[0])
         assert message in caplog.text
 
     def test_a_part_of_something_else_is_refused(self, folder, monkeypatch):

@@ -221,6 +221,20 @@ def test_scaled_in_fp32(interpreted, dtype, shape):
     torch.testing.assert_close(found, (x.double() * 3e-5 * 1024).to(dtype), rtol=2**-7 if dtype == BF16 else 1e-3, atol=1e-6)
 
 
+def test_only_layers_that_differ_are_copied():
+    from d2v_fast.ops.triton_loss import _uniform
+
+    layers = [torch.randn(2, 3, 32) for _ in range(5)]
+    layers[2] = torch.randn(3, 2, 32).transpose(0, 1)
+    layers[3] = torch.randn(2 * 3 * 32 + 1)[1:].view(2, 3, 32)  # starts 4 bytes too late
+    made = _uniform(layers)
+    assert [a is b for a, b in zip(made, layers, strict=True)] == [True, True, False, False, True]
+    wide = [torch.randn(2, 1, 32).expand(2, 3, 32) for _ in range(2)]  # all positions in the same memory
+    for before, after in ((layers, made), (wide, _uniform(wide))):
+        assert len({x.stride() for x in after}) == 1 and all(x.data_ptr() % 16 == 0 for x in after)
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
 def test_obstacles():
     from d2v_fast.ops import triton_loss
 

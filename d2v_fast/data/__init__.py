@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from d2v_fast.masking import BlockMask, Draws, SpanMask, TokenMask, visible_positions
+from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, SpanMask, TokenMask, visible_positions
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +180,11 @@ class PretrainingData(Dataset):
             raise DataError(
                 f"mask.count={self.mask.count}: a sample has {total} positions, and some must stay visible; the recipe masks "
                 f"about 60 % of them, mask.count={round(0.6 * total)}"
+            )
+        longest = max(self.grid) if isinstance(self.grid, tuple) else self.grid
+        if kind is ExactBlockMask and self.mask.length > longest:
+            raise DataError(
+                f"mask.length={self.mask.length}: one block would cover the whole grid {self.grid}; expected at most {longest}"
             )
 
     def processor(self, encoder: Any) -> Any:

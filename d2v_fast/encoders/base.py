@@ -23,6 +23,21 @@ def gather(x: Tensor, visible: Tensor) -> Tensor:
     return F.embedding(visible + first[:, None], x.flatten(0, 1))
 
 
+def find_layers(model: nn.Module) -> str:
+    """Dotted path of the list of as many blocks with attention as `model.config` says; ValueError where there is none."""
+    wanted = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    for name, modules in lists.items():
+        inner = " ".join(n for n, _ in modules[0].named_modules())
+        if len(modules) == wanted and "att" in inner:
+            return name
+    raise ValueError(
+        f"cannot find the transformer layers of {type(model).__name__}: no nn.ModuleList has "
+        f"config.num_hidden_layers = {wanted} blocks with attention inside. Name it: layers=… "
+        f"(found: {', '.join(f'{name} of {len(m)}' for name, m in lists.items()) or 'no nn.ModuleList'})"
+    )
+
+
 class Encoded(NamedTuple):
     """What the blocks compute.
 
@@ -65,7 +80,7 @@ class Encoder(nn.Module):
     def __init__(self, model: nn.Module, layers: str | None = None, ffn: str | None = None, hidden_size: int | None = None):
         super().__init__()
         self.model = model
-        self.layers_name = layers or self._find_layers()
+        self.layers_name = layers or find_layers(model)
         self.ffn_name = ffn
         config = getattr(model, "config", None)
         self.hidden_size = hidden_size or getattr(model, "hidden_size", None) or getattr(config, "hidden_size", None)
@@ -309,19 +324,6 @@ class Encoder(nn.Module):
     def _has(self, path: str | None) -> bool:
         """Whether the model has a parameter of this name; wav2vec 2.0 and ViT may lack their mask vector."""
         return path is not None and path in dict(self.model.named_parameters())
-
-    def _find_layers(self) -> str:
-        wanted = getattr(getattr(self.model, "config", None), "num_hidden_layers", None)
-        lists = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-        for name, modules in lists.items():
-            inner = " ".join(n for n, _ in modules[0].named_modules())
-            if len(modules) == wanted and "att" in inner:
-                return name
-        raise ValueError(
-            f"cannot find the transformer layers of {type(self.model).__name__}: no nn.ModuleList has "
-            f"config.num_hidden_layers = {wanted} blocks with attention inside. Name it: layers=… "
-            f"(found: {', '.join(f'{name} of {len(m)}' for name, m in lists.items()) or 'no nn.ModuleList'})"
-        )
 
     def _ffn(self, block: nn.Module) -> nn.Module:
         if self.ffn_name is not None:

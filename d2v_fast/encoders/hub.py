@@ -20,6 +20,7 @@ from d2v_fast.encoders.base import Encoder
 from d2v_fast.encoders.patches import PatchEncoder, init_data2vec, init_sincos
 from d2v_fast.encoders.spliced import READS, SplicedEncoder
 from d2v_fast.encoders.tokens import TokenEncoder
+from d2v_fast.encoders.trial import splice
 from d2v_fast.encoders.waves import WaveEncoder
 
 log = logging.getLogger(__name__)
@@ -69,9 +70,7 @@ def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None, fe
             return _taken_apart(model, ADAPTERS[reads], layers, ffn)
         except ValueError as error:
             log.debug("%s", error)
-    encoder = SplicedEncoder(model, features, layers, ffn)
-    _check_states(encoder)
-    return encoder
+    return splice(model, features, layers, ffn)
 
 
 def _taken_apart(model: nn.Module, adapter: type[Encoder], layers: str | None, ffn: str | None) -> Encoder:
@@ -162,6 +161,7 @@ def build_encoder(
     feature_grad_mult: float = 1.0,
     attention: str = "sdpa",
     features: str | None = None,
+    bidirectional: bool = False,
 ) -> Encoder:
     """An encoder from a Hugging Face model type, from pretrained weights, or from your own class.
 
@@ -176,6 +176,8 @@ def build_encoder(
         feature_grad_mult: Gradient scale of the convolutions of a speech encoder.
         attention: Attention implementation of transformers; models without it fall back to eager.
         features: Path of the module that makes local features, where the model is to run whole and it is not found by itself.
+        bidirectional: Let the attention of a decoder-only model see later positions too, as LLM2Vec does. It is written into
+            the config, `is_causal`, which transformers follows.
 
     Raises:
         ValueError: No such model type, config field or class.
@@ -232,6 +234,8 @@ def build_encoder(
             f"encoder.model={hf_config.model_type!r}: {cls.__name__} has a decoder too; its encoder alone can be trained from "
             "Python: d2v_fast.wrap(model.get_encoder())"
         )
+    if bidirectional:
+        hf_config.is_causal = False
     arguments = class_arguments(cls)
     if attention == "sdpa" and not getattr(cls, "_supports_sdpa", False):
         attention = "eager"
@@ -257,13 +261,20 @@ def build_encoder(
         raise ValueError(f"{setting}: {cls.__name__} cannot be made with it: {reason}") from error
     if pretrained is not None:
         _check_loaded(hf_model, loaded, pretrained)
+    if bidirectional:
+        causal = [module.is_causal for module in hf_model.modules() if hasattr(module, "is_causal")]
+        if causal and not any(causal):
+            raise ValueError(f"encoder.bidirectional=true: {cls.__name__} has no causal attention; leave the setting out")
+        log.info("%s: its attention sees later positions too (encoder.bidirectional=true)", cls.__name__)
     encoder = wrap(hf_model, layers, ffn, features)
     if isinstance(encoder, WaveEncoder):
         encoder.feature_grad_mult = feature_grad_mult
         if feature_grad_mult == 0:  # else DDP would wait for gradients
             encoder.model.feature_extractor.requires_grad_(False)
     if init != "hf" and pretrained is None:
-        if not isinstance(encoder, PatchEncoder):
+        spliced = init == "sincos" and isinstance(encoder, SplicedEncoder) and isinstance(encoder.positions(0), tuple)
+        placed = hasattr(getattr(encoder.model, "embeddings", None), "position_embeddings")
+        if not isinstance(encoder, PatchEncoder) and not (spliced and placed):
             name = type(encoder.model).__name__
             raise ValueError(f"encoder.init={init!r}: is for ViT, BEiT and their kin, found {name}; take encoder.init=hf")
         (init_data2vec if init == "data2vec" else init_sincos)(encoder)

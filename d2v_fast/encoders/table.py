@@ -37,6 +37,13 @@ OTHERS = (
     "PixioModel",
 )
 
+# Decoder-only models, and others whose attention is causal: with `encoder.bidirectional=true`.
+CAUSAL = (
+    *("bloom", "clip_text_model", "codegen", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neo"),
+    *("gpt_neox", "gpt_oss", "gptj", "granite", "helium", "llama", "mamba", "mistral", "mixtral", "mpt", "nemotron", "olmo2"),
+    *("opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2", "xglm"),
+)
+
 # Fields by which configurations are made small, where they have them.
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "dim", "embedding_size", "emb_dim", "embed_dim"), 32),
@@ -75,6 +82,10 @@ MORE: dict[str, dict[str, Any]] = {
     "big_bird": dict(attention_type="original_full"),
     **dict.fromkeys(("deberta", "deberta-v2"), _DEBERTA),
     "dinov3_vit": dict(num_register_tokens=4),
+    "falcon": dict(head_dim=None),
+    "gpt_neo": dict(num_layers=2, num_hidden_layers=None, attention_types=[[["global", "local"], 1]]),
+    "codegen": dict(rotary_dim=8),
+    "gptj": dict(rotary_dim=8),
     **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin"), _SWIN),
     "hiera": dict(image_size=[32, 32], patch_size=None, hidden_size=None, depths=[1, 1], num_heads=[1, 2], num_query_pool=1),
     "funnel": dict(num_hidden_layers=None, block_sizes=[1, 1], block_repeats=None),
@@ -114,6 +125,7 @@ def names() -> list[str]:
     found = {name for mapping in used for name in mapping}
     found |= {name for name in auto.MODEL_MAPPING_NAMES if name.endswith(("_vision", "_vision_model", "_audio", "_encoder"))}
     found |= {name for name in auto.MODEL_MAPPING_NAMES if auto.MODEL_MAPPING_NAMES[name] in OTHERS}
+    found |= set(CAUSAL)
     single = []
     for name in sorted(found & set(auto.MODEL_MAPPING_NAMES)):
         cls = model_class(CONFIG_MAPPING[name])
@@ -146,6 +158,8 @@ def tiny(name: str) -> nn.Module:
     fields |= MORE.get(name, {})
     fields = {field: value for field, value in fields.items() if value is not None}
     config, cls = kind(**fields), model_class(kind)
+    if name in CAUSAL:
+        config.is_causal = False
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in cls(config).parameters())
     if count > LARGEST:
@@ -221,10 +235,13 @@ def report(found: list[Row]) -> str:
         f"Tried with transformers {transformers.__version__}, on tiny configurations with random weights: {len(tried)} model "
         f"types, of which {len(first)} work with data2vec 1.0 and {len(second)} of them with 2.0."
     ]
-    titles = {"text": "Text", "vision": "Images", "audio": "Waveforms", "spectrogram": "Spectrograms"}
-    for reads, title in titles.items():
-        works = [row for row in first if row.reads == reads]
-        refused = [row for row in tried if row.reads == reads and row not in works]
+    titles = {"text": "Text", "causal": "Text, with encoder.bidirectional=true"}
+    titles |= {"vision": "Images", "audio": "Waveforms", "spectrogram": "Spectrograms"}
+    for kind, title in titles.items():
+        of_kind = [row for row in tried if ("causal" if row.name in CAUSAL else row.reads) == kind]
+        if not of_kind:
+            continue
+        works, refused = ([row for row in of_kind if (row in first) is worked] for worked in (True, False))
         lines += ["", f"**{title}**", "", "| model type | class | run | 1.0 | 2.0 |", "|---|---|---|---|---|"]
         lines += [f"| `{r.name}` | {r.cls} | {r.way} | yes | {f'no: {r.second}' if r.second else 'yes'} |" for r in works]
         lines += [f"| `{r.name}` | {r.cls} | | no: {r.first} | no |" for r in refused]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -504,11 +505,12 @@ def _n_processors(device: torch.device) -> int:
 
 
 def _uniform(layers: Sequence[Tensor]) -> list[Tensor]:
-    """The layers with one set of strides for all and starts at multiples of 16 bytes; copies only what differs."""
-    strides = layers[0].stride()
-    if all(x.stride() == strides and x.data_ptr() % 16 == 0 for x in layers):
-        return list(layers)
-    return [x.clone(memory_format=torch.contiguous_format) for x in layers]
+    """The layers with one set of strides for all and starts at multiples of 16 bytes; copies only those that differ."""
+    strides = Counter(x.stride() for x in layers).most_common(1)[0][0]
+    if 0 in strides:  # of an expanded tensor, into which nothing can be copied
+        strides = torch.empty(layers[0].shape, device="meta").stride()
+    differs = [x.stride() != strides or x.data_ptr() % 16 != 0 for x in layers]
+    return [x.new_empty_strided(x.shape, strides).copy_(x) if d else x for x, d in zip(layers, differs, strict=True)]
 
 
 def _stages(tile_bytes: int) -> int:

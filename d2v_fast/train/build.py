@@ -1,0 +1,399 @@
+"""From a config to a run: data, encoder, model, optimizer and schedule, new or as a checkpoint has them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from d2v_fast.checkpoint import Checkpoint, Checkpoints
+from d2v_fast.config import MODALITIES, Config, ConfigError, data_class
+from d2v_fast.data import Batch, EpochBatches, PretrainingData
+from d2v_fast.data.own import blamed, check_batch, check_class
+from d2v_fast.decoders import ConvDecoder
+from d2v_fast.diagnostics import Monitor
+from d2v_fast.encoders import Encoder, build_encoder
+from d2v_fast.fused import fuse
+from d2v_fast.model import Data2Vec
+from d2v_fast.train.feed import EMPTY, Feed
+from d2v_fast.train.folder import HEAD, TEACHER, TOKENIZER, RunFolder
+from d2v_fast.train.guards import BrokenSamples, SkippedSteps
+from d2v_fast.train.log import Window
+from d2v_fast.train.optim import lr_factor, make_optimizer, warmup_steps
+from d2v_fast.train.parallel import start
+from d2v_fast.train.save import Samples, compare_settings, newest, restore
+from d2v_fast.train.step import State, make_graphs
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """A run as it is built, before its first step or after those of a checkpoint.
+
+    Attributes:
+        config: What to train, on what, how.
+        settings: Of the config, as a checkpoint keeps and compares them.
+        accelerator: The ranks.
+        folder: Where it writes.
+        checkpoints: In that folder.
+        data: What it reads.
+        samples: What these data are.
+        feed: Its batches.
+        broken: Samples that could not be read.
+        state: What a step changes.
+        window: Since the last line of the log.
+        steps: Of the whole run.
+        fused: What --fused has changed, in words.
+        saved: Step of the newest checkpoint.
+        changed: Whether settings differ from those of the newest checkpoint.
+    """
+
+    config: Config
+    settings: dict[str, Any]
+    accelerator: Accelerator
+    folder: RunFolder
+    checkpoints: Checkpoints
+    data: PretrainingData
+    samples: Samples
+    feed: Feed
+    broken: BrokenSamples
+    state: State
+    window: Window
+    steps: int
+    fused: list[str]
+    saved: int = 0
+    changed: bool = False
+
+
+def build(config: Config, fused: bool = False) -> Run:
+    """Take the folder, and make all that the config describes; `loop` trains it.
+
+    Args:
+        config: What to train, on what, how.
+        fused: Put the fast parts in, `d2v_fast.fused`.
+
+    Raises:
+        ConfigError: Settings that do not fit each other.
+        DataError: Data that cannot be used.
+        CheckpointError: `config.resume`, and no usable checkpoint.
+    """
+    accelerator = start(config.train)
+    folder = RunFolder(config, accelerator.is_main_process)
+    try:
+        return _build(config, fused, accelerator, folder)
+    except BaseException:
+        folder.leave(0)
+        raise
+
+
+def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder) -> Run:
+    from accelerate.utils import set_seed
+
+    train, world, device = config.train, accelerator.num_processes, accelerator.device
+    settings = {"modality": config.modality, "fused": fused, "processes": world, **config.settings()}
+    settings["train.output"] = folder.name
+    settings = json.loads(json.dumps(settings, default=str))
+    checkpoints = Checkpoints(folder.path / "checkpoints", train.keep_last)
+    saved = newest(checkpoints, accelerator.is_main_process) if config.resume else None
+    if saved:
+        compare_settings(saved, settings, config)
+
+    with accelerator.main_process_first():  # the others find what it has cached
+        data = make_data(config, folder.path)
+    encoder = make_encoder(config, None if config.own_data else getattr(data, "tokens", None))
+    samples = _fit(data, encoder, config)
+    if saved:
+        samples.compare(saved, config.resume_allow)
+    core = _make_core(config, data, encoder, accelerator)
+    words = fuse(core, device) if fused else []
+
+    order = _order(config, data, accelerator, saved)
+    steps_per_epoch = len(order.epoch(0)) / train.accumulate
+    steps = train.steps if train.epochs is None else max(1, round(train.epochs * steps_per_epoch))
+    broken = BrokenSamples(len(data), train.max_broken)
+    feed = Feed(data, order, train.workers, device.type == "cuda", broken)
+
+    done = saved.step if saved else 0
+    optimizer = make_optimizer(core, config.optimizer, fused)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, steps, config.schedule), last_epoch=done - 1
+    )
+    # A layer that layer-drop skips on one rank has no gradient there.
+    accelerator.ddp_handler.find_unused_parameters = getattr(getattr(encoder.model, "config", None), "layerdrop", 0) > 0
+    model, prepared = accelerator.prepare(core, optimizer)
+    main, alone = accelerator.is_main_process, world == 1
+    warmup = warmup_steps(steps, config.schedule)
+    state = State(
+        core=core,
+        model=model,
+        optimizer=prepared,
+        scheduler=scheduler,
+        accelerator=accelerator,
+        monitor=Monitor(core, prepared.optimizer, config.collapse, steps, warmup, accelerator, folder.path if main else None),
+        skipped=SkippedSteps(
+            train.max_skipped, data.sample_name, folder.path, None if alone else accelerator.process_index, settings
+        ),
+        reduction=config.loss.reduction,
+        clip_norm=train.clip_norm,
+        done=done,
+    )
+    if fused and (graphs := make_graphs(state, train)):
+        state.graphs = graphs
+        words.append("CUDA graphs of passes whose shapes come again")
+    # Dropout differs between ranks. What numpy takes has 32 bits.
+    set_seed((train.seed + accelerator.process_index) % 2**32)
+    run = Run(
+        config=config,
+        settings=settings,
+        accelerator=accelerator,
+        folder=folder,
+        checkpoints=checkpoints,
+        data=data,
+        samples=samples,
+        feed=feed,
+        broken=broken,
+        state=state,
+        window=Window(device),
+        steps=steps,
+        fused=words,
+        saved=done,
+        changed=bool(saved) and saved.state["settings"] != settings,
+    )
+    if saved:
+        with saved.reading():
+            restore(run, saved)
+    return run
+
+
+def _fit(data: PretrainingData, encoder: Encoder, config: Config) -> Samples:
+    """Fit the data to the encoder; what the samples are."""
+    with blamed(config.data["class"], type(data), "fit_to or contents fails"):
+        data.fit_to(encoder)
+        return Samples(len(data), *data.contents())
+
+
+def _make_core(config: Config, data: PretrainingData, encoder: Encoder, accelerator: Accelerator) -> Data2Vec:
+    """Student, teacher and head, tried where a step may fail for reasons that can be named: by several ranks, by own data."""
+    own = config.data["class"]
+    shown = _try_collate(config, data, encoder) if own else ""
+    core = make_model(config, encoder, data.axes)
+    if accelerator.num_processes > 1 or own:
+        core.to(accelerator.device)
+        with accelerator.autocast(), blamed(own, type(data), f"the model does not take its batch, {shown}"):
+            unused = freeze_unused(core, data)
+        if unused and accelerator.is_main_process:
+            log.info("frozen, as no gradient reaches them: %s", ", ".join(unused))
+    return core
+
+
+def _try_collate(config: Config, data: PretrainingData, encoder: Encoder) -> str:
+    """What a batch of a class of one's own holds, in words, once it is known to be one."""
+    own = config.data["class"]
+    if data.grid is not None:
+        data.check_mask()
+    with blamed(own, type(data), "collate fails on its first samples"):
+        batch = first_batch(data)
+    if batch is None:  # the first step says why
+        return ""
+    check_batch(own, data, batch, encoder, config.head.kind == "conv")
+    return ", ".join(f"{key} {each.dtype} {tuple(each.shape)}" for key, each in batch.items() if isinstance(each, Tensor))
+
+
+def _order(config: Config, data: PretrainingData, accelerator: Accelerator, saved: Checkpoint | None) -> EpochBatches:
+    """The order of this rank's batches, from the first that it has not trained on."""
+    start = 0
+    if saved:
+        with saved.reading():
+            start = int(saved.state["ranks"][accelerator.process_index]["batches"])
+    return EpochBatches(
+        len(data),
+        config.train.batch_size,
+        config.train.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        data.lengths,
+        getattr(data, "max_batch_length", None),
+        start=start,
+    )
+
+
+def learns_tokens(config: Config) -> bool:
+    """Whether a tokenizer is trained for the run."""
+    return config.data.get("tokenizer") == "train" and not config.own_data
+
+
+def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
+    """The data set that the config describes.
+
+    Args:
+        config: Its settings.
+        folder: Of a run that goes on; the tokenizer that it has trained stays as it is.
+
+    Raises:
+        ConfigError: Settings that do not fit each other.
+        DataError: Data that cannot be used, or a class of one's own that leaves something out.
+    """
+    data = dict(config.data)
+    own = data.pop("class")
+    if config.resume and folder is not None and learns_tokens(config) and (folder / TOKENIZER).exists():
+        data["tokenizer"] = str(folder / TOKENIZER)
+    elif learns_tokens(config) and config.encoder.pretrained:
+        raise ConfigError(
+            f"data.tokenizer=train: makes a new vocabulary, but encoder.pretrained={config.encoder.pretrained} has learned "
+            "another one; leave data.tokenizer out, or name the tokenizer that the encoder was trained with"
+        )
+    if config.modality == "text" and not config.own_data:
+        data["max_broken"] = config.train.max_broken
+    cls = data_class(config.modality, own)
+    with blamed(own, cls, "cannot be made"):
+        made = cls(mask=config.mask, seed=config.train.seed, **data)
+    if own:
+        check_class(own, made)
+    return made
+
+
+def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encoder:
+    """The student's encoder; the same weights for the same train.seed.
+
+    Args:
+        config: Its settings.
+        tokens: Of text, the size of the vocabulary and the ids of special tokens, by the fields that are left to them if open.
+
+    Raises:
+        ConfigError: An encoder without a vocabulary for text, or of another modality.
+    """
+    from transformers import CONFIG_MAPPING
+
+    fields, name = dict(config.encoder.config), config.encoder.model
+    if tokens and config.encoder.pretrained is None and name in CONFIG_MAPPING:
+        known = CONFIG_MAPPING[name]()
+        if not hasattr(known, "vocab_size"):
+            raise ConfigError(f"encoder.model={name}: has no vocabulary, so it cannot read text; roberta and bert do")
+        fields = {field: value for field, value in tokens.items() if hasattr(known, field)} | fields
+    torch.manual_seed(config.train.seed)
+    settings = {k: v for k, v in vars(config.encoder).items() if k != "config"}
+    encoder = build_encoder(config=fields, **settings)
+    if config.modality != "custom" and encoder.reads not in (None, *MODALITIES[config.modality].reads):
+        setting = "model" if config.encoder.pretrained is None else "pretrained"
+        raise ConfigError(
+            f"encoder.{setting}={getattr(config.encoder, setting)}: {type(encoder.model).__name__} does not read what "
+            f"modality={config.modality} gives; take an encoder of this modality, or another modality with its data"
+        )
+    return encoder
+
+
+def make_model(config: Config, encoder: Encoder, axes: int | None = None) -> Data2Vec:
+    """Student, teacher and head.
+
+    Args:
+        config: Its settings.
+        encoder: The student's.
+        axes: Of the grid of positions; by default those of the modality.
+
+    Raises:
+        ConfigError: head.pretrained holds no head, or another one.
+    """
+    head, decoder = vars(config.head).copy(), None
+    kind, layers, zero_init, _ = (head.pop(name) for name in ("kind", "layers", "zero_init", "pretrained"))
+    if kind == "conv":
+        axes = axes or MODALITIES[config.modality].axes
+        try:
+            decoder = ConvDecoder(encoder.hidden_size, axes, layers=layers, zero_init=zero_init, **head)
+        except ValueError as error:
+            raise ConfigError(f"head.{error}") from error
+    loss = {name: value for name, value in vars(config.loss).items() if name != "reduction"}
+    model = Data2Vec(
+        encoder,
+        **vars(config.targets),
+        **loss,
+        head_layers=layers,
+        head_zero_init=zero_init,
+        decoder=decoder,
+        **{f"ema_{name}": value for name, value in vars(config.ema).items()},
+    )
+    if not config.resume:  # else a checkpoint has them
+        _start_from_pretrained(model, config)
+    return model
+
+
+def _start_from_pretrained(model: Data2Vec, config: Config) -> None:
+    """Take over the head and the teacher that lie beside pretrained weights, as d2v-export leaves them.
+
+    Raises:
+        ConfigError: head.pretrained has no head that fits, or a teacher is of another encoder.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    encoder = config.encoder.pretrained and Path(config.encoder.pretrained).expanduser()
+    asked, made = config.head.pretrained is not None, {}
+    file = (Path(config.head.pretrained).expanduser() if asked else encoder or Path()) / HEAD
+    if asked or (encoder and file.is_file()):
+        try:
+            with safe_open(file, "pt") as opened:
+                made = {name: value for name, value in (opened.metadata() or {}).items() if hasattr(config.head, name)}
+            # The weights do not tell whether there are residuals.
+            if made.get("residual", str(config.head.residual)) != str(config.head.residual):
+                raise RuntimeError(f"head.residual: found {config.head.residual}, expected {made['residual']}")
+            model.head.load_state_dict(load_file(file))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            told = "; made with:" + "".join(f" head.{name}={value}" for name, value in sorted(made.items())) if made else ""
+            if asked:
+                raise ConfigError(f"head.pretrained={config.head.pretrained}: {_in_one_line(error)}{told}") from error
+            log.warning("%s: is not of this head, which starts at random%s (%s)", file, told, _in_one_line(error))
+        else:
+            log.info("head from %s", file)
+    elif encoder and model.sparse:
+        log.warning("encoder.pretrained=%s: has no %s, so the decoder starts at random", config.encoder.pretrained, HEAD)
+    if encoder and (encoder / TEACHER).is_file():
+        try:
+            model.teacher.module.model.load_state_dict(load_file(encoder / TEACHER))
+        except (RuntimeError, SafetensorError) as error:
+            raise ConfigError(
+                f"{encoder / TEACHER}: {_in_one_line(error)}; remove it, and the teacher starts as a copy of the student"
+            ) from error
+        log.info("teacher from %s; ema.start is where its decay goes on", encoder / TEACHER)
+    elif asked or (encoder and model.sparse):
+        log.warning("student and head go on from what they were; the teacher, not saved, is a copy of the student")
+
+
+def _in_one_line(error: Exception) -> str:
+    """An error in one line; of the weights that do not fit, it names the first."""
+    return " ".join(line.strip().rstrip(".") for line in str(error).splitlines()[:2])
+
+
+def first_batch(data: PretrainingData) -> Batch | None:
+    """Two samples, or the one that can be read, with something to score; None without, and the first step says why."""
+    batches = (data.__getitems__([(0, i) for i in range(at, min(at + 2, len(data)))]) for at in range(0, len(data), 2))
+    return next((batch for batch in itertools.islice(batches, EMPTY) if len(batch.get("index", ()))), None)
+
+
+def freeze_unused(core: Data2Vec, data: PretrainingData) -> list[str]:
+    """Freeze the parameters that no gradient reaches, which several ranks would not accept; returns their names.
+
+    An example is the positional convolution of Wav2Vec2-Conformer, which has positions of another kind.
+    """
+    batch = first_batch(data)
+    if batch is None:
+        return []
+    device = next(core.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+    parameters = {name: p for name, p in core.named_parameters() if p.requires_grad}
+    core.eval()  # layer-drop would skip some that are used
+    gradients = torch.autograd.grad(core(**batch).loss, list(parameters.values()), allow_unused=True)
+    core.train()
+    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+    for name in unused:
+        parameters[name].requires_grad_(False)
+    return unused

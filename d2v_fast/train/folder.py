@@ -1,0 +1,83 @@
+"""The folder of a run: its place, its lock, and the names of what lies in it."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from pathlib import Path
+
+from d2v_fast.config import Config, ConfigError
+from d2v_fast.report import read_lines
+from d2v_fast.train.parallel import from_main
+
+TOKENIZER = "tokenizer"  # folder of one that was trained for the run
+STEP = "step.json"  # in export/: the step its weights are from
+HEAD, TEACHER = "head.safetensors", "teacher.safetensors"  # beside the encoder of a checkpoint of another project
+
+
+class RunFolder:
+    """The folder of a run, locked until the run ends, so that what is found there at first stays.
+
+    Args:
+        config: `train.output` names the folder; without it one in runs/ is made.
+        main: Whether this is the main process, which alone makes and locks it; the others are told where it is.
+
+    Raises:
+        ConfigError: Another process is at work there, it holds a run already, or it cannot be written.
+    """
+
+    def __init__(self, config: Config, main: bool):
+        from filelock import FileLock
+
+        chosen = config.train.output
+        self.made = chosen is None and main
+        if self.made:
+            chosen = str(new_folder(config.name))
+        self.name = from_main(chosen)
+        self.path = Path(self.name)
+        # The lock of a process that is killed is free. One for all runs of a process: a run never started would keep it.
+        self.lock = FileLock(self.path / ".lock", timeout=0, is_singleton=True)
+        if main and (self.path.exists() or not config.resume):
+            self._enter(config.resume)
+
+    def _enter(self, resume: bool) -> None:
+        from filelock import Timeout
+
+        try:
+            self.made = self.made or not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
+        except Timeout:
+            raise ConfigError(f"train.output={self.path}: another d2v-train is at work there; wait for its end") from None
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        has_checkpoints = (self.path / "checkpoints").exists()
+        if not resume and (has_checkpoints or read_lines(self.path / "log.jsonl")):
+            self.lock.release()
+            goes_on = "--resume goes on with it" if has_checkpoints else "it has no checkpoint to go on from; remove it"
+            raise ConfigError(f"train.output={self.path}: holds a run already; {goes_on}, another folder starts a new one")
+
+    def leave(self, steps: int) -> None:
+        """Unlock it; one that was made for a run of no steps is removed, unless alarms say why."""
+        if self.made and not steps and not (self.path / "alarms.jsonl").exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.lock.release(force=True)  # also for runs that were built and never started
+
+
+def new_folder(name: str) -> Path:
+    """Make a folder in runs/ for a run without train.output. Several that start in the same second get one each."""
+    base = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+        folder = Path(base + suffix)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        return folder
+
+
+def cannot_write(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"train.output={folder}: cannot be written, choose another folder: {error}")

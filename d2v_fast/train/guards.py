@@ -1,0 +1,159 @@
+"""What a run survives, and what stops it: broken samples, steps that are not finite, full disks, signals."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from d2v_fast.checkpoint import write_text
+from d2v_fast.data import Batch, DataError
+
+log = logging.getLogger(__name__)
+
+
+class WorkerDied(DataError):
+    """A process that loads data has ended."""
+
+
+class NotFiniteError(RuntimeError):
+    """Too many steps in a row were skipped, as loss or gradient was not finite."""
+
+
+class BrokenSamples:
+    """Names each sample that could not be read once, and stops the run when they are too many.
+
+    Args:
+        total: Number of samples.
+        limit: Largest share of them.
+    """
+
+    def __init__(self, total: int, limit: float):
+        self.total, self.limit = total, limit
+        self.seen: dict[int, str] = {}
+
+    def note(self, broken: list[tuple[int, str]]) -> None:
+        for index, message in broken:
+            if index not in self.seen:
+                self.seen[index] = message
+                log.warning("skipped an unreadable sample: %s", message)
+        self.judge(self.seen)
+
+    def judge(self, seen: dict[int, str]) -> None:
+        """Raise DataError if those seen, here or on all ranks, are too many."""
+        if len(seen) > self.limit * self.total or len(seen) == self.total:
+            first = "\n  ".join(list(seen.values())[:5])
+            raise DataError(
+                f"{len(seen)} of {self.total} samples cannot be read, more than train.max_broken={self.limit}:\n  {first}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"broken": list(self.seen.items())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = {index: message for index, message in state["broken"]}
+
+
+class SkippedSteps:
+    """Counts the steps whose loss or gradient is not finite, and stops the run after too many in a row.
+
+    Args:
+        limit: Steps in a row.
+        sample_name: Where a sample comes from, by its index.
+        folder: Of the run, where a file then tells what to look at.
+        rank: Of this process; None if it is alone.
+        settings: For that file.
+    """
+
+    def __init__(self, limit: int, sample_name: Callable[[int], str], folder: Path, rank: int | None, settings: dict[str, Any]):
+        self.limit, self.sample_name, self.folder, self.rank, self.settings = limit, sample_name, folder, rank, settings
+        self.count = 0
+        self.suspects: list[dict[str, Any]] = []  # the last ones, one after the other
+
+    def add(self, step: int, micro_batches: list[Batch], loss: Tensor, grad_norm: Tensor) -> None:
+        self.count += 1
+        self.suspects.append(
+            {
+                "step": step,
+                "loss": str(float(loss)),  # JSON has no NaN
+                "grad_norm": str(float(grad_norm)),
+                "epoch": micro_batches[-1]["epoch"],
+                "samples": {i: self.sample_name(i) for batch in micro_batches for i in batch["samples"]},
+            }
+        )
+        log.warning("step %d skipped: loss or gradient is not finite; %d so far", step, self.count)
+
+    def forget(self) -> None:
+        """After a step that was finite."""
+        self.suspects = []
+
+    def judge(self, step: int) -> None:
+        """Raise NotFiniteError, which names a file, if the last steps up to this one are too many."""
+        if len(self.suspects) < self.limit:
+            return
+        file = self.folder / f"not-finite-step-{step}{'' if self.rank is None else f'-rank-{self.rank}'}.json"
+        write_text(file, json.dumps({"skipped": self.suspects, "settings": self.settings}, indent=1))
+        raise NotFiniteError(
+            f"loss or gradient was not finite in {len(self.suspects)} steps in a row, up to step {step}: "
+            f"{file} names their samples; try a lower optimizer.lr, train.clip_norm, or train.precision=fp32"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.count, "suspects": self.suspects}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self.suspects = int(state["skipped"]), list(state["suspects"])
+
+
+@contextmanager
+def disk_may_fail(what: str) -> Iterator[None]:
+    """A disk that is full costs what is to be written and not the run."""
+    try:
+        yield
+    except OSError as error:
+        log.error("%s could not be written, training goes on: %s", what, error)
+
+
+def in_main_thread() -> bool:
+    """Whether this thread may set signal handlers: that of a notebook server or of Ray may not."""
+    return threading.current_thread() is threading.main_thread()
+
+
+class StopRequest:
+    """SIGTERM, Ctrl-C and a closed terminal end the run after the current step, with a checkpoint; the second one at once."""
+
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not known everywhere
+    ECHO = 1.0  # seconds in which torchrun passes on to its ranks the Ctrl-C that the terminal has sent them already
+
+    def __enter__(self) -> StopRequest:
+        self.asked = False
+        self.before = {}
+        if not in_main_thread():
+            log.warning("not in the main thread: SIGTERM and Ctrl-C do not save the run, only train.save_every does")
+            return self
+        for name in filter(signal.__dict__.get, self.SIGNALS):
+            number = getattr(signal, name)
+            if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # nohup lets it outlive its terminal
+                self.before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self.since = True, now
+        elif now - self.since > self.ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)

@@ -1,0 +1,203 @@
+"""What a run tells of itself: log.jsonl and TensorBoard, and its progress on the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_fast.checkpoint import write_text
+from d2v_fast.report import read_lines
+from d2v_fast.train.guards import BrokenSamples, disk_may_fail
+from d2v_fast.train.step import Outcome, State
+
+log = logging.getLogger(__name__)
+
+PROGRESS = (
+    "loss {loss:.4f}  target std {target_std:.3f}  prediction std {prediction_std:.3f}  "
+    "{samples_per_s:.1f} samples/s  data wait {data_wait:.0%}"
+)
+
+
+class RunLog:
+    """log.jsonl and, if it is installed, TensorBoard; nothing without a folder.
+
+    Args:
+        folder: The run's.
+        step: Last step of the checkpoint that the run goes on from; what was logged of later ones is cut.
+    """
+
+    def __init__(self, folder: Path | None, step: int = 0):
+        self.folder, self.step, self.board = folder, step, None
+
+    def __enter__(self) -> RunLog:
+        if self.folder is not None:
+            file = self.folder / "log.jsonl"
+            if self.step:
+                for each in (file, self.folder / "alarms.jsonl"):
+                    if each.exists():
+                        write_text(
+                            each, "".join(f"{json.dumps(line)}\n" for line in read_lines(each) if line["step"] <= self.step)
+                        )
+            self.file = file.open("a", buffering=1, encoding="utf-8")
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1 if self.step else None)
+            except Exception as error:  # it is optional, and has errors of its own, as for folders that are not UTF-8
+                remedy = "; pip install tensorboard" if isinstance(error, ImportError) else ""
+                log.info("curves are in log.jsonl alone: %s%s", error, remedy)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.folder is not None:
+            with disk_may_fail("log.jsonl"):
+                self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def write(self, record: dict[str, float]) -> None:
+        if self.folder is not None:
+            finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
+            with disk_may_fail("log.jsonl"):  # what could not be written stays in the buffer and comes with the next line
+                self.file.write(json.dumps(finite) + "\n")
+        if self.board is not None:
+            board, self.board = self.board, None  # one that failed once fails for ever
+            with disk_may_fail("more for tensorboard"):
+                for name in record.keys() - {"step", "time"}:
+                    board.add_scalar(name, record[name], record["step"])
+                self.board = board
+
+
+class Screen:
+    """stderr for the progress bar: one that is gone or full costs the bar and not the run."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+class Progress:
+    """A bar on a terminal and lines of text elsewhere; nothing on other ranks than the first.
+
+    Args:
+        steps: Of the whole run.
+        done: Steps before it goes on.
+        main: Whether this is the first rank.
+    """
+
+    def __init__(self, steps: int, done: int, main: bool):
+        from tqdm import tqdm
+
+        self.steps, self.begin, self.main, self.start = steps, done, main, time.perf_counter()
+        self.shows_bar = main and sys.stderr.isatty()
+        quiet = {} if self.shows_bar else {"disable": True}  # not False, which would overrule TQDM_DISABLE
+        self.bar = tqdm(
+            total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.05, delay=0, file=Screen(), **quiet
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.close()
+
+    def step(self) -> None:
+        self.bar.update()
+
+    def show(self, record: dict[str, float]) -> None:
+        """The figures of a line of the log."""
+        if self.shows_bar:
+            self.bar.set_postfix_str(PROGRESS.format(**record))
+        elif self.main:  # the log of a batch job would keep every state of the bar
+            done = record["step"]
+            seconds = (time.perf_counter() - self.start) * (self.steps - done) / (done - self.begin)
+            left = self.bar.format_interval(seconds)
+            print(f"step {done}/{self.steps}, {left} left: {PROGRESS.format(**record)}", file=Screen())
+
+
+class Window:
+    """What happened since the last line of the log. Losses are summed on the device, so that nobody waits for them."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        self.load_state_dict({"loss": 0.0, "cls_loss": 0.0, "steps": 0, "samples": 0, "waited": 0.0, "seconds": 0.0})
+
+    def state_dict(self) -> dict[str, float]:
+        return {
+            "loss": float(self.loss),
+            "cls_loss": float(self.cls_loss),
+            "steps": self.steps,
+            "samples": self.samples,
+            "waited": self.seconds_waited,
+            "seconds": time.perf_counter() - self.start,
+        }
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        losses = state["loss"], state.get("cls_loss", 0.0)  # which checkpoints of before data2vec 2.0 do not know
+        self.loss, self.cls_loss = (torch.full((), loss, device=self.device) for loss in losses)
+        self.steps, self.samples, self.seconds_waited = state["steps"], state["samples"], state["waited"]
+        self.start = time.perf_counter() - state["seconds"]
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds_waited += time.perf_counter() - begin
+
+    def add(self, outcome: Outcome, samples: int) -> None:
+        """Count a step; the loss of one that was skipped is left out."""
+        if outcome.finite:
+            self.loss += outcome.loss
+            self.cls_loss += outcome.cls_loss
+            self.steps += 1
+        self.samples += samples
+
+
+def make_record(state: State, window: Window, broken: BrokenSamples, epoch: int, grad_norm: Tensor) -> dict[str, float]:
+    """A line of the log, over all ranks; here the device is waited for.
+
+    Raises:
+        DataError: On all ranks together, too many samples cannot be read.
+    """
+    from accelerate.utils import gather_object
+
+    everywhere = {index: message for seen in gather_object([broken.seen]) for index, message in seen.items()}
+    broken.judge(everywhere)
+    losses = state.accelerator.reduce(torch.stack([window.loss, window.cls_loss]), "mean")
+    loss, cls_loss = (losses / window.steps).tolist() if window.steps else (math.nan, math.nan)
+    seconds = time.perf_counter() - window.start
+    return {
+        "step": state.done,
+        "loss": loss,
+        **({"cls_loss": cls_loss} if state.core.cls_weight else {}),
+        **state.monitor.figures(loss - cls_loss),
+        "grad_norm": float(grad_norm),
+        "lr": state.scheduler.get_last_lr()[0],
+        "ema_decay": state.core.teacher.decay(state.core.teacher.step),
+        "samples_per_s": window.samples * state.world / seconds,
+        "data_wait": window.seconds_waited / seconds,
+        "epoch": epoch,
+        "skipped_steps": state.skipped.count,
+        "broken_samples": len(everywhere),
+        "time": time.time(),
+    }

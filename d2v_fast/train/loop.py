@@ -1,0 +1,143 @@
+"""The loop: take batches, step, log, save, until the last step or a request to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+
+from d2v_fast.checkpoint import CheckpointError, write_text
+from d2v_fast.data import Batch
+from d2v_fast.diagnostics import CollapseError, distinct_share, environment
+from d2v_fast.encoders import describe
+from d2v_fast.train.build import Run, learns_tokens
+from d2v_fast.train.folder import TOKENIZER
+from d2v_fast.train.guards import NotFiniteError, StopRequest, WorkerDied, disk_may_fail
+from d2v_fast.train.log import Progress, RunLog, make_record
+from d2v_fast.train.parallel import on_any
+from d2v_fast.train.save import export, save
+from d2v_fast.train.step import step
+
+log = logging.getLogger(__name__)
+
+INTERRUPTED = 130  # exit code of a run that was asked to stop and can be resumed
+SUMMARY = (
+    "step {step}: loss {loss:.4f}, target std {target_std:.3f}, prediction std {prediction_std:.3f}, "
+    "feature std {feature_std:.3f}; student in {folder}"
+)
+
+
+def loop(run: Run) -> int:
+    """Train to the end or until asked to stop, then leave the folder; returns the exit code."""
+    try:
+        if run.accelerator.is_main_process:
+            _describe(run)
+        stopped, record = _steps(run)
+        return _conclude(run, stopped, record)
+    finally:
+        run.folder.leave(run.state.done)
+
+
+def _steps(run: Run) -> tuple[bool, dict[str, float] | None]:
+    """All steps; whether the run was asked to stop, and the last line of the log."""
+    train, state, main, begin = run.config.train, run.state, run.accelerator.is_main_process, run.state.done
+    record, stopped = None, False
+    state.model.train()
+    try:
+        lines, progress = RunLog(run.folder.path if main else None, begin), Progress(run.steps, begin, main)
+        with StopRequest() as stop, lines, progress:
+            state.monitor.judge({"step": begin, "distinct_samples": distinct_share(run.data)})
+            while state.done < run.steps:
+                stopped, busy = on_any(run.accelerator, stop.asked, run.checkpoints.busy)
+                if stopped:
+                    break
+                if not busy and train.save_every and state.done // train.save_every > run.saved // train.save_every:
+                    save(run)
+                batches = _take(run)
+                state.monitor.due = (state.done + 1) % train.log_every == 0 or state.done + 1 in (1, run.steps)
+                outcome = step(state, batches)
+                run.feed.trained_on()
+                run.window.add(outcome, sum(len(batch["samples"]) for batch in batches))
+                progress.step()
+                if state.monitor.due:
+                    record = make_record(state, run.window, run.broken, batches[-1]["epoch"], outcome.grad_norm)
+                    run.window.clear()
+                    lines.write(record)
+                    progress.show(record)
+                    state.monitor.judge(record)
+                state.skipped.judge(state.done)
+                if train.export_every and state.done % train.export_every == 0:
+                    with disk_may_fail("the export"):
+                        export(run)
+                if main and train.save_every and state.done == begin + 1:
+                    run.checkpoints.reserve(state.tensors())
+            save(run)
+            run.checkpoints.wait()
+    except (CollapseError, NotFiniteError):  # all ranks at once, after a step
+        save(run)
+        raise
+    except WorkerDied:
+        stopped = stop.asked  # whoever asked may have told all processes of the run
+        if not stopped:
+            raise
+    finally:
+        run.feed.close()
+        run.checkpoints.wait()
+        if state.done:  # whatever ended the run, what was learned is kept
+            export(run)
+    return stopped, record
+
+
+def _take(run: Run) -> list[Batch]:
+    """The micro-batches of a step. If there are none to be had, the steps before are saved."""
+    try:
+        with run.window.waiting():
+            return run.feed.take(run.config.train.accumulate)
+    except Exception:
+        if run.state.world == 1:  # others would not know of it and not come to save
+            save(run)
+        raise
+
+
+def _describe(run: Run) -> None:
+    """Write down what the run is, in its folder and in the log."""
+    config, folder, world = run.config, run.folder.path, run.state.world
+    if not run.changed:
+        write_text(folder / "config.yaml", config.yaml)
+    place = folder / TOKENIZER
+    if learns_tokens(config) and not (config.resume and place.exists()):
+        beside = place.with_suffix(".tmp")
+        for unfinished in (beside, place):  # of a run that ended before its first step
+            shutil.rmtree(unfinished, ignore_errors=True)
+        run.data.processor(run.state.core.student).save_pretrained(beside)
+        os.replace(beside, place)
+    write_text(folder / "environment.json", json.dumps(environment(folder), indent=1))
+    log.info("%s", describe(run.state.core.student))
+    where = f"{config.train.precision} on {run.state.device}" + (f" × {world}" if world > 1 else "")
+    log.info("%d samples, %d steps, %s, run in %s", len(run.data), run.steps, where, folder)
+    if run.fused:
+        log.info("fused: %s", ", ".join([*run.fused, "AdamW"]))
+    if done := run.state.done:
+        log.info("goes on after step %d%s", done, "; nothing is left to train" * (done >= run.steps))
+
+
+def _conclude(run: Run, stopped: bool, record: dict[str, float] | None) -> int:
+    """Say how the run ended; returns the exit code.
+
+    Raises:
+        CheckpointError: The last checkpoint could not be written.
+    """
+    done, folder = run.state.done, run.folder.path
+    if run.accelerator.is_main_process and record:
+        log.info(SUMMARY.format(folder=folder / "export", **record))
+    if run.checkpoints.failed:
+        raise CheckpointError(f"{run.checkpoints.failed}; the student is in {folder / 'export'}")
+    if stopped and not done:
+        log.warning("stopped before the first step; there is nothing to go on from")
+    elif stopped:
+        log.warning(
+            "stopped at step %d of %d; the student so far is in %s; d2v-train --resume %s goes on",
+            *(done, run.steps, folder / "export", folder),
+        )
+    return INTERRUPTED if stopped else 0

@@ -1,0 +1,92 @@
+"""Devices and ranks, through accelerate: one process alone, or those that torchrun has started."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from d2v_fast.config import ConfigError, TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+
+def start(train: TrainConfig) -> Accelerator:
+    """Take the device, and join the other ranks if there are some.
+
+    Raises:
+        ConfigError: No such device, or a kind of parallelism that d2v-train has not.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    check_device(train.device)
+    AcceleratorState._reset_state()  # else a second run in this process could not have another precision
+    with without_accelerate_variables() as hidden:
+        accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(train.precision, train.precision),
+            # Without an accelerator too: only then it joins the ranks that torchrun starts.
+            cpu=train.device == "cpu" or not torch.accelerator.is_available(),
+            kwargs_handlers=[DistributedDataParallelKwargs()],
+        )
+    if train.threads:  # after accelerate, which may set them too
+        torch.set_num_threads(train.threads)
+    if hidden and accelerator.is_main_process:
+        names = ", ".join(f"{name}={value}" for name, value in hidden.items())
+        log.warning("%s: ignored, a run takes its settings from its config alone", names)
+    return accelerator
+
+
+def check_device(wanted: str) -> None:
+    """Raise ConfigError unless torch finds the device that train.device asks for."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if wanted not in ("auto", "cpu", found and found.type):
+        raise ConfigError(
+            f"train.device={wanted}: torch {torch.__version__} finds {found.type if found else 'no GPU'}; d2v-doctor may say "
+            "why, train.device=auto takes what there is"
+        )
+
+
+@contextmanager
+def without_accelerate_variables() -> Iterator[dict[str, str]]:
+    """Hide the variables that accelerate reads its settings from, so that a run depends on its config alone; yields them.
+
+    Raises:
+        ConfigError: One asks for FSDP, DeepSpeed or the like.
+    """
+    hidden = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    for name, value in hidden.items():
+        off = value.lower() in ("", "0", "n", "no", "f", "false", "off")
+        if name.startswith("ACCELERATE_USE_") and name != "ACCELERATE_USE_CPU" and not off:
+            raise ConfigError(
+                f"{name}={value}: d2v-train has data parallelism only; unset it and start the ranks with torchrun"
+            )
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield hidden
+    finally:
+        os.environ.update(hidden)
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, on all ranks."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+def on_any(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """For each flag, whether it is set on any rank."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    counts = accelerator.reduce(torch.tensor(flags, dtype=torch.float, device=accelerator.device), "sum")
+    return (counts > 0).tolist()

@@ -1,0 +1,169 @@
+"""Checkpoints of a run, going on from one, and the export of the student."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, sync, write_text
+from d2v_fast.config import DEFAULTS, FREE, Config
+from d2v_fast.train.folder import STEP
+from d2v_fast.train.parallel import from_main
+
+if TYPE_CHECKING:
+    from d2v_fast.train.build import Run
+
+
+class Samples:
+    """What the samples of a run are, by which one that goes on knows them again.
+
+    Args:
+        number: Of samples.
+        names: Of what they are read from.
+        digests: Of each of these.
+    """
+
+    def __init__(self, number: int, names: Sequence[str], digests: np.ndarray):
+        self.names, self.digests = names, torch.from_numpy(digests.copy())
+        content = hashlib.sha256(digests.tobytes()).hexdigest()
+        self.identity = {"samples": {"number": number, "content": content}}
+
+    def compare(self, saved: Checkpoint, allowed: Sequence[str]) -> None:
+        """Raise CheckpointError, with the names of those that differ, unless the checkpoint's are the same."""
+        try:
+            saved.compare("samples", self.identity, allowed)
+        except CheckpointError as error:
+            was = saved.tensors("samples")["digests"]
+            if len(was) != len(self.names):
+                raise
+            differ = (was != self.digests).nonzero().flatten().tolist()
+            first = "".join(f"\n    {self.names[i]}" for i in differ[:5])
+            raise CheckpointError(f"{error}\n  {len(differ)} of {len(self.names)} changed, among them{first}") from None
+
+
+def newest(checkpoints: Checkpoints, main: bool) -> Checkpoint:
+    """The checkpoint to go on from; the main process chooses for all."""
+    if main:
+        try:
+            saved = checkpoints.newest()
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; another train.output without --resume starts a new run") from None
+        from_main(saved.folder)
+        return saved
+    return Checkpoint(from_main(None))
+
+
+def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config) -> None:
+    """Raise CheckpointError for settings that differ and must not.
+
+    Those that did not exist when the checkpoint was written, and that are as everything was then, do not count.
+    """
+    with saved.reading():
+        known = saved.state["settings"]
+    new = [key for key, value in settings.items() if key not in known and DEFAULTS.get(key, ...) == value]
+    saved.compare("settings", settings, (*FREE, *config.resume_allow, *new))
+
+
+def save(run: Run) -> None:
+    """A checkpoint of the steps done: on all ranks at once, and only between two steps."""
+    from accelerate.utils import gather_object
+
+    state = run.state
+    if state.done == run.saved:
+        return
+    run.saved = state.done
+    numbers, generators = generator_states(state.device)
+    rank = {**run.feed.state_dict(), **numbers, **run.broken.state_dict(), "window": run.window.state_dict()}
+    ranks = gather_object([(rank, generators)])
+    if not run.accelerator.is_main_process:
+        return
+    scaler = run.accelerator.scaler
+    tensors = {
+        **state.tensors(),
+        "samples": {"digests": run.samples.digests},
+        "rng": {f"{i}.{kind}": states[kind] for i, (_, states) in enumerate(ranks) for kind in states},
+    }
+    values = {
+        **state.skipped.state_dict(),
+        "monitor": state.monitor.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "settings": run.settings,
+        "samples": run.samples.identity,
+        "ranks": [rank for rank, _ in ranks],
+    }
+    run.checkpoints.save(state.done, tensors, values)
+    if run.changed:  # settings that were allowed to change are the run's once a checkpoint has them
+        run.checkpoints.wait()
+        if not run.checkpoints.failed:
+            write_text(run.folder.path / "config.yaml", run.config.yaml)
+            run.changed = False
+
+
+def restore(run: Run, saved: Checkpoint) -> None:
+    """Make everything as it was after the step of the checkpoint."""
+    state, tensors = run.state, {name: saved.tensors(name) for name in ("student", "teacher", "optimizer", "rng")}
+    saved.compare_shapes(tensors["student"] | tensors["teacher"], state.core.state_dict())
+    state.load_tensors(tensors)
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(saved.state["scaler"])
+    state.skipped.load_state_dict(saved.state)
+    state.monitor.load_state_dict(saved.state["monitor"])
+    number = run.accelerator.process_index
+    rank = saved.state["ranks"][number]
+    run.broken.load_state_dict(rank)
+    run.window.load_state_dict(rank["window"])
+    load_generator_states(rank, {kind: tensors["rng"].get(f"{number}.{kind}") for kind in ("cpu", "cuda")}, state.device)
+
+
+def generator_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """States of the random number generators of this process: those of Python and numpy for JSON, and torch's."""
+    name, keys, *rest = np.random.get_state()
+    tensors = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}, tensors
+
+
+def load_generator_states(numbers: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `generator_states` gave."""
+    version, keys, gauss = numbers["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(numbers["numpy"]))
+    torch.set_rng_state(tensors["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def export(run: Run) -> None:
+    """The student in Hugging Face format, with its tokenizer or processor; each file is replaced at once.
+
+    Raises:
+        OSError: The disk is full or at fault; that checkpoints could not be written either is said as well.
+    """
+    if not run.accelerator.is_main_process:
+        return
+    student, place = run.state.core.student, run.folder.path / "export"
+    beside = place.with_suffix(".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        student.save(beside)
+        if (processor := run.data.processor(student)) is not None:
+            processor.save_pretrained(beside)
+        write_text(beside / STEP, json.dumps({"step": run.state.done}))
+        place.mkdir(exist_ok=True)
+        for file in beside.iterdir():
+            sync(file)
+            os.replace(file, place / file.name)
+        beside.rmdir()
+    except (OSError, SafetensorError) as error:  # safetensors has one of its own for a disk that is full
+        raise OSError("; ".join(filter(None, (f"{place}: {error}", run.checkpoints.failed)))) from error

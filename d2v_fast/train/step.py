@@ -1,0 +1,185 @@
+"""One optimizer step, as a function of a state and its micro-batches."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.checkpoint import Tensors
+from d2v_fast.config import TrainConfig
+from d2v_fast.data import Batch
+from d2v_fast.diagnostics import Monitor
+from d2v_fast.graphs import Graphs
+from d2v_fast.model import Data2Vec
+from d2v_fast.train.guards import SkippedSteps
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+
+@dataclass
+class State:
+    """What a step reads and changes.
+
+    Attributes:
+        core: Student, teacher and head.
+        model: The same, as accelerate has prepared it: on several ranks it averages gradients.
+        optimizer: Of the student and the head.
+        scheduler: Of the learning rate.
+        accelerator: The ranks.
+        monitor: Sees each output of the model.
+        skipped: Told of steps that are not finite.
+        reduction: What the loss is divided by, as `loss.reduction`.
+        clip_norm: Largest norm of the gradient, 0 = no clipping.
+        graphs: Replays passes; None runs them.
+        done: Steps so far.
+        device, world: Of the accelerator, and its number of processes.
+    """
+
+    core: Data2Vec
+    model: nn.Module
+    optimizer: AcceleratedOptimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    accelerator: Accelerator
+    monitor: Monitor
+    skipped: SkippedSteps
+    reduction: Literal["global", "local"] = "global"
+    clip_norm: float = 0.0
+    graphs: Graphs | None = None
+    done: int = 0
+    device: torch.device = field(init=False)
+    world: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device, self.world = self.accelerator.device, self.accelerator.num_processes
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained."""
+        return [p for p in self.core.parameters() if p.requires_grad]
+
+    def tensors(self) -> Tensors:
+        """Weights of student and teacher and what the optimizer keeps, by file of a checkpoint and name."""
+        weights, kept = self.core.state_dict(), self.optimizer.state
+        return {
+            "student": {name: value for name, value in weights.items() if not name.startswith("teacher.")},
+            "teacher": {name: value for name, value in weights.items() if name.startswith("teacher.")},
+            "optimizer": {
+                f"{name}.{key}": value
+                for name, parameter in self.core.named_parameters()
+                for key, value in kept.get(parameter, {}).items()
+            },
+        }
+
+    def load_tensors(self, tensors: Tensors) -> None:
+        """Take over what `tensors` gave. The schedules are functions of the step."""
+        parameters = dict(self.core.named_parameters())
+        numbers = {p: i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
+        kept: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors["optimizer"].items():
+            name, _, key = name.rpartition(".")
+            kept.setdefault(numbers[parameters[name]], {})[key] = value
+        self.core.load_state_dict(tensors["student"] | tensors["teacher"])
+        self.optimizer.load_state_dict({"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+class Outcome(NamedTuple):
+    """What a step tells.
+
+    Attributes:
+        loss: Of this rank's share, a scalar.
+        grad_norm: Of the gradient before clipping, a scalar, the same on all ranks.
+        cls_loss: The part of the loss that comes from CLS.
+        finite: Whether the step was taken; else it was skipped.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    cls_loss: Tensor
+    finite: bool
+
+
+def step(state: State, micro_batches: list[Batch]) -> Outcome:
+    """Forward and backward of all micro-batches, then optimizer, schedule and teacher, unless something is not finite."""
+    loss, cls_loss = _accumulate(state, micro_batches)
+    grad_norm = state.accelerator.clip_grad_norm_(state.parameters, state.clip_norm or math.inf)
+    state.monitor.watch(grad_norm)
+    finite = _finite(state, loss, grad_norm)
+    if finite:
+        state.optimizer.step()
+        if not state.accelerator.optimizer_step_was_skipped:
+            state.core.update_teacher()
+        state.skipped.forget()
+    else:
+        # Neither weights nor teacher may see it: in an average a NaN stays for ever.
+        state.skipped.add(state.done + 1, micro_batches, loss, grad_norm)
+        if state.accelerator.scaler is not None:
+            state.optimizer.step()  # lets the scaler lower its factor; it skips the update itself
+    state.scheduler.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.done += 1
+    return Outcome(loss, grad_norm, cls_loss, finite)
+
+
+def _accumulate(state: State, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """Add up the gradients; returns the loss and the part of it that is CLS."""
+    num_targets = None
+    if state.reduction == "global":
+        # Known on the host; only several ranks have to ask each other.
+        num_targets = sum(len(batch["index"]) for batch in micro_batches)
+        if state.world > 1:
+            counts = torch.full((1,), float(num_targets), device=state.device)  # a copy from the host would wait
+            num_targets = state.accelerator.reduce(counts, "sum")[0] / state.world
+    loss, cls_loss = torch.zeros(2, device=state.device)
+    for i, batch in enumerate(micro_batches):
+        # Ranks exchange gradients with the last micro-batch only.
+        with nullcontext() if i == len(micro_batches) - 1 else state.accelerator.no_sync(state.model):
+            parts = 1 if num_targets is not None else len(micro_batches)
+            inputs = to_device(batch, state.device)
+            if state.graphs is None or state.monitor.due:
+                share, cls_share = forward_backward(state, inputs, num_targets, parts)
+            else:
+                share, cls_share = state.graphs(inputs, num_targets, parts)
+        loss += share
+        cls_loss += cls_share
+    return loss, cls_loss
+
+
+def forward_backward(
+    state: State, inputs: dict[str, Tensor], num_targets: Tensor | float | None, parts: int
+) -> tuple[Tensor, Tensor]:
+    """Of a micro-batch; what it adds to the loss of the step, and the part of it that is CLS."""
+    output = state.model(**inputs, num_targets=num_targets)
+    share = output.loss / parts
+    state.accelerator.backward(share)
+    return share.detach(), torch.zeros_like(share) if output.cls_loss is None else output.cls_loss / parts
+
+
+def _finite(state: State, loss: Tensor, grad_norm: Tensor) -> bool:
+    """Whether loss and gradient are finite everywhere."""
+    finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
+    if state.world > 1:  # the gradient is everywhere the same, the loss is each rank's own
+        finite = state.accelerator.reduce(finite.float(), "sum") == state.world
+    return bool(finite)
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a batch."""
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
+
+
+def make_graphs(state: State, train: TrainConfig) -> Graphs | None:
+    """For one process on a GPU whose passes ask the host for nothing, as layer-drop and the model's own forward may."""
+    student = state.core.student
+    alone = state.device.type == "cuda" and state.world == 1
+    simple = train.accumulate == 1 and state.accelerator.scaler is None and student.halves is not None
+    if not (train.graphs and alone and simple) or getattr(student.model.config, "layerdrop", 0) > 0:
+        return None
+    return Graphs(partial(forward_backward, state), state.parameters)
