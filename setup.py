@@ -59,6 +59,7 @@ setup(
         "torch>=2.11",
         "tqdm",
         "transformers>=5.17",
+        "xxhash",
     ],
     extras_require={
         "audio": ["soundfile", "soxr"],  # always there; so that who asks for it gets no warning

@@ -29,7 +29,7 @@ FLAGS = ("-h", "--help", "--fused", "--print_config")
 # What may differ in a run that goes on, as no weight depends on it. Samples are compared by their content.
 FREE = (
     *(f"train.{name}" for name in ("output", "workers", "graphs", "log_every", "export_every", "save_every", "keep_last")),
-    *("train.max_broken", "train.max_skipped", "collapse", "data.path"),
+    *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache"),
 )
 SAMPLES = ("samples", "samples.number", "samples.content")  # what is compared beside the settings
 
