@@ -618,7 +618,7 @@ def test_a_run_of_a_decoder_only_model(tmp_path):
     small = [f"encoder.config.{n}" for n in ("hidden_size=32", "num_hidden_layers=3", "num_attention_heads=2")]
     more = ["encoder.model=llama", "encoder.bidirectional=true", "encoder.config.num_key_value_heads=2"]
     more += ["encoder.config.intermediate_size=48", "data.vocab_size=400", "train.steps=2", "train.workers=0"]
-    assert training.train(parse(["--config", "text/tiny", *small, *more, "train.batch_size=4", f"train.output={run}"])[0]) == 0
+    assert train(parse(["--config", "text/tiny", *small, *more, "train.batch_size=4", f"train.output={run}"])[0]) == 0
     assert export_run(run, to) < 1e-6
     assert "| attention | bidirectional: is_causal is false in its config" in (to / "README.md").read_text()
     theirs, x = AutoModel.from_pretrained(to).eval(), torch.randint(5, 55, (2, 12))
