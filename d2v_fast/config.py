@@ -32,7 +32,7 @@ FREE = (
     *("train.checkpointing", "train.shard", "train.timeout_minutes"),
     *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache"),
 )
-SAMPLES = ("samples", "samples.number", "samples.content")  # what is compared beside the settings
+COMPARED = ("samples", "samples.number", "samples.content", "processes")  # beside the settings, when a run goes on
 
 
 @dataclass(frozen=True)
@@ -919,8 +919,8 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     )
     config.check()
     for key in resume_allow:
-        if key not in [*known, *GROUPS, *SAMPLES] and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
-            raise ConfigError(f"--resume-allow {key}: no such setting{nearest(key, [*known, *SAMPLES])}")
+        if key not in [*known, *GROUPS, *COMPARED] and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
+            raise ConfigError(f"--resume-allow {key}: no such setting{nearest(key, [*known, *COMPARED])}")
     output = config.train.output
     if run and "train.output" not in overrides:  # the settings of a run: that run, wherever it is now, or one more like it
         output = run if resume else None

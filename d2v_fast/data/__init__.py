@@ -223,7 +223,10 @@ class PretrainingData(Dataset):
 
 
 class EpochBatches:
-    """Endless batches of keys; the order is a pure function of (seed, epoch), each rank takes its share.
+    """Endless batches of keys; the order is a pure function of (seed, epoch), and ranks take turns.
+
+    Batch i of all epochs, one after the other, goes to rank i modulo `world`. So N ranks with M batches a step are given the
+    same ones in each step whatever N and M are, as long as N × M stays.
 
     Args:
         num_samples: Size of the data set.
@@ -233,6 +236,9 @@ class EpochBatches:
         lengths: (num_samples,) lengths; samples of similar length then share a batch.
         max_batch_length: Fill batches up to this total length instead of up to `batch_size`.
         start: Batches of this rank to skip, for a run that goes on.
+
+    Raises:
+        DataError: An epoch has fewer batches than there are ranks.
     """
 
     def __init__(
@@ -251,16 +257,17 @@ class EpochBatches:
         self.max_batch_length, self.start = max_batch_length, start
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, skip = 0, self.start
+        epoch, following = 0, self.start * self.world + self.rank
         while True:
             batches = self.epoch(epoch)
-            for batch in batches[skip:]:
-                yield [(epoch, int(index)) for index in batch]
-            skip = max(0, skip - len(batches))
+            while following < len(batches):
+                yield [(epoch, int(index)) for index in batches[following]]
+                following += self.world
+            following -= len(batches)
             epoch += 1
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
-        """This rank's batches of one epoch."""
+        """The batches of one epoch, of all ranks."""
         rng = np.random.default_rng([self.seed % 2**64, epoch])
         order = rng.permutation(self.num_samples)
         if self.lengths is None:
@@ -273,13 +280,12 @@ class EpochBatches:
                 part = order[begin : begin + window]
                 batches += self._cut(part[np.argsort(self.lengths[part], kind="stable")])
             batches = [batches[i] for i in rng.permutation(len(batches))]
-        whole = len(batches) // self.world * self.world
-        if whole == 0:
+        if len(batches) < self.world:
             raise DataError(
                 f"{self.num_samples} samples make {len(batches)} batches, fewer than the {self.world} processes: "
                 "use fewer processes or a smaller train.batch_size"
             )
-        return batches[self.rank : whole : self.world]
+        return batches
 
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
         if self.max_batch_length is None:

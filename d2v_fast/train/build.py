@@ -29,7 +29,7 @@ from d2v_fast.train.guards import BrokenSamples, SkippedSteps
 from d2v_fast.train.log import Window
 from d2v_fast.train.optim import lr_factor, make_optimizer, warmup_steps
 from d2v_fast.train.parallel import start
-from d2v_fast.train.save import Samples, compare_settings, newest, restore
+from d2v_fast.train.save import Samples, compare_settings, newest, place, restore
 from d2v_fast.train.step import State, make_graphs
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
         _shard(core, config, data, accelerator)
 
     order = _order(config, data, accelerator, saved)
-    steps_per_epoch = len(order.epoch(0)) / train.accumulate
+    steps_per_epoch = len(order.epoch(0)) / world / train.accumulate
     steps = train.steps if train.epochs is None else max(1, round(train.epochs * steps_per_epoch))
     broken = BrokenSamples(len(data), train.max_broken)
     feed = Feed(data, order, train.workers, device.type == "cuda", broken)
@@ -258,7 +258,7 @@ def _order(config: Config, data: PretrainingData, accelerator: Accelerator, save
     start = 0
     if saved:
         with saved.reading():
-            start = int(saved.state["ranks"][accelerator.process_index]["batches"])
+            start = int(place(saved.state["ranks"], accelerator.process_index, accelerator.num_processes)["batches"])
     return EpochBatches(
         len(data),
         config.train.batch_size,

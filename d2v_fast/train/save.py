@@ -67,12 +67,43 @@ def newest(checkpoints: Checkpoints, main: bool) -> Checkpoint:
 def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config) -> None:
     """Raise CheckpointError for settings that differ and must not.
 
-    Those that did not exist when the checkpoint was written, and that are as everything was then, do not count.
+    Those that did not exist when the checkpoint was written, and that are as everything was then, do not count. Another number
+    of processes takes the same steps where each takes more or fewer micro-batches for it.
     """
     with saved.reading():
         known = saved.state["settings"]
-    new = [key for key, value in settings.items() if key not in known and DEFAULTS.get(key, ...) == value]
-    saved.compare("settings", settings, (*FREE, *config.resume_allow, *new))
+        new = [key for key, value in settings.items() if key not in known and DEFAULTS.get(key, ...) == value]
+        elastic = ("processes", "train.accumulate") if _a_step(known) == _a_step(settings) else ()
+    saved.compare("settings", settings, (*FREE, *elastic, *config.resume_allow, *new))
+
+
+def _a_step(settings: dict[str, Any]) -> int:
+    """Micro-batches of a step, of all ranks."""
+    return settings["processes"] * settings["train.accumulate"]
+
+
+def place(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+    """What a rank goes on with, of what the ranks before had; with another number of them, an equal share of all they did.
+
+    Args:
+        ranks: Of a checkpoint, one entry each, as `save` makes them.
+        rank: Of this process.
+        world: Number of ranks.
+
+    Returns:
+        batches: That the rank has taken.
+        broken: Samples that it has met and that cannot be read.
+        window: Since the last line of the log.
+    """
+    if world == len(ranks):
+        return ranks[rank]
+    windows = [each["window"] for each in ranks]
+    window = {key: sum(each[key] for each in windows) / len(windows) for key in windows[0]}
+    return {
+        "batches": sum(each["batches"] for each in ranks) // world,
+        "broken": list({index: [index, why] for each in ranks for index, why in each["broken"]}.values()),
+        "window": window | {"steps": windows[0]["steps"], "samples": sum(each["samples"] for each in windows) / world},
+    }
 
 
 def save(run: Run) -> None:
@@ -115,6 +146,8 @@ def save(run: Run) -> None:
 
 def restore(run: Run, saved: Checkpoint) -> None:
     """Make everything as it was after the step of the checkpoint."""
+    from accelerate.utils import set_seed
+
     state, tensors = run.state, {name: saved.tensors(name) for name in ("student", "teacher", "optimizer", "rng")}
     saved.compare_shapes(tensors["student"] | tensors["teacher"], state.core.state_dict())
     state.load_tensors(tensors)
@@ -122,11 +155,14 @@ def restore(run: Run, saved: Checkpoint) -> None:
         run.accelerator.scaler.load_state_dict(saved.state["scaler"])
     state.skipped.load_state_dict(saved.state)
     state.monitor.load_state_dict(saved.state["monitor"])
-    number = run.accelerator.process_index
-    rank = saved.state["ranks"][number]
+    number, world, ranks = run.accelerator.process_index, run.accelerator.num_processes, saved.state["ranks"]
+    rank = place(ranks, number, world)
     run.broken.load_state_dict(rank)
     run.window.load_state_dict(rank["window"])
-    load_generator_states(rank, {kind: tensors["rng"].get(f"{number}.{kind}") for kind in ("cpu", "cuda")}, state.device)
+    if world == len(ranks):
+        load_generator_states(rank, {kind: tensors["rng"].get(f"{number}.{kind}") for kind in ("cpu", "cuda")}, state.device)
+    else:  # other ranks have other dropout
+        set_seed(int(np.random.SeedSequence([run.config.train.seed, saved.step, number]).generate_state(1)[0]))
 
 
 def generator_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
