@@ -1,20 +1,28 @@
 """What makes a model fit: blocks computed again in the backward, and weights spread over ranks."""
 
+import functools
 import itertools
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from d2v_fast.config import parse
-from d2v_fast.train import train
+from d2v_fast import Data2Vec, sharding, wrap
+from d2v_fast.config import ConfigError, TrainConfig, parse
+from d2v_fast.train import build as building
+from d2v_fast.train import parallel, train
 from d2v_fast.train.build import build
+from d2v_fast.train.save import place
 from d2v_fast.train.step import forward_backward, to_device
 from tests import models, test_training, test_training_2
 
@@ -94,7 +102,8 @@ def assert_the_same_run(modality, version, fused):
             torch.testing.assert_close(sharded[key], plain[key], rtol=1e-4, atol=1e-6)
 
 
-def test_sharded_on_two_ranks_it_is_the_same_run_and_goes_on_with_one_and_with_three(here):
+@pytest.mark.parametrize("three", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sharded_on_two_ranks_it_is_the_same_run_and_goes_on_with_one_and_with_three(three, here):
     """A step is six micro-batches: 2 ranks × 3, then 1 × 6, then 3 × 2; beside one process that never stops."""
     more = ["schedule.kind=constant", "schedule.warmup=0", "train.clip_norm=1", "train.batch_size=2", "optimizer.lr=1e-3"]
     args = test_training.arguments("vision", "run", *more, "train.steps=2", "train.accumulate=3")
@@ -103,12 +112,14 @@ def test_sharded_on_two_ranks_it_is_the_same_run_and_goes_on_with_one_and_with_t
     assert_the_same_run("vision", 2, True)
     go_on = ["--resume", "run", "--resume-allow", "train.steps"]
     assert train(parse([*go_on, "train.steps=3", "train.accumulate=6", "train.shard=false"])[0]) == 0
-    torchrun(3, [["run", [*go_on, "train.steps=5", "train.accumulate=2", "train.shard=true"], False]])
-    assert train(parse(test_training.arguments("vision", "whole", *more, "train.steps=5", "train.accumulate=6"))[0]) == 0
+    if three:
+        torchrun(3, [["run", [*go_on, "train.steps=5", "train.accumulate=2", "train.shard=true"], False]])
+    steps = 5 if three else 3
+    assert train(parse(test_training.arguments("vision", "whole", *more, f"train.steps={steps}", "train.accumulate=6"))[0]) == 0
     for part in ("student", "teacher"):
-        whole, run = (load_file(f"{name}/checkpoints/step-5/{part}.safetensors") for name in ("whole", "run"))
+        whole, run = (load_file(f"{name}/checkpoints/step-{steps}/{part}.safetensors") for name in ("whole", "run"))
         assert max(float((whole[key].double() - run[key].double()).abs().max()) for key in whole) < 5e-6
-    assert [record["step"] for record in test_training.records(Path("run"))] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in test_training.records(Path("run"))] == list(range(1, steps + 1))
 
 
 @pytest.mark.slow
@@ -158,3 +169,84 @@ def test_a_checkpointed_layer_saves_a_fifteenth(name):
         found[-depth] = saved_by(encoder, x)
     layer, checkpointed = (found[4] - found[2]) / 2, (found[-4] - found[-2]) / 2
     assert x.nbytes <= checkpointed <= layer / 15
+
+
+def ranks(*counts):
+    window = {"loss": 3.0, "cls_loss": 0.0, "steps": 4, "samples": 10, "waited": 1.0, "seconds": 2.0}
+    return [
+        {"batches": count, "broken": [[7, "a.png"], [count, f"{count}.png"]], "window": window | {"loss": float(count)}}
+        for count in counts
+    ]
+
+
+def test_another_number_of_ranks_has_an_equal_share_of_what_was():
+    saved = ranks(12, 12)
+    assert place(saved, 1, 2) is saved[1]
+    assert place(ranks(12, 13), 0, 5)["batches"] == 5  # the step that one rank took more for is not done again
+    found = place(ranks(12, 14), 2, 4)
+    assert found["broken"] == [[7, "a.png"], [12, "12.png"], [14, "14.png"]]
+    assert found["window"] == {"loss": 13.0, "cls_loss": 0.0, "steps": 4, "samples": 5.0, "waited": 1.0, "seconds": 2.0}
+
+
+def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
+    vision = functools.partial(test_training.config, "vision")
+    with pytest.raises(ConfigError, match="train.precision=fp16: has no scale .* sharded ranks agree on; take bf16 or fp32"):
+        vision(tmp_path / "run", "train.shard=true", "train.precision=fp16")
+    with pytest.raises(ConfigError, match="train.shard: found yes, expected true or false or one of hybrid"):
+        vision(tmp_path / "run", "train.shard=yes")
+    one = "train.shard=true: there is one process, which has nobody to share with; start several, torchrun .* or train.shard=f"
+    with pytest.raises(ConfigError, match=one):
+        build(vision(tmp_path / "run", "train.shard=true"))
+    run = build(test_training.config("audio", tmp_path / "audio", "encoder.config.layerdrop=0.1"))
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"), autocast=nullcontext)
+    monkeypatch.setattr(building, "shard", lambda core, device, world, hybrid: sharding.shard(core, device, 1))
+    config = vision(tmp_path / "run", "train.shard=true")
+    with pytest.raises(ConfigError, match="train.shard=true with encoder.config.layerdrop=0.1: .* none may leave it out; enco"):
+        building._shard(run.state.core, config, run.data, accelerator)
+
+
+class Reaching(models.Handwritten):
+    """Reads the weights of a block outside of it."""
+
+    def contextualize(self, features, padding_mask=None):
+        return super().contextualize(features @ self.blocks[0].gate.weight, padding_mask)
+
+
+class Scalar(models.Handwritten):
+    def __init__(self):
+        super().__init__()
+        for block in self.blocks:
+            block.temperature = nn.Parameter(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("model, why", [(Reaching, "mixed torch.Tensor and DTensor"), (Scalar, "scalar parameters"), (None, "")])
+def test_blocks_that_cannot_be_gathered_are_named(model, why, monkeypatch):
+    """In a group of one process, where a block is gathered as anywhere."""
+    core = Data2Vec(wrap((model or models.Handwritten)()), top_k=2)
+    batch = {"source": torch.randn(2, 8, 6), "mask": torch.arange(8).expand(2, 8) < 4}
+    batch["index"] = batch["mask"].flatten().nonzero().squeeze(1)
+    monkeypatch.setattr(building, "first_batch", lambda data: batch)
+    monkeypatch.setattr(building, "shard", lambda core, device, world, hybrid: sharding.shard(core, device, 1))
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"), autocast=nullcontext)
+    config = SimpleNamespace(train=SimpleNamespace(shard=True))
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        if model is None:
+            expected = core(**batch).loss.detach()
+            building._shard(core, config, None, accelerator)
+            torch.testing.assert_close(core(**batch).loss.detach(), expected)
+            return
+        name = model.__name__
+        with pytest.raises(ConfigError, match=f"train.shard=true: {name} cannot be sharded by its blocks: .*{why}.*; blocks that"):
+            building._shard(core, config, None, accelerator)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_ranks_are_started_with_a_timeout_and_without_a_second_copy_of_gradients(monkeypatch):
+    asked = []
+    accelerator = accelerate.Accelerator
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **kwargs: asked.extend(kwargs["kwargs_handlers"]) or accelerator(**kwargs))
+    parallel.start(TrainConfig(timeout_minutes=0.25))
+    found = {key: value for handler in asked for key, value in handler.to_kwargs().items()}
+    assert found["timeout"].total_seconds() == 15 and found["gradient_as_bucket_view"]
