@@ -173,7 +173,7 @@ def student_pass(model: Data2Vec, batch: dict[str, Tensor]) -> tuple[list[Tensor
     features = model.student.embed(batch["source"])
     shared = features.detach() if model.shares_features else None
     layers = model.teacher_layers(batch["source"], shared, None, None if model.sparse else batch["index"])
-    if not model.sparse:
+    if model.student.masks_features and not model.sparse:
         features = model.student.mask_features(features, batch["mask"])
     predicted = model.predict(batch["source"], features, batch["mask"], batch["index"], batch.get("visible"))
     return layers, predicted.predictions
@@ -265,5 +265,5 @@ def main(args: list[str]) -> None:
     known, rest = parser.parse_known_args(args)
     config, _ = parse(rest)
     plural = "s" * (known.gpus > 1)
-    print(f"{config.name}: {config.train.precision}, {known.gpus} GPU{plural}, at most, without what CUDA and NCCL take")
+    print(f"{config.name}: {config.train.precision}, {known.gpus} GPU{plural}; to 10 %, without what CUDA and NCCL take")
     print(table(need(config, known.gpus), known.gpu_memory))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from d2v_fast import Data2Vec, sharding, wrap
+from d2v_fast import Data2Vec, memory, sharding, wrap
 from d2v_fast.config import ConfigError, TrainConfig, parse
 from d2v_fast.train import build as building
 from d2v_fast.train import parallel, train
@@ -26,6 +29,7 @@ from d2v_fast.train.save import place
 from d2v_fast.train.step import forward_backward, to_device
 from tests import models, test_training, test_training_2
 
+torch.utils._device._device_constructors()  # which are kept, so before a fixture has others in their place
 DROPOUT = {
     "text": "encoder.config.hidden_dropout_prob=0.1 encoder.config.attention_probs_dropout_prob=0.1",
     "vision": "encoder.config.hidden_dropout_prob=0.1 encoder.config.attention_probs_dropout_prob=0.1",
@@ -192,8 +196,8 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     vision = functools.partial(test_training.config, "vision")
     with pytest.raises(ConfigError, match="train.precision=fp16: has no scale .* sharded ranks agree on; take bf16 or fp32"):
         vision(tmp_path / "run", "train.shard=true", "train.precision=fp16")
-    with pytest.raises(ConfigError, match="train.shard: found yes, expected true or false or one of hybrid"):
-        vision(tmp_path / "run", "train.shard=yes")
+    with pytest.raises(ConfigError, match="train.shard: found all, expected true or false or one of hybrid"):
+        vision(tmp_path / "run", "train.shard=all")
     one = "train.shard=true: there is one process, which has nobody to share with; start several, torchrun .* or train.shard=f"
     with pytest.raises(ConfigError, match=one):
         build(vision(tmp_path / "run", "train.shard=true"))
@@ -219,10 +223,12 @@ class Scalar(models.Handwritten):
             block.temperature = nn.Parameter(torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("model, why", [(Reaching, "mixed torch.Tensor and DTensor"), (Scalar, "scalar parameters"), (None, "")])
+@pytest.mark.parametrize(
+    "model, why", [(Reaching, "mixed torch.Tensor and DTensor"), (Scalar, "scalar parameters"), (None, "")]
+)
 def test_blocks_that_cannot_be_gathered_are_named(model, why, monkeypatch):
     """In a group of one process, where a block is gathered as anywhere."""
-    core = Data2Vec(wrap((model or models.Handwritten)()), top_k=2)
+    core = Data2Vec(wrap((model or models.Handwritten)(), "blocks", "mlp.2"), top_k=2)
     batch = {"source": torch.randn(2, 8, 6), "mask": torch.arange(8).expand(2, 8) < 4}
     batch["index"] = batch["mask"].flatten().nonzero().squeeze(1)
     monkeypatch.setattr(building, "first_batch", lambda data: batch)
@@ -237,7 +243,9 @@ def test_blocks_that_cannot_be_gathered_are_named(model, why, monkeypatch):
             torch.testing.assert_close(core(**batch).loss.detach(), expected)
             return
         name = model.__name__
-        with pytest.raises(ConfigError, match=f"train.shard=true: {name} cannot be sharded by its blocks: .*{why}.*; blocks that"):
+        with pytest.raises(
+            ConfigError, match=f"train.shard=true: {name} cannot be sharded by its blocks: .*{why}.*; blocks that"
+        ):
             building._shard(core, config, None, accelerator)
     finally:
         torch.distributed.destroy_process_group()
@@ -246,7 +254,66 @@ def test_blocks_that_cannot_be_gathered_are_named(model, why, monkeypatch):
 def test_ranks_are_started_with_a_timeout_and_without_a_second_copy_of_gradients(monkeypatch):
     asked = []
     accelerator = accelerate.Accelerator
-    monkeypatch.setattr(accelerate, "Accelerator", lambda **kwargs: asked.extend(kwargs["kwargs_handlers"]) or accelerator(**kwargs))
+    monkeypatch.setattr(
+        accelerate, "Accelerator", lambda **kwargs: asked.extend(kwargs["kwargs_handlers"]) or accelerator(**kwargs)
+    )
     parallel.start(TrainConfig(timeout_minutes=0.25))
     found = {key: value for handler in asked for key, value in handler.to_kwargs().items()}
     assert found["timeout"].total_seconds() == 15 and found["gradient_as_bucket_view"]
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that live, by their storages, and the most of them so far."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.alive, self.bytes, self.most = {}, 0, 0
+        for tensor in tensors:
+            self.note(tensor)
+
+    def note(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive[key] = weakref.ref(storage, lambda _: self.gone(key, size))
+            self.bytes += size
+            self.most = max(self.most, self.bytes)
+
+    def gone(self, key, size):
+        del self.alive[key]
+        self.bytes -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor):
+                self.note(each)
+        return out
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("preset", ["vision/tiny-2", "text/tiny", "audio/tiny"])
+def test_what_the_doctor_computes_is_what_lives_at_most_in_a_step(preset, checkpointing):
+    """Counted in a whole step, backward and update included, of tensors without numbers; the doctor has run a forward alone."""
+    # Of fewer parameters than activations, as where memory is short.
+    config, _ = parse(["--config", preset, "train.precision=fp32", "encoder.config.num_hidden_layers=6"])
+    doctor = memory.need(config)["train.checkpointing" if checkpointing else "neither"]
+    model = memory.model_on_meta(config)
+    if checkpointing:
+        model.student.checkpoint_blocks()
+    with memory.without_numbers(model, memory.example(config, model.student), "fp32") as inputs:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)  # as DistributedDataParallel has them from the start
+        optimizer = torch.optim.AdamW(trained, foreach=False)
+        optimizer.step()
+        kept = [x for state in optimizer.state.values() for x in state.values()]
+        live = Live([*model.parameters(), *(p.grad for p in trained), *kept])
+        assert live.bytes == pytest.approx(sum(doctor.always.values()), rel=1e-3)
+        with live:
+            layers, predictions = memory.student_pass(model, inputs)
+            (predictions - torch.zeros_like(predictions)).square().sum().backward()
+            del layers, predictions
+            optimizer.step()
+            model.update_teacher()
+    assert doctor.total == pytest.approx(live.most, rel=0.1)
