@@ -1,12 +1,13 @@
 """Runs side by side on the ranks that torchrun has started: DistributedDataParallel's, and one that is sharded.
 
-    torchrun -m tests.sharded CASES.json
+    torchrun -m tests.sharded CASES.json [RANKS OF A MACHINE]
 
 Each case is [name, arguments of d2v-train, whether --fused]. Writes what a rank keeps of the model into NAME/share-RANK.json.
 """
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -35,4 +36,6 @@ def main(file):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        os.environ["LOCAL_WORLD_SIZE"] = sys.argv[2]
     main(sys.argv[1])

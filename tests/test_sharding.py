@@ -70,12 +70,14 @@ def test_gradients_of_checkpointed_blocks_are_the_same_bits(modality, version, f
     assert len(calls) <= len(run.state.core.student.blocks)  # what hooks a block is not done twice
 
 
-def torchrun(ranks, cases):
-    """Run cases, [name, arguments of d2v-train, fused] each, one after the other on so many ranks."""
+def torchrun(ranks, cases, *machine):
+    """Run cases, [name, arguments of d2v-train, fused] each, one after the other on so many ranks, `machine` of them on each."""
     Path("cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([*command, "-m", "tests.sharded", "cases.json"], capture_output=True, text=True, timeout=500, env=env)
+    done = subprocess.run(
+        [*command, "-m", "tests.sharded", "cases.json", *machine], capture_output=True, text=True, timeout=500, env=env
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -88,7 +90,7 @@ def side_by_side(modality, version, fused, *more):
     return [[f"{name}-{s}", [*args(modality, f"{name}-{s}", *more), f"train.shard={s}"], fused] for s in ("false", "true")]
 
 
-def assert_the_same_run(modality, version, fused):
+def assert_the_same_run(modality, version, fused, ranks=2):
     name = f"{modality}-{version}-{fused}"
     plain, sharded = (test_training.records(Path(f"{name}-{s}")) for s in ("false", "true"))
     assert len(plain) == len(sharded) == 4
@@ -96,7 +98,7 @@ def assert_the_same_run(modality, version, fused):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         for key in ("grad_norm", "update_norm", "teacher_decay", "teacher_distance"):
             assert b[key] == pytest.approx(a[key], rel=1e-3, nan_ok=True), key
-    for rank in range(2):
+    for rank in range(ranks):
         share = json.loads(Path(f"{name}-true/share-{rank}.json").read_text())
         assert max(share.values()) <= 0.51
     for part in ("export/model", "checkpoints/step-4/student", "checkpoints/step-4/teacher", "checkpoints/step-4/optimizer"):
@@ -132,6 +134,15 @@ def test_so_is_every_modality(here):
     torchrun(2, [case for each in every for case in side_by_side(*each)])
     for each in every:
         assert_the_same_run(*each)
+
+
+@pytest.mark.slow
+def test_so_are_two_machines_that_keep_a_copy_each(here):
+    """hybrid, on four ranks, as if two of them were on each machine."""
+    cases = side_by_side("vision", 2, False)
+    cases[1][1][-1] = "train.shard=hybrid"
+    torchrun(4, cases, "2")
+    assert_the_same_run("vision", 2, False, ranks=4)
 
 
 class Count:
@@ -194,9 +205,9 @@ def test_another_number_of_ranks_has_an_equal_share_of_what_was():
 
 def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     vision = functools.partial(test_training.config, "vision")
-    with pytest.raises(ConfigError, match="train.precision=fp16: has no scale .* sharded ranks agree on; take bf16 or fp32"):
+    with pytest.raises(ConfigError, match=r"train.precision=fp16: has no scale .* sharded ranks agree on; take bf16 or fp32"):
         vision(tmp_path / "run", "train.shard=true", "train.precision=fp16")
-    with pytest.raises(ConfigError, match="train.shard: found all, expected true or false or one of hybrid"):
+    with pytest.raises(ConfigError, match=r"train.shard: found all, expected true or false or one of hybrid"):
         vision(tmp_path / "run", "train.shard=all")
     one = "train.shard=true: there is one process, which has nobody to share with; start several, torchrun .* or train.shard=f"
     with pytest.raises(ConfigError, match=one):
@@ -205,7 +216,9 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"), autocast=nullcontext)
     monkeypatch.setattr(building, "shard", lambda core, device, world, hybrid: sharding.shard(core, device, 1))
     config = vision(tmp_path / "run", "train.shard=true")
-    with pytest.raises(ConfigError, match="train.shard=true with encoder.config.layerdrop=0.1: .* none may leave it out; enco"):
+    with pytest.raises(
+        ConfigError, match=r"train.shard=true with encoder.config.layerdrop=0.1: .* none may leave it out; enco"
+    ):
         building._shard(run.state.core, config, run.data, accelerator)
 
 
