@@ -36,7 +36,8 @@ def shard(model: Data2Vec, device: torch.device, world: int, hybrid: bool = Fals
     from torch.distributed.tensor import Shard
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if hybrid else world
-    mesh = init_device_mesh(device.type, (world // local, local) if hybrid else (world,))
+    shape, names = ((world // local, local), ("machines", "ranks")) if hybrid else ((world,), ("ranks",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
 
     def along(parameter: nn.Parameter) -> Shard | None:
         # By default the first axis, which of a token (1, 1, C) only one rank would get.

@@ -71,7 +71,7 @@ def test_gradients_of_checkpointed_blocks_are_the_same_bits(modality, version, f
 
 
 def torchrun(ranks, cases, *machine):
-    """Run cases, [name, arguments of d2v-train, fused] each, one after the other on so many ranks, `machine` of them on each."""
+    """Run cases, [name, arguments of d2v-train, fused] each, one after the other on so many ranks, `machine` a machine."""
     Path("cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
