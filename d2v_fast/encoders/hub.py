@@ -308,6 +308,10 @@ def _tell_of_timm(model: nn.Module) -> None:
     size = getattr(embed, "img_size", None) or told.get("img_size") or inner.pretrained_cfg["input_size"][1:]
     config.image_size = [size, size] if isinstance(size, int) else list(size)
     config.num_channels = told.get("in_chans", 3)
+    # timm itself asks for it in the file of an exported model.
+    config.pretrained_cfg = (getattr(config, "pretrained_cfg", None) or {}) | dict(
+        input_size=[config.num_channels, *config.image_size]
+    )
     for part in ("fc_norm", "attn_pool", "head"):
         if isinstance(getattr(inner, part, None), nn.Module):
             getattr(inner, part).requires_grad_(False)
