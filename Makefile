@@ -4,8 +4,8 @@
 # make lint   ruff
 # make docs   pages of all docstrings in build/docs
 # make bench        measures the loss beside its alternatives, writes $(RESULTS)
-# make bench-check  the same, and fails if a ratio fell more than 15 % below the committed one
-# make bench-report the tables in Markdown and the plot, from $(RESULTS)
+# make bench-check  the same, and fails if a ratio fell more than 15 % below the committed one or the machine is slow
+# make bench-report the tables in Markdown and the plot from $(RESULTS), and the tables of README and docs/speed.md
 # … BENCH=step      the same of whole steps, their parts and a sweep over sizes; BENCH=ema, BENCH=monitor
 # Everything is installed into .venv; another Python: make PYTHON=python3.12 …
 
@@ -57,7 +57,7 @@ bench-check: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.report build/bench.json --against $(RESULTS)
 
 bench-report: $(BIN)/.installed
-	$(BIN)/python -m benchmarks.report $(RESULTS) --plot $(RESULTS:.json=.svg)
+	$(BIN)/python -m benchmarks.report $(RESULTS) --plot $(RESULTS:.json=.svg) --update README.md docs/speed.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info d2v_fast/ops/*.so

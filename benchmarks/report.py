@@ -174,6 +174,22 @@ def step_2_table(path: Path) -> str:
     return markdown(columns, lines)
 
 
+def targets_table(path: Path) -> str:
+    """Masked targets a second, in one line for each case; of 2.0 fused, which stands beside both others, the lower."""
+    lines: dict[str, dict[str, float]] = {}
+    for row in rows(path, "test_step_2"):
+        line = lines.setdefault(row["case"], {})
+        for name, seconds in row["seconds"].items():
+            rate = row["targets"][name] / seconds
+            line[name] = min(line.get(name, rate), rate)
+    names = ("1.0 today", "1.0 fused", "2.0 as released, bf16", "fused")
+    cells = [
+        [case, *(f"{line[name]:.0f}" for name in names), f"{line['fused'] / line['1.0 today']:.1f}"]
+        for case, line in lines.items()
+    ]
+    return markdown(["masked targets/s", *names[:-1], "2.0 fused", "× 1.0 today"], cells)
+
+
 def breakdown_table(path: Path) -> str:
     """Milliseconds of each part of a step; backward is that of the student, its features and its head together."""
     parts = ["embed", "teacher", "student", "head", "loss", "backward", "optimizer", "EMA"]
@@ -224,7 +240,8 @@ TABLES = {
     "test_step_2": [step_2_table, breakdown_table],
     "test_parts": [parts_table],
 }
-NAMED = {each.__name__.removesuffix("_table"): each for tables in TABLES.values() for each in tables} | {"machine": machine}
+NAMED = {each.__name__.removesuffix("_table"): each for tables in TABLES.values() for each in (*tables, targets_table)}
+NAMED["machine"] = machine
 
 
 def updated(page: str) -> str:

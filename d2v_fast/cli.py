@@ -102,7 +102,7 @@ def _train(args: list[str]) -> int | str:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         code = f"d2v-train: out of memory; a smaller train.batch_size with a larger train.accumulate needs less: {error}"
-    # A thread of gloo that lets go of a tensor while the interpreter ends aborts the process. The threads are waited for once
+    # A thread of gloo that frees a tensor while the interpreter ends aborts the process. The threads are waited for once
     # nobody holds the group any more. Not after other errors: a collective may be under way then, and would be waited for too.
     if torch.distributed.is_initialized():
         gc.collect()

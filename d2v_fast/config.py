@@ -30,7 +30,7 @@ FLAGS = ("-h", "--help", "--fused", "--print_config")
 FREE = (
     *(f"train.{name}" for name in ("output", "workers", "graphs", "log_every", "export_every", "save_every", "keep_last")),
     *(f"train.{name}" for name in ("callbacks", "trackers", "probe_every", "probe_data")),
-    *("train.max_broken", "train.max_skipped", "collapse", "data.path"),
+    *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache"),
 )
 SAMPLES = ("samples", "samples.number", "samples.content")  # what is compared beside the settings
 
@@ -95,9 +95,11 @@ class EncoderConfig:
     """The encoder.
 
     Args:
-        model: Model type of transformers (roberta, beit, wav2vec2, data2vec-audio, …) or your own "package.module:Class".
+        model: Model type of transformers (roberta, beit, wav2vec2, data2vec-audio, …), timm/NAME for a model of timm, or your
+            own "package.module:Class".
         pretrained: Hub name or folder to start from instead of random weights.
-        config: Fields of the model's configuration class, such as encoder.config.num_hidden_layers.
+        config: Fields of the model's configuration class, such as encoder.config.num_hidden_layers; for timm, arguments of the
+            model, such as encoder.config.depth.
         init: hf = as transformers does; for images also data2vec = as its authors do, sincos = with fixed
             sin-cos positions.
         layers: Path of the list of blocks, where it is not found by itself.
@@ -720,7 +722,7 @@ def _keep_what_fits(encoder: dict[str, Any], model: str) -> None:
     if before in (None, model):
         return
     strange = set(config)
-    if ":" in model:
+    if ":" in model or model.startswith("timm/"):
         for name in ("init", "layers", "ffn", "features"):
             encoder.pop(name, None)
     else:

@@ -41,7 +41,7 @@ RANK_ROWS = 512  # states whose effective rank is computed; it cannot exceed the
 FEWEST = 64  # scored positions, beyond one for each mean that is taken, from which rank and position share are computed
 LOOKED = 16  # samples that are compared before the first step
 LINES = 100  # of the log, whose gradient norms a new one is compared with
-CLEAR = 1.5  # a rule that has warned is silent until its figure is this many times its bound away from it
+CLEAR = 1.5  # hysteresis: a rule that has warned re-arms at this many times its bound
 
 
 class CollapseError(RuntimeError):

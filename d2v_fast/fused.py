@@ -77,7 +77,7 @@ def _memory(model: Data2Vec, device: torch.device) -> str:
 def _convolutions(model: Data2Vec, device: torch.device) -> str:
     if device.type == "cuda":
         return "convolutions channels last" if conv.use_channels_last(model) else ""
-    used = device.type == "cpu" and conv.use(getattr(model.student.model, "feature_extractor", None))
+    used = device.type == "cpu" and conv.use_matrix_products(getattr(model.student.model, "feature_extractor", None))
     return "convolutions as matrix products" if used else ""
 
 
@@ -87,7 +87,7 @@ def _dropout(model: Data2Vec, device: torch.device) -> str:
 
 
 def _attention(model: Data2Vec, device: torch.device) -> str:
-    found = {attention.use(encoder.model, device) for encoder in (model.student, model.teacher.module)}
+    found = {attention.use_fast_attention(encoder.model, device) for encoder in (model.student, model.teacher.module)}
     return f"attention {found.pop()}" if None not in found else ""
 
 

@@ -423,9 +423,9 @@ class TokenMask:
         selected &= allowed
         selected = _keep_one_visible(selected, allowed, draws.uniform(3, size))
 
-        fate = draws.uniform(4, size)
-        replaced = selected & (fate < self.random_prob)
-        kept = selected & (fate >= self.random_prob) & (fate < self.random_prob + self.keep_prob)
+        u = draws.uniform(4, size)
+        replaced = selected & (u < self.random_prob)
+        kept = selected & (u >= self.random_prob) & (u < self.random_prob + self.keep_prob)
         masked = selected & ~replaced & ~kept
         source = np.where(masked, vocabulary.mask_id, ids)
         if self.random_prob > 0:

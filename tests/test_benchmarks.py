@@ -1,5 +1,7 @@
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from benchmarks.cases import LOSS_CASES, LOSS_CASES_2
 from benchmarks.test_bench_loss import fused, gather_first, published
 
 
-def results(path, test, *infos):
-    machine = dict(cpu=dict(brand_raw="a processor"), threads=2, torch="2.13.0")
+def results(path, test, *infos, **about):
+    machine = dict(cpu=dict(brand_raw="a processor"), threads=2, torch="2.13.0") | about
     entries = [dict(name=f"{test}[{i}]", extra_info=info) for i, info in enumerate(infos)]
     path.write_text(json.dumps(dict(benchmarks=entries, machine_info=machine, commit_info=dict(id="0123456789"))))
     return path
@@ -26,6 +28,7 @@ def loss_row(factor=1.0):
         copy_bandwidth=2e10,
         row_bandwidth=1e10,
         seconds=seconds,
+        seconds_reused={name: value / 2 for name, value in seconds.items()},
         extra_bytes=dict.fromkeys(seconds, 10**6),
     )
 
@@ -45,22 +48,30 @@ def step_row(factor=1.0):
     )
 
 
+def step_2_row(factor=1.0):
+    """Four times the targets in twice the time: 2 × a target."""
+    seconds = {"1.0 today": 1.0 * factor, "fused": 2.0}
+    return dict(case="image", targets={"1.0 today": 25, "fused": 100}, seconds=seconds)
+
+
 @pytest.mark.parametrize(
-    "test, row, sentence",
+    "test, row, sentences",
     [
-        ("test_loss", loss_row, "text float32: 16.80 × eager, committed 20.00, limit 17.00"),
-        ("test_step", step_row, "speech: 3.36 × today, committed 4.00, limit 3.40"),
+        ("test_loss", loss_row, [f"text float32{how}: 16.80 × eager, committed 20.00, limit 17.00" for how in ("", " reused")]),
+        ("test_step", step_row, ["speech: 3.36 × today, committed 4.00, limit 3.40"]),
+        ("test_step_2", step_2_row, ["image: 1.68 × 1.0 today, committed 2.00, limit 1.70"]),
     ],
 )
-def test_the_gate_fails_on_a_ratio_that_fell_by_more_than_15_percent(test, row, sentence, tmp_path):
+def test_the_gate_fails_on_a_ratio_that_fell_by_more_than_15_percent(test, row, sentences, tmp_path):
     old = results(tmp_path / "old.json", test, row())
     assert report.regressions(results(tmp_path / "same.json", test, row(0.86)), old) == []
-    assert report.regressions(results(tmp_path / "slow.json", test, row(0.84)), old) == [sentence]
+    assert report.regressions(results(tmp_path / "slow.json", test, row(0.84)), old) == sentences
 
 
 def test_the_tables_hold_the_figures(tmp_path):
     path = results(tmp_path / "one.json", "test_loss", loss_row())
     assert "| text | fp32 | 1 | 10 | 50% | 100% | 0.0 MB | 4.0 | 3.0 | 20.0 | 5.0 |" in report.loss_table(path)
+    assert "| text | fp32 | 0.5 | 20 | 4.0 | 3.0 | 20.0 | 5.0 |" in report.reused_loss_table(path)
     row = loss_row()
     row["seconds"]["fused, graph"] = row["seconds"]["fused"] / 2  # of a GPU: its own time, beside ratios as they are launched
     graphed = report.loss_table(results(tmp_path / "gpu.json", "test_loss", row | {"norm": "instance"}))
@@ -84,6 +95,25 @@ def test_the_tables_hold_the_figures(tmp_path):
     path = results(tmp_path / "sweep.json", "test_sweep", *(dict(axis=axis, seconds={"1": 0.1, "2": 0.2}) for axis in "ab"))
     report.plot(path, tmp_path / "sweep.svg")
     assert "as one size grows" in (tmp_path / "sweep.svg").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
+def test_the_tables_of_a_page_are_those_of_the_results(page):
+    text = (Path(__file__).parents[1] / page).read_text()
+    assert "<!-- end -->" in text and report.updated(text) == text
+
+
+def test_a_slow_run_is_marked_and_not_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rates = dict(load=0.1, copy=30e9, fp32=200e9, bf16=400e9)
+    old = results(tmp_path / "old.json", "test_loss", loss_row(), rates=[rates, rates])
+    slow = results(tmp_path / "slow.json", "test_loss", loss_row(), rates=[rates, rates | dict(copy=15e9)])
+    assert report.slow_rates(old) == [] and report.slow_rates(slow) == ["copy 50% of the best seen here"]
+    assert "copy 30 GB/s, products 200 (fp32) and 400 (bf16) GFLOP/s, load before 0.1" in report.machine(old)
+    assert "**slow run**: copy 50%" in report.machine(slow)
+    monkeypatch.setattr(sys, "argv", ["report", str(slow), "--against", str(old)])
+    with pytest.raises(SystemExit, match="not compared, the machine was slow: copy 50% of the best seen here"):
+        report.main()
 
 
 @pytest.mark.parametrize("case", [LOSS_CASES[0], LOSS_CASES[6], *LOSS_CASES_2], ids=lambda case: case.name)

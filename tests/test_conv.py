@@ -29,7 +29,7 @@ def relative(a, b):
 def stacks(name="data2vec-audio", **config):
     plain = models.build_encoder(name, config=models.CONFIGS[name] | config).model.feature_extractor
     fast = copy.deepcopy(plain)
-    assert conv.use(fast)
+    assert conv.use_matrix_products(fast)
     return plain, fast
 
 
@@ -105,7 +105,7 @@ def test_the_shortest_waveform_and_none(batch, samples):
 def test_it_is_saved_whole_and_put_in_once(tmp_path):
     _, fast = stacks()
     kind = type(fast)
-    assert conv.use(fast) and type(fast) is kind
+    assert conv.use_matrix_products(fast) and type(fast) is kind
     torch.save(fast, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     assert type(loaded) is type(copy.deepcopy(fast)) is kind
@@ -126,15 +126,15 @@ def test_under_autocast_it_is_as_exact_as_transformers():
 def test_what_cannot_be_computed_so_is_left():
     group = models.build_encoder("wav2vec2", config=models.CONFIGS["wav2vec2"] | dict(feat_extract_norm="group"))
     kind = type(group.model.feature_extractor)
-    assert not conv.use(group.model.feature_extractor) and type(group.model.feature_extractor) is kind
+    assert not conv.use_matrix_products(group.model.feature_extractor) and type(group.model.feature_extractor) is kind
     relu = models.build_encoder(
         "data2vec-audio", config=models.CONFIGS["data2vec-audio"] | dict(feat_extract_activation="relu")
     )
-    assert not conv.use(relu.model.feature_extractor)
+    assert not conv.use_matrix_products(relu.model.feature_extractor)
     tanh = models.build_encoder("data2vec-audio", config=models.CONFIGS["data2vec-audio"]).model.feature_extractor
     tanh.conv_layers[0].activation = nn.GELU(approximate="tanh")
-    assert not conv.use(tanh)
-    assert not conv.use(None) and not conv.use(nn.Linear(2, 2))
+    assert not conv.use_matrix_products(tanh)
+    assert not conv.use_matrix_products(None) and not conv.use_matrix_products(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -148,7 +148,8 @@ def test_a_model_of_another_dtype_is_left_to_torch(dtype):
 
 def test_without_the_library_it_is_left(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: "the C++ library is not built")
-    assert not conv.use(models.build_encoder("data2vec-audio", config=models.CONFIGS["data2vec-audio"]).model.feature_extractor)
+    built = models.build_encoder("data2vec-audio", config=models.CONFIGS["data2vec-audio"])
+    assert not conv.use_matrix_products(built.model.feature_extractor)
 
 
 def norm_gelu(x, weight, bias):

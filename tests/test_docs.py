@@ -147,13 +147,13 @@ def run(monkeypatch, command):
 @pytest.mark.parametrize("page", PAGES)
 def test_page_runs(page, shop, monkeypatch, caplog):
     names = {"__name__": "page"}
-    if page == "README.md":
+    if page in ("README.md", "docs/training.md", "docs/after-training.md"):
         names |= given()
         run(monkeypatch, "d2v-train --config vision/beit-base data.path=photos/ train.output=run")
         for copy in ("run-a", "run-b"):
             shutil.copytree("run", copy)
     blocks = BLOCK.findall((ROOT / page).read_text())
-    assert blocks
+    assert blocks or page in ("docs/method.md", "docs/speed.md")
     sys.path.insert(0, str(Path.cwd()))
     for kind, text in blocks:
         if file := re.match(r"# (\w+\.\w+)\n", text):
@@ -210,3 +210,17 @@ def test_every_public_name_has_a_page(tmp_path):
     tree = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "d2v_fast").rglob("*.py")}
     for module, parsed in tree.items():
         assert module == "__init__" or ast.get_docstring(parsed), module
+
+
+def test_citations_of_the_method_open():
+    """A "method 1.4" in a comment, a docstring or a preset is a section of docs/method.md."""
+    sections = set(re.findall(r"^#{2,3} (\d(?:\.\d)?) ", (ROOT / "docs/method.md").read_text(), re.MULTILINE))
+    cited = set()
+    for folder in ("d2v_fast", "kernels", "benchmarks", "tests", "docs"):
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in (".py", ".yaml", ".cpp", ".h", ".md"):
+                for numbers in re.findall(r"\bmethod ((?:\d(?:\.\d+)?(?:, | and )?)+)", file.read_text()):
+                    found = re.findall(r"\d(?:\.\d+)?", numbers)
+                    assert sections.issuperset(found), f"{file.relative_to(ROOT)}: method {numbers}"
+                    cited |= set(found)
+    assert len(cited) > 25

@@ -80,7 +80,7 @@ def test_with_dropout_the_mean_curve_is_the_same(modality, tmp_path):
 def test_explicit_attention_is_attention(name, padded, monkeypatch):
     encoder = models.make(name).eval()
     ours = copy.deepcopy(encoder)
-    assert attention.use(ours.model, CPU) == "explicit"
+    assert attention.use_fast_attention(ours.model, CPU) == "explicit"
     calls = []
     monkeypatch.setattr(attention, "fast_dropout", lambda x, p: calls.append(p) or x)
     features = encoder.embed(models.inputs(name)).detach()
@@ -101,8 +101,8 @@ def test_explicit_attention_is_attention(name, padded, monkeypatch):
 
 
 def test_attention_that_cannot_be_replaced_is_left():
-    assert attention.use(models.make("data2vec-vision").model, CPU) is None
-    assert attention.use(models.Handwritten(), CPU) is None
+    assert attention.use_fast_attention(models.make("data2vec-vision").model, CPU) is None
+    assert attention.use_fast_attention(models.Handwritten(), CPU) is None
 
 
 SMALL = models.COMMON | dict(vocab_size=60, max_position_embeddings=40)
@@ -122,7 +122,7 @@ SMALL = models.COMMON | dict(vocab_size=60, max_position_embeddings=40)
 def test_other_models_attend_as_before(kind, config, expected):
     model, ids = kind(config).eval(), torch.randint(5, 60, (2, 12))
     before = model(ids).last_hidden_state
-    assert attention.use(model, CPU) == expected
+    assert attention.use_fast_attention(model, CPU) == expected
     torch.testing.assert_close(model(ids).last_hidden_state, before, rtol=1e-4, atol=1e-5)
 
 

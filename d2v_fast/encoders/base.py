@@ -26,7 +26,7 @@ def gather(x: Tensor, visible: Tensor) -> Tensor:
 def find_layers(model: nn.Module) -> str:
     """Dotted path of the list of as many blocks with attention as `model.config` says; ValueError where there is none."""
     wanted = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)}
     for name, modules in lists.items():
         inner = " ".join(n for n, _ in modules[0].named_modules())
         if len(modules) == wanted and "att" in inner:
@@ -267,7 +267,7 @@ class Encoder(nn.Module):
     @staticmethod
     def _scaled(result: Tensor, block: nn.Module, source: LayerSource) -> Tensor:
         """BEiT scales the FFN's result before the residual; its scaled form is the layer's result (spec 1.3)."""
-        scale = getattr(block, "lambda_2", None) if source == "ffn" else None
+        scale = getattr(block, "lambda_2", getattr(block, "gamma_2", None)) if source == "ffn" else None  # so named in timm
         return result * scale if isinstance(scale, Tensor) else result
 
     @contextmanager

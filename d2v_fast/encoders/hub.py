@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -166,9 +166,10 @@ def build_encoder(
     """An encoder from a Hugging Face model type, from pretrained weights, or from your own class.
 
     Args:
-        model: Model type of transformers ("roberta", "beit", "wav2vec2", "data2vec-audio", …) or "package.module:Class".
+        model: Model type of transformers ("roberta", "beit", "wav2vec2", "data2vec-audio", …), "timm/NAME" for a model of timm,
+            or "package.module:Class".
         pretrained: Hub name or folder to load instead of starting from random weights.
-        config: Fields of the configuration class (of the constructor for your own class).
+        config: Fields of the configuration class (of the constructor for your own class and for timm).
         init: "data2vec" re-initialises a random BEiT or ViT as the authors do (spec 3.3); "sincos" gives it the fixed
             sin-cos positions of MAE and data2vec 2.0 (spec 4.1).
         layers: Path of the block list, where it is not found by itself.
@@ -261,6 +262,8 @@ def build_encoder(
         raise ValueError(f"{setting}: {cls.__name__} cannot be made with it: {reason}") from error
     if pretrained is not None:
         _check_loaded(hf_model, loaded, pretrained)
+    if hasattr(hf_model, "timm_model"):
+        _tell_of_timm(hf_model)
     if bidirectional:
         causal = [module.is_causal for module in hf_model.modules() if hasattr(module, "is_causal")]
         if causal and not any(causal):
@@ -272,7 +275,7 @@ def build_encoder(
         if feature_grad_mult == 0:  # else DDP would wait for gradients
             encoder.model.feature_extractor.requires_grad_(False)
     if init != "hf" and pretrained is None:
-        spliced = init == "sincos" and isinstance(encoder, SplicedEncoder) and len(encoder.grid) == 2
+        spliced = init == "sincos" and isinstance(encoder, SplicedEncoder) and isinstance(encoder.positions(0), tuple)
         placed = hasattr(getattr(encoder.model, "embeddings", None), "position_embeddings")
         if not isinstance(encoder, PatchEncoder) and not (spliced and placed):
             name = type(encoder.model).__name__
@@ -296,11 +299,29 @@ def _check_loaded(model: nn.Module, loaded: dict[str, Any], pretrained: str) -> 
         log.warning("%s; they start at random", message)
 
 
+def _tell_of_timm(model: nn.Module) -> None:
+    """Put into the config what those of transformers say of a model, and leave out what only its pooled result needs."""
+    inner, config = model.timm_model, model.config
+    told, embed = config.model_args or {}, getattr(inner, "patch_embed", None)
+    config.do_pooling = False
+    config.hidden_size, config.num_hidden_layers = inner.num_features, len(getattr(inner, "blocks", ()))
+    size = getattr(embed, "img_size", None) or told.get("img_size") or inner.pretrained_cfg["input_size"][1:]
+    config.image_size = [size, size] if isinstance(size, int) else list(size)
+    config.num_channels = told.get("in_chans", 3)
+    for part in ("fc_norm", "attn_pool", "head"):
+        if isinstance(getattr(inner, part, None), nn.Module):
+            getattr(inner, part).requires_grad_(False)
+
+
 def _new_config(model: str | None, fields: dict[str, Any]):
     import difflib
 
     from transformers import CONFIG_MAPPING
 
+    if (model or "").startswith("timm/"):
+        if importlib.util.find_spec("timm") is None:
+            raise ValueError(f"encoder.model={model!r}: needs timm: pip install 'd2v-fast[timm]'")
+        return CONFIG_MAPPING["timm_wrapper"](architecture=model.removeprefix("timm/"), model_args=fields, num_labels=0)
     if model not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(model), list(CONFIG_MAPPING), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

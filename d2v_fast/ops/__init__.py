@@ -66,9 +66,9 @@ def _scaled_fake(x, factor, weight, impl):
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """Of a kernel without a second derivative: whoever asks for it gets an error, and not a gradient that lacks a part.
+    """Make a double backward raise instead of dropping terms, for kernels without a second derivative.
 
-    torch's own says nothing where the gradient that comes in has no graph, as that of a loss.
+    torch's own decorator does not raise where the incoming gradient has no graph, as that of a loss.
     """
 
     @functools.wraps(backward)

@@ -77,7 +77,7 @@ def padding(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | N
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
-def use(model: nn.Module, device: torch.device) -> str | None:
+def use_fast_attention(model: nn.Module, device: torch.device) -> str | None:
     """Let a transformers model attend in the way that is fastest on this device.
 
     Returns:

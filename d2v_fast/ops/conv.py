@@ -126,7 +126,7 @@ class FeatureEncoder:
         return x.view(batch, frames, -1)[:, :kept].transpose(1, 2)
 
 
-def use(extractor: nn.Module) -> bool:
+def use_matrix_products(extractor: nn.Module) -> bool:
     """Compute the features so; False, and nothing is changed, for layers of another kind or without the C++ library."""
     layers = getattr(extractor, "conv_layers", [])
     if native.obstacle(torch.device("cpu")) or not layers or not all(_fits(layer) for layer in layers):
