@@ -29,6 +29,7 @@ FLAGS = ("-h", "--help", "--fused", "--print_config")
 # What may differ in a run that goes on, as no weight depends on it. Samples are compared by their content.
 FREE = (
     *(f"train.{name}" for name in ("output", "workers", "graphs", "log_every", "export_every", "save_every", "keep_last")),
+    *(f"train.{name}" for name in ("callbacks", "trackers", "probe_every", "probe_data")),
     *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache"),
 )
 SAMPLES = ("samples", "samples.number", "samples.content")  # what is compared beside the settings
@@ -280,6 +281,12 @@ class TrainConfig:
         keep_last: Checkpoints to keep.
         max_broken: Largest share of unreadable samples; the run stops above it.
         max_skipped: Steps in a row whose loss or gradient is not finite; the run stops there.
+        callbacks: Objects of your own that the run calls, "package.module:Class" each, or with arguments
+            {class_path: package.module:Class, init_args: {...}}; docs/callbacks.md.
+        trackers: Where figures and settings go beside log.jsonl; default is TensorBoard alone, if it is installed.
+        probe_every: Steps between probes of the teacher by a k-NN on labelled samples, 0 = none; one goes into the first line
+            of the log after that many, and into the last.
+        probe_data: What to probe on, as d2v-probe --data; default is the builtin set for a run on builtin data.
     """
 
     output: str | None = None
@@ -300,6 +307,10 @@ class TrainConfig:
     keep_last: int = 2
     max_broken: float = 0.01
     max_skipped: int = 20
+    callbacks: list[str | dict[str, Any]] = field(default_factory=list)
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
+    probe_every: int = 0
+    probe_data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -435,6 +446,7 @@ RANGES = {
     "train.log_every": "[1, inf)",
     "train.max_broken": "[0, 1]",
     "train.max_skipped": "[1, inf)",
+    "train.probe_every": "[0, inf)",
     "train.save_every": "[0, inf)",
     "train.seed": "[0, 9223372036854775807]",
     "train.steps": "[1, inf)",
@@ -477,7 +489,7 @@ class Config:
     own_data: bool = False
     yaml: str = ""
     name: str = "run"  # what a run without train.output is called
-    resume: bool = False
+    resume: bool | Literal["auto"] = False  # auto = if there is a checkpoint
     resume_allow: list[str] = field(default_factory=list)
 
     def settings(self) -> dict[str, Any]:
@@ -790,10 +802,12 @@ DESCRIPTION = """Pre-train an encoder of text, images, speech or sounds with dat
   d2v-train --config audio/tiny --print_config > mine.yaml
   d2v-train --resume runs/mine                            a run goes on from its newest checkpoint
   d2v-train --config mine.yaml train.output=run --resume  the same, by the command that began it
+  d2v-train … train.output=run --resume=auto              begins, or goes on where there is a checkpoint, as after a requeue
 
 Settings are given as key=value; later ones win. A run writes its resolved config.yaml, a log.jsonl, checkpoints/ and, in
-Hugging Face format, the student in export/. Ctrl-C or SIGTERM: the run saves after the current step and ends with exit code
-130. It goes on only with the settings and samples that it had; --resume-allow KEY, once for each, accepts an intended change.
+Hugging Face format, the student in export/. Ctrl-C, SIGTERM or SIGUSR1: the run saves after the current step and ends with
+exit code 130. It goes on only with the settings and samples that it had; --resume-allow KEY, once for each, accepts an
+intended change. Callbacks, trackers and a probe on the way: docs/callbacks.md.
 What the data and mask of a modality take: d2v-train --config PRESET --help. Data of your own: docs/own-data.md.
 
 presets: """
@@ -917,7 +931,7 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     return replace(config, train=replace(config.train, output=output and os.path.expanduser(output))), fused
 
 
-def _resume(args: list[str]) -> tuple[list[str], bool, list[str]]:
+def _resume(args: list[str]) -> tuple[list[str], bool | Literal["auto"], list[str]]:
     """The command line with RUN's settings in place of --resume RUN; whether to resume, and --resume-allow's keys."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume", nargs="?", const="")
@@ -927,6 +941,8 @@ def _resume(args: list[str]) -> tuple[list[str], bool, list[str]]:
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from None
     run = found.resume
+    if run == "auto":
+        return rest, "auto", found.resume_allow
     if run and "=" in run:  # a setting that happened to follow
         run, rest = "", [run, *rest]
     if run:

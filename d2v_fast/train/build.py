@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,12 @@ from d2v_fast.diagnostics import Monitor
 from d2v_fast.encoders import Encoder, build_encoder
 from d2v_fast.fused import fuse
 from d2v_fast.model import Data2Vec
+from d2v_fast.train.callbacks import Callback, Callbacks, make_callback
 from d2v_fast.train.feed import EMPTY, Feed
 from d2v_fast.train.folder import HEAD, TEACHER, TOKENIZER, RunFolder
 from d2v_fast.train.guards import BrokenSamples, SkippedSteps
-from d2v_fast.train.log import Window
+from d2v_fast.train.log import Trackers, Window
+from d2v_fast.train.online_probe import OnlineProbe
 from d2v_fast.train.optim import lr_factor, make_optimizer, warmup_steps
 from d2v_fast.train.parallel import start
 from d2v_fast.train.save import Samples, compare_settings, newest, restore
@@ -55,8 +58,10 @@ class Run:
         window: Since the last line of the log.
         steps: Of the whole run.
         fused: What --fused has changed, in words.
+        callbacks: Called as it goes.
         saved: Step of the newest checkpoint.
         changed: Whether settings differ from those of the newest checkpoint.
+        stop: Set by a callback to end the run after the current step.
     """
 
     config: Config
@@ -72,32 +77,42 @@ class Run:
     window: Window
     steps: int
     fused: list[str]
+    callbacks: Callbacks
     saved: int = 0
     changed: bool = False
+    stop: bool = False
 
 
-def build(config: Config, fused: bool = False) -> Run:
+def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = ()) -> Run:
     """Take the folder, and make all that the config describes; `loop` trains it.
 
     Args:
         config: What to train, on what, how.
         fused: Put the fast parts in, `d2v_fast.fused`.
+        callbacks: More of them than `train.callbacks` names.
 
     Raises:
+        CallbackError: A callback that cannot be made.
         ConfigError: Settings that do not fit each other.
         DataError: Data that cannot be used.
         CheckpointError: `config.resume`, and no usable checkpoint.
     """
+    callbacks = [*map(make_callback, config.train.callbacks), *callbacks]
+    if config.train.probe_every:
+        callbacks.insert(0, OnlineProbe(config))
+    if config.train.trackers:
+        callbacks.append(Trackers(config.train.trackers))  # which get what the others put into the log
     accelerator = start(config.train)
     folder = RunFolder(config, accelerator.is_main_process)
     try:
-        return _build(config, fused, accelerator, folder)
+        config = replace(config, resume=folder.resume)
+        return _build(config, fused, accelerator, folder, callbacks)
     except BaseException:
         folder.leave(0)
         raise
 
 
-def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder) -> Run:
+def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Callback]) -> Run:
     from accelerate.utils import set_seed
 
     train, world, device = config.train, accelerator.num_processes, accelerator.device
@@ -167,6 +182,7 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
         window=Window(device),
         steps=steps,
         fused=words,
+        callbacks=Callbacks(callbacks, main),
         saved=done,
         changed=bool(saved) and saved.state["settings"] != settings,
     )

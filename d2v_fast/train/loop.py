@@ -12,6 +12,7 @@ from d2v_fast.data import Batch
 from d2v_fast.diagnostics import CollapseError, distinct_share, environment
 from d2v_fast.encoders import describe
 from d2v_fast.train.build import Run, learns_tokens
+from d2v_fast.train.callbacks import CallbackError
 from d2v_fast.train.folder import TOKENIZER
 from d2v_fast.train.guards import NotFiniteError, StopRequest, WorkerDied, disk_may_fail
 from d2v_fast.train.log import Progress, RunLog, make_record
@@ -34,7 +35,13 @@ def loop(run: Run) -> int:
         if run.accelerator.is_main_process:
             _describe(run)
         stopped, record = _steps(run)
-        return _conclude(run, stopped, record)
+        code = _conclude(run, stopped, record)
+    except BaseException as error:
+        run.callbacks.end(run, error)
+        raise
+    else:
+        run.callbacks.end(run, None)
+        return code
     finally:
         run.folder.leave(run.state.done)
 
@@ -45,11 +52,14 @@ def _steps(run: Run) -> tuple[bool, dict[str, float] | None]:
     record, stopped = None, False
     state.model.train()
     try:
-        lines, progress = RunLog(run.folder.path if main else None, begin), Progress(run.steps, begin, main)
+        lines = RunLog(run.folder.path if main else None, begin, "tensorboard" not in train.trackers)
+        progress = Progress(run.steps, begin, main)
         with StopRequest() as stop, lines, progress:
             state.monitor.judge({"step": begin, "distinct_samples": distinct_share(run.data)})
+            run.callbacks.call("on_start", run)
             while state.done < run.steps:
-                stopped, busy = on_any(run.accelerator, stop.asked, run.checkpoints.busy)
+                run.callbacks.written(run)
+                stopped, busy = on_any(run.accelerator, stop.asked or run.stop, run.checkpoints.busy)
                 if stopped:
                     break
                 if not busy and train.save_every and state.done // train.save_every > run.saved // train.save_every:
@@ -60,9 +70,11 @@ def _steps(run: Run) -> tuple[bool, dict[str, float] | None]:
                 run.feed.trained_on()
                 run.window.add(outcome, sum(len(batch["samples"]) for batch in batches))
                 progress.step()
+                run.callbacks.call("on_step", run, outcome)
                 if state.monitor.due:
                     record = make_record(state, run.window, run.broken, batches[-1]["epoch"], outcome.grad_norm)
                     run.window.clear()
+                    run.callbacks.call("on_log", run, record)
                     lines.write(record)
                     progress.show(record)
                     state.monitor.judge(record)
@@ -74,8 +86,13 @@ def _steps(run: Run) -> tuple[bool, dict[str, float] | None]:
                     run.checkpoints.reserve(state.tensors())
             save(run)
             run.checkpoints.wait()
+            run.callbacks.written(run)
     except (CollapseError, NotFiniteError):  # all ranks at once, after a step
         save(run)
+        raise
+    except CallbackError:
+        if state.world == 1:  # others do not know of it
+            save(run)
         raise
     except WorkerDied:
         stopped = stop.asked  # whoever asked may have told all processes of the run

@@ -70,6 +70,12 @@ def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config
     """
     with saved.reading():
         known = saved.state["settings"]
+        was, now = known["processes"], settings["processes"]
+    if was != now:  # no --resume-allow: order and random numbers are cut by the number of processes
+        raise CheckpointError(
+            f"{saved.folder}: its run had {was} process{'es' * (was != 1)}, this one has {now}; start as many, "
+            f"torchrun --nproc-per-node={was} on one machine, or d2v-train alone for one"
+        )
     new = [key for key, value in settings.items() if key not in known and DEFAULTS.get(key, ...) == value]
     saved.compare("settings", settings, (*FREE, *config.resume_allow, *new))
 
@@ -101,7 +107,12 @@ def save(run: Run) -> None:
         "samples": run.samples.identity,
         "ranks": [rank for rank, _ in ranks],
     }
+    if callbacks := run.callbacks.state_dict():
+        values["callbacks"] = callbacks
+    run.checkpoints.wait()
+    run.callbacks.written(run)  # of the one before
     run.checkpoints.save(state.done, tensors, values)
+    run.callbacks.awaited = state.done
     if run.changed:  # settings that were allowed to change are the run's once a checkpoint has them
         run.checkpoints.wait()
         if not run.checkpoints.failed:
@@ -122,6 +133,7 @@ def restore(run: Run, saved: Checkpoint) -> None:
     rank = saved.state["ranks"][number]
     run.broken.load_state_dict(rank)
     run.window.load_state_dict(rank["window"])
+    run.callbacks.load_state_dict(saved.state.get("callbacks", []))
     load_generator_states(rank, {kind: tensors["rng"].get(f"{number}.{kind}") for kind in ("cpu", "cuda")}, state.device)
 
 
