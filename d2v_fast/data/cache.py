@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,19 @@ def kept(
 def fingerprint(value: Any) -> str:
     """32 hexadecimal digits for what goes into JSON."""
     return xxhash.xxh3_128_hexdigest(json.dumps(value).encode())
+
+
+def files_state(path: str, files: Sequence[str]) -> str:
+    """What changes whenever the content of files may have: names below `path`, sizes and times."""
+
+    def look(file: str) -> list[Any]:
+        try:
+            found = os.stat(file)
+        except OSError as error:  # a link to nothing
+            return [error.errno]
+        return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+    return fingerprint([[os.path.relpath(file, path), *look(file)] for file in files])
 
 
 def _look(place: Path, expected: dict[str, Any]) -> dict[str, Any]:
