@@ -117,7 +117,8 @@ def _go_to(recording: Any, frame: int) -> None:
         # Frames of MP3 need bits of those before, as many as twenty where there are few bits a frame.
         before = min(frame, 20 * 1152) if recording.format == "MP3" else 0
         recording.seek(frame - before)
-        recording.read(before)
+        if before:
+            recording.read(before)
     except soundfile.LibsndfileError:  # a format that cannot be sought in
         while frame and (read := len(recording.read(min(frame, 2**20), dtype="float32"))):
             frame -= read

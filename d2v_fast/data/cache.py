@@ -97,7 +97,7 @@ def _look(place: Path, expected: dict[str, Any]) -> dict[str, Any]:
     if not place.exists():
         raise LookupError
     try:
-        entry = json.loads((place / ENTRY).read_text())
+        entry = json.loads((place / ENTRY).read_text(encoding="utf-8"))
         if entry["version"] != expected["version"]:
             raise LookupError(f"is of version {entry['version']}, and this is {expected['version']}")
         if entry["state"] != expected["state"]:
@@ -118,7 +118,7 @@ def _fill(place: Path, expected: dict[str, Any], make: Callable[[Path], dict[str
         beside.mkdir()
         made = make(beside)
         files = {file.name: _checksum(file) for file in sorted(beside.iterdir())}
-        (beside / ENTRY).write_text(json.dumps({**expected, "files": files, "made": made}))
+        (beside / ENTRY).write_text(json.dumps({**expected, "files": files, "made": made}), encoding="utf-8")
         os.replace(beside, place)
         return json.loads(json.dumps(made))
     except OSError as error:
