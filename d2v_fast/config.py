@@ -364,7 +364,7 @@ SECTIONS = {
 
 GROUPS = {*SECTIONS, "mask", "data"}
 DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)}
-DEFAULTS |= {"data.class": None, "data.views": None}
+DEFAULTS |= {"data.class": None, "data.views": None, "data.whole_seconds": 60.0}
 
 # The interval of a number or of each of several; a round bracket leaves the bound out.
 RANGES = {
@@ -399,6 +399,7 @@ RANGES = {
     "data.target_length": "[1, inf)",
     "data.views": "[1, inf)",
     "data.vocab_size": "[261, 16777216]",  # 256 bytes and 5 special tokens; tokenizers aborts where memory ends
+    "data.whole_seconds": "(0, inf)",
     "ema.anneal_steps": "[0, inf)",
     "ema.end": "[0, 1]",
     "ema.start": "[0, 1]",

@@ -124,8 +124,9 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     if saved:
         compare_settings(saved, settings, config)
 
-    with accelerator.main_process_first():  # the others find what it has cached
-        data = make_data(config, folder.path)
+    data = make_data(
+        config, folder.path
+    )  # what it caches, one process of a machine makes, and the others wait without a barrier
     encoder = make_encoder(config, None if config.own_data else getattr(data, "tokens", None))
     samples = _fit(data, encoder, config)
     if saved:
