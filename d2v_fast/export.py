@@ -1,4 +1,4 @@
-"""d2v-export: what `AutoModel.from_pretrained` loads, from a run or from a checkpoint of another project (spec 8).
+"""d2v-export: what `AutoModel.from_pretrained` loads, from a run or from a checkpoint of another project (method 6).
 
 What is written is read back and has to compute what the training encoder does.
 """

@@ -166,7 +166,7 @@ def test_schedules():
     assert [values[i] for i in (0, 10, 55, 100)] == pytest.approx([1 / 11, 1, 0.55, 0.1])
     assert lr_factor(55, 100, ScheduleConfig("linear", warmup=10)) == pytest.approx(0.5)
     assert lr_factor(99, 100, ScheduleConfig("constant", warmup=0.1)) == 1
-    # Spec 5.1: 3 % up from .01, 90 % at the peak, exponentially to .01 over the last 7 %.
+    # Method 5.1: 3 % up from .01, 90 % at the peak, exponentially to .01 over the last 7 %.
     tri = ScheduleConfig("tri_stage", warmup=0.03, hold=0.9, initial=0.01, final=0.01)
     assert lr_factor(0, 1000, tri) == pytest.approx(0.01 + 0.99 / 31)
     assert lr_factor(500, 1000, tri) == 1 and lr_factor(930, 1000, tri) == 1

@@ -1,4 +1,4 @@
-"""Speech: files, a manifest or a Hugging Face set → 16 kHz crops → waveform and frame mask (spec 3.1)."""
+"""Speech: files, a manifest or a Hugging Face set → 16 kHz crops → waveform and frame mask (method 3.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images: a folder or a Hugging Face set → augmented crops → pixels and patch mask (spec 3.3)."""
+"""Images: a folder or a Hugging Face set → augmented crops → pixels and patch mask (method 3.3)."""
 
 from __future__ import annotations
 

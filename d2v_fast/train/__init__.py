@@ -14,7 +14,8 @@
     parallel.py       devices and ranks, through accelerate
 
 One optimizer step = `accumulate` micro-batches on each of R ranks. Their loss is divided by the masked positions of all of
-them together, so that each counts the same wherever it was (spec 1.4); then clip, optimizer, schedule, teacher, in this order.
+them together, so that each counts the same wherever it was (method 1.4). Then clip, optimizer, schedule, teacher, in this
+order.
 """
 
 from __future__ import annotations
