@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 import time
@@ -39,9 +40,15 @@ class RunFolder:
         # The lock of a process that is killed is free. One for all runs of a process: a run never started would keep it.
         self.lock = FileLock(self.path / ".lock", timeout=0, is_singleton=True)
         if main and (self.path.exists() or not config.resume):
-            self._enter(config.resume)
+            self._enter(config.resume, ["", *config.parts])
 
-    def _enter(self, resume: bool) -> None:
+    def inside(self, name: str) -> RunFolder:
+        """The folder of a part of this run, under the same lock."""
+        part = copy.copy(self)
+        part.path = self.path / name
+        return part
+
+    def _enter(self, resume: bool, parts: list[str]) -> None:
         from filelock import Timeout
 
         try:
@@ -53,7 +60,7 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(self.path, error) from error
         has_checkpoints = (self.path / "checkpoints").exists()
-        if not resume and (has_checkpoints or read_lines(self.path / "log.jsonl")):
+        if not resume and (has_checkpoints or any(read_lines(self.path / name / "log.jsonl") for name in parts)):
             self.lock.release()
             goes_on = "--resume goes on with it" if has_checkpoints else "it has no checkpoint to go on from; remove it"
             raise ConfigError(f"train.output={self.path}: holds a run already; {goes_on}, another folder starts a new one")
