@@ -199,7 +199,8 @@ def configure(
         try:
             configs[part] = _part(part, base, inner, changes.get(part, []))
         except ConfigError as error:
-            raise ConfigError(f"several.parts.{part}: {error}") from error
+            whose = "" if str(error).partition(".")[0] in WHOLE else f"several.parts.{part}: "
+            raise ConfigError(f"{whose}{error}") from error
     resolved = {part: load_yaml(config.yaml) for part, config in configs.items()}
     namespace.several.parts = {
         part: {key: value for key, value in found.items() if key in GROUPS.difference(WHOLE)} | {"modality": part}

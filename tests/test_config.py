@@ -51,6 +51,9 @@ class TestPresets:
             return
         config, fused = parse(args)
         assert not fused and config.modality == name.split("/")[0]
+        if config.parts:
+            assert all(part.modality == key for key, part in config.parts.items())
+            return
         fields = config.encoder.config
         model = AutoConfig.for_model(config.encoder.model, **fields)
         unknown = set(fields) - set(inspect.signature(type(model)).parameters)
