@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,6 +205,13 @@ class TestRun:
         assert report.parts(folder) == [folder / "audio", folder / "vision"]
         again, _ = parse(["--config", str(folder / "config.yaml"), f"train.output={folder}"])
         assert again.settings() == trainer.config.settings()
+
+    def test_the_log_says_that_it_is_an_experiment(self, tmp_path, caplog):
+        with caplog.at_level("INFO"):
+            trainer = build(config(tmp_path / "run", "several.shares={vision: 0.75, audio: 0.25}", "train.steps=40"))
+        trainer.folder.leave(0)
+        counts = re.search(r"an experiment: .* several modalities, vision (\d+) steps, audio (\d+) steps", caplog.text)
+        assert abs(int(counts[1]) - 30) < 3 and int(counts[1]) + int(counts[2]) == 40
 
     @pytest.mark.parametrize("name, cls", [("vision", Data2Vec2VisionModel), ("audio", Data2Vec2AudioModel)])
     @pytest.mark.parametrize("teacher", [False, True])

@@ -9,6 +9,7 @@ met, a step costs what it costs in a run of that modality alone, and ranks need 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from d2v_fast.train.save import Samples
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -126,4 +129,7 @@ def build_parts(config: SeveralConfig, fused: bool, accelerator: Accelerator, fo
     whole = {"config": config, "folder": folder, "samples": samples, "state": replace(first.state, core=core), "name": ""}
     run = SeveralRun(**vars(first) | whole, parts=parts)
     go_on(run, saved)
+    if accelerator.is_main_process:
+        taken = ", ".join(f"{name} {count} steps" for name, count in zip(parts, run.last, strict=True))
+        log.info("an experiment: one stack of blocks learns from several modalities, %s", taken)
     return run
