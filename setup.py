@@ -59,12 +59,14 @@ setup(
         "torch>=2.11",
         "tqdm",
         "transformers>=5.17",
+        "xxhash",
     ],
     extras_require={
         "audio": ["soundfile", "soxr"],  # always there; so that who asks for it gets no warning
         "flash": ["flash-attn"],  # encoder.attention=flash_attention_2, on GPUs; built from source
         "report": ["matplotlib"],
         "tensorboard": ["tensorboard"],
+        "timm": ["timm>=1.0.20"],  # it brings torchvision, of the release that goes with torch
         "vision": ["torchvision"],  # what AutoImageProcessor of transformers 5.17 needs to load an exported processor
         "dev": [
             "hypothesis",

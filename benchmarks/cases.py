@@ -155,6 +155,13 @@ STEP_CASES_2 = [
     StepCase("text-1x8", "text", "roberta", 1, (512,), 0.48, _TEXT_2, views=8, gpu_batch=8, **_TOKENS),
 ]
 
+# Models of known families, and the module at which they run whole.
+SPLICED_CASES = [
+    (STEP_CASES[0], "embeddings"),
+    (replace(STEP_CASES[2], name="vit-8x224", model="vit"), "embeddings.patch_embeddings"),
+    (STEP_CASES_2[-1], "embeddings"),
+]
+
 # One size of the step at a time; 4 layers where it is not their number, so that the sweep takes minutes.
 _SMALL = StepCase("sweep", "text", "roberta", 4, (128,), 0.15, _TEXT | dict(top_k=2), dict(num_hidden_layers=4))
 SWEEPS = {

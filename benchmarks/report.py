@@ -184,7 +184,7 @@ def targets_table(path: Path) -> str:
             line[name] = min(line.get(name, rate), rate)
     names = ("1.0 today", "1.0 fused", "2.0 as released, bf16", "fused")
     cells = [
-        [case, *(f"{line[name]:.0f}" for name in names), f"{line['fused'] / line[names[0]]:.1f}"]
+        [case, *(f"{line[name]:.0f}" for name in names), f"{line['fused'] / line['1.0 today']:.1f}"]
         for case, line in lines.items()
     ]
     return markdown(["masked targets/s", *names[:-1], "2.0 fused", "× 1.0 today"], cells)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import STEP_CASES, STEP_CASES_2, SWEEPS
+from benchmarks.cases import SPLICED_CASES, STEP_CASES, STEP_CASES_2, SWEEPS
 from benchmarks.measure import Apart, matmul_rate, peak_extra_bytes, timed
 from d2v_fast import Data2Vec, build_encoder
 from d2v_fast import model as model_module
@@ -115,12 +115,15 @@ class Today(Variant):
 
 
 class Ours(Variant):
-    """Our model in bf16 autocast with sdpa, fused AdamW and foreach EMA; `parts` adds what --fused puts into a model."""
+    """Our model in bf16 autocast with sdpa, fused AdamW and foreach EMA; `parts` adds what --fused puts into a model.
 
-    def __init__(self, case, device, parts):
+    With `features`, the path of its module of local features, the model runs whole.
+    """
+
+    def __init__(self, case, device, parts, features=None):
         super().__init__(case, device)
         config = dict(layerdrop=0.0) if case.modality == "audio" else {}
-        encoder = build_encoder(case.model, config=config | case.config)
+        encoder = build_encoder(case.model, config=config | case.config, features=features)
         settings = case.settings if "loss" in parts else dict(impl="eager", **case.settings)
         decoder = ConvDecoder(encoder.hidden_size, **case.decoder) if case.views else None
         self.model = Data2Vec(encoder, decoder=decoder, **settings).to(device).train()
@@ -340,6 +343,16 @@ def test_parts(case, device, seconds, benchmark):
             if part == used[-1]:
                 benchmark.pedantic(variants["all"], args=("seconds",), rounds=2)
     benchmark.extra_info.update(case=case.name, parts=pairs)
+
+
+@pytest.mark.parametrize("case, features", SPLICED_CASES, ids=lambda each: getattr(each, "name", ""))
+def test_splicing(case, features, device, seconds, benchmark):
+    """The same model in the pieces of its family, and whole with its features exchanged."""
+    case = case.on(device)
+    ways = {"in pieces": (Ours, case, ()), "whole": (Ours, case, (), features)}
+    with turns(ways, device, seconds) as (variants, times):
+        benchmark.extra_info.update(case=case.name, seconds=times, overhead=times["whole"] / times["in pieces"] - 1)
+        benchmark.pedantic(variants["whole"], args=("seconds",), rounds=2)
 
 
 @pytest.mark.parametrize("axis", SWEEPS)

@@ -30,7 +30,8 @@ FLAGS = ("-h", "--help", "--fused", "--print_config")
 # What may differ in a run that goes on, as no weight depends on it. Samples are compared by their content.
 FREE = (
     *(f"train.{name}" for name in ("output", "workers", "graphs", "log_every", "export_every", "save_every", "keep_last")),
-    *("train.max_broken", "train.max_skipped", "collapse", "data.path"),
+    *(f"train.{name}" for name in ("callbacks", "trackers", "probe_every", "probe_data")),
+    *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache"),
 )
 PART = re.compile(r"^several\.parts\.\w+\.")  # of one modality of several
 SAMPLES = ("samples", "samples.number", "samples.content")  # what is compared beside the settings
@@ -96,9 +97,11 @@ class EncoderConfig:
     """The encoder.
 
     Args:
-        model: Model type of transformers (roberta, beit, wav2vec2, data2vec-audio, …) or your own "package.module:Class".
+        model: Model type of transformers (roberta, beit, wav2vec2, data2vec-audio, …), timm/NAME for a model of timm, or your
+            own "package.module:Class".
         pretrained: Hub name or folder to start from instead of random weights.
-        config: Fields of the model's configuration class, such as encoder.config.num_hidden_layers.
+        config: Fields of the model's configuration class, such as encoder.config.num_hidden_layers; for timm, arguments of the
+            model, such as encoder.config.depth.
         init: hf = as transformers does; for images also data2vec = as its authors do, sincos = with fixed
             sin-cos positions.
         layers: Path of the list of blocks, where it is not found by itself.
@@ -280,6 +283,12 @@ class TrainConfig:
         keep_last: Checkpoints to keep.
         max_broken: Largest share of unreadable samples; the run stops above it.
         max_skipped: Steps in a row whose loss or gradient is not finite; the run stops there.
+        callbacks: Objects of your own that the run calls, "package.module:Class" each, or with arguments
+            {class_path: package.module:Class, init_args: {...}}; docs/callbacks.md.
+        trackers: Where figures and settings go beside log.jsonl; default is TensorBoard alone, if it is installed.
+        probe_every: Steps between probes of the teacher by a k-NN on labelled samples, 0 = none; one goes into the first line
+            of the log after that many, and into the last.
+        probe_data: What to probe on, as d2v-probe --data; default is the builtin set for a run on builtin data.
     """
 
     output: str | None = None
@@ -300,6 +309,10 @@ class TrainConfig:
     keep_last: int = 2
     max_broken: float = 0.01
     max_skipped: int = 20
+    callbacks: list[str | dict[str, Any]] = field(default_factory=list)
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
+    probe_every: int = 0
+    probe_data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -353,7 +366,7 @@ SECTIONS = {
 
 GROUPS = {*SECTIONS, "mask", "data"}
 DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)}
-DEFAULTS |= {"data.class": None, "data.views": None}
+DEFAULTS |= {"data.class": None, "data.views": None, "data.whole_seconds": 60.0}
 
 # The interval of a number or of each of several; a round bracket leaves the bound out.
 RANGES = {
@@ -388,6 +401,7 @@ RANGES = {
     "data.target_length": "[1, inf)",
     "data.views": "[1, inf)",
     "data.vocab_size": "[261, 16777216]",  # 256 bytes and 5 special tokens; tokenizers aborts where memory ends
+    "data.whole_seconds": "(0, inf)",
     "ema.anneal_steps": "[0, inf)",
     "ema.end": "[0, 1]",
     "ema.start": "[0, 1]",
@@ -435,6 +449,7 @@ RANGES = {
     "train.log_every": "[1, inf)",
     "train.max_broken": "[0, 1]",
     "train.max_skipped": "[1, inf)",
+    "train.probe_every": "[0, inf)",
     "train.save_every": "[0, inf)",
     "train.seed": "[0, 9223372036854775807]",
     "train.steps": "[1, inf)",
@@ -478,7 +493,7 @@ class Config:
     own_data: bool = False
     yaml: str = ""
     name: str = "run"  # what a run without train.output is called
-    resume: bool = False
+    resume: bool | Literal["auto"] = False  # auto = if there is a checkpoint
     resume_allow: list[str] = field(default_factory=list)
 
     def settings(self) -> dict[str, Any]:
@@ -720,7 +735,7 @@ def _keep_what_fits(encoder: dict[str, Any], model: str) -> None:
     if before in (None, model):
         return
     strange = set(config)
-    if ":" in model:
+    if ":" in model or model.startswith("timm/"):
         for name in ("init", "layers", "ffn", "features"):
             encoder.pop(name, None)
     else:
@@ -800,10 +815,12 @@ DESCRIPTION = """Pre-train an encoder of text, images, speech or sounds with dat
   d2v-train --config audio/tiny --print_config > mine.yaml
   d2v-train --resume runs/mine                            a run goes on from its newest checkpoint
   d2v-train --config mine.yaml train.output=run --resume  the same, by the command that began it
+  d2v-train … train.output=run --resume=auto              begins, or goes on where there is a checkpoint, as after a requeue
 
 Settings are given as key=value; later ones win. A run writes its resolved config.yaml, a log.jsonl, checkpoints/ and, in
-Hugging Face format, the student in export/. Ctrl-C or SIGTERM: the run saves after the current step and ends with exit code
-130. It goes on only with the settings and samples that it had; --resume-allow KEY, once for each, accepts an intended change.
+Hugging Face format, the student in export/. Ctrl-C, SIGTERM or SIGUSR1: the run saves after the current step and ends with
+exit code 130. It goes on only with the settings and samples that it had; --resume-allow KEY, once for each, accepts an
+intended change. Callbacks, trackers and a probe on the way: docs/callbacks.md.
 What the data and mask of a modality take: d2v-train --config PRESET --help. Data of your own: docs/own-data.md.
 
 presets: """
@@ -960,7 +977,7 @@ def _finish(config: Config, known: list[str], run: str | None, named: bool) -> C
     return replace(config, train=replace(config.train, output=output and os.path.expanduser(output)))
 
 
-def _resume(args: list[str]) -> tuple[list[str], bool, list[str]]:
+def _resume(args: list[str]) -> tuple[list[str], bool | Literal["auto"], list[str]]:
     """The command line with RUN's settings in place of --resume RUN; whether to resume, and --resume-allow's keys."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume", nargs="?", const="")
@@ -970,6 +987,8 @@ def _resume(args: list[str]) -> tuple[list[str], bool, list[str]]:
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from None
     run = found.resume
+    if run == "auto":
+        return rest, "auto", found.resume_allow
     if run and "=" in run:  # a setting that happened to follow
         run, rest = "", [run, *rest]
     if run:

@@ -38,6 +38,7 @@ CURVES = {
     "lr": ("Learning rate", ""),
     "ema_decay": ("Decay of the teacher", "As the schedule has it."),
     "teacher_decay": ("Measured decay of the teacher", "What the teacher kept of its distance to the student in one step."),
+    "probe_knn": ("k-NN on the teacher", "Accuracy on the labelled samples of train.probe_data."),
     "samples_per_s": ("Samples per second", ""),
     "data_wait": ("Wait for data", "Share of the time; near 0 is good."),
 }

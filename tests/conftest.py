@@ -1,14 +1,19 @@
+import atexit
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="d2v-cache-")  # nor leave what it made of its data
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.hookimpl(wrapper=True)

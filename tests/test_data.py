@@ -18,7 +18,7 @@ from d2v_fast.data.audio import AudioData, count_samples, open_audio, read_audio
 from d2v_fast.data.builtin import SHAPES, WORDS, builtin_images, builtin_speech, builtin_text
 from d2v_fast.data.documents import load_documents
 from d2v_fast.data.text import TextData
-from d2v_fast.data.vision import ImageData, center_crop, color_jitter, open_images, random_resized_crop, to_pixels
+from d2v_fast.data.vision import ImageData, center_crop, color_jitter, crop_to, open_images, random_box, to_pixels
 from d2v_fast.masking import BlockMask, RandomMask, SpanMask, TokenMask
 
 RATE = 16_000
@@ -77,6 +77,10 @@ def waves(tmp_path):
 def text_data(path, mask=None, **kwargs):
     kwargs = {"block_size": 16, "vocab_size": 300} | kwargs
     return TextData(path=path, mask=mask or TokenMask(0.3, 2), **kwargs)
+
+
+def random_crop(image, size, scale, ratio, rng):
+    return crop_to(image, size, random_box(*image.size, scale, ratio, rng))
 
 
 def image_data(path, mask=None, **kwargs):
@@ -143,6 +147,32 @@ class TestEpochBatches:
         padded = [len(batch) * lengths[batch].max() for batch in batches]
         assert [len(batch) for batch, size in zip(batches, padded, strict=True) if size > 300] == [1]
         assert np.median(padded) > 200
+
+    @pytest.mark.parametrize("limit", [20, 64, 100, 300, 9000])
+    def test_filled_batches_are_as_many_in_every_epoch(self, limit):
+        """And hold all samples, none longer together than the limit, whose lengths are alike."""
+        lengths = np.random.default_rng(0).gamma(4, 5, 3000).clip(1, 60).astype(int)
+        lengths[:7] = 0  # of which the header cannot be read
+        order = EpochBatches(3000, 8, lengths=lengths, max_batch_length=limit)
+        epochs = [order.epoch(epoch) for epoch in range(4)]
+        assert len({len(batches) for batches in epochs}) == 1 and len({batches[0].tobytes() for batches in epochs}) == 4
+        for batches in epochs:
+            assert sorted(np.concatenate(batches)) == list(range(3000))
+            assert all(len(batch) == 1 or len(batch) * lengths[batch].max() <= limit for batch in batches)
+        assert {frozenset(batch) for batch in epochs[0]} != {frozenset(batch) for batch in epochs[1]} or limit == 20
+        kept = sum(len(batch) * lengths[batch].min() for batch in epochs[0]) / lengths.sum()
+        assert kept > 0.9 or limit == 9000
+
+    @pytest.mark.parametrize("lengths, limit", [(None, None), (np.arange(60) % 17 + 1, None), (np.arange(60) % 17 + 1, 40)])
+    @pytest.mark.parametrize("world", [1, 2])
+    def test_a_late_start_computes_two_epochs(self, lengths, limit, world, monkeypatch):
+        settings = dict(lengths=lengths, max_batch_length=limit, world=world, rank=world - 1)
+        begin = list(itertools.islice(EpochBatches(60, 4, **settings), 200))
+        computed = []
+        epoch = EpochBatches.epoch
+        monkeypatch.setattr(EpochBatches, "epoch", lambda self, number: computed.append(number) or epoch(self, number))
+        late = list(itertools.islice(EpochBatches(60, 4, **settings, start=150), 3))
+        assert late == begin[150:153] and len(computed) <= 3
 
     def test_fewer_samples_than_a_batch(self):
         assert [len(batch) for batch in EpochBatches(3, 16).epoch(0)] == [3]
@@ -236,7 +266,7 @@ class TestImages:
         rng = np.random.default_rng(0)
         areas, aspects, places = [], [], []
         for _ in range(400):
-            crop = np.asarray(random_resized_crop(image, 8, (0.2, 0.6), (3 / 4, 4 / 3), rng), dtype=float)
+            crop = np.asarray(random_crop(image, 8, (0.2, 0.6), (3 / 4, 4 / 3), rng), dtype=float)
             assert crop.shape == (8, 8, 3)
             # Away from the edges a pixel of the crop is w/8 (h/8) wide.
             wide, high = (crop[4, 5, 0] - crop[4, 2, 0]) * 8 / 3, (crop[5, 4, 1] - crop[2, 4, 1]) * 8 / 3
@@ -262,7 +292,7 @@ class TestImages:
         weights /= weights.sum(1, keepdims=True)
         expected = np.einsum("yj,xi,jic->yxc", weights, weights, pixels).clip(0, 255)
         for resized in (
-            random_resized_crop(Image.fromarray(pixels), size, (1, 1), (1, 1), np.random.default_rng(0)),
+            crop_to(Image.fromarray(pixels), size, (0, 0, 8, 8)),
             center_crop(Image.fromarray(pixels), size),
         ):
             difference = np.abs(np.asarray(resized) - expected)
@@ -271,14 +301,14 @@ class TestImages:
     @pytest.mark.parametrize("size", [(300, 1), (1, 300), (1, 1)])
     def test_extreme_shapes(self, size):
         image = Image.new("RGB", size, (9, 8, 7))
-        crop = random_resized_crop(image, 8, (0.08, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0))
+        crop = random_crop(image, 8, (0.08, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0))
         assert np.array_equal(np.asarray(crop), np.tile(np.uint8([9, 8, 7]), (8, 8, 1)))
 
     def test_a_crop_that_never_fits_is_the_largest_in_the_middle(self):
         y, x = np.mgrid[0:9, 0:101].astype(np.uint8)
         image = Image.fromarray(np.stack([x, y, x], axis=2))
         for wide in (image, image.transpose(Image.Transpose.TRANSPOSE)):
-            crop = np.asarray(random_resized_crop(wide, 9, (0.9, 1), (3 / 4, 4 / 3), np.random.default_rng(0)), dtype=float)
+            crop = np.asarray(random_crop(wide, 9, (0.9, 1), (3 / 4, 4 / 3), np.random.default_rng(0)), dtype=float)
             assert crop[4, 4, :2] == pytest.approx([50, 4], abs=1) and np.ptp(crop[..., 0]) == pytest.approx(11, abs=1)
             assert np.ptp(crop[..., 1]) == 8
 
@@ -296,6 +326,15 @@ class TestImages:
         assert pixels.shape == (2, 3, 3, 2) and pixels.dtype == np.float32
         assert pixels[1, :, 0, 0] == pytest.approx([(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225], rel=1e-5)
         assert pixels[1, :, 2, 1] == pytest.approx([-0.485 / 0.229, (1 - 0.456) / 0.224, (0.4 - 0.406) / 0.225], rel=1e-4)
+
+    def test_every_level_is_normalised_in_single_precision(self):
+        levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+        rgb = np.dstack([levels, levels.T, levels[::-1]])
+        mean, std = (np.array(x, dtype=np.float32) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        expected = (rgb.astype(np.float32) / np.float32(255) - mean) / std
+        for image in (Image.fromarray(rgb), Image.fromarray(rgb[:, ::-1]).transpose(Image.Transpose.FLIP_LEFT_RIGHT)):
+            found = to_pixels([image], tuple(mean.tolist()), tuple(std.tolist()))
+            assert found.flags.c_contiguous and np.array_equal(found[0], expected.transpose(2, 0, 1))
 
     def test_jitter_scales_brightness(self):
         grey = Image.new("RGB", (4, 4), (100, 100, 100))  # contrast and saturation leave a grey plane as it is

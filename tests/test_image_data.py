@@ -15,8 +15,8 @@ from PIL import Image, ImageCms, PngImagePlugin, features
 
 from d2v_fast.data import DataError, load_hub, load_media
 from d2v_fast.data.audio import open_audio
-from d2v_fast.data.text import load_documents
-from d2v_fast.data.vision import ImageData, image_processor, open_images, read_image, to_rgb
+from d2v_fast.data.documents import load_documents
+from d2v_fast.data.vision import ImageData, crop_to, image_processor, open_images, read_crop, read_image, to_rgb
 from d2v_fast.masking import RandomMask
 
 ORIENTATION = 0x112
@@ -92,6 +92,60 @@ class TestOrientation:
         )
         assert read_image(io.BytesIO(content)).size == (4, 6)
         assert read_image(io.BytesIO(encoded(Image.new("RGB", (6, 4)), "JPEG", exif=b"Exif\0\0rubbish"))).size == (6, 4)
+
+
+@pytest.fixture
+def picture():
+    """Waves so steep that a shift by a pixel would be ten levels; 403 × 301, which no power of two divides."""
+    y, x = np.mgrid[0:301, 0:403]
+    return Image.fromarray((127 + 127 * np.sin(np.dstack([x, y, x + y]) / 13)).astype(np.uint8))
+
+
+class TestDraft:
+    """JPEGs that are decoded at 1/2, 1/4 or 1/8, beside the same ones decoded whole."""
+
+    @pytest.mark.parametrize("orientation", SEEN)
+    @pytest.mark.parametrize("side, shrink", [(300, 8), (150, 4), (70, 2)])
+    def test_crops_are_those_of_the_whole_image(self, picture, orientation, side, shrink, monkeypatch):
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        content = encoded(picture, "JPEG", exif=exif.tobytes(), quality=95)
+        whole = read_image(io.BytesIO(content))
+        sizes = []
+        monkeypatch.setattr(
+            "d2v_fast.data.vision.crop_to", lambda image, *how: sizes.append(image.size) or crop_to(image, *how)
+        )
+        for corner in (0, 1):  # the last pixels at every edge
+            x, y = (corner * (edge - side) for edge in whole.size)
+            box = (x, y, x + side, y + side)
+            found = read_crop(io.BytesIO(content), 32, lambda wide, high, box=box: box if (wide, high) == whole.size else None)
+            difference = np.asarray(found, dtype=float) - np.asarray(crop_to(whole, 32, box))
+            assert np.abs(difference).mean() < 2 and np.abs(difference).max() < 9
+        assert sizes == [tuple(-(-edge // shrink) for edge in whole.size)] * 2
+
+    @pytest.mark.parametrize("kind, side", [("JPEG", 63), ("PNG", 300), ("WEBP", 300)])
+    def test_the_same_bits_where_it_does_not_apply(self, picture, kind, side):
+        content = encoded(picture, kind)
+        found = read_crop(io.BytesIO(content), 32, lambda wide, high: (1, 0, 1 + side, side))
+        expected = crop_to(read_image(io.BytesIO(content)), 32, (1, 0, 1 + side, side))
+        assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+    @pytest.mark.parametrize("mode", ["L", "CMYK"])
+    def test_other_modes(self, picture, mode):
+        content = encoded(picture.convert(mode), "JPEG")
+        found, whole = read_crop(io.BytesIO(content), 32, lambda wide, high: (0, 0, 301, 301)), read_image(io.BytesIO(content))
+        difference = np.asarray(found, dtype=float) - np.asarray(crop_to(whole, 32, (0, 0, 301, 301)))
+        assert np.abs(difference).mean() < 2 and np.abs(difference).max() < 9
+
+    def test_training_uses_it(self, picture, tmp_path, monkeypatch):
+        (tmp_path / "a.jpg").write_bytes(encoded(picture, "JPEG"))
+        sizes = []
+        monkeypatch.setattr("d2v_fast.data.vision.to_rgb", lambda image: sizes.append(image.size) or to_rgb(image))
+        data = ImageData(
+            path=str(tmp_path), mask=RandomMask(0.5), image_size=32, crop_scale=(1, 1), crop_ratio=(1, 1), jitter=0
+        )
+        data.load(0, np.random.default_rng(0))
+        assert sizes == [(51, 38)]
 
 
 class TestRange:

@@ -17,6 +17,7 @@ from d2v_fast import Data2Vec, build_encoder, wrap
 from d2v_fast.config import ConfigError, parse
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.encoders import SplicedEncoder, table
+from d2v_fast.export import export_run
 from d2v_fast.train import train
 
 COMMON = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
@@ -53,14 +54,14 @@ FAMILIES = {
     "nomic_bert": Family("NomicBert", TEXT, "embeddings", "BTC", "layers", "mlp.down_proj"),
     "dinov2_with_registers": Family(
         "Dinov2WithRegisters", IMAGE | dict(num_register_tokens=3, layerscale_value=0.5),
-        "embeddings.patch_embeddings.projection", "BCHW", "encoder.layer", "layer_scale2", 4, shape=(3, 16, 16),
+        "embeddings.patch_embeddings", "BTC", "encoder.layer", "layer_scale2", 4, shape=(3, 16, 16),
     ),
     "dinov3_vit": Family(
         "DINOv3ViT", IMAGE | dict(num_register_tokens=2, layerscale_value=0.5),
         "embeddings.patch_embeddings", "BCHW", "model.layer", "layer_scale2", 3, shape=(3, 16, 16),
     ),
     "ijepa": Family(
-        "IJepa", IMAGE, "embeddings.patch_embeddings.projection", "BCHW", "layers", "mlp.fc2", shape=(3, 16, 16)
+        "IJepa", IMAGE, "embeddings.patch_embeddings", "BTC", "layers", "mlp.fc2", shape=(3, 16, 16)
     ),
     "clip_vision_model": Family(
         "CLIPVision", IMAGE, "embeddings.patch_embedding", "BCHW", "encoder.layers", "mlp.fc2", 1, shape=(3, 16, 16)
@@ -82,6 +83,12 @@ FAMILIES = {
         "feature_projection", "BTC", "encoder.layers", "feed_forward.output_dense", gathers=False, shape=(430,),
     ),
 }  # fmt: skip
+KINDS = ("modernbert", "deberta-v2", "dinov3_vit", "audio-spectrogram-transformer", "whisper", "sew")  # the others are as these
+EACH = [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+def name_of(each):
+    return each if isinstance(each, str) else each.values[0]
 
 
 def plain(name):
@@ -115,7 +122,7 @@ def states_of(model, *args, **kwargs):
     return model(*args, **kwargs).last_hidden_state
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH)
 def test_unmasked_states_are_the_models(name):
     family, model, x = FAMILIES[name], plain(name), inputs(name)
     expected = states_of(model, x)
@@ -131,7 +138,7 @@ def test_unmasked_states_are_the_models(name):
     assert torch.equal(states_of(model, x), expected), "the model is not as it was"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH)
 def test_masked_states_are_those_of_a_hook_written_by_hand(name):
     """The mask vector in the module's own output, whose layout is written down above."""
     family, model, x = FAMILIES[name], plain(name), inputs(name)
@@ -159,7 +166,7 @@ def test_masked_states_are_those_of_a_hook_written_by_hand(name):
         torch.testing.assert_close(masked, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("source", ["ffn", "block_output", "block_input"])
 def test_layers_are_those_of_hooks_written_by_hand(name, source):
     family, model, x = FAMILIES[name], plain(name), inputs(name)
@@ -188,7 +195,7 @@ def test_layers_are_those_of_hooks_written_by_hand(name, source):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.gathers])
+@pytest.mark.parametrize("name", [each for each in EACH if FAMILIES[name_of(each)].gathers])
 def test_visible_positions_alone_are_a_whole_whose_attention_sees_no_others(name, monkeypatch):
     family, model, x = FAMILIES[name], plain(name), inputs(name, batch=2)
     encoder = wrap(model)
@@ -220,7 +227,7 @@ def test_visible_positions_alone_are_a_whole_whose_attention_sees_no_others(name
         torch.testing.assert_close(found.extra, extra, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.gathers])
+@pytest.mark.parametrize("name", [each for each in EACH if not FAMILIES[name_of(each)].gathers])
 def test_what_cannot_gather_says_why(name):
     encoder = wrap(plain(name))
     why = "its blocks see fewer positions" if name == "sew" else "positions enter inside of its blocks"
@@ -269,7 +276,7 @@ def test_grids():
     assert ast.reads == "spectrogram" and ast.positions(0) == (3, 6)  # bins and frames in patches of 4
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_step_reaches_what_it_should_and_moves_the_teacher(name):
     """A gradient reaches what a plain model's states depend on, and the mask vector."""
     family, model, x = FAMILIES[name], plain(name).float().train(), inputs(name)
@@ -319,7 +326,7 @@ def test_a_step_of_data2vec_2(name):
 
 
 def test_what_teachers_copy():
-    """Spec 1.6: the features' parameters, and for the scope "layers" those of positions and extra tokens as well."""
+    """Method 1.6: the features' parameters, and for the scope "layers" those of positions and extra tokens as well."""
     encoder = wrap(plain("dinov2_with_registers"))
     projection = {f"embeddings.patch_embeddings.projection.{n}" for n in ("weight", "bias")}
     assert set(encoder.local) == projection | {"embeddings.mask_token"}
@@ -341,7 +348,7 @@ def test_dropout_and_the_models_own_masks_stay_out_of_features():
     assert model.config.apply_spec_augment
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH)
 def test_saved_and_loaded_by_transformers(name, tmp_path):
     family, x = FAMILIES[name], inputs(name)
     encoder = wrap(plain(name).float())
@@ -373,6 +380,9 @@ def test_named_features_run_a_known_family_whole():
     x = torch.randint(5, 55, (2, 12))
     assert isinstance(encoder, SplicedEncoder) and encoder.gathers
     torch.testing.assert_close(encoder(x), encoder.model(x).last_hidden_state)
+
+
+MODERNBERT = transformers.ModernBertConfig(**TEXT)
 
 
 class Averaging(nn.Module):
@@ -411,6 +421,70 @@ def averaging():
     return model
 
 
+class Averaged(nn.Linear):
+    """Frames that know the mean of all."""
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x + x.mean(1, keepdim=True)
+
+
+def averaging_speech():
+    model = plain("wav2vec2-bert")
+    model.feature_projection.projection.__class__ = Averaged
+    return model
+
+
+class Rearranged(nn.Module):
+    """Patches of SigLIP in another layout."""
+
+    def __init__(self, inner, layout):
+        super().__init__()
+        self.inner, self.layout, self.weight = inner, layout, inner.weight
+
+    def forward(self, x):
+        return self.layout(self.inner(x))
+
+
+class AnyLayout(nn.Module):
+    """SigLIP's embeddings for patches in any layout."""
+
+    def __init__(self, inner, layout):
+        super().__init__()
+        self.patch_embedding, self.position_embedding = Rearranged(inner.patch_embedding, layout), inner.position_embedding
+
+    def forward(self, pixels, **kwargs):
+        x = self.patch_embedding(pixels)
+        x = x[0] if isinstance(x, tuple) else x
+        if x.shape[-1] == 32 and x.ndim == 4:
+            x = x.flatten(1, 2)
+        elif x.shape[1] == 32:
+            x = x.flatten(2).transpose(1, 2)
+        elif x.shape[1] == 2:
+            x = x.transpose(0, 1)
+        return x.float() + self.position_embedding.weight
+
+
+def of_layout(layout):
+    torch.manual_seed(0)
+    model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**IMAGE)).eval()
+    model.embeddings = AnyLayout(model.embeddings, layout)
+    return model
+
+
+class Causal(transformers.models.modernbert.modeling_modernbert.ModernBertEncoderLayer):
+    """A block that passes on sums of what came before."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states + hidden_states.cumsum(1)
+
+
+def half_causal():
+    model = transformers.ModernBertModel(MODERNBERT)
+    model.layers[1].__class__ = Causal
+    return model
+
+
 def nowhere():
     model = Nowhere(transformers.SiglipVisionConfig(**IMAGE))
     model.embeddings.position_embedding.weight = None
@@ -421,9 +495,6 @@ def nowhere():
 def swin():
     config = transformers.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
     return transformers.SwinModel(config)
-
-
-MODERNBERT = transformers.ModernBertConfig(**TEXT)
 
 
 @pytest.mark.parametrize(
@@ -455,7 +526,35 @@ MODERNBERT = transformers.ModernBertConfig(**TEXT)
         ),
         (
             lambda: build_encoder("llama", config=TEXT | dict(num_key_value_heads=2)),
-            "LlamaModel cannot be spliced at embed_tokens: is causal: a position sees none of the later ones",
+            "LlamaModel cannot be spliced at embed_tokens: is causal: a position sees none of the later ones; "
+            "encoder.bidirectional=true lets its attention see them",
+        ),
+        (
+            lambda: build_encoder("stablelm", config=TEXT | dict(num_key_value_heads=2), bidirectional=True),
+            "is causal: a position sees none of the later ones; config.is_causal = false, which encoder.bidirectional sets",
+        ),
+        (lambda: build_encoder("roberta", config=TEXT, bidirectional=True), "RobertaModel has no causal attention; leave the"),
+        (lambda: build_encoder("modernbert", config=TEXT, bidirectional=True), "ModernBertModel has no causal attention"),
+        (lambda: wrap(half_causal()), "has causal blocks, such as 1: a position sees none of the later ones"),
+        (
+            lambda: wrap(averaging_speech(), features="feature_projection.projection"),
+            "is not local: the end of the input changes",
+        ),
+        (
+            lambda: wrap(of_layout(lambda x: x.unsqueeze(-1)), features="embeddings.patch_embedding"),
+            "found the output torch.float32 (2, 32, 4, 4, 1), expected a tensor (B, T, C), (B, C, T) or (B, C, H, W)",
+        ),
+        (
+            lambda: wrap(of_layout(lambda x: x.int()), features="embeddings.patch_embedding"),
+            "found the output torch.int32 (2, 32, 4, 4), expected a tensor",
+        ),
+        (
+            lambda: wrap(of_layout(lambda x: x.flatten(2).permute(2, 0, 1)), features="embeddings.patch_embedding"),
+            "found the output shape (16, 2, 32), expected B = 2 and C = 32",
+        ),
+        (
+            lambda: wrap(of_layout(lambda x: (x, x)), features="embeddings.patch_embedding"),
+            "its output has 2 parts",
         ),
         (lambda: build_encoder("t5"), "encoder.model='t5': T5Model has a decoder too; its encoder alone can be"),
         (lambda: build_encoder("yolos", config=IMAGE | dict(image_size=[16, 16])), "extra tokens stand"),
@@ -466,6 +565,101 @@ def test_what_cannot_be_spliced_is_explained(attempt, named):
     with pytest.raises(ValueError) as error:
         attempt()
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "layout, order",
+    [
+        (lambda x: x, (0, 2, 3, 1)),
+        (lambda x: x.permute(0, 2, 3, 1), (0, 1, 2, 3)),
+        (lambda x: x.flatten(2), (0, 2, 1)),
+        (lambda x: x.flatten(2).transpose(1, 2), (0, 1, 2)),
+    ],
+    ids=["BCHW", "BHWC", "BCT", "BTC"],
+)
+def test_layouts_of_features_are_recognised(layout, order):
+    model = of_layout(layout)
+    encoder, x = wrap(model), torch.randn(3, 3, 16, 16)
+    assert encoder.features_name == "embeddings.patch_embedding" and encoder.splice.order == order
+    expected = model.embeddings.patch_embedding.inner(x).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(encoder.embed(x), expected)
+    torch.testing.assert_close(encoder(x), model(x).last_hidden_state)
+
+
+DECODERS = {
+    "gpt2": dict(n_embd=32, n_layer=3, n_head=2, n_positions=40, vocab_size=60),
+    "llama": TEXT | dict(num_key_value_heads=1),
+    "qwen3": TEXT | dict(num_key_value_heads=2, head_dim=16),
+    "mistral": TEXT | dict(num_key_value_heads=2, sliding_window=None),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoder_only_models_see_both_ways(name, caplog):
+    """The same weights in a causal model of transformers, given a mask by which each position sees all."""
+    with caplog.at_level("INFO"):
+        encoder = build_encoder(name, config=DECODERS[name], bidirectional=True).eval()
+    assert "its attention sees later positions too (encoder.bidirectional=true)" in caplog.text
+    causal = AutoModel.from_config(transformers.CONFIG_MAPPING[name](**DECODERS[name])).eval()
+    causal.load_state_dict(encoder.model.state_dict())
+    x = torch.randint(5, 55, (2, 12))
+    everything = torch.ones(2, 1, 12, 12, dtype=torch.bool)
+    torch.testing.assert_close(encoder(x), states_of(causal, x, attention_mask=everything))
+    other = torch.cat([x[:, :-1], 55 - x[:, -1:]], dim=1)
+    torch.testing.assert_close(states_of(causal, x)[:, :-1], states_of(causal, other)[:, :-1])
+    assert ((encoder(x) - encoder(other)).abs().amax((0, 2)) > 1e-5).all(), "a position that the last one has no influence on"
+    padding = torch.zeros(2, 12, dtype=torch.bool)
+    padding[0, 7:] = True
+    torch.testing.assert_close(encoder(x, padding)[0, :7], encoder(x[:1, :7])[0])
+
+
+def test_a_run_of_a_decoder_only_model(tmp_path):
+    run, to = tmp_path / "run", tmp_path / "exported"
+    small = [f"encoder.config.{n}" for n in ("hidden_size=32", "num_hidden_layers=3", "num_attention_heads=2")]
+    more = ["encoder.model=llama", "encoder.bidirectional=true", "encoder.config.num_key_value_heads=2"]
+    more += ["encoder.config.intermediate_size=48", "data.vocab_size=400", "train.steps=2", "train.workers=0"]
+    assert train(parse(["--config", "text/tiny", *small, *more, "train.batch_size=4", f"train.output={run}"])[0]) == 0
+    assert export_run(run, to) < 1e-6
+    assert "| attention | bidirectional: is_causal is false in its config" in (to / "README.md").read_text()
+    theirs, x = AutoModel.from_pretrained(to).eval(), torch.randint(5, 55, (2, 12))
+    again = build_encoder(pretrained=str(to)).eval()  # which says so itself
+    torch.testing.assert_close(again(x), states_of(theirs, x))
+    assert not torch.equal(states_of(theirs, x)[:, 0], states_of(theirs, torch.cat([x[:, :-1], 55 - x[:, -1:]], 1))[:, 0])
+
+
+@pytest.mark.parametrize("name, more", [("dinov3_vit", dict(image_size=64)), ("modernbert", {}), ("siglip_vision_model", {})])
+def test_the_trial_costs_little(name, more):
+    """In multiplications of the Linears: less than the model itself needs for six samples, however deep it is."""
+    config = FAMILIES[name].config | dict(num_hidden_layers=24) | more
+    model = getattr(transformers, f"{FAMILIES[name].cls}Model")(transformers.CONFIG_MAPPING[name](**config)).eval()
+    work = []
+
+    def note(module, args):
+        if isinstance(module, nn.Linear):
+            work.append(args[0].shape[:-1].numel() * module.weight.numel())
+
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        encoder = wrap(model)
+        tried, work[:] = sum(work), []
+        encoder(torch.randint(5, 55, (1, 60)) if name == "modernbert" else torch.randn(1, 3, *[config["image_size"]] * 2))
+    finally:
+        hook.remove()
+    assert encoder.gathers and 0 < tried < 6 * sum(work)
+
+
+class Convolved(transformers.models.nomic_bert.modeling_nomic_bert.NomicBertLayer):
+    """A block among others that looks at its neighbours."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return super().forward(hidden_states + 0.5 * hidden_states.roll(1, 1), *args, **kwargs)
+
+
+def test_the_trial_runs_a_block_of_each_kind():
+    model = plain("nomic_bert")
+    assert wrap(model).gathers
+    model.layers[1].__class__ = Convolved
+    assert wrap(model).no_gather.startswith("positions enter inside of its blocks")
 
 
 def test_padding_that_would_be_seen_is_refused():

@@ -24,6 +24,7 @@ from fsspec.utils import infer_compression
 
 from d2v_fast.data import DataError, find_files, first_line, is_local, load_hub
 from d2v_fast.data.builtin import builtin_text
+from d2v_fast.data.cache import files_state, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -41,38 +42,65 @@ class Documents:
     Attributes:
         parts: Files, or a set as a whole.
         read: The texts of one of them.
+        left_out: Why files are no part of them.
     """
 
     parts: Sequence[Any]
     read: Callable[[Any], Iterable[str | None]]
+    left_out: Sequence[str] = ()
 
     def __iter__(self) -> Iterator[str]:
         return filter(None, itertools.chain.from_iterable(map(self.read, self.parts)))
 
 
-def load_documents(
-    path: str, name: str | None = None, split: str = "train", column: str | None = None, max_broken: float = 0.01
-) -> Documents:
-    """The documents of "builtin", of files of one kind, or of a Hugging Face set.
+def find_documents(
+    path: str, name: str | None = None, split: str = "train", column: str | None = None
+) -> tuple[str, Callable[[float], Documents]]:
+    """What changes with the documents of "builtin", of files of one kind or of a Hugging Face set, and what reads them.
+
+    Nothing is read yet but their names, sizes and times. The function reads files to their end once, to leave out those that
+    cannot be read; it takes the largest share of such files, and raises DataError where they are more.
 
     Args:
         path: "builtin", a file, folder or pattern, the name of a Hugging Face set, or a folder written by `save_to_disk`.
         name: Configuration of the Hugging Face set.
         split: Its split.
         column: Column of the text; by default "text", or the only one that holds text.
-        max_broken: Largest share of files that cannot be read to their end. They are left out and named.
 
     Raises:
-        DataError: Nothing readable is there.
+        DataError: Nothing of this kind is there.
     """
     if path == "builtin":
-        return Documents([builtin_text(split)], iter)
+        texts = builtin_text(split)
+        return fingerprint(texts), lambda max_broken: Documents([texts], iter)
     path = os.path.expanduser(path)
     if is_local(path):
-        return _from_files(path, column, max_broken)
+        files = _text_files(path)
+        return files_state(path, files), partial(_readable, path, files, column)
     found = load_hub(path, name, split)
-    column = choose_column(path, _arrow_types(found.features.arrow_schema), column)
-    return Documents([found], lambda rows: (text for some in rows.select_columns(column).iter(1000) for text in some[column]))
+    wanted = choose_column(path, _arrow_types(found.features.arrow_schema), column)
+    rows, at_once = found.select_columns(wanted), worth_reading(found.data.nbytes, len(found))
+    texts = Documents([rows], lambda rows: (text for some in rows.iter(at_once) for text in some[wanted]))
+    return found._fingerprint, lambda max_broken: texts
+
+
+def load_documents(
+    path: str, name: str | None = None, split: str = "train", column: str | None = None, max_broken: float = 0.01
+) -> Documents:
+    """The documents that `find_documents` finds, which lists the arguments; files that are left out are named in the log.
+
+    Raises:
+        DataError: Nothing readable is there, or more than `max_broken` of the files cannot be read.
+    """
+    documents = find_documents(path, name, split, column)[1](max_broken)
+    for message in documents.left_out:
+        log.warning("left out: %s", message)
+    return documents
+
+
+def worth_reading(size: int, rows: int) -> int:
+    """As many rows as take some MiB, of `rows` that take `size` bytes: a row may be a word or a novel."""
+    return max(1, min(1000, 2**22 * rows // max(1, size)))
 
 
 def choose_column(path: str, types: dict[str, str], column: str | None) -> str:
@@ -98,7 +126,8 @@ def choose_column(path: str, types: dict[str, str], column: str | None) -> str:
     return wanted
 
 
-def _from_files(path: str, column: str | None, max_broken: float) -> Documents:
+def _text_files(path: str) -> list[str]:
+    """Files of one kind that are not empty."""
     found = find_files(path, SUFFIXES)
     kinds = sorted({_suffix(file) for file in found})
     if len(kinds) > 1:
@@ -111,7 +140,12 @@ def _from_files(path: str, column: str | None, max_broken: float) -> Documents:
         raise DataError(f"data.path={path}: holds no text, {len(found)} files are empty")
     if len(files) < len(found):
         log.warning("%d of %d files of %s are empty", len(found) - len(files), len(found), path)
-    types, texts = FORMATS[kinds[0]]
+    return files
+
+
+def _readable(path: str, files: list[str], column: str | None, max_broken: float) -> Documents:
+    """The documents of those files that can be read to their end."""
+    types, texts = FORMATS[_suffix(files[0])]
     broken: dict[str, str] = {}
     wanted = None
     for file in files:
@@ -131,9 +165,7 @@ def _from_files(path: str, column: str | None, max_broken: float) -> Documents:
         first = "\n  ".join(messages[:5])
         share = f"{len(messages)} of {len(files)} files cannot be read"
         raise DataError(f"{share}, more than train.max_broken={max_broken}:\n  {first}")
-    for message in messages:
-        log.warning("left out: %s", message)
-    return Documents([file for file in files if file not in broken], lambda file: texts(file, wanted))
+    return Documents([file for file in files if file not in broken], lambda file: texts(file, wanted), messages)
 
 
 def _suffix(file: str) -> str:
@@ -278,7 +310,9 @@ def _parquet_texts(file: str, column: str) -> Iterator[str | None]:
     if found.get(column) != TEXT:
         raise ValueError(f"no text {column!r}, found {', '.join(f'{name} ({kind})' for name, kind in found.items())}")
     with open(file, "rb") as raw:
-        for rows in pyarrow.parquet.ParquetFile(raw).iter_batches(1000, columns=[column]):
+        parquet = pyarrow.parquet.ParquetFile(raw)
+        size = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
+        for rows in parquet.iter_batches(worth_reading(size, parquet.metadata.num_rows), columns=[column]):
             yield from rows[column].to_pylist()
 
 

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import copy
-import hashlib
+import functools
+import itertools
 import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import xxhash
 
-from d2v_fast.data import DataError, PretrainingData, first_line
-from d2v_fast.data.documents import load_documents
+from d2v_fast.data import DataError, PretrainingData, first_line, is_local, is_saved
+from d2v_fast.data.cache import fingerprint, kept
+from d2v_fast.data.documents import Documents, find_documents
 from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, TokenMask, Vocabulary
 
 log = logging.getLogger(__name__)
 
+TOKENIZER, IDS, ENDS, COUNTS = "tokenizer.json", "ids", "ends", "counts"  # files in the cache
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, max_length: int) -> Any:
     """A byte-level BPE tokenizer with RoBERTa's special tokens, as a `PreTrainedTokenizerFast`."""
+    return _wrap(_train(texts, vocab_size), max_length)
+
+
+def _train(texts: Iterator[str], vocab_size: int) -> Any:
     from tokenizers import ByteLevelBPETokenizer
     from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer(add_prefix_space=True)
     bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False)
@@ -36,6 +45,12 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, max_length: int) -> A
         pair="<s> $A </s> </s> $B </s>",
         special_tokens=[("<s>", 0), ("</s>", 2)],
     )
+    return tokenizer
+
+
+def _wrap(tokenizer: Any, max_length: int) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -111,7 +126,7 @@ def limit_length(tokenizer: Any, encoder: Any) -> Any:
     return tokenizer
 
 
-def _batches(texts: Iterable[str], rows: int = 1000, characters: int = 2**22) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str], rows: int = 1000, characters: int = 2**20) -> Iterator[list[str]]:
     """Lists of as many texts as are worth encoding at once."""
     batch: list[str] = []
     size = 0
@@ -150,6 +165,7 @@ class TextData(PretrainingData):
         mask: How blocks are masked.
         views: Masked views of each sample, for data2vec 2.0; null for one mask, as 1.0 takes it.
         seed: Seed of masks and order.
+        cache: Folder where the tokens are kept; by default beside the cache of Hugging Face.
         max_broken: Largest share of files that cannot be read; `train.max_broken` of a run.
     """
 
@@ -168,26 +184,23 @@ class TextData(PretrainingData):
         block_size: int = 512,
         cross_documents: bool = True,
         teacher_input: Literal["full", "masked_only"] = "full",
+        cache: str | None = None,
         max_broken: float = 0.01,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
         self.name, self.block_size, self.teacher_input = path, block_size, teacher_input
         if views is not None and teacher_input != "full":
             raise DataError(f"data.teacher_input={teacher_input}: is for one mask a sample; leave it out, or data.views")
-        documents = load_documents(path, name, split, column, max_broken)
-        if tokenizer == "train":
-            self.tokenizer = train_tokenizer(iter(documents), vocab_size, block_size)
-        else:
-            self.tokenizer = load_tokenizer(tokenizer)
-        self.tokenizer_name = tokenizer
-        self._pack(self._tokenize(documents), cross_documents)
-        size = max(len(self.tokenizer), int(self.ids.max()) + 1)
+        self.tokenizer_name, self.cross_documents = tokenizer, cross_documents
+        self._find(path, name, split, column, tokenizer, vocab_size, max_broken, cache)
+        self._cut()
+        size = max(len(self.tokenizer), int(np.flatnonzero(self.counts).max()) + 1)
         self.vocabulary = Vocabulary(
             size=size,
             mask_id=self.tokenizer.mask_token_id,
             special=np.isin(np.arange(size), self.tokenizer.all_special_ids),
             continues=_continues(self.tokenizer, size),
-            counts=np.bincount(self.ids, minlength=size),
+            counts=np.pad(self.counts, (0, size))[:size],
         )
 
     @property
@@ -196,14 +209,14 @@ class TextData(PretrainingData):
         return token_fields(self.tokenizer, self.vocabulary.size)
 
     def __len__(self) -> int:
-        return len(self.begins)
+        return self.blocks
 
     def sample_name(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
     def contents(self) -> tuple[list[str], np.ndarray]:
-        digest = hashlib.sha256(self.ids.tobytes() + self.begins.tobytes() + self.ends.tobytes()).digest()
-        return [self.name], np.frombuffer(digest[:8], dtype=np.int64)
+        digest = fingerprint([self.content, self.block_size, self.cross_documents])
+        return [self.name], np.frombuffer(bytes.fromhex(digest)[:8], dtype=np.int64)
 
     def fit_to(self, encoder: Any) -> None:
         if hasattr(encoder, "mask_embedding"):  # ids are masked, never features; DDP would wait for its gradient
@@ -228,7 +241,7 @@ class TextData(PretrainingData):
 
     def load(self, index: int, rng: np.random.Generator) -> np.ndarray:
         t = self.tokenizer
-        ids = self.ids[self.begins[index] : self.ends[index]]
+        ids = self.ids[slice(*self._bounds(index))]
         tail = [] if self.cross_documents else [t.sep_token_id]
         return np.concatenate([[t.cls_token_id], ids, tail]).astype(np.int64)
 
@@ -253,39 +266,89 @@ class TextData(PretrainingData):
             batch["target_padding_mask"] = ~mask
         return batch
 
-    def _tokenize(self, documents: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """All token ids in one array, and the end of each document in it."""
-        backend = corpus_backend(self.tokenizer)
-        parts, counts = [], []
-        for texts in _batches(text for text in documents if text.strip()):
-            for encoded in backend.encode_batch_fast(texts, add_special_tokens=False):
-                counts.append(len(encoded.ids))
-                parts.append(np.array(encoded.ids, dtype=np.int32))
-        if not parts:
-            raise DataError(f"data.path={self.name}: holds no text")
-        return np.concatenate(parts), np.cumsum(counts)
+    def _find(
+        self,
+        path: str,
+        name: str | None,
+        split: str,
+        column: str | None,
+        tokenizer: str,
+        vocab_size: int,
+        max_broken: float,
+        cache: str | None,
+    ) -> None:
+        """Tokenizer and tokens of the corpus, made once and kept."""
+        import tokenizers
 
-    def _pack(self, tokens: tuple[np.ndarray, np.ndarray], cross_documents: bool) -> None:
-        ids, document_ends = tokens
-        self.cross_documents = cross_documents
-        if cross_documents:
-            self.ids = np.insert(ids, document_ends, self.tokenizer.sep_token_id)
-            room = self.block_size - 1
-            self.begins = np.arange(0, len(self.ids) - room + 1, room)
-            self.ends = self.begins + room
-            if len(self.begins) == 0:
+        state, read = find_documents(path, name, split, column)
+        read = functools.cache(partial(read, max_broken))
+        state = [state, max_broken, tokenizers.__version__]
+        where = [os.path.abspath(os.path.expanduser(path)) if is_local(path) or is_saved(path) else path, name, split, column]
+        if tokenizer == "train":
+
+            def learn(folder: Path) -> dict[str, Any]:
+                (folder / TOKENIZER).write_text(_train(iter(read()), vocab_size).to_str(), encoding="utf-8")
+                return {}
+
+            folder, _ = kept(cache, "tokenizer", [*where, vocab_size], state, learn)
+            self.tokenizer = _wrap(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER)), self.block_size)
+        else:
+            self.tokenizer = load_tokenizer(tokenizer)
+        known = fingerprint([self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.all_special_tokens])
+        folder, made = kept(cache, "tokens", [*where, known], state, lambda folder: self._tokenize(read(), folder))
+        for message in made["left_out"]:
+            log.warning("left out: %s", message)
+        self.content = made["content"]
+        self.ids = np.memmap(folder / IDS, made["kind"], "r")
+        self.document_ends = np.memmap(folder / ENDS, np.int64, "r")
+        self.counts = np.fromfile(folder / COUNTS, np.int64)
+        if not self.cross_documents:
+            self.counts[self.tokenizer.sep_token_id] -= len(self.document_ends)
+
+    def _tokenize(self, documents: Documents, folder: Path) -> dict[str, Any]:
+        """Write all token ids, a separator after each document, and where the documents end."""
+        from tqdm import tqdm
+
+        backend, separator = corpus_backend(self.tokenizer), self.tokenizer.sep_token_id
+        size = 1 + max(self.tokenizer.get_vocab().values())
+        kind = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
+        counts, end, content = np.zeros(size, dtype=np.int64), 0, xxhash.xxh3_128()
+        texts = (text for text in documents if text.strip())
+        with (folder / IDS).open("wb") as ids, (folder / ENDS).open("wb") as ends:
+            with tqdm(desc=f"tokens of {self.name}", unit="", unit_scale=True, leave=False, delay=2, disable=None) as progress:
+                for some in filter(None, _batches(texts)):
+                    found = [[*each.ids, separator] for each in backend.encode_batch_fast(some, add_special_tokens=False)]
+                    stops = end + np.cumsum([len(each) for each in found])
+                    tokens = np.fromiter(itertools.chain.from_iterable(found), kind, count=int(stops[-1]) - end)
+                    for file, array in ((ids, tokens), (ends, stops)):
+                        file.write(array)
+                        content.update(array)
+                    counts += np.bincount(tokens, minlength=size)
+                    progress.update(len(tokens))
+                    end = int(stops[-1])
+        if end == 0:
+            raise DataError(f"data.path={self.name}: holds no text")
+        (folder / COUNTS).write_bytes(counts)
+        return {"kind": kind.name, "content": content.hexdigest(), "left_out": list(documents.left_out)}
+
+    def _cut(self) -> None:
+        """Count the blocks; `_bounds` says where each one lies."""
+        if self.cross_documents:
+            self.blocks = len(self.ids) // (self.block_size - 1)
+            if self.blocks == 0:
                 raise DataError(
                     f"data.path={self.name}: its {len(self.ids)} tokens are fewer than one block of "
                     f"data.block_size={self.block_size}: add text or use a smaller block"
                 )
             return
-        self.ids = ids
         room = self.block_size - 2
-        starts = np.concatenate([[0], document_ends[:-1]])
-        begins = [np.arange(a, b, room) for a, b in zip(starts, document_ends, strict=True)]
-        ends = [np.minimum(x + room, b) for x, b in zip(begins, document_ends, strict=True)]
-        self.begins, self.ends = np.concatenate(begins), np.concatenate(ends)
-        self.lengths = self.ends - self.begins + 2
+        tokens = np.diff(self.document_ends, prepend=0) - 1
+        last = np.cumsum(-(-tokens // room))  # block of each document, but for one
+        self.first_blocks = np.concatenate([[0], last])
+        self.blocks = int(last[-1])
+        self.lengths = np.full(self.blocks, self.block_size, dtype=np.int32)
+        some = tokens > 0
+        self.lengths[last[some] - 1] = (tokens[some] - 1) % room + 3
         mean = self.lengths.mean()
         if mean < 0.5 * self.block_size:
             log.warning(
@@ -295,6 +358,16 @@ class TextData(PretrainingData):
                 self.block_size,
                 self.name,
             )
+
+    def _bounds(self, index: int) -> tuple[int, int]:
+        """Begin and end of a block in `ids`."""
+        if self.cross_documents:
+            room = self.block_size - 1
+            return index * room, (index + 1) * room
+        document = int(np.searchsorted(self.first_blocks, index, side="right")) - 1
+        begin = int(self.document_ends[document - 1]) if document else 0
+        begin += (index - int(self.first_blocks[document])) * (self.block_size - 2)
+        return begin, begin + int(self.lengths[index]) - 2
 
 
 def _continues(tokenizer: Any, size: int) -> np.ndarray:

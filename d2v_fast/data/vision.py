@@ -1,20 +1,24 @@
-"""Images: a folder or a Hugging Face set → augmented crops → pixels and patch mask (spec 3.3)."""
+"""Images: a folder or a Hugging Face set → augmented crops → pixels and patch mask (method 3.3)."""
 
 from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from d2v_fast.data import DataError, PretrainingData, Source, find_files, is_local, load_media
 from d2v_fast.data.builtin import builtin_images
+from d2v_fast.data.shards import open_tars
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask
 
+Box = tuple[float, float, float, float]  # left, upper, right and lower edge
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels of ImageNet
 # Pillow tries every format it knows whatever the name of a file, and hands PostScript to Ghostscript, which runs it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
@@ -31,16 +35,60 @@ def read_image(file: str | io.BytesIO) -> Image.Image:
         ValueError: Not one of `FORMATS`, or pixels whose range is not known.
         OSError: The file cannot be read, or is cut off.
     """
+    with open_image(file) as image:
+        return decode(image)
+
+
+def read_crop(file: str | io.BytesIO, size: int, choose: Callable[[int, int], Box]) -> Image.Image:
+    """`crop_to` of `read_image`, but a JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves the box `size` pixels a side.
+
+    Args:
+        file: Path or bytes.
+        size: Side of the result.
+        choose: Gives a box for the width and the height of an image.
+
+    Raises:
+        ValueError, OSError: As `read_image` does.
+    """
+    with open_image(file) as image:
+        if image.format not in ("JPEG", "MPO"):
+            image = decode(image)
+            return crop_to(image, size, choose(*image.size))
+        turned = 1
+        with suppress(Exception):
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+        wide, high = image.size[::-1] if turned in (5, 6, 7, 8) else image.size
+        left, top, right, bottom = box = choose(wide, high)
+        shrink = next((s for s in (8, 4, 2) if min(right - left, bottom - top) >= s * size), 1)
+        if shrink > 1 and image.draft(None, (image.width // shrink, image.height // shrink)):
+            image = decode(image)
+            # The last block of pixels may be part of one, and lies wherever the image was turned to.
+            x = image.width - wide / shrink if turned in (2, 3, 6, 7) else 0
+            y = image.height - high / shrink if turned in (3, 4, 7, 8) else 0
+            box = (left / shrink + x, top / shrink + y, right / shrink + x, bottom / shrink + y)
+            return crop_to(image, size, box)
+        return crop_to(decode(image), size, box)
+
+
+def open_image(file: str | io.BytesIO) -> Image.Image:
+    """An image file of one of `FORMATS`, of which the header has been read.
+
+    Raises:
+        ValueError: None of them.
+    """
     try:
-        image = Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ValueError(f"is not an image of the formats {', '.join(FORMATS)}") from error
-    with image:
-        sixteen_bits = ";16" in str(image.tile) and not image.mode.startswith("I")
-        image.load()
-        with suppress(Exception):  # damaged metadata is no reason to refuse the pixels
-            ImageOps.exif_transpose(image, in_place=True)
-        rgb = to_rgb(image)
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """What `open_image` opened, as RGB and turned."""
+    sixteen_bits = ";16" in str(image.tile) and not image.mode.startswith("I")
+    image.load()
+    with suppress(Exception):  # damaged metadata is no reason to refuse the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    rgb = to_rgb(image)
     # Pillow keeps the upper 8 of 16 bits of a colour, and so next to nothing of the 12 that a camera may have filled.
     if sixteen_bits and 0 < max(most for _, most in rgb.getextrema()) < 16:
         raise ValueError("is all but black: its colours fill 12 of 16 bits or fewer: save it with 8 bits")
@@ -68,11 +116,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def open_images(path: str, name: str | None = None, split: str = "train") -> Source:
-    """Images of "builtin", a folder (labels are the names of their folders) or a Hugging Face set, as `load_hub` finds it.
+def open_images(path: str, name: str | None = None, split: str = "train", cache: str | None = None) -> Source:
+    """Images of "builtin", a folder (labels are the names of their folders), tar archives or a set, as `load_hub` finds it.
 
     Raises:
         DataError: No image is there.
@@ -82,8 +130,13 @@ def open_images(path: str, name: str | None = None, split: str = "train") -> Sou
     path = os.path.expanduser(path)
     if is_local(path):
         suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS]
-        found = find_files(path, (*suffixes, ".parquet"))
-        if files := [file for file in found if not file.lower().endswith(".parquet")]:
+        found = find_files(path, (*suffixes, ".parquet", ".tar"))
+        tars = [file for file in found if file.lower().endswith(".tar")]
+        files = [file for file in found if not file.lower().endswith((".parquet", ".tar"))]
+        if tars and not files:
+            names, file, labels = open_tars(path, tars, suffixes, cache)
+            return Source(names, lambda i: read_image(file(i)), labels, file=file)
+        if files:
             labels = [Path(file).parent.name for file in files]
             return Source(files, lambda i: read_image(files[i]), labels, file=files.__getitem__)
     import datasets
@@ -95,11 +148,8 @@ def open_images(path: str, name: str | None = None, split: str = "train") -> Sou
     return Source(names, lambda i: read_image(file(i)), labels, file=file)
 
 
-def random_resized_crop(
-    image: Image.Image, size: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
-) -> Image.Image:
-    """A crop of random area and aspect, resized bicubically; ten tries, then the largest centred crop that fits."""
-    wide, high = image.size
+def random_box(wide: int, high: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator) -> Box:
+    """A box of random area and aspect within an image; ten tries, then the largest centred one that fits."""
     for _ in range(10):
         area = wide * high * rng.uniform(*scale)
         aspect = np.exp(rng.uniform(*np.log(ratio)))
@@ -112,7 +162,12 @@ def random_resized_crop(
             (wide, min(high, round(wide / ratio[0]))) if wide / high < ratio[0] else (min(wide, round(high * ratio[1])), high)
         )
         left, top = (wide - w) // 2, (high - h) // 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+    return left, top, left + w, top + h
+
+
+def crop_to(image: Image.Image, size: int, box: Box) -> Image.Image:
+    """The box of an image, resized bicubically to a square."""
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
@@ -128,14 +183,20 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     wide, high = image.size
     side = min(wide, high)
     left, top = (wide - side) / 2, (high - side) / 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return crop_to(image, size, (left, top, left + side, top + side))
 
 
 def to_pixels(images: list[Image.Image], mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """RGB images of one size → float32 (B, 3, H, W), normalised by channel."""
-    pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images]).transpose(0, 3, 1, 2)
-    shift, factor = (np.array(x, dtype=np.float32).reshape(3, 1, 1) for x in (mean, std))
-    return (pixels / np.float32(255) - shift) / factor
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    shift, factor = (np.array(x, dtype=np.float32)[:, None] for x in (mean, std))
+    tables = (levels - shift) / factor
+    pixels = np.empty((len(images), 3, *images[0].size[::-1]), dtype=np.float32)
+    for image, planes in zip(images, pixels, strict=True):
+        rgb = np.asarray(image)
+        for channel, (table, plane) in enumerate(zip(tables, planes, strict=True)):
+            np.take(table, rgb[..., channel], out=plane, mode="clip")  # the other modes copy
+    return pixels
 
 
 def image_processor(image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
@@ -158,7 +219,8 @@ class ImageData(PretrainingData):
     """Augmented images.
 
     Args:
-        path: "builtin", a folder of images or of parquet, or a Hugging Face set: its name, or a folder of `save_to_disk`.
+        path: "builtin", a folder of images, of tar archives or of parquet, or a Hugging Face set: its name, or a folder of
+            `save_to_disk`.
         name: Configuration of the Hugging Face set.
         split: Its split.
         image_size: Side of the crops in pixels; must be the encoder's.
@@ -168,6 +230,7 @@ class ImageData(PretrainingData):
         jitter: Strength of brightness, contrast and saturation jitter, 0 for none.
         mean: Subtracted from each channel, ImageNet's by default.
         std: Each channel is divided by it, ImageNet's by default.
+        cache: Folder where it is kept what archives hold; by default beside the cache of Hugging Face.
         mask: How patches are masked.
         views: Masked views of each sample, for data2vec 2.0; null for one mask, as 1.0 takes it.
         seed: Seed of masks, augmentations and order.
@@ -189,11 +252,12 @@ class ImageData(PretrainingData):
         jitter: float = 0.4,
         mean: tuple[float, float, float] = MEAN,
         std: tuple[float, float, float] = STD,
+        cache: str | None = None,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
         self.image_size, self.crop_scale, self.crop_ratio = image_size, tuple(crop_scale), tuple(crop_ratio)
         self.flip, self.jitter, self.mean, self.std = flip, jitter, tuple(mean), tuple(std)
-        self.source = open_images(path, name, split)
+        self.source = open_images(path, name, split, cache)
 
     def fit_to(self, encoder: Any) -> None:
         expected = getattr(getattr(encoder.model, "config", None), "image_size", self.image_size)
@@ -214,7 +278,12 @@ class ImageData(PretrainingData):
         return image_processor(self.image_size, self.mean, self.std)
 
     def load(self, index: int, rng: np.random.Generator) -> Image.Image:
-        image = random_resized_crop(self.source.read(index), self.image_size, self.crop_scale, self.crop_ratio, rng)
+        choose = partial(random_box, scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)
+        if self.source.file:
+            image = read_crop(self.source.file(index), self.image_size, choose)
+        else:
+            image = self.source.read(index)
+            image = crop_to(image, self.image_size, choose(*image.size))
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return color_jitter(image, self.jitter, rng) if self.jitter > 0 else image

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -42,7 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "data2vec-text": dict(layer_norm_eps=1e-5, type_vocab_size=1, max_position_embeddings=514),
     "roberta": dict(layer_norm_eps=1e-5, type_vocab_size=1, max_position_embeddings=514),
     "vit_mae": dict(mask_ratio=0.0),  # masks come from here
-    # spec 8.1: here num_conv_pos_embeddings is the number of layers of the positional convolution.
+    # method 6.1: here num_conv_pos_embeddings is the number of layers of the positional convolution.
     "data2vec-audio": dict(conv_pos_kernel_size=19, num_conv_pos_embeddings=5),
 }
 
@@ -166,11 +166,12 @@ def build_encoder(
     """An encoder from a Hugging Face model type, from pretrained weights, or from your own class.
 
     Args:
-        model: Model type of transformers ("roberta", "beit", "wav2vec2", "data2vec-audio", …) or "package.module:Class".
+        model: Model type of transformers ("roberta", "beit", "wav2vec2", "data2vec-audio", …), "timm/NAME" for a model of timm,
+            or "package.module:Class".
         pretrained: Hub name or folder to load instead of starting from random weights.
-        config: Fields of the configuration class (of the constructor for your own class).
-        init: "data2vec" re-initialises a random BEiT or ViT as the authors do (spec 3.3); "sincos" gives it the fixed
-            sin-cos positions of MAE and data2vec 2.0 (spec 4.1).
+        config: Fields of the configuration class (of the constructor for your own class and for timm).
+        init: "data2vec" re-initialises a random BEiT or ViT as the authors do (method 3.3); "sincos" gives it the fixed
+            sin-cos positions of MAE and data2vec 2.0 (method 4.1).
         layers: Path of the block list, where it is not found by itself.
         ffn: Path inside a block of the FFN output, where it is not the last Linear.
         feature_grad_mult: Gradient scale of the convolutions of a speech encoder.
@@ -261,6 +262,8 @@ def build_encoder(
         raise ValueError(f"{setting}: {cls.__name__} cannot be made with it: {reason}") from error
     if pretrained is not None:
         _check_loaded(hf_model, loaded, pretrained)
+    if hasattr(hf_model, "timm_model"):
+        _tell_of_timm(hf_model)
     if bidirectional:
         causal = [module.is_causal for module in hf_model.modules() if hasattr(module, "is_causal")]
         if causal and not any(causal):
@@ -296,11 +299,33 @@ def _check_loaded(model: nn.Module, loaded: dict[str, Any], pretrained: str) -> 
         log.warning("%s; they start at random", message)
 
 
+def _tell_of_timm(model: nn.Module) -> None:
+    """Put into the config what those of transformers say of a model, and leave out what only its pooled result needs."""
+    inner, config = model.timm_model, model.config
+    told, embed = config.model_args or {}, getattr(inner, "patch_embed", None)
+    config.do_pooling = False
+    config.hidden_size, config.num_hidden_layers = inner.num_features, len(getattr(inner, "blocks", ()))
+    size = getattr(embed, "img_size", None) or told.get("img_size") or inner.pretrained_cfg["input_size"][1:]
+    config.image_size = [size, size] if isinstance(size, int) else list(size)
+    config.num_channels = told.get("in_chans", 3)
+    # timm itself asks for it in the file of an exported model.
+    config.pretrained_cfg = (getattr(config, "pretrained_cfg", None) or {}) | dict(
+        input_size=[config.num_channels, *config.image_size]
+    )
+    for part in ("fc_norm", "attn_pool", "head"):
+        if isinstance(getattr(inner, part, None), nn.Module):
+            getattr(inner, part).requires_grad_(False)
+
+
 def _new_config(model: str | None, fields: dict[str, Any]):
     import difflib
 
     from transformers import CONFIG_MAPPING
 
+    if (model or "").startswith("timm/"):
+        if importlib.util.find_spec("timm") is None:
+            raise ValueError(f"encoder.model={model!r}: needs timm: pip install 'd2v-fast[timm]'")
+        return CONFIG_MAPPING["timm_wrapper"](architecture=model.removeprefix("timm/"), model_args=fields, num_labels=0)
     if model not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(model), list(CONFIG_MAPPING), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -175,8 +175,7 @@ class SplicedEncoder(Encoder):
                 expected = " × ".join(map(str, splice.grid))
                 raise ValueError(f"{type(self.model).__name__}: found {length} positions, expected {expected}")
             inputs = torch.zeros(1, *shape, **self.kind()).expand(batch, *shape)
-        if padding_mask is not None:
-            features = features.clone()  # some zero padding in place
+        features = features.clone()  # some zero padding in place, or add positions
         with ExitStack() as stack:
             features_of = self.model.get_submodule(splice.features)
             stack.enter_context(forward_of(features_of, lambda *args, **kwargs: self._as_output(features)))
@@ -240,8 +239,9 @@ class SplicedEncoder(Encoder):
 
     def _features_of(self, output: Any) -> Tensor:
         x, grid = blocks.first(output).permute(self.splice.order), self.splice.grid
-        if grid and x.shape[1:-1] != grid:
-            name, found = self.splice.features, tuple(x.shape[1:-1])
+        found = tuple(x.shape[1:-1])
+        if grid and found not in (grid, (math.prod(grid),)):
+            name = self.splice.features
             raise ValueError(f"encoder.features={name}: found a grid of {found}, expected {grid} as of config.image_size")
         return x.flatten(1, -2)
 

@@ -102,11 +102,8 @@ class Trial:
         failures: list[tuple[str | None, Unfit]] = []
         for number, (path, output) in reversed(list(enumerate(seen))):
             module = self.encoder.model.get_submodule(path)
-            if (
-                not self.named
-                and self.encoder.masks_features
-                and any(isinstance(each, nn.Dropout) for each in module.modules())
-            ):
+            drops = any(isinstance(each, nn.Dropout) for each in module.modules())
+            if drops and self.encoder.masks_features and not self.named:
                 continue  # features are the teacher's too, and dropout is the student's alone
             try:
                 self._try(path, output, inputs, states)
@@ -189,7 +186,7 @@ class Trial:
 
             def outer(path: str, output: Any, seen=seen, called=called) -> None:
                 if self.named or not called:
-                    seen.append((path, output))
+                    seen.append((path, _kept(output)))
 
             def inner(path: str, output: Any, results=results) -> None:
                 results.pop(path, None)
@@ -491,11 +488,17 @@ class Trial:
             try:
                 if not _same(encoded(extra, order), _rows(states.expand(BATCH, -1, -1), order)):
                     continue
-                once, twice = encoded(extra, some), encoded(extra.repeat(1, 2), some.repeat(1, 2))
-                if _same(once, twice[:, : length // 2]):
-                    return None
+                once = encoded(extra, some)
             except Exception:  # blocks that do not run on other rows
                 continue
+            try:
+                twice = encoded(extra.repeat(1, 2), some.repeat(1, 2))
+            except Exception:
+                if splice.extra:  # blocks that know how many extra tokens there are
+                    return None
+                continue
+            if _same(once, twice[:, : length // 2]):
+                return None
         return "positions enter inside of its blocks, in a form that cannot be gathered"
 
     def _note_axes(self, number: int, length: int) -> Callable:
@@ -549,6 +552,13 @@ def _described(error: Exception) -> str:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= CLOSE * other.abs().max())
+
+
+def _kept(output: Any) -> Any:
+    """A module's output, safe from what is done to it in place."""
+    if isinstance(output, tuple):
+        return tuple(_kept(each) for each in output)
+    return output.clone() if isinstance(output, Tensor) else output
 
 
 def _changed(features: Tensor, at: int) -> Tensor:

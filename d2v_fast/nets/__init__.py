@@ -67,11 +67,13 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
 
     Where d2v-fast is imported `AutoModel.from_pretrained(folder)` takes their class from there, and runs nothing of the folder;
     where it is not installed `trust_remote_code=True` takes the class from the folder. The same holds for the Auto classes of
-    the heads, whichever of the models was saved.
+    the heads, whichever of the models was saved. Weights of a model of timm are named as timm names them.
     """
     models = AUTO.get(type(model.config), {})
     if type(model) not in models.values():
-        model.save_pretrained(folder)
+        timm = hasattr(model, "timm_model")
+        weights = {name.removeprefix("timm_model."): value for name, value in model.state_dict().items()} if timm else None
+        model.save_pretrained(folder, state_dict=weights)
         return
     code = Path(inspect.getfile(type(model)))
     names = {AutoConfig: type(model.config)} | models

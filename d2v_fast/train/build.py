@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,12 @@ from d2v_fast.diagnostics import Monitor
 from d2v_fast.encoders import Encoder, build_encoder
 from d2v_fast.fused import fuse
 from d2v_fast.model import Data2Vec
+from d2v_fast.train.callbacks import Callback, Callbacks, make_callback
 from d2v_fast.train.feed import EMPTY, Feed
 from d2v_fast.train.folder import HEAD, TEACHER, TOKENIZER, RunFolder
 from d2v_fast.train.guards import BrokenSamples, SkippedSteps
-from d2v_fast.train.log import Window
+from d2v_fast.train.log import Trackers, Window
+from d2v_fast.train.online_probe import OnlineProbe
 from d2v_fast.train.optim import lr_factor, make_optimizer, warmup_steps
 from d2v_fast.train.parallel import start
 from d2v_fast.train.save import Samples, compare_settings, newest, restore
@@ -56,8 +59,10 @@ class Run:
         window: Since the last line of the log.
         steps: Of the whole run.
         fused: What --fused has changed, in words.
+        callbacks: Called as it goes.
         saved: Step of the newest checkpoint.
         changed: Whether settings differ from those of the newest checkpoint.
+        stop: Set by a callback to end the run after the current step.
         name: Of a run that is part of another.
         record: The last line of the log.
     """
@@ -75,8 +80,10 @@ class Run:
     window: Window
     steps: int
     fused: list[str]
+    callbacks: Callbacks
     saved: int = 0
     changed: bool = False
+    stop: bool = False
     name: str = ""
     record: dict[str, float] | None = None
 
@@ -106,34 +113,44 @@ class Run:
         self.window.load_state_dict(state["window"])
 
 
-def build(config: Config, fused: bool = False) -> Run:
+def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = ()) -> Run:
     """Take the folder, and make all that the config describes; `loop` trains it.
 
     Args:
         config: What to train, on what, how.
         fused: Put the fast parts in, `d2v_fast.fused`.
+        callbacks: More of them than `train.callbacks` names.
 
     Raises:
+        CallbackError: A callback that cannot be made.
         ConfigError: Settings that do not fit each other.
         DataError: Data that cannot be used.
         CheckpointError: `config.resume`, and no usable checkpoint.
     """
+    callbacks = [*map(make_callback, config.train.callbacks), *callbacks]
+    if config.train.probe_every and config.parts:
+        raise ConfigError("train.probe_every: is for a run of one modality; d2v-probe RUN/PART tells what a part has learned")
+    if config.train.probe_every:
+        callbacks.insert(0, OnlineProbe(config))
+    if config.train.trackers:
+        callbacks.append(Trackers(config.train.trackers))  # which get what the others put into the log
     accelerator = start(config.train)
     folder = RunFolder(config, accelerator.is_main_process)
     try:
+        config = replace(config, resume=folder.resume)
         if config.parts:
             from d2v_fast.train.several import build_parts
 
-            return build_parts(config, fused, accelerator, folder)
-        return _build(config, fused, accelerator, folder)
+            return build_parts(config, fused, accelerator, folder, callbacks)
+        return _build(config, fused, accelerator, folder, callbacks)
     except BaseException:
         folder.leave(0)
         raise
 
 
-def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder) -> Run:
+def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Callback]) -> Run:
     settings, checkpoints, saved = begin(config, fused, accelerator, folder)
-    data, encoder, samples = read(config, accelerator, folder.path)
+    data, encoder, samples = read(config, folder.path)
     if saved:
         samples.compare(saved, config.resume_allow)
     core = make_core(config, data, encoder, accelerator)
@@ -166,6 +183,7 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
         window=Window(accelerator.device),
         steps=steps,
         fused=words,
+        callbacks=Callbacks(callbacks, accelerator.is_main_process),
     )
     go_on(run, saved)
     return run
@@ -185,10 +203,9 @@ def begin(
     return settings, checkpoints, saved
 
 
-def read(config: Config, accelerator: Accelerator, folder: Path) -> tuple[PretrainingData, Encoder, Samples]:
+def read(config: Config, folder: Path) -> tuple[PretrainingData, Encoder, Samples]:
     """Data and encoder, fitted to each other, and what the samples are."""
-    with accelerator.main_process_first():  # the others find what it has cached
-        data = make_data(config, folder)
+    data = make_data(config, folder)  # what it caches, one process of a machine makes; the others wait without a barrier
     encoder = make_encoder(config, None if config.own_data else getattr(data, "tokens", None))
     return data, encoder, _fit(data, encoder, config)
 

@@ -13,6 +13,7 @@ from d2v_fast.data import Batch
 from d2v_fast.diagnostics import CollapseError, distinct_share, environment
 from d2v_fast.encoders import describe
 from d2v_fast.train.build import Run, learns_tokens
+from d2v_fast.train.callbacks import CallbackError
 from d2v_fast.train.folder import TOKENIZER
 from d2v_fast.train.guards import NotFiniteError, StopRequest, WorkerDied, disk_may_fail
 from d2v_fast.train.log import Progress, RunLog, make_record
@@ -34,7 +35,13 @@ def loop(run: Run) -> int:
     try:
         if run.accelerator.is_main_process:
             _describe(run)
-        return _conclude(run, _steps(run))
+        code = _conclude(run, _steps(run))
+    except BaseException as error:
+        run.callbacks.end(run, error)
+        raise
+    else:
+        run.callbacks.end(run, None)
+        return code
     finally:
         run.folder.leave(run.state.done)
 
@@ -48,10 +55,14 @@ def _steps(run: Run) -> bool:
         with StopRequest() as stop, ExitStack() as logs, Progress(run.steps, begin, main) as progress:
             lines = {}
             for part in run.each:
-                lines[part.name] = logs.enter_context(RunLog(part.folder.path if main else None, begin))
+                opened = RunLog(part.folder.path if main else None, begin, "tensorboard" not in train.trackers)
+                lines[part.name] = logs.enter_context(opened)
                 part.state.monitor.judge({"step": begin, "distinct_samples": distinct_share(part.data)})
+            run.callbacks.call("on_start", run)
             while state.done < run.steps:
-                stopped, busy = on_any(run.accelerator, stop.asked, run.checkpoints.busy)
+                run.callbacks.written(run)
+                asked = stop.asked or any(each.stop for each in (run, *run.each))
+                stopped, busy = on_any(run.accelerator, asked, run.checkpoints.busy)
                 if stopped:
                     break
                 if not busy and train.save_every and state.done // train.save_every > run.saved // train.save_every:
@@ -64,10 +75,12 @@ def _steps(run: Run) -> bool:
                 part.feed.trained_on()
                 part.window.add(outcome, sum(len(batch["samples"]) for batch in batches))
                 progress.step()
+                run.callbacks.call("on_step", part, outcome)
                 if part.state.monitor.due:
                     record = make_record(part.state, part.window, part.broken, batches[-1]["epoch"], outcome.grad_norm)
                     part.record = record
                     part.window.clear()
+                    run.callbacks.call("on_log", part, record)
                     lines[part.name].write(record)
                     progress.show(record, part.name)
                     part.state.monitor.judge(record)
@@ -79,8 +92,13 @@ def _steps(run: Run) -> bool:
                     run.checkpoints.reserve(state.tensors())
             save(run)
             run.checkpoints.wait()
+            run.callbacks.written(run)
     except (CollapseError, NotFiniteError):  # all ranks at once, after a step
         save(run)
+        raise
+    except CallbackError:
+        if state.world == 1:  # others do not know of it
+            save(run)
         raise
     except WorkerDied:
         stopped = stop.asked  # whoever asked may have told all processes of the run

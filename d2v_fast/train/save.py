@@ -41,12 +41,9 @@ class Samples:
     @classmethod
     def joined(cls, parts: Sequence[Samples]) -> Samples:
         """The samples of all parts as those of one run."""
+        number = sum(part.identity["samples"]["number"] for part in parts)
         names = [name for part in parts for name in part.names]
-        return cls(
-            sum(part.identity["samples"]["number"] for part in parts),
-            names,
-            torch.cat([part.digests for part in parts]).numpy(),
-        )
+        return cls(number, names, torch.cat([part.digests for part in parts]).numpy())
 
     def compare(self, saved: Checkpoint, allowed: Sequence[str]) -> None:
         """Raise CheckpointError, with the names of those that differ, unless the checkpoint's are the same."""
@@ -80,6 +77,12 @@ def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config
     """
     with saved.reading():
         known = saved.state["settings"]
+        was, now = known["processes"], settings["processes"]
+    if was != now:  # no --resume-allow: order and random numbers are cut by the number of processes
+        raise CheckpointError(
+            f"{saved.folder}: its run had {was} process{'es' * (was != 1)}, this one has {now}; start as many, "
+            f"torchrun --nproc-per-node={was} on one machine, or d2v-train alone for one"
+        )
     plain = {key: PART.sub("", key) for key in (*known, *settings)}
     new = [key for key, value in settings.items() if key not in known and DEFAULTS.get(plain[key], ...) == value]
     free = [key for key in plain if plain[key] in FREE]
@@ -112,7 +115,12 @@ def save(run: Run) -> None:
         "samples": run.samples.identity,
         "ranks": [rank for rank, _ in ranks],
     }
+    if callbacks := run.callbacks.state_dict():
+        values["callbacks"] = callbacks
+    run.checkpoints.wait()
+    run.callbacks.written(run)  # of the one before
     run.checkpoints.save(state.done, tensors, values)
+    run.callbacks.awaited = state.done
     if run.changed:  # settings that were allowed to change are the run's once a checkpoint has them
         run.checkpoints.wait()
         if not run.checkpoints.failed:
@@ -138,6 +146,7 @@ def restore(run: Run, saved: Checkpoint) -> None:
     number = run.accelerator.process_index
     rank = saved.state["ranks"][number]
     run.load_rank_state_dict(rank)
+    run.callbacks.load_state_dict(saved.state.get("callbacks", []))
     load_generator_states(rank, {kind: tensors["rng"].get(f"{number}.{kind}") for kind in ("cpu", "cuda")}, state.device)
 
 

@@ -10,7 +10,7 @@ met, a step costs what it costs in a run of that modality alone, and ranks need 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from d2v_fast.fused import fuse
 from d2v_fast.several import Several, SeveralConfig
 from d2v_fast.train.build import Run, begin, go_on, make_core, make_feed, make_order, make_state, make_updates, place, read
+from d2v_fast.train.callbacks import Callback, Callbacks
 from d2v_fast.train.folder import RunFolder
 from d2v_fast.train.log import Window
 from d2v_fast.train.save import Samples
@@ -82,14 +83,18 @@ class SeveralRun(Run):
             part.load_rank_state_dict(state["parts"][name])
 
 
-def build_parts(config: SeveralConfig, fused: bool, accelerator: Accelerator, folder: RunFolder) -> SeveralRun:
+def build_parts(
+    config: SeveralConfig, fused: bool, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Callback]
+) -> SeveralRun:
     """As `build` for a run of one modality.
 
     Raises:
         ConfigError: Settings that do not fit each other, or parts whose blocks cannot be shared.
     """
     settings, checkpoints, saved = begin(config, fused, accelerator, folder)
-    found = {name: read(part, accelerator, folder.inside(name).path) for name, part in config.parts.items()}
+    config = replace(config, parts={name: replace(part, resume=config.resume) for name, part in config.parts.items()})
+    called = Callbacks(callbacks, accelerator.is_main_process)
+    found = {name: read(part, folder.inside(name).path) for name, part in config.parts.items()}
     samples = Samples.joined([samples for _, _, samples in found.values()])
     if saved:
         samples.compare(saved, config.resume_allow)
@@ -123,6 +128,7 @@ def build_parts(config: SeveralConfig, fused: bool, accelerator: Accelerator, fo
             window=Window(accelerator.device),
             steps=steps,
             fused=words,
+            callbacks=called,
             name=name,
         )
     first = next(iter(parts.values()))
