@@ -63,13 +63,12 @@ def share_blocks(first: Encoder, other: Encoder) -> None:
     Raises:
         ConfigError: They do not compute the same; the message is without the name of the part.
     """
-    for encoder in (first, other):
-        model, layout = encoder.model, LAYOUTS.get(encoder.halves, ("",))
-        if not all(name in dict(encoder.blocks[0].named_modules()) for name in layout) or layout == ("",):
-            raise ConfigError(
-                f"encoder.model={model.config.model_type}: its blocks are not those that parts share, with norms after the "
-                "residuals; take data2vec2-vision, data2vec2-audio, roberta or another of their kin"
-            )
+    there = {name for name, _ in other.blocks[0].named_modules()}
+    if not there.issuperset(LAYOUTS.get(other.halves, ("nothing",))):
+        raise ConfigError(
+            f"encoder: the blocks of {type(other.model).__name__} cannot be shared, as they are not known or have norms "
+            "elsewhere than after residuals; take data2vec2-vision, data2vec2-audio, roberta or another of their kin"
+        )
     for key in SAME:
         expected, found = getattr(first.model.config, key), getattr(other.model.config, key)
         if found != expected:
@@ -92,11 +91,11 @@ class Several(nn.ModuleDict):
 
     def __init__(self, parts: Mapping[str, Data2Vec]):
         super().__init__(parts)
-        (_, first), *others = self.items()
-        for name, other in others:
+        first = next(iter(self.values()))
+        for name, part in self.items():  # the first too, which is looked at then
             try:
-                share_blocks(first.student, other.student)
-                share_blocks(first.teacher.module, other.teacher.module)
+                share_blocks(first.student, part.student)
+                share_blocks(first.teacher.module, part.teacher.module)
             except ConfigError as error:
                 raise ConfigError(f"several.parts.{name}: {error}") from error
 
@@ -189,6 +188,7 @@ def configure(
     values = namespace.as_dict()
     shares = values["several"]["shares"]
     _check_shares(shares, parts)
+    shares = {part: shares[part] for part in parts}
     sections = {section: SECTIONS[section](**values[section]) for section in WHOLE}
     if sections["train"].epochs is not None:
         raise ConfigError("train.epochs: several data sets have no epoch in common; expected train.steps")

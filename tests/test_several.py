@@ -208,10 +208,12 @@ class TestRun:
 
     def test_the_log_says_that_it_is_an_experiment(self, tmp_path, caplog):
         with caplog.at_level("INFO"):
-            trainer = build(config(tmp_path / "run", "several.shares={vision: 0.75, audio: 0.25}", "train.steps=40"))
+            trainer = build(config(tmp_path / "run", "several.shares={audio: 0.25, vision: 0.75}", "train.steps=40"))
         trainer.folder.leave(0)
         counts = re.search(r"an experiment: .* several modalities, vision (\d+) steps, audio (\d+) steps", caplog.text)
         assert abs(int(counts[1]) - 30) < 3 and int(counts[1]) + int(counts[2]) == 40
+        drawn = Counter(trainer.each[number].name for number in trainer.turns)
+        assert [drawn["vision"], drawn["audio"]] == [int(counts[1]), int(counts[2])]
 
     @pytest.mark.parametrize("name, cls", [("vision", Data2Vec2VisionModel), ("audio", Data2Vec2AudioModel)])
     @pytest.mark.parametrize("teacher", [False, True])
@@ -343,7 +345,7 @@ class TestErrors:
             ("num_hidden_layers=2", "encoder.config.num_hidden_layers: found 2, expected 3"),
             ("num_attention_heads=4", "encoder.config.num_attention_heads: found 4, expected 2"),
             ("hidden_act=relu", "encoder.config.hidden_act: found relu, expected gelu"),
-            ("do_stable_layer_norm=true", "its blocks are not those that parts share"),
+            ("do_stable_layer_norm=true", "encoder: the blocks of Wav2Vec2Model cannot be shared"),
         ],
     )
     def test_blocks_that_differ(self, setting, message, tmp_path):
@@ -351,6 +353,10 @@ class TestErrors:
         with pytest.raises(ConfigError) as error:
             build(config(tmp_path / "run", *model, f"several.parts.audio.encoder.config.{setting}"))
         assert message in str(error.value)
+
+    def test_blocks_of_the_first_part_that_cannot_be_shared(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"several\.parts\.vision: encoder: the blocks of ViTModel cannot be shared"):
+            build(config(tmp_path / "run", "several.parts.vision.encoder.model=vit"))
 
 
 @pytest.mark.slow

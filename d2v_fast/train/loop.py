@@ -166,17 +166,18 @@ def _conclude(run: Run, stopped: bool) -> int:
         CheckpointError: The last checkpoint could not be written.
     """
     done, folder = run.state.done, run.folder.path
+    students = " and ".join(str(part.folder.path / "export") for part in run.each)
     for part in run.each:
         if run.accelerator.is_main_process and part.record:
             title = f"{part.name}, " if part.name else ""
             log.info(title + SUMMARY.format(folder=part.folder.path / "export", **part.record))
     if run.checkpoints.failed:
-        raise CheckpointError(f"{run.checkpoints.failed}; the student is in {folder / 'export'}")
+        raise CheckpointError(f"{run.checkpoints.failed}; the student is in {students}")
     if stopped and not done:
         log.warning("stopped before the first step; there is nothing to go on from")
     elif stopped:
         log.warning(
             "stopped at step %d of %d; the student so far is in %s; d2v-train --resume %s goes on",
-            *(done, run.steps, folder / "export", folder),
+            *(done, run.steps, students, folder),
         )
     return INTERRUPTED if stopped else 0
