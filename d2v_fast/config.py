@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -32,6 +33,7 @@ FREE = (
     *(f"train.{name}" for name in ("callbacks", "trackers", "probe_every", "probe_data")),
     *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache"),
 )
+PART = re.compile(r"^several\.parts\.\w+\.")  # of one modality of several
 SAMPLES = ("samples", "samples.number", "samples.content")  # what is compared beside the settings
 
 
@@ -487,6 +489,7 @@ class Config:
     collapse: CollapseConfig
     mask: SpanMask | BlockMask | RandomMask | TokenMask | ExactBlockMask
     data: dict[str, Any]
+    parts = ()  # those of several modalities, `d2v_fast.several`
     own_data: bool = False
     yaml: str = ""
     name: str = "run"  # what a run without train.output is called
@@ -581,18 +584,27 @@ def read_yaml(name: str) -> dict[str, Any]:
         settings = load_yaml(file.read_text(encoding="utf-8"))
     except Exception as error:
         raise ConfigError(f"--config {name}: not valid YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"--config {name}: found {type(settings).__name__}, expected a mapping of settings")
-    if is_arxyzan(settings):
+    if isinstance(settings, dict) and is_arxyzan(settings):
         settings, changes = translate_arxyzan(settings)
         for change in changes:
             print(f"{name}: {change}", file=sys.stderr)
+    return check_layer(settings, f"--config {name}: ")
+
+
+def check_layer(settings: Any, where: str) -> dict[str, Any]:
+    """Settings as they were written, without those that are null.
+
+    Raises:
+        ConfigError: Not a mapping, or one of its groups is none.
+    """
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where}found {type(settings).__name__}, expected a mapping of settings")
     settings = {key: value for key, value in settings.items() if value is not None}
     if not isinstance(settings.get("modality", ""), str):
-        raise ConfigError(f"--config {name}: modality: found {settings['modality']}, expected one of {', '.join(MODALITIES)}")
+        raise ConfigError(f"{where}modality: found {settings['modality']}, expected one of {', '.join(MODALITIES)}")
     for key in filter(settings.__contains__, sorted(GROUPS)):
         if not isinstance(settings[key], dict):
-            raise ConfigError(f"--config {name}: {key}: found {settings[key]}, expected a mapping of settings")
+            raise ConfigError(f"{where}{key}: found {settings[key]}, expected a mapping of settings")
     return settings
 
 
@@ -781,8 +793,8 @@ def data_class(modality: str, own: str | None = None) -> type:
         )
     if modality not in MODALITIES:
         raise ConfigError(
-            f"modality: found {modality!r}, expected one of {', '.join(MODALITIES)}"
-            + (nearest(str(modality), MODALITIES) if modality else "; a preset without it is given after another")
+            f"modality: found {modality!r}, expected one of {', '.join(MODALITIES)}, several"
+            + (nearest(str(modality), [*MODALITIES, "several"]) if modality else "; a preset without it is given after another")
         )
     module, _, name = MODALITIES[modality].data.partition(":")
     return getattr(importlib.import_module(f"d2v_fast.data.{module}"), name)
@@ -812,9 +824,11 @@ intended change. Callbacks, trackers and a probe on the way: docs/callbacks.md.
 What the data and mask of a modality take: d2v-train --config PRESET --help. Data of your own: docs/own-data.md.
 
 presets: """
+WHICH = "--resume: which run? --resume RUN, or train.output=RUN beside the settings it was begun with"
 
 
-def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
+def new_parser(modality: str, modalities: tuple[str, ...], sections: Iterable[str]) -> ArgumentParser:
+    """A parser of the command line with these sections."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -830,9 +844,14 @@ def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="Preset or YAML file; several are merged.")
     parser.add_argument("--fused", action="store_true", help="Fused kernels and bf16, or stop with the reason.")
-    parser.add_argument("--modality", type=Literal[tuple(MODALITIES)], default=modality, help="What is learned from.")
-    for name, cls in SECTIONS.items():
-        parser.add_class_arguments(cls, name)
+    parser.add_argument("--modality", type=Literal[modalities], default=modality, help="What is learned from.")
+    for name in sections:
+        parser.add_class_arguments(SECTIONS[name], name)
+    return parser
+
+
+def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
+    parser = new_parser(modality, tuple(MODALITIES), SECTIONS)
     help = 'Data of your own, "package.module:Class", mostly with modality=custom.'
     parser.add_argument("--data.class", type=str | None, default=own, help=help)
     parser.add_class_arguments(data_class(modality, own), "data", skip=NO_SETTINGS)
@@ -841,13 +860,20 @@ def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
     return parser
 
 
-def parse(args: list[str]) -> tuple[Config, bool]:
-    """The config of a command line, and whether --fused was given.
+def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Config, bool]:
+    """The config of a command line, and whether --fused was given; a `SeveralConfig` for modality=several.
+
+    Args:
+        args: Of the command.
+        layers: Settings below those, as `read_yaml` gives them.
 
     Raises:
         ConfigError: A key or value that does not fit.
     """
     settings: dict[str, Any] = {}
+    for layer in layers:
+        _make_way(settings, _flat(layer))
+        settings = _merge(settings, layer)
     names: list[str] = []
     rest: list[str] = []
     args, resume, resume_allow = _resume(args)
@@ -858,7 +884,7 @@ def parse(args: list[str]) -> tuple[Config, bool]:
             name = argument.partition("=")[2] or next(arguments, "")
             names.append(Path(name).stem if Path(name).is_file() else name.replace("/", "-"))
             layer = read_yaml(name)
-            if Path(name).with_name("log.jsonl").exists():
+            if Path(name).with_name("log.jsonl").exists() or Path(name).with_name("checkpoints").exists():
                 run = str(Path(name).parent)
                 names[-1] = Path(run).resolve().name
             _make_way(settings, _flat(layer))
@@ -878,13 +904,17 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     _make_way(settings, overrides)
     given = _flat(settings)
     asks_only = {"-h", "--help"} & set(rest)
-    which = "--resume: which run? --resume RUN, or train.output=RUN beside the settings it was begun with"
     if not settings and not overrides and resume:
-        raise ConfigError(which)
+        raise ConfigError(WHICH)
     if not settings and not overrides and not asks_only:
         raise ConfigError(f"no settings: d2v-train --config PRESET, one of {', '.join(presets())}; --help explains")
     own = overrides.get("data.class", given.get("data.class"))
     modality = overrides.get("modality", given.get("modality", "custom" if own else "text" if asks_only else None))
+    if modality == "several":
+        from d2v_fast.several import configure
+
+        config, fused, known = configure(settings, rest, "-".join(names), resume, resume_allow)
+        return _finish(config, known, run, "train.output" in overrides), fused
     cls = data_class(modality, own)
     masks = MODALITIES[modality].masks
     kind = overrides.get("mask.kind", given.get("mask.kind", masks[0]))
@@ -921,15 +951,30 @@ def parse(args: list[str]) -> tuple[Config, bool]:
         resume_allow=resume_allow,
     )
     config.check()
-    for key in resume_allow:
+    return _finish(config, known, run, "train.output" in overrides), fused
+
+
+def _finish(config: Config, known: list[str], run: str | None, named: bool) -> Config:
+    """The config with the folder that it is to be trained in.
+
+    Args:
+        config: As the settings have it.
+        known: All settings that there are.
+        run: Folder that the settings are from.
+        named: Whether the command names another.
+
+    Raises:
+        ConfigError: --resume-allow of no setting, or --resume of no run.
+    """
+    for key in config.resume_allow:
         if key not in [*known, *GROUPS, *SAMPLES] and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
             raise ConfigError(f"--resume-allow {key}: no such setting{nearest(key, [*known, *SAMPLES])}")
     output = config.train.output
-    if run and "train.output" not in overrides:  # the settings of a run: that run, wherever it is now, or one more like it
-        output = run if resume else None
-    if output is None and resume:
-        raise ConfigError(which)
-    return replace(config, train=replace(config.train, output=output and os.path.expanduser(output))), fused
+    if run and not named:  # the settings of a run: that run, wherever it is now, or one more like it
+        output = run if config.resume else None
+    if output is None and config.resume:
+        raise ConfigError(WHICH)
+    return replace(config, train=replace(config.train, output=output and os.path.expanduser(output)))
 
 
 def _resume(args: list[str]) -> tuple[list[str], bool | Literal["auto"], list[str]]:

@@ -307,7 +307,7 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
     config, step = found.config, found.step
     records = [line for line in read_lines(run / "log.jsonl") if step is None or line["step"] <= step]
     last = step or (records[-1]["step"] if records else "unknown")
-    data, train, targets = public(config.data), config.train, config.targets
+    data, train, targets, whole = public(config.data), config.train, config.targets, trained.whole_of(run)
     start = f", from {public(config.encoder.pretrained)}" if config.encoder.pretrained else ""
     mask, version = type(config.mask).__name__, ""
     if config.head.kind == "conv":
@@ -318,6 +318,10 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
         f"norm {targets.norm}, mask {mask}, {train.precision}",
         "steps": f"{last} of {train.batch_size} × {train.accumulate} samples a process",
     }
+    if whole:
+        others = sorted(file.parent.name for file in whole.glob("*/log.jsonl") if file.parent.name != run.resolve().name)
+        facts["steps"] += ", of all modalities together"
+        facts["blocks"] = f"an experiment: trained together with those of {' and '.join(others)}, as the same weights"
     sections = []
     for probe in read_probes(run / "probe.json"):
         if probe["step"] == step:

@@ -126,6 +126,12 @@ def measure(name: str, value: float) -> str:
     return f"{value:.3f}" if name == "nats" else f"{value:.1%}"
 
 
+def parts(run: Path) -> list[Path]:
+    """Folders of the parts of a run of several modalities; none of another run."""
+    logs = [] if (run / "log.jsonl").is_file() or not (run / "config.yaml").is_file() else sorted(run.glob("*/log.jsonl"))
+    return [log.parent for log in logs]
+
+
 def read_run(folder: Path, color: str) -> Run:
     """A run from its folder; only log.jsonl has to be there, and what is damaged of the rest is named in `unread`.
 
@@ -261,7 +267,8 @@ def main(args: list[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a run; several are laid over each other.")
     parser.add_argument("--out", type=Path, help="Where to write; default: report.html in the first run's folder.")
     arguments = parser.parse_args(args)
-    runs = [read_run(folder, COLORS[i % len(COLORS)]) for i, folder in enumerate(arguments.runs)]
+    folders = [folder for run in arguments.runs for folder in parts(run) or [run]]
+    runs = [read_run(folder, COLORS[i % len(COLORS)]) for i, folder in enumerate(folders)]
     try:
         import matplotlib  # noqa: F401
     except ImportError:

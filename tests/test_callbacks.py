@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,5 +293,6 @@ def test_trackers_get_figures_alone():
     tracker = Trackers([])
     tracker.trackers["x"] = type("X", (), {"log": lambda self, values, step: seen.append((step, values))})()
     seen = []
-    tracker.on_log(None, {"step": 3, "time": 1.0, "loss": 2.0})
-    assert seen == [(3, {"loss": 2.0})]
+    for name in ("", "vision"):
+        tracker.on_log(SimpleNamespace(name=name), {"step": 3, "time": 1.0, "loss": 2.0})
+    assert seen == [(3, {"loss": 2.0}), (3, {"vision.loss": 2.0})]

@@ -37,7 +37,7 @@ ELSEWHERE = {
     "torchrun": "test_training.py and test_resume.py train on two ranks",
 }
 NO_TIMM = "timm" if importlib.util.find_spec("timm") is None else "\0"  # tests/test_timm.py runs it where it is installed
-STEPS = ["train.steps=2", "train.epochs=null", "train.batch_size=2", "train.workers=0", "train.log_every=1", "targets.top_k=2"]
+STEPS = ["train.steps=2", "train.epochs=null", "train.batch_size=2", "train.workers=0", "train.log_every=1"]
 SMALL = [f"encoder.config.{name}" for name in ("hidden_size=16", "num_attention_heads=2", "intermediate_size=32")]
 SMALL = {
     "text": [*SMALL, "encoder.config.num_hidden_layers=3", "data.vocab_size=300", "data.block_size=32"],
@@ -110,16 +110,23 @@ def smaller(args):
     if "--config" not in args or "--help" in args:
         return args  # --resume RUN has the settings of the run
     config, _ = parse([arg for arg in args if arg not in ("--resume", "--print_config")])
+    steps = STEPS[1:] if "train.steps=4" in args else STEPS
+    if config.parts:
+        small = [f"several.parts.{name}.{setting}" for name, part in config.parts.items() for setting in smaller_model(part)]
+        return [*args, *steps, *small]
+    return [*args, *steps, *smaller_model(config)]
+
+
+def smaller_model(config):
     free = config.encoder.pretrained is None and ":" not in config.encoder.model
     small = [s for s in SMALL[config.modality] if free or not s.startswith("encoder.config.")]
     if config.head.kind == "conv":
         small += ["head.width=16", "data.views=2"]
     if config.encoder.model == "hubert":
         small = [s for s in small if "conv_dim" not in s]
-    if any(arg.startswith("encoder.config.num_key_value_heads=") for arg in args):
+    if "num_key_value_heads" in config.encoder.config:
         small += ["encoder.config.num_key_value_heads=2"]
-    steps = STEPS[1:] if "train.steps=4" in args else STEPS
-    return [*args, *steps, *small]
+    return ["targets.top_k=2", *small]
 
 
 def run(monkeypatch, command):

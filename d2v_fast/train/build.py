@@ -36,6 +36,7 @@ from d2v_fast.train.step import State, make_graphs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class Run:
         saved: Step of the newest checkpoint.
         changed: Whether settings differ from those of the newest checkpoint.
         stop: Set by a callback to end the run after the current step.
+        name: Of a run that is part of another.
+        record: The last line of the log.
     """
 
     config: Config
@@ -81,6 +84,33 @@ class Run:
     saved: int = 0
     changed: bool = False
     stop: bool = False
+    name: str = ""
+    record: dict[str, float] | None = None
+
+    @property
+    def each(self) -> list[Run]:
+        """What it trains; itself alone, unless it has parts."""
+        return [self]
+
+    def turn(self) -> tuple[Run, int, int]:
+        """What trains in the next step, the number of this step among its own, and of its last one."""
+        return self, self.state.done + 1, self.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors, the same on all ranks."""
+        return {**self.state.skipped.state_dict(), "monitor": self.state.monitor.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state.skipped.load_state_dict(state)
+        self.state.monitor.load_state_dict(state["monitor"])
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """The same of this rank; where the feed is, `build` takes from it."""
+        return {**self.feed.state_dict(), **self.broken.state_dict(), "window": self.window.state_dict()}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        self.broken.load_state_dict(state)
+        self.window.load_state_dict(state["window"])
 
 
 def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = ()) -> Run:
@@ -98,6 +128,8 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
         CheckpointError: `config.resume`, and no usable checkpoint.
     """
     callbacks = [*map(make_callback, config.train.callbacks), *callbacks]
+    if config.train.probe_every and config.parts:
+        raise ConfigError("train.probe_every: is for a run of one modality; d2v-probe RUN/PART tells what a part has learned")
     if config.train.probe_every:
         callbacks.insert(0, OnlineProbe(config))
     if config.train.trackers:
@@ -106,6 +138,10 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
     folder = RunFolder(config, accelerator.is_main_process)
     try:
         config = replace(config, resume=folder.resume)
+        if config.parts:
+            from d2v_fast.train.several import build_parts
+
+            return build_parts(config, fused, accelerator, folder, callbacks)
         return _build(config, fused, accelerator, folder, callbacks)
     except BaseException:
         folder.leave(0)
@@ -113,62 +149,26 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
 
 
 def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Callback]) -> Run:
-    from accelerate.utils import set_seed
-
-    train, world, device = config.train, accelerator.num_processes, accelerator.device
-    settings = {"modality": config.modality, "fused": fused, "processes": world, **config.settings()}
-    settings["train.output"] = folder.name
-    settings = json.loads(json.dumps(settings, default=str))
-    checkpoints = Checkpoints(folder.path / "checkpoints", train.keep_last)
-    saved = newest(checkpoints, accelerator.is_main_process) if config.resume else None
-    if saved:
-        compare_settings(saved, settings, config)
-
-    data = make_data(
-        config, folder.path
-    )  # what it caches, one process of a machine makes, and the others wait without a barrier
-    encoder = make_encoder(config, None if config.own_data else getattr(data, "tokens", None))
-    samples = _fit(data, encoder, config)
+    settings, checkpoints, saved = begin(config, fused, accelerator, folder)
+    data, encoder, samples = read(config, folder.path)
     if saved:
         samples.compare(saved, config.resume_allow)
-    core = _make_core(config, data, encoder, accelerator)
-    words = fuse(core, device) if fused else []
+    core = make_core(config, data, encoder, accelerator)
+    words = fuse(core, accelerator.device) if fused else []
 
-    order = _order(config, data, accelerator, saved)
+    train, order = config.train, make_order(config, data, accelerator, place(saved, accelerator))
     steps_per_epoch = len(order.epoch(0)) / train.accumulate
     steps = train.steps if train.epochs is None else max(1, round(train.epochs * steps_per_epoch))
-    broken = BrokenSamples(len(data), train.max_broken)
-    feed = Feed(data, order, train.workers, device.type == "cuda", broken)
+    feed = make_feed(config, data, order, accelerator)
 
-    done = saved.step if saved else 0
-    optimizer = make_optimizer(core, config.optimizer, fused)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, steps, config.schedule), last_epoch=done - 1
-    )
     # A layer that layer-drop skips on one rank has no gradient there.
     accelerator.ddp_handler.find_unused_parameters = getattr(getattr(encoder.model, "config", None), "layerdrop", 0) > 0
-    model, prepared = accelerator.prepare(core, optimizer)
-    main, alone = accelerator.is_main_process, world == 1
-    warmup = warmup_steps(steps, config.schedule)
-    state = State(
-        core=core,
-        model=model,
-        optimizer=prepared,
-        scheduler=scheduler,
-        accelerator=accelerator,
-        monitor=Monitor(core, prepared.optimizer, config.collapse, steps, warmup, accelerator, folder.path if main else None),
-        skipped=SkippedSteps(
-            train.max_skipped, data.sample_name, folder.path, None if alone else accelerator.process_index, settings
-        ),
-        reduction=config.loss.reduction,
-        clip_norm=train.clip_norm,
-        done=done,
-    )
+    optimizer, scheduler = make_updates(core, config, steps, saved.step if saved else 0, fused)
+    model, optimizer = accelerator.prepare(core, optimizer)
+    state = make_state(config, core, model, optimizer, scheduler, accelerator, steps, folder, data, settings)
     if fused and (graphs := make_graphs(state, train)):
         state.graphs = graphs
         words.append("CUDA graphs of passes whose shapes come again")
-    # Dropout differs between ranks. What numpy takes has 32 bits.
-    set_seed((train.seed + accelerator.process_index) % 2**32)
     run = Run(
         config=config,
         settings=settings,
@@ -178,19 +178,103 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
         data=data,
         samples=samples,
         feed=feed,
-        broken=broken,
+        broken=feed.broken,
         state=state,
-        window=Window(device),
+        window=Window(accelerator.device),
         steps=steps,
         fused=words,
-        callbacks=Callbacks(callbacks, main),
-        saved=done,
-        changed=bool(saved) and saved.state["settings"] != settings,
+        callbacks=Callbacks(callbacks, accelerator.is_main_process),
     )
+    go_on(run, saved)
+    return run
+
+
+def begin(
+    config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder
+) -> tuple[dict[str, Any], Checkpoints, Checkpoint | None]:
+    """The settings as a checkpoint keeps them, the checkpoints, and the one to go on from."""
+    settings = {"modality": config.modality, "fused": fused, "processes": accelerator.num_processes, **config.settings()}
+    settings["train.output"] = folder.name
+    settings = json.loads(json.dumps(settings, default=str))
+    checkpoints = Checkpoints(folder.path / "checkpoints", config.train.keep_last)
+    saved = newest(checkpoints, accelerator.is_main_process) if config.resume else None
     if saved:
+        compare_settings(saved, settings, config)
+    return settings, checkpoints, saved
+
+
+def read(config: Config, folder: Path) -> tuple[PretrainingData, Encoder, Samples]:
+    """Data and encoder, fitted to each other, and what the samples are."""
+    data = make_data(config, folder)  # what it caches, one process of a machine makes; the others wait without a barrier
+    encoder = make_encoder(config, None if config.own_data else getattr(data, "tokens", None))
+    return data, encoder, _fit(data, encoder, config)
+
+
+def place(saved: Checkpoint | None, accelerator: Accelerator, part: str = "") -> int:
+    """The number of batches that this rank has trained on."""
+    if not saved:
+        return 0
+    with saved.reading():
+        rank = saved.state["ranks"][accelerator.process_index]
+        return int((rank["parts"][part] if part else rank)["batches"])
+
+
+def make_feed(config: Config, data: PretrainingData, order: EpochBatches, accelerator: Accelerator) -> Feed:
+    broken = BrokenSamples(len(data), config.train.max_broken)
+    return Feed(data, order, config.train.workers, accelerator.device.type == "cuda", broken)
+
+
+def make_updates(
+    core: torch.nn.Module, config: Config, steps: int, done: int, fused: bool
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """Optimizer and learning rate, after `done` steps of `steps`."""
+    optimizer = make_optimizer(core, config.optimizer, fused)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, steps, config.schedule), last_epoch=done - 1
+    )
+
+
+def make_state(
+    config: Config,
+    core: Data2Vec,
+    model: torch.nn.Module,
+    optimizer: AcceleratedOptimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    accelerator: Accelerator,
+    steps: int,
+    folder: RunFolder,
+    data: PretrainingData,
+    settings: dict[str, Any],
+) -> State:
+    """What a step reads and changes, with what watches it."""
+    train, main = config.train, accelerator.is_main_process
+    rank = None if accelerator.num_processes == 1 else accelerator.process_index
+    watched = folder.path if main else None
+    warmup = warmup_steps(steps, config.schedule)
+    return State(
+        core=core,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        accelerator=accelerator,
+        monitor=Monitor(core, optimizer.optimizer, config.collapse, steps, warmup, accelerator, watched),
+        skipped=SkippedSteps(train.max_skipped, data.sample_name, folder.path, rank, settings),
+        reduction=config.loss.reduction,
+        clip_norm=train.clip_norm,
+    )
+
+
+def go_on(run: Run, saved: Checkpoint | None) -> None:
+    """Seed what is random in this process, and make everything as it was at the checkpoint, if there is one."""
+    from accelerate.utils import set_seed
+
+    # Dropout differs between ranks. What numpy takes has 32 bits.
+    set_seed((run.config.train.seed + run.accelerator.process_index) % 2**32)
+    if saved:
+        run.saved = run.state.done = saved.step
+        run.changed = saved.state["settings"] != run.settings
         with saved.reading():
             restore(run, saved)
-    return run
 
 
 def _fit(data: PretrainingData, encoder: Encoder, config: Config) -> Samples:
@@ -200,7 +284,7 @@ def _fit(data: PretrainingData, encoder: Encoder, config: Config) -> Samples:
         return Samples(len(data), *data.contents())
 
 
-def _make_core(config: Config, data: PretrainingData, encoder: Encoder, accelerator: Accelerator) -> Data2Vec:
+def make_core(config: Config, data: PretrainingData, encoder: Encoder, accelerator: Accelerator) -> Data2Vec:
     """Student, teacher and head, tried where a step may fail for reasons that can be named: by several ranks, by own data."""
     own = config.data["class"]
     shown = _try_collate(config, data, encoder) if own else ""
@@ -227,12 +311,8 @@ def _try_collate(config: Config, data: PretrainingData, encoder: Encoder) -> str
     return ", ".join(f"{key} {each.dtype} {tuple(each.shape)}" for key, each in batch.items() if isinstance(each, Tensor))
 
 
-def _order(config: Config, data: PretrainingData, accelerator: Accelerator, saved: Checkpoint | None) -> EpochBatches:
+def make_order(config: Config, data: PretrainingData, accelerator: Accelerator, start: int) -> EpochBatches:
     """The order of this rank's batches, from the first that it has not trained on."""
-    start = 0
-    if saved:
-        with saved.reading():
-            start = int(saved.state["ranks"][accelerator.process_index]["batches"])
     return EpochBatches(
         len(data),
         config.train.batch_size,

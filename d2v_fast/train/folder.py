@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 import time
@@ -43,10 +44,16 @@ class RunFolder:
         self.path = Path(self.name)
         # The lock of a process that is killed is free. One for all runs of a process: a run never started would keep it.
         self.lock = FileLock(self.path / ".lock", timeout=0, is_singleton=True)
-        self.resume = config.resume
+        self.resume, self.parts = config.resume, ("", *config.parts)
         if main and (self.path.exists() or config.resume is not True):
             self._enter()
         self.resume = from_main(self.resume)  # which of several machines may not see
+
+    def inside(self, name: str) -> RunFolder:
+        """The folder of a part of this run, under the same lock."""
+        part = copy.copy(self)
+        part.path = self.path / name
+        return part
 
     def _enter(self) -> None:
         from filelock import Timeout
@@ -62,11 +69,11 @@ class RunFolder:
         if self.resume == "auto":
             self.resume = bool(Checkpoints(self.path / "checkpoints", keep_last=1).steps())
             if not self.resume:  # what was logged before the first checkpoint comes again
-                for name in ("log.jsonl", "alarms.jsonl"):
-                    (self.path / name).unlink(missing_ok=True)
+                for part, name in itertools.product(self.parts, ("log.jsonl", "alarms.jsonl")):
+                    (self.path / part / name).unlink(missing_ok=True)
                 shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
         has_checkpoints = (self.path / "checkpoints").exists()
-        if not self.resume and (has_checkpoints or read_lines(self.path / "log.jsonl")):
+        if not self.resume and (has_checkpoints or any(read_lines(self.path / part / "log.jsonl") for part in self.parts)):
             self.lock.release()
             goes_on = "--resume goes on with it" if has_checkpoints else "it has no checkpoint to go on from; remove it"
             raise ConfigError(f"train.output={self.path}: holds a run already; {goes_on}, another folder starts a new one")

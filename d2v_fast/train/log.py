@@ -129,7 +129,8 @@ class Trackers(Callback):
             self.trackers[tracker] = opened
 
     def on_log(self, run: Run, record: dict[str, float]) -> None:
-        figures = {name: value for name, value in record.items() if name not in ("step", "time")}
+        part = f"{run.name}." if run.name else ""
+        figures = {f"{part}{name}": value for name, value in record.items() if name not in ("step", "time")}
         for name in list(self.trackers):
             try:
                 self.trackers[name].log(figures, step=record["step"])
@@ -188,15 +189,16 @@ class Progress:
     def step(self) -> None:
         self.bar.update()
 
-    def show(self, record: dict[str, float]) -> None:
-        """The figures of a line of the log."""
+    def show(self, record: dict[str, float], part: str = "") -> None:
+        """The figures of a line of the log, and the part of the run that they are of."""
+        figures = f"{part}{': ' * bool(part)}{PROGRESS.format(**record)}"
         if self.shows_bar:
-            self.bar.set_postfix_str(PROGRESS.format(**record))
+            self.bar.set_postfix_str(figures)
         elif self.main:  # the log of a batch job would keep every state of the bar
             done = record["step"]
             seconds = (time.perf_counter() - self.start) * (self.steps - done) / (done - self.begin)
             left = self.bar.format_interval(seconds)
-            print(f"step {done}/{self.steps}, {left} left: {PROGRESS.format(**record)}", file=Screen())
+            print(f"step {done}/{self.steps}, {left} left: {figures}", file=Screen())
 
 
 class Window:

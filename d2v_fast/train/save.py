@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, sync, write_text
-from d2v_fast.config import DEFAULTS, FREE, Config
+from d2v_fast.config import DEFAULTS, FREE, PART, Config
 from d2v_fast.train.folder import STEP
 from d2v_fast.train.parallel import from_main
 
@@ -37,6 +37,13 @@ class Samples:
         self.names, self.digests = names, torch.from_numpy(digests.copy())
         content = hashlib.sha256(digests.tobytes()).hexdigest()
         self.identity = {"samples": {"number": number, "content": content}}
+
+    @classmethod
+    def joined(cls, parts: Sequence[Samples]) -> Samples:
+        """The samples of all parts as those of one run."""
+        number = sum(part.identity["samples"]["number"] for part in parts)
+        names = [name for part in parts for name in part.names]
+        return cls(number, names, torch.cat([part.digests for part in parts]).numpy())
 
     def compare(self, saved: Checkpoint, allowed: Sequence[str]) -> None:
         """Raise CheckpointError, with the names of those that differ, unless the checkpoint's are the same."""
@@ -76,8 +83,10 @@ def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config
             f"{saved.folder}: its run had {was} process{'es' * (was != 1)}, this one has {now}; start as many, "
             f"torchrun --nproc-per-node={was} on one machine, or d2v-train alone for one"
         )
-    new = [key for key, value in settings.items() if key not in known and DEFAULTS.get(key, ...) == value]
-    saved.compare("settings", settings, (*FREE, *config.resume_allow, *new))
+    plain = {key: PART.sub("", key) for key in (*known, *settings)}
+    new = [key for key, value in settings.items() if key not in known and DEFAULTS.get(plain[key], ...) == value]
+    free = [key for key in plain if plain[key] in FREE]
+    saved.compare("settings", settings, (*FREE, *free, *config.resume_allow, *new))
 
 
 def save(run: Run) -> None:
@@ -89,7 +98,7 @@ def save(run: Run) -> None:
         return
     run.saved = state.done
     numbers, generators = generator_states(state.device)
-    rank = {**run.feed.state_dict(), **numbers, **run.broken.state_dict(), "window": run.window.state_dict()}
+    rank = {**run.rank_state_dict(), **numbers}
     ranks = gather_object([(rank, generators)])
     if not run.accelerator.is_main_process:
         return
@@ -100,8 +109,7 @@ def save(run: Run) -> None:
         "rng": {f"{i}.{kind}": states[kind] for i, (_, states) in enumerate(ranks) for kind in states},
     }
     values = {
-        **state.skipped.state_dict(),
-        "monitor": state.monitor.state_dict(),
+        **run.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "settings": run.settings,
         "samples": run.samples.identity,
@@ -116,8 +124,15 @@ def save(run: Run) -> None:
     if run.changed:  # settings that were allowed to change are the run's once a checkpoint has them
         run.checkpoints.wait()
         if not run.checkpoints.failed:
-            write_text(run.folder.path / "config.yaml", run.config.yaml)
+            write_settings(run)
             run.changed = False
+
+
+def write_settings(run: Run) -> None:
+    """config.yaml; in the folder of a part, its settings as those of a run of its own."""
+    for each in (run, *(part for part in run.each if part is not run)):
+        each.folder.path.mkdir(exist_ok=True)
+        write_text(each.folder.path / "config.yaml", each.config.yaml)
 
 
 def restore(run: Run, saved: Checkpoint) -> None:
@@ -127,12 +142,10 @@ def restore(run: Run, saved: Checkpoint) -> None:
     state.load_tensors(tensors)
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(saved.state["scaler"])
-    state.skipped.load_state_dict(saved.state)
-    state.monitor.load_state_dict(saved.state["monitor"])
+    run.load_state_dict(saved.state)
     number = run.accelerator.process_index
     rank = saved.state["ranks"][number]
-    run.broken.load_state_dict(rank)
-    run.window.load_state_dict(rank["window"])
+    run.load_rank_state_dict(rank)
     run.callbacks.load_state_dict(saved.state.get("callbacks", []))
     load_generator_states(rank, {kind: tensors["rng"].get(f"{number}.{kind}") for kind in ("cpu", "cuda")}, state.device)
 
