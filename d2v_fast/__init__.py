@@ -8,6 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Callback": "d2v_fast.train.callbacks",
     "ConvDecoder": "d2v_fast.decoders",
     "Data2Vec": "d2v_fast.model",
     "Data2Vec2AudioConfig": "d2v_fast.nets",

@@ -1,4 +1,4 @@
-"""YAML files of arxyzan/data2vec-pytorch, translated (keys in spec 7.3, deviations in 7.1)."""
+"""YAML files of arxyzan/data2vec-pytorch, translated (method 7.2)."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def translate_arxyzan(settings: dict[str, Any]) -> tuple[dict[str, Any], list[st
     changes.append(
         "optimizer: AdamW, warm-up and cosine decay (schedule.*); it was Adam at a constant rate, weight_decay unread"
     )
-    changes.append("teacher sees the whole input, padding is masked (spec 7.1: A5, A6)")
+    changes.append("teacher sees the whole input, padding is masked (method 7.2)")
     for key in sorted(_leaves(settings) - used):
         changes.append(f"{key}: dropped, nothing here corresponds to it")
     return out, changes

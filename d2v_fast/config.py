@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -30,9 +31,11 @@ FLAGS = ("-h", "--help", "--fused", "--print_config")
 FREE = (
     *(f"train.{name}" for name in ("output", "workers", "graphs", "log_every", "export_every", "save_every", "keep_last")),
     *("train.checkpointing", "train.shard", "train.timeout_minutes"),
+    *(f"train.{name}" for name in ("callbacks", "trackers", "probe_every", "probe_data")),
     *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache"),
 )
 COMPARED = ("samples", "samples.number", "samples.content", "processes")  # beside the settings, when a run goes on
+PART = re.compile(r"^several\.parts\.\w+\.")  # of one modality of several
 
 
 @dataclass(frozen=True)
@@ -286,6 +289,12 @@ class TrainConfig:
         keep_last: Checkpoints to keep.
         max_broken: Largest share of unreadable samples; the run stops above it.
         max_skipped: Steps in a row whose loss or gradient is not finite; the run stops there.
+        callbacks: Objects of your own that the run calls, "package.module:Class" each, or with arguments
+            {class_path: package.module:Class, init_args: {...}}; docs/callbacks.md.
+        trackers: Where figures and settings go beside log.jsonl; default is TensorBoard alone, if it is installed.
+        probe_every: Steps between probes of the teacher by a k-NN on labelled samples, 0 = none; one goes into the first line
+            of the log after that many, and into the last.
+        probe_data: What to probe on, as d2v-probe --data; default is the builtin set for a run on builtin data.
     """
 
     output: str | None = None
@@ -309,6 +318,10 @@ class TrainConfig:
     keep_last: int = 2
     max_broken: float = 0.01
     max_skipped: int = 20
+    callbacks: list[str | dict[str, Any]] = field(default_factory=list)
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
+    probe_every: int = 0
+    probe_data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -362,7 +375,7 @@ SECTIONS = {
 
 GROUPS = {*SECTIONS, "mask", "data"}
 DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)}
-DEFAULTS |= {"data.class": None, "data.views": None}
+DEFAULTS |= {"data.class": None, "data.views": None, "data.whole_seconds": 60.0}
 
 # The interval of a number or of each of several; a round bracket leaves the bound out.
 RANGES = {
@@ -397,6 +410,7 @@ RANGES = {
     "data.target_length": "[1, inf)",
     "data.views": "[1, inf)",
     "data.vocab_size": "[261, 16777216]",  # 256 bytes and 5 special tokens; tokenizers aborts where memory ends
+    "data.whole_seconds": "(0, inf)",
     "ema.anneal_steps": "[0, inf)",
     "ema.end": "[0, 1]",
     "ema.start": "[0, 1]",
@@ -444,6 +458,7 @@ RANGES = {
     "train.log_every": "[1, inf)",
     "train.max_broken": "[0, 1]",
     "train.max_skipped": "[1, inf)",
+    "train.probe_every": "[0, inf)",
     "train.save_every": "[0, inf)",
     "train.seed": "[0, 9223372036854775807]",
     "train.steps": "[1, inf)",
@@ -484,10 +499,11 @@ class Config:
     collapse: CollapseConfig
     mask: SpanMask | BlockMask | RandomMask | TokenMask | ExactBlockMask
     data: dict[str, Any]
+    parts = ()  # those of several modalities, `d2v_fast.several`
     own_data: bool = False
     yaml: str = ""
     name: str = "run"  # what a run without train.output is called
-    resume: bool = False
+    resume: bool | Literal["auto"] = False  # auto = if there is a checkpoint
     resume_allow: list[str] = field(default_factory=list)
 
     def settings(self) -> dict[str, Any]:
@@ -533,6 +549,11 @@ class Config:
             raise ConfigError(
                 f"mask: {type(self.mask).__name__} leaves another number of positions visible in each view, and data2vec 2.0 "
                 f"(head.kind=conv) needs the same; expected mask.kind={' or '.join(SEVERAL)}"
+            )
+        if self.train.shard and self.train.probe_every:
+            raise ConfigError(
+                "train.probe_every: runs the teacher on one rank alone, and train.shard has spread it over all; leave it out, "
+                "d2v-probe reads the run's checkpoints"
             )
         if self.train.shard and self.train.precision == "fp16":
             raise ConfigError("train.precision=fp16: has no scale of gradients that sharded ranks agree on; take bf16 or fp32")
@@ -580,18 +601,27 @@ def read_yaml(name: str) -> dict[str, Any]:
         settings = load_yaml(file.read_text(encoding="utf-8"))
     except Exception as error:
         raise ConfigError(f"--config {name}: not valid YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"--config {name}: found {type(settings).__name__}, expected a mapping of settings")
-    if is_arxyzan(settings):
+    if isinstance(settings, dict) and is_arxyzan(settings):
         settings, changes = translate_arxyzan(settings)
         for change in changes:
             print(f"{name}: {change}", file=sys.stderr)
+    return check_layer(settings, f"--config {name}: ")
+
+
+def check_layer(settings: Any, where: str) -> dict[str, Any]:
+    """Settings as they were written, without those that are null.
+
+    Raises:
+        ConfigError: Not a mapping, or one of its groups is none.
+    """
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where}found {type(settings).__name__}, expected a mapping of settings")
     settings = {key: value for key, value in settings.items() if value is not None}
     if not isinstance(settings.get("modality", ""), str):
-        raise ConfigError(f"--config {name}: modality: found {settings['modality']}, expected one of {', '.join(MODALITIES)}")
+        raise ConfigError(f"{where}modality: found {settings['modality']}, expected one of {', '.join(MODALITIES)}")
     for key in filter(settings.__contains__, sorted(GROUPS)):
         if not isinstance(settings[key], dict):
-            raise ConfigError(f"--config {name}: {key}: found {settings[key]}, expected a mapping of settings")
+            raise ConfigError(f"{where}{key}: found {settings[key]}, expected a mapping of settings")
     return settings
 
 
@@ -780,8 +810,8 @@ def data_class(modality: str, own: str | None = None) -> type:
         )
     if modality not in MODALITIES:
         raise ConfigError(
-            f"modality: found {modality!r}, expected one of {', '.join(MODALITIES)}"
-            + (nearest(str(modality), MODALITIES) if modality else "; a preset without it is given after another")
+            f"modality: found {modality!r}, expected one of {', '.join(MODALITIES)}, several"
+            + (nearest(str(modality), [*MODALITIES, "several"]) if modality else "; a preset without it is given after another")
         )
     module, _, name = MODALITIES[modality].data.partition(":")
     return getattr(importlib.import_module(f"d2v_fast.data.{module}"), name)
@@ -802,16 +832,20 @@ DESCRIPTION = """Pre-train an encoder of text, images, speech or sounds with dat
   d2v-train --config audio/tiny --print_config > mine.yaml
   d2v-train --resume runs/mine                            a run goes on from its newest checkpoint
   d2v-train --config mine.yaml train.output=run --resume  the same, by the command that began it
+  d2v-train … train.output=run --resume=auto              begins, or goes on where there is a checkpoint, as after a requeue
 
 Settings are given as key=value; later ones win. A run writes its resolved config.yaml, a log.jsonl, checkpoints/ and, in
-Hugging Face format, the student in export/. Ctrl-C or SIGTERM: the run saves after the current step and ends with exit code
-130. It goes on only with the settings and samples that it had; --resume-allow KEY, once for each, accepts an intended change.
+Hugging Face format, the student in export/. Ctrl-C, SIGTERM or SIGUSR1: the run saves after the current step and ends with
+exit code 130. It goes on only with the settings and samples that it had; --resume-allow KEY, once for each, accepts an
+intended change. Callbacks, trackers and a probe on the way: docs/callbacks.md.
 What the data and mask of a modality take: d2v-train --config PRESET --help. Data of your own: docs/own-data.md.
 
 presets: """
+WHICH = "--resume: which run? --resume RUN, or train.output=RUN beside the settings it was begun with"
 
 
-def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
+def new_parser(modality: str, modalities: tuple[str, ...], sections: Iterable[str]) -> ArgumentParser:
+    """A parser of the command line with these sections."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -827,9 +861,14 @@ def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="Preset or YAML file; several are merged.")
     parser.add_argument("--fused", action="store_true", help="Fused kernels and bf16, or stop with the reason.")
-    parser.add_argument("--modality", type=Literal[tuple(MODALITIES)], default=modality, help="What is learned from.")
-    for name, cls in SECTIONS.items():
-        parser.add_class_arguments(cls, name)
+    parser.add_argument("--modality", type=Literal[modalities], default=modality, help="What is learned from.")
+    for name in sections:
+        parser.add_class_arguments(SECTIONS[name], name)
+    return parser
+
+
+def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
+    parser = new_parser(modality, tuple(MODALITIES), SECTIONS)
     help = 'Data of your own, "package.module:Class", mostly with modality=custom.'
     parser.add_argument("--data.class", type=str | None, default=own, help=help)
     parser.add_class_arguments(data_class(modality, own), "data", skip=NO_SETTINGS)
@@ -838,13 +877,20 @@ def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
     return parser
 
 
-def parse(args: list[str]) -> tuple[Config, bool]:
-    """The config of a command line, and whether --fused was given.
+def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Config, bool]:
+    """The config of a command line, and whether --fused was given; a `SeveralConfig` for modality=several.
+
+    Args:
+        args: Of the command.
+        layers: Settings below those, as `read_yaml` gives them.
 
     Raises:
         ConfigError: A key or value that does not fit.
     """
     settings: dict[str, Any] = {}
+    for layer in layers:
+        _make_way(settings, _flat(layer))
+        settings = _merge(settings, layer)
     names: list[str] = []
     rest: list[str] = []
     args, resume, resume_allow = _resume(args)
@@ -855,7 +901,7 @@ def parse(args: list[str]) -> tuple[Config, bool]:
             name = argument.partition("=")[2] or next(arguments, "")
             names.append(Path(name).stem if Path(name).is_file() else name.replace("/", "-"))
             layer = read_yaml(name)
-            if Path(name).with_name("log.jsonl").exists():
+            if Path(name).with_name("log.jsonl").exists() or Path(name).with_name("checkpoints").exists():
                 run = str(Path(name).parent)
                 names[-1] = Path(run).resolve().name
             _make_way(settings, _flat(layer))
@@ -875,13 +921,17 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     _make_way(settings, overrides)
     given = _flat(settings)
     asks_only = {"-h", "--help"} & set(rest)
-    which = "--resume: which run? --resume RUN, or train.output=RUN beside the settings it was begun with"
     if not settings and not overrides and resume:
-        raise ConfigError(which)
+        raise ConfigError(WHICH)
     if not settings and not overrides and not asks_only:
         raise ConfigError(f"no settings: d2v-train --config PRESET, one of {', '.join(presets())}; --help explains")
     own = overrides.get("data.class", given.get("data.class"))
     modality = overrides.get("modality", given.get("modality", "custom" if own else "text" if asks_only else None))
+    if modality == "several":
+        from d2v_fast.several import configure
+
+        config, fused, known = configure(settings, rest, "-".join(names), resume, resume_allow)
+        return _finish(config, known, run, "train.output" in overrides), fused
     cls = data_class(modality, own)
     masks = MODALITIES[modality].masks
     kind = overrides.get("mask.kind", given.get("mask.kind", masks[0]))
@@ -918,18 +968,33 @@ def parse(args: list[str]) -> tuple[Config, bool]:
         resume_allow=resume_allow,
     )
     config.check()
-    for key in resume_allow:
+    return _finish(config, known, run, "train.output" in overrides), fused
+
+
+def _finish(config: Config, known: list[str], run: str | None, named: bool) -> Config:
+    """The config with the folder that it is to be trained in.
+
+    Args:
+        config: As the settings have it.
+        known: All settings that there are.
+        run: Folder that the settings are from.
+        named: Whether the command names another.
+
+    Raises:
+        ConfigError: --resume-allow of no setting, or --resume of no run.
+    """
+    for key in config.resume_allow:
         if key not in [*known, *GROUPS, *COMPARED] and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
             raise ConfigError(f"--resume-allow {key}: no such setting{nearest(key, [*known, *COMPARED])}")
     output = config.train.output
-    if run and "train.output" not in overrides:  # the settings of a run: that run, wherever it is now, or one more like it
-        output = run if resume else None
-    if output is None and resume:
-        raise ConfigError(which)
-    return replace(config, train=replace(config.train, output=output and os.path.expanduser(output))), fused
+    if run and not named:  # the settings of a run: that run, wherever it is now, or one more like it
+        output = run if config.resume else None
+    if output is None and config.resume:
+        raise ConfigError(WHICH)
+    return replace(config, train=replace(config.train, output=output and os.path.expanduser(output)))
 
 
-def _resume(args: list[str]) -> tuple[list[str], bool, list[str]]:
+def _resume(args: list[str]) -> tuple[list[str], bool | Literal["auto"], list[str]]:
     """The command line with RUN's settings in place of --resume RUN; whether to resume, and --resume-allow's keys."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume", nargs="?", const="")
@@ -939,6 +1004,8 @@ def _resume(args: list[str]) -> tuple[list[str], bool, list[str]]:
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from None
     run = found.resume
+    if run == "auto":
+        return rest, "auto", found.resume_allow
     if run and "=" in run:  # a setting that happened to follow
         run, rest = "", [run, *rest]
     if run:

@@ -1,4 +1,4 @@
-"""Checkpoints of fairseq, EAT, the paper's vision code and arxyzan/data2vec-pytorch as Hugging Face models (spec 8).
+"""Checkpoints of fairseq, EAT, the paper's vision code and arxyzan/data2vec-pytorch as Hugging Face models (method 6).
 
 None of these projects needs to be installed. The weights are renamed, never changed; a key that no rule knows is an error.
 """
@@ -175,7 +175,7 @@ class Released:
         decoder: Of a pre-trained data2vec 2.0: weights of `ConvDecoder` in fp32.
         decoder_settings: Of the same: arguments of `ConvDecoder` beside `hidden_size`.
         teacher: Of the same, if it was saved: weights in fp32 under the names of the student's `state_dict`. What a teacher of
-            2.0 does not own is the student's (spec 1.6).
+            2.0 does not own is the student's (method 1.6).
         licence: Of the weights that the authors of 2.0 released, as the hub writes it; weights of your own have yours.
     """
 
@@ -327,7 +327,8 @@ def from_fairseq(file: str, eat: bool = False) -> Released:
 
     v1 audio → Data2VecAudioModel, v1 text → Data2VecTextModel, v1 vision → Data2VecVisionModel; v2 audio, text and images →
     Data2Vec2AudioModel, RobertaModel and Data2Vec2VisionModel, fine-tuned ones with their head. The student is taken, as
-    fine-tuning does (spec 1.6). EAT (Chen et al. 2024) is v2 of images, on spectrograms (frames, 128 mel bins) of one channel.
+    fine-tuning does (method 1.6). EAT (Chen et al. 2024) is v2 of images, on spectrograms (frames, 128 mel bins) of one
+    channel.
 
     Args:
         file: The checkpoint.
@@ -709,7 +710,7 @@ def _fine_tuned_2(
         if fields["pooling"] is None:
             raise ValueError(f"{file}: model.prediction_mode: found {mode}, expected one of {', '.join(POOLING_2)}")
         if "norm.weight" not in renamed:
-            raise ValueError(f"{file}: has no fc_norm, but {cls.__name__} normalises what it classifies (spec 5.3)")
+            raise ValueError(f"{file}: has no fc_norm, but {cls.__name__} normalises what it classifies (method 5.3)")
     else:
         cls, fields = RobertaForSequenceClassification, {"num_labels": len(renamed["classifier.out_proj.weight"])}
     config.update(fields)
@@ -740,7 +741,7 @@ def _decoder_2(state: State, hidden_size: int, axes: int, cfg: dict[str, Any], f
 
 
 def _teacher_2(student: State, ema: Any, modality: str, file: str) -> State:
-    """Weights of a whole teacher under the original names: what it does not own is the student's (spec 1.6, 11.13)."""
+    """Weights of a whole teacher under the original names: what it does not own is the student's (method 1.6, 6.2)."""
     if not isinstance(ema, dict) or not all(isinstance(value, Tensor) for value in ema.values()):
         raise ValueError(f"{file}: _ema: found something else than the teacher's weights")
     names = {key: key.removeprefix(f"modality_encoders.{modality}.") for key in ema}

@@ -13,7 +13,7 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def regression_head(hidden_size: int, layers: int, zero_init: bool = False) -> nn.Sequential:
-    """`layers` Linears with GELU between, twice as wide inside; none is the identity (spec 3.2, 3.3)."""
+    """`layers` Linears with GELU between, twice as wide inside; none is the identity (method 3.2, 3.3)."""
     modules: list[nn.Module] = []
     width = hidden_size
     for _ in range(layers - 1):
@@ -32,7 +32,7 @@ def _start_at_zero(linear: nn.Linear) -> None:
 
 
 class ConvDecoder(nn.Module):
-    """Convolutions over all positions, visible and masked, then a projection to the width of the targets (spec 4.5).
+    """Convolutions over all positions, visible and masked, then a projection to the width of the targets (method 4.5).
 
     Each layer is a convolution, a norm over channels without weights, and GELU, with a residual where the width stays.
 

@@ -1,4 +1,4 @@
-"""Is the run healthy, and is the machine: the collapse monitor (spec 1.7) and the environment report."""
+"""Is the run healthy, and is the machine: the collapse monitor (method 1.7) and the environment report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The teacher: an exponential moving average of a module, kept in fp32 (spec 1.5, 1.6)."""
+"""The teacher: an exponential moving average of a module, kept in fp32 (method 1.5, 1.6)."""
 
 from __future__ import annotations
 

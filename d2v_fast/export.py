@@ -1,4 +1,4 @@
-"""d2v-export: what `AutoModel.from_pretrained` loads, from a run or from a checkpoint of another project (spec 8).
+"""d2v-export: what `AutoModel.from_pretrained` loads, from a run or from a checkpoint of another project (method 6).
 
 What is written is read back and has to compute what the training encoder does.
 """
@@ -54,6 +54,13 @@ PIPELINES = {  # the task of the hub by the class that loads a model; else featu
     "AutoModelForAudioClassification": "audio-classification",
     "AutoModelForSequenceClassification": "text-classification",
 }
+PROBED = {  # the task of the hub that a probe stands for
+    "vision": "image-classification",
+    "audio": "audio-classification",
+    "spectrogram": "audio-classification",
+    "text": "fill-mask",
+}
+MEASURES = {"knn": "k-NN accuracy", "linear": "linear accuracy", "accuracy": "linear cloze accuracy", "nats": "cloze in nats"}
 LOGGED = ("step", "loss", "target_std", "prediction_std", "feature_std", "lr", "ema_decay")
 
 
@@ -244,7 +251,7 @@ def on_hub(name: str | None) -> str | None:
 
 
 def model_card(
-    model: PreTrainedModel, title: str, facts: dict[str, Any], folder: Path, to: Path, sections: list[str], **metadata: Any
+    model: PreTrainedModel, title: str, facts: dict[str, Any], folder: Path, name: str, sections: list[str], **metadata: Any
 ) -> str:
     """README.md of an exported model, in the format of the Hugging Face hub.
 
@@ -253,7 +260,7 @@ def model_card(
         title: Headline.
         facts: Rows of the first table.
         folder: Where the model lies now.
-        to: Where it will lie.
+        name: What `from_pretrained` will find it by.
         sections: Further ones, as Markdown.
         metadata: What `huggingface_hub.ModelCardData` takes; what is None is left out.
     """
@@ -270,13 +277,12 @@ def model_card(
     if getattr(config, "is_causal", True) is False:
         facts["attention"] = "bidirectional: is_causal is false in its config, and transformers follows it"
     rows = "\n".join(
-        f"| {name} | {' '.join(str(value).split()).replace('|', chr(92) + '|')} |" for name, value in facts.items()
+        f"| {fact} | {' '.join(str(value).split()).replace('|', chr(92) + '|')} |" for fact, value in facts.items()
     )
     arguments = {} if loader != "AutoModel" else class_arguments(type(model))
     if (folder / Path(inspect.getfile(type(model))).name).exists():
         arguments["trust_remote_code"] = True  # the file is beside; not needed after an import from d2v_fast
-    arguments = "".join(f", {name}={value}" for name, value in arguments.items())
-    name = to.resolve().name
+    arguments = "".join(f", {argument}={value}" for argument, value in arguments.items())
     use = f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained("{name}"{arguments})'
     for file, processor in (("tokenizer.json", "AutoTokenizer"), ("preprocessor_config.json", "AutoImageProcessor")):
         if (folder / file).exists():
@@ -301,7 +307,7 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
     config, step = found.config, found.step
     records = [line for line in read_lines(run / "log.jsonl") if step is None or line["step"] <= step]
     last = step or (records[-1]["step"] if records else "unknown")
-    data, train, targets = public(config.data), config.train, config.targets
+    data, train, targets, whole = public(config.data), config.train, config.targets, trained.whole_of(run)
     start = f", from {public(config.encoder.pretrained)}" if config.encoder.pretrained else ""
     mask, version = type(config.mask).__name__, ""
     if config.head.kind == "conv":
@@ -312,6 +318,10 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
         f"norm {targets.norm}, mask {mask}, {train.precision}",
         "steps": f"{last} of {train.batch_size} × {train.accumulate} samples a process",
     }
+    if whole:
+        others = sorted(file.parent.name for file in whole.glob("*/log.jsonl") if file.parent.name != run.resolve().name)
+        facts["steps"] += ", of all modalities together"
+        facts["blocks"] = f"an experiment: trained together with those of {' and '.join(others)}, as the same weights"
     sections = []
     for probe in read_probes(run / "probe.json"):
         if probe["step"] == step:
@@ -328,6 +338,27 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
     settings = yaml.safe_dump(public(yaml.safe_load(config.yaml)), sort_keys=False, allow_unicode=True)
     sections.append(f"## Settings\n\n```yaml\n{settings.strip()}\n```")
     return facts, sections
+
+
+def eval_results(run: Path, found: Trained) -> list[Any]:
+    """What d2v-probe found of these weights, as `huggingface_hub.EvalResult`, for the head of the model card."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type=PROBED.get(found.config.modality, "feature-extraction"),
+            dataset_type=on_hub(probe["data"]) or public(probe["data"]),
+            dataset_name=" ".join(filter(None, (public(probe["data"]), probe["name"]))),
+            dataset_config=probe["name"],
+            dataset_split="test",
+            metric_type="cross_entropy" if measure == "nats" else "accuracy",
+            metric_name=f"{MEASURES.get(measure, measure)}, frozen",
+            metric_value=round(value, 4),
+        )
+        for probe in read_probes(run / "probe.json")
+        if probe["step"] == found.step
+        for measure, value in probe["results"].get("trained", {}).items()
+    ]
 
 
 def _table(rows: dict[str, dict[str, float]], labels: bool = True) -> str:
@@ -348,6 +379,7 @@ def export_run(
     as_type: str | None = None,
     teacher: bool = False,
     checkpoint: str | None = None,
+    hub: str | None = None,
     **metadata: Any,
 ) -> float:
     """Export a run; returns the largest difference between the reloaded model and the training encoder.
@@ -359,6 +391,7 @@ def export_run(
             data2vec.pt, whose `encoder` is the state dict that scripts for that project load.
         teacher: Take the teacher instead of the student.
         checkpoint: Take these weights instead, such as step-1000.
+        hub: Where the folder will be on the hub, for the model card.
         metadata: For the head of the model card: `license`, `language` and more of `huggingface_hub.ModelCardData`.
 
     Raises:
@@ -370,6 +403,8 @@ def export_run(
     facts, sections = run_sections(run, found)
     data, old = found.config.data, as_type == OLDER
     known = {"base_model": on_hub(found.config.encoder.pretrained), "datasets": on_hub(data.get("path"))}
+    if not teacher and (results := eval_results(run, found)):
+        known |= {"eval_results": results, "model_name": hub or to.resolve().name}
     if found.config.own_data or found.config.modality == "spectrogram":  # which the input of image models does not tell
         known["pipeline_tag"] = "feature-extraction"
     elif found.config.modality == "text" and data["path"] == "builtin":
@@ -380,9 +415,8 @@ def export_run(
             f"{'teacher' if teacher else 'student'}; reloaded, its states differ by {difference:.1g} from those in training"
         )
         title = f"data2vec {found.config.modality}: {run.resolve().name}"
-        card = model_card(
-            exported.model, title, facts, folder, to, sections, **known | {k: v for k, v in metadata.items() if v}
-        )
+        metadata = known | {k: v for k, v in metadata.items() if v}
+        card = model_card(exported.model, title, facts, folder, hub or to.resolve().name, sections, **metadata)
         with writing(to):
             if old:
                 from transformers import AutoModel
@@ -400,6 +434,7 @@ def import_checkpoint(
     as_type: str | None = None,
     encoder: str | None = None,
     tokenizer: str | None = None,
+    hub: str | None = None,
     **metadata: Any,
 ) -> float:
     """Export a checkpoint of another project; returns the largest difference after reloading.
@@ -412,6 +447,7 @@ def import_checkpoint(
         as_type: Model type of transformers, where the architecture has two names.
         encoder: For data2vec-pytorch: model.encoder_checkpoint of its YAML file.
         tokenizer: Tokenizer to put beside a text model, a name or folder.
+        hub: Where the folder will be on the hub, for the model card.
         metadata: For the head of the model card, as in `export_run`.
 
     Raises:
@@ -458,7 +494,8 @@ def import_checkpoint(
         if released.licence and not metadata.get("license"):
             metadata["license"] = released.licence
             facts["licence"] = f"{released.licence}, of the weights that the authors released; for others: d2v-export --license"
-        card = model_card(exported.model, f"data2vec: {Path(file).stem}", facts, folder, to, [], **metadata)
+        title = f"data2vec: {Path(file).stem}"
+        card = model_card(exported.model, title, facts, folder, hub or to.resolve().name, [], **metadata)
         with writing(to):
             if released.decoder:
                 told = released.decoder_settings or {}
@@ -467,6 +504,55 @@ def import_checkpoint(
                 save_file(released.teacher, folder / TEACHER)
             (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
     return difference
+
+
+class Hub:
+    """A place on the Hugging Face hub that a folder will be put to.
+
+    Args:
+        name: NAME, of the user whose token it is, or OWNER/NAME.
+
+    Raises:
+        ConfigError: No name of the hub, no token, or one that the hub does not take.
+    """
+
+    def __init__(self, name: str):
+        from huggingface_hub import HfApi, constants, get_token
+        from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+        self.asked = f"--push-to-hub {name}"
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise ConfigError(f"{self.asked}: expected NAME or OWNER/NAME: {first_line(error)}") from error
+        if constants.HF_HUB_OFFLINE:
+            raise ConfigError(f"{self.asked}: HF_HUB_OFFLINE is set; unset it, or leave --push-to-hub out")
+        if not get_token():
+            raise ConfigError(
+                f"{self.asked}: found no token; `hf auth login`, or HF_TOKEN=…, with one that may write, or leave "
+                "--push-to-hub out and only the folder is written"
+            )
+        self.api = HfApi()
+        try:
+            user = self.api.whoami()["name"]
+        except Exception as error:  # of HTTP, of the network, of the token
+            raise ConfigError(f"{self.asked}: the hub does not take the token: {first_line(error)}; `hf auth login`") from error
+        self.name = name if "/" in name else f"{user}/{name}"
+
+    def push(self, folder: str, private: bool) -> str:
+        """Make the repository if it is not there, and put the folder into it; returns its address.
+
+        Raises:
+            ConfigError: The hub refused or could not be reached; the folder is as it was.
+        """
+        try:
+            self.api.create_repo(self.name, private=private, exist_ok=True)
+            self.api.upload_folder(repo_id=self.name, folder_path=folder, commit_message=f"d2v-fast {d2v_fast.__version__}")
+        except Exception as error:
+            raise ConfigError(
+                f"{self.asked}: {first_line(error)}; {folder} is whole, `hf upload {self.name} {folder}` tries again"
+            ) from error
+        return f"{self.api.endpoint}/{self.name}"
 
 
 def main(args: list[str]) -> None:
@@ -507,8 +593,18 @@ def main(args: list[str]) -> None:
     parser.add_argument("--tokenizer", metavar="NAME", help="with --from: tokenizer to put beside a text model, name or folder")
     parser.add_argument("--license", metavar="ID", help="for the head of the model card, such as apache-2.0")
     parser.add_argument("--language", metavar="CODE", nargs="+", help="for the same, such as en")
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="NAME",
+        help="put the folder on the Hugging Face hub too, as NAME or OWNER/NAME; needs a token that may write (hf auth login)",
+    )
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: a repository that it makes is private")
     options = parser.parse_args(args)
     metadata = {"license": options.license, "language": options.language}
+    if options.private and not options.push_to_hub:
+        raise ConfigError("--private: goes with --push-to-hub")
+    hub = Hub(options.push_to_hub) if options.push_to_hub else None
+    metadata["hub"] = hub and hub.name
     run, to = os.path.expanduser(options.run), os.path.expanduser(options.to)
     if options.source is None:
         for name in ("encoder", "tokenizer"):
@@ -531,3 +627,5 @@ def main(args: list[str]) -> None:
             )
             recipe = {OLDER: "ITS.yaml", "eat": "spectrogram/eat-base"}.get(options.source, "MODALITY/v2-SIZE")
             print(f"to train it further: d2v-train --config {recipe} encoder.pretrained={to}{last}")
+    if hub:
+        print(hub.push(to, options.private))

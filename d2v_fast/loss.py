@@ -35,7 +35,7 @@ def data2vec_loss(
     return_stats: bool = False,
     return_target_mean: bool = False,
 ) -> Tensor | tuple[Tensor | LossStats, ...]:
-    """Masked regression of the normalised, averaged top-K teacher layers (data2vec section 3.3; spec 1.2, 1.4).
+    """Masked regression of the normalised, averaged top-K teacher layers (data2vec section 3.3; method 1.2, 1.4).
 
     Args:
         predictions: (N, C), one row for each masked position in the order of `mask.flatten()`, or (B, T, C); any float dtype.
@@ -53,7 +53,7 @@ def data2vec_loss(
         impl: "auto", "eager", "compile", "native" (CPU) or "triton" (GPU); `d2v_fast.ops` says which "auto" takes.
         return_stats: Also return the moments of targets and predictions at the scored positions, a `LossStats`.
         return_target_mean: Also return the mean of the targets over all positions that are not padding, (B, C) in the dtype
-            of the loss: what the CLS token of data2vec 2.0 learns (spec 4.7).
+            of the loss: what the CLS token of data2vec 2.0 learns (method 4.7).
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 predictions); or a tuple of it and what else is asked for, in this order.

@@ -119,7 +119,7 @@ def visible_positions(mask: np.ndarray, padding_mask: np.ndarray | None = None) 
 
 @dataclass(frozen=True)
 class SpanMask:
-    """Spans over time, as in wav2vec 2.0 and data2vec audio (spec 2.1).
+    """Spans over time, as in wav2vec 2.0 and data2vec audio (method 2.1).
 
     Args:
         prob: Share of positions that spans would cover if they never overlapped; coverage is about 1 - (1 - p/l)^l.
@@ -206,7 +206,7 @@ class SpanMask:
 
 @dataclass(frozen=True)
 class BlockMask:
-    """BEiT's blocks of patches, as in data2vec vision (spec 2.2).
+    """BEiT's blocks of patches, as in data2vec vision (method 2.2).
 
     Args:
         count: Upper bound of masked patches; blocks are added until it is met or ten draws in a row do not fit.
@@ -254,7 +254,7 @@ class BlockMask:
 
 @dataclass(frozen=True)
 class ExactBlockMask:
-    """Blocks with one side for every axis of a grid, and an exact number of masked positions, as in data2vec 2.0 (spec 2.5).
+    """Blocks with one side for every axis of a grid, and an exact number of masked positions, as in data2vec 2.0 (method 2.5).
 
     Blocks are drawn, then single positions are added or removed at random until the count is met.
 
@@ -335,7 +335,7 @@ class ExactBlockMask:
 
 @dataclass(frozen=True)
 class RandomMask:
-    """Single positions drawn without replacement, the same count in every sample of one length (spec 2.4).
+    """Single positions drawn without replacement, the same count in every sample of one length (method 2.4).
 
     Args:
         prob: Share of masked positions; floor(T·(1 - prob)), and at least one, stay visible.
@@ -372,7 +372,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class TokenMask:
-    """Text masking (spec 2.3): spans of `length` tokens, of which some are replaced or left as they are.
+    """Text masking (method 2.3): spans of `length` tokens, of which some are replaced or left as they are.
 
     BERT's 80/10/10 is prob .15, length 1, random_prob .1, keep_prob .1; data2vec's is prob .35, length 4.
 

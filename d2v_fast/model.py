@@ -54,19 +54,19 @@ class Data2Vec(nn.Module):
     Args:
         encoder: The student. The teacher is a copy of it, made here: build before `accelerate.prepare` or DDP.
         top_k: Number of last layers whose results are averaged into the target.
-        source: What a layer's result is: "ffn" before dropout and residual, "block_output" or "block_input" (spec 1.3).
-        norm: Normalisation of each layer result (spec 1.2).
+        source: What a layer's result is: "ffn" before dropout and residual, "block_output" or "block_input" (method 1.3).
+        norm: Normalisation of each layer result (method 1.2).
         target_norm: Normalisation of their average.
         beta: 0 for the squared error, else the smooth-L1 threshold.
-        scale: Factor of the summed error: "auto" = 1/√C, "mean" = 1/C, or a number (spec 1.4).
+        scale: Factor of the summed error: "auto" = 1/√C, "mean" = 1/C, or a number (method 1.4).
         head_layers: Linears in the regression head; 0 for none.
         head_zero_init: Start the head at zero, so that first predictions are the mean of the targets and not noise.
         decoder: In place of the head.
         cls_weight: With a decoder, weight of the loss by which the first extra token (CLS) learns the mean of the targets over
-            all positions; 0 for none (spec 4.7).
+            all positions; 0 for none (method 4.7).
         cls_reduction: "mean" over the views of a batch, or "sum" as in the reference code, where it grows with the batch.
-        ema_start, ema_end, ema_anneal_steps: Decay schedule of the teacher (spec 1.5).
-        ema_scope: What is averaged: "all", the "encoder" without its local features, or its "layers" (spec 1.6);
+        ema_start, ema_end, ema_anneal_steps: Decay schedule of the teacher (method 1.5).
+        ema_scope: What is averaged: "all", the "encoder" without its local features, or its "layers" (method 1.6);
             the rest is copied from the student at each step.
         ema_copied: Further name patterns of parameters to copy.
         teacher_fp32: Run the teacher outside of autocast.
@@ -156,7 +156,7 @@ class Data2Vec(nn.Module):
             target_padding_mask: The same for `target`, where it differs.
             channel_mask: (B, C) bool, channels set to zero for the student.
             num_targets: Scored positions that the loss is divided by, e.g. those of all micro-batches of all ranks,
-                divided by the ranks (spec 1.4).
+                divided by the ranks (method 1.4).
 
         Raises:
             ValueError: A mask that does not fit the model, or views with different numbers of visible positions.
@@ -230,7 +230,7 @@ class Data2Vec(nn.Module):
         return visible_only(self.student, self.head, features, mask, index, visible, grid, padding_mask)
 
     def _cls_loss(self, extra: Tensor, mean: Tensor) -> Tensor:
-        """What the first extra token of each view lacks of the mean target (B, C) of its sample, weighted (spec 4.7)."""
+        """What the first extra token of each view lacks of the mean target (B, C) of its sample, weighted (method 4.7)."""
         error = extra[:, 0].to(mean.dtype) - mean.repeat_interleave(len(extra) // len(mean), 0)
         values = errors(error, self.loss_settings["beta"]).sum(1) * self.loss_settings["scale"]
         return self.cls_weight * getattr(values, self.cls_reduction)()

@@ -29,7 +29,7 @@ class Predicted(NamedTuple):
 
 
 def in_place(student: Encoder, head: nn.Module, features: Tensor, index: Tensor, padding_mask: Tensor | None) -> Predicted:
-    """Encode all positions of masked features (B, T, C) (spec 1.1).
+    """Encode all positions of masked features (B, T, C) (method 1.1).
 
     Args:
         student: The encoder.
@@ -52,7 +52,7 @@ def visible_only(
     grid: tuple[int, ...],
     padding_mask: Tensor | None,
 ) -> Predicted:
-    """Encode the visible positions of each view and decode all of them (spec 4.3, 4.5).
+    """Encode the visible positions of each view and decode all of them (method 4.3, 4.5).
 
     Args:
         student: The encoder.

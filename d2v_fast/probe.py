@@ -80,11 +80,12 @@ class States:
                 raise ConfigError(f"--batch-size {self.batch_size}: more than the memory of the GPU holds; lower it") from error
 
 
-def progress(what: str, total: int, unit: str) -> Any:
-    """A bar on the screen; in a log, a line of it every half minute."""
+def progress(what: str | None, total: int, unit: str) -> Any:
+    """A bar on the screen; in a log, a line of it every half minute; nothing without a title."""
     from tqdm import tqdm
 
-    return tqdm(desc=what, total=total, unit=unit, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
+    look = {"disable": True} if what is None else {"mininterval": 0.1 if sys.stderr.isatty() else 30}
+    return tqdm(desc=what, total=total, unit=unit, dynamic_ncols=True, **look)
 
 
 def _finite(states: list[Tensor]) -> np.ndarray:
@@ -104,6 +105,20 @@ def score(train: np.ndarray, train_labels: Sequence, test: np.ndarray, test_labe
     knn = KNeighborsClassifier(min(NEIGHBOURS, len(train)), metric="cosine").fit(train, train_labels)
     linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(train, train_labels)
     return {"knn": float(knn.score(test, test_labels)), "linear": float(linear.score(test, test_labels))}
+
+
+def knn_accuracy(
+    train: np.ndarray, train_labels: Sequence, test: np.ndarray, test_labels: Sequence, temperature: float = 0.07
+) -> float:
+    """Accuracy of a k-NN whose votes weigh exp(cosine / temperature) (Wu et al. 2018), as DINO probes."""
+    classes, numbers = np.unique(train_labels, return_inverse=True)
+    train, test = (rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12) for rows in (train, test))
+    cosine = test @ train.T
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :NEIGHBOURS]
+    votes = np.zeros((len(test), len(classes)))
+    rows = np.arange(len(test))[:, None]
+    np.add.at(votes, (rows, numbers[nearest]), np.exp(cosine[rows, nearest] / temperature))
+    return float((classes[votes.argmax(1)] == np.asarray(test_labels)).mean())
 
 
 def split_sources(open_split: Callable[..., Source], data: str, name: str | None) -> tuple[Source, Source]:
@@ -190,7 +205,7 @@ def _subset(source: Source, indices: np.ndarray) -> Source:
 
 
 def pooled_states(
-    states: States, source: Source, collate: Callable, limit: int, what: str
+    states: States, source: Source, collate: Callable, limit: int, what: str | None = None
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Mean state of each sample, and where there is a CLS token its state, (N, C) by title; and the samples' labels.
 
@@ -199,7 +214,7 @@ def pooled_states(
         source: The samples; up to `limit` are drawn, and those that cannot be read are named and left out.
         collate: Makes (source, padding_mask or None) of a list of samples.
         limit: Most samples.
-        what: Title of the progress bar.
+        what: Title of the progress bar; None = no bar.
     """
     rows: dict[str, list[Tensor]] = defaultdict(list)
     order, labels = np.random.default_rng(0).permutation(len(source))[:limit], []
@@ -228,25 +243,30 @@ def _mean(states: Tensor, padding_mask: Tensor | None) -> Tensor:
     return (states * seen).sum(1) / seen.sum(1)
 
 
-def probe_labels(config: Config, states: States, data: str, name: str | None, limit: int) -> dict[str, dict]:
-    """Accuracies of each encoder on labelled images, speech or data of one's own."""
+def labelled_parts(config: Config, encoder: Encoder, data: str, name: str | None) -> tuple[Source, Source, Callable]:
+    """Labelled images, speech or data of one's own, to fit and to test on; and what makes (source, padding_mask or None) of a
+    list of samples.
+
+    Raises:
+        ConfigError: A path or name that data of one's own do not take.
+        DataError: Data that cannot be read, or no labels.
+    """
     settings = config.data
     if config.own_data:
-        path = None if data == settings["class"] else data
-        *parts, collate = own_sources(config, next(iter(states.encoders.values())), data, path, name)
-    elif config.modality == "vision":
+        return own_sources(config, encoder, data, None if data == settings["class"] else data, name)
+    if config.modality == "vision":
         from d2v_fast.data.vision import center_crop, open_images, to_pixels
 
         def collate(images: list) -> tuple[torch.Tensor, None]:
             crops = [center_crop(image, settings["image_size"]) for image in images]
             return torch.from_numpy(to_pixels(crops, settings["mean"], settings["std"])), None
 
-        parts = split_sources(open_images, data, name)
+        open_split = open_images
     elif config.modality == "spectrogram":
         from d2v_fast.data.audio import open_audio
         from d2v_fast.data.spectrograms import WINDOW, spectrogram
 
-        as_image = next(iter(states.encoders.values())).reads != "spectrogram"
+        as_image = encoder.reads != "spectrogram"
         sizes = [settings[key] for key in ("target_length", "mel_bins", "mean", "std")]
 
         def collate(spectrograms: list) -> tuple[torch.Tensor, None]:
@@ -263,11 +283,10 @@ def probe_labels(config: Config, states: States, data: str, name: str | None, li
 
             return replace(source, read=read)
 
-        parts = split_sources(open_split, data, name)
     else:
         from d2v_fast.data.audio import open_audio, standardize
 
-        frames = next(iter(states.encoders.values())).positions
+        frames = encoder.positions
         longest = round(settings["max_seconds"] * settings["sample_rate"])
 
         def collate(waves: list) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -290,7 +309,12 @@ def probe_labels(config: Config, states: States, data: str, name: str | None, li
 
             return replace(source, read=read)
 
-        parts = split_sources(open_split, data, name)
+    return *split_sources(open_split, data, name), collate
+
+
+def probe_labels(config: Config, states: States, data: str, name: str | None, limit: int) -> dict[str, dict]:
+    """Accuracies of each encoder on labelled images, speech or data of one's own."""
+    *parts, collate = labelled_parts(config, next(iter(states.encoders.values())), data, name)
     found = [pooled_states(states, part, collate, limit, split) for part, split in zip(parts, ("train", "test"), strict=True)]
     (train, train_labels), (test, test_labels) = found
     classes = len(set(train_labels))

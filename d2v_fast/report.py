@@ -38,6 +38,7 @@ CURVES = {
     "lr": ("Learning rate", ""),
     "ema_decay": ("Decay of the teacher", "As the schedule has it."),
     "teacher_decay": ("Measured decay of the teacher", "What the teacher kept of its distance to the student in one step."),
+    "probe_knn": ("k-NN on the teacher", "Accuracy on the labelled samples of train.probe_data."),
     "samples_per_s": ("Samples per second", ""),
     "data_wait": ("Wait for data", "Share of the time; near 0 is good."),
 }
@@ -123,6 +124,12 @@ def _is_probe(probe: dict[str, Any]) -> bool:
 def measure(name: str, value: float) -> str:
     """A measure of a probe as it is shown."""
     return f"{value:.3f}" if name == "nats" else f"{value:.1%}"
+
+
+def parts(run: Path) -> list[Path]:
+    """Folders of the parts of a run of several modalities; none of another run."""
+    logs = [] if (run / "log.jsonl").is_file() or not (run / "config.yaml").is_file() else sorted(run.glob("*/log.jsonl"))
+    return [log.parent for log in logs]
 
 
 def read_run(folder: Path, color: str) -> Run:
@@ -260,7 +267,8 @@ def main(args: list[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a run; several are laid over each other.")
     parser.add_argument("--out", type=Path, help="Where to write; default: report.html in the first run's folder.")
     arguments = parser.parse_args(args)
-    runs = [read_run(folder, COLORS[i % len(COLORS)]) for i, folder in enumerate(arguments.runs)]
+    folders = [folder for run in arguments.runs for folder in parts(run) or [run]]
+    runs = [read_run(folder, COLORS[i % len(COLORS)]) for i, folder in enumerate(folders)]
     try:
         import matplotlib  # noqa: F401
     except ImportError:

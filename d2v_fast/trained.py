@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
-from d2v_fast.config import Config, ConfigError, parse
+from d2v_fast.config import Config, ConfigError, load_yaml, parse
 from d2v_fast.data.text import load_tokenizer, token_fields
 from d2v_fast.encoders import Encoder, build_encoder
 from d2v_fast.train.build import make_encoder
@@ -56,7 +56,23 @@ def read_config(run: Path) -> Config:
     check_utf8(run)
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: has no config.yaml, so it is not the folder of a run")
-    return parse(["--config", str(run / "config.yaml")])[0]
+    config, _ = parse(["--config", str(run / "config.yaml")])
+    if config.parts:
+        raise ConfigError(
+            f"{run}: a run of several modalities; name one: {', '.join(str(run / name) for name in config.parts)}"
+        )
+    return config
+
+
+def whole_of(run: Path) -> Path | None:
+    """The folder of the run of several modalities that `run` is a part of, if it is one."""
+    above = run.resolve().parent
+    try:
+        settings = load_yaml((above / "config.yaml").read_text(encoding="utf-8"))
+    except Exception:  # nobody has said that it is a run
+        return None
+    parts = settings.get("several", {}).get("parts", {}) if isinstance(settings, dict) else {}
+    return above if run.resolve().name in parts else None
 
 
 def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool = False) -> Trained:
@@ -87,7 +103,8 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
         encoder = _exported(config, run)
     else:
         encoder = make_encoder(config, tokens)
-        prefix = "teacher.module." if teacher else "student."
+        part = f"{run.resolve().name}." if whole_of(run) else ""
+        prefix = f"{part}teacher.module." if teacher else f"{part}student."
         state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         try:
             encoder.load_state_dict(state)
@@ -102,7 +119,7 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
 
 def _newest(run: Path, checkpoint: str | None, teacher: bool) -> tuple[int | None, Checkpoint | None]:
     """The step of the weights to take, and their checkpoint; None for those of export/."""
-    checkpoints = Checkpoints(run / "checkpoints", keep_last=1)
+    checkpoints = Checkpoints((whole_of(run) or run) / "checkpoints", keep_last=1)
     steps = checkpoints.steps()
     if checkpoint is not None:
         name = Path(checkpoint).name

@@ -1,4 +1,4 @@
-"""data2vec 2.0 as it was released: its modules under their original names, written from spec 4 and 11 alone.
+"""data2vec 2.0 as it was released: its modules under their original names, written from method 4 alone.
 
 The independent truth of several tests. Nothing of d2v_fast is used, nothing is fast, every dropout is 0 and there is no
 training: what is random, masks and noise, is handed in. With `EAT` as the changed settings the image model is EAT, on
@@ -110,7 +110,7 @@ class MLP(nn.Module):
 
 
 class AltBlock(nn.Module):
-    """spec 4.2. Returns the block's output and its FFN result, both (N, T, D)."""
+    """method 4.2. Returns the block's output and its FFN result, both (N, T, D)."""
 
     def __init__(self, cfg: dict):
         super().__init__()
@@ -144,7 +144,7 @@ class ContextEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """spec 4.5, Decoder1d or Decoder2d: x (N, T, D) of all positions → predictions (N, T, D)."""
+    """method 4.5, Decoder1d or Decoder2d: x (N, T, D) of all positions → predictions (N, T, D)."""
 
     def __init__(self, cfg: dict, settings: dict, axes: int, high: int | None = None):
         super().__init__()
@@ -201,7 +201,7 @@ def sincos(D: int, wide: int, high: int | None = None) -> Tensor:
 
 @functools.cache
 def slopes(heads: int, device: torch.device) -> Tensor:
-    """of ALiBi, spec 4.4: (H,)"""
+    """of ALiBi, method 4.4: (H,)"""
     power = 2 ** math.floor(math.log2(heads))
     made = [2.0 ** (-8 / power * (i + 1)) for i in range(power)]
     finer = [2.0 ** (-8 / (2 * power) * (i + 1)) for i in range(2 * power)]
@@ -272,7 +272,7 @@ class ModalityEncoder(nn.Module):
         return scale[layer if len(scale) > 1 else 0]
 
     def contextualize(self, features: Tensor, mask: Tensor | None = None, padding: Tensor | None = None) -> Context:
-        """Local features (B, T, D), masks (B, M, T) with equal counts, padding (B, T); spec 4.3 and 4.1, prenet included."""
+        """Local features (B, T, D), masks (B, M, T) with equal counts, padding (B, T); method 4.3 and 4.1, prenet included."""
         x, T = features, features.shape[1]
         if self.modality == "image":
             x = x + self.fixed_positional_encoder["positions"][:, : x.shape[1]]
@@ -362,7 +362,7 @@ class Released(nn.Module):
         return states, self.encoder.decode(states, context.restore, noise)
 
     def targets(self, results: list[Tensor]) -> Tensor:
-        """(B, T, D) from the results of all main blocks; spec 1.2, no padding."""
+        """(B, T, D) from the results of all main blocks; method 1.2, no padding."""
         model = self.cfg["model"]
         chosen = results[-model["average_top_k_layers"] :]
         if model["instance_norm_target_layer"]:
@@ -377,14 +377,14 @@ class Released(nn.Module):
         return y
 
     def error(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Sum of the loss over all rows, scaled; spec 1.4."""
+        """Sum of the loss over all rows, scaled; method 1.4."""
         beta, scale = self.cfg["model"]["loss_beta"], self.cfg["model"]["loss_scale"]
         e = (prediction - target).abs()
         loss = e**2 if beta == 0 else torch.where(e < beta, e**2 / (2 * beta), e - beta / 2)
         return loss.sum() * (1 / math.sqrt(e.shape[-1]) if scale is None else scale)
 
     def losses(self, states, predictions, targets, mask) -> dict[str, Tensor | int]:
-        """What one micro-batch adds: `regression` and `cls`, both sums to be divided by `sample_size`; spec 4.7.
+        """What one micro-batch adds: `regression` and `cls`, both sums to be divided by `sample_size`; method 4.7.
 
         `cls` bears the original's factor cls_loss · sample_size; without a CLS loss it is left out.
         """
@@ -424,7 +424,7 @@ def make(modality: str, changed: dict | None = None, seed: int = 0, **model) -> 
 
 
 def shared(name: str, modality: str) -> bool:
-    """Is this weight the student's in the teacher as well? Spec 1.6, last three rows; decoders are in no teacher."""
+    """Is this weight the student's in the teacher as well? Method 1.6, last three rows; decoders are in no teacher."""
     if modality == "text":
         return not name.startswith("blocks.")
     if "fixed_positional_encoder" in name or ".decoder." in name:
@@ -442,14 +442,14 @@ def make_teacher(student: Released, seed: int = 1) -> Released:
 
 
 def ema_state(teacher: Released) -> dict[str, Tensor]:
-    """What a checkpoint has under `_ema`; spec 11.13."""
+    """What a checkpoint has under `_ema`; method 6.2."""
     frozen = "fixed_positional_encoder"  # copied into the teacher, so in its state
     state = {k: v for k, v in teacher.state_dict().items() if frozen in k or not shared(k, teacher.modality)}
     return {k.removeprefix("blocks.") if teacher.modality == "text" else k: v for k, v in state.items()}
 
 
 class ImageClassifier(nn.Module):
-    """Fine-tuned on images, spec 5.3: mean of the patches → LN(1e-6) → Linear. Keys `model.*`, `fc_norm.*`, `head.*`."""
+    """Fine-tuned on images, method 5.3: mean of the patches → LN(1e-6) → Linear. Keys `model.*`, `fc_norm.*`, `head.*`."""
 
     def __init__(self, model: Released, classes: int, seed: int = 2):
         super().__init__()
@@ -484,7 +484,7 @@ class CTC(nn.Module):
 
 
 class TextClassifier(nn.Module):
-    """Fine-tuned on texts, spec 5.3: Linear, tanh, Linear on `<s>`. Keys `model.*` and `classification_heads.NAME.*`."""
+    """Fine-tuned on texts, method 5.3: Linear, tanh, Linear on `<s>`. Keys `model.*` and `classification_heads.NAME.*`."""
 
     def __init__(self, model: Released, classes: int, seed: int = 2):
         super().__init__()

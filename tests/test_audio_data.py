@@ -12,6 +12,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from d2v_fast import data
 from d2v_fast.data import DataError, Source, find_files
@@ -118,6 +119,136 @@ class TestManifests:
             source = open_audio(str(tmp_path / name))
             assert [os.path.relpath(file, tmp_path) for file in source.names] == clips
             assert source.groups == ["s0", "s1", "s2", "s3", "s4"]
+
+
+class TestLengths:
+    """That a manifest says, so that no file is opened before training reads it."""
+
+    @pytest.mark.parametrize("name", ["fairseq.tsv", "nemo.json", "table.csv"])
+    def test_no_file_is_opened(self, tmp_path, clips, name, monkeypatch):
+        rows = {
+            "fairseq.tsv": [str(tmp_path), *(f"{file}\t{4000 + i}" for i, file in enumerate(clips))],
+            "nemo.json": [json.dumps({"audio_filepath": f, "duration": 0.25 + i / RATE}) for i, f in enumerate(clips)],
+            "table.csv": ["file_name,duration", *(f"{file},{0.25 + i / RATE}" for i, file in enumerate(clips))],
+        }
+        (tmp_path / name).write_text("\n".join(rows[name]))
+        opened = []
+        monkeypatch.setattr("d2v_fast.data.audio._open", lambda file: opened.append(file))
+        monkeypatch.setattr("d2v_fast.data.regular", lambda file: opened.append(file))
+        loaded = audio_data(str(tmp_path / name))
+        names, digests = loaded.contents()
+        assert loaded.lengths.tolist() == [4000, 4001, 4002, 4003, 4004] and len(names) == len(set(digests)) == 5
+        assert opened == []
+
+    @pytest.mark.parametrize("value", ["", "-1", "nan", "inf", "long", "0"])
+    def test_lengths_that_are_none(self, tmp_path, clips, value):
+        (tmp_path / "m.csv").write_text(f"file_name,duration\n{clips[0]},0.5\n{clips[1]},{value}\n")
+        assert audio_data(str(tmp_path / "m.csv")).lengths.tolist() == [4000, 4000]  # by their headers
+
+    def test_recordings_that_are_shorter(self, tmp_path, clips):
+        (tmp_path / "m.csv").write_text("file_name,duration\n" + "".join(f"{file},100\n" for file in clips))
+        parts = audio_data(str(tmp_path / "m.csv"))
+        batch = parts.__getitems__([(0, 0), (0, 1)])
+        assert len(parts) == 500 and parts.lengths.tolist() == [16_000] * 500 and batch["samples"] == [0]
+        assert batch["broken"] == [(1, f"{tmp_path}/clips/0.wav from 1.0 s to 2.0 s: holds no sample after 1.0 s")]
+
+    def test_headers_are_read_once(self, tmp_path, clips, monkeypatch):
+        before = audio_data(str(tmp_path)).lengths
+        calls = []
+        monkeypatch.setattr("d2v_fast.data.audio.count_samples", lambda file, rate: calls.append(file) or 4000)
+        assert audio_data(str(tmp_path)).lengths.tolist() == before.tolist() and calls == []
+        write_wave(tmp_path / "clips" / "5.wav", noise())
+        assert len(audio_data(str(tmp_path))) == 6 and len(calls) == 6
+
+    def test_of_a_set_they_are_kept_too(self, tmp_path, clips, monkeypatch):
+        import datasets
+
+        rows = [{"bytes": (tmp_path / file).read_bytes(), "path": None} for file in clips]
+        table = datasets.Dataset.from_dict({"audio": rows}).cast_column("audio", datasets.Audio(decode=False))
+        table.to_parquet(str(tmp_path / "set" / "0.parquet"))
+        assert len(audio_data(str(tmp_path / "set"))) == 5
+        monkeypatch.setattr("d2v_fast.data.audio.count_samples", None)
+        assert audio_data(str(tmp_path / "set")).lengths.tolist() == [4000] * 5
+
+
+class TestLong:
+    """Recordings that are read in parts."""
+
+    @pytest.fixture(params=["wav", "flac", "ogg", "mp3"])
+    def hour(self, request, tmp_path):
+        """Well, eleven seconds and a bit, whose pitch rises."""
+        t = np.arange(int(11.3 * RATE)) / RATE
+        write_wave(tmp_path / f"a.{request.param}", 0.5 * np.sin(2 * np.pi * (200 + 40 * t) * t))
+        return tmp_path / f"a.{request.param}"
+
+    def test_every_part_is_a_sample(self, hour):
+        found = audio_data(str(hour), whole_seconds=5, normalize=False)
+        assert len(found) == 12 and np.ptp(found.lengths) <= 1 and found.lengths.sum() == found.durations[0]
+        whole = read_audio(str(hour), RATE)
+        parts = np.concatenate([found.load(i, np.random.default_rng(0)) for i in range(12)])
+        assert len(parts) == pytest.approx(len(whole), abs=12)
+        assert np.abs(parts - whole[: len(parts)]).max() < 1e-4  # also of what the lossy formats decode
+        assert found.sample_name(3) == f"{hour} from 2.8 s to 3.8 s"
+
+    def test_a_part_is_normalised_by_itself(self, hour):
+        wave = audio_data(str(hour), whole_seconds=5).load(7, np.random.default_rng(0))
+        assert wave.mean() == pytest.approx(0, abs=1e-3) and wave.var() == pytest.approx(1, abs=1e-2)
+
+    def test_another_rate(self, tmp_path):
+        t = np.arange(5 * 44_100) / 44_100
+        path = write_wave(tmp_path / "a.wav", np.stack([0.5 * np.sin(2 * np.pi * 440 * t)] * 2, axis=1), 44_100)
+        found = audio_data(path, whole_seconds=3, normalize=False)
+        expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(5 * RATE) / RATE)
+        for i in range(5):
+            part = found.load(i, np.random.default_rng(0))
+            assert len(part) == pytest.approx(RATE, abs=1)
+            assert np.abs(part[200:-200] - expected[i * RATE :][: len(part)][200:-200]).max() < 1e-3
+
+    def test_a_format_that_cannot_be_sought_in(self, tmp_path):
+        tone = 0.5 * np.sin(np.arange(5 * 8000) ** 1.3 / 300)
+        path = write_wave(tmp_path / "a.au", tone, 8000, subtype="G723_24")
+        found = audio_data(path, whole_seconds=3, normalize=False, sample_rate=8000)
+        whole = read_audio(path, 8000)
+        parts = [found.load(i, np.random.default_rng(0)) for i in range(len(found))]
+        assert len(parts) > 4 and np.array_equal(np.concatenate(parts), whole[: sum(map(len, parts))])
+
+    def test_shorter_ones_are_read_whole(self, hour):
+        assert len(audio_data(str(hour), whole_seconds=12)) == len(audio_data(str(hour))) == 1
+
+    def test_little_of_it_is_read(self, tmp_path, monkeypatch):
+        import soundfile
+
+        write_wave(tmp_path / "a.flac", noise(60))
+        found = audio_data(str(tmp_path), whole_seconds=5)
+        read, frames = soundfile.SoundFile.read, []
+        monkeypatch.setattr(soundfile.SoundFile, "read", lambda file, n, **how: frames.append(n) or read(file, n, **how))
+        found.__getitems__([(0, 50)])
+        assert frames == [RATE]
+
+    def test_silent_parts_give_way_to_the_next(self, tmp_path):
+        wave = noise(6)
+        wave[2 * RATE : 4 * RATE] = 0
+        path = write_wave(tmp_path / "a.wav", wave, subtype="FLOAT")
+        found = audio_data(path, whole_seconds=3)
+        batch = found.__getitems__([(0, i) for i in range(6)])
+        assert batch["broken"] == [] and all(torch.equal(batch["source"][i], batch["source"][4]) for i in (2, 3))
+        write_wave(path, 0 * wave)
+        assert len(found.__getitems__([(0, i) for i in range(6)])["broken"]) == 6
+
+    def test_short_clips_are_joined_to_parts(self, tmp_path):
+        for i, seconds in enumerate((6, 0.3)):
+            write_wave(tmp_path / f"{i}.wav", noise(seconds, i))
+        found = audio_data(str(tmp_path), whole_seconds=3, join_seconds=0.5)
+        lengths = {found.__getitems__([(epoch, 6)])["source"].shape[1] for epoch in range(20)}
+        assert len(found) == 7 and min(lengths) >= 8000 and max(lengths) == RATE
+
+    def test_more_than_can_be_read_whole(self, tmp_path, monkeypatch):
+        path = write_wave(tmp_path / "a.flac", noise(6))
+        monkeypatch.setattr("d2v_fast.data.audio.MAX_VALUES", 2 * RATE)
+        with pytest.raises(ValueError, match="holds more than 32000 samples"):
+            read_audio(path, RATE)
+        found = audio_data(path, whole_seconds=2, cache=str(tmp_path))
+        assert len(found) == 6 and found.__getitems__([(0, i) for i in range(6)])["source"].shape == (6, RATE)
 
 
 class TestHeaders:

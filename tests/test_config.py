@@ -51,6 +51,9 @@ class TestPresets:
             return
         config, fused = parse(args)
         assert not fused and config.modality == name.split("/")[0]
+        if config.parts:
+            assert all(part.modality == key for key, part in config.parts.items())
+            return
         fields = config.encoder.config
         model = AutoConfig.for_model(config.encoder.model, **fields)
         unknown = set(fields) - set(inspect.signature(type(model)).parameters)
@@ -214,10 +217,8 @@ class TestRefusals:
         assert "\n" not in found and "<class" not in found and "typing." not in found
 
     def test_modality(self):
-        assert (
-            refused("modality=visoin")
-            == "modality: found 'visoin', expected one of text, vision, audio, spectrogram, custom; did you mean vision?"
-        )
+        known = "text, vision, audio, spectrogram, custom, several"
+        assert refused("modality=visoin") == f"modality: found 'visoin', expected one of {known}; did you mean vision?"
         assert "found None" in refused("--config", "vision/fairseq")
         assert refused().startswith("no settings: d2v-train --config PRESET, one of ")
 

@@ -1,4 +1,4 @@
-"""Checkpoints of other projects: what is loaded computes what the original blocks do, written here once more after spec 3."""
+"""Checkpoints of other projects: what is loaded computes what the original blocks do, written here once more after method 3."""
 
 import argparse
 import os
@@ -165,7 +165,7 @@ def text(ids, state):
 
 
 def relative_bias(table, side=4):
-    """Row of the table for each pair of query and key, the extra token first (spec 3.3)."""
+    """Row of the table for each pair of query and key, the extra token first (method 3.3)."""
     index = torch.empty(side * side + 1, side * side + 1, dtype=torch.int64)
     for i in range(side * side):
         for j in range(side * side):

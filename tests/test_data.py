@@ -154,6 +154,32 @@ class TestEpochBatches:
         assert [len(batch) for batch, size in zip(batches, padded, strict=True) if size > 300] == [1]
         assert np.median(padded) > 200
 
+    @pytest.mark.parametrize("limit", [20, 64, 100, 300, 9000])
+    def test_filled_batches_are_as_many_in_every_epoch(self, limit):
+        """And hold all samples, none longer together than the limit, whose lengths are alike."""
+        lengths = np.random.default_rng(0).gamma(4, 5, 3000).clip(1, 60).astype(int)
+        lengths[:7] = 0  # of which the header cannot be read
+        order = EpochBatches(3000, 8, lengths=lengths, max_batch_length=limit)
+        epochs = [order.epoch(epoch) for epoch in range(4)]
+        assert len({len(batches) for batches in epochs}) == 1 and len({batches[0].tobytes() for batches in epochs}) == 4
+        for batches in epochs:
+            assert sorted(np.concatenate(batches)) == list(range(3000))
+            assert all(len(batch) == 1 or len(batch) * lengths[batch].max() <= limit for batch in batches)
+        assert {frozenset(batch) for batch in epochs[0]} != {frozenset(batch) for batch in epochs[1]} or limit == 20
+        kept = sum(len(batch) * lengths[batch].min() for batch in epochs[0]) / lengths.sum()
+        assert kept > 0.9 or limit == 9000
+
+    @pytest.mark.parametrize("lengths, limit", [(None, None), (np.arange(60) % 17 + 1, None), (np.arange(60) % 17 + 1, 40)])
+    @pytest.mark.parametrize("world", [1, 2])
+    def test_a_late_start_computes_two_epochs(self, lengths, limit, world, monkeypatch):
+        settings = dict(lengths=lengths, max_batch_length=limit, world=world, rank=world - 1)
+        begin = list(itertools.islice(EpochBatches(60, 4, **settings), 200))
+        computed = []
+        epoch = EpochBatches.epoch
+        monkeypatch.setattr(EpochBatches, "epoch", lambda self, number: computed.append(number) or epoch(self, number))
+        late = list(itertools.islice(EpochBatches(60, 4, **settings, start=150), 3))
+        assert late == begin[150:153] and len(computed) <= 3
+
     def test_fewer_samples_than_a_batch(self):
         assert [len(batch) for batch in EpochBatches(3, 16).epoch(0)] == [3]
         with pytest.raises(DataError, match="fewer than the 4 processes"):

@@ -11,7 +11,7 @@ from d2v_fast.decoders import ConvDecoder
 
 
 def plain(decoder, x, grid):
-    """Spec 4.5 position by position; x (T, C) float64."""
+    """Method 4.5 position by position; x (T, C) float64."""
     kernel, axes = decoder.kernel, len(grid)
     cells = list(itertools.product(*map(range, grid)))
     number = {cell: i for i, cell in enumerate(cells)}

@@ -215,7 +215,7 @@ class TestFigures:
         assert all(math.isnan(found[name]) for name in ("student_rank", "teacher_rank", "position_share", "content_loss"))
 
     def test_a_loss_that_is_nan_has_diverged(self, due):
-        assert due[0].monitor.figures(loss=math.nan)["relative_loss"] == math.inf
+        assert due[0].state.monitor.figures(loss=math.nan)["relative_loss"] == math.inf
 
     def test_a_loss_that_costs_nothing_is_no_leak(self, due):
         trainer, _, _ = due
@@ -424,7 +424,7 @@ class TestBrokenRuns:
     @pytest.mark.parametrize("decay, message", [(0, "the teacher is a copy of the student"), (1, "the teacher stands still")])
     def test_decay_at_an_end(self, decay, message, tmp_path):
         more = [f"ema.start={decay}", f"ema.end={decay}", "collapse.after=10", "train.batch_size=8", "train.steps=20"]
-        tiny("vision/tiny", tmp_path / "run", *more).run()
+        loop(tiny("vision/tiny", tmp_path / "run", *more))
         assert len(alarms(tmp_path / "run")) == 1 and message in alarms(tmp_path / "run")[0]
 
     def test_teacher_that_is_never_updated(self, tmp_path):
@@ -436,7 +436,7 @@ class TestBrokenRuns:
 
     def test_far_too_low_a_rate(self, tmp_path):
         more = ["collapse.after=10", "train.batch_size=8", "train.steps=20", "optimizer.lr=1e-9"]
-        tiny("text/tiny", tmp_path / "run", *more).run()
+        loop(tiny("text/tiny", tmp_path / "run", *more))
         (alarm,) = alarms(tmp_path / "run")
         assert "the student hardly moves" in alarm
 
@@ -458,9 +458,9 @@ class TestBrokenRuns:
             else:
                 soundfile.write(tmp_path / f"data/{i}.wav", builtin_speech("train").read(3), 16_000)
         more = ["train.steps=1", "train.batch_size=2", f"data.path={tmp_path / 'data'}"]
-        tiny(preset, tmp_path / "run", *more).run()
+        loop(tiny(preset, tmp_path / "run", *more))
         with pytest.raises(CollapseError, match="many samples are the same"):
-            tiny(preset, tmp_path / "stopped", *more, "collapse.action=stop").run()
+            loop(tiny(preset, tmp_path / "stopped", *more, "collapse.action=stop"))
         for folder in ("run", "stopped"):  # one that was stopped before its first step keeps what it said
             (alarm,) = alarms(tmp_path / folder)
             assert "many samples are the same: distinct_samples 0.125 is below" in alarm
@@ -518,7 +518,7 @@ def test_a_healthy_run_raises_no_alarm(preset, more, fused, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("more", ["data.cross_documents=false train.batch_size=1 train.accumulate=32", "mask.prob=.01"])
 def test_few_scored_positions_raise_no_alarm(more, tmp_path):
-    tiny("text/tiny", tmp_path / "run", "train.steps=400", *more.split()).run()
+    loop(tiny("text/tiny", tmp_path / "run", "train.steps=400", *more.split()))
     assert alarms(tmp_path / "run") == []
 
 

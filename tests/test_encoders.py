@@ -86,7 +86,7 @@ def test_masked_frames_equal_the_models_own_masking(name):
 
 @pytest.mark.parametrize("name", WAVES)
 def test_dropout_of_the_projection_is_the_students(name):
-    """What `embed` gives is the teacher's too, where its scope is not "all" (spec 1.6)."""
+    """What `embed` gives is the teacher's too, where its scope is not "all" (method 1.6)."""
     encoder, x = make(name), inputs(name)
     encoder.model.feature_projection.dropout.p = 0.5
     features, mask = encoder.embed(x), torch.zeros(2, encoder.positions(400), dtype=torch.bool)
@@ -122,7 +122,7 @@ FFN_OUTPUT = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ffn_taps_are_what_the_specification_names(name):
-    """Spec 8.6, against hooks set by hand on modules named by hand."""
+    """Against hooks set by hand on modules named by hand."""
     encoder, x = make(name).eval(), inputs(name)
     seen = []
     for i in (1, 2):
@@ -131,7 +131,7 @@ def test_ffn_taps_are_what_the_specification_names(name):
     with torch.no_grad():
         states, taps, _ = encoder.transform(encoder.place(encoder.embed(x)), layers=2)
     for i, (tap, out) in enumerate(zip(taps, seen, strict=True), start=1):
-        scale = getattr(encoder.blocks[i], "lambda_2", 1.0)  # BEiT's layer scale belongs to the result (spec 1.3)
+        scale = getattr(encoder.blocks[i], "lambda_2", 1.0)  # BEiT's layer scale belongs to the result (method 1.3)
         assert torch.equal(tap, (out * scale)[:, out.shape[1] - states.shape[1] :])
 
 
@@ -227,7 +227,7 @@ def test_your_own_is_saved_and_loaded(tmp_path):
 
 
 def test_scopes_of_the_teacher():
-    """Spec 1.6: what is copied and not averaged."""
+    """Method 1.6: what is copied and not averaged."""
 
     def copied(name, scope):
         encoder = make(name)

@@ -195,6 +195,27 @@ class TestForTheHub:
         export_run(runs[modality].folder, "out")
         assert self.head() == {"library_name": "transformers", "tags": ["data2vec", "d2v-fast"], **more}
 
+    def test_what_a_probe_found(self, runs):
+        run = runs["vision"].folder
+        key = {"data": "cifar10", "name": None, "limit": 500}
+        scores = {"untrained": {"knn": 0.25, "linear": 0.375}, "trained": {"knn": 0.5, "linear": 0.625}}
+        (run / "probe.json").write_text(json.dumps([{**key, "step": step, "results": scores} for step in (1, 2)]))
+        try:
+            export_run(run, "out")
+            export_run(run, "teacher", teacher=True)
+        finally:
+            (run / "probe.json").unlink()
+        (model,) = self.head()["model-index"]
+        assert model["name"] == "out"
+        (result,) = model["results"]  # that of step 2, and nothing of the encoder before it was trained
+        assert result["task"] == {"type": "image-classification"}
+        assert result["dataset"] == {"name": "cifar10", "type": "cifar10", "split": "test"}
+        assert [(each["type"], each["value"], each["name"]) for each in result["metrics"]] == [
+            ("accuracy", 0.5, "k-NN accuracy, frozen"),
+            ("accuracy", 0.625, "linear accuracy, frozen"),
+        ]
+        assert "model-index" not in self.head("teacher")  # which was not probed
+
     def test_what_the_user_says(self, runs, monkeypatch):
         assert not export(monkeypatch, runs["vision"].folder, "--to", "out", "--license", "mit", "--language", "de", "en")
         assert (self.head()["license"], self.head()["language"]) == ("mit", ["de", "en"])
@@ -229,6 +250,69 @@ class TestForTheHub:
                 config[section] |= {"model": None, "config": {}}
         (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
         return tmp_path / "run"
+
+
+class TestPushToHub:
+    """With a stand-in of the hub's API."""
+
+    @pytest.fixture
+    def hub(self, monkeypatch):
+        calls = []
+
+        class Api:
+            endpoint = "hub:"
+
+            def whoami(self):
+                return {"name": "me"}
+
+            def create_repo(self, name, **more):
+                calls.append(("create", name, more))
+
+            def upload_folder(self, **more):
+                calls.append(("upload", sorted(file.name for file in Path(more["folder_path"]).iterdir()), more["repo_id"]))
+
+        monkeypatch.setattr("huggingface_hub.HfApi", Api)
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        return Api, calls
+
+    @pytest.mark.parametrize("name, private", [("mine", False), ("lab/mine", True)])
+    def test_what_is_put_there(self, name, private, hub, runs, monkeypatch, capsys):
+        run = runs["vision"].folder
+        assert not export(monkeypatch, run, "--to", "out", "--push-to-hub", name, *["--private"] * private)
+        place = name if "/" in name else f"me/{name}"
+        files = sorted(file.name for file in Path("out").iterdir())
+        assert {"README.md", "config.json", "model.safetensors"} <= set(files)
+        assert hub[1] == [("create", place, {"private": private, "exist_ok": True}), ("upload", files, place)]
+        assert f'from_pretrained("{place}"' in Path("out/README.md").read_text()
+        assert capsys.readouterr().out.splitlines()[-1] == f"hub:/{place}"
+
+    def test_refused_before_anything(self, hub, runs, monkeypatch):
+        def refused(*more, name="mine"):
+            message = export(monkeypatch, runs["vision"].folder, "--to", "out", "--push-to-hub", name, *more)
+            assert not Path("out").exists() and not hub[1]
+            return message
+
+        assert "--push-to-hub a/b/c: expected NAME or OWNER/NAME" in refused(name="a/b/c")
+        with monkeypatch.context() as patch:
+            patch.setattr(hub[0], "whoami", lambda self: [][0])
+            assert "--push-to-hub mine: the hub does not take the token: list index" in refused()
+        with monkeypatch.context() as patch:
+            patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+            assert "HF_HUB_OFFLINE is set" in refused()
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+        assert "--push-to-hub mine: found no token; `hf auth login`, or HF_TOKEN=…" in refused()
+        message = export(monkeypatch, runs["vision"].folder, "--to", "out", "--private")
+        assert "--private: goes with --push-to-hub" in message
+
+    def test_a_hub_that_fails_leaves_the_folder(self, hub, runs, monkeypatch):
+        def fail(self, **more):
+            raise OSError("403 Forbidden")
+
+        monkeypatch.setattr(hub[0], "upload_folder", fail)
+        message = export(monkeypatch, runs["vision"].folder, "--to", "out", "--push-to-hub", "mine")
+        assert "403 Forbidden; out is whole, `hf upload me/mine out` tries again" in message
+        assert Path("out/model.safetensors").exists()
 
 
 def test_a_log_that_a_killed_run_left(runs, tmp_path):

@@ -77,7 +77,7 @@ def test_padding_is_never_masked_and_something_stays_visible(lengths, seed):
 
 
 def test_span_coverage():
-    # 1 - (1 - p/l)^l: what independent starts would cover (spec 2.1, 10.3 no. 4).
+    # 1 - (1 - p/l)^l: what independent starts would cover (method 2.1).
     mask = SpanMask(0.65, 10)(Draws(0, 0, range(300)), 1500)
     assert mask.mean() == pytest.approx(0.489, abs=0.01)
     assert SpanMask(0.35, 4)(Draws(0, 0, range(300)), 1500).mean() == pytest.approx(0.307, abs=0.01)
@@ -158,7 +158,7 @@ def test_dropout_uncovers_its_share():
 
 
 def test_blocks_as_published():
-    # Spec 2.2: at most 120 of 196, mean 119.5, exactly 120 in 69 % of draws, no block across a full side.
+    # Method 2.2: at most 120 of 196, mean 119.5, exactly 120 in 69 % of draws, no block across a full side.
     mask = BlockMask()(Draws(0, 0, range(3000)), (14, 14))
     counts = mask.sum(1)
     assert counts.max() == 120 and counts.min() >= 100
@@ -171,7 +171,7 @@ def test_blocks_over_the_whole_grid_leave_a_patch():
 
 
 def reference_blocks(rng, high, wide, count, min_area, max_area, aspect):
-    """Spec 2.2, transcribed line by line for one image."""
+    """Method 2.2, transcribed line by line for one image."""
     mask = np.zeros((high, wide), bool)
     done = 0
     while done < count:
@@ -270,7 +270,7 @@ def test_whole_words_are_masked_whole():
     assert 0.2 < mask.mean() < 0.4
 
 
-PUBLISHED = {  # spec 2.5: settings, grid, drawn before the count is met, masked
+PUBLISHED = {  # method 2.5: settings, grid, drawn before the count is met, masked
     "image base": (ExactBlockMask(0.8, 3, 0.07), (14, 14), 37.5 / 196, 157),
     "image large": (ExactBlockMask(0.75, 3, 0.1), (14, 14), 50.4 / 196, 147),
     "image huge 14": (ExactBlockMask(0.75, 3, 0.1), (16, 16), 65.3 / 256, 192),
@@ -290,7 +290,7 @@ def test_blocks_of_data2vec_2(name):
 
 
 def test_drawn_blocks_are_those_of_plain_loops():
-    """Spec 2.5 again, one position at a time, with the same random numbers."""
+    """Method 2.5 again, one position at a time, with the same random numbers."""
     for length, grid in ((3, (6, 9)), (2, (5, 4)), (4, (30,)), (3, (4, 5, 6))):
         mask, draws = ExactBlockMask(0.6, length, 0.1, inverse=False, dropout=0.1), Draws(2, 1, range(5), views=3)
         total = int(np.prod(grid))

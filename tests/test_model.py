@@ -131,7 +131,7 @@ def test_gradients_reach_the_student_only():
 
 @pytest.mark.parametrize("name", ["roberta", "beit", "vit", "data2vec-audio"])
 def test_equal_weight_for_each_masked_position(name):
-    """2 ranks × 2 micro-batches with unequal masks give the gradient of one big batch (spec 10.3 no. 3)."""
+    """2 ranks × 2 micro-batches with unequal masks give the gradient of one big batch (method 1.4)."""
     encoder = make(name)
     model = Data2Vec(encoder, top_k=2).double()
     parts = [batch(name, encoder, seed, 2, share) for seed, share in enumerate((0.2, 0.8, 0.5, 0.4))]

@@ -36,7 +36,7 @@ ENCODERS = {  # of the same shapes as those of `released`
     "text": ("roberta", TEXT | dict(vocab_size=70, max_position_embeddings=34, pad_token_id=1)),
 }
 SCOPES = {"image": "all", "audio": "encoder", "text": "layers"}
-TREES = {  # where a block and its parts are: spec 8.5 and 11.13 → ours
+TREES = {  # where a block and its parts are: method 6.2 → ours
     "bert": {
         **{"attn.q": "attention.self.query", "attn.k": "attention.self.key", "attn.v": "attention.self.value"},
         **{"attn.proj": "attention.output.dense", "norm1": "attention.output.LayerNorm"},
@@ -211,7 +211,7 @@ def test_against_the_released_model(case, reduction):
     teacher = released.make_teacher(theirs)
     batch, views, prenet = 2, 3, theirs.encoder.own["prenet_depth"]
     weight = theirs.cfg["model"]["cls_loss"]
-    # The sum over all views weighted by cls_loss is a mean weighted by cls_loss · B · M (spec 4.7).
+    # The sum over all views weighted by cls_loss is a mean weighted by cls_loss · B · M (method 4.7).
     model = same(
         modality,
         theirs,
@@ -277,7 +277,7 @@ def test_against_the_released_model(case, reduction):
 
 
 def test_padded_text_against_the_released_model():
-    """Its attention leaves padding out as ours does; its decoder and its loss do not (spec 11.6), so states are compared."""
+    """Its attention leaves padding out as ours does; its decoder and its loss do not (method 4.9), so states are compared."""
     theirs = released.make("text").double()
     model = same("text", theirs, released.make_teacher(theirs))
     source, lengths = example("text", theirs), torch.tensor([12, 8])
@@ -357,7 +357,7 @@ def test_visible_positions_are_encoded_as_if_masked_keys_were_left_out(name, mon
         features = student.embed(source)
         found = student.transform(student.place_visible(features, mask, visible), visible=visible)
         each = features.repeat_interleave(3, 0)
-        if name in SPEECH:  # the convolution of positions sees zeros (spec 4.3)
+        if name in SPEECH:  # the convolution of positions sees zeros (method 4.3)
             each = each * ~rows[..., None]
         extra = 0 if found.extra is None else found.extra.shape[1]
         attention_without(monkeypatch, F.pad(rows, (extra, 0)))
@@ -472,7 +472,7 @@ def test_the_text_teacher_has_no_dropout_in_its_embeddings():
 
 @pytest.mark.parametrize("name", ["data2vec2-vision", "data2vec2-audio"])
 def test_dropout_comes_after_the_norm_of_the_context(name):
-    """Spec 4.3; CLS goes through both."""
+    """Method 4.3; CLS goes through both."""
     changed = {"hidden_dropout_prob" if name in CLS else "hidden_dropout": 0.5}
     model = family(name, changed)
     source, mask = batch(name, model)
@@ -526,7 +526,7 @@ def test_channel_masks_reach_the_student_only():
     assert torch.equal(masked.stats.target.mean, plain.stats.target.mean)
 
 
-AVERAGED = {  # spec 1.6, by name; all else is copied at each step
+AVERAGED = {  # method 1.6, by name; all else is copied at each step
     ("data2vec2-vision", "all"): r"mask_embedding|model\..*",
     ("data2vec2-vision", "encoder"): r"mask_embedding|model\.(encoder|embeddings\.(cls_token|layernorm)).*",
     ("data2vec2-vision", "layers"): r"mask_embedding|model\.encoder\..*",

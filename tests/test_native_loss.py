@@ -563,29 +563,31 @@ def test_opcheck(case, stats):
     assert set(scaled.values()) == {"SUCCESS"}
 
 
-def _linear_gradient(share: slice, wrap=lambda model: model) -> torch.Tensor:
+def _linear_gradient(views: int, share: slice, wrap=lambda model: model) -> torch.Tensor:
     torch.manual_seed(0)
-    model, x, layers = nn.Linear(8, 24), torch.randn(4, 10, 8), [torch.randn(4, 10, 24) for _ in range(2)]
-    mask = torch.rand(4, 10).argsort(1) < 4  # as many in each sample, so that a mean of means is the mean
+    model, x, layers = nn.Linear(8, 24), torch.randn(4, views, 10, 8), [torch.randn(4, 10, 24) for _ in range(2)]
+    mask = torch.rand(4, views, 10).argsort(-1) < 4  # as many in each sample, so that a mean of means is the mean
     wrapped = wrap(model)
     for _ in range(2):  # the second one adds to the gradient
-        data2vec_loss(wrapped(x[share][mask[share]]), [y[share] for y in layers], mask[share], impl="native").backward()
+        scored = wrapped(x[share][mask[share]])
+        data2vec_loss(scored, [y[share] for y in layers], mask[share].squeeze(1), norm="instance", impl="native").backward()
     return model.weight.grad
 
 
-def _rank(rank: int, folder: Path):
+def _rank(rank: int, folder: Path, views: int):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    gradient = _linear_gradient(slice(2 * rank, 2 * rank + 2), nn.parallel.DistributedDataParallel)
+    gradient = _linear_gradient(views, slice(2 * rank, 2 * rank + 2), nn.parallel.DistributedDataParallel)
     torch.save(gradient, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_have_the_gradient_of_one(tmp_path):
-    torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)
+@pytest.mark.parametrize("views", [1, 3])
+def test_two_processes_have_the_gradient_of_one(views, tmp_path):
+    torch.multiprocessing.spawn(_rank, (tmp_path, views), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(first, second)
-    assert relative(first, _linear_gradient(slice(None)).double()) < 1e-6
+    assert relative(first, _linear_gradient(views, slice(None)).double()) < 1e-6
 
 
 # Falling back

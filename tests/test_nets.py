@@ -76,7 +76,7 @@ def gelu(x):
 
 
 def post_norm_block(x, query, key, value, out, norm1, fc1, fc2, norm2, *, heads, eps, bias=0.0):
-    """Spec 4.2: a = x + Attn(x); h = LN1(a); out = LN2(h + MLP(h))."""
+    """Method 4.2: a = x + Attn(x); h = LN1(a); out = LN2(h + MLP(h))."""
     q, k, v = (linear(m, x).unflatten(-1, (heads, -1)) for m in (query, key, value))
     logits = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1]) + bias
     mixed = torch.einsum("bhij,bjhd->bihd", logits.exp() / logits.exp().sum(-1, keepdim=True), v).flatten(2)
@@ -456,7 +456,7 @@ def test_spec_augment_of_a_fine_tuning_has_its_vector(tmp_path):
 
 
 def test_initial_weights():
-    """Spec 4.2 and 11.9."""
+    """Method 4.2."""
 
     def uniform(tensor, bound):
         assert tensor.abs().max() <= bound and tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)

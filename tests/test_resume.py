@@ -209,7 +209,7 @@ def test_two_ranks_skip_stop_and_go_on_together():
     assert_same("whole", "run")
     assert lines("run/log.jsonl")[-1]["skipped_steps"] == 1
     code, said = train(["--resume", "run"])
-    assert code == 1 and "processes: was 2, is 1" in said
+    assert code == 1 and "its run had 2 processes, this one has 1; start as many" in said
 
 
 def vision(folder, *more):

@@ -25,7 +25,7 @@ from d2v_fast.config import ConfigError, TrainConfig, parse
 from d2v_fast.train import build as building
 from d2v_fast.train import parallel, train
 from d2v_fast.train.build import build
-from d2v_fast.train.save import place
+from d2v_fast.train.save import share
 from d2v_fast.train.step import forward_backward, to_device
 from tests import models, test_training, test_training_2
 
@@ -196,9 +196,9 @@ def ranks(*counts):
 
 def test_another_number_of_ranks_has_an_equal_share_of_what_was():
     saved = ranks(12, 12)
-    assert place(saved, 1, 2) is saved[1]
-    assert place(ranks(12, 13), 0, 5)["batches"] == 5  # the step that one rank took more for is not done again
-    found = place(ranks(12, 14), 2, 4)
+    assert share(saved, 1, 2) is saved[1]
+    assert share(ranks(12, 13), 0, 5)["batches"] == 5  # the step that one rank took more for is not done again
+    found = share(ranks(12, 14), 2, 4)
     assert found["broken"] == [[7, "a.png"], [12, "12.png"], [14, "14.png"]]
     assert found["window"] == {"loss": 13.0, "cls_loss": 0.0, "steps": 4, "samples": 5.0, "waited": 1.0, "seconds": 2.0}
 

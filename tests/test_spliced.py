@@ -326,7 +326,7 @@ def test_a_step_of_data2vec_2(name):
 
 
 def test_what_teachers_copy():
-    """Spec 1.6: the features' parameters, and for the scope "layers" those of positions and extra tokens as well."""
+    """Method 1.6: the features' parameters, and for the scope "layers" those of positions and extra tokens as well."""
     encoder = wrap(plain("dinov2_with_registers"))
     projection = {f"embeddings.patch_embeddings.projection.{n}" for n in ("weight", "bias")}
     assert set(encoder.local) == projection | {"embeddings.mask_token"}

@@ -13,15 +13,17 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from d2v_fast.checkpoint import CheckpointError
 from d2v_fast.config import ConfigError, OptimizerConfig, ScheduleConfig, parse
 from d2v_fast.data import DataError
 from d2v_fast.diagnostics import CollapseError
 from d2v_fast.train import folder as folders
 from d2v_fast.train import train
 from d2v_fast.train.build import build, freeze_unused, make_encoder, make_model
-from d2v_fast.train.guards import BrokenSamples
+from d2v_fast.train.guards import BrokenSamples, StopRequest
 from d2v_fast.train.loop import loop
 from d2v_fast.train.optim import lr_factor, make_optimizer
+from d2v_fast.train.parallel import check_slurm
 from d2v_fast.train.step import step
 
 SMALL = {
@@ -164,7 +166,7 @@ def test_schedules():
     assert [values[i] for i in (0, 10, 55, 100)] == pytest.approx([1 / 11, 1, 0.55, 0.1])
     assert lr_factor(55, 100, ScheduleConfig("linear", warmup=10)) == pytest.approx(0.5)
     assert lr_factor(99, 100, ScheduleConfig("constant", warmup=0.1)) == 1
-    # Spec 5.1: 3 % up from .01, 90 % at the peak, exponentially to .01 over the last 7 %.
+    # Method 5.1: 3 % up from .01, 90 % at the peak, exponentially to .01 over the last 7 %.
     tri = ScheduleConfig("tri_stage", warmup=0.03, hold=0.9, initial=0.01, final=0.01)
     assert lr_factor(0, 1000, tri) == pytest.approx(0.01 + 0.99 / 31)
     assert lr_factor(500, 1000, tri) == 1 and lr_factor(930, 1000, tri) == 1
@@ -418,3 +420,59 @@ def test_two_processes_train_as_one(tmp_path):
         losses[ranks] = [[r[name] for name in pooled] for r in records(run)]
     assert len(losses[2]) == 4
     np.testing.assert_allclose(losses[2], losses[1], rtol=1e-3)
+
+
+def test_begins_or_goes_on(tmp_path, caplog):
+    """As a job that is put into the queue again does: before the first checkpoint too, of which only a log is left."""
+    caplog.set_level("INFO")
+    (tmp_path / "run" / "checkpoints" / "step-1.tmp").mkdir(parents=True)
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 7777}\n')
+    (tmp_path / "run" / "alarms.jsonl").write_text('{"step": 1, "alarms": ["of before"]}\n')
+    assert train(config("vision", tmp_path / "run", "--resume=auto")) == 0
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 4] and "7777" not in str(records(tmp_path / "run"))
+    assert not (tmp_path / "run" / "alarms.jsonl").exists() and "goes on after" not in caplog.text
+    assert train(config("vision", tmp_path / "run", "--resume=auto")) == 0
+    assert "goes on after step 4; nothing is left to train" in caplog.text
+    assert train(config("vision", tmp_path / "other", "--resume=auto")) == 0
+    for file in (tmp_path / "run" / "checkpoints" / "step-4").glob("student*"):
+        file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is intact"):  # and no run in its place
+        train(config("vision", tmp_path / "run", "--resume=auto"))
+    with pytest.raises(ConfigError, match=r"--resume: which run\?"):
+        parse(["--config", "vision/tiny", "--resume=auto"])
+
+
+class TestStopRequest:
+    @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+    def test_a_warning_is_never_the_second_signal(self, number, monkeypatch):
+        monkeypatch.setattr(StopRequest, "ECHO", -1.0)  # any second signal counts
+        before = signal.getsignal(number), signal.getsignal(signal.SIGTERM)
+        with StopRequest() as stop:
+            assert not stop.asked
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)  # would end this process if it were the second one
+            assert stop.asked
+        assert (signal.getsignal(number), signal.getsignal(signal.SIGTERM)) == before
+
+    def test_a_handler_that_is_there_stays(self):
+        heard = []
+        before = signal.signal(signal.SIGUSR1, lambda *args: heard.append(1))
+        try:
+            with StopRequest() as stop:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                assert heard == [1] and not stop.asked
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+
+def test_srun_alone_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ConfigError, match=r"srun has started 4 processes, which would be 4 runs; .* torchrun once a node"):
+        build(config("vision", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as torchrun sets it
+    check_slurm()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    build(config("vision", tmp_path / "run"))

@@ -17,7 +17,7 @@ from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, visible_position
 from tests.models import CONFIGS
 from tests.test_data import RATE, paragraphs, write_wave
 
-PUBLISHED = {  # spec 2.5: mask, grid, seeds, visible, masked
+PUBLISHED = {  # method 2.5: mask, grid, seeds, visible, masked
     "image base": (ExactBlockMask(0.8, 3, 0.07), (14, 14), 5, 39, 157),
     "image large, huge": (ExactBlockMask(0.75, 3, 0.1), (14, 14), 7, 49, 147),
     "image huge14": (ExactBlockMask(0.75, 3, 0.1), (16, 16), 9, 64, 192),
@@ -53,7 +53,7 @@ class TestCounts:
         assert draws.asked[0] == (seeds,)
 
     def test_seeds_are_rounded_in_the_order_of_the_specification(self):
-        """Spec 11.4: 180 · (.35 / 9) is a little more than 7 in floating point, or a little less, by its order."""
+        """Method 2.5: 180 · (.35 / 9) is a little more than 7 in floating point, or a little less, by its order."""
         for inverse, prob in ((False, 0.25), (True, 0.75)):
             draws = Counting(0, 0, range(2), views=2)
             ExactBlockMask(prob, 3, 0.1, inverse=inverse)(draws, (12, 15))
@@ -61,7 +61,7 @@ class TestCounts:
 
     @given(st.integers(1, 300), st.floats(0.05, 0.95), st.booleans())
     def test_any_length(self, size, prob, inverse):
-        """Spec 2.5, 2.4, and at least one position that can be seen."""
+        """Method 2.5, 2.4, and at least one position that can be seen."""
         blocks = ExactBlockMask(prob, 3, 0.1, inverse=inverse)(Draws(1, 2, [3, 4], 3), size)
         kept = int(size * (1 - prob))
         masked = min(size - kept if inverse else int(size * prob), size - 1)

@@ -49,6 +49,9 @@ class Source:
         groups: What belongs together (the speaker of a recording), where known.
         size: Length of a sample, where it can be had without reading all of it.
         file: Path or bytes of the file that a sample is read from; None where the name says all.
+        part: Reads one from where to where, without reading all of it.
+        lengths: Of all samples, where a list says them.
+        state: Changes whenever the content of the samples may have.
     """
 
     names: Sequence[str]
@@ -57,6 +60,9 @@ class Source:
     groups: Sequence[str] | None = None
     size: Callable[[int], int] | None = None
     file: Callable[[int], str | io.BytesIO] | None = None
+    part: Callable[[int, int, int], Any] | None = None
+    lengths: np.ndarray | None = None
+    state: Callable[[], str] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -234,7 +240,7 @@ class EpochBatches:
         seed: Seed of the order.
         rank, world: This process among all.
         lengths: (num_samples,) lengths; samples of similar length then share a batch.
-        max_batch_length: Fill batches up to this total length instead of up to `batch_size`.
+        max_batch_length: Fill batches up to this length, of the longest times their number, instead of up to `batch_size`.
         start: Batches of this rank to skip, for a run that goes on.
 
     Raises:
@@ -257,7 +263,8 @@ class EpochBatches:
         self.max_batch_length, self.start = max_batch_length, start
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, following = 0, self.start * self.world + self.rank
+        # All epochs have as many batches.
+        epoch, following = divmod(self.start * self.world + self.rank, len(self.epoch(0)))
         while True:
             batches = self.epoch(epoch)
             while following < len(batches):
@@ -271,14 +278,12 @@ class EpochBatches:
         rng = np.random.default_rng([self.seed % 2**64, epoch])
         order = rng.permutation(self.num_samples)
         if self.lengths is None:
-            batches = self._cut(order)
+            batches = _cut(order, self.batch_size)
+        elif self.max_batch_length is None:
+            batches = self._by_length(order, self.batch_size)
         else:
-            # Sorted within windows of 100 batches: little padding or cropping, and still a random order.
-            window = 100 * self.batch_size
-            batches = []
-            for begin in range(0, len(order), window):
-                part = order[begin : begin + window]
-                batches += self._cut(part[np.argsort(self.lengths[part], kind="stable")])
+            batches = self._filled(order)
+        if self.lengths is not None:
             batches = [batches[i] for i in rng.permutation(len(batches))]
         if len(batches) < self.world:
             raise DataError(
@@ -287,18 +292,37 @@ class EpochBatches:
             )
         return batches
 
-    def _cut(self, order: np.ndarray) -> list[np.ndarray]:
-        if self.max_batch_length is None:
-            size = min(self.batch_size, len(order))
-            return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
-        batches, begin = [], 0
-        for end in range(1, len(order) + 1):
-            longest = self.lengths[order[begin:end]].max()
-            if end - begin > 1 and longest * (end - begin) > self.max_batch_length:
-                batches.append(order[begin : end - 1])
-                begin = end - 1
-        batches.append(order[begin:])
+    def _by_length(self, order: np.ndarray, size: int) -> list[np.ndarray]:
+        """Sorted within windows of 100 batches: little padding or cropping, and still a random order."""
+        batches = []
+        for begin in range(0, len(order), 100 * size):
+            part = order[begin : begin + 100 * size]
+            batches += _cut(part[np.argsort(self.lengths[part], kind="stable")], size)
         return batches
+
+    def _filled(self, order: np.ndarray) -> list[np.ndarray]:
+        """Batches of as many samples as fit by the longest of them.
+
+        Samples of which equally many fit are a class, and what is left of it goes to the next longer one. How many batches
+        there are is the same for every order.
+        """
+        fitting = np.maximum(1, self.max_batch_length // np.maximum(1, self.lengths[order])).astype(np.int64)
+        batches, rest = [], order[:0]
+        order = order[np.argsort(-fitting, kind="stable")]
+        sizes, begins = np.unique(-np.sort(-fitting), return_index=True)
+        for size, part in zip(sizes[::-1], np.split(order, np.sort(begins)[1:]), strict=True):
+            part = np.concatenate([rest, part])
+            whole = len(part) // size * size
+            if whole:
+                batches += self._by_length(part[:whole], size)
+            rest = part[whole:]
+        return batches + [rest] * (len(rest) > 0)
+
+
+def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
+    """Batches of one size, of which a data set has one at least; what is left over waits for another epoch."""
+    size = min(size, len(order))
+    return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
 
 
 def make_loader(

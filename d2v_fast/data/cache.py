@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,19 @@ def fingerprint(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value).encode())
 
 
+def files_state(path: str, files: Sequence[str]) -> str:
+    """What changes whenever the content of files may have: names below `path`, sizes and times."""
+
+    def look(file: str) -> list[Any]:
+        try:
+            found = os.stat(file)
+        except OSError as error:  # a link to nothing
+            return [error.errno]
+        return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+    return fingerprint([[os.path.relpath(file, path), *look(file)] for file in files])
+
+
 def _look(place: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """What is remembered of an entry.
 
@@ -84,7 +97,7 @@ def _look(place: Path, expected: dict[str, Any]) -> dict[str, Any]:
     if not place.exists():
         raise LookupError
     try:
-        entry = json.loads((place / ENTRY).read_text())
+        entry = json.loads((place / ENTRY).read_text(encoding="utf-8"))
         if entry["version"] != expected["version"]:
             raise LookupError(f"is of version {entry['version']}, and this is {expected['version']}")
         if entry["state"] != expected["state"]:
@@ -105,7 +118,7 @@ def _fill(place: Path, expected: dict[str, Any], make: Callable[[Path], dict[str
         beside.mkdir()
         made = make(beside)
         files = {file.name: _checksum(file) for file in sorted(beside.iterdir())}
-        (beside / ENTRY).write_text(json.dumps({**expected, "files": files, "made": made}))
+        (beside / ENTRY).write_text(json.dumps({**expected, "files": files, "made": made}), encoding="utf-8")
         os.replace(beside, place)
         return json.loads(json.dumps(made))
     except OSError as error:

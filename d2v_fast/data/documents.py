@@ -24,7 +24,7 @@ from fsspec.utils import infer_compression
 
 from d2v_fast.data import DataError, find_files, first_line, is_local, load_hub
 from d2v_fast.data.builtin import builtin_text
-from d2v_fast.data.cache import fingerprint
+from d2v_fast.data.cache import files_state, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +76,7 @@ def find_documents(
     path = os.path.expanduser(path)
     if is_local(path):
         files = _text_files(path)
-        looks = [os.stat(file) for file in files]
-        state = [[os.path.relpath(f, path), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for f, s in zip(files, looks, strict=True)]
-        return fingerprint(state), partial(_readable, path, files, column)
+        return files_state(path, files), partial(_readable, path, files, column)
     found = load_hub(path, name, split)
     wanted = choose_column(path, _arrow_types(found.features.arrow_schema), column)
     rows, at_once = found.select_columns(wanted), worth_reading(found.data.nbytes, len(found))

@@ -98,11 +98,14 @@ class SpectrogramData(AudioData):
         split: Its split.
         sample_rate: Rate in Hz that everything is resampled to; 16000 is the one that there are filter banks for.
         min_seconds: Shorter recordings are left out.
+        whole_seconds: Longer recordings are never read whole, but in equal parts of at most target_length, each a sample of
+            its own.
         join_seconds: Join recordings of one speaker until they are this long, for sets of short clips; 0 for never.
         target_length: Frames of 10 ms of a spectrogram; longer recordings are cropped at random, shorter ones padded.
         mel_bins: Mel filters.
         mean: Subtracted from the logarithms, AudioSet's by default.
         std: They are divided by twice of it, AudioSet's by default.
+        cache: Folder where the lengths of the recordings are kept; by default beside the cache of Hugging Face.
         mask: How patches are masked.
         views: Masked views of each sample, for data2vec 2.0; null for one mask, as 1.0 takes it.
         seed: Seed of masks, crops and order.
@@ -119,11 +122,13 @@ class SpectrogramData(AudioData):
         split: str = "train",
         sample_rate: int = RATE,
         min_seconds: float = 1.0,
+        whole_seconds: float = 60.0,
         join_seconds: float = 0.0,
         target_length: int = 1024,
         mel_bins: int = 128,
         mean: float = MEAN,
         std: float = STD,
+        cache: str | None = None,
     ):
         if sample_rate != RATE:
             raise DataError(
@@ -134,6 +139,7 @@ class SpectrogramData(AudioData):
         super().__init__(
             **dict(mask=mask, views=views, seed=seed, path=path, name=name, split=split),
             **dict(min_seconds=min_seconds, max_seconds=seconds, join_seconds=join_seconds, normalize=False),
+            **dict(whole_seconds=whole_seconds, cache=cache),
         )
         usual = float(np.median(self.lengths[self.lengths > 0])) / RATE if self.lengths.any() else seconds
         if usual < seconds / 2:

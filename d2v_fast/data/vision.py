@@ -1,4 +1,4 @@
-"""Images: a folder or a Hugging Face set → augmented crops → pixels and patch mask (spec 3.3)."""
+"""Images: a folder or a Hugging Face set → augmented crops → pixels and patch mask (method 3.3)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageEnhance, ImageOps, PngImagePlugin, Unident
 
 from d2v_fast.data import DataError, PretrainingData, Source, find_files, is_local, load_media
 from d2v_fast.data.builtin import builtin_images
+from d2v_fast.data.shards import open_tars
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask
 
 Box = tuple[float, float, float, float]  # left, upper, right and lower edge
@@ -118,8 +119,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def open_images(path: str, name: str | None = None, split: str = "train") -> Source:
-    """Images of "builtin", a folder (labels are the names of their folders) or a Hugging Face set, as `load_hub` finds it.
+def open_images(path: str, name: str | None = None, split: str = "train", cache: str | None = None) -> Source:
+    """Images of "builtin", a folder (labels are the names of their folders), tar archives or a set, as `load_hub` finds it.
 
     Raises:
         DataError: No image is there.
@@ -129,8 +130,13 @@ def open_images(path: str, name: str | None = None, split: str = "train") -> Sou
     path = os.path.expanduser(path)
     if is_local(path):
         suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS]
-        found = find_files(path, (*suffixes, ".parquet"))
-        if files := [file for file in found if not file.lower().endswith(".parquet")]:
+        found = find_files(path, (*suffixes, ".parquet", ".tar"))
+        tars = [file for file in found if file.lower().endswith(".tar")]
+        files = [file for file in found if not file.lower().endswith((".parquet", ".tar"))]
+        if tars and not files:
+            names, file, labels = open_tars(path, tars, suffixes, cache)
+            return Source(names, lambda i: read_image(file(i)), labels, file=file)
+        if files:
             labels = [Path(file).parent.name for file in files]
             return Source(files, lambda i: read_image(files[i]), labels, file=files.__getitem__)
     import datasets
@@ -213,7 +219,8 @@ class ImageData(PretrainingData):
     """Augmented images.
 
     Args:
-        path: "builtin", a folder of images or of parquet, or a Hugging Face set: its name, or a folder of `save_to_disk`.
+        path: "builtin", a folder of images, of tar archives or of parquet, or a Hugging Face set: its name, or a folder of
+            `save_to_disk`.
         name: Configuration of the Hugging Face set.
         split: Its split.
         image_size: Side of the crops in pixels; must be the encoder's.
@@ -223,6 +230,7 @@ class ImageData(PretrainingData):
         jitter: Strength of brightness, contrast and saturation jitter, 0 for none.
         mean: Subtracted from each channel, ImageNet's by default.
         std: Each channel is divided by it, ImageNet's by default.
+        cache: Folder where it is kept what archives hold; by default beside the cache of Hugging Face.
         mask: How patches are masked.
         views: Masked views of each sample, for data2vec 2.0; null for one mask, as 1.0 takes it.
         seed: Seed of masks, augmentations and order.
@@ -244,11 +252,12 @@ class ImageData(PretrainingData):
         jitter: float = 0.4,
         mean: tuple[float, float, float] = MEAN,
         std: tuple[float, float, float] = STD,
+        cache: str | None = None,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
         self.image_size, self.crop_scale, self.crop_ratio = image_size, tuple(crop_scale), tuple(crop_ratio)
         self.flip, self.jitter, self.mean, self.std = flip, jitter, tuple(mean), tuple(std)
-        self.source = open_images(path, name, split)
+        self.source = open_images(path, name, split, cache)
 
     def fit_to(self, encoder: Any) -> None:
         expected = getattr(getattr(encoder.model, "config", None), "image_size", self.image_size)

@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         return self.model.place(features) if self._places else features
 
     def place_visible(self, features: Tensor, mask: Tensor, visible: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Features of the visible positions of every view, with their positions (spec 4.3).
+        """Features of the visible positions of every view, with their positions (method 4.3).
 
         Args:
             features: (B, T, C), from `embed`.
@@ -153,7 +153,7 @@ class Encoder(nn.Module):
             padding_mask: (B, T) bool, True = padding.
             visible: (B, T) int64, where x stands in the whole sequence, for what depends on distances; default is 0 to T - 1.
             layers: Number K of last blocks whose results are returned.
-            source: What a block's result is (spec 1.3): its FFN's output, its own output, or its input.
+            source: What a block's result is (method 1.3): its FFN's output, its own output, or its input.
             rows: (N,) int64, positions of the flattened (B, T) whose states are wanted; all by default. With `narrow` the last
                 of `layers` is zero elsewhere.
 
@@ -282,7 +282,7 @@ class Encoder(nn.Module):
 
     @staticmethod
     def _scaled(result: Tensor, block: nn.Module, source: LayerSource) -> Tensor:
-        """BEiT scales the FFN's result before the residual; its scaled form is the layer's result (spec 1.3)."""
+        """BEiT scales the FFN's result before the residual; its scaled form is the layer's result (method 1.3)."""
         scale = getattr(block, "lambda_2", getattr(block, "gamma_2", None)) if source == "ffn" else None  # so named in timm
         return result * scale if isinstance(scale, Tensor) else result
 
@@ -311,7 +311,7 @@ class Encoder(nn.Module):
                 hook.remove()
 
     def not_averaged(self, scope: Literal["all", "encoder", "layers"]) -> list[str]:
-        """Patterns of the parameters that a teacher of this scope copies instead of averaging (spec 1.6)."""
+        """Patterns of the parameters that a teacher of this scope copies instead of averaging (method 1.6)."""
         prefixes = {"all": (), "encoder": self.local, "layers": self.local + self.positional}[scope]
         names = [name for name, _ in self.named_parameters()]
         patterns = [f"model.{prefix}*" for prefix in prefixes]

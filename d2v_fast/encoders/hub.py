@@ -42,7 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "data2vec-text": dict(layer_norm_eps=1e-5, type_vocab_size=1, max_position_embeddings=514),
     "roberta": dict(layer_norm_eps=1e-5, type_vocab_size=1, max_position_embeddings=514),
     "vit_mae": dict(mask_ratio=0.0),  # masks come from here
-    # spec 8.1: here num_conv_pos_embeddings is the number of layers of the positional convolution.
+    # method 6.1: here num_conv_pos_embeddings is the number of layers of the positional convolution.
     "data2vec-audio": dict(conv_pos_kernel_size=19, num_conv_pos_embeddings=5),
 }
 
@@ -170,8 +170,8 @@ def build_encoder(
             or "package.module:Class".
         pretrained: Hub name or folder to load instead of starting from random weights.
         config: Fields of the configuration class (of the constructor for your own class and for timm).
-        init: "data2vec" re-initialises a random BEiT or ViT as the authors do (spec 3.3); "sincos" gives it the fixed
-            sin-cos positions of MAE and data2vec 2.0 (spec 4.1).
+        init: "data2vec" re-initialises a random BEiT or ViT as the authors do (method 3.3); "sincos" gives it the fixed
+            sin-cos positions of MAE and data2vec 2.0 (method 4.1).
         layers: Path of the block list, where it is not found by itself.
         ffn: Path inside a block of the FFN output, where it is not the last Linear.
         feature_grad_mult: Gradient scale of the convolutions of a speech encoder.
@@ -308,6 +308,10 @@ def _tell_of_timm(model: nn.Module) -> None:
     size = getattr(embed, "img_size", None) or told.get("img_size") or inner.pretrained_cfg["input_size"][1:]
     config.image_size = [size, size] if isinstance(size, int) else list(size)
     config.num_channels = told.get("in_chans", 3)
+    # timm itself asks for it in the file of an exported model.
+    config.pretrained_cfg = (getattr(config, "pretrained_cfg", None) or {}) | dict(
+        input_size=[config.num_channels, *config.image_size]
+    )
     for part in ("fc_norm", "attn_pool", "head"):
         if isinstance(getattr(inner, part, None), nn.Module):
             getattr(inner, part).requires_grad_(False)

@@ -39,7 +39,7 @@ class PatchEncoder(Encoder):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if hasattr(self.model.embeddings, "layernorm"):  # data2vec 2.0 counts CLS and this norm to the context (spec 1.6)
+        if hasattr(self.model.embeddings, "layernorm"):  # data2vec 2.0 counts CLS and this norm to the context (method 1.6)
             self.local, self.positional = ("embeddings.patch_embeddings",), ("embeddings",)
         for module in self.model.modules():
             if hasattr(module, "generate_relative_position_index"):
@@ -112,7 +112,7 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 @torch.no_grad()
 def init_data2vec(encoder: PatchEncoder) -> None:
-    """Truncated normal .02 cut at one std; what writes to the residual of block i is divided by √(2i) (spec 3.3)."""
+    """Truncated normal .02 cut at one std; what writes to the residual of block i is divided by √(2i) (method 3.3)."""
 
     def draw(weight: Tensor) -> None:
         nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
@@ -128,7 +128,7 @@ def init_data2vec(encoder: PatchEncoder) -> None:
 
 @torch.no_grad()
 def init_sincos(encoder: PatchEncoder) -> None:
-    """Absolute positions become sines and cosines of column and row, as in MAE, and stay so (spec 4.1)."""
+    """Absolute positions become sines and cosines of column and row, as in MAE, and stay so (method 4.1)."""
     positions = encoder.model.embeddings.position_embeddings
     if positions is None:
         name = type(encoder.model).__name__

@@ -13,7 +13,7 @@ from d2v_fast.encoders.base import Encoder, gather
 class WaveEncoder(Encoder):
     """Wav2Vec2, HuBERT, Data2VecAudio: waveform → conv stack → projection → positional conv → blocks.
 
-    `feature_grad_mult` scales the gradient into the conv stack; 0 freezes it (spec 3.1).
+    `feature_grad_mult` scales the gradient into the conv stack; 0 freezes it (method 3.1).
     """
 
     reads = "audio"
@@ -32,7 +32,7 @@ class WaveEncoder(Encoder):
         return self.model.feature_projection.projection(features if norm is None else norm(features))
 
     def mask_features(self, features: Tensor, mask: Tensor) -> Tensor:
-        # The projection's dropout is the student's alone; what `embed` gives may be the teacher's too (spec 1.6).
+        # The projection's dropout is the student's alone; what `embed` gives may be the teacher's too (method 1.6).
         return super().mask_features(self.model.feature_projection.dropout(features), mask)
 
     @property

@@ -2,7 +2,7 @@
 
     waveform → convolutions → projection → + positional convolutions → context norm → blocks, no norm behind them
 
-The prenet blocks of data2vec 2.0 (spec 4.1) are the first blocks of the one stack: with the norm after the residual nothing
+The prenet blocks of data2vec 2.0 (method 4.1) are the first blocks of the one stack: with the norm after the residual nothing
 stands between them and the others.
 
 This file needs torch and transformers alone, and huggingface_hub that comes with it, so that a saved model can carry it along:
@@ -38,7 +38,7 @@ from transformers.models.data2vec.modeling_data2vec_audio import (
 class Data2Vec2AudioConfig(Data2VecAudioConfig):
     """Fields as in `Data2VecAudioConfig`, with the values of data2vec 2.0's base model as defaults, and
 
-    - `use_alibi`: bias attention by distance (spec 4.4);
+    - `use_alibi`: bias attention by distance (method 4.4);
     - `learned_alibi_scale`: learn the strength of the bias for each head, else it stays 1;
     - `alibi_per_layer`: for each layer as well.
     """
@@ -54,7 +54,7 @@ class Data2Vec2AudioConfig(Data2VecAudioConfig):
 
 
 def alibi_slopes(heads: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """Slope of each head, (heads,), a geometric series (spec 4.4).
+    """Slope of each head, (heads,), a geometric series (method 4.4).
 
     For n heads, n a power of two, it falls from 2^(-8/n) to 2^-8; other numbers of heads take every second slope of 2n heads
     in addition.
@@ -67,7 +67,7 @@ def alibi_slopes(heads: int, device: torch.device | str | None = None, dtype: to
 class Data2Vec2AudioPositionalConvEmbedding(Data2VecAudioPositionalConvEmbedding):
     """Convolutions in a row, each with a norm without weights and GELU.
 
-    Padding is zeroed before each of them (spec 11.6), so that real frames see what they would see without padding.
+    Padding is zeroed before each of them (method 4.9), so that real frames see what they would see without padding.
     """
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -82,7 +82,7 @@ class Data2Vec2AudioEncoder(nn.Module):
     """Positions, context norm and blocks.
 
     Attributes:
-        alibi_scale: (1 or num_hidden_layers, 1, num_attention_heads, 1, 1), counted as 0 where it is negative (spec 4.4). A
+        alibi_scale: (1 or num_hidden_layers, 1, num_attention_heads, 1, 1), counted as 0 where it is negative (method 4.4). A
             buffer unless it is learned: `from_pretrained` makes every parameter that it loads a trainable one.
     """
 
@@ -162,7 +162,7 @@ class Data2Vec2AudioPreTrainedModel(Data2VecAudioPreTrainedModel):
 
 
 class Data2Vec2AudioModel(Data2Vec2AudioPreTrainedModel, Data2VecAudioModel):
-    """The speech encoder of data2vec 2.0 (spec 4.1, 4.4); `forward` is that of `Data2VecAudioModel`."""
+    """The speech encoder of data2vec 2.0 (method 4.1, 4.4); `forward` is that of `Data2VecAudioModel`."""
 
     def __init__(self, config: Data2Vec2AudioConfig):
         PreTrainedModel.__init__(self, config)
@@ -177,7 +177,7 @@ class Data2Vec2AudioModel(Data2Vec2AudioPreTrainedModel, Data2VecAudioModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Linear weights N(0, .02), convolutions Kaiming-normal; positions and projection as torch does (spec 4.2, 11.9)."""
+        """Linear weights N(0, .02), convolutions Kaiming-normal; positions and projection as torch does (method 4.2)."""
         super()._init_weights(module)
         # By each module itself: transformers passes over those of custom models that have no weights of their own.
         torch_own = [self.feature_projection.projection, *(layer.conv for layer in self.encoder.pos_conv_embed.layers)]

@@ -2,7 +2,7 @@
 
     patches + positions, CLS in front → context norm → blocks, no norm behind them
 
-The prenet blocks of data2vec 2.0 (spec 4.1) are the first blocks of the one stack: with the norm after the residual nothing
+The prenet blocks of data2vec 2.0 (method 4.1) are the first blocks of the one stack: with the norm after the residual nothing
 stands between them and the others.
 
 This file needs torch and transformers alone, and huggingface_hub that comes with it, so that a saved model can carry it along:
@@ -55,7 +55,7 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 
 def sincos(high: int, wide: int, channels: int) -> Tensor:
-    """Sines and cosines of column and row of each patch, row by row, as MAE has them (spec 4.1).
+    """Sines and cosines of column and row of each patch, row by row, as MAE has them (method 4.1).
 
     Returns:
         (high · wide, channels) float32.
@@ -131,7 +131,7 @@ class Data2Vec2VisionPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Linear weights N(0, .02), CLS N(0, 1), patches Xavier-uniform on (C, 3p²) with torch's own bias (spec 4.2, 11.9)."""
+        """Linear weights N(0, .02), CLS N(0, 1), patches Xavier-uniform on (C, 3p²) with torch's own bias (method 4.2)."""
         super()._init_weights(module)
         if isinstance(module, nn.Conv2d):
             module.reset_parameters()
@@ -145,7 +145,7 @@ class Data2Vec2VisionPreTrainedModel(PreTrainedModel):
 
 
 class Data2Vec2VisionModel(Data2Vec2VisionPreTrainedModel):
-    """The image encoder of data2vec 2.0 (spec 4.1, 4.2).
+    """The image encoder of data2vec 2.0 (method 4.1, 4.2).
 
     Raises:
         ValueError: `hidden_size` is no multiple of 4, `image_size` none of `patch_size`, or images have another size.
@@ -168,7 +168,7 @@ class Data2Vec2VisionModel(Data2Vec2VisionPreTrainedModel):
 
 
 class Data2Vec2VisionForImageClassification(Data2Vec2VisionPreTrainedModel):
-    """Mean of the patches, or CLS → norm → Linear (spec 5.3)."""
+    """Mean of the patches, or CLS → norm → Linear (method 5.3)."""
 
     def __init__(self, config: Data2Vec2VisionConfig):
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""The loss in plain PyTorch: the short, readable truth that every kernel is held against (spec 1.2, 1.4, 1.7).
+"""The loss in plain PyTorch: the short, readable truth that every kernel is held against (method 1.2, 1.4, 1.7).
 
 With `upcast=torch.float64` it is the oracle of the tests.
 """
@@ -28,7 +28,7 @@ class Moments(NamedTuple):
 
     @property
     def std(self) -> Tensor:
-        """Mean over channels of sqrt(unbiased variance + 1e-6), the collapse figure of spec 1.7; 0 below two rows."""
+        """Mean over channels of sqrt(unbiased variance + 1e-6), the collapse figure of method 1.7; 0 below two rows."""
         variance = self.m2 / (self.count - 1).clamp(min=1)
         return torch.where(self.count > 1, (variance + 1e-6).sqrt().mean(), 0.0)
 
@@ -75,7 +75,7 @@ def make_targets(
     padding_mask: Tensor | None = None,
     upcast: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Average of the normalised teacher layers, normalised again: K × (B, T, C) → (B, T, C) in `upcast` (spec 1.2)."""
+    """Average of the normalised teacher layers, normalised again: K × (B, T, C) → (B, T, C) in `upcast` (method 1.2)."""
     total = 0
     for layer in layers:
         total = total + normalize(layer.detach().to(upcast), norm, padding_mask)
@@ -83,7 +83,7 @@ def make_targets(
 
 
 def mean_over_time(targets: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-    """Mean of targets (B, T, C) over the positions that are not padding, (B, C): what CLS learns (spec 4.7)."""
+    """Mean of targets (B, T, C) over the positions that are not padding, (B, C): what CLS learns (method 4.7)."""
     if padding_mask is None:
         return targets.sum(1) / max(targets.shape[1], 1)
     padding = padding_mask.unsqueeze(-1)
@@ -100,7 +100,7 @@ def moments_of(rows: Tensor, scored: Tensor) -> Moments:
 
 
 def errors(error: Tensor, beta: float) -> Tensor:
-    """The squared error, or smooth-L1 that is quadratic below `beta` (spec 1.4)."""
+    """The squared error, or smooth-L1 that is quadratic below `beta` (method 1.4)."""
     if beta == 0:
         return error**2
     distance = error.abs()

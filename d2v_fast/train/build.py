@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +24,20 @@ from d2v_fast.encoders import Encoder, build_encoder
 from d2v_fast.fused import COMPILED, PARTS, fuse
 from d2v_fast.model import Data2Vec
 from d2v_fast.sharding import shard
+from d2v_fast.train.callbacks import Callback, Callbacks, make_callback
 from d2v_fast.train.feed import EMPTY, Feed
 from d2v_fast.train.folder import HEAD, TEACHER, TOKENIZER, RunFolder
 from d2v_fast.train.guards import BrokenSamples, SkippedSteps
-from d2v_fast.train.log import Window
+from d2v_fast.train.log import Trackers, Window
+from d2v_fast.train.online_probe import OnlineProbe
 from d2v_fast.train.optim import lr_factor, make_optimizer, warmup_steps
 from d2v_fast.train.parallel import start
-from d2v_fast.train.save import Samples, compare_settings, newest, place, restore
+from d2v_fast.train.save import Samples, compare_settings, newest, restore, share
 from d2v_fast.train.step import State, make_graphs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +60,12 @@ class Run:
         window: Since the last line of the log.
         steps: Of the whole run.
         fused: What --fused has changed, in words.
+        callbacks: Called as it goes.
         saved: Step of the newest checkpoint.
         changed: Whether settings differ from those of the newest checkpoint.
+        stop: Set by a callback to end the run after the current step.
+        name: Of a run that is part of another.
+        record: The last line of the log.
     """
 
     config: Config
@@ -73,93 +81,105 @@ class Run:
     window: Window
     steps: int
     fused: list[str]
+    callbacks: Callbacks
     saved: int = 0
     changed: bool = False
+    stop: bool = False
+    name: str = ""
+    record: dict[str, float] | None = None
+
+    @property
+    def each(self) -> list[Run]:
+        """What it trains; itself alone, unless it has parts."""
+        return [self]
+
+    def turn(self) -> tuple[Run, int, int]:
+        """What trains in the next step, the number of this step among its own, and of its last one."""
+        return self, self.state.done + 1, self.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors, the same on all ranks."""
+        return {**self.state.skipped.state_dict(), "monitor": self.state.monitor.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state.skipped.load_state_dict(state)
+        self.state.monitor.load_state_dict(state["monitor"])
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """The same of this rank; where the feed is, `build` takes from it."""
+        return {**self.feed.state_dict(), **self.broken.state_dict(), "window": self.window.state_dict()}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        self.broken.load_state_dict(state)
+        self.window.load_state_dict(state["window"])
 
 
-def build(config: Config, fused: bool = False) -> Run:
+def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = ()) -> Run:
     """Take the folder, and make all that the config describes; `loop` trains it.
 
     Args:
         config: What to train, on what, how.
         fused: Put the fast parts in, `d2v_fast.fused`.
+        callbacks: More of them than `train.callbacks` names.
 
     Raises:
+        CallbackError: A callback that cannot be made.
         ConfigError: Settings that do not fit each other.
         DataError: Data that cannot be used.
         CheckpointError: `config.resume`, and no usable checkpoint.
     """
+    callbacks = [*map(make_callback, config.train.callbacks), *callbacks]
+    if config.train.probe_every and config.parts:
+        raise ConfigError("train.probe_every: is for a run of one modality; d2v-probe RUN/PART tells what a part has learned")
+    if config.train.probe_every:
+        callbacks.insert(0, OnlineProbe(config))
+    if config.train.trackers:
+        callbacks.append(Trackers(config.train.trackers))  # which get what the others put into the log
     accelerator = start(config.train)
     folder = RunFolder(config, accelerator.is_main_process)
     try:
-        return _build(config, fused, accelerator, folder)
+        config = replace(config, resume=folder.resume)
+        if config.parts:
+            for name in ("checkpointing", "shard"):
+                if getattr(config.train, name):
+                    raise ConfigError(f"train.{name}: is for a run of one modality; leave it out where several share blocks")
+            from d2v_fast.train.several import build_parts
+
+            return build_parts(config, fused, accelerator, folder, callbacks)
+        return _build(config, fused, accelerator, folder, callbacks)
     except BaseException:
         folder.leave(0)
         raise
 
 
-def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder) -> Run:
-    from accelerate.utils import set_seed
-
-    train, world, device = config.train, accelerator.num_processes, accelerator.device
-    settings = {"modality": config.modality, "fused": fused, "processes": world, **config.settings()}
-    settings["train.output"] = folder.name
-    settings = json.loads(json.dumps(settings, default=str))
-    checkpoints = Checkpoints(folder.path / "checkpoints", train.keep_last)
-    saved = newest(checkpoints, accelerator.is_main_process) if config.resume else None
-    if saved:
-        compare_settings(saved, settings, config)
-
-    with accelerator.main_process_first():  # the others find what it has cached
-        data = make_data(config, folder.path)
-    encoder = make_encoder(config, None if config.own_data else getattr(data, "tokens", None))
-    samples = _fit(data, encoder, config)
+def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Callback]) -> Run:
+    settings, checkpoints, saved = begin(config, fused, accelerator, folder)
+    data, encoder, samples = read(config, folder.path)
     if saved:
         samples.compare(saved, config.resume_allow)
-    core = _make_core(config, data, encoder, accelerator)
+    train = config.train
+    core = make_core(config, data, encoder, accelerator)
     parts = [name for name in PARTS if not (train.shard and name in COMPILED)]
-    words = fuse(core, device, parts) if fused else []
+    words = fuse(core, accelerator.device, parts) if fused else []
     if train.checkpointing:
         core.student.checkpoint_blocks()
     if train.shard:
         _shard(core, config, data, accelerator)
 
-    order = _order(config, data, accelerator, saved)
-    steps_per_epoch = len(order.epoch(0)) / world / train.accumulate
+    order = make_order(config, data, accelerator, place(saved, accelerator))
+    steps_per_epoch = len(order.epoch(0)) / accelerator.num_processes / train.accumulate
     steps = train.steps if train.epochs is None else max(1, round(train.epochs * steps_per_epoch))
-    broken = BrokenSamples(len(data), train.max_broken)
-    feed = Feed(data, order, train.workers, device.type == "cuda", broken)
+    feed = make_feed(config, data, order, accelerator)
 
-    done = saved.step if saved else 0
-    optimizer = make_optimizer(core, config.optimizer, fused)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, steps, config.schedule), last_epoch=done - 1
-    )
     # A layer that layer-drop skips on one rank has no gradient there.
     accelerator.ddp_handler.find_unused_parameters = getattr(getattr(encoder.model, "config", None), "layerdrop", 0) > 0
+    optimizer, scheduler = make_updates(core, config, steps, saved.step if saved else 0, fused)
     # What is sharded averages gradients by itself, and DistributedDataParallel is left out.
-    model, prepared = accelerator.prepare_model(core, evaluation_mode=bool(train.shard)), accelerator.prepare(optimizer)
-    main, alone = accelerator.is_main_process, world == 1
-    warmup = warmup_steps(steps, config.schedule)
-    state = State(
-        core=core,
-        model=model,
-        optimizer=prepared,
-        scheduler=scheduler,
-        accelerator=accelerator,
-        monitor=Monitor(core, prepared.optimizer, config.collapse, steps, warmup, accelerator, folder.path if main else None),
-        skipped=SkippedSteps(
-            train.max_skipped, data.sample_name, folder.path, None if alone else accelerator.process_index, settings
-        ),
-        reduction=config.loss.reduction,
-        clip_norm=train.clip_norm,
-        done=done,
-    )
+    model, optimizer = accelerator.prepare_model(core, evaluation_mode=bool(train.shard)), accelerator.prepare(optimizer)
+    state = make_state(config, core, model, optimizer, scheduler, accelerator, steps, folder, data, settings)
     if fused and (graphs := make_graphs(state, train)):
         state.graphs = graphs
         words.append("CUDA graphs of passes whose shapes come again")
-    # Dropout differs between ranks. What numpy takes has 32 bits.
-    set_seed((train.seed + accelerator.process_index) % 2**32)
     run = Run(
         config=config,
         settings=settings,
@@ -169,18 +189,103 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
         data=data,
         samples=samples,
         feed=feed,
-        broken=broken,
+        broken=feed.broken,
         state=state,
-        window=Window(device),
+        window=Window(accelerator.device),
         steps=steps,
         fused=words,
-        saved=done,
-        changed=bool(saved) and saved.state["settings"] != settings,
+        callbacks=Callbacks(callbacks, accelerator.is_main_process),
     )
+    go_on(run, saved)
+    return run
+
+
+def begin(
+    config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder
+) -> tuple[dict[str, Any], Checkpoints, Checkpoint | None]:
+    """The settings as a checkpoint keeps them, the checkpoints, and the one to go on from."""
+    settings = {"modality": config.modality, "fused": fused, "processes": accelerator.num_processes, **config.settings()}
+    settings["train.output"] = folder.name
+    settings = json.loads(json.dumps(settings, default=str))
+    checkpoints = Checkpoints(folder.path / "checkpoints", config.train.keep_last)
+    saved = newest(checkpoints, accelerator.is_main_process) if config.resume else None
     if saved:
+        compare_settings(saved, settings, config)
+    return settings, checkpoints, saved
+
+
+def read(config: Config, folder: Path) -> tuple[PretrainingData, Encoder, Samples]:
+    """Data and encoder, fitted to each other, and what the samples are."""
+    data = make_data(config, folder)  # what it caches, one process of a machine makes; the others wait without a barrier
+    encoder = make_encoder(config, None if config.own_data else getattr(data, "tokens", None))
+    return data, encoder, _fit(data, encoder, config)
+
+
+def place(saved: Checkpoint | None, accelerator: Accelerator, part: str = "") -> int:
+    """The number of batches that this rank has trained on."""
+    if not saved:
+        return 0
+    with saved.reading():
+        rank = share(saved.state["ranks"], accelerator.process_index, accelerator.num_processes)
+        return int((rank["parts"][part] if part else rank)["batches"])
+
+
+def make_feed(config: Config, data: PretrainingData, order: EpochBatches, accelerator: Accelerator) -> Feed:
+    broken = BrokenSamples(len(data), config.train.max_broken)
+    return Feed(data, order, config.train.workers, accelerator.device.type == "cuda", broken)
+
+
+def make_updates(
+    core: torch.nn.Module, config: Config, steps: int, done: int, fused: bool
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """Optimizer and learning rate, after `done` steps of `steps`."""
+    optimizer = make_optimizer(core, config.optimizer, fused)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, steps, config.schedule), last_epoch=done - 1
+    )
+
+
+def make_state(
+    config: Config,
+    core: Data2Vec,
+    model: torch.nn.Module,
+    optimizer: AcceleratedOptimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    accelerator: Accelerator,
+    steps: int,
+    folder: RunFolder,
+    data: PretrainingData,
+    settings: dict[str, Any],
+) -> State:
+    """What a step reads and changes, with what watches it."""
+    train, main = config.train, accelerator.is_main_process
+    rank = None if accelerator.num_processes == 1 else accelerator.process_index
+    watched = folder.path if main else None
+    warmup = warmup_steps(steps, config.schedule)
+    return State(
+        core=core,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        accelerator=accelerator,
+        monitor=Monitor(core, optimizer.optimizer, config.collapse, steps, warmup, accelerator, watched),
+        skipped=SkippedSteps(train.max_skipped, data.sample_name, folder.path, rank, settings),
+        reduction=config.loss.reduction,
+        clip_norm=train.clip_norm,
+    )
+
+
+def go_on(run: Run, saved: Checkpoint | None) -> None:
+    """Seed what is random in this process, and make everything as it was at the checkpoint, if there is one."""
+    from accelerate.utils import set_seed
+
+    # Dropout differs between ranks. What numpy takes has 32 bits.
+    set_seed((run.config.train.seed + run.accelerator.process_index) % 2**32)
+    if saved:
+        run.saved = run.state.done = saved.step
+        run.changed = saved.state["settings"] != run.settings
         with saved.reading():
             restore(run, saved)
-    return run
 
 
 def _fit(data: PretrainingData, encoder: Encoder, config: Config) -> Samples:
@@ -190,7 +295,7 @@ def _fit(data: PretrainingData, encoder: Encoder, config: Config) -> Samples:
         return Samples(len(data), *data.contents())
 
 
-def _make_core(config: Config, data: PretrainingData, encoder: Encoder, accelerator: Accelerator) -> Data2Vec:
+def make_core(config: Config, data: PretrainingData, encoder: Encoder, accelerator: Accelerator) -> Data2Vec:
     """Student, teacher and head, tried where a step may fail for reasons that can be named: by several ranks, by own data."""
     own = config.data["class"]
     shown = _try_collate(config, data, encoder) if own else ""
@@ -253,12 +358,8 @@ def _try_collate(config: Config, data: PretrainingData, encoder: Encoder) -> str
     return ", ".join(f"{key} {each.dtype} {tuple(each.shape)}" for key, each in batch.items() if isinstance(each, Tensor))
 
 
-def _order(config: Config, data: PretrainingData, accelerator: Accelerator, saved: Checkpoint | None) -> EpochBatches:
+def make_order(config: Config, data: PretrainingData, accelerator: Accelerator, start: int) -> EpochBatches:
     """The order of this rank's batches, from the first that it has not trained on."""
-    start = 0
-    if saved:
-        with saved.reading():
-            start = int(place(saved.state["ranks"], accelerator.process_index, accelerator.num_processes)["batches"])
     return EpochBatches(
         len(data),
         config.train.batch_size,

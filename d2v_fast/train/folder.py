@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 import time
 from pathlib import Path
 
+from d2v_fast.checkpoint import Checkpoints
 from d2v_fast.config import Config, ConfigError
 from d2v_fast.report import read_lines
 from d2v_fast.train.parallel import from_main
@@ -18,6 +20,10 @@ HEAD, TEACHER = "head.safetensors", "teacher.safetensors"  # beside the encoder 
 
 class RunFolder:
     """The folder of a run, locked until the run ends, so that what is found there at first stays.
+
+    Attributes:
+        name, path: Where it is, as it was named and as a path.
+        resume: Whether the run goes on from a checkpoint; what `config.resume` leaves open is decided here.
 
     Args:
         config: `train.output` names the folder; without it one in runs/ is made.
@@ -38,10 +44,18 @@ class RunFolder:
         self.path = Path(self.name)
         # The lock of a process that is killed is free. One for all runs of a process: a run never started would keep it.
         self.lock = FileLock(self.path / ".lock", timeout=0, is_singleton=True)
-        if main and (self.path.exists() or not config.resume):
-            self._enter(config.resume)
+        self.resume, self.parts = config.resume, ("", *config.parts)
+        if main and (self.path.exists() or config.resume is not True):
+            self._enter()
+        self.resume = from_main(self.resume)  # which of several machines may not see
 
-    def _enter(self, resume: bool) -> None:
+    def inside(self, name: str) -> RunFolder:
+        """The folder of a part of this run, under the same lock."""
+        part = copy.copy(self)
+        part.path = self.path / name
+        return part
+
+    def _enter(self) -> None:
         from filelock import Timeout
 
         try:
@@ -52,8 +66,14 @@ class RunFolder:
             raise ConfigError(f"train.output={self.path}: another d2v-train is at work there; wait for its end") from None
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        if self.resume == "auto":
+            self.resume = bool(Checkpoints(self.path / "checkpoints", keep_last=1).steps())
+            if not self.resume:  # what was logged before the first checkpoint comes again
+                for part, name in itertools.product(self.parts, ("log.jsonl", "alarms.jsonl")):
+                    (self.path / part / name).unlink(missing_ok=True)
+                shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
         has_checkpoints = (self.path / "checkpoints").exists()
-        if not resume and (has_checkpoints or read_lines(self.path / "log.jsonl")):
+        if not self.resume and (has_checkpoints or any(read_lines(self.path / part / "log.jsonl") for part in self.parts)):
             self.lock.release()
             goes_on = "--resume goes on with it" if has_checkpoints else "it has no checkpoint to go on from; remove it"
             raise ConfigError(f"train.output={self.path}: holds a run already; {goes_on}, another folder starts a new one")

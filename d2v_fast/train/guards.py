@@ -129,20 +129,27 @@ def in_main_thread() -> bool:
 
 
 class StopRequest:
-    """SIGTERM, Ctrl-C and a closed terminal end the run after the current step, with a checkpoint; the second one at once."""
+    """SIGTERM, Ctrl-C and a closed terminal end the run after the current step, with a checkpoint; the second one at once.
 
-    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not known everywhere
+    So do SIGUSR1 and SIGUSR2, by which SLURM warns of the end of a job's time, unless they have another handler. They never
+    count as the second one: SIGTERM follows them.
+    """
+
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # the last three are not known everywhere
+    WARNINGS = ("SIGUSR1", "SIGUSR2")
     ECHO = 1.0  # seconds in which torchrun passes on to its ranks the Ctrl-C that the terminal has sent them already
 
     def __enter__(self) -> StopRequest:
-        self.asked = False
+        self.asked, self.since = False, None
         self.before = {}
         if not in_main_thread():
             log.warning("not in the main thread: SIGTERM and Ctrl-C do not save the run, only train.save_every does")
             return self
         for name in filter(signal.__dict__.get, self.SIGNALS):
             number = getattr(signal, name)
-            if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # nohup lets it outlive its terminal
+            handler = signal.getsignal(number)
+            kept = handler == signal.SIG_IGN if name == "SIGHUP" else name in self.WARNINGS and handler != signal.SIG_DFL
+            if not kept:  # nohup lets a run outlive its terminal
                 self.before[number] = signal.signal(number, self._ask)
         return self
 
@@ -151,9 +158,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if not self.asked:
-            self.asked, self.since = True, now
+        self.asked, now = True, time.monotonic()
+        if signal.Signals(number).name in self.WARNINGS:
+            return
+        if self.since is None:
+            self.since = now
         elif now - self.since > self.ECHO:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

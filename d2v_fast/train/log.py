@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from d2v_fast.checkpoint import write_text
+from d2v_fast.config import ConfigError
+from d2v_fast.data import first_line
 from d2v_fast.report import read_lines
+from d2v_fast.train.callbacks import Callback
 from d2v_fast.train.guards import BrokenSamples, disk_may_fail
 from d2v_fast.train.step import Outcome, State
 
+if TYPE_CHECKING:
+    from d2v_fast.train.build import Run
+
 log = logging.getLogger(__name__)
 
+PROJECT = "d2v-fast"  # what trackers file a run under
 PROGRESS = (
     "loss {loss:.4f}  target std {target_std:.3f}  prediction std {prediction_std:.3f}  "
     "{samples_per_s:.1f} samples/s  data wait {data_wait:.0%}"
@@ -34,10 +42,11 @@ class RunLog:
     Args:
         folder: The run's.
         step: Last step of the checkpoint that the run goes on from; what was logged of later ones is cut.
+        board: Whether TensorBoard is wanted.
     """
 
-    def __init__(self, folder: Path | None, step: int = 0):
-        self.folder, self.step, self.board = folder, step, None
+    def __init__(self, folder: Path | None, step: int = 0, board: bool = True):
+        self.folder, self.step, self.wants_board, self.board = folder, step, board, None
 
     def __enter__(self) -> RunLog:
         if self.folder is not None:
@@ -49,6 +58,8 @@ class RunLog:
                             each, "".join(f"{json.dumps(line)}\n" for line in read_lines(each) if line["step"] <= self.step)
                         )
             self.file = file.open("a", buffering=1, encoding="utf-8")
+            if not self.wants_board:
+                return self
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -76,6 +87,63 @@ class RunLog:
                 for name in record.keys() - {"step", "time"}:
                     board.add_scalar(name, record[name], record["step"])
                 self.board = board
+
+
+class Trackers(Callback):
+    """Curves and settings elsewhere too, through accelerate. One that fails on the way costs its curves and not the run.
+
+    Args:
+        names: As `train.trackers` has them.
+
+    Raises:
+        ConfigError: A package is missing.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        for name in names:
+            if importlib.util.find_spec(name) is None:
+                raise ConfigError(f"train.trackers={name}: is not installed; pip install {name}, or leave it out")
+        self.names, self.trackers = names, {}
+
+    def on_start(self, run: Run) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        folder, name, done = run.folder.path, run.folder.path.resolve().name, run.state.done
+        arguments = {
+            # Points after the checkpoint that a run goes on from are cut.
+            "tensorboard": ("tensorboard", folder, {"purge_step": done + 1 if done else None}),
+            "wandb": (PROJECT, {"name": name, "dir": str(folder)}),
+            "mlflow": (PROJECT, {"run_name": name}),
+            "trackio": (PROJECT, {"name": name}),
+        }
+        simple = (int, float, str, bool)
+        settings = {k: v if isinstance(v, simple) else json.dumps(v) for k, v in run.settings.items()}
+        for tracker in self.names:
+            *places, named = arguments[tracker]
+            try:
+                opened = LOGGER_TYPE_TO_CLASS[tracker](*places, **named)
+                opened.start()
+                opened.store_init_configuration(settings)
+            except Exception as error:  # packages of others have errors of their own
+                raise ConfigError(f"train.trackers={tracker}: cannot be started: {first_line(error)}") from error
+            self.trackers[tracker] = opened
+
+    def on_log(self, run: Run, record: dict[str, float]) -> None:
+        part = f"{run.name}." if run.name else ""
+        figures = {f"{part}{name}": value for name, value in record.items() if name not in ("step", "time")}
+        for name in list(self.trackers):
+            try:
+                self.trackers[name].log(figures, step=record["step"])
+            except Exception as error:
+                del self.trackers[name]
+                log.error("train.trackers=%s: gets no more curves: %s", name, first_line(error))
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        for name, tracker in self.trackers.items():
+            try:
+                tracker.finish()
+            except Exception as failure:
+                log.error("train.trackers=%s: may lack its last curves: %s", name, first_line(failure))
 
 
 class Screen:
@@ -121,15 +189,16 @@ class Progress:
     def step(self) -> None:
         self.bar.update()
 
-    def show(self, record: dict[str, float]) -> None:
-        """The figures of a line of the log."""
+    def show(self, record: dict[str, float], part: str = "") -> None:
+        """The figures of a line of the log, and the part of the run that they are of."""
+        figures = f"{part}{': ' * bool(part)}{PROGRESS.format(**record)}"
         if self.shows_bar:
-            self.bar.set_postfix_str(PROGRESS.format(**record))
+            self.bar.set_postfix_str(figures)
         elif self.main:  # the log of a batch job would keep every state of the bar
             done = record["step"]
             seconds = (time.perf_counter() - self.start) * (self.steps - done) / (done - self.begin)
             left = self.bar.format_interval(seconds)
-            print(f"step {done}/{self.steps}, {left} left: {PROGRESS.format(**record)}", file=Screen())
+            print(f"step {done}/{self.steps}, {left} left: {figures}", file=Screen())
 
 
 class Window:
@@ -157,6 +226,13 @@ class Window:
         self.loss, self.cls_loss = (torch.full((), loss, device=self.device) for loss in losses)
         self.steps, self.samples, self.seconds_waited = state["steps"], state["samples"], state["waited"]
         self.start = time.perf_counter() - state["seconds"]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens meanwhile."""
+        begin = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begin
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -6,17 +6,19 @@ import json
 import logging
 import os
 import shutil
+from contextlib import ExitStack
 
 from d2v_fast.checkpoint import CheckpointError, write_text
 from d2v_fast.data import Batch
 from d2v_fast.diagnostics import CollapseError, distinct_share, environment
 from d2v_fast.encoders import describe
 from d2v_fast.train.build import Run, learns_tokens
+from d2v_fast.train.callbacks import CallbackError
 from d2v_fast.train.folder import TOKENIZER
 from d2v_fast.train.guards import NotFiniteError, StopRequest, WorkerDied, disk_may_fail
 from d2v_fast.train.log import Progress, RunLog, make_record
 from d2v_fast.train.parallel import on_any
-from d2v_fast.train.save import export, save
+from d2v_fast.train.save import export, save, write_settings
 from d2v_fast.train.step import step
 
 log = logging.getLogger(__name__)
@@ -33,70 +35,98 @@ def loop(run: Run) -> int:
     try:
         if run.accelerator.is_main_process:
             _describe(run)
-        stopped, record = _steps(run)
-        return _conclude(run, stopped, record)
+        code = _conclude(run, _steps(run))
+    except BaseException as error:
+        run.callbacks.end(run, error)
+        raise
+    else:
+        run.callbacks.end(run, None)
+        return code
     finally:
         run.folder.leave(run.state.done)
 
 
-def _steps(run: Run) -> tuple[bool, dict[str, float] | None]:
-    """All steps; whether the run was asked to stop, and the last line of the log."""
+def _steps(run: Run) -> bool:
+    """All steps; whether the run was asked to stop."""
     train, state, main, begin = run.config.train, run.state, run.accelerator.is_main_process, run.state.done
-    record, stopped, together = None, False, False
+    stopped, together = False, False
     state.model.train()
     try:
-        lines, progress = RunLog(run.folder.path if main else None, begin), Progress(run.steps, begin, main)
-        with StopRequest() as stop, lines, progress:
-            state.monitor.judge({"step": begin, "distinct_samples": distinct_share(run.data)})
+        with StopRequest() as stop, ExitStack() as logs, Progress(run.steps, begin, main) as progress:
+            lines = {}
+            for part in run.each:
+                opened = RunLog(part.folder.path if main else None, begin, "tensorboard" not in train.trackers)
+                lines[part.name] = logs.enter_context(opened)
+                part.state.monitor.judge({"step": begin, "distinct_samples": distinct_share(part.data)})
+            run.callbacks.call("on_start", run)
             while state.done < run.steps:
-                stopped, busy = on_any(run.accelerator, stop.asked, run.checkpoints.busy)
+                run.callbacks.written(run)
+                asked = stop.asked or any(each.stop for each in (run, *run.each))
+                stopped, busy = on_any(run.accelerator, asked, run.checkpoints.busy)
                 if stopped:
                     break
                 if not busy and train.save_every and state.done // train.save_every > run.saved // train.save_every:
                     save(run)
-                batches = _take(run)
-                state.monitor.due = (state.done + 1) % train.log_every == 0 or state.done + 1 in (1, run.steps)
-                outcome = step(state, batches)
-                run.feed.trained_on()
-                run.window.add(outcome, sum(len(batch["samples"]) for batch in batches))
+                part, number, last = run.turn()
+                batches = _take(run, part)
+                part.state.monitor.due = number % train.log_every == 0 or number in (1, last)
+                outcome = step(part.state, batches)
+                state.done = part.state.done
+                part.feed.trained_on()
+                part.window.add(outcome, sum(len(batch["samples"]) for batch in batches))
                 progress.step()
-                if state.monitor.due:
-                    record = make_record(state, run.window, run.broken, batches[-1]["epoch"], outcome.grad_norm)
-                    run.window.clear()
-                    lines.write(record)
-                    progress.show(record)
-                    state.monitor.judge(record)
-                state.skipped.judge(state.done)
+                run.callbacks.call("on_step", part, outcome)
+                if part.state.monitor.due:
+                    record = make_record(part.state, part.window, part.broken, batches[-1]["epoch"], outcome.grad_norm)
+                    part.record = record
+                    part.window.clear()
+                    run.callbacks.call("on_log", part, record)
+                    lines[part.name].write(record)
+                    progress.show(record, part.name)
+                    part.state.monitor.judge(record)
+                part.state.skipped.judge(state.done)
                 if train.export_every and state.done % train.export_every == 0:
                     with disk_may_fail("the export"):
-                        export(run)
+                        _export(run)
                 if main and train.save_every and state.done == begin + 1:
                     run.checkpoints.reserve(state.tensors())
             save(run)
             run.checkpoints.wait()
             together = True
+            run.callbacks.written(run)
     except (CollapseError, NotFiniteError):  # all ranks at once, after a step
         save(run)
         together = True
+        raise
+    except CallbackError:
+        if state.world == 1:  # others do not know of it
+            save(run)
         raise
     except WorkerDied:
         stopped = stop.asked  # whoever asked may have told all processes of the run
         if not stopped:
             raise
     finally:
-        run.feed.close()
+        for part in run.each:
+            part.feed.close()
         run.checkpoints.wait()
         # Whatever ended the run, what was learned is kept. One rank alone cannot gather what is spread over all.
         if state.done and (together or not train.shard):
-            export(run)
-    return stopped, record
+            _export(run)
+    return stopped
 
 
-def _take(run: Run) -> list[Batch]:
+def _export(run: Run) -> None:
+    for part in run.each:
+        part.state.done = run.state.done
+        export(part)
+
+
+def _take(run: Run, part: Run) -> list[Batch]:
     """The micro-batches of a step. If there are none to be had, the steps before are saved."""
     try:
-        with run.window.waiting():
-            return run.feed.take(run.config.train.accumulate)
+        with part.window.waiting():
+            return part.feed.take(run.config.train.accumulate)
     except Exception:
         if run.state.world == 1:  # others would not know of it and not come to save
             save(run)
@@ -107,40 +137,50 @@ def _describe(run: Run) -> None:
     """Write down what the run is, in its folder and in the log."""
     config, folder, world = run.config, run.folder.path, run.state.world
     if not run.changed:
-        write_text(folder / "config.yaml", config.yaml)
-    place = folder / TOKENIZER
-    if learns_tokens(config) and not (config.resume and place.exists()):
-        beside = place.with_suffix(".tmp")
-        for unfinished in (beside, place):  # of a run that ended before its first step
-            shutil.rmtree(unfinished, ignore_errors=True)
-        run.data.processor(run.state.core.student).save_pretrained(beside)
-        os.replace(beside, place)
+        write_settings(run)
     write_text(folder / "environment.json", json.dumps(environment(folder), indent=1))
-    log.info("%s", describe(run.state.core.student))
+    for part in run.each:
+        _describe_part(part)
     where = f"{config.train.precision} on {run.state.device}" + (f" × {world}" if world > 1 else "")
-    log.info("%d samples, %d steps, %s, run in %s", len(run.data), run.steps, where, folder)
+    samples = " + ".join(f"{len(part.data)}" for part in run.each)
+    log.info("%s samples, %d steps, %s, run in %s", samples, run.steps, where, folder)
     if run.fused:
         log.info("fused: %s", ", ".join([*run.fused, "AdamW"]))
     if done := run.state.done:
         log.info("goes on after step %d%s", done, "; nothing is left to train" * (done >= run.steps))
 
 
-def _conclude(run: Run, stopped: bool, record: dict[str, float] | None) -> int:
+def _describe_part(run: Run) -> None:
+    """The same of what is trained."""
+    place = run.folder.path / TOKENIZER
+    if learns_tokens(run.config) and not (run.config.resume and place.exists()):
+        beside = place.with_suffix(".tmp")
+        for unfinished in (beside, place):  # of a run that ended before its first step
+            shutil.rmtree(unfinished, ignore_errors=True)
+        run.data.processor(run.state.core.student).save_pretrained(beside)
+        os.replace(beside, place)
+    log.info("%s%s", run.name and f"{run.name}: ", describe(run.state.core.student))
+
+
+def _conclude(run: Run, stopped: bool) -> int:
     """Say how the run ended; returns the exit code.
 
     Raises:
         CheckpointError: The last checkpoint could not be written.
     """
     done, folder = run.state.done, run.folder.path
-    if run.accelerator.is_main_process and record:
-        log.info(SUMMARY.format(folder=folder / "export", **record))
+    students = " and ".join(str(part.folder.path / "export") for part in run.each)
+    for part in run.each:
+        if run.accelerator.is_main_process and part.record:
+            title = f"{part.name}, " if part.name else ""
+            log.info(title + SUMMARY.format(folder=part.folder.path / "export", **part.record))
     if run.checkpoints.failed:
-        raise CheckpointError(f"{run.checkpoints.failed}; the student is in {folder / 'export'}")
+        raise CheckpointError(f"{run.checkpoints.failed}; the student is in {students}")
     if stopped and not done:
         log.warning("stopped before the first step; there is nothing to go on from")
     elif stopped:
         log.warning(
             "stopped at step %d of %d; the student so far is in %s; d2v-train --resume %s goes on",
-            *(done, run.steps, folder / "export", folder),
+            *(done, run.steps, students, folder),
         )
     return INTERRUPTED if stopped else 0

@@ -12,7 +12,7 @@ from d2v_fast.config import ConfigError, OptimizerConfig, ScheduleConfig
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:
-    """AdamW with vectors free of weight decay and learning rates scaled by name (spec 4.8); `fused` = one pass per tensor."""
+    """AdamW with vectors free of weight decay and learning rates scaled by name (method 4.8); `fused` = one pass per tensor."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     unused = set(config.lr_scale)
     for name, parameter in model.named_parameters():
@@ -43,7 +43,7 @@ def warmup_steps(steps: int, config: ScheduleConfig) -> float:
 
 
 def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
-    """Learning rate of step 0, 1, … as a share of the peak (spec 5.1)."""
+    """Learning rate of step 0, 1, … as a share of the peak (method 5.1)."""
     warmup = warmup_steps(steps, config)
     if step < warmup:
         return config.initial + (1 - config.initial) * (step + 1) / (warmup + 1)

@@ -23,13 +23,14 @@ def start(train: TrainConfig) -> Accelerator:
     """Take the device, and join the other ranks if there are some.
 
     Raises:
-        ConfigError: No such device, or a kind of parallelism that d2v-train has not.
+        ConfigError: No such device, or another kind of parallelism than data parallelism by torchrun.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     check_device(train.device)
+    check_slurm()
     AcceleratorState._reset_state()  # else a second run in this process could not have another precision
     with without_accelerate_variables() as hidden:
         accelerator = Accelerator(
@@ -56,6 +57,17 @@ def check_device(wanted: str) -> None:
         raise ConfigError(
             f"train.device={wanted}: torch {torch.__version__} finds {found.type if found else 'no GPU'}; d2v-doctor may say "
             "why, train.device=auto takes what there is"
+        )
+
+
+def check_slurm() -> None:
+    """Raise ConfigError if srun has started several processes that do not know of each other."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            f"SLURM_STEP_NUM_TASKS={tasks}: srun has started {tasks} processes, which would be {tasks} runs; for one run start "
+            "torchrun once a node: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_JOB_NUM_NODES --nproc-per-node=GPUS "
+            "--rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 -m d2v_fast.cli …; for runs apart unset this variable"
         )
 
 

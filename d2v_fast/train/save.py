@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, sync, write_text
-from d2v_fast.config import DEFAULTS, FREE, Config
+from d2v_fast.config import DEFAULTS, FREE, PART, Config
 from d2v_fast.sharding import gathered, whole
 from d2v_fast.train.folder import STEP
 from d2v_fast.train.parallel import from_main
@@ -38,6 +38,13 @@ class Samples:
         self.names, self.digests = names, torch.from_numpy(digests.copy())
         content = hashlib.sha256(digests.tobytes()).hexdigest()
         self.identity = {"samples": {"number": number, "content": content}}
+
+    @classmethod
+    def joined(cls, parts: Sequence[Samples]) -> Samples:
+        """The samples of all parts as those of one run."""
+        number = sum(part.identity["samples"]["number"] for part in parts)
+        names = [name for part in parts for name in part.names]
+        return cls(number, names, torch.cat([part.digests for part in parts]).numpy())
 
     def compare(self, saved: Checkpoint, allowed: Sequence[str]) -> None:
         """Raise CheckpointError, with the names of those that differ, unless the checkpoint's are the same."""
@@ -72,17 +79,23 @@ def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config
     """
     with saved.reading():
         known = saved.state["settings"]
-        new = [key for key, value in settings.items() if key not in known and DEFAULTS.get(key, ...) == value]
-        elastic = ("processes", "train.accumulate") if _a_step(known) == _a_step(settings) else ()
-    saved.compare("settings", settings, (*FREE, *elastic, *config.resume_allow, *new))
+        was, now = known["processes"], settings["processes"]
+        step = was * known["train.accumulate"]
+    elastic = was != now and step == now * settings["train.accumulate"]
+    if was != now and not elastic and "processes" not in config.resume_allow:
+        even = "" if step % now else f" or train.accumulate={step // now}, for steps of as many batches,"
+        raise CheckpointError(
+            f"{saved.folder}: its run had {was} process{'es' * (was != 1)}, this one has {now}; start as many, "
+            f"torchrun --nproc-per-node={was} on one machine, or d2v-train alone for one;{even} or --resume-allow processes"
+        )
+    plain = {key: PART.sub("", key) for key in (*known, *settings)}
+    new = [key for key, value in settings.items() if key not in known and DEFAULTS.get(plain[key], ...) == value]
+    free = [key for key in plain if plain[key] in FREE]
+    kept = ("processes", "train.accumulate") if elastic else ()
+    saved.compare("settings", settings, (*FREE, *free, *kept, *config.resume_allow, *new))
 
 
-def _a_step(settings: dict[str, Any]) -> int:
-    """Micro-batches of a step, of all ranks."""
-    return settings["processes"] * settings["train.accumulate"]
-
-
-def place(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+def share(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
     """What a rank goes on with, of what the ranks before had; with another number of them, an equal share of all they did.
 
     Args:
@@ -91,12 +104,13 @@ def place(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
         world: Number of ranks.
 
     Returns:
-        batches: That the rank has taken.
-        broken: Samples that it has met and that cannot be read.
-        window: Since the last line of the log.
+        As `Run.rank_state_dict`.
     """
     if world == len(ranks):
         return ranks[rank]
+    if "parts" in ranks[0]:
+        parts = {name: [each["parts"][name] for each in ranks] for name in ranks[0]["parts"]}
+        return {"parts": {name: share(part, rank, world) for name, part in parts.items()}}
     windows = [each["window"] for each in ranks]
     window = {key: sum(each[key] for each in windows) / len(windows) for key in windows[0]}
     return {
@@ -115,7 +129,7 @@ def save(run: Run) -> None:
         return
     run.saved = state.done
     numbers, generators = generator_states(state.device)
-    rank = {**run.feed.state_dict(), **numbers, **run.broken.state_dict(), "window": run.window.state_dict()}
+    rank = {**run.rank_state_dict(), **numbers}
     ranks = gather_object([(rank, generators)])
     if not run.accelerator.is_main_process:
         for values in state.tensors().values() if run.config.train.shard else ():
@@ -129,19 +143,30 @@ def save(run: Run) -> None:
         "rng": {f"{i}.{kind}": states[kind] for i, (_, states) in enumerate(ranks) for kind in states},
     }
     values = {
-        **state.skipped.state_dict(),
-        "monitor": state.monitor.state_dict(),
+        **run.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "settings": run.settings,
         "samples": run.samples.identity,
         "ranks": [rank for rank, _ in ranks],
     }
+    if callbacks := run.callbacks.state_dict():
+        values["callbacks"] = callbacks
+    run.checkpoints.wait()
+    run.callbacks.written(run)  # of the one before
     run.checkpoints.save(state.done, tensors, values)
+    run.callbacks.awaited = state.done
     if run.changed:  # settings that were allowed to change are the run's once a checkpoint has them
         run.checkpoints.wait()
         if not run.checkpoints.failed:
-            write_text(run.folder.path / "config.yaml", run.config.yaml)
+            write_settings(run)
             run.changed = False
+
+
+def write_settings(run: Run) -> None:
+    """config.yaml; in the folder of a part, its settings as those of a run of its own."""
+    for each in (run, *(part for part in run.each if part is not run)):
+        each.folder.path.mkdir(exist_ok=True)
+        write_text(each.folder.path / "config.yaml", each.config.yaml)
 
 
 def restore(run: Run, saved: Checkpoint) -> None:
@@ -153,12 +178,11 @@ def restore(run: Run, saved: Checkpoint) -> None:
     state.load_tensors(tensors)
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(saved.state["scaler"])
-    state.skipped.load_state_dict(saved.state)
-    state.monitor.load_state_dict(saved.state["monitor"])
+    run.load_state_dict(saved.state)
     number, world, ranks = run.accelerator.process_index, run.accelerator.num_processes, saved.state["ranks"]
-    rank = place(ranks, number, world)
-    run.broken.load_state_dict(rank)
-    run.window.load_state_dict(rank["window"])
+    rank = share(ranks, number, world)
+    run.load_rank_state_dict(rank)
+    run.callbacks.load_state_dict(saved.state.get("callbacks", []))
     if world == len(ranks):
         load_generator_states(rank, {kind: tensors["rng"].get(f"{number}.{kind}") for kind in ("cpu", "cuda")}, state.device)
     else:  # other ranks have other dropout

@@ -6,7 +6,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class State:
         accelerator: The ranks.
         monitor: Sees each output of the model.
         skipped: Told of steps that are not finite.
+        arguments: What the model is given beside a batch.
         reduction: What the loss is divided by, as `loss.reduction`.
         clip_norm: Largest norm of the gradient, 0 = no clipping.
         graphs: Replays passes; None runs them.
@@ -51,6 +52,7 @@ class State:
     accelerator: Accelerator
     monitor: Monitor
     skipped: SkippedSteps
+    arguments: dict[str, Any] = field(default_factory=dict)
     reduction: Literal["global", "local"] = "global"
     clip_norm: float = 0.0
     graphs: Graphs | None = None
@@ -70,8 +72,8 @@ class State:
         """Weights of student and teacher and what the optimizer keeps, by file of a checkpoint and name."""
         weights, kept = self.core.state_dict(), self.optimizer.state
         return {
-            "student": {name: value for name, value in weights.items() if not name.startswith("teacher.")},
-            "teacher": {name: value for name, value in weights.items() if name.startswith("teacher.")},
+            "student": {name: value for name, value in weights.items() if ".teacher." not in f".{name}"},
+            "teacher": {name: value for name, value in weights.items() if ".teacher." in f".{name}"},
             "optimizer": {
                 f"{name}.{key}": value
                 for name, parameter in self.core.named_parameters()
@@ -158,7 +160,7 @@ def forward_backward(
     state: State, inputs: dict[str, Tensor], num_targets: Tensor | float | None, parts: int
 ) -> tuple[Tensor, Tensor]:
     """Of a micro-batch; what it adds to the loss of the step, and the part of it that is CLS."""
-    output = state.model(**inputs, num_targets=num_targets)
+    output = state.model(**inputs, **state.arguments, num_targets=num_targets)
     share = output.loss / parts
     state.accelerator.backward(share)
     return share.detach(), torch.zeros_like(share) if output.cls_loss is None else output.cls_loss / parts

@@ -1,0 +1,269 @@
+"""Several modalities in one model: one stack of blocks, and for each modality what stands in front of it and behind.
+
+An experiment. Each part is a data2vec 2.0 of its own, an ordinary config, whose blocks have the parameters of the first part's,
+in the student and in the teacher. A step trains one part, so that the blocks learn from all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from d2v_fast.config import (
+    GROUPS,
+    MODALITIES,
+    SECTIONS,
+    CollapseConfig,
+    Config,
+    ConfigError,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    _flat,
+    _readable,
+    check_layer,
+    load_yaml,
+    nearest,
+    new_parser,
+    parse,
+    read_yaml,
+)
+from d2v_fast.encoders import Encoder, blocks
+from d2v_fast.model import Data2Vec, Data2VecOutput
+
+log = logging.getLogger(__name__)
+
+NAMES = tuple(name for name in MODALITIES if name != "custom")  # of parts: their modality
+WHOLE = ("optimizer", "schedule", "train", "collapse")  # sections of the run, the others are of each part
+# What blocks that compute the same call their linear maps and norms.
+LAYOUTS = {
+    blocks.bert: (
+        *(f"attention.self.{name}" for name in ("query", "key", "value")),
+        *("attention.output.dense", "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm"),
+    ),
+    blocks.wave: (
+        *(f"attention.{name}_proj" for name in ("q", "k", "v", "out")),
+        *("layer_norm", "feed_forward.intermediate_dense", "feed_forward.output_dense", "final_layer_norm"),
+    ),
+}
+SAME = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")  # fields of all parts
+
+
+def share_blocks(first: Encoder, other: Encoder) -> None:
+    """Give the blocks of `other` the parameters of those of `first`; dropout and the eps of norms stay its own.
+
+    Raises:
+        ConfigError: They do not compute the same; the message is without the name of the part.
+    """
+    there = {name for name, _ in other.blocks[0].named_modules()}
+    if not there.issuperset(LAYOUTS.get(other.halves, ("nothing",))):
+        raise ConfigError(
+            f"encoder: the blocks of {type(other.model).__name__} cannot be shared, as they are not known or have norms "
+            "elsewhere than after residuals; take data2vec2-vision, data2vec2-audio, roberta or another of their kin"
+        )
+    for key in SAME:
+        expected, found = getattr(first.model.config, key), getattr(other.model.config, key)
+        if found != expected:
+            raise ConfigError(f"encoder.config.{key}: found {found}, expected {expected}, as the first part has it")
+    for ours, theirs in zip(first.blocks, other.blocks, strict=True):
+        for mine, its in zip(LAYOUTS[first.halves], LAYOUTS[other.halves], strict=True):
+            source, target = ours.get_submodule(mine), theirs.get_submodule(its)
+            target.weight, target.bias = source.weight, source.bias
+
+
+class Several(nn.ModuleDict):
+    """The parts by name, each a student, a teacher and a decoder, around the blocks of the first.
+
+    Args:
+        parts: Models of data2vec 2.0; the blocks of all but the first are let go.
+
+    Raises:
+        ConfigError: Blocks that cannot be shared.
+    """
+
+    def __init__(self, parts: Mapping[str, Data2Vec]):
+        super().__init__(parts)
+        first = next(iter(self.values()))
+        for name, part in self.items():  # the first too, which is looked at then
+            try:
+                share_blocks(first.student, part.student)
+                share_blocks(first.teacher.module, part.teacher.module)
+            except ConfigError as error:
+                raise ConfigError(f"several.parts.{name}: {error}") from error
+
+    def forward(self, part: str, **batch: Any) -> Data2VecOutput:
+        """A pass of one part; `batch` as `Data2Vec.forward` takes it."""
+        return self[part](**batch)
+
+
+@dataclass(frozen=True)
+class SeveralConfig:
+    """A run of several parts. Those of `parts` are complete, with the sections of the run in each."""
+
+    parts: dict[str, Config]
+    shares: dict[str, float]
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    collapse: CollapseConfig
+    yaml: str = ""
+    name: str = "several"
+    resume: bool = False
+    resume_allow: list[str] = field(default_factory=list)
+    modality = "several"
+
+    def settings(self) -> dict[str, Any]:
+        """All settings by their dotted keys."""
+        values = {f"{section}.{key}": value for section in WHOLE for key, value in vars(getattr(self, section)).items()}
+        values |= {f"several.shares.{name}": share for name, share in self.shares.items()}
+        for name, part in self.parts.items():
+            own = {key: value for key, value in part.settings().items() if key.partition(".")[0] not in WHOLE}
+            values |= {f"several.parts.{name}.{key}": value for key, value in own.items()}
+        return values
+
+
+def configure(
+    settings: dict[str, Any], arguments: list[str], name: str, resume: bool, resume_allow: list[str]
+) -> tuple[SeveralConfig, bool, list[str]]:
+    """The config of a run of several parts, whether --fused was given, and all settings that there are.
+
+    Args:
+        settings: Of presets and files.
+        arguments: Of the command, `--key=value`.
+        name: What a run without train.output is called.
+        resume: Whether a run goes on.
+        resume_allow: What may have changed then.
+
+    Raises:
+        ConfigError: A key or value that does not fit.
+    """
+    settings = dict(settings)
+    given = settings.pop("several", {})
+    if not isinstance(given, dict) or given.keys() - {"parts", "shares"} or not isinstance(given.get("parts", {}), dict):
+        raise ConfigError(f"several: found {given}, expected parts, a mapping of {', '.join(NAMES)} to presets, and shares")
+    parts, changes, rest = dict(given.get("parts", {})), {}, []
+    for argument in arguments:
+        key, _, value = argument.removeprefix("--").partition("=")
+        part, _, setting = key.removeprefix("several.parts.").partition(".")
+        if not key.startswith("several.parts."):
+            rest.append(argument)
+        elif setting:
+            changes.setdefault(part, []).append((setting, value))
+        else:
+            parts[part] = value
+    asks = [argument for argument in rest if argument.startswith("--print_config")]
+    shows_help = {"-h", "--help"} & set(rest)
+    if not shows_help:
+        _check_parts(parts, changes)
+    shares = given.get("shares") or dict.fromkeys(parts, 1 / max(1, len(parts)))
+
+    parser = new_parser("several", ("several",), WHOLE)
+    parser.add_argument("--several.parts", type=dict[str, Any], help="For each modality a preset, a file or settings.")
+    parser.add_argument("--several.shares", type=dict[str, float], help="Of the steps, for each modality; by default even.")
+    known = [action.dest for action in parser._actions]
+    overrides = {a[2:].partition("=")[0]: a.partition("=")[2] for a in rest if "=" in a}
+    for key in [*_flat(settings), *overrides]:
+        if key not in known and not key.startswith(("optimizer.lr_scale.", "several.shares.")):
+            where = f"; it is of one part, several.parts.{next(iter(parts), 'vision')}.{key}"
+            hint = where if key.partition(".")[0] in GROUPS.difference(WHOLE) else nearest(key, known)
+            raise ConfigError(f"{key}: no such setting of a run of several modalities{hint}")
+    flat = _flat(settings) | overrides
+    try:
+        whole = settings | {"several": {"shares": shares}}
+        namespace = parser.parse_args(
+            ["--config", json.dumps(whole, default=str), *(argument for argument in rest if argument not in asks)]
+        )
+    except argparse.ArgumentError as error:
+        raise ConfigError(_readable(str(error), flat, parser)) from None
+    if namespace.fused and "train.precision" not in flat:
+        namespace.train.precision = "bf16"
+    values = namespace.as_dict()
+    shares = values["several"]["shares"]
+    _check_shares(shares, parts)
+    shares = {part: shares[part] for part in parts}
+    sections = {section: SECTIONS[section](**values[section]) for section in WHOLE}
+    if sections["train"].epochs is not None:
+        raise ConfigError("train.epochs: several data sets have no epoch in common; expected train.steps")
+    inner = {section: vars(value) for section, value in sections.items()}
+    inner["train"] = inner["train"] | {"output": None}
+    configs = {}
+    for part, base in parts.items():
+        try:
+            configs[part] = _part(part, base, inner, changes.get(part, []))
+        except ConfigError as error:
+            whose = "" if str(error).partition(".")[0] in WHOLE else f"several.parts.{part}: "
+            raise ConfigError(f"{whose}{error}") from error
+    resolved = {part: load_yaml(config.yaml) for part, config in configs.items()}
+    namespace.several.parts = {
+        part: {key: value for key, value in found.items() if key in GROUPS.difference(WHOLE)} | {"modality": part}
+        for part, found in resolved.items()
+    }
+    yaml = parser.dump(namespace, skip_unset=False)
+    if asks:
+        print(yaml)
+        sys.exit()
+    config = SeveralConfig(
+        parts={part: replace(config, resume=resume, resume_allow=resume_allow) for part, config in configs.items()},
+        shares=shares,
+        **sections,
+        yaml=yaml,
+        name=name or "several",
+        resume=resume,
+        resume_allow=resume_allow,
+    )
+    return config, values["fused"], [*known, *config.settings()]
+
+
+def _check_parts(parts: dict[str, Any], changes: dict[str, list]) -> None:
+    for name in [*parts, *changes]:
+        if name not in NAMES:
+            raise ConfigError(f"several.parts.{name}: no such part; expected {', '.join(NAMES)}{nearest(name, NAMES)}")
+    for name, settings in changes.items():
+        if name not in parts:
+            raise ConfigError(
+                f"several.parts.{name}.{settings[0][0]}: the run has no such part; found {', '.join(parts) or 'none'}; "
+                f"several.parts.{name}=PRESET adds it"
+            )
+        for setting, value in settings:
+            if setting.partition(".")[0] in WHOLE:
+                raise ConfigError(f"several.parts.{name}.{setting}: is of the whole run; expected {setting}={value}")
+    if len(parts) < 2:
+        raise ConfigError(
+            f"several.parts: found {', '.join(parts) or 'none'}, expected two or more of {', '.join(NAMES)}; one modality is "
+            "an ordinary run, d2v-train --config PRESET"
+        )
+
+
+def _check_shares(shares: dict[str, float], parts: dict[str, Any]) -> None:
+    for name in sorted(shares.keys() ^ parts.keys()):
+        found = "has no share" if name in parts else "is no part of the run"
+        raise ConfigError(f"several.shares: {name} {found}; expected shares of {', '.join(parts)}")
+    total, words = sum(shares.values()), ", ".join(f"{name} {share:g}" for name, share in shares.items())
+    if min(shares.values()) <= 0:
+        raise ConfigError(f"several.shares: found {words}, expected numbers above 0; leave out what is not to be trained")
+    if not math.isclose(total, 1, abs_tol=1e-6):
+        right = ", ".join(f"{name} {share / total:.4g}" for name, share in shares.items())
+        raise ConfigError(f"several.shares: found {words}, which sum to {total:g}, expected 1, such as {right}")
+
+
+def _part(name: str, base: Any, whole: dict[str, Any], changes: list[tuple[str, str]]) -> Config:
+    """An ordinary config: a preset, a file or settings, among them `config` for those below, with the sections of the run."""
+    layers = [read_yaml(base)] if isinstance(base, str) else [check_layer(base, "")]
+    if (below := layers[0].pop("config", None)) is not None:
+        layers.insert(0, read_yaml(str(below)))
+    config, _ = parse([f"{key}={value}" for key, value in changes], [*layers, whole])
+    if config.modality != name:
+        raise ConfigError(f"modality: found {config.modality}, expected {name}; parts are called by their modality")
+    if config.head.kind != "conv":
+        raise ConfigError(
+            f"head.kind: found {config.head.kind}, expected conv; several modalities are of data2vec 2.0, such as {name}/tiny-2"
+        )
+    return config

@@ -1,0 +1,141 @@
+"""A run of several modalities: its parts are runs that share blocks, optimizer and checkpoints, and take turns.
+
+A step draws all its micro-batches, on all ranks, from one part. So the loss is over positions of one kind, any shares can be
+met, a step costs what it costs in a run of that modality alone, and ranks need not agree on anything.
+
+    RUN/config.yaml, checkpoints/, environment.json     of all parts
+    RUN/vision/config.yaml, log.jsonl, export/, …       as those of a run of images alone, for d2v-probe, -export and -report
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from d2v_fast.fused import fuse
+from d2v_fast.several import Several, SeveralConfig
+from d2v_fast.train.build import Run, begin, go_on, make_core, make_feed, make_order, make_state, make_updates, place, read
+from d2v_fast.train.callbacks import Callback, Callbacks
+from d2v_fast.train.folder import RunFolder
+from d2v_fast.train.log import Window
+from d2v_fast.train.save import Samples
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+GOLDEN = (5**0.5 - 1) / 2
+
+
+def turns(shares: Mapping[str, float], steps: int, seed: int) -> np.ndarray:
+    """Of each step, the number of the part that trains: (steps,) int64.
+
+    A pure function of (seed, step): multiples of the golden ratio, whose fractional parts fill the unit interval evenly (Weyl),
+    fall into intervals as long as the shares. Whatever the number of steps, each part has its share within a few steps, and
+    without a period that the log could run in step with.
+    """
+    points = (np.random.default_rng(seed % 2**64).random() + GOLDEN * np.arange(steps)) % 1
+    return np.searchsorted(np.cumsum(list(shares.values()))[:-1], points, side="right")
+
+
+@dataclass
+class SeveralRun(Run):
+    """Attributes:
+    parts: By name. Feed, data, window and broken samples are theirs; those of the run are the first one's, and not used.
+    """
+
+    parts: dict[str, Run] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.turns = turns(self.config.shares, self.steps, self.config.train.seed)
+        each = self.turns[:, None] == np.arange(len(self.parts))
+        self.numbers = np.cumsum(each, axis=0)[np.arange(self.steps), self.turns]  # of each step among those of its part
+        self.last = each.sum(axis=0)
+
+    @property
+    def each(self) -> list[Run]:
+        return list(self.parts.values())
+
+    def turn(self) -> tuple[Run, int, int]:
+        step = self.state.done
+        number = self.turns[step]
+        part = self.each[number]
+        part.state.done = step
+        return part, int(self.numbers[step]), int(self.last[number])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        return {"parts": {name: part.rank_state_dict() for name, part in self.parts.items()}}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_rank_state_dict(state["parts"][name])
+
+
+def build_parts(
+    config: SeveralConfig, fused: bool, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Callback]
+) -> SeveralRun:
+    """As `build` for a run of one modality.
+
+    Raises:
+        ConfigError: Settings that do not fit each other, or parts whose blocks cannot be shared.
+    """
+    settings, checkpoints, saved = begin(config, fused, accelerator, folder)
+    config = replace(config, parts={name: replace(part, resume=config.resume) for name, part in config.parts.items()})
+    called = Callbacks(callbacks, accelerator.is_main_process)
+    found = {name: read(part, folder.inside(name).path) for name, part in config.parts.items()}
+    samples = Samples.joined([samples for _, _, samples in found.values()])
+    if saved:
+        samples.compare(saved, config.resume_allow)
+    cores = {name: make_core(config.parts[name], data, encoder, accelerator) for name, (data, encoder, _) in found.items()}
+    core = Several(cores)
+    words = [f"{name}: {word}" for name in cores for word in (fuse(cores[name], accelerator.device) if fused else [])]
+
+    # In no step all parts have gradients.
+    accelerator.ddp_handler.find_unused_parameters = True
+    steps = config.train.steps
+    optimizer, scheduler = make_updates(core, config, steps, saved.step if saved else 0, fused)
+    model, optimizer = accelerator.prepare(core, optimizer)
+    parts = {}
+    for name, part in config.parts.items():
+        data, _, own = found[name]
+        inside = folder.inside(name)
+        feed = make_feed(part, data, make_order(part, data, accelerator, place(saved, accelerator, name)), accelerator)
+        common = (optimizer, scheduler, accelerator, steps, inside, data, settings)
+        state = replace(make_state(part, cores[name], model, *common), arguments={"part": name})
+        parts[name] = Run(
+            config=part,
+            settings=settings,
+            accelerator=accelerator,
+            folder=inside,
+            checkpoints=checkpoints,
+            data=data,
+            samples=own,
+            feed=feed,
+            broken=feed.broken,
+            state=state,
+            window=Window(accelerator.device),
+            steps=steps,
+            fused=words,
+            callbacks=called,
+            name=name,
+        )
+    first = next(iter(parts.values()))
+    whole = {"config": config, "folder": folder, "samples": samples, "state": replace(first.state, core=core), "name": ""}
+    run = SeveralRun(**vars(first) | whole, parts=parts)
+    go_on(run, saved)
+    if accelerator.is_main_process:
+        taken = ", ".join(f"{name} {count} steps" for name, count in zip(parts, run.last, strict=True))
+        log.info("an experiment: one stack of blocks learns from several modalities, %s", taken)
+    return run

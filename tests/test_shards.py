@@ -1,0 +1,151 @@
+"""Files in tar archives against the same files in a folder."""
+
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from d2v_fast.data import DataError
+from d2v_fast.data.audio import open_audio
+from d2v_fast.data.vision import open_images
+from tests.test_audio_data import noise
+from tests.test_data import audio_data, image_data, write_wave
+
+
+def picture(i):
+    rng = np.random.default_rng(i)
+    return Image.fromarray(rng.integers(0, 255, (20 + i % 7, 24, 3), dtype=np.uint8))
+
+
+def add(archive, name, content, **how):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in how.items():
+        setattr(member, key, value)
+    archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def samples():
+    """Forty images by name, with a class each."""
+    content = {}
+    for i in range(40):
+        file = io.BytesIO()
+        picture(i).save(file, "PNG" if i % 2 else "JPEG")
+        content[f"{i:05d}.{'png' if i % 2 else 'jpg'}"] = file.getvalue()
+    return content
+
+
+@pytest.fixture
+def shards(tmp_path, samples):
+    """The images in three archives, beside captions and classes."""
+    (tmp_path / "shards").mkdir()
+    for number in range(3):
+        with tarfile.open(tmp_path / "shards" / f"{number}.tar", "w") as archive:
+            for i, (name, content) in enumerate(samples.items()):
+                if i // 14 == number:
+                    add(archive, name, content)
+                    add(archive, f"{name[:5]}.txt", b"a caption")
+                    add(archive, f"{name[:5]}.cls", f"{i % 3}\n".encode())
+    return tmp_path / "shards"
+
+
+def test_batches_are_those_of_the_folder_and_of_parquet(tmp_path, samples, shards):
+    import datasets
+
+    (tmp_path / "folder").mkdir()
+    for name, content in samples.items():
+        (tmp_path / "folder" / name).write_bytes(content)
+    rows = [{"bytes": content, "path": name} for name, content in samples.items()]
+    table = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image(decode=False))
+    table.to_parquet(str(tmp_path / "set" / "0.parquet"))
+    found = [image_data(str(tmp_path / name)) for name in ("folder", "shards", "set")]
+    for epoch in range(2):
+        folder, *others = (
+            [data.__getitems__([(epoch, i) for i in keys]) for keys in ((3, 39, 0, 17), (14, 13))] for data in found
+        )
+        for other in others:
+            for one, another in zip(folder, other, strict=True):
+                assert one["broken"] == another["broken"] == [] and one["samples"] == another["samples"]
+                assert all(torch.equal(one[name], another[name]) for name in ("source", "mask", "index"))
+    assert found[1].source.labels == [str(i % 3) for i in range(40)]
+    assert found[1].sample_name(15) == f"{shards}/1.tar/00015.png"
+
+
+def test_what_lies_where_is_looked_up_once(shards, tmp_path, monkeypatch, caplog):
+    open_images(str(shards), cache=str(tmp_path))
+    monkeypatch.setattr(tarfile, "open", None)
+    assert len(open_images(str(shards), cache=str(tmp_path))) == 40
+    monkeypatch.undo()
+    os.remove(shards / "1.tar")
+    assert len(open_images(str(shards), cache=str(tmp_path))) == 26 and "it is made again" in caplog.text
+
+
+def test_a_shard_that_vanishes_or_is_cut_while_it_is_read(shards):
+    data = image_data(str(shards))
+    os.remove(shards / "1.tar")
+    os.truncate(shards / "2.tar", 600)
+    batch = data.__getitems__([(0, i) for i in (0, 15, 39)])
+    assert batch["samples"] == [0]
+    (_, gone), (_, cut) = batch["broken"]
+    assert gone.startswith(f"{shards}/1.tar/00015.png: [Errno 2] No such file") and "39.png: is cut off: 0 of" in cut
+
+
+def test_names_that_lead_out_and_links(tmp_path, samples, caplog):
+    content = samples["00000.jpg"]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("../../out.jpg", "/etc/out.jpg", "a/../../out.jpg", "in/.hidden.jpg", "in/caf\udce9 \n.jpg"):
+            add(archive, name, content)
+        add(archive, "link.jpg", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(archive, "hard.jpg", b"", type=tarfile.LNKTYPE, linkname="../../out.jpg")
+        add(archive, "pipe.jpg", b"", type=tarfile.FIFOTYPE)
+    source = open_images(str(tmp_path / "a.tar"))
+    assert list(source.names) == [f"{tmp_path}/a.tar/in/caf\udce9 \n.jpg"] and source.read(0).size == (24, 20)
+    for name in ("../../out.jpg", "/etc/out.jpg", "a/../../out.jpg"):
+        assert f"a.tar: its member '{name}' leads out of the archive" in caplog.text
+
+
+def test_damaged_archives(shards, caplog):
+    with open(shards / "0.tar", "r+b") as file:  # the header of the second image
+        content = file.read()
+        file.seek(content.index(b"00001.png"))
+        file.write(b"\xff" * 200)
+    os.truncate(shards / "1.tar", os.path.getsize(shards / "1.tar") // 2)
+    (shards / "3.tar").write_bytes(b"no archive")
+    with caplog.at_level("WARNING"):
+        source = open_images(str(shards))
+    counts = [sum(f"/{number}.tar/" in name for name in source.names) for number in range(4)]
+    assert counts[0] == 1 and 1 <= counts[1] < 14 and counts[2:] == [12, 0]
+    assert "0.tar: what comes after 1 files cannot be read" in caplog.text
+    assert (
+        f"1.tar: what comes after {counts[1]} files" in caplog.text
+        and "3.tar: what comes after 0 files cannot be read" in caplog.text
+    )
+    assert all(source.read(i).size[0] == 24 for i in range(len(source)))
+    caplog.clear()
+    open_images(str(shards))
+    assert "0.tar: what comes after 1 files" in caplog.text  # each time
+
+
+def test_an_archive_of_nothing(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "a.txt", b"text")
+    with pytest.raises(DataError, match=r"1 archives hold no file with one of the endings .*\.jpg"):
+        open_images(str(tmp_path / "a.tar"))
+
+
+def test_recordings(tmp_path):
+    (tmp_path / "waves").mkdir()
+    for i in range(4):
+        write_wave(tmp_path / "waves" / f"{i}.flac", noise(0.3 + i, seed=i))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(4):
+            archive.add(tmp_path / "waves" / f"{i}.flac", f"voice{i % 2}/{i}.flac")
+    one, other = (audio_data(str(tmp_path / name), whole_seconds=2) for name in ("waves", "a.tar"))
+    assert len(one) == len(other) == 9 and open_audio(str(tmp_path / "a.tar")).groups == ["voice0", "voice1"] * 2
+    keys = [(0, i) for i in range(9)]
+    assert torch.equal(one.__getitems__(keys)["source"], other.__getitems__(keys)["source"])
