@@ -156,7 +156,7 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     core = make_core(config, data, encoder, accelerator)
     words = fuse(core, accelerator.device) if fused else []
 
-    train, order = config.train, make_order(config, data, accelerator, place(saved, accelerator))
+    train, order = config.train, make_order(config, data, accelerator, trained_batches(saved, accelerator))
     steps_per_epoch = len(order.epoch(0)) / train.accumulate
     steps = train.steps if train.epochs is None else max(1, round(train.epochs * steps_per_epoch))
     feed = make_feed(config, data, order, accelerator)
@@ -210,7 +210,7 @@ def read(config: Config, folder: Path) -> tuple[PretrainingData, Encoder, Sample
     return data, encoder, _fit(data, encoder, config)
 
 
-def place(saved: Checkpoint | None, accelerator: Accelerator, part: str = "") -> int:
+def trained_batches(saved: Checkpoint | None, accelerator: Accelerator, part: str = "") -> int:
     """The number of batches that this rank has trained on."""
     if not saved:
         return 0
