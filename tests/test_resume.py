@@ -321,7 +321,7 @@ def _full_from_step_5_to_8(mounted):
 
     take, hard = loop._take, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
-    def taking(run):
+    def taking(run, part):
         run.checkpoints.wait()
         done = run.state.done
         if done == 4 and mounted:
@@ -335,7 +335,7 @@ def _full_from_step_5_to_8(mounted):
             os.unlink("disk/ballast")
         elif not mounted:
             resource.setrlimit(resource.RLIMIT_FSIZE, (64 if 4 <= done < 8 else hard, hard))
-        return take(run)
+        return take(run, part)
 
     loop._take = taking
 

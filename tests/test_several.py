@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel
 
-from d2v_fast import export, probe, report, trained
+from d2v_fast import Callback, export, probe, report, trained
 from d2v_fast.checkpoint import Checkpoint, CheckpointError
 from d2v_fast.config import ConfigError, parse
 from d2v_fast.nets import Data2Vec2AudioModel, Data2Vec2VisionModel
@@ -275,6 +275,25 @@ class TestResume:
         config, _ = parse(["--resume", str(run[0]), *more, *allowed])
         assert config.shares == {"vision": 0.25, "audio": 0.75}
         build(config).folder.leave(9)
+
+
+def test_callbacks_get_the_part(tmp_path):
+    seen = []
+
+    class Ends(Callback):
+        def on_step(self, run, outcome):
+            seen.append((run.state.done, run.name))
+            run.stop = run.state.done == 5
+
+        def on_log(self, run, record):
+            record["extra"] = 1.0
+
+    trainer = build(config(tmp_path / "run", "train.log_every=1"), callbacks=[Ends()])
+    assert loop.loop(trainer) == 130
+    assert seen == [(i + 1, ["vision", "audio"][turn]) for i, turn in enumerate(trainer.turns[:5])]
+    assert all(line["extra"] == 1 for part in ("vision", "audio") for line in records(tmp_path / "run" / part))
+    with pytest.raises(ConfigError, match=r"train.probe_every: is for a run of one modality"):
+        build(config(tmp_path / "other", "train.probe_every=3"))
 
 
 def test_text_too(tmp_path):

@@ -2,6 +2,7 @@
 
     build.py          data, encoder, model and what trains them, from a config
     loop.py           the loop over steps
+    several.py        a run of several modalities, whose parts take turns in the loop
     step.py           one optimizer step, and the state that it changes
     feed.py           batches in their order, from the loader
     optim.py          optimizer and learning rate

@@ -166,7 +166,7 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     if train.shard:
         _shard(core, config, data, accelerator)
 
-    order = make_order(config, data, accelerator, place(saved, accelerator))
+    order = make_order(config, data, accelerator, trained_batches(saved, accelerator))
     steps_per_epoch = len(order.epoch(0)) / accelerator.num_processes / train.accumulate
     steps = train.steps if train.epochs is None else max(1, round(train.epochs * steps_per_epoch))
     feed = make_feed(config, data, order, accelerator)
@@ -221,7 +221,7 @@ def read(config: Config, folder: Path) -> tuple[PretrainingData, Encoder, Sample
     return data, encoder, _fit(data, encoder, config)
 
 
-def place(saved: Checkpoint | None, accelerator: Accelerator, part: str = "") -> int:
+def trained_batches(saved: Checkpoint | None, accelerator: Accelerator, part: str = "") -> int:
     """The number of batches that this rank has trained on."""
     if not saved:
         return 0

@@ -18,7 +18,18 @@ import numpy as np
 
 from d2v_fast.fused import fuse
 from d2v_fast.several import Several, SeveralConfig
-from d2v_fast.train.build import Run, begin, go_on, make_core, make_feed, make_order, make_state, make_updates, place, read
+from d2v_fast.train.build import (
+    Run,
+    begin,
+    go_on,
+    make_core,
+    make_feed,
+    make_order,
+    make_state,
+    make_updates,
+    read,
+    trained_batches,
+)
 from d2v_fast.train.callbacks import Callback, Callbacks
 from d2v_fast.train.folder import RunFolder
 from d2v_fast.train.log import Window
@@ -111,7 +122,9 @@ def build_parts(
     for name, part in config.parts.items():
         data, _, own = found[name]
         inside = folder.inside(name)
-        feed = make_feed(part, data, make_order(part, data, accelerator, place(saved, accelerator, name)), accelerator)
+        feed = make_feed(
+            part, data, make_order(part, data, accelerator, trained_batches(saved, accelerator, name)), accelerator
+        )
         common = (optimizer, scheduler, accelerator, steps, inside, data, settings)
         state = replace(make_state(part, cores[name], model, *common), arguments={"part": name})
         parts[name] = Run(
