@@ -36,6 +36,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from d2v_fast.sharding import whole
+
 log = logging.getLogger(__name__)
 
 VERSION = 3
@@ -204,7 +206,10 @@ class Checkpoints:
         return self._job is not None and not self._job.done()
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Copy `tensors`, then write them and `state`, which JSON must know, in the thread; what fails there is logged."""
+        """Copy `tensors`, then write them and `state`, which JSON must know, in the thread; what fails there is logged.
+
+        Tensors that are spread over ranks are gathered one after the other, for which the other ranks call `whole` on them too.
+        """
         self.wait()
         for file, values in tensors.items():
             copies = self._copies.setdefault(file, {})
@@ -213,7 +218,7 @@ class Checkpoints:
             for name, value in values.items():
                 if name not in copies:
                     copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-                copies[name].copy_(value, non_blocking=True)
+                copies[name].copy_(whole(value), non_blocking=True)
         if any(value.is_cuda for values in tensors.values() for value in values.values()):
             torch.cuda.synchronize()
         text = json.dumps({"step": step, **state})

@@ -30,11 +30,12 @@ FLAGS = ("-h", "--help", "--fused", "--print_config")
 # What may differ in a run that goes on, as no weight depends on it. Samples are compared by their content.
 FREE = (
     *(f"train.{name}" for name in ("output", "workers", "graphs", "log_every", "export_every", "save_every", "keep_last")),
+    *("train.checkpointing", "train.shard", "train.timeout_minutes"),
     *(f"train.{name}" for name in ("callbacks", "trackers", "probe_every", "probe_data")),
     *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache"),
 )
+COMPARED = ("samples", "samples.number", "samples.content", "processes")  # beside the settings, when a run goes on
 PART = re.compile(r"^several\.parts\.\w+\.")  # of one modality of several
-SAMPLES = ("samples", "samples.number", "samples.content")  # what is compared beside the settings
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,11 @@ class TrainConfig:
         device: auto = GPU if there is one. CUDA_VISIBLE_DEVICES=1 selects one of several.
         graphs: With --fused on one GPU, replay passes over batches of one shape as CUDA graphs, which small batches gain from;
             each shape keeps a set of gradients, four at most.
+        checkpointing: Keep only the input of each of the student's blocks for the backward, which computes the rest again:
+            less memory, the same gradients, about a third more time.
+        shard: On several ranks, spread weights, gradients, optimizer and teacher over them (FSDP2); hybrid = over those of a
+            machine, and copies on each machine.
+        timeout_minutes: After which ranks that wait for another one give up.
         seed: Of weights, masks, augmentations and order.
         workers: Processes that load data, on each rank.
         threads: CPU threads of torch, 0 = its default.
@@ -300,6 +306,9 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     graphs: bool = True
+    checkpointing: bool = False
+    shard: bool | Literal["hybrid"] = False
+    timeout_minutes: float = 30.0
     seed: int = 0
     workers: int = 2
     threads: int = 0
@@ -453,6 +462,7 @@ RANGES = {
     "train.save_every": "[0, inf)",
     "train.seed": "[0, 9223372036854775807]",
     "train.steps": "[1, inf)",
+    "train.timeout_minutes": "(0, 100000]",
     "train.threads": "[0, 1024]",  # far more end in a crash of the thread pool
     "train.workers": "[0, 1024]",
 }
@@ -540,6 +550,13 @@ class Config:
                 f"mask: {type(self.mask).__name__} leaves another number of positions visible in each view, and data2vec 2.0 "
                 f"(head.kind=conv) needs the same; expected mask.kind={' or '.join(SEVERAL)}"
             )
+        if self.train.shard and self.train.probe_every:
+            raise ConfigError(
+                "train.probe_every: runs the teacher on one rank alone, and train.shard has spread it over all; leave it out, "
+                "d2v-probe reads the run's checkpoints"
+            )
+        if self.train.shard and self.train.precision == "fp16":
+            raise ConfigError("train.precision=fp16: has no scale of gradients that sharded ranks agree on; take bf16 or fp32")
         if self.loss.cls_weight and not conv:
             raise ConfigError(f"loss.cls_weight: found {self.loss.cls_weight}, which is for head.kind=conv; expected 0")
         if self.train.output == "" or "\0" in (self.train.output or ""):
@@ -967,8 +984,8 @@ def _finish(config: Config, known: list[str], run: str | None, named: bool) -> C
         ConfigError: --resume-allow of no setting, or --resume of no run.
     """
     for key in config.resume_allow:
-        if key not in [*known, *GROUPS, *SAMPLES] and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
-            raise ConfigError(f"--resume-allow {key}: no such setting{nearest(key, [*known, *SAMPLES])}")
+        if key not in [*known, *GROUPS, *COMPARED] and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
+            raise ConfigError(f"--resume-allow {key}: no such setting{nearest(key, [*known, *COMPARED])}")
     output = config.train.output
     if run and not named:  # the settings of a run: that run, wherever it is now, or one more like it
         output = run if config.resume else None

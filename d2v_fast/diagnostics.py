@@ -31,6 +31,7 @@ from d2v_fast.data import PretrainingData
 from d2v_fast.model import Data2Vec, Data2VecOutput
 from d2v_fast.ops import native
 from d2v_fast.ops.reference import Moments, make_targets, moments_of
+from d2v_fast.sharding import whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -215,7 +216,7 @@ class Seen(NamedTuple):
 
 
 def _size(tensors: list[Tensor]) -> float:
-    return float(get_total_norm(tensors))
+    return float(whole(get_total_norm(tensors)))
 
 
 def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
@@ -557,9 +558,15 @@ def _version(package: str) -> str | None:
 
 
 def doctor(args: list[str]) -> None:
-    """d2v-doctor: print `environment()`."""
+    """d2v-doctor: print `environment()`, or with --memory what a run needs."""
+    if "--memory" in args:
+        from d2v_fast.memory import main
+
+        return main(args)
     parser = argparse.ArgumentParser(
-        prog="d2v-doctor", description="What a bug report needs, and what would make a run slow or wrong on this machine."
+        prog="d2v-doctor",
+        description="What a bug report needs, and what would make a run slow or wrong on this machine. "
+        "d2v-doctor --memory --config PRESET|FILE [--gpus N] [key=value ...]: what a run needs of each GPU's memory.",
     )
     parser.add_argument("folder", nargs="?", default=".", type=Path, help="Where runs are written; default: here.")
     found = environment(parser.parse_args(args).folder)

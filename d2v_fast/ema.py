@@ -10,6 +10,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from d2v_fast.sharding import own
+
 
 def linear_decay(step: int, start: float, end: float, anneal_steps: int) -> float:
     """Decay of update number `step` = 1, 2, …: linear from `start` at 0 to `end` at `anneal_steps`, then constant."""
@@ -111,8 +113,8 @@ class EMATeacher(nn.Module):
                     "cast the student alone, or call teacher.float() afterwards"
                 )
             pair = averaged if follows else copied
-            pair[0].append(ours)
-            pair[1].append(theirs)
+            pair[0].append(own(ours))  # both are spread over ranks in the same way
+            pair[1].append(own(theirs))
         if averaged[0]:
             ours, theirs = averaged
             torch._foreach_lerp_(ours, [x.to(y.dtype) for x, y in zip(theirs, ours, strict=True)], 1 - decay)

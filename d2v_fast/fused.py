@@ -141,3 +141,4 @@ PARTS = {
     "compile": _compile,
     "recompute": _recompute,
 }
+COMPILED = ("compile", "recompute")  # left out where blocks are gathered before they run, which was never tried with them

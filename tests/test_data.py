@@ -107,14 +107,20 @@ class TestEpochBatches:
     @pytest.mark.parametrize("lengths", [None, np.arange(60) % 17 + 1])
     @pytest.mark.parametrize("world", [1, 3])
     def test_ranks_share_every_sample_once_an_epoch(self, lengths, world):
-        ranks = [EpochBatches(60, 4, rank=rank, world=world, lengths=lengths).epoch(2) for rank in range(world)]
-        assert {len(batches) for batches in ranks} == {15 // world}
-        assert {len(batch) for batches in ranks for batch in batches} == {4}
-        assert sorted(np.concatenate([batch for batches in ranks for batch in batches])) == list(range(60))
+        ranks = [EpochBatches(60, 4, rank=rank, world=world, lengths=lengths) for rank in range(world)]
+        keys = [key for batches in ranks for batch in itertools.islice(batches, 45 // world) for key in batch]
+        assert sorted(keys) == [(epoch, index) for epoch in range(3) for index in range(60)]
 
-    def test_ranks_have_the_same_number_of_batches(self):
-        """Else one of them would wait for the others for ever; 15 batches make three for each."""
-        assert [len(EpochBatches(60, 4, rank=rank, world=4).epoch(0)) for rank in range(4)] == [3] * 4
+    @pytest.mark.parametrize("start", [0, 3, 12])
+    @pytest.mark.parametrize("world", [2, 3, 4])
+    def test_a_step_of_several_ranks_is_one_of_a_single_rank(self, world, start):
+        """12 batches a step; an epoch has 5, so that steps end in its midst, and ranks are at different epochs."""
+        each = 12 // world
+        ranks = [iter(EpochBatches(22, 4, rank=rank, world=world, start=start * each)) for rank in range(world)]
+        alone = iter(EpochBatches(22, 4, start=start * 12))
+        for _ in range(9):
+            found = [next(rank) for rank in ranks for _ in range(each)]
+            assert sorted(found) == sorted(next(alone) for _ in range(12))
 
     @pytest.mark.parametrize("start", [1, 4, 5, 13])
     def test_start_skips_exactly(self, start):

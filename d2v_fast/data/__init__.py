@@ -229,7 +229,10 @@ class PretrainingData(Dataset):
 
 
 class EpochBatches:
-    """Endless batches of keys; the order is a pure function of (seed, epoch), each rank takes its share.
+    """Endless batches of keys; the order is a pure function of (seed, epoch), and ranks take turns.
+
+    Batch i of all epochs, one after the other, goes to rank i modulo `world`. So N ranks with M batches a step are given the
+    same ones in each step whatever N and M are, as long as N × M stays.
 
     Args:
         num_samples: Size of the data set.
@@ -239,6 +242,9 @@ class EpochBatches:
         lengths: (num_samples,) lengths; samples of similar length then share a batch.
         max_batch_length: Fill batches up to this length, of the longest times their number, instead of up to `batch_size`.
         start: Batches of this rank to skip, for a run that goes on.
+
+    Raises:
+        DataError: An epoch has fewer batches than there are ranks.
     """
 
     def __init__(
@@ -257,14 +263,18 @@ class EpochBatches:
         self.max_batch_length, self.start = max_batch_length, start
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, skip = divmod(self.start, len(self.epoch(0))) if self.start else (0, 0)  # all epochs have as many batches
+        # All epochs have as many batches.
+        epoch, following = divmod(self.start * self.world + self.rank, len(self.epoch(0)))
         while True:
-            for batch in self.epoch(epoch)[skip:]:
-                yield [(epoch, int(index)) for index in batch]
-            epoch, skip = epoch + 1, 0
+            batches = self.epoch(epoch)
+            while following < len(batches):
+                yield [(epoch, int(index)) for index in batches[following]]
+                following += self.world
+            following -= len(batches)
+            epoch += 1
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
-        """This rank's batches of one epoch."""
+        """The batches of one epoch, of all ranks."""
         rng = np.random.default_rng([self.seed % 2**64, epoch])
         order = rng.permutation(self.num_samples)
         if self.lengths is None:
@@ -275,13 +285,12 @@ class EpochBatches:
             batches = self._filled(order)
         if self.lengths is not None:
             batches = [batches[i] for i in rng.permutation(len(batches))]
-        whole = len(batches) // self.world * self.world
-        if whole == 0:
+        if len(batches) < self.world:
             raise DataError(
                 f"{self.num_samples} samples make {len(batches)} batches, fewer than the {self.world} processes: "
                 "use fewer processes or a smaller train.batch_size"
             )
-        return batches[self.rank : whole : self.world]
+        return batches
 
     def _by_length(self, order: np.ndarray, size: int) -> list[np.ndarray]:
         """Sorted within windows of 100 batches: little padding or cropping, and still a random order."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from d2v_fast.encoders import blocks
 
@@ -228,6 +230,20 @@ class Encoder(nn.Module):
     def compile_halves(self) -> None:
         """Run blocks by their halves through `torch.compile`, if the halves are known."""
         self._compiled_halves = self.halves and torch.compile(self.halves)
+
+    def checkpoint_blocks(self) -> None:
+        """Keep only the input of each block for the backward, which runs the block again with the same random numbers.
+
+        Inside of hooks, whose work is not done twice; after `fuse` and before `sharding.shard`.
+        """
+
+        def again(run: Callable[..., Any]) -> Callable[..., Any]:
+            return partial(checkpoint, run, use_reentrant=False)
+
+        for block in dict.fromkeys(self.blocks):
+            block.forward = again(block.forward)
+        self.halves = self.halves and again(self.halves)
+        self._compiled_halves = self._compiled_halves and again(self._compiled_halves)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_compiled_halves": None}  # which neither pickle nor deepcopy can take along

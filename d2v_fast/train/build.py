@@ -21,8 +21,9 @@ from d2v_fast.data.own import blamed, check_batch, check_class
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.diagnostics import Monitor
 from d2v_fast.encoders import Encoder, build_encoder
-from d2v_fast.fused import fuse
+from d2v_fast.fused import COMPILED, PARTS, fuse
 from d2v_fast.model import Data2Vec
+from d2v_fast.sharding import shard
 from d2v_fast.train.callbacks import Callback, Callbacks, make_callback
 from d2v_fast.train.feed import EMPTY, Feed
 from d2v_fast.train.folder import HEAD, TEACHER, TOKENIZER, RunFolder
@@ -31,7 +32,7 @@ from d2v_fast.train.log import Trackers, Window
 from d2v_fast.train.online_probe import OnlineProbe
 from d2v_fast.train.optim import lr_factor, make_optimizer, warmup_steps
 from d2v_fast.train.parallel import start
-from d2v_fast.train.save import Samples, compare_settings, newest, restore
+from d2v_fast.train.save import Samples, compare_settings, newest, restore, share
 from d2v_fast.train.step import State, make_graphs
 
 if TYPE_CHECKING:
@@ -128,8 +129,9 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
         CheckpointError: `config.resume`, and no usable checkpoint.
     """
     callbacks = [*map(make_callback, config.train.callbacks), *callbacks]
-    if config.train.probe_every and config.parts:
-        raise ConfigError("train.probe_every: is for a run of one modality; d2v-probe RUN/PART tells what a part has learned")
+    for key in ("probe_every", "shard", "checkpointing"):
+        if config.parts and getattr(config.train, key):
+            raise ConfigError(f"train.{key}: is for a run of one modality, not of several; leave it out")
     if config.train.probe_every:
         callbacks.insert(0, OnlineProbe(config))
     if config.train.trackers:
@@ -139,6 +141,9 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
     try:
         config = replace(config, resume=folder.resume)
         if config.parts:
+            for name in ("checkpointing", "shard"):
+                if getattr(config.train, name):
+                    raise ConfigError(f"train.{name}: is for a run of one modality; leave it out where several share blocks")
             from d2v_fast.train.several import build_parts
 
             return build_parts(config, fused, accelerator, folder, callbacks)
@@ -153,18 +158,25 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     data, encoder, samples = read(config, folder.path)
     if saved:
         samples.compare(saved, config.resume_allow)
+    train = config.train
     core = make_core(config, data, encoder, accelerator)
-    words = fuse(core, accelerator.device) if fused else []
+    parts = [name for name in PARTS if not (train.shard and name in COMPILED)]
+    words = fuse(core, accelerator.device, parts) if fused else []
+    if train.checkpointing:
+        core.student.checkpoint_blocks()
+    if train.shard:
+        _shard(core, config, data, accelerator)
 
-    train, order = config.train, make_order(config, data, accelerator, trained_batches(saved, accelerator))
-    steps_per_epoch = len(order.epoch(0)) / train.accumulate
+    order = make_order(config, data, accelerator, trained_batches(saved, accelerator))
+    steps_per_epoch = len(order.epoch(0)) / accelerator.num_processes / train.accumulate
     steps = train.steps if train.epochs is None else max(1, round(train.epochs * steps_per_epoch))
     feed = make_feed(config, data, order, accelerator)
 
     # A layer that layer-drop skips on one rank has no gradient there.
     accelerator.ddp_handler.find_unused_parameters = getattr(getattr(encoder.model, "config", None), "layerdrop", 0) > 0
     optimizer, scheduler = make_updates(core, config, steps, saved.step if saved else 0, fused)
-    model, optimizer = accelerator.prepare(core, optimizer)
+    # What is sharded averages gradients by itself, and DistributedDataParallel is left out.
+    model, optimizer = accelerator.prepare_model(core, evaluation_mode=bool(train.shard)), accelerator.prepare(optimizer)
     state = make_state(config, core, model, optimizer, scheduler, accelerator, steps, folder, data, settings)
     if fused and (graphs := make_graphs(state, train)):
         state.graphs = graphs
@@ -215,7 +227,7 @@ def trained_batches(saved: Checkpoint | None, accelerator: Accelerator, part: st
     if not saved:
         return 0
     with saved.reading():
-        rank = saved.state["ranks"][accelerator.process_index]
+        rank = share(saved.state["ranks"], accelerator.process_index, accelerator.num_processes)
         return int((rank["parts"][part] if part else rank)["batches"])
 
 
@@ -296,6 +308,42 @@ def make_core(config: Config, data: PretrainingData, encoder: Encoder, accelerat
         if unused and accelerator.is_main_process:
             log.info("frozen, as no gradient reaches them: %s", ", ".join(unused))
     return core
+
+
+def _shard(core: Data2Vec, config: Config, data: PretrainingData, accelerator: Accelerator) -> None:
+    """Spread the model over the ranks, and try whether it still runs.
+
+    Raises:
+        ConfigError: One process alone, a model whose ranks may leave blocks out, or that reads their weights elsewhere.
+    """
+    asked, world, device = config.train.shard, accelerator.num_processes, accelerator.device
+    what = f"train.shard={str(asked).lower()}"
+    if world == 1:
+        raise ConfigError(
+            f"{what}: there is one process, which has nobody to share with; start several, torchrun --nproc_per_node=GPUS -m "
+            "d2v_fast.cli …, or train.shard=false, and train.checkpointing=true for less memory"
+        )
+    name, dropped = type(core.student.model).__name__, getattr(getattr(core.student.model, "config", None), "layerdrop", 0)
+    if dropped:
+        raise ConfigError(
+            f"{what} with encoder.config.layerdrop={dropped}: a block is gathered from all ranks, and none may leave it out; "
+            "encoder.config.layerdrop=0 or train.shard=false"
+        )
+    core.to(device)
+    batch = first_batch(data)
+    try:
+        shard(core, device, world, hybrid=asked == "hybrid")
+        if batch is not None:
+            core.eval()
+            with torch.no_grad(), accelerator.autocast():
+                core(**{key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)})
+            core.reshard()
+            core.train()
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{what}: {name} cannot be sharded by its blocks: {_in_one_line(error)}; blocks that are called as modules can, if "
+            "nothing outside reads their weights; else train.shard=false, and train.checkpointing=true for less memory"
+        ) from error
 
 
 def _try_collate(config: Config, data: PretrainingData, encoder: Encoder) -> str:

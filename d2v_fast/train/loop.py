@@ -49,7 +49,7 @@ def loop(run: Run) -> int:
 def _steps(run: Run) -> bool:
     """All steps; whether the run was asked to stop."""
     train, state, main, begin = run.config.train, run.state, run.accelerator.is_main_process, run.state.done
-    stopped = False
+    stopped, together = False, False
     state.model.train()
     try:
         with StopRequest() as stop, ExitStack() as logs, Progress(run.steps, begin, main) as progress:
@@ -92,9 +92,11 @@ def _steps(run: Run) -> bool:
                     run.checkpoints.reserve(state.tensors())
             save(run)
             run.checkpoints.wait()
+            together = True
             run.callbacks.written(run)
     except (CollapseError, NotFiniteError):  # all ranks at once, after a step
         save(run)
+        together = True
         raise
     except CallbackError:
         if state.world == 1:  # others do not know of it
@@ -108,7 +110,8 @@ def _steps(run: Run) -> bool:
         for part in run.each:
             part.feed.close()
         run.checkpoints.wait()
-        if state.done:  # whatever ended the run, what was learned is kept
+        # Whatever ended the run, what was learned is kept. One rank alone cannot gather what is spread over all.
+        if state.done and (together or not train.shard):
             _export(run)
     return stopped
 

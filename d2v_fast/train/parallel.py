@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ def start(train: TrainConfig) -> Accelerator:
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     check_device(train.device)
     check_slurm()
@@ -36,7 +37,10 @@ def start(train: TrainConfig) -> Accelerator:
             mixed_precision={"fp32": "no"}.get(train.precision, train.precision),
             # Without an accelerator too: only then it joins the ranks that torchrun starts.
             cpu=train.device == "cpu" or not torch.accelerator.is_available(),
-            kwargs_handlers=[DistributedDataParallelKwargs()],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else each gradient is there twice
+                InitProcessGroupKwargs(timeout=timedelta(minutes=train.timeout_minutes)),
+            ],
         )
     if train.threads:  # after accelerate, which may set them too
         torch.set_num_threads(train.threads)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, sync, write_text
 from d2v_fast.config import DEFAULTS, FREE, PART, Config
+from d2v_fast.sharding import gathered, whole
 from d2v_fast.train.folder import STEP
 from d2v_fast.train.parallel import from_main
 
@@ -73,20 +74,50 @@ def newest(checkpoints: Checkpoints, main: bool) -> Checkpoint:
 def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config) -> None:
     """Raise CheckpointError for settings that differ and must not.
 
-    Those that did not exist when the checkpoint was written, and that are as everything was then, do not count.
+    Those that did not exist when the checkpoint was written, and that are as everything was then, do not count. Another number
+    of processes takes the same steps where each takes more or fewer micro-batches for it.
     """
     with saved.reading():
         known = saved.state["settings"]
         was, now = known["processes"], settings["processes"]
-    if was != now:  # no --resume-allow: order and random numbers are cut by the number of processes
+        step = was * known["train.accumulate"]
+    elastic = was != now and step == now * settings["train.accumulate"]
+    if was != now and not elastic and "processes" not in config.resume_allow:
+        even = "" if step % now else f" or train.accumulate={step // now}, for steps of as many batches,"
         raise CheckpointError(
             f"{saved.folder}: its run had {was} process{'es' * (was != 1)}, this one has {now}; start as many, "
-            f"torchrun --nproc-per-node={was} on one machine, or d2v-train alone for one"
+            f"torchrun --nproc-per-node={was} on one machine, or d2v-train alone for one;{even} or --resume-allow processes"
         )
     plain = {key: PART.sub("", key) for key in (*known, *settings)}
     new = [key for key, value in settings.items() if key not in known and DEFAULTS.get(plain[key], ...) == value]
     free = [key for key in plain if plain[key] in FREE]
-    saved.compare("settings", settings, (*FREE, *free, *config.resume_allow, *new))
+    kept = ("processes", "train.accumulate") if elastic else ()
+    saved.compare("settings", settings, (*FREE, *free, *kept, *config.resume_allow, *new))
+
+
+def share(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+    """What a rank goes on with, of what the ranks before had; with another number of them, an equal share of all they did.
+
+    Args:
+        ranks: Of a checkpoint, one entry each, as `save` makes them.
+        rank: Of this process.
+        world: Number of ranks.
+
+    Returns:
+        As `Run.rank_state_dict`.
+    """
+    if world == len(ranks):
+        return ranks[rank]
+    if "parts" in ranks[0]:
+        parts = {name: [each["parts"][name] for each in ranks] for name in ranks[0]["parts"]}
+        return {"parts": {name: share(part, rank, world) for name, part in parts.items()}}
+    windows = [each["window"] for each in ranks]
+    window = {key: sum(each[key] for each in windows) / len(windows) for key in windows[0]}
+    return {
+        "batches": sum(each["batches"] for each in ranks) // world,
+        "broken": list({index: [index, why] for each in ranks for index, why in each["broken"]}.values()),
+        "window": window | {"steps": windows[0]["steps"], "samples": sum(each["samples"] for each in windows) / world},
+    }
 
 
 def save(run: Run) -> None:
@@ -101,6 +132,9 @@ def save(run: Run) -> None:
     rank = {**run.rank_state_dict(), **numbers}
     ranks = gather_object([(rank, generators)])
     if not run.accelerator.is_main_process:
+        for values in state.tensors().values() if run.config.train.shard else ():
+            for value in values.values():  # the main process gathers them in this order
+                whole(value)
         return
     scaler = run.accelerator.scaler
     tensors = {
@@ -137,17 +171,22 @@ def write_settings(run: Run) -> None:
 
 def restore(run: Run, saved: Checkpoint) -> None:
     """Make everything as it was after the step of the checkpoint."""
+    from accelerate.utils import set_seed
+
     state, tensors = run.state, {name: saved.tensors(name) for name in ("student", "teacher", "optimizer", "rng")}
     saved.compare_shapes(tensors["student"] | tensors["teacher"], state.core.state_dict())
     state.load_tensors(tensors)
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(saved.state["scaler"])
     run.load_state_dict(saved.state)
-    number = run.accelerator.process_index
-    rank = saved.state["ranks"][number]
+    number, world, ranks = run.accelerator.process_index, run.accelerator.num_processes, saved.state["ranks"]
+    rank = share(ranks, number, world)
     run.load_rank_state_dict(rank)
     run.callbacks.load_state_dict(saved.state.get("callbacks", []))
-    load_generator_states(rank, {kind: tensors["rng"].get(f"{number}.{kind}") for kind in ("cpu", "cuda")}, state.device)
+    if world == len(ranks):
+        load_generator_states(rank, {kind: tensors["rng"].get(f"{number}.{kind}") for kind in ("cpu", "cuda")}, state.device)
+    else:  # other ranks have other dropout
+        set_seed(int(np.random.SeedSequence([run.config.train.seed, saved.step, number]).generate_state(1)[0]))
 
 
 def generator_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -175,8 +214,13 @@ def export(run: Run) -> None:
     Raises:
         OSError: The disk is full or at fault; that checkpoints could not be written either is said as well.
     """
-    if not run.accelerator.is_main_process:
-        return
+    main = run.accelerator.is_main_process
+    with gathered(run.state.core.student, keep=main):
+        if main:
+            _export(run)
+
+
+def _export(run: Run) -> None:
     student, place = run.state.core.student, run.folder.path / "export"
     beside = place.with_suffix(".tmp")
     shutil.rmtree(beside, ignore_errors=True)

@@ -17,6 +17,7 @@ from d2v_fast.data import Batch
 from d2v_fast.diagnostics import Monitor
 from d2v_fast.graphs import Graphs
 from d2v_fast.model import Data2Vec
+from d2v_fast.sharding import spread_as, whole
 from d2v_fast.train.guards import SkippedSteps
 
 if TYPE_CHECKING:
@@ -87,8 +88,9 @@ class State:
         kept: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors["optimizer"].items():
             name, _, key = name.rpartition(".")
-            kept.setdefault(numbers[parameters[name]], {})[key] = value
-        self.core.load_state_dict(tensors["student"] | tensors["teacher"])
+            kept.setdefault(numbers[parameters[name]], {})[key] = spread_as(value, parameters[name])
+        weights = tensors["student"] | tensors["teacher"]
+        self.core.load_state_dict({name: spread_as(weights[name], x) for name, x in self.core.state_dict().items()})
         self.optimizer.load_state_dict({"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
@@ -111,7 +113,7 @@ class Outcome(NamedTuple):
 def step(state: State, micro_batches: list[Batch]) -> Outcome:
     """Forward and backward of all micro-batches, then optimizer, schedule and teacher, unless something is not finite."""
     loss, cls_loss = _accumulate(state, micro_batches)
-    grad_norm = state.accelerator.clip_grad_norm_(state.parameters, state.clip_norm or math.inf)
+    grad_norm = whole(state.accelerator.clip_grad_norm_(state.parameters, state.clip_norm or math.inf))
     state.monitor.watch(grad_norm)
     finite = _finite(state, loss, grad_norm)
     if finite:
@@ -182,6 +184,6 @@ def make_graphs(state: State, train: TrainConfig) -> Graphs | None:
     student = state.core.student
     alone = state.device.type == "cuda" and state.world == 1
     simple = train.accumulate == 1 and state.accelerator.scaler is None and student.halves is not None
-    if not (train.graphs and alone and simple) or getattr(student.model.config, "layerdrop", 0) > 0:
+    if not (train.graphs and alone and simple) or train.checkpointing or getattr(student.model.config, "layerdrop", 0) > 0:
         return None
     return Graphs(partial(forward_backward, state), state.parameters)

@@ -1,0 +1,41 @@
+"""Runs side by side on the ranks that torchrun has started: DistributedDataParallel's, and one that is sharded.
+
+    torchrun -m tests.sharded CASES.json [RANKS OF A MACHINE]
+
+Each case is [name, arguments of d2v-train, whether --fused]. Writes what a rank keeps of the model into NAME/share-RANK.json.
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from d2v_fast.config import parse
+from d2v_fast.sharding import own
+from d2v_fast.train.build import build
+from d2v_fast.train.loop import loop
+
+
+def main(file):
+    for name, arguments, fused in json.loads(Path(file).read_text()):
+        run = build(parse(arguments)[0], fused)
+        parameters = list(run.state.core.parameters())
+        assert loop(run) == 0
+        kept = [x for state in run.state.optimizer.state.values() for x in state.values() if x.ndim]
+        share = {
+            "parameters": sum(own(p).numel() for p in parameters) / sum(p.numel() for p in parameters),
+            "optimizer": sum(own(x).numel() for x in kept) / sum(x.numel() for x in kept),
+        }
+        Path(name, f"share-{run.accelerator.process_index}.json").write_text(json.dumps(share))
+        del run, parameters, kept
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        os.environ["LOCAL_WORLD_SIZE"] = sys.argv[2]
+    main(sys.argv[1])

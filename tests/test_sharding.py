@@ -1,0 +1,332 @@
+"""What makes a model fit: blocks computed again in the backward, and weights spread over ranks."""
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import accelerate
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from d2v_fast import Data2Vec, memory, sharding, wrap
+from d2v_fast.config import ConfigError, TrainConfig, parse
+from d2v_fast.train import build as building
+from d2v_fast.train import parallel, train
+from d2v_fast.train.build import build
+from d2v_fast.train.save import share
+from d2v_fast.train.step import forward_backward, to_device
+from tests import models, test_training, test_training_2
+
+torch.utils._device._device_constructors()  # which are kept, so before a fixture has others in their place
+DROPOUT = {
+    "text": "encoder.config.hidden_dropout_prob=0.1 encoder.config.attention_probs_dropout_prob=0.1",
+    "vision": "encoder.config.hidden_dropout_prob=0.1 encoder.config.attention_probs_dropout_prob=0.1",
+    "audio": "encoder.config.hidden_dropout=0.1 encoder.config.attention_dropout=0.1 encoder.config.activation_dropout=0.1 "
+    "encoder.config.layerdrop=0.3 head.zero_init=false",
+}
+
+
+def made(modality, version, folder, *more, fused=False):
+    args = test_training.arguments if version == 1 else test_training_2.arguments
+    return build(parse(args(modality, folder, *DROPOUT[modality].split(), *more))[0], fused)
+
+
+def gradients(run, batch, seed=1):
+    torch.manual_seed(seed)
+    loss, _ = forward_backward(run.state, to_device(batch, run.state.device), len(batch["index"]), 1)
+    found = {name: p.grad for name, p in run.state.core.named_parameters() if p.grad is not None}
+    run.state.optimizer.zero_grad(set_to_none=True)
+    return loss, found
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("modality", DROPOUT)
+def test_gradients_of_checkpointed_blocks_are_the_same_bits(modality, version, fused, tmp_path):
+    run = made(modality, version, tmp_path / "run", fused=fused)
+    run.state.model.train()
+    (batch,) = run.feed.take(1)
+    loss, expected = gradients(run, batch)
+    assert not torch.equal(gradients(run, batch, seed=2)[0], loss)  # dropout is at work
+    calls = []
+    for block in run.state.core.student.blocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    run.state.core.student.checkpoint_blocks()
+    again, found = gradients(run, batch)
+    assert torch.equal(again, loss) and found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    assert len(calls) <= len(run.state.core.student.blocks)  # what hooks a block is not done twice
+
+
+def torchrun(ranks, cases, *machine):
+    """Run cases, [name, arguments of d2v-train, fused] each, one after the other on so many ranks, `machine` a machine."""
+    Path("cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [*command, "-m", "tests.sharded", "cases.json", *machine], capture_output=True, text=True, timeout=500, env=env
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def side_by_side(modality, version, fused, *more):
+    """A case with DistributedDataParallel and one that is sharded."""
+    args = (test_training.arguments, test_training_2.arguments)[version - 1]
+    # Of a block that one rank may leave out no other could gather its part.
+    more = [*more, "head.zero_init=false", "train.log_every=1", "encoder.config.layerdrop=0"][: 3 if modality == "audio" else 2]
+    name = f"{modality}-{version}-{fused}"
+    return [[f"{name}-{s}", [*args(modality, f"{name}-{s}", *more), f"train.shard={s}"], fused] for s in ("false", "true")]
+
+
+def assert_the_same_run(modality, version, fused, ranks=2):
+    name = f"{modality}-{version}-{fused}"
+    plain, sharded = (test_training.records(Path(f"{name}-{s}")) for s in ("false", "true"))
+    assert len(plain) == len(sharded) == 4
+    for a, b in zip(plain, sharded, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        for key in ("grad_norm", "update_norm", "teacher_decay", "teacher_distance"):
+            assert b[key] == pytest.approx(a[key], rel=1e-3, nan_ok=True), key
+    for rank in range(ranks):
+        share = json.loads(Path(f"{name}-true/share-{rank}.json").read_text())
+        assert max(share.values()) <= 0.51
+    for part in ("export/model", "checkpoints/step-4/student", "checkpoints/step-4/teacher", "checkpoints/step-4/optimizer"):
+        plain, sharded = (load_file(f"{name}-{s}/{part}.safetensors") for s in ("false", "true"))
+        assert plain.keys() == sharded.keys()
+        for key in plain:
+            torch.testing.assert_close(sharded[key], plain[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("three", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sharded_on_two_ranks_it_is_the_same_run_and_goes_on_with_one_and_with_three(three, here):
+    """A step is six micro-batches: 2 ranks × 3, then 1 × 6, then 3 × 2; beside one process that never stops."""
+    more = ["schedule.kind=constant", "schedule.warmup=0", "train.clip_norm=1", "train.batch_size=2", "optimizer.lr=1e-3"]
+    args = test_training.arguments("vision", "run", *more, "train.steps=2", "train.accumulate=3")
+    args += ["train.log_every=1", "train.shard=true"]
+    torchrun(2, [*side_by_side("vision", 2, True), ["run", args, False]])
+    assert_the_same_run("vision", 2, True)
+    go_on = ["--resume", "run", "--resume-allow", "train.steps"]
+    assert train(parse([*go_on, "train.steps=3", "train.accumulate=6", "train.shard=false"])[0]) == 0
+    if three:
+        torchrun(3, [["run", [*go_on, "train.steps=5", "train.accumulate=2", "train.shard=true"], False]])
+    steps = 5 if three else 3
+    assert train(parse(test_training.arguments("vision", "whole", *more, f"train.steps={steps}", "train.accumulate=6"))[0]) == 0
+    for part in ("student", "teacher"):
+        whole, run = (load_file(f"{name}/checkpoints/step-{steps}/{part}.safetensors") for name in ("whole", "run"))
+        assert max(float((whole[key].double() - run[key].double()).abs().max()) for key in whole) < 5e-6
+    assert [record["step"] for record in test_training.records(Path("run"))] == list(range(1, steps + 1))
+
+
+@pytest.mark.slow
+def test_so_is_every_modality(here):
+    every = list(itertools.product(DROPOUT, (1, 2), (False, True)))
+    torchrun(2, [case for each in every for case in side_by_side(*each)])
+    for each in every:
+        assert_the_same_run(*each)
+
+
+@pytest.mark.slow
+def test_so_are_two_machines_that_keep_a_copy_each(here):
+    """hybrid, on four ranks, as if two of them were on each machine."""
+    cases = side_by_side("vision", 2, False)
+    cases[1][1][-1] = "train.shard=hybrid"
+    torchrun(4, cases, "2")
+    assert_the_same_run("vision", 2, False, ranks=4)
+
+
+class Count:
+    """Bytes of all tensors that autograd saves, each storage once; parameters, which are there anyway, do not count."""
+
+    def __init__(self, parameters):
+        self.known = {p.untyped_storage().data_ptr() for p in parameters}
+        self.storages = {}
+
+    def __call__(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.known:
+            self.storages[storage.data_ptr()] = storage
+        return tensor
+
+    @property
+    def bytes(self):
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+def saved_by(encoder, x):
+    count = Count(encoder.parameters())
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        states = encoder.transform(x).states
+    del states
+    return count.bytes
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_a_checkpointed_layer_saves_a_fifteenth(name):
+    """At a quarter of the base size's width, without dropout, which would save more. Two depths differ by their layers."""
+    config = models.CONFIGS[name] | dict(hidden_size=192, num_attention_heads=3, intermediate_size=768)
+    found = {}
+    for depth in (2, 4):
+        encoder = models.build_encoder(name, config=config | dict(num_hidden_layers=depth)).train()
+        x = torch.randn(2, 128 if encoder.reads != "vision" else 16, 192, requires_grad=True)
+        found[depth] = saved_by(encoder, x)
+        encoder.checkpoint_blocks()
+        found[-depth] = saved_by(encoder, x)
+    layer, checkpointed = (found[4] - found[2]) / 2, (found[-4] - found[-2]) / 2
+    assert x.nbytes <= checkpointed <= layer / 15
+
+
+def ranks(*counts):
+    window = {"loss": 3.0, "cls_loss": 0.0, "steps": 4, "samples": 10, "waited": 1.0, "seconds": 2.0}
+    return [
+        {"batches": count, "broken": [[7, "a.png"], [count, f"{count}.png"]], "window": window | {"loss": float(count)}}
+        for count in counts
+    ]
+
+
+def test_another_number_of_ranks_has_an_equal_share_of_what_was():
+    saved = ranks(12, 12)
+    assert share(saved, 1, 2) is saved[1]
+    assert share(ranks(12, 13), 0, 5)["batches"] == 5  # the step that one rank took more for is not done again
+    found = share(ranks(12, 14), 2, 4)
+    assert found["broken"] == [[7, "a.png"], [12, "12.png"], [14, "14.png"]]
+    assert found["window"] == {"loss": 13.0, "cls_loss": 0.0, "steps": 4, "samples": 5.0, "waited": 1.0, "seconds": 2.0}
+
+
+def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
+    vision = functools.partial(test_training.config, "vision")
+    with pytest.raises(ConfigError, match=r"train.precision=fp16: has no scale .* sharded ranks agree on; take bf16 or fp32"):
+        vision(tmp_path / "run", "train.shard=true", "train.precision=fp16")
+    with pytest.raises(ConfigError, match=r"train.shard: found all, expected true or false or one of hybrid"):
+        vision(tmp_path / "run", "train.shard=all")
+    one = "train.shard=true: there is one process, which has nobody to share with; start several, torchrun .* or train.shard=f"
+    with pytest.raises(ConfigError, match=one):
+        build(vision(tmp_path / "run", "train.shard=true"))
+    run = build(test_training.config("audio", tmp_path / "audio", "encoder.config.layerdrop=0.1"))
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"), autocast=nullcontext)
+    monkeypatch.setattr(building, "shard", lambda core, device, world, hybrid: sharding.shard(core, device, 1))
+    config = vision(tmp_path / "run", "train.shard=true")
+    with pytest.raises(
+        ConfigError, match=r"train.shard=true with encoder.config.layerdrop=0.1: .* none may leave it out; enco"
+    ):
+        building._shard(run.state.core, config, run.data, accelerator)
+
+
+class Reaching(models.Handwritten):
+    """Reads the weights of a block outside of it."""
+
+    def contextualize(self, features, padding_mask=None):
+        return super().contextualize(features @ self.blocks[0].gate.weight, padding_mask)
+
+
+class Scalar(models.Handwritten):
+    def __init__(self):
+        super().__init__()
+        for block in self.blocks:
+            block.temperature = nn.Parameter(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    "model, why", [(Reaching, "mixed torch.Tensor and DTensor"), (Scalar, "scalar parameters"), (None, "")]
+)
+def test_blocks_that_cannot_be_gathered_are_named(model, why, monkeypatch):
+    """In a group of one process, where a block is gathered as anywhere."""
+    core = Data2Vec(wrap((model or models.Handwritten)(), "blocks", "mlp.2"), top_k=2)
+    batch = {"source": torch.randn(2, 8, 6), "mask": torch.arange(8).expand(2, 8) < 4}
+    batch["index"] = batch["mask"].flatten().nonzero().squeeze(1)
+    monkeypatch.setattr(building, "first_batch", lambda data: batch)
+    monkeypatch.setattr(building, "shard", lambda core, device, world, hybrid: sharding.shard(core, device, 1))
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"), autocast=nullcontext)
+    config = SimpleNamespace(train=SimpleNamespace(shard=True))
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        if model is None:
+            expected = core(**batch).loss.detach()
+            building._shard(core, config, None, accelerator)
+            torch.testing.assert_close(core(**batch).loss.detach(), expected)
+            return
+        name = model.__name__
+        with pytest.raises(
+            ConfigError, match=f"train.shard=true: {name} cannot be sharded by its blocks: .*{why}.*; blocks that"
+        ):
+            building._shard(core, config, None, accelerator)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_ranks_are_started_with_a_timeout_and_without_a_second_copy_of_gradients(monkeypatch):
+    asked = []
+    accelerator = accelerate.Accelerator
+    monkeypatch.setattr(
+        accelerate, "Accelerator", lambda **kwargs: asked.extend(kwargs["kwargs_handlers"]) or accelerator(**kwargs)
+    )
+    parallel.start(TrainConfig(timeout_minutes=0.25))
+    found = {key: value for handler in asked for key, value in handler.to_kwargs().items()}
+    assert found["timeout"].total_seconds() == 15 and found["gradient_as_bucket_view"]
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that live, by their storages, and the most of them so far."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.alive, self.bytes, self.most = {}, 0, 0
+        for tensor in tensors:
+            self.note(tensor)
+
+    def note(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive[key] = weakref.ref(storage, lambda _: self.gone(key, size))
+            self.bytes += size
+            self.most = max(self.most, self.bytes)
+
+    def gone(self, key, size):
+        del self.alive[key]
+        self.bytes -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor):
+                self.note(each)
+        return out
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("preset", ["vision/tiny-2", "text/tiny", "audio/tiny"])
+def test_what_the_doctor_computes_is_what_lives_at_most_in_a_step(preset, checkpointing):
+    """Counted in a whole step, backward and update included, of tensors without numbers; the doctor has run a forward alone."""
+    # Of fewer parameters than activations, as where memory is short.
+    config, _ = parse(["--config", preset, "train.precision=fp32", "encoder.config.num_hidden_layers=6"])
+    doctor = memory.need(config)["train.checkpointing" if checkpointing else "neither"]
+    model = memory.model_on_meta(config)
+    if checkpointing:
+        model.student.checkpoint_blocks()
+    with memory.without_numbers(model, memory.example(config, model.student), "fp32") as inputs:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)  # as DistributedDataParallel has them from the start
+        optimizer = torch.optim.AdamW(trained, foreach=False)
+        optimizer.step()
+        kept = [x for state in optimizer.state.values() for x in state.values()]
+        live = Live([*model.parameters(), *(p.grad for p in trained), *kept])
+        assert live.bytes == pytest.approx(sum(doctor.always.values()), rel=1e-3)
+        with live:
+            layers, predictions = memory.student_pass(model, inputs)
+            (predictions - torch.zeros_like(predictions)).square().sum().backward()
+            del layers, predictions
+            optimizer.step()
+            model.update_teacher()
+    assert doctor.total == pytest.approx(live.most, rel=0.1)
