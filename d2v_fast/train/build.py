@@ -129,9 +129,8 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
         CheckpointError: `config.resume`, and no usable checkpoint.
     """
     callbacks = [*map(make_callback, config.train.callbacks), *callbacks]
-    for key in ("probe_every", "shard", "checkpointing"):
-        if config.parts and getattr(config.train, key):
-            raise ConfigError(f"train.{key}: is for a run of one modality, not of several; leave it out")
+    if config.train.probe_every and config.parts:
+        raise ConfigError("train.probe_every: is for a run of one modality; d2v-probe RUN/PART tells what a part has learned")
     if config.train.probe_every:
         callbacks.insert(0, OnlineProbe(config))
     if config.train.trackers:
