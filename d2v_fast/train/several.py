@@ -56,8 +56,11 @@ def turns(shares: Mapping[str, float], steps: int, seed: int) -> np.ndarray:
 
 @dataclass
 class SeveralRun(Run):
-    """Attributes:
-    parts: By name. Feed, data, window and broken samples are theirs; those of the run are the first one's, and not used.
+    """A run whose steps its parts take in turn.
+
+    Attributes:
+        parts: By name. Data, feed, window, broken samples and what watches a step are theirs; the run itself has those of the
+            first, and does not use them.
     """
 
     parts: dict[str, Run] = field(default_factory=dict)
