@@ -169,6 +169,8 @@ def test_page_runs(page, shop, monkeypatch, caplog):
     for kind, text in blocks:
         if file := re.match(r"# (\w+\.\w+)\n", text):
             Path(file[1]).write_text(text)
+            sys.modules.pop(Path(file[1]).stem, None)  # of another page
+            importlib.invalidate_caches()
         if kind == "sh":
             for line in text.splitlines():
                 for command in filter(None, line.split("&&")):

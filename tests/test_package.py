@@ -23,7 +23,7 @@ def loaded_by(statement):
 
 def test_public_names_are_frozen():
     assert d2v_fast.__all__ == [
-        "__version__", "ConvDecoder", "Data2Vec", "Data2Vec2AudioConfig", "Data2Vec2AudioForCTC",
+        "__version__", "Callback", "ConvDecoder", "Data2Vec", "Data2Vec2AudioConfig", "Data2Vec2AudioForCTC",
         "Data2Vec2AudioForSequenceClassification", "Data2Vec2AudioModel", "Data2Vec2VisionConfig",
         "Data2Vec2VisionForImageClassification", "Data2Vec2VisionModel", "Data2VecLoss", "EMATeacher", "Encoder",
         "build_encoder", "data2vec_loss", "wrap",

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from d2v_fast import Data2Vec, build_encoder, training
+from d2v_fast import Data2Vec, build_encoder
 from d2v_fast.config import parse
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.encoders import SplicedEncoder
 from d2v_fast.export import export_run
+from d2v_fast.train import train
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, num_heads=4, depth=3)
 # Tokens in front, and whether visible positions can be encoded alone.
@@ -114,7 +115,7 @@ def test_a_run_whose_export_loads_in_timm(timm, tmp_path):
     settings = [f"encoder.config.{name}={value}" for name, value in SMALL.items()]
     args = ["--config", "vision/tiny", "encoder.model=timm/vit_tiny_patch16_224", *settings, "targets.top_k=2"]
     more = ["train.steps=2", "train.workers=0", "train.batch_size=4", "train.precision=fp32", f"train.output={run}"]
-    assert training.train(parse([*args, *more])[0]) == 0
+    assert train(parse([*args, *more])[0]) == 0
     assert export_run(run, to) < 1e-6
     encoder = build_encoder(pretrained=str(to)).eval()
     assert encoder.reads == "vision" and encoder.positions(32) == (4, 4)
