@@ -55,8 +55,8 @@ Build choose() {
 
 const Build build = choose();
 
-// glibc maps what is larger than this anew for each allocation, and the first write to each of its pages costs more than the
-// loss; pages of 2 MB cost a third of it.
+// glibc maps what is larger than this anew for each allocation, and the first write to each of its pages can cost more than
+// the loss; pages of 2 MB cost far less.
 constexpr uintptr_t MAPPED = 32 << 20, LARGE_PAGE = 2 << 20;
 
 void ask_for_large_pages(void *x, uintptr_t bytes) {
