@@ -328,7 +328,7 @@ def test_step_2(case, beside, device, seconds, benchmark):
         benchmark.pedantic(variants["fused"], args=("seconds",), rounds=2)
 
 
-@pytest.mark.parametrize("case", STEP_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*STEP_CASES, *STEP_CASES_2], ids=lambda case: case.name)
 def test_parts(case, device, seconds, benchmark):
     """What each part of --fused that does something here is worth: the whole beside a step without it, two at a time."""
     case = case.on(device)
