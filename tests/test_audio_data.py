@@ -313,8 +313,8 @@ class TestLeftOut:
             assert len(find_files(str(tmp_path), (".wav",))) == 5
             assert len(find_files(str(tmp_path / "clips/*.wav"), (".wav",))) == 5
         (line,) = caplog.messages
-        assert line == f"data.path={tmp_path}: 4 files of other kinds are left out: 2 .m4a, 1 without an ending, 1 .txt"
-        with pytest.raises(DataError, match=r"no file with one of the endings .png; found 5 .wav, 2 .m4a, 1 without"):
+        assert line == f"data.path={tmp_path}: 4 files of other types are left out: 2 .m4a, 1 without an extension, 1 .txt"
+        with pytest.raises(DataError, match=r"no file with one of the extensions .png; found 5 .wav, 2 .m4a, 1 without"):
             find_files(str(tmp_path), (".png",))
 
     def test_pipes_sockets_and_devices(self, tmp_path, clips, caplog, busy_pipe, monkeypatch):

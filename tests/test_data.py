@@ -252,7 +252,7 @@ class TestFiles:
         datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(str(tmp_path / name / f"{name}.parquet"))
         assert len(load_hub(str(tmp_path / name / f"{name}.parquet"), None, "train")) == 1
 
-    @pytest.mark.parametrize("path, message", [("no", "no such file or folder"), (".", "no file with one of the endings .wav")])
+    @pytest.mark.parametrize("path, message", [("no", "no such file or folder"), (".", "no file with one of the extensions .wav")])
     def test_nothing_there(self, tmp_path, path, message):
         with pytest.raises(DataError, match=message):
             find_files(str(tmp_path / path), (".wav",))
@@ -776,7 +776,7 @@ class TestText:
         assert not own.mask_embedding.requires_grad
 
     def test_unreachable_set(self):
-        with pytest.raises(DataError, match=r"data.path=no/such: no such file or folder here, and as a Hugging Face data set"):
+        with pytest.raises(DataError, match=r"data.path=no/such: no such file or folder here, and it cannot be loaded as a Hugging Face data set"):
             load_documents("no/such")
 
 

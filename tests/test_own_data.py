@@ -452,7 +452,7 @@ class TestRefusals:
                 line = dict(enumerate(Path("mine.py").read_text().splitlines(), start=1))[int(number[1])]
                 assert line and line in MINE + "    " + code  # of the class or, in the same file, of the encoder
         else:
-            assert said == "Other.collate: gives no source; found mask"
+            assert said == "Other.collate: returns no source; found mask"
 
     @pytest.mark.parametrize(
         "grid, settings, message",
@@ -460,12 +460,12 @@ class TestRefusals:
             (
                 "space",
                 ["mask.kind=block"],
-                r"mask: BlockMask is for two axes, and the grid of the data is \(3, 4, 2\); mask.kind=ra",
+                r"mask: BlockMask needs two axes, but the grid of the data is \(3, 4, 2\); use mask.kind=ra",
             ),
             (
                 "plane",
                 ["mask.kind=span"],
-                r"mask: SpanMask is for one axis, and the grid of the data is \(4, 6\); mask.kind=random",
+                r"mask: SpanMask needs one axis, but the grid of the data is \(4, 6\); use mask.kind=random",
             ),
             ("plane", ["mask.kind=block"], r"mask.count=120: a sample has 24 positions, .* about 60 % of them, mask.count=14"),
             (
@@ -483,7 +483,7 @@ class TestRefusals:
             ("plane", ["data.sides=5"], "data.sides: found 5, expected a list"),
             ("plane", ["mask.kind=token"], "mask.kind: found 'token', expected for custom one of random, exact, span, block"),
             ("plane", ["data.views=2"], "head.kind=linear with data.views=2"),
-            ("plane", ["modality=text"], r"mask: TokenMask is for ids of a tokenizer, and the grid of the data is \(4, 6\)"),
+            ("plane", ["modality=text"], r"mask: TokenMask needs ids of a tokenizer, but the grid of the data is \(4, 6\)"),
             (
                 "plane",
                 ["data.class=null", "modality=custom"],

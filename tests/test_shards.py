@@ -82,7 +82,7 @@ def test_what_lies_where_is_looked_up_once(shards, tmp_path, monkeypatch, caplog
     assert len(open_images(str(shards), cache=str(tmp_path))) == 40
     monkeypatch.undo()
     os.remove(shards / "1.tar")
-    assert len(open_images(str(shards), cache=str(tmp_path))) == 26 and "it is made again" in caplog.text
+    assert len(open_images(str(shards), cache=str(tmp_path))) == 26 and "rebuilding it" in caplog.text
 
 
 def test_a_shard_that_vanishes_or_is_cut_while_it_is_read(shards):
@@ -134,7 +134,7 @@ def test_damaged_archives(shards, caplog):
 def test_an_archive_of_nothing(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         add(archive, "a.txt", b"text")
-    with pytest.raises(DataError, match=r"1 archives hold no file with one of the endings .*\.jpg"):
+    with pytest.raises(DataError, match=r"1 archives hold no file with one of the extensions .*\.jpg"):
         open_images(str(tmp_path / "a.tar"))
 
 

@@ -359,5 +359,5 @@ def test_folders_written_by_save_to_disk(tmp_path):
     splits["train"].save_to_disk(str(tmp_path / "one"))
     assert texts(tmp_path / "both") == texts(tmp_path / "one") == ["train"]
     assert texts(tmp_path / "both", split="test") == ["test"]
-    with pytest.raises(DataError, match=r"data\.split=dev: .* holds train, test"):
+    with pytest.raises(DataError, match=r"data\.split=dev: .* has train, test"):
         texts(tmp_path / "both", split="dev")

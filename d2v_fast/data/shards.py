@@ -58,7 +58,7 @@ def open_tars(
         log.warning("left out: %s", message)
     places = np.fromfile(folder / PLACES, np.int64).reshape(-1, 3)
     if len(places) == 0:
-        raise DataError(f"data.path={path}: {len(tars)} archives hold no file with one of the endings {', '.join(suffixes)}")
+        raise DataError(f"data.path={path}: {len(tars)} archives hold no file with one of the extensions {', '.join(suffixes)}")
     names, labels = ((folder / file).read_bytes().decode(errors="surrogateescape").split("\0") for file in (NAMES, LABELS))
     names = [f"{tars[int(number)]}/{name}" for number, name in (name.split("/", 1) for name in names)]
 
