@@ -176,7 +176,7 @@ class TestMessages:
             ([*VISION, "targets.top_k=3"], "found 3, but ViTModel has 2 layers"),
             ([*VISION, "data.path=nowhere/"], "data.path=nowhere/: no such file or folder"),
             ([*VISION, "data.path=~/nowhere"], "nowhere: no such file or folder"),
-            ([*VISION, "data.path=some/set"], "no such file or folder here, and it cannot be loaded as a Hugging Face data set"),
+            ([*VISION, "data.path=some/set"], "folder here, and it cannot be loaded as a Hugging Face data set"),
             ([*VISION, "data.split=tset"], "data.split=tset: builtin data have the splits"),
             ([*VISION, "data.image_size=64"], "data.image_size=64: the encoder takes 32"),
             ([*TEXT, "data.path=."], "data.path=.: no file with one of the extensions .txt"),

@@ -157,7 +157,7 @@ class TestData:
         Path("set").mkdir()
         soundfile.write("secret.wav", np.zeros(16000), 16000)
         Path("set/metadata.csv").write_text(f"file_name,label\n{name},x\n")
-        with pytest.raises(DataError, match=r"set/metadata\.csv: names .*secret\.wav, which is not in the folder"):
+        with pytest.raises(DataError, match=r"set/metadata\.csv: names .*secret\.wav, which is outside the folder"):
             open_audio("set")
         assert len(open_audio("set/metadata.csv")) == 1  # named by the user, who may mean it
 
