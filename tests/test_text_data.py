@@ -299,7 +299,7 @@ def test_a_model_without_a_tokenizer(tmp_path):
     from transformers import RobertaConfig
 
     RobertaConfig(vocab_size=300).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="holds a model but no vocabulary of a tokenizer"):
+    with pytest.raises(DataError, match="holds a model but no tokenizer vocabulary"):
         load_tokenizer(str(tmp_path))
 
 

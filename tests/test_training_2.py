@@ -451,7 +451,7 @@ def test_any_number_of_views(views):
             "encoder.model=roberta encoder.init=hf",
             "encoder.model=roberta: RobertaModel does not read what modality=vis",
         ),
-        ("text", "data.teacher_input=masked_only", "data.teacher_input=masked_only: is for one mask a sample"),
+        ("text", "data.teacher_input=masked_only", "data.teacher_input=masked_only: needs a single mask per sample"),
         ("vision", "head.pretrained=none", "head.pretrained=none: No such file or directory: none/head.safetensors"),
     ],
 )

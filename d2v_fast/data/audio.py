@@ -264,7 +264,7 @@ def open_audio(
         return [str(value) for value in recordings[found[0]]] if found else None
 
     names = [f"{path}[{i}]" for i in range(len(recordings))]
-    source = _source(names, file, sample_rate, column("label"), column(*SPEAKERS))
+    source = _source(names, file, sample_rate, values("label"), values(*SPEAKERS))
     return replace(source, state=lambda: recordings._fingerprint)
 
 
