@@ -316,5 +316,5 @@ def test_the_installed_command(images):
     assert "Traceback" not in done.stderr and len(lines) == 5
     assert lines[-2:] == [
         "d2v-train: 1 of 13 samples cannot be read, more than train.max_broken=0.01:",
-        "  images/broken.png: is not an image of the formats JPEG, PNG, WEBP, GIF, TIFF, BMP, PPM, JPEG2000, AVIF",
+        "  images/broken.png: is not an image in one of the formats JPEG, PNG, WEBP, GIF, TIFF, BMP, PPM, JPEG2000, AVIF",
     ]

@@ -190,7 +190,7 @@ class TestData:
         rows = datasets.Dataset.from_dict({"image": [{"bytes": script, "path": None}], "text": ["a caption of an image"]})
         rows.cast_column("image", datasets.Image()).to_parquet("set.parquet")
         for path in ("images", "set.parquet"):
-            with pytest.raises(ValueError, match="is not an image of the formats JPEG, PNG"):
+            with pytest.raises(ValueError, match="is not an image in one of the formats JPEG, PNG"):
                 open_images(path).read(0)
         assert len(TextData(mask=TokenMask(0.3, 2), path="set.parquet", block_size=4, vocab_size=300))
 

@@ -20,7 +20,7 @@ from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask
 
 Box = tuple[float, float, float, float]  # left, upper, right and lower edge
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels of ImageNet
-# Without a list Pillow tries every format it knows, whatever the file name, and passes PostScript to Ghostscript, which runs it.
+# By default Pillow tries every format, whatever the file name, and passes PostScript to Ghostscript, which runs it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
 BACKGROUND = (255, 255, 255)  # for transparent images, as in the image processors of transformers
 
