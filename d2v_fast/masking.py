@@ -101,7 +101,7 @@ def visible_positions(mask: np.ndarray, padding_mask: np.ndarray | None = None) 
         padding_mask: (B, T) bool, True = padding.
 
     Raises:
-        ValueError: A view has no visible positions, or views without padding differ in their number.
+        ValueError: A view has no visible positions, or views differ in their number by more than padding can fill.
     """
     padding = np.zeros_like(mask) if padding_mask is None else np.broadcast_to(padding_mask[:, None], mask.shape)
     kind = np.where(padding, 1, 2 * mask.astype(np.int8)).reshape(-1, mask.shape[-1])
@@ -163,7 +163,7 @@ class SpanMask:
             allowed = (positions < np.maximum(first_forbidden, 1)) & valid
             mask = _paint(_choose(draws.uniform(2, size), allowed, spans), span_lengths) & valid
         else:
-            mask = self._without_overlap(draws, sizes, spans, span_lengths, size) & valid
+            mask = self._disjoint(draws, sizes, spans, span_lengths, size) & valid
         mask = _keep_one_visible(mask, valid, draws.uniform(3, size))
         if self.same_count != "none":
             count = np.minimum(getattr(mask.sum(axis=1), self.same_count)(), sizes - 1)  # one of each stays visible
@@ -188,7 +188,7 @@ class SpanMask:
             lengths = np.full(u.shape[:2], self.length)
         return lengths.astype(np.int64)
 
-    def _without_overlap(self, draws: Draws, sizes: np.ndarray, spans: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
+    def _disjoint(self, draws: Draws, sizes: np.ndarray, spans: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
         """Spans that do not overlap: drop those that do not fit, then distribute the remaining space as random gaps."""
         room = lengths.cumsum(axis=1) + self.min_space * np.arange(size)
         spans = np.minimum(spans, (room < sizes[:, None]).sum(axis=1))
