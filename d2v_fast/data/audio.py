@@ -324,7 +324,7 @@ class AudioData(PretrainingData):
         whole_seconds: Longer recordings are split into equal parts of at most max_seconds; each part is a sample and is read
             without the rest.
         crop: Crop a batch to its shortest recording, as the authors do; otherwise recordings are padded.
-        join_seconds: Join recordings of one speaker up to this length, for data sets of short clips; 0 disables joining.
+        join_seconds: Join recordings of one speaker until they are this long, for data sets of short clips; 0 disables it.
         normalize: Normalise each recording, or part of a long one, to zero mean and unit variance before cropping.
         batch_seconds: Fill batches up to this many seconds instead of up to train.batch_size samples.
         channel_prob: Share of the student's feature channels to zero in spans, if spans did not overlap.

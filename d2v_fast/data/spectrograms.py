@@ -100,7 +100,7 @@ class SpectrogramData(AudioData):
         min_seconds: Minimum length; shorter recordings are left out.
         whole_seconds: Longer recordings are split into equal parts of at most target_length; each part is a sample and is
             read without the rest.
-        join_seconds: Join recordings of one speaker up to this length, for data sets of short clips; 0 disables joining.
+        join_seconds: Join recordings of one speaker until they are this long, for data sets of short clips; 0 disables it.
         target_length: Frames (10 ms each) per spectrogram; longer recordings are cropped at random, shorter ones padded.
         mel_bins: Number of mel filters.
         mean: Mean to subtract from the log energies; defaults to AudioSet's.
