@@ -13,7 +13,7 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def regression_head(hidden_size: int, layers: int, zero_init: bool = False) -> nn.Sequential:
-    """MLP of `layers` Linears with GELU and hidden width 2 C; the identity for 0 layers (method 3.2, 3.3)."""
+    """MLP of `layers` Linears with GELU and hidden width 2 · hidden_size; the identity for 0 layers (method 3.2, 3.3)."""
     modules: list[nn.Module] = []
     width = hidden_size
     for _ in range(layers - 1):

@@ -471,7 +471,7 @@ class TestRefusals:
             (
                 "plane",
                 [*TWO, "encoder.model=mine:Flat"],
-                r"data.class=mine:Fields: its grid is \(4, 6\), and encoder.positions\(12\) returns \(24,\); the decoder .* "
+                r"data.class=mine:Fields: its grid is \(4, 6\), but encoder.positions\(12\) returns \(24,\); the decoder .* "
                 r"let positions\(size\) of the encoder return the grid",
             ),
             (

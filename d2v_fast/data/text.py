@@ -143,7 +143,7 @@ def token_fields(tokenizer: Any, vocab_size: int) -> dict[str, int]:
     """Fields of an encoder's config that depend on the tokenizer."""
     t = tokenizer
     ids = dict(pad_token_id=t.pad_token_id, cls_token_id=t.cls_token_id, sep_token_id=t.sep_token_id)
-    # Many tokenizers define no bos and eos tokens; cls and sep mark the start and the end of a text.
+    # Not every tokenizer has bos and eos tokens; cls and sep mark the start and the end of a text.
     return dict(vocab_size=vocab_size, bos_token_id=t.cls_token_id, eos_token_id=t.sep_token_id, **ids)
 
 
