@@ -1,4 +1,4 @@
-"""What turns a student's states into predictions: the regression head of data2vec 1.0, the convolutional decoder of 2.0."""
+"""From the student's states to predictions: the regression head of data2vec 1.0 and the convolutional decoder of 2.0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def regression_head(hidden_size: int, layers: int, zero_init: bool = False) -> nn.Sequential:
-    """`layers` Linears with GELU between, twice as wide inside; none is the identity (method 3.2, 3.3)."""
+    """MLP of `layers` Linears with GELU and hidden width 2 · hidden_size; the identity for 0 layers (method 3.2, 3.3)."""
     modules: list[nn.Module] = []
     width = hidden_size
     for _ in range(layers - 1):
@@ -22,11 +22,11 @@ def regression_head(hidden_size: int, layers: int, zero_init: bool = False) -> n
     if layers:
         modules.append(nn.Linear(width, hidden_size))
         if zero_init:
-            _start_at_zero(modules[-1])
+            _zero_init(modules[-1])
     return nn.Sequential(*modules)
 
 
-def _start_at_zero(linear: nn.Linear) -> None:
+def _zero_init(linear: nn.Linear) -> None:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
 
@@ -34,23 +34,23 @@ def _start_at_zero(linear: nn.Linear) -> None:
 class ConvDecoder(nn.Module):
     """Convolutions over all positions, visible and masked, then a projection to the width of the targets (method 4.5).
 
-    Each layer is a convolution, a norm over channels without weights, and GELU, with a residual where the width stays.
+    Each layer is a convolution, a norm over channels without affine parameters and GELU, with a residual if the width is equal.
 
     Args:
         hidden_size: Channels C of the encoder and of the targets.
         axes: Axes of the grid of positions: 1 for text and speech, 2 for images and spectrograms.
         width: Channels of the convolutions.
-        kernel: Their side; an even one reaches one position further to the left.
+        kernel: Kernel size along each axis; an even one reaches one position further to the left.
         layers: Number of convolutions.
-        groups: Groups of channels that each convolution keeps apart.
+        groups: Channel groups of each convolution.
         residual: Add a layer's input to its output.
-        projection_layers: Linears of the projection, with GELU between, twice as wide inside.
-        dropout: Of the encoder's states.
-        noise: Standard deviation of the noise that stands at masked positions, drawn anew at each step.
-        zero_init: Start the last Linear at zero.
+        projection_layers: Linears of the projection, with GELU between them and hidden width 2 · width.
+        dropout: Dropout of the encoder's states.
+        noise: Standard deviation of the noise inserted at masked positions, drawn anew in every step.
+        zero_init: Initialise the last Linear to zero.
 
     Raises:
-        ValueError: A number of axes without a convolution, or groups that do not divide the channels.
+        ValueError: The number of axes is not supported, or groups do not divide the channels.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class ConvDecoder(nn.Module):
             sizes.append(2 * width)
         self.projection = nn.Sequential(*projection, nn.Linear(sizes[-1], hidden_size))
         if zero_init:
-            _start_at_zero(self.projection[-1])
+            _zero_init(self.projection[-1])
 
     def restore(self, states: Tensor, visible: Tensor, length: int) -> Tensor:
-        """All positions (N, T, C): states (N, V, C) where they are visible (N, V) int64, noise elsewhere."""
+        """All positions (N, T, C): states (N, V, C) at the visible positions (N, V) int64, noise elsewhere."""
         count, _, width = states.shape
         x = torch.randn(count * length, width, dtype=states.dtype, device=states.device) * self.noise
         rows = visible + length * torch.arange(count, device=visible.device)[:, None]
@@ -97,19 +97,19 @@ class ConvDecoder(nn.Module):
     def forward(
         self, x: Tensor, grid: tuple[int, ...], padding_mask: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
-        """Predictions from all positions x (N, T, C), row-major on a grid.
+        """Predict from all positions.
 
         Args:
-            x: From `restore`.
+            x: (N, T, C) from `restore`, row-major on the grid.
             grid: Positions along each axis.
-            padding_mask: (N, T) bool, True = padding, which convolutions see as zeros.
-            rows: int64, positions of the flattened (N, T) that are wanted; all by default.
+            padding_mask: (N, T) bool, True = padding, zeroed before each convolution.
+            rows: (rows,) int64, positions of the flattened (N, T) to predict; all by default.
 
         Returns:
             (N, T, C), or (rows, C).
 
         Raises:
-            ValueError: A grid with another number of axes or of positions.
+            ValueError: The grid does not match the decoder's axes or the number of positions.
         """
         if len(grid) != self.axes or math.prod(grid) != x.shape[1]:
             raise ValueError(f"grid: found {grid} for {x.shape[1]} positions and a decoder of {self.axes} axes")

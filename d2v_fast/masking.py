@@ -1,8 +1,8 @@
-"""Masks of data2vec: spans, BEiT blocks, blocks with exact counts, text tokens, random positions (spec section 2).
+"""Masks of data2vec: spans, BEiT blocks, blocks with exact counts, text tokens, random positions (method 2).
 
-Every mask is a pure function of (seed, epoch, sample, view), whatever the batch, the workers and the process, because all
-randomness comes from `uniform`, a counter-based generator. All samplers are vectorised over the batch and return numpy bool
-arrays, True = masked = scored. Padding is on the right and is never masked.
+Every mask is a pure function of (seed, epoch, sample, view), independent of the batch, the workers and the process, because all
+randomness comes from `Draws.uniform`, a counter-based generator. All samplers are vectorised over the batch and return numpy
+bool arrays, True = masked = scored. Padding is on the right and is never masked.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of a batch of samples, each seen in one or more views.
+    """Random numbers for a batch of samples, each with one or more views.
 
-    Row b·views + m depends only on (seed, epoch, samples[b], m) and the stream. View 0 is what a single view would be.
+    Row b·views + m depends only on (seed, epoch, samples[b], m) and the stream. View 0 does not depend on the number of views.
     """
 
     seed: int
@@ -54,7 +54,7 @@ class Draws:
         return (bits * 2.0**-53).reshape(len(key), *shape)
 
     def generator(self, row: int) -> np.random.Generator:
-        """A numpy generator of one sample, for augmentations that need many kinds of draws."""
+        """A numpy generator for one sample, for augmentations that draw from several distributions."""
         return np.random.default_rng([self.seed % 2**64, self.epoch, int(self.samples[row])])
 
 
@@ -74,7 +74,7 @@ def _paint(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _keep_one_visible(mask: np.ndarray, valid: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """A sample masked from end to end has nothing to predict from: uncover one random position."""
+    """Unmask one random position of each fully masked sample, which would have nothing to predict from."""
     full = (mask | ~valid).all(axis=1)
     return mask & ~(full[:, None] & _choose(scores, valid, np.ones(len(mask), dtype=np.int64)))
 
@@ -101,18 +101,18 @@ def visible_positions(mask: np.ndarray, padding_mask: np.ndarray | None = None) 
         padding_mask: (B, T) bool, True = padding.
 
     Raises:
-        ValueError: A view without visible positions, or views with different numbers of them.
+        ValueError: A view has no visible positions, or views differ in their number by more than padding can fill.
     """
     padding = np.zeros_like(mask) if padding_mask is None else np.broadcast_to(padding_mask[:, None], mask.shape)
     kind = np.where(padding, 1, 2 * mask.astype(np.int8)).reshape(-1, mask.shape[-1])
     counts = (kind == 0).sum(axis=1)
     if counts.min() == 0:
-        raise ValueError("mask: found a view in which nothing is visible, expected at least one position in each")
+        raise ValueError("mask: found a view without visible positions, expected at least one in each")
     order = kind.argsort(axis=1, kind="stable")[:, : counts.max()]
     if np.take_along_axis(kind, order, 1).max() > 1:
         raise ValueError(
-            f"mask: found views with {counts.min()} to {counts.max()} visible positions, expected the same number in all, "
-            "which RandomMask and ExactBlockMask give"
+            f"mask: found views with {counts.min()} to {counts.max()} visible positions, expected the same number in all; "
+            "use RandomMask or ExactBlockMask"
         )
     return order
 
@@ -127,14 +127,14 @@ class SpanMask:
         length_kind: "static"; "uniform" in [length_other, 2 length]; "normal" (length, length_other); "poisson" (length);
             always at least 1.
         length_other: Lower bound (uniform) or standard deviation (normal).
-        min_spans: At least this many spans a sample.
-        overlap: Whether spans may overlap; without, gaps between them are uniform over all arrangements that fit.
-        min_space: Least distance between spans that do not overlap.
-        same_count: Give every sample of a batch the "min" or the "max" count by un-masking or masking random positions;
-            "none" leaves counts ragged. This is the one setting by which a mask depends on its batch.
-        dropout: Share of masked positions that is uncovered again.
-        last_start: Whether the last possible start is drawn; the reference code never draws it, so that its last frame is
-            never masked.
+        min_spans: Minimum number of spans per sample.
+        overlap: Whether spans may overlap; if not, gaps are uniform over all arrangements that fit.
+        min_space: Minimum distance between spans that do not overlap.
+        same_count: Give every sample of a batch the "min" or the "max" count by unmasking or masking random positions;
+            "none" leaves counts ragged. This is the only setting with which a mask depends on its batch.
+        dropout: Share of masked positions to unmask again.
+        last_start: Whether the last possible start may be drawn; the reference code never draws it, so it never masks the
+            last frame.
     """
 
     prob: float = 0.65
@@ -156,19 +156,19 @@ class SpanMask:
         valid = positions < sizes[:, None]
         expected = self.prob * sizes / self.length
         spans = np.maximum(self.min_spans, np.floor(expected + draws.uniform(0, 1)[:, 0])).astype(np.int64)
-        # A span must not swallow a short sample: at least one position stays outside.
+        # Leave at least one position of a short sample outside every span.
         span_lengths = np.minimum(self._lengths(draws, size), np.maximum(sizes[:, None] - 1, 1))
         if self.overlap:
             first_forbidden = sizes[:, None] - span_lengths + self.last_start
             allowed = (positions < np.maximum(first_forbidden, 1)) & valid
             mask = _paint(_choose(draws.uniform(2, size), allowed, spans), span_lengths) & valid
         else:
-            mask = self._apart(draws, sizes, spans, span_lengths, size) & valid
+            mask = self._disjoint(draws, sizes, spans, span_lengths, size) & valid
         mask = _keep_one_visible(mask, valid, draws.uniform(3, size))
         if self.same_count != "none":
-            wanted = np.minimum(getattr(mask.sum(axis=1), self.same_count)(), sizes - 1)  # one of each stays visible
-            # Masked positions first when some must go, all of them plus random others when some must come.
-            mask = _choose(draws.uniform(4, size) - mask, valid, wanted)
+            count = np.minimum(getattr(mask.sum(axis=1), self.same_count)(), sizes - 1)  # one of each stays visible
+            # Masked positions have the smallest scores: a random subset of them is kept, or random others are added.
+            mask = _choose(draws.uniform(4, size) - mask, valid, count)
         if self.dropout > 0:
             kept = mask.sum(axis=1) - np.round(self.dropout * mask.sum(axis=1)).astype(np.int64)
             mask = _choose(draws.uniform(5, size), mask, kept)
@@ -188,8 +188,8 @@ class SpanMask:
             lengths = np.full(u.shape[:2], self.length)
         return lengths.astype(np.int64)
 
-    def _apart(self, draws: Draws, sizes: np.ndarray, spans: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
-        """Spans that do not overlap: drop those that do not fit, then share the remaining room out as random gaps."""
+    def _disjoint(self, draws: Draws, sizes: np.ndarray, spans: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
+        """Spans that do not overlap: drop those that do not fit, then distribute the remaining space as random gaps."""
         room = lengths.cumsum(axis=1) + self.min_space * np.arange(size)
         spans = np.minimum(spans, (room < sizes[:, None]).sum(axis=1))
         slack = sizes - np.where(spans > 0, np.take_along_axis(room, np.maximum(spans - 1, 0)[:, None], 1)[:, 0], 0)
@@ -209,9 +209,9 @@ class BlockMask:
     """BEiT's blocks of patches, as in data2vec vision (method 2.2).
 
     Args:
-        count: Upper bound of masked patches; blocks are added until it is met or ten draws in a row do not fit.
-        min_area: Least patches in a block.
-        max_area: Most patches in a block.
+        count: Maximum number of masked patches; blocks are added until it is reached or ten draws in a row do not fit.
+        min_area: Minimum number of patches in a block.
+        max_area: Maximum number of patches in a block.
         min_aspect: Aspect ratios are log-uniform between this and its inverse.
     """
 
@@ -233,7 +233,7 @@ class BlockMask:
             u = draws.uniform(attempt, 4)
             attempt += 1
             cap = np.minimum(self.count - masked, self.max_area)
-            # With a cap below min_area the interval is reversed, which fills the last gap with small blocks.
+            # With a cap below min_area the interval is reversed; the remainder is then filled with small blocks.
             area = self.min_area + u[:, 0] * (cap - self.min_area)
             aspect = np.exp((2 * u[:, 1] - 1) * -math.log(self.min_aspect))
             h = np.round(np.sqrt(area * aspect)).astype(np.int64)
@@ -254,17 +254,17 @@ class BlockMask:
 
 @dataclass(frozen=True)
 class ExactBlockMask:
-    """Blocks with one side for every axis of a grid, and an exact number of masked positions, as in data2vec 2.0 (method 2.5).
+    """Blocks with equal sides on a grid, and an exact number of masked positions, as in data2vec 2.0 (method 2.5).
 
     Blocks are drawn, then single positions are added or removed at random until the count is met.
 
     Args:
         prob: Share of masked positions.
         length: Side of a block.
-        adjust: Added to the share that blocks are drawn for, so that few positions have to be added afterwards.
+        adjust: Added to the share for which blocks are drawn, so that few positions have to be added afterwards.
         inverse: Draw visible blocks instead of masked ones.
-        dropout: Draw this share of blocks more, and remove more positions.
-        overlap: Whether blocks may overlap; without, they are tiles of the grid.
+        dropout: Share of extra blocks to draw; more positions are then removed at random.
+        overlap: Whether blocks may overlap; if not, they are tiles of the grid.
     """
 
     prob: float = 0.8
@@ -275,8 +275,8 @@ class ExactBlockMask:
     overlap: bool = True
 
     def count(self, size: int) -> int:
-        """Masked positions of a sample with `size` positions; at least one stays visible."""
-        # In this order, as 1 - .8 is a little less than .2.
+        """Number of masked positions out of `size`; at least one stays visible."""
+        # The order of operations matters: in floating point 1 - .8 is a little less than .2.
         masked = size - int(size * (1 - self.prob)) if self.inverse else int(size * self.prob)
         return min(masked, size - 1)
 
@@ -286,7 +286,7 @@ class ExactBlockMask:
         Args:
             draws: Random numbers of the samples.
             grid: T, or positions along each axis.
-            lengths: (B·views,) unpadded lengths; for one axis and blocks that may overlap.
+            lengths: (B·views,) unpadded lengths; only for one axis and blocks that may overlap.
         """
         grid = grid if isinstance(grid, tuple) else (grid,)
         total = math.prod(grid)
@@ -294,7 +294,7 @@ class ExactBlockMask:
         drawn = (self._blocks if self.overlap else self._tiles)(draws, grid, sizes).reshape(len(draws), total)
         valid = np.arange(total) < sizes[:, None]
         masked = np.array([self.count(int(size)) for size in sizes])
-        # Drawn positions first when some must go, all of them plus random others when some must come.
+        # Drawn positions have the smallest scores: a random subset of them is kept, or random others are added.
         chosen = _choose(draws.uniform(1, total) - drawn, valid, sizes - masked if self.inverse else masked)
         return valid & ~chosen if self.inverse else chosen
 
@@ -305,7 +305,7 @@ class ExactBlockMask:
     def _blocks(self, draws: Draws, grid: tuple[int, ...], sizes: np.ndarray) -> np.ndarray:
         """Union of blocks around positions drawn with replacement, cut at the border. (B·views, *grid) bool."""
         axes = len(grid)
-        volume = math.prod(min(self.length, side) for side in grid)  # a block is cut to a side that is shorter
+        volume = math.prod(min(self.length, side) for side in grid)  # a side shorter than the block limits it
         counts = (sizes * (self._share / volume) * (1 + self.dropout)).astype(np.int64)
         centres = np.floor(draws.uniform(0, counts.max(initial=0)) * sizes[:, None]).astype(np.int64)
         rows, blocks = np.nonzero(np.arange(centres.shape[1]) < counts[:, None])
@@ -316,7 +316,7 @@ class ExactBlockMask:
             for centre, side in zip(np.unravel_index(centres[rows, blocks], grid), sides, strict=True)
         ]
         mask = np.zeros((len(draws), *grid), dtype=bool)
-        # Each block's positions along one axis against those along every other.
+        # Broadcast each block's positions along one axis against those along the others.
         shapes = [[-1, *np.where(np.arange(axes) == axis, self.length, 1)] for axis in range(axes)]
         index = [positions.reshape(shape) for positions, shape in zip(covered, shapes, strict=True)]
         mask[(rows.reshape(-1, *[1] * axes), *index)] = True
@@ -335,7 +335,7 @@ class ExactBlockMask:
 
 @dataclass(frozen=True)
 class RandomMask:
-    """Single positions drawn without replacement, the same count in every sample of one length (method 2.4).
+    """Single positions drawn without replacement, equally many in samples of equal length (method 2.4).
 
     Args:
         prob: Share of masked positions; floor(T·(1 - prob)), and at least one, stay visible.
@@ -344,7 +344,7 @@ class RandomMask:
     prob: float = 0.6
 
     def __call__(self, draws: Draws, size: int | tuple[int, ...], lengths: Sequence[int] | None = None) -> np.ndarray:
-        """Mask of shape (B, T); `size` is T or a grid of any axes, `lengths` (B,) are the unpadded lengths."""
+        """Mask of shape (B, T); `size` is T or a grid with any number of axes, `lengths` (B,) are the unpadded lengths."""
         total = math.prod(size) if isinstance(size, tuple) else size
         sizes = np.full(len(draws), total) if lengths is None else np.asarray(lengths)
         visible = np.maximum(np.floor(sizes * (1 - self.prob)).astype(np.int64), 1)
@@ -353,13 +353,13 @@ class RandomMask:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What text masking has to know of a tokenizer.
+    """Properties of a tokenizer that text masking needs.
 
     Args:
         size: Number of token ids.
         mask_id: Id of the mask token.
-        special: (size,) bool, True for ids that stand for no text.
-        continues: (size,) bool, True for ids that continue the word of the token before.
+        special: (size,) bool, True for ids that represent no text.
+        continues: (size,) bool, True for ids that continue the word of the previous token.
         counts: (size,) occurrences in the corpus, for frequency-weighted replacement.
     """
 
@@ -372,20 +372,20 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class TokenMask:
-    """Text masking (method 2.3): spans of `length` tokens, of which some are replaced or left as they are.
+    """Text masking (method 2.3): spans of `length` tokens, some of which are replaced at random or left unchanged.
 
     BERT's 80/10/10 is prob .15, length 1, random_prob .1, keep_prob .1; data2vec's is prob .35, length 4.
 
     Args:
         prob: Share of tokens that spans would cover if they never overlapped.
-        length: Tokens (or words) a span.
+        length: Tokens (or words) per span.
         length_std: Standard deviation of the span length, 0 = always `length`.
         random_prob: Share of selected tokens that become a random token.
-        keep_prob: Share of selected tokens that stay as they are.
+        keep_prob: Share of selected tokens that stay unchanged.
         whole_words: Choose words and mask all their tokens.
         keep_special: Never select special tokens; the reference code may mask <s> and </s>.
-        frequency_weighted: Draw random tokens by their frequency in the corpus and not uniformly.
-        loss_on: Score all "selected" tokens, or as the reference does only those that became the "mask_token".
+        frequency_weighted: Draw random tokens by their frequency in the corpus instead of uniformly.
+        loss_on: Score all "selected" tokens, or only those that became the "mask_token", as the reference does.
     """
 
     prob: float = 0.35

@@ -1,7 +1,7 @@
-"""From local features to predictions at the masked positions: the two ways of data2vec.
+"""From local features to predictions at the masked positions, for data2vec 1.0 and 2.0.
 
-`in_place` (1.0) puts the mask vector where something is masked and encodes every position. `visible_only` (2.0) encodes what is
-visible, and a decoder predicts the rest.
+`in_place` (1.0) encodes all positions, with the mask vector at the masked ones. `visible_only` (2.0) encodes the visible
+positions, and a decoder predicts the masked ones.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from d2v_fast.encoders import Encoder
 
 
 class Predicted(NamedTuple):
-    """What a student says of the masked positions.
+    """The student's output.
 
     Attributes:
         predictions: (N, C), one for each masked position in the order of (B, M, T).
-        states: (rows, C), what the student has encoded: masked positions in place, else the visible ones.
-        extra: (B·M, E, C), states of extra tokens such as CLS; None in place.
+        states: (rows, C), encoded states: of the masked positions (`in_place`) or of the visible ones (`visible_only`).
+        extra: (B·M, E, C), states of extra tokens such as CLS; None for `in_place`.
     """
 
     predictions: Tensor
@@ -29,12 +29,12 @@ class Predicted(NamedTuple):
 
 
 def in_place(student: Encoder, head: nn.Module, features: Tensor, index: Tensor, padding_mask: Tensor | None) -> Predicted:
-    """Encode all positions of masked features (B, T, C) (method 1.1).
+    """Encode all positions of masked features (method 1.1).
 
     Args:
         student: The encoder.
-        head: States to predictions.
-        features: Masked already.
+        head: Maps states to predictions.
+        features: (B, T, C), already masked.
         index: (N,) int64, masked positions of the flattened (B, T).
         padding_mask: (B, T) bool, True = padding.
     """
@@ -52,11 +52,11 @@ def visible_only(
     grid: tuple[int, ...],
     padding_mask: Tensor | None,
 ) -> Predicted:
-    """Encode the visible positions of each view and decode all of them (method 4.3, 4.5).
+    """Encode the visible positions of each view, then decode all positions (method 4.3, 4.5).
 
     Args:
         student: The encoder.
-        decoder: All positions to predictions.
+        decoder: Maps all positions to predictions.
         features: (B, T, C), computed once for all views.
         mask: (B, M, T) bool, True = masked.
         index: (N,) int64, masked positions of the flattened (B, M, T).

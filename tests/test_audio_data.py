@@ -84,7 +84,7 @@ class TestManifests:
     @pytest.mark.parametrize(
         "name, content, message",
         [
-            ("m.csv", 'file_name,text\na.wav,"x\nb.wav,y', "m.csv: not a manifest: .*a quote that is not closed"),
+            ("m.csv", 'file_name,text\na.wav,"x\nb.wav,y', "m.csv: not a manifest: .*an unclosed quote"),
             ("m.jsonl", '{"file_name": 5}', "m.jsonl: row 1: file_name is 5, expected the path of a file"),
             ("m.jsonl", '{"file_name": ' + "[" * 100_000 + "]" * 100_000 + "}", "m.jsonl: not a manifest: maximum recursion"),
             ("m.json", '{"audio_filepath": "a.wav", "offset": 2.5}', r"row 1 is a part of a.wav, from offset=2.5; .* cut"),
@@ -313,8 +313,8 @@ class TestLeftOut:
             assert len(find_files(str(tmp_path), (".wav",))) == 5
             assert len(find_files(str(tmp_path / "clips/*.wav"), (".wav",))) == 5
         (line,) = caplog.messages
-        assert line == f"data.path={tmp_path}: 4 files of other kinds are left out: 2 .m4a, 1 without an ending, 1 .txt"
-        with pytest.raises(DataError, match=r"no file with one of the endings .png; found 5 .wav, 2 .m4a, 1 without"):
+        assert line == f"data.path={tmp_path}: 4 files of other types are left out: 2 .m4a, 1 without an extension, 1 .txt"
+        with pytest.raises(DataError, match=r"no file with one of the extensions .png; found 5 .wav, 2 .m4a, 1 without"):
             find_files(str(tmp_path), (".png",))
 
     def test_pipes_sockets_and_devices(self, tmp_path, clips, caplog, busy_pipe, monkeypatch):

@@ -47,7 +47,7 @@ def counted(monkeypatch):
     types, texts = documents.FORMATS[".txt"]
     monkeypatch.setitem(documents.FORMATS, ".txt", (types, lambda file, column: done.append("read") or texts(file, column)))
     fill = cache._fill
-    monkeypatch.setattr(cache, "_fill", lambda place, *how: done.append(place.name.split("-")[0]) or fill(place, *how))
+    monkeypatch.setattr(cache, "_fill", lambda folder, *how: done.append(folder.name.split("-")[0]) or fill(folder, *how))
     return done
 
 
@@ -100,7 +100,7 @@ class TestAgain:
         text = (corpus / "1.txt").read_text()
         (corpus / "1.txt").write_text(text.replace("alpha", "omega", 1))  # of the same size
         after = opened(tokenizer="train")
-        assert "is of data that have changed since; it is made again" in caplog.text
+        assert "the data have changed since it was built; rebuilding it" in caplog.text
         assert before.contents()[1] != after.contents()[1]
         (corpus / "1.txt").write_text(text)
         assert before.contents()[1] == opened().contents()[1]
@@ -121,14 +121,14 @@ class TestAgain:
         else:
             file.write_bytes(content[:-3] if how == "cut" else bytes([content[0] ^ 1]) + content[1:])
         assert np.array_equal(opened().ids, whole)
-        assert f"{entry(tmp_path)}: is damaged: " in caplog.text and "it is made again" in caplog.text
+        assert f"{entry(tmp_path)}: is damaged: " in caplog.text and "rebuilding it" in caplog.text
 
     def test_when_it_is_of_another_version(self, opened, tmp_path, caplog):
         opened()
         file = entry(tmp_path) / "entry.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 0}))
         opened()
-        assert f"is of version 0, and this is {cache.VERSION}; it is made again" in caplog.text
+        assert f"has version 0, expected {cache.VERSION}; rebuilding it" in caplog.text
 
     def test_after_an_error_nothing_is_left(self, opened, corpus, tmp_path):
         for file in corpus.iterdir():

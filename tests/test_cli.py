@@ -176,12 +176,12 @@ class TestMessages:
             ([*VISION, "targets.top_k=3"], "found 3, but ViTModel has 2 layers"),
             ([*VISION, "data.path=nowhere/"], "data.path=nowhere/: no such file or folder"),
             ([*VISION, "data.path=~/nowhere"], "nowhere: no such file or folder"),
-            ([*VISION, "data.path=some/set"], "no such file or folder here, and as a Hugging Face data set"),
+            ([*VISION, "data.path=some/set"], "folder here, and it cannot be loaded as a Hugging Face data set"),
             ([*VISION, "data.split=tset"], "data.split=tset: builtin data have the splits"),
             ([*VISION, "data.image_size=64"], "data.image_size=64: the encoder takes 32"),
-            ([*TEXT, "data.path=."], "data.path=.: no file with one of the endings .txt"),
+            ([*TEXT, "data.path=."], "data.path=.: no file with one of the extensions .txt"),
             ([*TEXT, "data.split=tset"], "data.split=tset: builtin data have the splits"),
-            ([*AUDIO, "data.path=."], "data.path=.: no file with one of the endings .wav"),
+            ([*AUDIO, "data.path=."], "data.path=.: no file with one of the extensions .wav"),
         ],
     )
     def test_is_one_line(self, args, message, monkeypatch):
@@ -316,5 +316,5 @@ def test_the_installed_command(images):
     assert "Traceback" not in done.stderr and len(lines) == 5
     assert lines[-2:] == [
         "d2v-train: 1 of 13 samples cannot be read, more than train.max_broken=0.01:",
-        "  images/broken.png: is not an image of the formats JPEG, PNG, WEBP, GIF, TIFF, BMP, PPM, JPEG2000, AVIF",
+        "  images/broken.png: is not an image in one of the formats JPEG, PNG, WEBP, GIF, TIFF, BMP, PPM, JPEG2000, AVIF",
     ]

@@ -252,7 +252,9 @@ class TestFiles:
         datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(str(tmp_path / name / f"{name}.parquet"))
         assert len(load_hub(str(tmp_path / name / f"{name}.parquet"), None, "train")) == 1
 
-    @pytest.mark.parametrize("path, message", [("no", "no such file or folder"), (".", "no file with one of the endings .wav")])
+    @pytest.mark.parametrize(
+        "path, message", [("no", "no such file or folder"), (".", "no file with one of the extensions .wav")]
+    )
     def test_nothing_there(self, tmp_path, path, message):
         with pytest.raises(DataError, match=message):
             find_files(str(tmp_path / path), (".wav",))
@@ -544,7 +546,7 @@ class TestAudio:
             raise OSError("gone") if next(tries) < 1000 else KeyboardInterrupt
 
         monkeypatch.setattr(data.source, "read", gone_after_the_first)
-        assert "nothing to join to it can be read" in data.__getitems__([(0, 0)])["broken"][0][1]
+        assert "no recording to join to it can be read" in data.__getitems__([(0, 0)])["broken"][0][1]
 
     def test_padding(self, waves):
         data = audio_data(waves, crop=False, min_seconds=0)
@@ -563,7 +565,7 @@ class TestAudio:
             write_wave(tmp_path / f"{i}.wav", np.ones(int(seconds * RATE)))
         with caplog.at_level("INFO"):
             assert len(audio_data(str(tmp_path), min_seconds=0.1)) == 2
-        assert "1 recordings are shorter" in caplog.text
+        assert "left out 1 recordings shorter" in caplog.text
         with pytest.raises(DataError, match=r"none of its 3 recordings is as long as data.min_seconds=9.*longest has 0.50 s"):
             audio_data(str(tmp_path), min_seconds=9)
         with pytest.raises(DataError, match=r"the shortest recording, 0.0100 s, gives 0 frames"):
@@ -738,7 +740,7 @@ class TestText:
             ({"a.txt": "two words"}, {"block_size": 64}, "tokens are fewer than one block of data.block_size=64"),
             ({"a.txt": ""}, {}, "holds no text"),
             ({"a.txt": "\n \n"}, {}, "holds no text"),
-            ({"a.txt": "x", "b.csv": "text\nx"}, {}, "found files ending in .csv, .txt, expected one kind"),
+            ({"a.txt": "x", "b.csv": "text\nx"}, {}, "found files ending in .csv, .txt, expected one type"),
             ({"a.txt": "fine", "b.txt": "caf\xe9"}, {}, r"b.txt: cannot be read: 'utf-8' codec"),
             ({"a.jsonl": '{"text": "a"}\n}{'}, {}, "a.jsonl: cannot be read"),
             ({"a.parquet": "PAR1"}, {}, "a.parquet: cannot be read"),
@@ -776,7 +778,7 @@ class TestText:
         assert not own.mask_embedding.requires_grad
 
     def test_unreachable_set(self):
-        with pytest.raises(DataError, match=r"data.path=no/such: no such file or folder here, and as a Hugging Face data set"):
+        with pytest.raises(DataError, match=r"data.path=no/such: no such file or folder here, and it cannot be loaded"):
             load_documents("no/such")
 
 

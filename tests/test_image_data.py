@@ -328,7 +328,7 @@ class TestSets:
         assert np.asarray(open_images(str(tmp_path / "typed.parquet")).read(0)).max() == 2 and not caplog.messages
         with caplog.at_level(logging.WARNING):
             assert np.asarray(open_images(str(tmp_path / "bytes.parquet")).read(0)).max() == 1
-        assert "thumbnail, image, hash may all hold files; column thumbnail is read" in caplog.text
+        assert "thumbnail, image, hash may all hold files; using column thumbnail" in caplog.text
 
     def test_no_column_of_images(self, tmp_path):
         pq.write_table(pa.table({"id": [1], "caption": ["a dog"]}), tmp_path / "a.parquet")
@@ -347,7 +347,7 @@ class TestSets:
         assert [np.asarray(one.read(i)).max() for i in range(len(one))] == [1, 2] and one.labels == ["0", "0"]
         assert [np.asarray(valid.read(i)).max() for i in range(len(valid))] == [4, 5]
         for name, holds in (("one [x]", "train"), ("splits", "train, valid")):
-            with pytest.raises(DataError, match=f"data.split=test: .*{re.escape(name)} holds {holds}; choose one"):
+            with pytest.raises(DataError, match=f"data.split=test: .*{re.escape(name)} has {holds}; choose one"):
                 load_hub(str(tmp_path / name), None, "test")
 
     def test_folders_of_save_to_disk_of_text_and_audio(self, tmp_path):

@@ -756,12 +756,12 @@ REFUSED = {
     "views without": (lambda: run(of(5, 5), views=False), r"found shape \(2, 2, 12\), expected \(B, T\); several views need a"),
     "unequal views": (
         lambda: run(of(5, 6)),
-        "mask: found views with 6 to 7 visible positions, expected the same number in all, which RandomMask and ExactBlockMask",
+        "mask: found views with 6 to 7 visible positions, expected the same number in all; use RandomMask or ExactBlockMask",
     ),
-    "nothing visible": (lambda: run(of(12)), "mask: found a view in which nothing is visible, expected at least one position"),
+    "nothing visible": (lambda: run(of(12)), "mask: found a view without visible positions, expected at least one in each"),
     "only padding visible": (
         lambda: run(of(5), padding_mask=torch.arange(12).expand(2, 12) >= 5),
-        "mask: found a view in which nothing is visible",
+        "mask: found a view without visible positions",
     ),
     "another length": (
         lambda: run(of(5)[..., :11]),

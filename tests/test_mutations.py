@@ -132,7 +132,7 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
     ),
     "a projection without zeros at the start": (
         "decoders.py",
-        "if zero_init:\n            _start_at_zero(self.projection[-1])",
+        "if zero_init:\n            _zero_init(self.projection[-1])",
         "if zero_init:\n            pass",
     ),
     # Teacher and targets

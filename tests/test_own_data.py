@@ -392,7 +392,7 @@ class TestRefusals:
         [
             (
                 "def __init__(self, *, mask): pass",
-                r"__init__ takes no seed, views; let it take \*\*common and begin with super",
+                r"__init__ takes no seed, views; let it take \*\*common and start with super",
             ),
             (
                 "def __init__(self, path, **common): super().__init__(**common)",
@@ -400,7 +400,7 @@ class TestRefusals:
             ),
             (
                 "def __init__(self, **common): pass",
-                r"has no mask; let its __init__ begin with super\(\).__init__\(\*\*common\)",
+                r"has no mask; let its __init__ start with super\(\).__init__\(\*\*common\)",
             ),
             ("pass", r"has no source; set self.source = Source\(names, read\) .* __len__, contents, load, sample_name$"),
             (
@@ -431,7 +431,7 @@ class TestRefusals:
             (
                 "source = Source(['a'], lambda i: 0)\n    def collate(self, samples, draws):\n"
                 "        return {'source': np.zeros((1, 2, 8, 12)), 'mask': np.ones((1, 24))}",
-                r"collate gives a mask of torch.float64, expected bool, True = masked$",
+                r"collate returns a mask of torch.float64, expected bool, True = masked$",
             ),
             (
                 "source, grid = Source(['a'], lambda i: np.zeros((2, 8, 12))), (4, 6)",
@@ -452,7 +452,7 @@ class TestRefusals:
                 line = dict(enumerate(Path("mine.py").read_text().splitlines(), start=1))[int(number[1])]
                 assert line and line in MINE + "    " + code  # of the class or, in the same file, of the encoder
         else:
-            assert said == "Other.collate: gives no source; found mask"
+            assert said == "Other.collate: returns no source; found mask"
 
     @pytest.mark.parametrize(
         "grid, settings, message",
@@ -460,18 +460,18 @@ class TestRefusals:
             (
                 "space",
                 ["mask.kind=block"],
-                r"mask: BlockMask is for two axes, and the grid of the data is \(3, 4, 2\); mask.kind=ra",
+                r"mask: BlockMask needs two axes, but the grid of the data is \(3, 4, 2\); use mask.kind=ra",
             ),
             (
                 "plane",
                 ["mask.kind=span"],
-                r"mask: SpanMask is for one axis, and the grid of the data is \(4, 6\); mask.kind=random",
+                r"mask: SpanMask needs one axis, but the grid of the data is \(4, 6\); use mask.kind=random",
             ),
             ("plane", ["mask.kind=block"], r"mask.count=120: a sample has 24 positions, .* about 60 % of them, mask.count=14"),
             (
                 "plane",
                 [*TWO, "encoder.model=mine:Flat"],
-                r"data.class=mine:Fields: its grid is \(4, 6\), and encoder.positions\(12\) gives \(24,\); for the decoder .* "
+                r"data.class=mine:Fields: its grid is \(4, 6\), but encoder.positions\(12\) returns \(24,\); the decoder .* "
                 r"let positions\(size\) of the encoder return the grid",
             ),
             (
@@ -483,7 +483,7 @@ class TestRefusals:
             ("plane", ["data.sides=5"], "data.sides: found 5, expected a list"),
             ("plane", ["mask.kind=token"], "mask.kind: found 'token', expected for custom one of random, exact, span, block"),
             ("plane", ["data.views=2"], "head.kind=linear with data.views=2"),
-            ("plane", ["modality=text"], r"mask: TokenMask is for ids of a tokenizer, and the grid of the data is \(4, 6\)"),
+            ("plane", ["modality=text"], r"mask: TokenMask needs ids of a tokenizer, but the grid of the data is \(4, 6\)"),
             (
                 "plane",
                 ["data.class=null", "modality=custom"],
@@ -498,7 +498,7 @@ class TestRefusals:
         args = [arg for arg in arguments("plane", *TWO, "data.sides=[2,2,2,2]", "encoder.config.sides=[16]")]
         said = refused(*args)
         assert re.match(
-            r"data.class=mine:Fields: its grid \(2, 2, 2, 2\) has 4 axes, .* at most 3; join some, or take 1.0", said
+            r"data.class=mine:Fields: its grid \(2, 2, 2, 2\) has 4 axes, .* at most 3; merge some, or use 1.0", said
         )
 
     def test_a_setting_without_a_default(self):
@@ -515,7 +515,7 @@ class Ids(PretrainingData):
         model = ["data.class=mine:Ids", "encoder.model=roberta", *(f"encoder.config.{field}" for field in fields)]
         said = refused(*model, *ONE, *SMALL, "train.output=run", code=code)
         assert said == (
-            "data.class=mine:Ids: collate gives no target, but RobertaModel has no mask vector; give it masked ids as source "
+            "data.class=mine:Ids: collate returns no target, but RobertaModel has no mask vector; give it masked ids as source "
             "and the unmasked ones as target"
         )
 

@@ -157,7 +157,7 @@ class TestData:
         Path("set").mkdir()
         soundfile.write("secret.wav", np.zeros(16000), 16000)
         Path("set/metadata.csv").write_text(f"file_name,label\n{name},x\n")
-        with pytest.raises(DataError, match=r"set/metadata\.csv: names .*secret\.wav, which is not in the folder"):
+        with pytest.raises(DataError, match=r"set/metadata\.csv: names .*secret\.wav, which is outside the folder"):
             open_audio("set")
         assert len(open_audio("set/metadata.csv")) == 1  # named by the user, who may mean it
 
@@ -190,7 +190,7 @@ class TestData:
         rows = datasets.Dataset.from_dict({"image": [{"bytes": script, "path": None}], "text": ["a caption of an image"]})
         rows.cast_column("image", datasets.Image()).to_parquet("set.parquet")
         for path in ("images", "set.parquet"):
-            with pytest.raises(ValueError, match="is not an image of the formats JPEG, PNG"):
+            with pytest.raises(ValueError, match="is not an image in one of the formats JPEG, PNG"):
                 open_images(path).read(0)
         assert len(TextData(mask=TokenMask(0.3, 2), path="set.parquet", block_size=4, vocab_size=300))
 

@@ -82,7 +82,7 @@ def test_what_lies_where_is_looked_up_once(shards, tmp_path, monkeypatch, caplog
     assert len(open_images(str(shards), cache=str(tmp_path))) == 40
     monkeypatch.undo()
     os.remove(shards / "1.tar")
-    assert len(open_images(str(shards), cache=str(tmp_path))) == 26 and "it is made again" in caplog.text
+    assert len(open_images(str(shards), cache=str(tmp_path))) == 26 and "rebuilding it" in caplog.text
 
 
 def test_a_shard_that_vanishes_or_is_cut_while_it_is_read(shards):
@@ -92,7 +92,7 @@ def test_a_shard_that_vanishes_or_is_cut_while_it_is_read(shards):
     batch = data.__getitems__([(0, i) for i in (0, 15, 39)])
     assert batch["samples"] == [0]
     (_, gone), (_, cut) = batch["broken"]
-    assert gone.startswith(f"{shards}/1.tar/00015.png: [Errno 2] No such file") and "39.png: is cut off: 0 of" in cut
+    assert gone.startswith(f"{shards}/1.tar/00015.png: [Errno 2] No such file") and "39.png: is cut off: found 0 of" in cut
 
 
 def test_names_that_lead_out_and_links(tmp_path, samples, caplog):
@@ -120,21 +120,21 @@ def test_damaged_archives(shards, caplog):
         source = open_images(str(shards))
     counts = [sum(f"/{number}.tar/" in name for name in source.names) for number in range(4)]
     assert counts[0] == 1 and 1 <= counts[1] < 14 and counts[2:] == [12, 0]
-    assert "0.tar: what comes after 1 files cannot be read" in caplog.text
+    assert "0.tar: cannot be read after 1 files" in caplog.text
     assert (
-        f"1.tar: what comes after {counts[1]} files" in caplog.text
-        and "3.tar: what comes after 0 files cannot be read" in caplog.text
+        f"1.tar: cannot be read after {counts[1]} files" in caplog.text
+        and "3.tar: cannot be read after 0 files" in caplog.text
     )
     assert all(source.read(i).size[0] == 24 for i in range(len(source)))
     caplog.clear()
     open_images(str(shards))
-    assert "0.tar: what comes after 1 files" in caplog.text  # each time
+    assert "0.tar: cannot be read after 1 files" in caplog.text  # each time
 
 
 def test_an_archive_of_nothing(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         add(archive, "a.txt", b"text")
-    with pytest.raises(DataError, match=r"1 archives hold no file with one of the endings .*\.jpg"):
+    with pytest.raises(DataError, match=r"1 archives hold no file with one of the extensions .*\.jpg"):
         open_images(str(tmp_path / "a.tar"))
 
 

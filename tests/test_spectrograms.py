@@ -157,7 +157,7 @@ class TestData:
     def test_mostly_padding_is_told(self, caplog):
         with caplog.at_level(logging.WARNING):
             data(target_length=200)
-        assert "data.target_length=200: is 2.02 s, and half of the recordings have at most 0.39 s" in caplog.text
+        assert "data.target_length=200: is 2.02 s, but half of the recordings have at most 0.39 s" in caplog.text
         caplog.clear()
         data()
         data(target_length=200, join_seconds=2.0)
@@ -172,8 +172,8 @@ class TestRefused:
             ("vit", dict(num_channels=3), {}, None, r"config\.num_channels=3: .* set encoder\.config\.num_channels=1$"),
             (AST, {}, dict(mel_bins=80), None, r"num_mel_bins=64: .* data\.mel_bins=80 needs 80"),
             (AST, {}, dict(target_length=64), None, r"max_length=32: data\.target_length=64"),
-            ("vit", dict(image_size=[36, 64]), dict(target_length=36), None, r"patch_size=8, .* last 4 .* take 32 or 40, and"),
-            (AST, dict(num_mel_bins=60), dict(mel_bins=60), None, r"data\.mel_bins=60: no multiple of .*patch_size=8"),
+            ("vit", dict(image_size=[36, 64]), dict(target_length=36), None, r"patch_size=8, .* last 4 .* use 32 or 40, and"),
+            (AST, dict(num_mel_bins=60), dict(mel_bins=60), None, r"data\.mel_bins=60: not a multiple of .*patch_size=8"),
             ("vit", {}, {}, BlockMask(32), r"mask\.count=32: a sample has 32 positions"),
             ("vit", {}, {}, ExactBlockMask(0.5, 9), r"mask\.length=9: .*\(4, 8\).* at most 8"),
         ],
@@ -193,7 +193,7 @@ class TestRefused:
             def positions(self, size):
                 return size // 4
 
-        with pytest.raises(DataError, match="Frames gives positions 8, expected a grid of patches: take audio-spectrogram"):
+        with pytest.raises(DataError, match="Frames has positions 8, expected a grid of patches: use audio-spectrogram"):
             data().fit_to(wrap(Frames(), layers="blocks"))
 
     def test_another_rate(self):

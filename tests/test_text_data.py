@@ -84,10 +84,10 @@ class TestFormats:
             ("a.csv", "id,text\n1,two, three\n", "line 2: found 3 fields, the header names 2"),
             ("a.jsonl", '{"text": "a"}\n}{', "line 2 is not JSON: Expecting value"),
             ("a.jsonl", '{"text": ' + "[" * 100_000, "line 1 is not JSON: maximum recursion depth"),
-            ("a.jsonl", '{"text": "a"}\n5', "line 2: found a number, expected an object or a text"),
-            ("a.jsonl", '{"text": "a"}\n{"text": ["b"]}\n' * 600, r"has no column of text, found text \(list or text\)"),
-            ("a.jsonl", '{"text": "a"}\n' * 1000 + '{"text": 7}', "line 1001: 'text' is a number, expected a text"),
-            ("a.csv", "id,n\n1,2\n", r"has no column of text, found id \(number\), n \(number\)"),
+            ("a.jsonl", '{"text": "a"}\n5', "line 2: found a number, expected an object or a string"),
+            ("a.jsonl", '{"text": "a"}\n{"text": ["b"]}\n' * 600, r"has no text column, found text \(list or text\)"),
+            ("a.jsonl", '{"text": "a"}\n' * 1000 + '{"text": 7}', "line 1001: 'text' is a number, expected a string"),
+            ("a.csv", "id,n\n1,2\n", r"has no text column, found id \(number\), n \(number\)"),
         ],
     )
     def test_what_is_wrong_and_where(self, tmp_path, name, content, message):
@@ -172,7 +172,7 @@ class TestShards:
         pq.write_table(pa.table(kinds), tmp_path / "words.parquet")
         assert texts(tmp_path / "words.parquet") == ["a", "b"]
         pq.write_table(pa.table({"id": [1], "image": [{"bytes": b"x"}]}), tmp_path / "none.parquet")
-        with pytest.raises(DataError, match=r"no column of text, found id \(int64\), image \(struct<bytes: binary>\)"):
+        with pytest.raises(DataError, match=r"no text column, found id \(int64\), image \(struct<bytes: binary>\)"):
             texts(tmp_path / "none.parquet")
 
 
@@ -299,7 +299,7 @@ def test_a_model_without_a_tokenizer(tmp_path):
     from transformers import RobertaConfig
 
     RobertaConfig(vocab_size=300).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="holds a model but no vocabulary of a tokenizer"):
+    with pytest.raises(DataError, match="holds a model but no tokenizer vocabulary"):
         load_tokenizer(str(tmp_path))
 
 
@@ -359,5 +359,5 @@ def test_folders_written_by_save_to_disk(tmp_path):
     splits["train"].save_to_disk(str(tmp_path / "one"))
     assert texts(tmp_path / "both") == texts(tmp_path / "one") == ["train"]
     assert texts(tmp_path / "both", split="test") == ["test"]
-    with pytest.raises(DataError, match=r"data\.split=dev: .* holds train, test"):
+    with pytest.raises(DataError, match=r"data\.split=dev: .* has train, test"):
         texts(tmp_path / "both", split="dev")

@@ -309,7 +309,7 @@ def test_where_there_is_no_fork_and_signals_are_fewer(tmp_path, monkeypatch, cap
         monkeypatch.delattr(signal, name)
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
     assert train(config("vision", tmp_path / "run", "train.workers=2")) == 0
-    assert "train.workers=2: this system cannot fork a process; the training process loads the data" in caplog.text
+    assert "train.workers=2: this system cannot fork processes; the training process loads the data" in caplog.text
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):

@@ -451,7 +451,7 @@ def test_any_number_of_views(views):
             "encoder.model=roberta encoder.init=hf",
             "encoder.model=roberta: RobertaModel does not read what modality=vis",
         ),
-        ("text", "data.teacher_input=masked_only", "data.teacher_input=masked_only: is for one mask a sample"),
+        ("text", "data.teacher_input=masked_only", "data.teacher_input=masked_only: needs a single mask per sample"),
         ("vision", "head.pretrained=none", "head.pretrained=none: No such file or directory: none/head.safetensors"),
     ],
 )
@@ -473,7 +473,7 @@ class Blind:
 def test_a_mask_under_which_nothing_is_visible(workers, monkeypatch):
     monkeypatch.setattr("d2v_fast.masking.ExactBlockMask.__call__", Blind.__call__)
     found = command(monkeypatch, "train", *arguments("vision", "run", f"train.workers={workers}"))
-    assert found == "d2v-train: mask: found a view in which nothing is visible, expected at least one position in each"
+    assert found == "d2v-train: mask: found a view without visible positions, expected at least one in each"
 
 
 class TestPretrained:

@@ -147,7 +147,7 @@ class TestVisiblePositions:
         with pytest.raises(ValueError, match="found views with 3 to 4 visible positions, expected the same number in all"):
             visible_positions(mask)
         mask[:] = True
-        with pytest.raises(ValueError, match="found a view in which nothing is visible"):
+        with pytest.raises(ValueError, match="found a view without visible positions"):
             visible_positions(mask)
 
 

@@ -1,4 +1,4 @@
-"""Samples to batches: what every modality shares.
+"""From samples to batches: the parts that all modalities share.
 
 A batch is a dict of tensors named after the arguments of `Data2Vec.forward`: `source`, `mask`, `index`, and where they apply
 `visible`, `target`, `padding_mask`, `target_padding_mask`, `channel_mask`. `broken` lists the samples that could not be read.
@@ -40,18 +40,18 @@ class DataError(ValueError):
 
 @dataclass
 class Source:
-    """Where samples come from: names to show, a function that reads one, and what is known of each.
+    """Where samples come from: their names, a function that reads one, and optional metadata.
 
     Attributes:
         names: A path or "set[12]" for each sample.
-        read: Reads one sample; whatever it raises marks the sample as broken.
-        labels: A class for each sample, where known.
-        groups: What belongs together (the speaker of a recording), where known.
-        size: Length of a sample, where it can be had without reading all of it.
-        file: Path or bytes of the file that a sample is read from; None where the name says all.
-        part: Reads one from where to where, without reading all of it.
-        lengths: Of all samples, where a list says them.
-        state: Changes whenever the content of the samples may have.
+        read: Reads one sample; any exception marks the sample as broken.
+        labels: The class of each sample, if known.
+        groups: The group of each sample (the speaker of a recording), if known.
+        size: Gives the length of a sample, if it can be found without reading the whole sample.
+        file: Gives the path or the bytes of the file that a sample is read from; None if samples do not come from files.
+        part: Reads a sample from a start to a stop position, without reading the rest.
+        lengths: Lengths of all samples, if a manifest lists them.
+        state: Gives a fingerprint that changes whenever the content of the samples may have changed.
     """
 
     names: Sequence[str]
@@ -68,24 +68,24 @@ class Source:
         return len(self.names)
 
     def digests(self, more: np.ndarray | None = None) -> np.ndarray:
-        """(samples,) int64, each a hash of the sample's name, and of its content for up to `COMPARED` samples spread evenly.
+        """(samples,) int64, a hash of each sample's name and, for up to `COMPARED` evenly spaced samples, of its content.
 
-        Names count from where they differ, so that a data set may be moved. Content is the size of the file and its first
-        and last `EDGE` bytes, so that the time does not grow with the data set.
+        The common prefix of the names is ignored, so the data set may be moved. Of the content only the file size and the first
+        and last `EDGE` bytes are hashed, which bounds the time for large data sets.
 
         Args:
             more: (samples, any) int64, hashed with each sample.
         """
         count = len(self)
-        shared = len(os.path.commonprefix([min(self.names), max(self.names)]))  # noqa: RUF071  of "set[0]" too
-        every = -(-count // COMPARED)
+        shared = len(os.path.commonprefix([min(self.names), max(self.names)]))  # noqa: RUF071  names such as "set[0]" too
+        stride = -(-count // COMPARED)
 
         def digest(i: int) -> bytes:
             parts = [self.names[i][shared:].encode(errors="surrogatepass")]
-            if self.file and i % every == 0:
+            if self.file and i % stride == 0:
                 try:
                     parts.append(_edges(self.file(i)))
-                except Exception as error:  # training names it when it gets there
+                except Exception as error:  # training reports it when it reads the sample
                     parts.append(type(error).__name__.encode())
             if more is not None:
                 parts.append(more[i].tobytes())
@@ -108,9 +108,9 @@ def _edges(file: str | io.BytesIO) -> bytes:
 
 
 class PretrainingData(Dataset):
-    """Base of the data sets: keys (epoch, sample) in, one batch out, masks and augmentations a pure function of the keys.
+    """Base class of the data sets: maps keys (epoch, sample) to a batch. Masks and augmentations depend on the keys alone.
 
-    Data of your own, for `data.class`, are a class that sets `source` and `grid`, and overrides what is not as they need it:
+    To use your own data through `data.class`, derive a class that sets `source` and `grid`, and override methods as needed:
 
         class Series(PretrainingData):
             def __init__(self, *, path: str, length: int = 512, **common):  # settings data.path and data.length
@@ -121,8 +121,8 @@ class PretrainingData(Dataset):
                 self.grid = encoder.positions(self.length)
 
     Args:
-        mask: How positions are masked, one of `masking`.
-        views: Masked views of each sample, for data2vec 2.0; null for one mask, as 1.0 takes it.
+        mask: How positions are masked, a class of `masking`.
+        views: Masked views of each sample, for data2vec 2.0; null for a single mask, as in 1.0.
         seed: Seed of masks, augmentations and order.
     """
 
@@ -130,7 +130,7 @@ class PretrainingData(Dataset):
     views: int | None = None
     mask: Any
     lengths: np.ndarray | None = None  # per sample, for bucketing
-    grid: int | tuple[int, ...] | None = None  # positions of a sample, along each axis; None where samples differ
+    grid: int | tuple[int, ...] | None = None  # positions of a sample along each axis; None if samples differ in size
     source: Source
 
     def __init__(self, *, mask: Any, views: int | None = None, seed: int = 0):
@@ -140,19 +140,19 @@ class PretrainingData(Dataset):
         return len(self.source)
 
     def load(self, index: int, rng: np.random.Generator) -> Any:
-        """One augmented sample. Raises to mark it as broken."""
+        """One augmented sample. Any exception marks the sample as broken."""
         return self.source.read(index)
 
     def collate(self, samples: list[Any], draws: Draws) -> dict[str, np.ndarray]:
-        """Stack samples and mask them: `source`, `mask` and more, as numpy arrays."""
+        """Stack and mask samples: a dict of numpy arrays with at least `source` and `mask`."""
         return {"source": np.stack(samples), "mask": self.make_mask(draws, self.grid)}
 
     def make_mask(self, draws: Draws, *where: Any) -> np.ndarray:
         """Mask (B, T), or with `views` (B, views, T).
 
         Args:
-            draws: Of the samples.
-            where: What the mask takes: a grid, or a length and the unpadded lengths (B,).
+            draws: Random numbers of the samples.
+            where: Arguments of the mask: a grid, or a length and the unpadded lengths (B,).
         """
         where = [each[0] if isinstance(each, tuple) and len(each) == 1 else each for each in where]
         if self.views is None:
@@ -162,7 +162,7 @@ class PretrainingData(Dataset):
         return mask.reshape(len(draws), self.views, -1)
 
     def fit_to(self, encoder: Any) -> None:
-        """Learn from the encoder what the data depend on, such as its number of positions.
+        """Read what the data need from the encoder, such as its number of positions.
 
         Raises:
             DataError: Data and encoder do not fit together.
@@ -178,8 +178,8 @@ class PretrainingData(Dataset):
         kind, where = type(self.mask), {BlockMask: "two axes", SpanMask: "one axis", TokenMask: "ids of a tokenizer"}
         if kind in where and (kind, self.axes) not in ((BlockMask, 2), (SpanMask, 1)):
             raise DataError(
-                f"mask: {kind.__name__} is for {where[kind]}, and the grid of the data is {self.grid}; mask.kind=random and "
-                "mask.kind=exact take any"
+                f"mask: {kind.__name__} needs {where[kind]}, but the grid of the data is {self.grid}; use mask.kind=random or "
+                "mask.kind=exact, which work on any grid"
             )
         total = math.prod(self.grid) if isinstance(self.grid, tuple) else self.grid
         if kind is BlockMask and self.mask.count >= total:
@@ -194,32 +194,32 @@ class PretrainingData(Dataset):
             )
 
     def processor(self, encoder: Any) -> Any:
-        """Tokenizer, image processor or feature extractor of transformers: what makes inputs for the exported encoder."""
+        """The tokenizer, image processor or feature extractor of transformers that makes inputs for the exported encoder."""
         return None
 
     def sample_name(self, index: int) -> str:
         return self.source.names[index]
 
     def contents(self) -> tuple[Sequence[str], np.ndarray]:
-        """Names of what the samples are made of, and a digest (int64) of each. A run resumes with the same ones only."""
+        """Names of the underlying items and a digest (int64) of each. A run only resumes with the same ones."""
         return self.source.names, self.source.digests()
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         epoch = keys[0][0]
-        every = Draws(self.seed, epoch, [index for _, index in keys])
-        samples, read, broken = [], [], []
+        draws = Draws(self.seed, epoch, [index for _, index in keys])
+        samples, loaded, broken = [], [], []
         for row, (_, index) in enumerate(keys):
             try:
-                samples.append(self.load(index, every.generator(row)))
-                read.append(index)
+                samples.append(self.load(index, draws.generator(row)))
+                loaded.append(index)
             except Exception as error:
                 broken.append((index, f"{self.sample_name(index)}: {first_line(error)}"))
-        batch: Batch = {"epoch": epoch, "samples": read, "broken": broken}
+        batch: Batch = {"epoch": epoch, "samples": loaded, "broken": broken}
         if samples:
-            arrays = self.collate(samples, Draws(self.seed, epoch, read))
-            if lacking := {"source", "mask"} - arrays.keys():
+            arrays = self.collate(samples, Draws(self.seed, epoch, loaded))
+            if missing := {"source", "mask"} - arrays.keys():
                 raise DataError(
-                    f"{type(self).__name__}.collate: gives no {' and no '.join(lacking)}; found {', '.join(arrays)}"
+                    f"{type(self).__name__}.collate: returns no {' and no '.join(missing)}; found {', '.join(arrays)}"
                 )
             if self.views is not None:
                 arrays["visible"] = visible_positions(arrays["mask"], arrays.get("padding_mask"))
@@ -229,19 +229,19 @@ class PretrainingData(Dataset):
 
 
 class EpochBatches:
-    """Endless batches of keys; the order is a pure function of (seed, epoch), and ranks take turns.
+    """Endless stream of batches of keys. The order is a pure function of (seed, epoch); batches are dealt to ranks in turn.
 
-    Batch i of all epochs, one after the other, goes to rank i modulo `world`. So N ranks with M batches a step are given the
-    same ones in each step whatever N and M are, as long as N × M stays.
+    Batches are numbered through all epochs, and batch i goes to rank i modulo `world`. N ranks with M batches per step thus
+    process the same samples in each step for every N and M with the same N × M.
 
     Args:
         num_samples: Size of the data set.
-        batch_size: Samples of one rank's batch.
+        batch_size: Samples per batch of one rank.
         seed: Seed of the order.
-        rank, world: This process among all.
-        lengths: (num_samples,) lengths; samples of similar length then share a batch.
-        max_batch_length: Fill batches up to this length, of the longest times their number, instead of up to `batch_size`.
-        start: Batches of this rank to skip, for a run that goes on.
+        rank, world: Index of this process and number of processes.
+        lengths: (num_samples,) lengths; if given, batches hold samples of similar length.
+        max_batch_length: Fill batches up to this padded length (longest sample × samples) instead of up to `batch_size`.
+        start: Batches of this rank to skip, for a resumed run.
 
     Raises:
         DataError: An epoch has fewer batches than there are ranks.
@@ -263,18 +263,18 @@ class EpochBatches:
         self.max_batch_length, self.start = max_batch_length, start
 
     def __iter__(self) -> Iterator[list[Key]]:
-        # All epochs have as many batches.
-        epoch, following = divmod(self.start * self.world + self.rank, len(self.epoch(0)))
+        # All epochs have the same number of batches.
+        epoch, position = divmod(self.start * self.world + self.rank, len(self.epoch(0)))
         while True:
             batches = self.epoch(epoch)
-            while following < len(batches):
-                yield [(epoch, int(index)) for index in batches[following]]
-                following += self.world
-            following -= len(batches)
+            while position < len(batches):
+                yield [(epoch, int(index)) for index in batches[position]]
+                position += self.world
+            position -= len(batches)
             epoch += 1
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
-        """The batches of one epoch, of all ranks."""
+        """The batches of one epoch, for all ranks."""
         rng = np.random.default_rng([self.seed % 2**64, epoch])
         order = rng.permutation(self.num_samples)
         if self.lengths is None:
@@ -282,7 +282,7 @@ class EpochBatches:
         elif self.max_batch_length is None:
             batches = self._by_length(order, self.batch_size)
         else:
-            batches = self._filled(order)
+            batches = self._by_total_length(order)
         if self.lengths is not None:
             batches = [batches[i] for i in rng.permutation(len(batches))]
         if len(batches) < self.world:
@@ -293,18 +293,18 @@ class EpochBatches:
         return batches
 
     def _by_length(self, order: np.ndarray, size: int) -> list[np.ndarray]:
-        """Sorted within windows of 100 batches: little padding or cropping, and still a random order."""
+        """Sort within windows of 100 batches: little padding or cropping, but still a random order."""
         batches = []
         for begin in range(0, len(order), 100 * size):
             part = order[begin : begin + 100 * size]
             batches += _cut(part[np.argsort(self.lengths[part], kind="stable")], size)
         return batches
 
-    def _filled(self, order: np.ndarray) -> list[np.ndarray]:
-        """Batches of as many samples as fit by the longest of them.
+    def _by_total_length(self, order: np.ndarray) -> list[np.ndarray]:
+        """Fill batches up to `max_batch_length`.
 
-        Samples of which equally many fit are a class, and what is left of it goes to the next longer one. How many batches
-        there are is the same for every order.
+        Samples are bucketed by how many of their length fit into a batch. What does not fill a batch moves to the bucket with
+        the next longer samples. The number of batches does not depend on the order.
         """
         fitting = np.maximum(1, self.max_batch_length // np.maximum(1, self.lengths[order])).astype(np.int64)
         batches, rest = [], order[:0]
@@ -320,7 +320,7 @@ class EpochBatches:
 
 
 def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
-    """Batches of one size, of which a data set has one at least; what is left over waits for another epoch."""
+    """Batches of one size, at least one per data set; the remainder is dropped for this epoch."""
     size = min(size, len(order))
     return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
 
@@ -328,27 +328,27 @@ def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
 def make_loader(
     data: PretrainingData, batches: EpochBatches, workers: int, prefetch: int = 4, pin_memory: bool = False
 ) -> DataLoader:
-    """A DataLoader over whole batches; see `_hand_over` for what they hold when they come from a worker."""
+    """A DataLoader over whole batches; `_share_memory` says how workers return them."""
     if workers and "fork" not in multiprocessing.get_all_start_methods():
-        log.warning("train.workers=%d: this system cannot fork a process; the training process loads the data", workers)
+        log.warning("train.workers=%d: this system cannot fork processes; the training process loads the data", workers)
         workers = 0
     return DataLoader(
         data,
         batch_sampler=batches,
         num_workers=workers,
-        # Copies of this process: functions that read samples cannot be pickled, as other ways of starting one would.
+        # Other start methods would pickle the functions that read samples, which is not possible.
         multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),  # else it would draw from the one of dropout, and a run that goes on would draw again
-        collate_fn=_hand_over,
+        generator=torch.Generator(),  # the default one is dropout's, and a resumed run would advance it once more
+        collate_fn=_share_memory,
         pin_memory=pin_memory,
         prefetch_factor=prefetch if workers else None,
     )
 
 
-def _hand_over(batch: Batch) -> Batch:
-    """A batch as a worker passes it on: tensors in shared memory or, where that is full, arrays, which go through a pipe.
+def _share_memory(batch: Batch) -> Batch:
+    """In a worker, move tensors to shared memory; if that is full, turn them into arrays, which go through a pipe.
 
-    torch would use shared memory in a thread of the worker, and the run would wait for ever for a batch that did not fit.
+    torch would move them in a background thread of the worker, and a failure there would make the run wait forever.
     """
     if get_worker_info() is not None:
         for name, value in batch.items():
@@ -361,15 +361,15 @@ def _hand_over(batch: Batch) -> Batch:
 
 
 def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
-    """Files with one of `suffixes` below a folder (hidden ones left out), or those a path or pattern names, sorted.
+    """Sorted files with one of `suffixes`: those below a folder (hidden ones excepted), or those that match a path or pattern.
 
-    What else is there is counted in the log.
+    Other files are counted in the log.
 
     Raises:
-        DataError: Nothing is there, or nothing of this kind.
+        DataError: The path does not exist, or no file has one of the suffixes.
     """
     if os.path.isdir(path):
-        found = _below(path, set())
+        found = _walk(path, set())
     elif os.path.exists(path):
         found = [path]
     elif glob.has_magic(path):
@@ -379,22 +379,22 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
     kept, others = [], Counter()
     for file in found:
         if not os.fspath(file).lower().endswith(tuple(suffixes)):
-            others[os.path.splitext(file)[1].lower() or "without an ending"] += 1
+            others[os.path.splitext(file)[1].lower() or "without an extension"] += 1
         elif _may_block(file):
             others["FIFO, socket or device"] += 1
         else:
             kept.append(os.fspath(file))
     counted = ", ".join(f"{count} {kind}" for kind, count in others.most_common(9)) + ", …" * (len(others) > 9)
     if not kept:
-        endings = ", ".join(suffixes)
-        raise DataError(f"data.path={path}: no file with one of the endings {endings}; found {counted or 'no file at all'}")
+        expected = ", ".join(suffixes)
+        raise DataError(f"data.path={path}: no file with one of the extensions {expected}; found {counted or 'no file at all'}")
     if others:
-        log.info("data.path=%s: %d files of other kinds are left out: %s", path, others.total(), counted)
+        log.info("data.path=%s: %d files of other types are left out: %s", path, others.total(), counted)
     return sorted(kept)
 
 
-def _below(folder: str, seen: set[str]) -> Iterator[os.DirEntry]:
-    # A link to a folder above would lead round for ever.
+def _walk(folder: str, seen: set[str]) -> Iterator[os.DirEntry]:
+    # A link to a parent folder would recurse forever.
     if (real := os.path.realpath(folder)) in seen:
         return
     seen.add(real)
@@ -407,23 +407,23 @@ def _below(folder: str, seen: set[str]) -> Iterator[os.DirEntry]:
         if entry.name.startswith("."):
             continue
         if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
-            yield from _below(entry.path, seen)
+            yield from _walk(entry.path, seen)
         else:
             yield entry
 
 
 def _may_block(file: str | os.DirEntry) -> bool:
-    """Whether opening the file may wait for ever, as it is no regular one. A link to nothing fails at once."""
-    if isinstance(file, os.DirEntry) and file.is_file(follow_symlinks=False):  # without asking the disk
+    """Whether opening the file may block forever: it exists but is not a regular file. A dangling link fails at once."""
+    if isinstance(file, os.DirEntry) and file.is_file(follow_symlinks=False):  # needs no system call
         return False
     return os.path.exists(file) and not os.path.isfile(file)
 
 
 def regular(file: str) -> str:
-    """The same path, of a file that can be opened without waiting for another process.
+    """Return the path of a regular file, which can be opened without waiting for another process.
 
     Raises:
-        FileNotFoundError: Nothing is there.
+        FileNotFoundError: The file does not exist.
         ValueError: It is a folder, FIFO, socket or device.
     """
     if not os.path.exists(file):
@@ -434,28 +434,28 @@ def regular(file: str) -> str:
 
 
 def as_patterns(files: list[str]) -> list[str]:
-    """Patterns that match these files alone, which is how `datasets` takes names.
+    """Patterns that match exactly these files; `datasets` treats every name as a pattern.
 
     Raises:
-        DataError: A name that no pattern matches.
+        DataError: A name cannot be written as a pattern.
     """
     for file in files:
-        if "::" in file:  # to fsspec a file inside of another
-            raise DataError(f"data.path={file}: cannot be read: '::' in its name means something else to datasets; rename it")
+        if "::" in file:  # fsspec's notation for a file inside another
+            raise DataError(f"data.path={file}: cannot be read: datasets reads '::' in a name as a chained URL; rename it")
     return [glob.escape(file) for file in files]
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` means files here, and not a data set by its Hugging Face name or a folder written by `save_to_disk`."""
+    """Whether `path` means local files, as opposed to a Hugging Face name or a folder written by `save_to_disk`."""
     if is_saved(path):
         return False
-    # An ending makes a file of it, but for the version in a name like user/corpus-2.5.
+    # A path with an extension is a file, except for a version number as in user/corpus-2.5.
     looks_local = path.startswith((".", "/", "~")) or path.endswith(os.sep) or Path(path).suffix[1:].isalpha()
     return os.path.exists(os.path.expanduser(path)) or glob.has_magic(path) or looks_local
 
 
 def is_saved(path: str) -> bool:
-    """Whether `save_to_disk` of `datasets` wrote this folder."""
+    """Whether this folder was written by `save_to_disk` of `datasets`."""
     folder = Path(path).expanduser()
     return (folder / "dataset_dict.json").is_file() or all(
         (folder / f"{part}.json").is_file() for part in ("state", "dataset_info")
@@ -463,7 +463,7 @@ def is_saved(path: str) -> bool:
 
 
 def load_hub(path: str, name: str | None, split: str) -> Any:
-    """A Hugging Face data set: by name, stored here as parquet files, or written by `save_to_disk`.
+    """A Hugging Face data set, from its name, local parquet files or a folder written by `save_to_disk`.
 
     Raises:
         DataError: It cannot be loaded; the message says what was tried.
@@ -475,7 +475,7 @@ def load_hub(path: str, name: str | None, split: str) -> Any:
             found = datasets.load_from_disk(path)
             splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
             if split not in splits:
-                raise DataError(f"data.split={split}: {path} holds {', '.join(splits)}; choose one of them")
+                raise DataError(f"data.split={split}: {path} has {', '.join(splits)}; choose one of them")
             return splits[split].with_format(None)
         if os.path.isdir(path):
             return datasets.load_dataset(path, name, split=split)
@@ -485,22 +485,22 @@ def load_hub(path: str, name: str | None, split: str) -> Any:
     except DataError:
         raise
     except Exception as error:
-        tried = f"as a Hugging Face data set (name={name}, split={split}) it cannot be loaded: {first_line(error)}"
-        here = is_local(path) or is_saved(path)
-        raise DataError(f"data.path={path}: {'' if here else 'no such file or folder here, and '}{tried}") from error
+        failed = f"cannot be loaded as a Hugging Face data set (name={name}, split={split}): {first_line(error)}"
+        local = is_local(path) or is_saved(path)
+        raise DataError(f"data.path={path}: {'' if local else 'no such file or folder here, and it '}{failed}") from error
 
 
 def load_media(path: str, name: str | None, split: str, kind: type) -> tuple[Any, Callable[[int], str | io.BytesIO]]:
-    """A data set by `load_hub`, and a function that gives the file (its bytes or its path) in a row, not decoded.
+    """A data set from `load_hub`, and a function that returns the undecoded file of a row, as bytes or a path.
 
-    The files are in the first column of type `kind`, or else in the first column of bytes or of structs {bytes, path}, as in
-    parquet files that `datasets` did not write.
+    Files are taken from the first column of type `kind` or, failing that, from the first column of bytes or of structs
+    {bytes, path}, as in parquet files that `datasets` did not write.
 
     Args:
         kind: `datasets.Image` or `datasets.Audio`.
 
     Raises:
-        DataError: The set cannot be loaded, or no column holds files.
+        DataError: The data set cannot be loaded, or no column holds files.
     """
     data = load_hub(path, name, split)
     typed = [column for column, feature in data.features.items() if isinstance(feature, kind)]
@@ -511,7 +511,7 @@ def load_media(path: str, name: str | None, split: str, kind: type) -> tuple[Any
             f"data.path={path}: no column of type {wanted}, binary or struct<bytes, path>; found {describe_columns(data)}"
         )
     if len(columns) > 1:
-        log.warning("%s: %s may all hold files; column %s is read", path, ", ".join(columns), columns[0])
+        log.warning("%s: columns %s may all hold files; using column %s", path, ", ".join(columns), columns[0])
     files = data.select_columns(columns[:1]).cast_column(columns[0], kind(decode=False))
 
     def file(index: int) -> str | io.BytesIO:
@@ -533,10 +533,10 @@ def _holds_bytes(feature: Any) -> bool:
 
 
 def describe_columns(data: Any) -> str:
-    """Names and types of the columns of a `datasets.Dataset`, for messages."""
+    """Names and types of the columns of a `datasets.Dataset`, for error messages."""
     return ", ".join(f"{field.name} ({field.type})" for field in data.features.arrow_schema)
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, without what follows on further lines."""
+    """The first non-empty line of an exception's message, or its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Speech: files, a manifest or a Hugging Face set → 16 kHz crops → waveform and frame mask (method 3.1)."""
+"""Speech: files, a manifest or a Hugging Face data set → 16 kHz crops → waveform and frame mask (method 3.1)."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, SpanMask
 
 log = logging.getLogger(__name__)
 
-# What libsndfile reads. It knows a format by its content and runs no code from a file.
+# Formats of libsndfile, which detects them by content and never runs code from a file.
 SUFFIXES = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64"),
     *(".sph", ".nist", ".voc"),
 )
 MANIFESTS = (".tsv", ".csv", ".jsonl", ".json")
-# Columns of files, and of where in them a recording starts, as Hugging Face, Common Voice, NeMo and SpeechBrain name them.
+# Column of the file → column of the offset in it, as named by Hugging Face, Common Voice, NeMo and SpeechBrain.
 FILES = {"file_name": None, "path": None, "audio_filepath": "offset", "wav": "start"}
 SPEAKERS = ("speaker", "speaker_id", "client_id", "spk_id")
 LENGTHS = "lengths"  # file in the cache
 EPS = 1e-5
-MAX_VALUES = 2**28  # of a recording, 1 GiB: 4.6 h of mono at 16 kHz
+MAX_VALUES = 2**28  # per recording, 1 GiB: 4.6 h of mono at 16 kHz
 
 
 class Silent(ValueError):
-    """A recording, or a part of one, that is silent or constant."""
+    """A recording, or part of one, is silent or constant."""
 
 
 def read_audio(file: str | io.BytesIO, sample_rate: int, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -48,13 +48,13 @@ def read_audio(file: str | io.BytesIO, sample_rate: int, start: int = 0, stop: i
     Args:
         file: Path or bytes.
         sample_rate: In Hz.
-        start: First sample of a part, at `sample_rate`; it is found by seeking where the format allows it.
-        stop: Its end; None for the whole recording.
+        start: First sample of a part, at `sample_rate`; reached by seeking if the format allows it.
+        stop: End of the part; None for the whole recording.
 
     Raises:
-        Silent: All samples are the same.
-        ValueError: It is empty, not finite or too long.
-        OSError: There is no such file.
+        Silent: All samples are equal.
+        ValueError: The recording is empty, not finite or too long.
+        OSError: The file does not exist.
         soundfile.LibsndfileError: libsndfile cannot read it.
     """
     import soxr
@@ -66,12 +66,12 @@ def read_audio(file: str | io.BytesIO, sample_rate: int, start: int = 0, stop: i
             _go_to(recording, begin)
             wave = recording.read(min(end - begin, most), dtype="float32", always_2d=True)
         else:
-            # A header can claim any length, and some kilobytes of FLAC can hold hours of silence.
+            # A header can claim any length, and a few kilobytes of FLAC can hold hours of silence.
             wave = recording.read(min(recording.frames, most + 1), dtype="float32", always_2d=True)
         if len(wave) > most:
             raise ValueError(
-                f"holds more than {most} samples at {rate} Hz on {recording.channels} channels, 1 GiB of numbers: "
-                "cut it into parts"
+                f"holds more than {most} samples at {rate} Hz on {recording.channels} channels, 1 GiB as float32: "
+                "split the recording"
             )
         wave = wave.mean(axis=1)
     if len(wave) == 0:
@@ -80,18 +80,18 @@ def read_audio(file: str | io.BytesIO, sample_rate: int, start: int = 0, stop: i
         squares = wave @ wave
     if not np.isfinite(squares):  # then the variance would be infinite, and the normalised waveform silent
         raise ValueError("holds samples that are not finite, or whose squares are not")
-    # Each layer norm behind the convolutions multiplies the gradient of silence by up to 1/√(its eps), about 300.
+    # For silence, each layer norm after the convolutions multiplies the gradient by up to 1/√eps, about 300.
     if wave.min() == wave.max():
         raise Silent(f"is silent or constant: all samples are {wave[0]:.3g}")
     return wave if rate == sample_rate else soxr.resample(wave, rate, sample_rate)
 
 
 def count_samples(file: str | io.BytesIO, sample_rate: int) -> int:
-    """The length at `sample_rate`: what the header says or, where that is too much to be true, what can be read."""
+    """The length at `sample_rate`: from the header or, if that claims implausibly many, from decoding."""
     with _open(file) as recording:
         frames, rate, most = recording.frames, recording.samplerate, _most_frames(recording, sample_rate)
-        true = frames <= most or _reaches(recording, frames)
-    if not true:
+        plausible = frames <= most or _reaches(recording, frames)
+    if not plausible:
         if not isinstance(file, str):
             file.seek(0)
         with _open(file) as recording:
@@ -100,7 +100,7 @@ def count_samples(file: str | io.BytesIO, sample_rate: int) -> int:
 
 
 def _reaches(recording: Any, frames: int) -> bool:
-    """Whether the last frame that a header claims is there."""
+    """Whether the last frame that the header claims can be read."""
     import soundfile
 
     try:
@@ -114,30 +114,30 @@ def _go_to(recording: Any, frame: int) -> None:
     import soundfile
 
     try:
-        # Frames of MP3 need bits of those before, as many as twenty where there are few bits a frame.
+        # An MP3 frame needs bits of preceding frames, of up to twenty at low bit rates.
         before = min(frame, 20 * 1152) if recording.format == "MP3" else 0
         recording.seek(frame - before)
         if before:
             recording.read(before)
-    except soundfile.LibsndfileError:  # a format that cannot be sought in
+    except soundfile.LibsndfileError:  # the format does not support seeking
         while frame and (read := len(recording.read(min(frame, 2**20), dtype="float32"))):
             frame -= read
 
 
 def _open(file: str | io.BytesIO) -> Any:
-    """A `soundfile.SoundFile` to read once, all of it or a part."""
+    """A `soundfile.SoundFile` to read once, whole or in part."""
     import soundfile
 
-    # As bytes, since soundfile would encode a name strictly, and not every name on a disk is UTF-8.
+    # The name as bytes: soundfile encodes strings strictly, and not every file name is UTF-8.
     recording = soundfile.SoundFile(os.fsencode(regular(file)) if isinstance(file, str) else file)
     if recording.frames == 0 and recording.format in ("WAV", "WAVEX"):
-        # The recorder was killed before it wrote the lengths. libsndfile reads to the end if the length of the whole is 8.
+        # The recorder was killed before it wrote the lengths. With a RIFF length of 8 libsndfile reads to the end of the file.
         with open(file, "rb") if isinstance(file, str) else file as stream:
             stream.seek(0)
             content = bytearray(stream.read(4 * MAX_VALUES))
         content[4:8] = struct.pack("<I", 8)
         recording = soundfile.SoundFile(io.BytesIO(content))
-    # Else soundfile seeks after each read, which fails at the end of a file whose header does not know its length.
+    # Otherwise soundfile seeks after each read, which fails at the end of a file whose header lacks its length.
     recording.seekable = lambda: False
     return recording
 
@@ -149,15 +149,15 @@ def _most_frames(recording: Any, sample_rate: int) -> int:
 def _manifest(path: str) -> list[dict[str, Any]]:
     """Rows of a manifest, each with a `file_name`.
 
-    That is fairseq's TSV (root, then path and samples), a table (CSV, or TSV, which has no quotes), JSON lines, or
-    SpeechBrain's JSON: an object of rows by name.
+    A manifest is a TSV of fairseq (root, then path and samples), a table (CSV, or TSV without quotes), JSON lines, or JSON of
+    SpeechBrain (an object of rows by name).
 
     Raises:
-        DataError: It cannot be read, or names no files.
+        DataError: The manifest cannot be read, or a row names no file.
     """
     root = Path(path).parent
     try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:  # names may be of any bytes
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:  # names may hold any bytes
             if path.endswith(".csv"):
                 rows = list(csv.DictReader(file, strict=True))
             elif path.endswith(".tsv"):
@@ -169,7 +169,7 @@ def _manifest(path: str) -> list[dict[str, Any]]:
             else:
                 rows = _json_rows(file.read())
     except csv.Error as error:
-        raise DataError(f"data.path={path}: not a manifest: {error}, which may be a quote that is not closed") from error
+        raise DataError(f"data.path={path}: not a manifest: {error}, possibly an unclosed quote") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"data.path={path}: not a manifest: {first_line(error)}") from error
     for number, row in enumerate(rows, start=1):
@@ -182,7 +182,7 @@ def _manifest(path: str) -> list[dict[str, Any]]:
         if str(row.get(FILES[key]) or "").strip("0."):
             raise DataError(
                 f"data.path={path}: row {number} is a part of {row[key]}, from {FILES[key]}={row[FILES[key]]}; "
-                "only whole files are read: cut the recordings"
+                "only whole files are supported: split the recordings into files"
             )
         name = re.sub(r"^(\$[\w.]+|\{\w+\})/", "", row[key])  # SpeechBrain's $data_root/ or {data_root}/
         if number == 1 and not (root / name).exists() and (root / "clips" / name).exists():
@@ -192,7 +192,7 @@ def _manifest(path: str) -> list[dict[str, Any]]:
 
 
 def _lengths(rows: list[dict[str, Any]], sample_rate: int) -> np.ndarray | None:
-    """Samples of each recording by its `duration` in seconds or, in fairseq's list, its samples; None unless all have one."""
+    """Samples of each recording, from `duration` in seconds or fairseq's `samples`; None unless every row has a valid one."""
     try:
         found = [float(row["duration"]) * sample_rate if "duration" in row else int(row["samples"]) for row in rows]
     except (KeyError, TypeError, ValueError):
@@ -215,14 +215,13 @@ def _json_rows(text: str) -> list[Any]:
 def open_audio(
     path: str, name: str | None = None, split: str = "train", sample_rate: int = 16_000, cache: str | None = None
 ) -> Source:
-    """Recordings of "builtin", a folder (with metadata.csv: file_name, label, speaker), a manifest, tar archives, or a set.
+    """Open "builtin", a folder (with metadata.csv: file_name, label, speaker), a manifest, tar archives or a Hugging Face set.
 
-    The columns of manifests are those of `FILES` and `SPEAKERS`, and label.
-
-    Without metadata the folder of a file counts as its label and its speaker.
+    Manifests may have the columns of `FILES` and `SPEAKERS`, and label. Without metadata the folder of a file is its label and
+    its speaker.
 
     Raises:
-        DataError: No recording is there.
+        DataError: No recordings were found.
     """
     if path == "builtin":
         return builtin_speech(split)
@@ -232,11 +231,11 @@ def open_audio(
         if os.path.isfile(table) and table.endswith(MANIFESTS):
             rows = _manifest(table)
             if not rows:
-                raise DataError(f"data.path={path}: lists no file")
+                raise DataError(f"data.path={path}: lists no files")
             outside = [row["file_name"] for row in rows if os.path.relpath(row["file_name"], path).startswith("..")]
             if outside and table != path:
                 raise DataError(
-                    f"{table}: names {outside[0]}, which is not in the folder; if that is meant, data.path={table} reads it"
+                    f"{table}: names {outside[0]}, which is outside the folder; if that is intended, set data.path={table}"
                 )
         else:
             found = find_files(path, (*SUFFIXES, ".parquet", ".tar"))
@@ -260,12 +259,12 @@ def open_audio(
 
     recordings, file = load_media(path, name, split, datasets.Audio)
 
-    def known(*names: str) -> list[str] | None:
+    def values(*names: str) -> list[str] | None:
         found = [n for n in names if n in recordings.features]
         return [str(value) for value in recordings[found[0]]] if found else None
 
     names = [f"{path}[{i}]" for i in range(len(recordings))]
-    source = _source(names, file, sample_rate, known("label"), known(*SPEAKERS))
+    source = _source(names, file, sample_rate, values("label"), values(*SPEAKERS))
     return replace(source, state=lambda: recordings._fingerprint)
 
 
@@ -279,7 +278,7 @@ def _source(
 
 
 def durations(source: Source, workers: int = 8) -> np.ndarray:
-    """Samples of each recording: as a list says, or else from the headers where there are some; 0 where it cannot be read."""
+    """Samples of each recording, from the manifest or the headers if possible; 0 for recordings that cannot be read."""
     if source.lengths is not None:
         return source.lengths
     from concurrent.futures import ThreadPoolExecutor
@@ -298,15 +297,15 @@ def durations(source: Source, workers: int = 8) -> np.ndarray:
 
 
 def standardize(wave: np.ndarray) -> np.ndarray:
-    """Zero mean, unit variance over the whole utterance."""
+    """Normalise an utterance to zero mean and unit variance."""
     return (wave - wave.mean()) / np.sqrt(wave.var() + EPS)
 
 
 def feature_extractor(encoder: Any, sample_rate: int, normalize: bool) -> Any:
-    """Padding and `standardize`, as a feature extractor of transformers."""
+    """A feature extractor of transformers that pads and applies `standardize`."""
     from transformers import Wav2Vec2FeatureExtractor
 
-    # An encoder whose first convolution has a group norm was not trained with padding masked (transformers' own rule).
+    # Encoders whose first convolution has a group norm were trained without an attention mask (transformers' own rule).
     masks = getattr(getattr(encoder.model, "config", None), "feat_extract_norm", "layer") == "layer"
     return Wav2Vec2FeatureExtractor(sampling_rate=sample_rate, do_normalize=normalize, return_attention_mask=masks)
 
@@ -316,23 +315,23 @@ class AudioData(PretrainingData):
 
     Args:
         path: "builtin", a folder of recordings (with or without metadata.csv), a manifest (.tsv, .csv, .jsonl,
-            .json), tar archives, or the name of a Hugging Face set.
-        name: Configuration of the Hugging Face set, such as clean.
-        split: Its split.
-        sample_rate: Rate in Hz that everything is resampled to.
-        min_seconds: Shorter recordings are left out.
-        max_seconds: Longest crop.
-        whole_seconds: Longer recordings are never read whole, but in equal parts of at most max_seconds, each a sample of
-            its own.
-        crop: Crop a batch to its shortest recording, as the authors do; without, recordings are padded.
-        join_seconds: Join recordings of one speaker until they are this long, for sets of short clips; 0 for never.
-        normalize: Bring each recording, or part of a long one, to zero mean and unit variance before it is cropped.
-        batch_seconds: Fill batches up to this many seconds instead of up to train.batch_size.
-        channel_prob: Share of feature channels that spans of channels would cover, set to zero for the student.
-        channel_length: Channels a span.
-        cache: Folder where the lengths of the recordings are kept; by default beside the cache of Hugging Face.
+            .json), tar archives, or the name of a Hugging Face data set.
+        name: Configuration of the Hugging Face data set, such as clean.
+        split: Split of the Hugging Face data set.
+        sample_rate: Rate in Hz that recordings are resampled to.
+        min_seconds: Minimum length; shorter recordings are left out.
+        max_seconds: Maximum length of a crop.
+        whole_seconds: Longer recordings are split into equal parts of at most max_seconds; each part is a sample and is read
+            without the rest.
+        crop: Crop a batch to its shortest recording, as the authors do; otherwise recordings are padded.
+        join_seconds: Join recordings of one speaker until they are this long, for data sets of short clips; 0 disables it.
+        normalize: Normalise each recording, or part of a long one, to zero mean and unit variance before cropping.
+        batch_seconds: Fill batches up to this many seconds instead of up to train.batch_size samples.
+        channel_prob: Share of the student's feature channels to zero in spans, if spans did not overlap.
+        channel_length: Channels per span.
+        cache: Folder for the lengths of the recordings; defaults to a folder in the Hugging Face cache.
         mask: How frames are masked.
-        views: Masked views of each sample, for data2vec 2.0; null for one mask, as 1.0 takes it.
+        views: Masked views of each sample, for data2vec 2.0; null for a single mask, as in 1.0.
         seed: Seed of masks, crops and order.
     """
 
@@ -365,7 +364,7 @@ class AudioData(PretrainingData):
         self.channel_mask = SpanMask(channel_prob, channel_length) if channel_prob > 0 else None
         self.source = open_audio(path, name, split, sample_rate, cache)
         found = self.durations = self._durations([path, name, split], cache)
-        # A list may say what it likes of a source that has no parts to read.
+        # A manifest may list long recordings in a source that cannot read parts.
         long = (found > max(self.max_samples, whole_seconds * sample_rate)) & (self.source.part is not None)
         self.parts = np.where(long, -(-found // self.max_samples), 1)
         if self.join_samples:
@@ -374,7 +373,7 @@ class AudioData(PretrainingData):
             self.siblings = [np.flatnonzero(group == g) for g in range(group.max() + 1)]
             self.group = group
             found = np.maximum(found, self.join_samples)
-        # A recording whose header cannot be read stays in: reading it reports it as broken, by name.
+        # A recording with an unreadable header is kept: loading it reports it as broken, by name.
         self.kept = np.flatnonzero((found == 0) | (found >= min_seconds * sample_rate))
         if len(self.kept) == 0:
             raise DataError(
@@ -382,8 +381,8 @@ class AudioData(PretrainingData):
                 f"the longest has {found.max() / sample_rate:.2f} s. Lower it, or join short clips: data.join_seconds=2"
             )
         if len(self.kept) < len(self.source):
-            log.info("%d recordings are shorter than %g s and left out", len(self.source) - len(self.kept), min_seconds)
-        self.first = np.cumsum(self.parts[self.kept]) - self.parts[self.kept]  # sample of each recording
+            log.info("left out %d recordings shorter than %g s", len(self.source) - len(self.kept), min_seconds)
+        self.first = np.cumsum(self.parts[self.kept]) - self.parts[self.kept]  # index of each recording's first sample
         self.recording = np.repeat(self.kept, self.parts[self.kept])
         starts, stops = self._bounds(np.arange(len(self.recording)))
         self.lengths = np.where(
@@ -391,7 +390,7 @@ class AudioData(PretrainingData):
         )
 
     def _durations(self, where: list[str | None], cache: str | None) -> np.ndarray:
-        """Samples of each recording; what was read for them is kept."""
+        """Samples of each recording, cached if they have to be measured."""
         source = self.source
         if source.lengths is not None or source.state is None:
             return durations(source)
@@ -414,16 +413,16 @@ class AudioData(PretrainingData):
         return f"{name} from {start:.1f} s to {stop:.1f} s"
 
     def _bounds(self, index: Any) -> tuple[Any, Any]:
-        """Where parts of recordings begin and end."""
+        """Start and end of samples in their recordings."""
         recording = self.recording[index]
         length, parts = self.durations[recording], self.parts[recording]
         part = index - self.first[np.searchsorted(self.kept, recording)]
         return part * length // parts, (part + 1) * length // parts
 
     def contents(self) -> tuple[Sequence[str], np.ndarray]:
-        # Who is joined with whom counts, and not what the speakers are called.
+        # The grouping of recordings matters, not the names of the speakers.
         group = np.array([each[0] for each in self.siblings])[self.group] if self.join_samples else 0 * self.durations
-        # A list that says the lengths may name files by the million; those it names are not opened.
+        # A manifest with lengths may name millions of files; do not open them.
         source = self.source if self.source.lengths is None else replace(self.source, file=None)
         return source.names, source.digests(np.stack([self.durations, group], axis=1))
 
@@ -438,7 +437,7 @@ class AudioData(PretrainingData):
         if self.frames(shortest) < 2:
             raise DataError(
                 f"data.path={self.name}: the shortest recording, {shortest / self.sample_rate:.4f} s, gives "
-                f"{self.frames(shortest)} frames of the encoder, too few to mask one and see another: "
+                f"{self.frames(shortest)} frames of the encoder, but at least 2 are needed, one masked and one visible: "
                 "raise data.min_seconds or data.max_seconds"
             )
 
@@ -453,18 +452,18 @@ class AudioData(PretrainingData):
             try:
                 wave = np.concatenate([wave, self._read_any(rng.choice(self.siblings[self.group[first]]), rng)])
             except Exception as error:
-                # One that cannot be read is named when its own turn comes; the first of them is not to blame.
+                # An unreadable recording is reported when it is loaded itself; this sample is not broken.
                 failed += 1
                 if failed == 100:
-                    raise ValueError(f"nothing to join to it can be read: {first_line(error)}") from error
+                    raise ValueError(f"no recording to join to it can be read: {first_line(error)}") from error
         if self.frames(len(wave)) < 2:
-            # Its header promised more. A batch is cropped to its shortest recording, so this one would spoil the others.
+            # Shorter than its header claims. It must not enter a batch, which is cropped to its shortest recording.
             raise ValueError(f"is too short: {len(wave)} samples")
         start = rng.integers(0, max(0, len(wave) - self.max_samples) + 1)
         return wave[start : start + self.max_samples]
 
     def _read(self, index: int) -> np.ndarray:
-        """A recording, or the part of a long one, or the next one that is not silent."""
+        """A recording, or a part of a long one; if that part is silent, the next one that is not."""
         recording = self.recording[index]
         parts = int(self.parts[recording])
         if parts == 1:
@@ -479,7 +478,7 @@ class AudioData(PretrainingData):
         raise silent
 
     def _read_any(self, recording: int, rng: np.random.Generator) -> np.ndarray:
-        """Of a recording, which may be one that is too short to be a sample, all or any part."""
+        """A whole recording, which may be too short to be a sample, or a random part of a long one."""
         if self.parts[recording] == 1:
             return self._read_whole(recording)
         return self._read(int(self.first[np.searchsorted(self.kept, recording)] + rng.integers(self.parts[recording])))

@@ -1,7 +1,7 @@
-"""Small data that needs no download: made here, or on any machine with Python already.
+"""Small data sets that need no download: synthetic, or shipped with Python.
 
-Text is Python's own language reference (`pydoc` topics). Images are coloured shapes on textured grounds, speech is invented
-words in several voices; both have ten classes, so that a probe can tell a trained encoder from an untrained one.
+Text is Python's language reference (`pydoc` topics). Images are coloured shapes on textured backgrounds, speech is invented
+words in several voices. Both have ten classes, so that a probe can tell a trained encoder from an untrained one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ SIZES = {"train": 4000, "test": 1000}
 
 def _offset(split: str) -> int:
     if split not in SIZES:
-        raise DataError(f"data.split={split}: builtin data have the splits {list(SIZES)}")
+        raise DataError(f"data.split={split}: builtin data have the splits {', '.join(SIZES)}; choose one of them")
     return list(SIZES).index(split) * 1_000_000
 
 
 def builtin_text(split: str) -> list[str]:
-    """Paragraphs of the Python reference, every tenth document for test."""
+    """Paragraphs of the Python reference; every tenth document belongs to the test split."""
     from pydoc_data.topics import topics
 
     testing = _offset(split) > 0
@@ -33,7 +33,7 @@ def builtin_text(split: str) -> list[str]:
     train = [p for i, document in enumerate(paragraphs) if i % 10 for p in document]
     if not testing:
         return train
-    # Documents share paragraphs; what was trained on must not be tested on.
+    # Documents share paragraphs: remove those of the training split from the test split.
     seen = set(train)
     return [p for document in paragraphs[::10] for p in document if p not in seen]
 
@@ -60,15 +60,15 @@ def _outline(shape: str) -> np.ndarray:
 
 
 def _draw_shape(shape: str, rng: np.random.Generator, size: int = 32) -> Image.Image:
-    scale = 4  # drawn large and reduced, for smooth edges
+    scale = 4  # draw at 4x and downscale, for smooth edges
     side = size * scale
-    ground, colour = rng.uniform(0, 255, (2, 3))
-    while np.abs(ground - colour).sum() < 150:
+    background, colour = rng.uniform(0, 255, (2, 3))
+    while np.abs(background - colour).sum() < 150:
         colour = rng.uniform(0, 255, 3)
     angle, waves = rng.uniform(0, np.pi), rng.uniform(1, 6)
     y, x = np.mgrid[0:side, 0:side] / side
     texture = np.sin(2 * np.pi * waves * (x * np.cos(angle) + y * np.sin(angle)) + rng.uniform(0, 2 * np.pi))
-    pixels = ground + rng.uniform(5, 40) * texture[..., None]
+    pixels = background + rng.uniform(5, 40) * texture[..., None]
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     radius = rng.uniform(0.22, 0.4) * side
     center = rng.uniform(radius * 0.9, side - radius * 0.9, 2)
@@ -93,7 +93,7 @@ def _draw_shape(shape: str, rng: np.random.Generator, size: int = 32) -> Image.I
 
 
 def builtin_images(split: str) -> Source:
-    """Ten shapes of any colour, place, size and turn on striped grounds, 32×32 RGB."""
+    """Ten shapes of random colour, position, size and rotation on striped backgrounds, 32×32 RGB."""
     offset = _offset(split)
     labels = [SHAPES[i % len(SHAPES)] for i in range(SIZES[split])]
 
@@ -104,8 +104,8 @@ def builtin_images(split: str) -> Source:
     return Source([f"builtin/{split}/{label}/{i}" for i, label in enumerate(labels)], read, labels)
 
 
-# Of each sound: three formants in Hz (of vowels: Peterson and Barney 1952, men), then the levels of the voice, of a low
-# and of a high hiss.
+# Per sound: three formants in Hz (vowels: Peterson and Barney 1952, men), then the levels of the voice, of a low hiss and of a
+# high hiss.
 SOUNDS = {
     "a": (730, 1090, 2440, 1.0, 0.0, 0.0),
     "e": (530, 1840, 2480, 1.0, 0.0, 0.0),
@@ -125,11 +125,11 @@ SPEAKERS = 8
 
 
 def _speak(word: str, speaker: int, rng: np.random.Generator, rate: int = 16_000) -> np.ndarray:
-    """A word: the pulses of a voice and noise, under a spectrum that glides from sound to sound."""
+    """Synthesise a word: voice pulses and noise, shaped by a spectrum that glides from sound to sound."""
     voice = np.random.default_rng([77, speaker])
     tract, pitch = voice.uniform(0.85, 1.2), voice.uniform(95, 230)
     hop = rate // 100
-    # A sound is held between two knots; from there to the next one everything moves in straight lines.
+    # A sound is constant between its two knots; between sounds all values are interpolated linearly.
     seconds = rng.uniform(0.7, 1.3) * rng.uniform(0.07, 0.15, len(word))
     begin = np.cumsum(seconds) - seconds + rng.uniform(0.03, 0.1)
     knots = np.stack([begin + 0.35 * seconds, begin + 0.65 * seconds], axis=1).ravel()
@@ -161,7 +161,7 @@ def _speak(word: str, speaker: int, rng: np.random.Generator, rate: int = 16_000
 
 
 def builtin_speech(split: str) -> Source:
-    """Ten made-up words in eight voices, 16 kHz; a quarter as many as there are images."""
+    """Ten invented words in eight voices, 16 kHz; a quarter as many samples as images."""
     offset = _offset(split)
     count = SIZES[split] // 4
     words = [WORDS[i % len(WORDS)] for i in range(count)]

@@ -1,7 +1,7 @@
-"""Documents: the texts in files or in a Hugging Face set.
+"""Documents: the texts in local files or in a Hugging Face data set.
 
-Files are read here and not by `datasets`, which gives all shards the columns of the first, reads "NA" as a missing value and
-turns texts that look like numbers or dates into numbers or dates.
+Local files are not read with `datasets`, because it expects the columns of the first shard in all others, reads "NA" as a
+missing value and parses texts that look like numbers or dates.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from d2v_fast.data.cache import files_state, fingerprint
 
 log = logging.getLogger(__name__)
 
-LONGEST = 2**27  # characters of a line: a tokenizer takes some 40 bytes for each
-LOOK = 1000  # rows that tell what the columns of a JSON or CSV file hold
+LONGEST = 2**27  # characters in a line; a tokenizer needs about 40 bytes per character
+INSPECTED = 1000  # rows from which the types of columns in a JSON or CSV file are inferred
 TEXT = "text"
 JSON_TYPES = {str: TEXT, int: "number", float: "number", bool: "boolean", list: "list", dict: "object", type(None): "null"}
 COMPRESSED = tuple(ending for ending in (".gz", ".bz2", ".xz", ".lz4", ".zst") if infer_compression(f"x{ending}"))
@@ -37,12 +37,12 @@ COMPRESSED = tuple(ending for ending in (".gz", ".bz2", ".xz", ".lz4", ".zst") i
 
 @dataclass
 class Documents:
-    """Texts, read anew each time they are iterated over; empty ones are left out.
+    """Non-empty texts, read again on every iteration.
 
     Attributes:
-        parts: Files, or a set as a whole.
-        read: The texts of one of them.
-        left_out: Why files are no part of them.
+        parts: Files, or a single data set.
+        read: Yields the texts of one part.
+        left_out: One message for each file that was left out.
     """
 
     parts: Sequence[Any]
@@ -56,19 +56,19 @@ class Documents:
 def find_documents(
     path: str, name: str | None = None, split: str = "train", column: str | None = None
 ) -> tuple[str, Callable[[float], Documents]]:
-    """What changes with the documents of "builtin", of files of one kind or of a Hugging Face set, and what reads them.
+    """Find documents without reading them: a fingerprint that changes with their content, and a function that opens them.
 
-    Nothing is read yet but their names, sizes and times. The function reads files to their end once, to leave out those that
-    cannot be read; it takes the largest share of such files, and raises DataError where they are more.
+    Only names, sizes and times of local files are looked at. The returned function takes the largest allowed share of
+    unreadable files; it reads every file once to the end, leaves out the unreadable ones and raises DataError above that share.
 
     Args:
-        path: "builtin", a file, folder or pattern, the name of a Hugging Face set, or a folder written by `save_to_disk`.
-        name: Configuration of the Hugging Face set.
-        split: Its split.
-        column: Column of the text; by default "text", or the only one that holds text.
+        path: "builtin", a file, folder or pattern, the name of a Hugging Face data set, or a folder written by `save_to_disk`.
+        name: Configuration of the Hugging Face data set.
+        split: Split of the Hugging Face data set.
+        column: Column of the text; defaults to "text", or to the only column that holds text.
 
     Raises:
-        DataError: Nothing of this kind is there.
+        DataError: No documents were found.
     """
     if path == "builtin":
         texts = builtin_text(split)
@@ -87,10 +87,10 @@ def find_documents(
 def load_documents(
     path: str, name: str | None = None, split: str = "train", column: str | None = None, max_broken: float = 0.01
 ) -> Documents:
-    """The documents that `find_documents` finds, which lists the arguments; files that are left out are named in the log.
+    """Find and open documents; the log names files that are left out. `find_documents` describes the arguments.
 
     Raises:
-        DataError: Nothing readable is there, or more than `max_broken` of the files cannot be read.
+        DataError: No readable documents were found, or more than `max_broken` of the files cannot be read.
     """
     documents = find_documents(path, name, split, column)[1](max_broken)
     for message in documents.left_out:
@@ -99,7 +99,7 @@ def load_documents(
 
 
 def worth_reading(size: int, rows: int) -> int:
-    """As many rows as take some MiB, of `rows` that take `size` bytes: a row may be a word or a novel."""
+    """Rows per read so that a read is about 4 MiB, given `rows` of `size` bytes in all: rows vary from a word to a novel."""
     return max(1, min(1000, 2**22 * rows // max(1, size)))
 
 
@@ -107,44 +107,44 @@ def choose_column(path: str, types: dict[str, str], column: str | None) -> str:
     """The column that holds the text.
 
     Args:
-        path: Where it is, for the message.
-        types: What each column holds.
-        column: The one asked for.
+        path: Location of the data, for error messages.
+        types: Type of each column.
+        column: The requested column, if any.
 
     Raises:
-        DataError: There is none, or not the one asked for.
+        DataError: No column holds text, the requested one does not, or there are several and none was requested.
     """
     texts = [name for name, kind in types.items() if kind == TEXT]
     if not texts:
         found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
-        raise DataError(f"data.path={path}: has no column of text, found {found or 'no column'}")
+        raise DataError(f"data.path={path}: has no text column, found {found or 'no column'}")
     wanted = column or (TEXT if TEXT in texts else texts[0] if len(texts) == 1 else None)
     if wanted not in texts:
-        raise DataError(f"data.column: found {column}, expected one of the columns of text in {path}: {', '.join(texts)}")
-    if list(types) != [TEXT]:  # of a table without a header the first row would be one
+        raise DataError(f"data.column: found {column}, expected one of the text columns in {path}: {', '.join(texts)}")
+    if list(types) != [TEXT]:  # shows whether the first row of a table without a header was taken for one
         log.info("data.path=%s: the text is in column %r of %s", path, wanted, list(types))
     return wanted
 
 
 def _text_files(path: str) -> list[str]:
-    """Files of one kind that are not empty."""
+    """The non-empty files, all of one type."""
     found = find_files(path, SUFFIXES)
     kinds = sorted({_suffix(file) for file in found})
     if len(kinds) > 1:
         raise DataError(
-            f"data.path={path}: found files ending in {', '.join(kinds)}, expected one kind; "
-            f"a pattern chooses, such as data.path='{os.path.join(path, '*' + kinds[0])}'"
+            f"data.path={path}: found files ending in {', '.join(kinds)}, expected one type; "
+            f"select one with a pattern, such as data.path='{os.path.join(path, '*' + kinds[0])}'"
         )
     files = [file for file in found if os.path.getsize(file)]
     if not files:
-        raise DataError(f"data.path={path}: holds no text, {len(found)} files are empty")
+        raise DataError(f"data.path={path}: holds no text: all {len(found)} files are empty")
     if len(files) < len(found):
         log.warning("%d of %d files of %s are empty", len(found) - len(files), len(found), path)
     return files
 
 
 def _readable(path: str, files: list[str], column: str | None, max_broken: float) -> Documents:
-    """The documents of those files that can be read to their end."""
+    """The documents in those files that can be read to the end."""
     types, texts = FORMATS[_suffix(files[0])]
     broken: dict[str, str] = {}
     wanted = None
@@ -156,7 +156,7 @@ def _readable(path: str, files: list[str], column: str | None, max_broken: float
                 pass
         except DataError:
             raise
-        except Exception as error:  # each library has errors of its own
+        except Exception as error:  # every library raises its own types
             broken[file] = f"data.path={file}: cannot be read: {first_line(error)}"
     messages = list(broken.values())
     if len(files) == len(messages) == 1:
@@ -169,7 +169,7 @@ def _readable(path: str, files: list[str], column: str | None, max_broken: float
 
 
 def _suffix(file: str) -> str:
-    """The ending that tells the format, without one that tells the compression."""
+    """The extension of the format, without that of the compression."""
     for ending in COMPRESSED:
         file = file.lower().removesuffix(ending)
     return Path(file).suffix
@@ -200,7 +200,7 @@ def _line_texts(file: str, column: str) -> Iterator[str]:
 
 
 def _json_rows(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and objects of JSON lines, or the objects of one list; a string stands for {"text": string}."""
+    """Line numbers and objects of JSON lines or of one JSON list; a bare string stands for {"text": string}."""
     with _opened(file, newline="\n") as stream:
         lines = enumerate(_lines(stream), start=1)
         for number, line in lines:
@@ -216,34 +216,34 @@ def _json_rows(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
             for row in rows:
                 row = {TEXT: row} if isinstance(row, str) else row
                 if not isinstance(row, dict):
-                    raise ValueError(f"line {number}: found a {JSON_TYPES[type(row)]}, expected an object or a text")
+                    raise ValueError(f"line {number}: found a {JSON_TYPES[type(row)]}, expected an object or a string")
                 yield number, row
 
 
 def _json_types(file: str) -> dict[str, str]:
     types: dict[str, set[str]] = {}
-    for _, row in itertools.islice(_json_rows(file), LOOK):
+    for _, row in itertools.islice(_json_rows(file), INSPECTED):
         for name, value in row.items():
             types.setdefault(name, set()).add(JSON_TYPES[type(value)])
     return {name: " or ".join(sorted(kinds - {"null"})) or "null" for name, kinds in types.items()}
 
 
 def _json_texts(file: str, column: str) -> Iterator[str | None]:
-    row, known = None, False
+    row, found = None, False
     for number, row in _json_rows(file):
-        known |= column in row
+        found |= column in row
         text = row.get(column)
         if not isinstance(text, str | None):
-            raise ValueError(f"line {number}: {column!r} is a {JSON_TYPES[type(text)]}, expected a text")
-        # JSON can escape half of a surrogate pair, which no encoding knows.
+            raise ValueError(f"line {number}: {column!r} is a {JSON_TYPES[type(text)]}, expected a string")
+        # JSON can escape a lone surrogate, which UTF-8 cannot encode.
         yield text and text.encode("utf-8", "replace").decode()
-    if row is not None and not known:
+    if row is not None and not found:
         raise ValueError(f"no line has a {column!r}, the last has {', '.join(row) or 'nothing'}")
 
 
 @contextmanager
 def _table(file: str, dialect: dict[str, Any]) -> Iterator[tuple[list[str], Iterator[list[str]]]]:
-    """Header and rows of a table; a row may lack its last fields."""
+    """Header and rows of a table; trailing fields of a row may be missing."""
     csv.field_size_limit(LONGEST)
     with _opened(file, newline="") as stream:
         reader = csv.reader(_lines(stream), strict=True, **dialect)
@@ -263,7 +263,7 @@ def _table(file: str, dialect: dict[str, Any]) -> Iterator[tuple[list[str], Iter
 
 def _table_types(file: str, **dialect: Any) -> dict[str, str]:
     with _table(file, dialect) as (header, rows):
-        columns = list(itertools.zip_longest(*itertools.islice(rows, LOOK)))
+        columns = list(itertools.zip_longest(*itertools.islice(rows, INSPECTED)))
     numbers = [name for name, values in zip(header, columns, strict=False) if all(map(_is_number, filter(None, values)))]
     return {name: "number" if name in numbers and name != TEXT else TEXT for name in header}
 
@@ -299,7 +299,7 @@ def _arrow_types(schema: Any) -> dict[str, str]:
 def _parquet_types(file: str) -> dict[str, str]:
     import pyarrow.parquet
 
-    with open(file, "rb") as raw:  # pyarrow takes no name that is not UTF-8
+    with open(file, "rb") as raw:  # pyarrow rejects names that are not UTF-8
         return _arrow_types(pyarrow.parquet.read_schema(raw))
 
 
@@ -308,7 +308,7 @@ def _parquet_texts(file: str, column: str) -> Iterator[str | None]:
 
     found = _parquet_types(file)
     if found.get(column) != TEXT:
-        raise ValueError(f"no text {column!r}, found {', '.join(f'{name} ({kind})' for name, kind in found.items())}")
+        raise ValueError(f"no text column {column!r}, found {', '.join(f'{name} ({kind})' for name, kind in found.items())}")
     with open(file, "rb") as raw:
         parquet = pyarrow.parquet.ParquetFile(raw)
         size = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
@@ -316,7 +316,7 @@ def _parquet_texts(file: str, column: str) -> Iterator[str | None]:
             yield from rows[column].to_pylist()
 
 
-# What the columns of a file hold, and the texts in one of them.
+# For each format, a function for the types of the columns and one for the texts in a column.
 JSON, CSV = (_json_types, _json_texts), (_table_types, _table_texts)
 FORMATS: dict[str, tuple[Callable[..., dict[str, str]], Callable[..., Iterator[str | None]]]] = {
     ".txt": (_line_types, _line_texts),

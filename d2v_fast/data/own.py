@@ -1,6 +1,6 @@
-"""Data of one's own, `data.class=package.module:Class`: found by name, and checked before the first step.
+"""Custom data sets, `data.class=package.module:Class`: imported by name and checked before the first step.
 
-`PretrainingData` tells what such a class has to be.
+`PretrainingData` describes the interface.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from d2v_fast.decoders import CONVOLUTIONS
 
 
 def own_class(name: str) -> type[PretrainingData]:
-    """The class that data.class names.
+    """Import the class named by data.class.
 
     Raises:
-        DataError: No such class, or none that is a data set.
+        DataError: The class cannot be imported, or is not a data set.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -31,60 +31,60 @@ def own_class(name: str) -> type[PretrainingData]:
     except (ImportError, AttributeError, ValueError) as error:
         raise DataError(
             f"data.class={name}: cannot be imported: {first_line(error)}; expected package.module:Class, of a module that is "
-            "installed or lies in the folder of the command"
+            "installed or in the current folder"
         ) from error
-    # Else os:system would do, with a config from elsewhere.
+    # Security: a config from a third party must not be able to call os:system.
     if not (isinstance(cls, type) and issubclass(cls, PretrainingData)):
         raise DataError(f"data.class={name}: found {cls!r}, expected a class that derives from d2v_fast.data.PretrainingData")
     arguments = inspect.signature(cls).parameters
-    lacking = {"mask", "views", "seed"} - arguments.keys()
-    if lacking and not any(each.kind == each.VAR_KEYWORD for each in arguments.values()):
+    missing = {"mask", "views", "seed"} - arguments.keys()
+    if missing and not any(each.kind == each.VAR_KEYWORD for each in arguments.values()):
         raise DataError(
-            f"data.class={name}: __init__ takes no {', '.join(sorted(lacking))}; let it take **common and begin with "
+            f"data.class={name}: __init__ takes no {', '.join(sorted(missing))}; let it take **common and start with "
             "super().__init__(**common)"
         )
     return cls
 
 
 def check_class(name: str, data: PretrainingData) -> None:
-    """Raise DataError for what data of class `name` lack to be trained on."""
+    """Raise DataError if the data set lacks something that training needs; `name` is its class."""
     made = {
         method
         for method in ("__len__", "load", "sample_name", "contents", "collate", "fit_to")
         if getattr(type(data), method) is not getattr(PretrainingData, method)
     }
     if not hasattr(data, "mask"):
-        raise DataError(f"data.class={name}: has no mask; let its __init__ begin with super().__init__(**common)")
-    if (lacking := {"__len__", "load", "sample_name", "contents"} - made) and not hasattr(data, "source"):
+        raise DataError(f"data.class={name}: has no mask; let its __init__ start with super().__init__(**common)")
+    if (missing := {"__len__", "load", "sample_name", "contents"} - made) and not hasattr(data, "source"):
         raise DataError(
-            f"data.class={name}: has no source; set self.source = Source(names, read) in __init__, or give it the methods "
-            f"{', '.join(sorted(lacking))}"
+            f"data.class={name}: has no source; set self.source = Source(names, read) in __init__, or define the methods "
+            f"{', '.join(sorted(missing))}"
         )
     if data.grid is None and not made & {"collate", "fit_to"}:
         raise DataError(
             f"data.class={name}: has no grid; set self.grid, the positions of a sample along each axis, in __init__ or "
-            "fit_to(encoder), or give it a method collate"
+            "fit_to(encoder), or define the method collate"
         )
     if len(data) == 0:
         raise DataError(f"data.class={name}: has no samples")
 
 
 def check_batch(name: str, data: PretrainingData, batch: Batch, encoder: Any, decodes: bool) -> None:
-    """Raise DataError for a batch of class `name` that no model takes.
+    """Raise DataError if the first batch of a custom data set does not fit the model.
 
     Args:
-        name: Of the class.
-        data: What the batch is of.
-        batch: The first one.
-        encoder: The student's.
-        decodes: Whether the decoder of data2vec 2.0 is to see the same grid as the mask.
+        name: Name of the class.
+        data: The data set.
+        batch: Its first batch.
+        encoder: The student's encoder.
+        decodes: Whether the model has the decoder of data2vec 2.0, which needs the grid of the mask.
     """
     if batch["mask"].dtype != torch.bool:
-        raise DataError(f"data.class={name}: collate gives a mask of {batch['mask'].dtype}, expected bool, True = masked")
+        raise DataError(f"data.class={name}: collate returns a mask of {batch['mask'].dtype}, expected bool, True = masked")
     if not decodes:
         if not encoder.masks_features and "target" not in batch:
             raise DataError(
-                f"data.class={name}: collate gives no target, but {type(encoder.model).__name__} has no mask vector; give it "
+                f"data.class={name}: collate returns no target, but {type(encoder.model).__name__} has no mask vector; give it "
                 "masked ids as source and the unmasked ones as target"
             )
         return
@@ -93,19 +93,19 @@ def check_batch(name: str, data: PretrainingData, batch: Batch, encoder: Any, de
     grid, seen = (each if isinstance(each, tuple) and len(each) > 1 else (length,) for each in (data.grid, seen))
     if len(grid) not in CONVOLUTIONS:
         raise DataError(
-            f"data.class={name}: its grid {grid} has {len(grid)} axes, and the decoder of data2vec 2.0 runs over at most "
-            f"{max(CONVOLUTIONS)}; join some, or take 1.0: head.kind=linear data.views=null"
+            f"data.class={name}: its grid {grid} has {len(grid)} axes, but the decoder of data2vec 2.0 supports at most "
+            f"{max(CONVOLUTIONS)}; merge some, or use 1.0: head.kind=linear data.views=null"
         )
     if seen != grid:
         raise DataError(
-            f"data.class={name}: its grid is {grid}, and encoder.positions({size}) gives {seen}; for the decoder of data2vec "
-            "2.0 they must be the same: set self.grid to it, or let positions(size) of the encoder return the grid"
+            f"data.class={name}: its grid is {grid}, but encoder.positions({size}) returns {seen}; the decoder of data2vec "
+            "2.0 needs both to be equal: set self.grid to it, or let positions(size) of the encoder return the grid"
         )
 
 
 @contextmanager
 def blamed(name: str | None, cls: type, what: str) -> Iterator[None]:
-    """Turn any error into a DataError that names the class and the line in its file; without a name it stays what it was."""
+    """Turn any error into a DataError that names the class and the line in its file; without a name, errors pass unchanged."""
     try:
         yield
     except Exception as error:

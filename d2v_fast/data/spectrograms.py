@@ -1,4 +1,4 @@
-"""Sounds as log-mel spectrograms: recordings as `data.audio` reads them → filter banks of one size → patch mask.
+"""Sounds as log-mel spectrograms: recordings (see `data.audio`) → filter banks of one size → patch mask.
 
 The filter banks are those of Kaldi, as AST (Gong, Chung, Glass 2021) and EAT (Chen et al. 2024) take them.
 """
@@ -26,41 +26,41 @@ RATE = 16_000
 WINDOW, HOP, FFT = 400, 160, 512  # 25 and 10 ms, and the next power of two
 PREEMPHASIS = 0.97
 FLOOR = float(np.finfo(np.float32).eps)
-MEAN, STD = -4.268, 4.569  # of AudioSet, as EAT has them
+MEAN, STD = -4.268, 4.569  # of AudioSet, as in EAT
 
 
 def frames(samples: int) -> int:
-    """Whole windows in a recording."""
+    """Number of complete windows in a recording."""
     return max(0, 1 + (samples - WINDOW) // HOP)
 
 
 @functools.cache
 def _filters(bins: int) -> Tensor:
-    """(FFT / 2 + 1, bins) float64, triangles on Kaldi's mel scale from 20 Hz on."""
+    """(FFT / 2 + 1, bins) float64, triangular filters on Kaldi's mel scale from 20 Hz."""
     from transformers.audio_utils import mel_filter_bank
 
     scale = dict(norm=None, mel_scale="kaldi", triangularize_in_mel_space=True)
-    with _quiet():
+    with _no_filter_warning():
         return torch.from_numpy(mel_filter_bank(FFT // 2 + 1, bins, 20.0, RATE / 2, RATE, **scale))
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that the lowest of many filters fall between two frequencies, as they do in Kaldi."""
+def _no_filter_warning() -> Iterator[None]:
+    """Suppress the warning that the lowest filters fall between two frequencies; they do in Kaldi as well."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "At least one mel filter")
         yield
 
 
 def log_mel(wave: np.ndarray, bins: int = 128) -> np.ndarray:
-    """Log-mel filter banks, as `ASTFeatureExtractor` of transformers has them before it pads and normalises.
+    """Log-mel filter banks, as `ASTFeatureExtractor` of transformers computes them before it pads and normalises.
 
-    Kaldi's: windows (Hann, whole ones only) without their mean, pre-emphasis .97, power spectrum, mel energies, logarithm; no
-    dither, no energy. In float64 up to the logarithm.
+    The steps are Kaldi's: complete windows, mean removed, pre-emphasis .97, Hann window, power spectrum, mel energies,
+    logarithm; no dither, no energy. float64 up to and including the logarithm.
 
     Args:
         wave: (samples,) float, in [-1, 1], at 16 kHz.
-        bins: Filters.
+        bins: Number of filters.
 
     Returns:
         (frames, bins) float32.
@@ -81,33 +81,33 @@ def spectrogram(wave: np.ndarray, length: int, bins: int, mean: float, std: floa
 
 
 def spectrogram_extractor(length: int, bins: int, mean: float, std: float) -> Any:
-    """The same as a feature extractor of transformers."""
+    """A feature extractor of transformers that does the same as `spectrogram`."""
     from transformers import ASTFeatureExtractor
 
-    with _quiet():
+    with _no_filter_warning():
         return ASTFeatureExtractor(sampling_rate=RATE, num_mel_bins=bins, max_length=length, mean=mean, std=std)
 
 
 class SpectrogramData(AudioData):
-    """Sounds as spectrograms of one size: AST takes them as (frames, bins), image models as images of one channel.
+    """Sounds as spectrograms of one size: (frames, bins) for AST, single-channel images for image models.
 
     Args:
         path: "builtin", a folder of recordings (with or without metadata.csv), a manifest (.tsv, .csv, .jsonl,
-            .json), or the name of a Hugging Face set.
-        name: Configuration of the Hugging Face set, such as clean.
-        split: Its split.
-        sample_rate: Rate in Hz that everything is resampled to; 16000 is the one that there are filter banks for.
-        min_seconds: Shorter recordings are left out.
-        whole_seconds: Longer recordings are never read whole, but in equal parts of at most target_length, each a sample of
-            its own.
-        join_seconds: Join recordings of one speaker until they are this long, for sets of short clips; 0 for never.
-        target_length: Frames of 10 ms of a spectrogram; longer recordings are cropped at random, shorter ones padded.
-        mel_bins: Mel filters.
-        mean: Subtracted from the logarithms, AudioSet's by default.
-        std: They are divided by twice of it, AudioSet's by default.
-        cache: Folder where the lengths of the recordings are kept; by default beside the cache of Hugging Face.
+            .json), or the name of a Hugging Face data set.
+        name: Configuration of the Hugging Face data set, such as clean.
+        split: Split of the Hugging Face data set.
+        sample_rate: Rate in Hz that recordings are resampled to; the filter banks require 16000.
+        min_seconds: Minimum length; shorter recordings are left out.
+        whole_seconds: Longer recordings are split into equal parts of at most target_length; each part is a sample and is
+            read without the rest.
+        join_seconds: Join recordings of one speaker until they are this long, for data sets of short clips; 0 disables it.
+        target_length: Frames (10 ms each) per spectrogram; longer recordings are cropped at random, shorter ones padded.
+        mel_bins: Number of mel filters.
+        mean: Mean to subtract from the log energies; defaults to AudioSet's.
+        std: The log energies are divided by twice this standard deviation; defaults to AudioSet's.
+        cache: Folder for the lengths of the recordings; defaults to a folder in the Hugging Face cache.
         mask: How patches are masked.
-        views: Masked views of each sample, for data2vec 2.0; null for one mask, as 1.0 takes it.
+        views: Masked views of each sample, for data2vec 2.0; null for a single mask, as in 1.0.
         seed: Seed of masks, crops and order.
     """
 
@@ -132,8 +132,8 @@ class SpectrogramData(AudioData):
     ):
         if sample_rate != RATE:
             raise DataError(
-                f"data.sample_rate={sample_rate}: spectrograms are made at {RATE} Hz, as the exported feature extractor does; "
-                f"leave it at {RATE}, and recordings of other rates are resampled"
+                f"data.sample_rate={sample_rate}: spectrograms are made at {RATE} Hz, as in the exported feature extractor; "
+                f"leave it at {RATE}: recordings with other rates are resampled"
             )
         seconds = ((target_length - 1) * HOP + WINDOW) / RATE
         super().__init__(
@@ -141,14 +141,14 @@ class SpectrogramData(AudioData):
             **dict(min_seconds=min_seconds, max_seconds=seconds, join_seconds=join_seconds, normalize=False),
             **dict(whole_seconds=whole_seconds, cache=cache),
         )
-        usual = float(np.median(self.lengths[self.lengths > 0])) / RATE if self.lengths.any() else seconds
-        if usual < seconds / 2:
+        median = float(np.median(self.lengths[self.lengths > 0])) / RATE if self.lengths.any() else seconds
+        if median < seconds / 2:
             log.warning(
-                "data.target_length=%d: is %.2f s, and half of the recordings have at most %.2f s; the rest is padding. Lower "
+                "data.target_length=%d: is %.2f s, but half of the recordings have at most %.2f s; the rest is padding. Lower "
                 "it, or join short clips: data.join_seconds=%.1f",
-                *(target_length, seconds, usual, seconds),
+                *(target_length, seconds, median, seconds),
             )
-        self.lengths = None  # all are as long
+        self.lengths = None  # spectrograms have one length
         self.frames, self.size, self.mean, self.std = frames, (target_length, mel_bins), mean, std
 
     def fit_to(self, encoder: Any) -> None:
@@ -170,15 +170,15 @@ class SpectrogramData(AudioData):
             if size % side and stride >= side:
                 low = size // side * side
                 raise DataError(
-                    f"data.{setting}={size}: no multiple of encoder.config.patch_size={side}, so that the last {size % side} "
-                    f"would be in no patch; take {f'{low} or ' if low else ''}{low + side}, and the same in encoder.config"
+                    f"data.{setting}={size}: not a multiple of encoder.config.patch_size={side}, so the last {size % side} "
+                    f"would be in no patch; use {f'{low} or ' if low else ''}{low + side}, and the same in encoder.config"
                 )
         self.grid = encoder.positions(length)
         if not isinstance(self.grid, tuple) or len(self.grid) != 2:
             raise DataError(
-                f"encoder.model: {type(encoder.model).__name__} gives positions {self.grid}, expected a grid of patches: take "
-                "audio-spectrogram-transformer, vit or data2vec2-vision, or give your own a method positions(frames) that "
-                "returns the rows and columns of patches"
+                f"encoder.model: {type(encoder.model).__name__} has positions {self.grid}, expected a grid of patches: use "
+                "audio-spectrogram-transformer, vit or data2vec2-vision, or give your own model a method positions(frames) "
+                "that returns the rows and columns of patches"
             )
         self.check_mask()
 

@@ -65,14 +65,14 @@ def _wrap(tokenizer: Any, max_length: int) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """A fast tokenizer from a name or folder.
+    """Load a fast tokenizer by name or from a folder.
 
     Raises:
         DataError: It cannot be loaded, or lacks a vocabulary or a mask, padding or boundary token.
     """
     from transformers import AutoTokenizer
 
-    remedy = "choose another one; for an encoder with random weights data.tokenizer=train makes one"
+    remedy = "choose another one, or train one for an encoder with random weights: data.tokenizer=train"
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(name), trust_remote_code=False)
     except Exception as error:
@@ -82,16 +82,16 @@ def load_tokenizer(name: str) -> Any:
     for role in ("mask_token_id", "pad_token_id", "cls_token_id", "sep_token_id"):
         if getattr(tokenizer, role) is None:
             raise DataError(f"data.tokenizer={name}: has no {role.removesuffix('_id')}; {remedy}")
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one up for a model without tokenizer files
-        raise DataError(f"data.tokenizer={name}: holds a model but no vocabulary of a tokenizer; {remedy}")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers invents one if the tokenizer files are missing
+        raise DataError(f"data.tokenizer={name}: holds a model but no tokenizer vocabulary; {remedy}")
     return tokenizer
 
 
 def corpus_backend(tokenizer: Any) -> Any:
-    """A copy of the backend of `tokenizer` for the text of a corpus, all of it and as it stands.
+    """A copy of the backend of `tokenizer` that encodes a corpus completely and literally.
 
-    A tokenizer is saved with the truncation, padding and dropout that it was last used with. A special token that a text
-    spells out is text.
+    A tokenizer is saved with the truncation, padding and dropout that it was last used with; these are switched off. A special
+    token spelled out in the corpus is encoded as text.
     """
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import Sequence, Split
@@ -100,12 +100,12 @@ def corpus_backend(tokenizer: Any) -> Any:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    if hasattr(backend.model, "dropout"):  # of BPE's merges
+    if hasattr(backend.model, "dropout"):  # BPE dropout
         backend.model.dropout = None
     special = tokenizer.all_special_tokens
     spelled = backend.encode_batch([before + token for token in special for before in ("", " ", "a")], add_special_tokens=False)
     if set(tokenizer.all_special_ids) & {i for encoded in spelled for i in encoded.ids}:
-        # Some models (Unigram) have them among their pieces. One that is cut after its first character is none of them.
+        # Some models (Unigram) have the special tokens among their pieces. Split them after the first character.
         cuts = "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in special if len(token) > 1)
         parts = [backend.pre_tokenizer, Split(Regex(cuts), "isolated")]
         backend.pre_tokenizer = Sequence([part for part in parts if part is not None])
@@ -113,21 +113,21 @@ def corpus_backend(tokenizer: Any) -> Any:
 
 
 def usable_positions(encoder: Any) -> int | None:
-    """Tokens that an encoder can take, where its number of positions is known."""
+    """Maximum number of tokens of an encoder; None if its number of positions is not known."""
     positions = getattr(getattr(encoder.model, "config", None), "max_position_embeddings", None)
-    # RoBERTa and its kin count positions from the padding's id + 1, and know it there.
+    # RoBERTa and similar models count positions from the padding id + 1 and store that id in their embeddings.
     padding = getattr(getattr(encoder.model, "embeddings", None), "padding_idx", None)
     return positions if positions is None or padding is None else positions - padding - 1
 
 
 def limit_length(tokenizer: Any, encoder: Any) -> Any:
-    """The same tokenizer, whose `model_max_length` is at most what the encoder can take."""
+    """Cap the tokenizer's `model_max_length` at what the encoder can take, and return the tokenizer."""
     tokenizer.model_max_length = min(tokenizer.model_max_length, usable_positions(encoder) or tokenizer.model_max_length)
     return tokenizer
 
 
 def _batches(texts: Iterable[str], rows: int = 1000, characters: int = 2**20) -> Iterator[list[str]]:
-    """Lists of as many texts as are worth encoding at once."""
+    """Group texts into lists to encode at once."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -140,10 +140,10 @@ def _batches(texts: Iterable[str], rows: int = 1000, characters: int = 2**20) ->
 
 
 def token_fields(tokenizer: Any, vocab_size: int) -> dict[str, int]:
-    """The fields of an encoder's config that depend on its tokenizer."""
+    """Fields of an encoder's config that depend on the tokenizer."""
     t = tokenizer
     ids = dict(pad_token_id=t.pad_token_id, cls_token_id=t.cls_token_id, sep_token_id=t.sep_token_id)
-    # Many have other names for what begins and ends a text.
+    # Not every tokenizer has bos and eos tokens; cls and sep mark the start and the end of a text.
     return dict(vocab_size=vocab_size, bos_token_id=t.cls_token_id, eos_token_id=t.sep_token_id, **ids)
 
 
@@ -151,22 +151,22 @@ class TextData(PretrainingData):
     """Blocks of tokens.
 
     Args:
-        path: "builtin", a file, folder or pattern of text, parquet, JSON lines, CSV or TSV, the name of a Hugging Face set,
-            or a folder written by its `save_to_disk`.
-        name: Configuration of the Hugging Face set, such as wikitext-103-raw-v1.
-        split: Its split.
-        column: Column of the text; found by itself where there is one.
-        tokenizer: Name or folder of a tokenizer, or "train" for a byte-level BPE made from the corpus. An encoder that is
-            given by encoder.pretrained brings its own.
-        vocab_size: Size of a trained tokenizer.
-        block_size: Tokens a sample, <s> included.
-        cross_documents: Pack across documents, </s> between them; without, each document (row) fills blocks of its own.
-        teacher_input: "full", or "masked_only" as in the reference code, whose teacher sees the masked tokens alone.
+        path: "builtin", a file, folder or pattern of text, parquet, JSON lines, CSV or TSV, the name of a Hugging Face data
+            set, or a folder written by its `save_to_disk`.
+        name: Configuration of the Hugging Face data set, such as wikitext-103-raw-v1.
+        split: Split of the Hugging Face data set.
+        column: Column of the text; detected if there is only one.
+        tokenizer: Name or folder of a tokenizer, or "train" to train a byte-level BPE on the corpus. With
+            encoder.pretrained the encoder's own tokenizer is used.
+        vocab_size: Vocabulary size of a trained tokenizer.
+        block_size: Tokens per sample, including <s>.
+        cross_documents: Pack blocks across documents, separated by </s>; otherwise each document (row) starts a new block.
+        teacher_input: "full", or "masked_only" as in the reference code, whose teacher sees only the masked tokens.
         mask: How blocks are masked.
-        views: Masked views of each sample, for data2vec 2.0; null for one mask, as 1.0 takes it.
+        views: Masked views of each sample, for data2vec 2.0; null for a single mask, as in 1.0.
         seed: Seed of masks and order.
-        cache: Folder where the tokens are kept; by default beside the cache of Hugging Face.
-        max_broken: Largest share of files that cannot be read; `train.max_broken` of a run.
+        cache: Folder for the tokens; defaults to a folder in the Hugging Face cache.
+        max_broken: Maximum share of unreadable files; set by `train.max_broken` in a run.
     """
 
     def __init__(
@@ -190,10 +190,10 @@ class TextData(PretrainingData):
         super().__init__(mask=mask, views=views, seed=seed)
         self.name, self.block_size, self.teacher_input = path, block_size, teacher_input
         if views is not None and teacher_input != "full":
-            raise DataError(f"data.teacher_input={teacher_input}: is for one mask a sample; leave it out, or data.views")
+            raise DataError(f"data.teacher_input={teacher_input}: needs a single mask per sample; remove it or data.views")
         self.tokenizer_name, self.cross_documents = tokenizer, cross_documents
-        self._find(path, name, split, column, tokenizer, vocab_size, max_broken, cache)
-        self._cut()
+        self._prepare(path, name, split, column, tokenizer, vocab_size, max_broken, cache)
+        self._make_blocks()
         size = max(len(self.tokenizer), int(np.flatnonzero(self.counts).max()) + 1)
         self.vocabulary = Vocabulary(
             size=size,
@@ -205,7 +205,7 @@ class TextData(PretrainingData):
 
     @property
     def tokens(self) -> dict[str, int]:
-        """What an encoder's config has to know of the tokenizer, by the names it has there."""
+        """Fields of an encoder's config that depend on the tokenizer."""
         return token_fields(self.tokenizer, self.vocabulary.size)
 
     def __len__(self) -> int:
@@ -219,7 +219,7 @@ class TextData(PretrainingData):
         return [self.name], np.frombuffer(bytes.fromhex(digest)[:8], dtype=np.int64)
 
     def fit_to(self, encoder: Any) -> None:
-        if hasattr(encoder, "mask_embedding"):  # ids are masked, never features; DDP would wait for its gradient
+        if hasattr(encoder, "mask_embedding"):  # unused, as ids are masked and not features; DDP would wait for its gradient
             encoder.mask_embedding.requires_grad_(False)
         config = getattr(encoder.model, "config", None)
         rows = [m.num_embeddings for m in encoder.model.modules() if isinstance(m, torch.nn.Embedding)]
@@ -255,7 +255,7 @@ class TextData(PretrainingData):
             source, mask = self.mask(draws, target, self.vocabulary, lengths)
         else:
             mask = self.make_mask(draws, target.shape[1], lengths)
-            # With views the masked tokens are not encoded at all.
+            # With views, masked tokens are never encoded.
             source = target if self.views else np.where(mask, self.vocabulary.mask_id, target)
         batch = {"source": source, "mask": mask} | ({} if self.views else {"target": target})
         padding_mask = np.arange(target.shape[1]) >= lengths[:, None]
@@ -266,7 +266,7 @@ class TextData(PretrainingData):
             batch["target_padding_mask"] = ~mask
         return batch
 
-    def _find(
+    def _prepare(
         self,
         path: str,
         name: str | None,
@@ -277,7 +277,7 @@ class TextData(PretrainingData):
         max_broken: float,
         cache: str | None,
     ) -> None:
-        """Tokenizer and tokens of the corpus, made once and kept."""
+        """Load tokenizer and tokens of the corpus, from the cache if possible."""
         import tokenizers
 
         state, read = find_documents(path, name, split, column)
@@ -286,16 +286,16 @@ class TextData(PretrainingData):
         where = [os.path.abspath(os.path.expanduser(path)) if is_local(path) or is_saved(path) else path, name, split, column]
         if tokenizer == "train":
 
-            def learn(folder: Path) -> dict[str, Any]:
+            def train(folder: Path) -> dict[str, Any]:
                 (folder / TOKENIZER).write_text(_train(iter(read()), vocab_size).to_str(), encoding="utf-8")
                 return {}
 
-            folder, _ = kept(cache, "tokenizer", [*where, vocab_size], state, learn)
+            folder, _ = kept(cache, "tokenizer", [*where, vocab_size], state, train)
             self.tokenizer = _wrap(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER)), self.block_size)
         else:
             self.tokenizer = load_tokenizer(tokenizer)
-        known = fingerprint([self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.all_special_tokens])
-        folder, made = kept(cache, "tokens", [*where, known], state, lambda folder: self._tokenize(read(), folder))
+        digest = fingerprint([self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.all_special_tokens])
+        folder, made = kept(cache, "tokens", [*where, digest], state, lambda folder: self._tokenize(read(), folder))
         for message in made["left_out"]:
             log.warning("left out: %s", message)
         self.content = made["content"]
@@ -306,7 +306,7 @@ class TextData(PretrainingData):
             self.counts[self.tokenizer.sep_token_id] -= len(self.document_ends)
 
     def _tokenize(self, documents: Documents, folder: Path) -> dict[str, Any]:
-        """Write all token ids, a separator after each document, and where the documents end."""
+        """Write the token ids, with a separator after each document, and the ends of the documents."""
         from tqdm import tqdm
 
         backend, separator = corpus_backend(self.tokenizer), self.tokenizer.sep_token_id
@@ -316,8 +316,8 @@ class TextData(PretrainingData):
         texts = (text for text in documents if text.strip())
         with (folder / IDS).open("wb") as ids, (folder / ENDS).open("wb") as ends:
             with tqdm(desc=f"tokens of {self.name}", unit="", unit_scale=True, leave=False, delay=2, disable=None) as progress:
-                for some in filter(None, _batches(texts)):
-                    found = [[*each.ids, separator] for each in backend.encode_batch_fast(some, add_special_tokens=False)]
+                for batch in filter(None, _batches(texts)):
+                    found = [[*each.ids, separator] for each in backend.encode_batch_fast(batch, add_special_tokens=False)]
                     stops = end + np.cumsum([len(each) for each in found])
                     tokens = np.fromiter(itertools.chain.from_iterable(found), kind, count=int(stops[-1]) - end)
                     for file, array in ((ids, tokens), (ends, stops)):
@@ -331,8 +331,8 @@ class TextData(PretrainingData):
         (folder / COUNTS).write_bytes(counts)
         return {"kind": kind.name, "content": content.hexdigest(), "left_out": list(documents.left_out)}
 
-    def _cut(self) -> None:
-        """Count the blocks; `_bounds` says where each one lies."""
+    def _make_blocks(self) -> None:
+        """Count the blocks, and prepare what `_bounds` needs to locate them."""
         if self.cross_documents:
             self.blocks = len(self.ids) // (self.block_size - 1)
             if self.blocks == 0:
@@ -343,24 +343,24 @@ class TextData(PretrainingData):
             return
         room = self.block_size - 2
         tokens = np.diff(self.document_ends, prepend=0) - 1
-        last = np.cumsum(-(-tokens // room))  # block of each document, but for one
+        last = np.cumsum(-(-tokens // room))  # last block of each document, plus one
         self.first_blocks = np.concatenate([[0], last])
         self.blocks = int(last[-1])
         self.lengths = np.full(self.blocks, self.block_size, dtype=np.int32)
-        some = tokens > 0
-        self.lengths[last[some] - 1] = (tokens[some] - 1) % room + 3
+        filled = tokens > 0
+        self.lengths[last[filled] - 1] = (tokens[filled] - 1) % room + 3
         mean = self.lengths.mean()
         if mean < 0.5 * self.block_size:
             log.warning(
-                "blocks are %.0f tokens long on average, block_size is %d: if the rows of %s are paragraphs and not "
-                "documents, data.cross_documents=true packs them",
+                "blocks have %.0f tokens on average, but block_size is %d: if the rows of %s are paragraphs rather than "
+                "documents, pack them with data.cross_documents=true",
                 mean,
                 self.block_size,
                 self.name,
             )
 
     def _bounds(self, index: int) -> tuple[int, int]:
-        """Begin and end of a block in `ids`."""
+        """Start and end of a block in `ids`."""
         if self.cross_documents:
             room = self.block_size - 1
             return index * room, (index + 1) * room
@@ -371,7 +371,7 @@ class TextData(PretrainingData):
 
 
 def _continues(tokenizer: Any, size: int) -> np.ndarray:
-    """Which ids continue a word, by the mark that each family of tokenizers puts on tokens."""
+    """Which ids continue a word, judged by the prefix that each family of tokenizers puts on tokens."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
     tokens += [""] * (size - len(tokens))
     if any(token.startswith("##") for token in tokens):

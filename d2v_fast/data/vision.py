@@ -1,4 +1,4 @@
-"""Images: a folder or a Hugging Face set → augmented crops → pixels and patch mask (method 3.3)."""
+"""Images: a folder or a Hugging Face data set → augmented crops → pixels and patch mask (method 3.3)."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask
 
 Box = tuple[float, float, float, float]  # left, upper, right and lower edge
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels of ImageNet
-# Pillow tries every format it knows whatever the name of a file, and hands PostScript to Ghostscript, which runs it.
+# By default Pillow tries every format, whatever the file name, and passes PostScript to Ghostscript, which runs it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
-BACKGROUND = (255, 255, 255)  # of transparent images, as in the image processors of transformers
+BACKGROUND = (255, 255, 255)  # for transparent images, as in the image processors of transformers
 
-# Pillow refuses a PNG for a text or colour profile of more than 1 MiB. Its limits on all text (64 MiB) and on pixels stay.
+# Pillow rejects a PNG with a text chunk or colour profile above 1 MiB. Its limits on total text (64 MiB) and on pixels remain.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def read_image(file: str | io.BytesIO) -> Image.Image:
-    """The first frame of an image file as RGB of 8 bits, turned as its EXIF orientation says.
+    """The first frame of an image file as 8-bit RGB, rotated according to its EXIF orientation.
 
     Raises:
-        ValueError: Not one of `FORMATS`, or pixels whose range is not known.
-        OSError: The file cannot be read, or is cut off.
+        ValueError: The format is none of `FORMATS`, or the range of the pixels is not known.
+        OSError: The file cannot be read or is truncated.
     """
     with open_image(file) as image:
         return decode(image)
 
 
 def read_crop(file: str | io.BytesIO, size: int, choose: Callable[[int, int], Box]) -> Image.Image:
-    """`crop_to` of `read_image`, but a JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves the box `size` pixels a side.
+    """Like `crop_to` after `read_image`, but decodes a JPEG at 1/2, 1/4 or 1/8 if the box keeps at least `size` pixels a side.
 
     Args:
         file: Path or bytes.
         size: Side of the result.
-        choose: Gives a box for the width and the height of an image.
+        choose: Returns a box, given the width and height of an image.
 
     Raises:
-        ValueError, OSError: As `read_image` does.
+        ValueError, OSError: As for `read_image`.
     """
     with open_image(file) as image:
         if image.format not in ("JPEG", "MPO"):
@@ -62,7 +62,7 @@ def read_crop(file: str | io.BytesIO, size: int, choose: Callable[[int, int], Bo
         shrink = next((s for s in (8, 4, 2) if min(right - left, bottom - top) >= s * size), 1)
         if shrink > 1 and image.draft(None, (image.width // shrink, image.height // shrink)):
             image = decode(image)
-            # The last block of pixels may be part of one, and lies wherever the image was turned to.
+            # The last block of pixels may be incomplete; rotation moves it to another edge.
             x = image.width - wide / shrink if turned in (2, 3, 6, 7) else 0
             y = image.height - high / shrink if turned in (3, 4, 7, 8) else 0
             box = (left / shrink + x, top / shrink + y, right / shrink + x, bottom / shrink + y)
@@ -71,39 +71,38 @@ def read_crop(file: str | io.BytesIO, size: int, choose: Callable[[int, int], Bo
 
 
 def open_image(file: str | io.BytesIO) -> Image.Image:
-    """An image file of one of `FORMATS`, of which the header has been read.
+    """Open an image file and read its header.
 
     Raises:
-        ValueError: None of them.
+        ValueError: The format is none of `FORMATS`.
     """
     try:
         return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise ValueError(f"is not an image of the formats {', '.join(FORMATS)}") from error
+        raise ValueError(f"is not an image in one of the formats {', '.join(FORMATS)}") from error
 
 
 def decode(image: Image.Image) -> Image.Image:
-    """What `open_image` opened, as RGB and turned."""
+    """Decode an image from `open_image` to RGB and apply its EXIF orientation."""
     sixteen_bits = ";16" in str(image.tile) and not image.mode.startswith("I")
     image.load()
-    with suppress(Exception):  # damaged metadata is no reason to refuse the pixels
+    with suppress(Exception):  # damaged metadata is no reason to reject the image
         ImageOps.exif_transpose(image, in_place=True)
     rgb = to_rgb(image)
-    # Pillow keeps the upper 8 of 16 bits of a colour, and so next to nothing of the 12 that a camera may have filled.
+    # Pillow keeps the upper 8 of 16 bits per colour, which leaves almost nothing if a camera filled only 12 of them.
     if sixteen_bits and 0 < max(most for _, most in rgb.getextrema()) < 16:
-        raise ValueError("is all but black: its colours fill 12 of 16 bits or fewer: save it with 8 bits")
+        raise ValueError("is almost black: its colours fill 12 of 16 bits or fewer: save it with 8 bits")
     return rgb
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of 8 bits, where Pillow's own conversion would drop transparency and turn integers above 255 white.
+    """Convert to 8-bit RGB; unlike Pillow's conversion it handles transparency and integers above 255.
 
-    Integers of more than 8 bits are divided by the smallest power of 4 that brings the greatest of them below 256: it is
-    not known from a file of 16 bits whether a camera filled 10, 12, 14 or all of them. Transparency is blended with
-    `BACKGROUND`.
+    Integers of more than 8 bits are divided by the smallest power of 4 that brings the maximum below 256, because a 16-bit
+    file does not say whether the camera filled 10, 12, 14 or 16 bits. Transparent pixels are blended with `BACKGROUND`.
 
     Raises:
-        ValueError: Pixels whose range is not known: floating-point or negative.
+        ValueError: The range of the pixels is not known, because they are floating-point or negative.
     """
     if image.mode == "F":
         raise ValueError("has floating-point pixels, whose range is not known: save it with integers of 8 or 16 bits")
@@ -120,10 +119,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_images(path: str, name: str | None = None, split: str = "train", cache: str | None = None) -> Source:
-    """Images of "builtin", a folder (labels are the names of their folders), tar archives or a set, as `load_hub` finds it.
+    """Open "builtin", a folder (labels are the names of subfolders), tar archives or a Hugging Face data set (see `load_hub`).
 
     Raises:
-        DataError: No image is there.
+        DataError: No images were found.
     """
     if path == "builtin":
         return builtin_images(split)
@@ -149,7 +148,7 @@ def open_images(path: str, name: str | None = None, split: str = "train", cache:
 
 
 def random_box(wide: int, high: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator) -> Box:
-    """A box of random area and aspect within an image; ten tries, then the largest centred one that fits."""
+    """A box of random area and aspect within an image; after ten failed tries the largest centred one that fits."""
     for _ in range(10):
         area = wide * high * rng.uniform(*scale)
         aspect = np.exp(rng.uniform(*np.log(ratio)))
@@ -166,7 +165,7 @@ def random_box(wide: int, high: int, scale: tuple[float, float], ratio: tuple[fl
 
 
 def crop_to(image: Image.Image, size: int, box: Box) -> Image.Image:
-    """The box of an image, resized bicubically to a square."""
+    """Crop the box and resize it bicubically to a square."""
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
@@ -179,7 +178,7 @@ def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) 
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square, resized bicubically: how a probe sees an image."""
+    """Crop the largest centred square and resize it bicubically; used by probes."""
     wide, high = image.size
     side = min(wide, high)
     left, top = (wide - side) / 2, (high - side) / 2
@@ -200,8 +199,8 @@ def to_pixels(images: list[Image.Image], mean: tuple[float, ...], std: tuple[flo
 
 
 def image_processor(image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
-    """What `center_crop` and `to_pixels` do, as an image processor of transformers."""
-    from transformers import ViTImageProcessorPil  # which needs no torchvision; what it writes names no backend
+    """An image processor of transformers that does the same as `center_crop` and `to_pixels`."""
+    from transformers import ViTImageProcessorPil  # needs no torchvision; the saved config names no backend
 
     side = {"height": image_size, "width": image_size}
     return ViTImageProcessorPil(
@@ -219,20 +218,20 @@ class ImageData(PretrainingData):
     """Augmented images.
 
     Args:
-        path: "builtin", a folder of images, of tar archives or of parquet, or a Hugging Face set: its name, or a folder of
-            `save_to_disk`.
-        name: Configuration of the Hugging Face set.
-        split: Its split.
-        image_size: Side of the crops in pixels; must be the encoder's.
-        crop_scale: Least and greatest share of the image's area in a crop.
-        crop_ratio: Least and greatest aspect ratio of a crop.
+        path: "builtin", a folder of images, tar archives or parquet files, the name of a Hugging Face data set, or a folder
+            written by `save_to_disk`.
+        name: Configuration of the Hugging Face data set.
+        split: Split of the Hugging Face data set.
+        image_size: Side of the crops in pixels; must match the encoder.
+        crop_scale: Minimum and maximum share of the image's area in a crop.
+        crop_ratio: Minimum and maximum aspect ratio of a crop.
         flip: Probability of a horizontal flip.
         jitter: Strength of brightness, contrast and saturation jitter, 0 for none.
         mean: Subtracted from each channel, ImageNet's by default.
         std: Each channel is divided by it, ImageNet's by default.
-        cache: Folder where it is kept what archives hold; by default beside the cache of Hugging Face.
+        cache: Folder for the index of tar archives; defaults to a folder in the Hugging Face cache.
         mask: How patches are masked.
-        views: Masked views of each sample, for data2vec 2.0; null for one mask, as 1.0 takes it.
+        views: Masked views of each sample, for data2vec 2.0; null for a single mask, as in 1.0.
         seed: Seed of masks, augmentations and order.
     """
 

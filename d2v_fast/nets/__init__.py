@@ -1,6 +1,6 @@
-"""data2vec 2.0's own models of images and speech as models of transformers.
+"""The image and speech models of data2vec 2.0 as transformers models.
 
-Importing this module registers them, so that `AutoModel.from_pretrained` knows them.
+Importing this module registers them with the Auto classes of transformers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ AUTO = {
 
 
 def register() -> None:
-    """Make the models known to the Auto classes of transformers; again does no harm."""
+    """Register the models with the Auto classes of transformers; safe to call repeatedly."""
     for config, models in AUTO.items():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto, model in models.items():
@@ -63,11 +63,11 @@ register()
 
 
 def save(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write a model of transformers; one of these with the file that defines it.
+    """Save a transformers model, and for the models of this module also the file that defines it.
 
-    Where d2v-fast is imported `AutoModel.from_pretrained(folder)` takes their class from there, and runs nothing of the folder;
-    where it is not installed `trust_remote_code=True` takes the class from the folder. The same holds for the Auto classes of
-    the heads, whichever of the models was saved. Weights of a model of timm are named as timm names them.
+    If d2v-fast is imported, `AutoModel.from_pretrained(folder)` uses its class and runs no code from the folder. Otherwise
+    `trust_remote_code=True` loads the class from the folder. The same holds for the Auto classes of the heads, whichever of the
+    models was saved. Weights of a timm model keep timm's names.
     """
     models = AUTO.get(type(model.config), {})
     if type(model) not in models.values():

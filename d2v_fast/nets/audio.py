@@ -1,12 +1,12 @@
-"""data2vec 2.0's speech model: Data2VecAudio with a bias on attention by distance, ALiBi, whose strength each head learns.
+"""The speech model of data2vec 2.0: Data2VecAudio with ALiBi, an attention bias by distance with a learned scale per head.
 
-    waveform → convolutions → projection → + positional convolutions → context norm → blocks, no norm behind them
+    waveform → convolutions → projection → + positional convolutions → context norm → blocks, no final norm
 
-The prenet blocks of data2vec 2.0 (method 4.1) are the first blocks of the one stack: with the norm after the residual nothing
-stands between them and the others.
+The prenet blocks of data2vec 2.0 (method 4.1) are the first blocks of a single stack: post-norm blocks need no layer between
+the prenet and the rest.
 
-This file needs torch and transformers alone, and huggingface_hub that comes with it, so that a saved model can carry it along:
-`AutoModel.from_pretrained(folder, trust_remote_code=True)` then works where d2v-fast is not installed.
+This file depends only on torch and transformers (with its dependency huggingface_hub), so a copy can be saved with the model:
+`AutoModel.from_pretrained(folder, trust_remote_code=True)` then works without d2v-fast.
 """
 
 from typing import Any
@@ -36,11 +36,11 @@ from transformers.models.data2vec.modeling_data2vec_audio import (
 
 @strict
 class Data2Vec2AudioConfig(Data2VecAudioConfig):
-    """Fields as in `Data2VecAudioConfig`, with the values of data2vec 2.0's base model as defaults, and
+    """The fields of `Data2VecAudioConfig`, with data2vec 2.0 base as defaults, and
 
     - `use_alibi`: bias attention by distance (method 4.4);
-    - `learned_alibi_scale`: learn the strength of the bias for each head, else it stays 1;
-    - `alibi_per_layer`: for each layer as well.
+    - `learned_alibi_scale`: learn the scale of the bias per head; otherwise it is 1;
+    - `alibi_per_layer`: separate scales for each layer.
     """
 
     model_type = "data2vec2-audio"
@@ -54,10 +54,10 @@ class Data2Vec2AudioConfig(Data2VecAudioConfig):
 
 
 def alibi_slopes(heads: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """Slope of each head, (heads,), a geometric series (method 4.4).
+    """Slopes of the heads, (heads,), a geometric series (method 4.4).
 
-    For n heads, n a power of two, it falls from 2^(-8/n) to 2^-8; other numbers of heads take every second slope of 2n heads
-    in addition.
+    For n heads, n a power of two, they fall from 2^(-8/n) to 2^-8. Otherwise n is the next lower power of two, and the other
+    heads take every second slope of 2n heads.
     """
     power = 1 << (heads.bit_length() - 1)
     head = torch.arange(heads, device=device, dtype=dtype or torch.float32)
@@ -65,13 +65,13 @@ def alibi_slopes(heads: int, device: torch.device | str | None = None, dtype: to
 
 
 class Data2Vec2AudioPositionalConvEmbedding(Data2VecAudioPositionalConvEmbedding):
-    """Convolutions in a row, each with a norm without weights and GELU.
+    """A stack of convolutions, each followed by a norm without affine parameters and GELU.
 
-    Padding is zeroed before each of them (method 4.9), so that real frames see what they would see without padding.
+    Padding is zeroed before each of them (method 4.9), so real frames get the same values as without padding.
     """
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """What to add to hidden_states (B, T, C); padding_mask (B, T) bool, True = padding."""
+        """Position embeddings to add to hidden_states (B, T, C); padding_mask (B, T) bool, True = padding."""
         x = hidden_states.transpose(1, 2)
         for layer in self.layers:
             x = layer(x if padding_mask is None else x.masked_fill(padding_mask.unsqueeze(1), 0))
@@ -82,8 +82,8 @@ class Data2Vec2AudioEncoder(nn.Module):
     """Positions, context norm and blocks.
 
     Attributes:
-        alibi_scale: (1 or num_hidden_layers, 1, num_attention_heads, 1, 1), counted as 0 where it is negative (method 4.4). A
-            buffer unless it is learned: `from_pretrained` makes every parameter that it loads a trainable one.
+        alibi_scale: (1 or num_hidden_layers, 1, num_attention_heads, 1, 1), clamped to at least 0 (method 4.4). A buffer if it
+            is not learned, because `from_pretrained` makes every parameter trainable.
     """
 
     def __init__(self, config: Data2Vec2AudioConfig):
@@ -105,16 +105,16 @@ class Data2Vec2AudioEncoder(nn.Module):
     def alibi(
         self, x: Tensor, positions: Tensor | None = None, padding_mask: Tensor | None = None
     ) -> Tensor | list[Tensor] | None:
-        """What blocks add to their attention logits, `attention_mask` to them: -scale · slope · |p_i - p_j|, no padded keys.
+        """The attention bias of the blocks, passed as `attention_mask`: -scale · slope · |p_i - p_j|, with padded keys masked.
 
         Args:
-            x: (N, T, C), the blocks' input; its shape, device and dtype count.
-            positions: (N, T) int64, where the frames stand in the whole sequence; default is 0 to T - 1.
-            padding_mask: (N, T) bool, True = padding: these keys get the lowest number of the dtype.
+            x: (N, T, C), input of the blocks; only its shape, device and dtype are used.
+            positions: (N, T) int64, positions of the frames in the whole sequence; default is 0 to T - 1.
+            padding_mask: (N, T) bool, True = padding: these keys get the lowest finite value of the dtype.
 
         Returns:
-            (N or 1, heads or 1, T or 1, T) of the dtype of x; a list of one for each layer with `alibi_per_layer`; None where
-            there is nothing to add.
+            (N or 1, heads or 1, T or 1, T) in the dtype of x; a list with one per layer if `alibi_per_layer`; None if there is
+            neither ALiBi nor padding.
         """
         lowest = torch.finfo(x.dtype).min
         keys = None if padding_mask is None else padding_mask[:, None, None]
@@ -140,18 +140,18 @@ class Data2Vec2AudioEncoder(nn.Module):
         hidden_states = self.dropout(self.layer_norm(hidden_states))
         bias = self.alibi(hidden_states, padding_mask=padding_mask)
         biases = bias if isinstance(bias, list) else [bias] * len(self.layers)
-        # Ranks that share a layer's weights have to run it together.
+        # Ranks that shard a layer's weights must all run it.
         drop = 0 if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self) else self.config.layerdrop
         for layer, bias in zip(self.layers, biases, strict=True):
             if self.training and drop > 0 and torch.rand([]) < drop:
                 continue
-            hidden_states = layer(hidden_states, bias, **kwargs)  # not by name: checkpointing would lose its gradient
+            hidden_states = layer(hidden_states, bias, **kwargs)  # positional: checkpointing drops gradients of keywords
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
 class Data2Vec2AudioPreTrainedModel(Data2VecAudioPreTrainedModel):
     config_class = Data2Vec2AudioConfig
-    # Neither takes a bias.
+    # Neither supports an additive bias.
     _supports_flash_attn = False
     _supports_flex_attn = False
 
@@ -167,28 +167,28 @@ class Data2Vec2AudioModel(Data2Vec2AudioPreTrainedModel, Data2VecAudioModel):
     def __init__(self, config: Data2Vec2AudioConfig):
         PreTrainedModel.__init__(self, config)
         if config.add_adapter:
-            raise ValueError("add_adapter=True: data2vec 2.0 has no adapter; leave it out")
+            raise ValueError("add_adapter=True: data2vec 2.0 has no adapter; remove the setting")
         self.feature_extractor = Data2VecAudioFeatureEncoder(config)
         self.feature_projection = Data2VecAudioFeatureProjection(config)
-        if config.mask_time_prob > 0 or config.mask_feature_prob > 0:  # SpecAugment of a fine-tuning
+        if config.mask_time_prob > 0 or config.mask_feature_prob > 0:  # SpecAugment in fine-tuning
             self.masked_spec_embed = nn.Parameter(torch.zeros(config.hidden_size))
         self.encoder = Data2Vec2AudioEncoder(config)
         self.adapter = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Linear weights N(0, .02), convolutions Kaiming-normal; positions and projection as torch does (method 4.2)."""
+        """Linear weights N(0, .02), convolutions Kaiming-normal; positions and projection as in torch (method 4.2)."""
         super()._init_weights(module)
-        # By each module itself: transformers passes over those of custom models that have no weights of their own.
+        # Checked for each module, because transformers skips modules of custom models that hold no weights directly.
         torch_own = [self.feature_projection.projection, *(layer.conv for layer in self.encoder.pos_conv_embed.layers)]
         if any(module is own for own in torch_own):
             module.reset_parameters()
-        elif module is self and hasattr(self, "masked_spec_embed"):  # which transformers 5.17 leaves as memory had it
+        elif module is self and hasattr(self, "masked_spec_embed"):  # transformers 5.17 leaves it uninitialised
             init.uniform_(self.masked_spec_embed)
 
 
 class Data2Vec2AudioForCTC(Data2Vec2AudioPreTrainedModel, Data2VecAudioForCTC):
-    """Letters of speech, by connectionist temporal classification; `forward` is that of `Data2VecAudioForCTC`."""
+    """Speech recognition with connectionist temporal classification; `forward` is that of `Data2VecAudioForCTC`."""
 
     def __init__(self, config: Data2Vec2AudioConfig):
         PreTrainedModel.__init__(self, config)
@@ -199,7 +199,7 @@ class Data2Vec2AudioForCTC(Data2Vec2AudioPreTrainedModel, Data2VecAudioForCTC):
 
 
 class Data2Vec2AudioForSequenceClassification(Data2Vec2AudioPreTrainedModel, Data2VecAudioForSequenceClassification):
-    """A label for a recording; `forward` is that of `Data2VecAudioForSequenceClassification`."""
+    """Classification of recordings; `forward` is that of `Data2VecAudioForSequenceClassification`."""
 
     def __init__(self, config: Data2Vec2AudioConfig):
         PreTrainedModel.__init__(self, config)

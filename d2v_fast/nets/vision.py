@@ -1,12 +1,12 @@
-"""data2vec 2.0's image model: a vision transformer with its norms after the residuals.
+"""The image model of data2vec 2.0: a vision transformer with post-norm blocks.
 
-    patches + positions, CLS in front → context norm → blocks, no norm behind them
+    patches + positions, CLS in front → context norm → blocks, no final norm
 
-The prenet blocks of data2vec 2.0 (method 4.1) are the first blocks of the one stack: with the norm after the residual nothing
-stands between them and the others.
+The prenet blocks of data2vec 2.0 (method 4.1) are the first blocks of a single stack: post-norm blocks need no layer between
+the prenet and the rest.
 
-This file needs torch and transformers alone, and huggingface_hub that comes with it, so that a saved model can carry it along:
-`AutoModel.from_pretrained(folder, trust_remote_code=True)` then works where d2v-fast is not installed.
+This file depends only on torch and transformers (with its dependency huggingface_hub), so a copy can be saved with the model:
+`AutoModel.from_pretrained(folder, trust_remote_code=True)` then works without d2v-fast.
 """
 
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 class Data2Vec2VisionConfig(PreTrainedConfig):
     """Fields as in `ViTConfig`; `image_size` and `patch_size` are a side or (height, width).
 
-    `pooling` says what `Data2Vec2VisionForImageClassification` classifies: the mean of the patches or the CLS token.
+    `pooling` selects the input of the classifier in `Data2Vec2VisionForImageClassification`: the mean of the patches or CLS.
     """
 
     model_type = "data2vec2-vision"
@@ -44,7 +44,7 @@ class Data2Vec2VisionConfig(PreTrainedConfig):
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
     pooling: Literal["mean", "cls"] = "mean"
-    # What a block of BERT asks for beside these.
+    # Further fields that BertLayer reads.
     is_decoder: bool = False
     add_cross_attention: bool = False
     chunk_size_feed_forward: int = 0
@@ -55,7 +55,7 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 
 def sincos(high: int, wide: int, channels: int) -> Tensor:
-    """Sines and cosines of column and row of each patch, row by row, as MAE has them (method 4.1).
+    """Sine-cosine embeddings of the column and row of each patch, row-major, as in MAE (method 4.1).
 
     Returns:
         (high · wide, channels) float32.
@@ -82,8 +82,8 @@ class Data2Vec2VisionPatchEmbeddings(nn.Module):
         if tuple(pixel_values.shape[-2:]) != self.image_size:
             found, expected = ("×".join(map(str, size)) for size in (pixel_values.shape[-2:], self.image_size))
             raise ValueError(
-                f"pixel_values: found images of {found}, image_size is {expected}; resize them, or load the model with "
-                "image_size=…, since its positions are computed and not learned"
+                f"pixel_values: found images of {found}, image_size is {expected}; resize them, or load the model with another "
+                "image_size=…, which works because its positions are computed and not learned"
             )
         return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
 
@@ -92,8 +92,8 @@ class Data2Vec2VisionEmbeddings(nn.Module):
     """Pixels → CLS and patches with their positions, normalised: (B, 1 + N, C).
 
     Attributes:
-        position_embeddings: (1, 1 + N, C), zero for CLS. A buffer that is not saved: `from_pretrained` makes every parameter
-            that it loads a trainable one, and a table that follows from the config fits any image size it is loaded with.
+        position_embeddings: (1, 1 + N, C), zero for CLS. A non-persistent buffer: `from_pretrained` would make a parameter
+            trainable, and a table computed from the config fits any image size.
     """
 
     def __init__(self, config: Data2Vec2VisionConfig):
@@ -131,7 +131,7 @@ class Data2Vec2VisionPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Linear weights N(0, .02), CLS N(0, 1), patches Xavier-uniform on (C, 3p²) with torch's own bias (method 4.2)."""
+        """Linear weights N(0, .02), CLS N(0, 1), patches Xavier-uniform on (C, 3p²) with torch's default bias (method 4.2)."""
         super()._init_weights(module)
         if isinstance(module, nn.Conv2d):
             module.reset_parameters()
@@ -148,7 +148,7 @@ class Data2Vec2VisionModel(Data2Vec2VisionPreTrainedModel):
     """The image encoder of data2vec 2.0 (method 4.1, 4.2).
 
     Raises:
-        ValueError: `hidden_size` is no multiple of 4, `image_size` none of `patch_size`, or images have another size.
+        ValueError: `hidden_size` is not a multiple of 4, `image_size` not one of `patch_size`, or images have another size.
     """
 
     def __init__(self, config: Data2Vec2VisionConfig):
@@ -180,7 +180,7 @@ class Data2Vec2VisionForImageClassification(Data2Vec2VisionPreTrainedModel):
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
-        """Logits (B, num_labels), and with labels (B,) int64 their loss."""
+        """Logits (B, num_labels); with labels (B,) int64 also the loss."""
         outputs = self.data2vec2_vision(pixel_values, **kwargs)
         states = outputs.last_hidden_state
         pooled = states[:, 0] if self.config.pooling == "cls" else states[:, 1:].mean(1)
