@@ -216,8 +216,8 @@ def open_run(run: Path, checkpoint: str | None = None, teacher: bool = False) ->
     config = trained.read_config(run)
     if ":" in (config.encoder.model or ""):
         raise ConfigError(
-            f"{run}: transformers has no class for the encoder {config.encoder.model}, so AutoModel cannot load it; "
-            f"the weights are in {run / 'export' / 'model.safetensors'}, written at the end of the run, for safetensors.torch.load_model"
+            f"{run}: transformers has no class for the encoder {config.encoder.model}, so AutoModel cannot load it; the run "
+            f"leaves its weights in {run / 'export' / 'model.safetensors'} when it ends, for safetensors.torch.load_model"
         )
     found = trained.load(config, run, checkpoint, teacher)
     data = found.config.data
