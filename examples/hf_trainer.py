@@ -24,7 +24,7 @@ class Data2VecText(nn.Module):
         super().__init__()
         self.student = RobertaModel(config, add_pooling_layer=False)
         self.head = nn.Linear(C, C)
-        self.teacher = EMATeacher(self.student, start=0.99, end=0.999, anneal_steps=100)  # a submodule, so checkpoints contain it
+        self.teacher = EMATeacher(self.student, start=0.99, end=0.999, anneal_steps=100)  # a submodule: checkpoints contain it
         for block in self.teacher.module.encoder.layer[-K:]:
             block.output.dense.register_forward_hook(keep)  # the FFN before dropout and residual
 
