@@ -621,9 +621,7 @@ def main(args: list[str]) -> None:
         if not any(Path(to).glob("tokenizer*")) and not (Path(to) / "preprocessor_config.json").exists():
             print("no tokenizer saved: add one with --tokenizer NAME, for most text models roberta-base")
         if (Path(to) / HEAD).exists():
-            last = (
-                "" if (Path(to) / TEACHER).exists() else "; it has no teacher, which then starts as a copy of the student"
-            )
+            last = "" if (Path(to) / TEACHER).exists() else "; it has no teacher, which then starts as a copy of the student"
             recipe = {OLDER: "ITS.yaml", "eat": "spectrogram/eat-base"}.get(options.source, "MODALITY/v2-SIZE")
             print(f"to continue training: d2v-train --config {recipe} encoder.pretrained={to}{last}")
     if hub:
