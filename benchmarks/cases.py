@@ -1,4 +1,4 @@
-"""Shapes of real recipes: batch, positions, top-K and masked share as the published models train."""
+"""Benchmark cases: batch, length, top-K and masked share of published recipes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LossCase:
     masked: float
     norm: str
     target_norm: str = "none"
-    views: int = 0  # of each sample, for data2vec 2.0; all mask as many positions
+    views: int = 0  # per sample, for data2vec 2.0; all mask the same number of positions
     channels: int = CHANNELS
 
     @property
@@ -30,16 +30,16 @@ class LossCase:
 
     @property
     def rows(self) -> int:
-        """Rows of a layer that are masked; of several views hardly one is masked in none."""
+        """Rows of a layer that are masked; with several views, nearly every row is masked in some view."""
         return self.batch * self.length if self.views else self.scored
 
     def needed_bytes(self, dtype: torch.dtype) -> int:
-        """Each needed byte once: the rows of the teacher that the norm reads, the predictions, their gradient."""
+        """Bytes that must move, each counted once: teacher rows that the norm reads, predictions and their gradient."""
         read = self.rows if self.norm == "layer" else self.batch * self.length
         return (self.top_k * read + 2 * self.scored) * self.channels * dtype.itemsize
 
     def tensors(self, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Predictions (N, C) that require a gradient, K teacher layers (B, T, C), mask (B, T) or (B, M, T); one N for all."""
+        """Predictions (N, C) that require a gradient, K teacher layers (B, T, C), mask (B, T) or (B, M, T); N is fixed."""
         random = dict(device=device, generator=torch.Generator(device).manual_seed(seed))
         shape = (self.batch, self.length, self.channels)
         layers = [torch.randn(shape, dtype=dtype, **random) for _ in range(self.top_k)]
@@ -67,7 +67,7 @@ LOSS_CASES = [
     LossCase("audio-16x780", 16, 780, 8, 0.49, "instance"),
 ]
 
-# data2vec 2.0: M views of each sample share its targets.
+# data2vec 2.0: the M views of a sample share its targets.
 LOSS_CASES_2 = [
     LossCase("image-16x16x196", 16, 196, 10, 0.80, "instance", "layer", views=16),
     LossCase("image-large-8x16x196", 8, 196, 18, 0.80, "instance", "layer", views=16, channels=1024),
@@ -82,23 +82,23 @@ class StepCase:
     modality: str
     model: str
     batch: int
-    shape: tuple[int, ...]  # of one sample: tokens, (3, side, side), or samples of a waveform
+    shape: tuple[int, ...]  # of one input: (tokens,), (3, side, side) or (waveform samples,)
     masked: float
-    settings: dict  # of Data2Vec, as the published recipe has them
+    settings: dict  # of Data2Vec, from the published recipe
     config: dict = field(default_factory=dict)  # of the encoder
-    gpu_batch: int = 0  # meant to fill a GPU and leave room for the models of all variants
-    views: int = 0  # of each sample, for data2vec 2.0
+    gpu_batch: int = 0  # fills a GPU and leaves room for the models of all variants
+    views: int = 0  # per sample, for data2vec 2.0
     mask: RandomMask | ExactBlockMask | None = None
     decoder: dict = field(default_factory=dict)
 
     def on(self, device: str) -> StepCase:
-        """The case as this device takes it."""
+        """The case with the batch size for this device."""
         if device == "cpu":
             return self
         return replace(self, batch=self.gpu_batch, name=self.name.replace(f"-{self.batch}x", f"-{self.gpu_batch}x"))
 
     def batch_of(self, encoder, device: str) -> dict[str, Tensor]:
-        """Inputs of `Data2Vec.forward`: source, mask, index, with views `visible`, else for text `target`; of full length."""
+        """Inputs of `Data2Vec.forward`: source, mask, index, `visible` with views, else `target` for text; no padding."""
         generator = torch.Generator().manual_seed(0)
         if self.modality == "text":
             target = torch.randint(10, 50_000, (self.batch, *self.shape), generator=generator)
@@ -114,7 +114,7 @@ class StepCase:
             batch["index"] = batch["mask"].flatten().nonzero().squeeze(1)
             return {name: value.to(device) for name, value in batch.items()}
         mask = torch.zeros(self.batch, positions, dtype=torch.bool)
-        for row in mask:  # every sample the same number
+        for row in mask:  # the same number in every sample
             row[torch.randperm(positions, generator=generator)[: round(self.masked * positions)]] = True
         batch = dict(source=target, mask=mask, index=mask.flatten().nonzero().squeeze(1))
         if self.modality == "text":
@@ -133,7 +133,7 @@ STEP_CASES = [
     StepCase("audio-4x5s", "audio", "data2vec-audio", 4, (80_000,), 0.49, _AUDIO, gpu_batch=64),
 ]
 
-# data2vec 2.0 by the published recipes of base size, each beside the 1.0 case of its modality.
+# data2vec 2.0, published recipes of base size; each is compared with the 1.0 case of its modality.
 _VISION_2 = dict(top_k=10, norm="instance", target_norm="layer", cls_weight=2.56, ema_start=0.9998)
 _AUDIO_2 = dict(top_k=8, norm="instance", ema_scope="encoder")
 _TEXT_2 = dict(top_k=12, norm="instance", scale=1.0, ema_scope="layers")
@@ -155,14 +155,14 @@ STEP_CASES_2 = [
     StepCase("text-1x8", "text", "roberta", 1, (512,), 0.48, _TEXT_2, views=8, gpu_batch=8, **_TOKENS),
 ]
 
-# Models of known families, and the module at which they run whole.
+# Models of known families, and the path of the feature module used when the model runs whole.
 SPLICED_CASES = [
     (STEP_CASES[0], "embeddings"),
     (replace(STEP_CASES[2], name="vit-8x224", model="vit"), "embeddings.patch_embeddings"),
     (STEP_CASES_2[-1], "embeddings"),
 ]
 
-# One size of the step at a time; 4 layers where it is not their number, so that the sweep takes minutes.
+# Vary one size of the step at a time; 4 layers unless depth is varied, so that the sweep takes minutes.
 _SMALL = StepCase("sweep", "text", "roberta", 4, (128,), 0.15, _TEXT | dict(top_k=2), dict(num_hidden_layers=4))
 SWEEPS = {
     "batch": {size: replace(_SMALL, batch=size) for size in (1, 2, 4, 8, 16, 32)},

@@ -9,12 +9,12 @@ from benchmarks.measure import rates
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.addoption("--seconds", type=float, default=3.0, help="time for the variants of one case together")
+    parser.addoption("--seconds", type=float, default=3.0, help="time for all variants of one case")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def before(request):
-    """The rates of the machine before the first case; those after the last stand beside them in the result."""
+    """Measure the machine's rates before the first case; those after the last case are added to the result."""
     request.config.rates = [rates(request.config.getoption("--device"))]
 
 
@@ -29,7 +29,7 @@ def seconds(request):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """What a figure depends on, and not the name of the machine."""
+    """Record what the figures depend on, but not the machine's name."""
     cpu = {key: machine_info["cpu"].get(key) for key in ("brand_raw", "arch", "l2_cache_size", "l3_cache_size")}
     machine_info.clear()
     machine_info.update(cpu=cpu, threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)

@@ -1,4 +1,4 @@
-"""How time, bandwidth and memory are taken: variants interleaved in one run, medians, caches cold."""
+"""Measure time, bandwidth and memory: interleaved variants, medians, cold caches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 
 def timed(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call, on a GPU by its own clock."""
+    """Seconds of one call; on a GPU, by CUDA events."""
     if device == "cpu":
         start = time.perf_counter()
         call()
@@ -29,7 +29,7 @@ def timed(call: Callable[[], object], device: str) -> float:
     return before.elapsed_time(after) / 1e3
 
 
-SLOW = 0.2  # seconds beside which what a variant finds in the allocator and the threads is nothing
+SLOW = 0.2  # seconds; for longer calls the state of allocator and threads is negligible
 
 
 def interleaved(
@@ -37,9 +37,9 @@ def interleaved(
 ) -> dict[str, float]:
     """Median seconds of each variant.
 
-    The variants take turns, so that a drift of the machine meets all of them. Within its turn a variant runs `calls` times
-    after one that is not counted: that pays for what the variant before it did to the allocator and the threads. A slow
-    variant runs once.
+    The variants take turns, so that drift of the machine affects all of them. In its turn a variant runs `calls` times after
+    one uncounted call, which absorbs what the previous variant did to the allocator and the threads. A slow variant runs
+    once.
     """
     slow = set()
     for name, call in variants.items():
@@ -58,10 +58,10 @@ def interleaved(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-class Apart:
-    """An object that lives in a process of its own, so that what it asks of the allocator or the threads stays its own.
+class Worker:
+    """An object in a separate process, which isolates its settings of allocator and threads.
 
-    Its methods are called by name: `apart("method", *args)`; an error there is raised here.
+    Methods are called by name, `worker("method", *args)`; errors are raised in the caller.
     """
 
     def __init__(self, make: Callable[..., object], *args: Any):
@@ -97,20 +97,20 @@ def _serve(connection: Any, make: Callable[..., object], args: tuple) -> None:
 
 
 def matmul_rate(device: str, dtype: torch.dtype, size: int = 4096) -> float:
-    """FLOP/s of a large square product, what the machine gives at best."""
+    """FLOP/s of a large square matrix product, as the machine's upper limit."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / interleaved({"matmul": lambda: a @ b}, device, seconds=1.0, calls=1)["matmul"]
 
 
 def copy(device: str, size: int = 256 << 20) -> Callable[[], object]:
-    """Copies `size` bytes, far more than the caches hold: 2 · size bytes move."""
+    """A call that copies `size` bytes, far more than the caches hold, and so moves 2 · size bytes."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def rates(device: str) -> dict[str, float]:
-    """What the machine gives now: bytes/s of a long copy, FLOP/s of large products; and the load that others put on it."""
+    """Current rates of the machine: bytes/s of a long copy, FLOP/s of large products; and the load average before."""
     return {
         "load": os.getloadavg()[0],
         "copy": 2 * (256 << 20) / interleaved({"copy": copy(device)}, device, seconds=1.0)["copy"],
@@ -120,7 +120,7 @@ def rates(device: str) -> dict[str, float]:
 
 
 def peak_extra_bytes(call: Callable[[], object], device: str) -> int:
-    """Memory that a call needs beyond what is allocated before it; what it returns is counted."""
+    """Peak memory that a call adds to what was allocated before, including what it returns."""
     gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
@@ -129,7 +129,7 @@ def peak_extra_bytes(call: Callable[[], object], device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # pages that the allocator kept would hide what the call takes
+    ctypes.CDLL(None).malloc_trim(0)  # pages that the allocator holds would hide those of the call
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     before = _resident("VmRSS")
     call()

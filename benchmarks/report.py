@@ -3,7 +3,7 @@
 python -m benchmarks.report FILE                   the tables in Markdown
 python -m benchmarks.report FILE --plot FILE.svg   and a plot
 python -m benchmarks.report FILE --against OLD     exit code 1 if a ratio fell more than 15 % below that of OLD
-python -m benchmarks.report --update PAGE.md ...   rewrites the tables of a page, each between its two marks:
+python -m benchmarks.report --update PAGE.md ...   rewrite the tables of a page, each between two markers:
                                                    <!-- FILE.json TABLE --> ... <!-- end -->
 """
 
@@ -17,24 +17,24 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-BASELINES = {  # what is compared with "fused", by test
+BASELINES = {  # variants compared with "fused", by test
     "test_ema": ("state dict loop", "in-place loop", "foreach mul + add"),
     "test_loss": ("published", "published, compile", "gather first", "gather first, compile", "eager", "compile"),
     "test_step": ("today", "an hour's work"),
     "test_step_2": ("1.0 today", "1.0 fused", "2.0 as released, fp32", "2.0 as released, bf16"),
 }
 TOLERANCE = 0.15
-SLOW = 0.75  # of the best rate seen on a processor: below it something else was running
+SLOW = 0.75  # of the best rate seen on the same hardware; below it, something else was running
 
 
 def rows(path: Path, test: str) -> list[dict]:
-    """What a test noted, one dict for each of its cases."""
+    """The recorded results of a test, one dict per case."""
     entries = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
     return [entry["extra_info"] for entry in entries if entry["name"].partition("[")[0] == test]
 
 
 def ratios(row: dict, test: str, seconds: str = "seconds") -> dict[str, float]:
-    """How many times longer each baseline takes, for each target where they differ, of those that the file has."""
+    """Time of each baseline in the file relative to "fused", per target if the numbers of targets differ."""
     times = row[seconds]
     if isinstance(row.get("targets"), dict):
         times = {name: time / row["targets"][name] for name, time in times.items()}
@@ -42,12 +42,12 @@ def ratios(row: dict, test: str, seconds: str = "seconds") -> dict[str, float]:
 
 
 def alone(row: dict, seconds: str = "seconds") -> float:
-    """Seconds of ours; of a GPU its own, without the launches that it waits for on small inputs."""
+    """Seconds of ours; on a GPU without launch overhead, which dominates small inputs."""
     return row[seconds].get("fused, graph", row[seconds]["fused"])
 
 
 def share(row: dict, limit: str) -> float:
-    """Achieved part of a bandwidth measured in the same run: `copy_bandwidth` of one long copy, `row_bandwidth` of the rows."""
+    """Achieved share of a bandwidth from the same run: `copy_bandwidth` of one long copy or `row_bandwidth` of row copies."""
     return row["bytes"] / alone(row) / row[limit]
 
 
@@ -56,13 +56,13 @@ def hardware(about: dict) -> str:
 
 
 def found_rates(about: dict) -> dict[str, float]:
-    """The lowest that a run saw of the machine's rates, before its first case and after its last."""
+    """The lowest rates of the machine in a run, of those before its first case and after its last."""
     found = about.get("rates", [])
     return {name: min(rates[name] for rates in found) for name in ("copy", "fp32", "bf16") if found}
 
 
 def slow_rates(path: Path) -> list[str]:
-    """Rates of a run far below the best that any committed run saw on the same hardware, as sentences."""
+    """Rates of a run far below the best of all committed runs on the same hardware, as text."""
     about = json.loads(path.read_text(encoding="utf-8"))["machine_info"]
     others = [json.loads(file.read_text(encoding="utf-8"))["machine_info"] for file in RESULTS.glob("*.json")]
     same = [rates for other in others if hardware(other) == hardware(about) for rates in other.get("rates", [])]
@@ -75,7 +75,7 @@ def slow_rates(path: Path) -> list[str]:
 
 
 def machine(path: Path) -> str:
-    """What ran a file's cases: hardware, its rates and whether they are as usual, versions, commit."""
+    """What produced a file: hardware, its rates and whether they are unusually low, versions, commit."""
     info = json.loads(path.read_text(encoding="utf-8"))
     about = info["machine_info"]
     parts = [hardware(about)]
@@ -93,12 +93,12 @@ def markdown(columns: list[str], lines: list[list[str]]) -> str:
 
 
 def reads_rows(row: dict) -> bool:
-    """Whether the norm of the case needs nothing but masked rows."""
+    """Whether the norm of the case reads only masked rows."""
     return row.get("norm", "instance" if "audio" in row["case"] else "layer") == "layer"
 
 
 def loss_table(path: Path, seconds: str = "seconds") -> str:
-    """With `seconds_reused` of one input at each call, without the shares of bandwidths, which caches make meaningless."""
+    """Loss and gradient; with `seconds_reused` (one input for all calls) no bandwidth shares, which caches distort."""
     found = [row for row in rows(path, "test_loss") if seconds in row]
     if not found:
         return ""
@@ -131,7 +131,7 @@ def reused_loss_table(path: Path) -> str:
 
 
 def memory(row: dict, name: str) -> str:
-    """Of a step, beyond what lies there before it."""
+    """Peak memory that a step adds, as text."""
     extra = row["extra_bytes"]
     return f"{extra[name] / 2**30:.1f} GB" if name in extra else "–"
 
@@ -175,7 +175,7 @@ def step_2_table(path: Path) -> str:
 
 
 def targets_table(path: Path) -> str:
-    """Masked targets a second, in one line for each case; of 2.0 fused, which stands beside both others, the lower."""
+    """Masked targets per second, one line per case; for 2.0 fused, measured twice, the lower value."""
     lines: dict[str, dict[str, float]] = {}
     for row in rows(path, "test_step_2"):
         line = lines.setdefault(row["case"], {})
@@ -191,7 +191,7 @@ def targets_table(path: Path) -> str:
 
 
 def breakdown_table(path: Path) -> str:
-    """Milliseconds of each part of a step; backward is that of the student, its features and its head together."""
+    """Milliseconds of each part of a step; backward covers student, features and head together."""
     parts = ["embed", "teacher", "student", "head", "loss", "backward", "optimizer", "EMA"]
     lines = [
         [row["case"], name, *(f"{seconds[part] * 1e3:.1f}" for part in parts)]
@@ -245,16 +245,16 @@ NAMED["machine"] = machine
 
 
 def updated(page: str) -> str:
-    """The page with each table made anew from the file that its first mark names.
+    """The page with each table regenerated from the file that its first marker names.
 
     Raises:
-        KeyError: A mark names no table.
+        KeyError: A marker names an unknown table.
     """
 
-    def made(mark: re.Match) -> str:
+    def table(mark: re.Match) -> str:
         return f"{mark[1]}\n{NAMED[mark[3]](RESULTS / mark[2])}\n{mark[4]}"
 
-    return re.sub(r"(<!-- (\S+\.json) (\w+) -->)\n.*?(<!-- end -->)", made, page, flags=re.DOTALL)
+    return re.sub(r"(<!-- (\S+\.json) (\w+) -->)\n.*?(<!-- end -->)", table, page, flags=re.DOTALL)
 
 
 def plot_loss(path: Path, plt: Any) -> Any:
@@ -295,12 +295,12 @@ def plot(path: Path, target: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    made = next(draw for test, draw in PLOTS.items() if rows(path, test))
-    made(path, plt).savefig(target)
+    draw = next(draw for test, draw in PLOTS.items() if rows(path, test))
+    draw(path, plt).savefig(target)
 
 
 def regressions(new: Path, old: Path) -> list[str]:
-    """Ratios that fell, as sentences; ratios, because the speed of a machine drifts."""
+    """Ratios that fell, as text; ratios rather than times, because the machine's speed drifts."""
     found = []
     for test in BASELINES:
         for seconds in ("seconds", "seconds_reused"):
@@ -339,7 +339,7 @@ def main() -> None:
         plot(arguments.results, arguments.plot)
     if arguments.against:
         if slow := slow_rates(arguments.results):
-            sys.exit(f"not compared, the machine was slow: {', '.join(slow)}; try again when nothing else runs")
+            sys.exit(f"not compared, the machine was slow: {', '.join(slow)}; try again when it is idle")
         found = regressions(arguments.results, arguments.against)
         print("\n".join(["", *(found or ["no ratio fell more than 15 %"])]))
         sys.exit(bool(found))

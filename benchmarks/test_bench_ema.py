@@ -1,4 +1,4 @@
-"""The teacher's update at base size: ours beside the ways it is written elsewhere."""
+"""The teacher update at base size: ours compared with common implementations."""
 
 import copy
 

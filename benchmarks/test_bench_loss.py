@@ -1,4 +1,4 @@
-"""Loss and gradient: ours beside eager, the published formulation, one that reads what it needs, all compiled, and a copy."""
+"""Loss and gradient: ours compared with eager, the published formulation, a gather-first one, compiled versions, and a copy."""
 
 import gc
 import itertools
@@ -11,11 +11,11 @@ from benchmarks.cases import LOSS_CASES, LOSS_CASES_2
 from benchmarks.measure import copy, interleaved, peak_extra_bytes
 from d2v_fast import data2vec_loss
 
-COLD = 128 << 20  # bytes that pass between two uses of the same input
+COLD = 128 << 20  # bytes read between two uses of the same input, to evict it from the caches
 
 
 def gather_first(predictions, layers, index, case):
-    """What a careful engineer writes: of a layer norm nothing but masked rows, and of several views one average."""
+    """What a careful engineer writes: layer norms of masked rows only, and one average for all views."""
     position = index
     if case.views:
         position = index // (case.views * case.length) * case.length + index % case.length
@@ -43,7 +43,7 @@ def gather_first(predictions, layers, index, case):
 
 
 def published(predictions, layers, index, case):
-    """As the papers' formulas are written down first: all of every layer in fp32, repeated for the views, rows taken last."""
+    """A direct transcription of the papers' formulas: whole layers in fp32, repeated for the views, rows gathered last."""
     average = 0
     for x in layers:
         x = x.float()
@@ -118,7 +118,7 @@ def test_loss(case, dtype, device, seconds, benchmark):
     memory = {}
     for name in times:
         for predictions, *_ in inputs:
-            predictions.grad = None  # else the call frees what it then allocates
+            predictions.grad = None  # else the call frees as much as it allocates
         memory[name] = peak_extra_bytes(variants[name], device)
     benchmark.extra_info.update(
         case=case.name,
@@ -140,7 +140,7 @@ def fused(predictions, layers, mask, case, impl):
 
 
 def copy_rows(inputs, case):
-    """Copies the masked rows of all layers and nothing else: what the machine can do for memory read in pieces."""
+    """A call that only copies the masked rows of all layers: the machine's limit for scattered reads."""
     turn = itertools.cycle(inputs)
     _, layers, *_, index = inputs[0]
     everything = torch.arange(case.batch * case.length, device=index.device)
@@ -155,7 +155,7 @@ def copy_rows(inputs, case):
 
 
 def replayed(run, turns):
-    """The same work as CUDA graphs, one for each input: what remains without the launches."""
+    """The same work as CUDA graphs, one per input, without launch overhead."""
     graphs = []
     for _ in range(turns):
         run()

@@ -1,4 +1,4 @@
-"""What the collapse monitor costs, as a share of the step: the time inside its methods beside that of whole runs."""
+"""Cost of the collapse monitor as a share of the step: time inside its methods relative to that of whole runs."""
 
 import time
 from collections import defaultdict
@@ -13,7 +13,7 @@ from d2v_fast.train.build import build
 LOGGED = ("_after_forward", "_before_update", "figures", "judge")
 BASE = ["data.path=builtin", "data.name=null", "data.split=train", "train.workers=0"]
 SPEECH = ["data.min_seconds=0.1", "data.join_seconds=5", "data.max_seconds=5", "data.batch_seconds=20"]
-# At base size a run takes few steps, and the line of the log that is due every 50 steps comes every second one.
+# At base size a run has few steps and logs every second one; the cost is then scaled to one log line per 50 steps.
 CASES = {
     "text/tiny": ["train.steps=201"],
     "vision/tiny": ["train.steps=101"],

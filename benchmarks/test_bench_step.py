@@ -1,8 +1,8 @@
-"""A whole step at base size: (a) as it is taken today, (b) as a good engineer writes it in an hour, (c) ours with --fused.
+"""A whole step at base size: (a) common practice today, (b) what a good engineer writes in an hour, (c) ours with --fused.
 
-And of data2vec 2.0: as released, in fp32 and in bf16 autocast, ours with --fused, and beside them the steps of 1.0.
+For data2vec 2.0: as released, in fp32 and in bf16 autocast, and ours with --fused, compared with the steps of 1.0.
 
-Each variant runs in a process of its own, as --fused changes how the process keeps its memory; they take turns.
+Each variant runs in its own process, because --fused changes how the process manages memory. The variants take turns.
 """
 
 import copy
@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import SPLICED_CASES, STEP_CASES, STEP_CASES_2, SWEEPS
-from benchmarks.measure import Apart, matmul_rate, peak_extra_bytes, timed
+from benchmarks.measure import Worker, matmul_rate, peak_extra_bytes, timed
 from d2v_fast import Data2Vec, build_encoder
 from d2v_fast import model as model_module
 from d2v_fast.decoders import ConvDecoder
@@ -43,7 +43,7 @@ FLOPS = {torch.ops.d2v_fast.conv: conv_flops, torch.ops.d2v_fast.conv_weight_gra
 
 
 class Variant:
-    """One way to take a step of a case; the methods are what the benchmark asks for from outside."""
+    """One implementation of a step; the benchmark calls its methods from another process."""
 
     def __init__(self, case, device):
         torch.manual_seed(0)
@@ -62,7 +62,7 @@ class Variant:
         return len(self.batch["index"])
 
     def flops(self):
-        # Operation by operation, whether compiled or not.
+        # Counted in eager mode, since compiled code hides its operations.
         counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
         with torch.compiler.set_stance("force_eager"), counter:
             self.step()
@@ -70,7 +70,7 @@ class Variant:
 
 
 class Today(Variant):
-    """Whole Hugging Face models in fp32, all hidden states and attentions asked for, Adam, EMA over state dicts."""
+    """Whole Hugging Face models in fp32 that return all hidden states and attentions, Adam, EMA over state dicts."""
 
     def __init__(self, case, device):
         super().__init__(case, device)
@@ -115,9 +115,9 @@ class Today(Variant):
 
 
 class Ours(Variant):
-    """Our model in bf16 autocast with sdpa, fused AdamW and foreach EMA; `parts` adds what --fused puts into a model.
+    """Our model in bf16 autocast with sdpa, fused AdamW and foreach EMA; `parts` selects parts of --fused to add.
 
-    With `features`, the path of its module of local features, the model runs whole.
+    With `features`, the path of its local feature module, the model runs whole.
     """
 
     def __init__(self, case, device, parts, features=None):
@@ -145,11 +145,11 @@ class Ours(Variant):
         return (output.loss.detach(),)
 
     def extra_bytes(self):
-        with self.without_graphs():  # which keep theirs from step to step
+        with self.without_graphs():  # graphs keep their memory between steps
             return super().extra_bytes()
 
     def flops(self):
-        with self.without_graphs():  # in which nothing is counted
+        with self.without_graphs():  # operations inside graphs are not counted
             return super().flops()
 
     @contextmanager
@@ -173,7 +173,7 @@ class Ours(Variant):
         self.clock[name] += time.perf_counter() - start
 
     def parts(self, rounds=3):
-        """Seconds of each part of a step on the CPU, where calls are synchronous."""
+        """Seconds of each part of a step; only valid on the CPU, where calls are synchronous."""
 
         def watch(owner, method, name):
             inner = getattr(owner, method)
@@ -207,7 +207,7 @@ RELEASED = {
 
 
 class Released(Variant):
-    """data2vec 2.0 as its released code formulates the step, by the transcription of the tests, without its dropout."""
+    """The step of the released data2vec 2.0 code, as transcribed in the tests, without dropout."""
 
     def __init__(self, case, device, precision):
         super().__init__(case, device)
@@ -254,35 +254,35 @@ class Released(Variant):
                     teacher[name].mul_(DECAY).add_(value, alpha=1 - DECAY)
 
 
-ALL = (*PARTS, "graphs")  # what --fused does on a GPU that trains alone
+ALL = (*PARTS, "graphs")  # what --fused does on a single GPU
 
 
 def variants_of(case):
     return {"today": (Today, case), "an hour's work": (Ours, case, ()), "fused": (Ours, case, ALL)}
 
 
-def variants_2_of(case, beside, device):
-    """Steps of data2vec 2.0, beside those of 1.0 on the longest case of the modality or beside the released formulation."""
+def variants_2_of(case, baseline, device):
+    """Steps of data2vec 2.0, and of 1.0 on the longest case of the modality or of the released formulation."""
     first = next(each.on(device) for each in reversed(STEP_CASES) if each.modality == case.modality)
     others = {
         "1.0": {"1.0 today": (Today, first), "1.0 fused": (Ours, first, ALL)},
         "released": {f"2.0 as released, {precision}": (Released, case, precision) for precision in ("fp32", "bf16")},
     }
-    return others[beside] | {"fused": (Ours, case, ALL)}
+    return others[baseline] | {"fused": (Ours, case, ALL)}
 
 
 @contextmanager
 def turns(variants, device, seconds):
-    """The variants, each in a process of its own, and the median seconds of a step of each, taken in turns.
+    """Yield the variants, each in its own process, and the median seconds of their steps, measured in turns.
 
     Args:
-        variants: By name, its class, its case and what else the class is made with.
+        variants: By name: class, case and further arguments of the class.
         device: Where they run.
-        seconds: To measure for, in tenths.
+        seconds: A tenth of the time to measure for.
     """
     gc.collect()
-    running = {name: Apart(made, case, device, *rest) for name, (made, case, *rest) in variants.items()}
-    for _ in range(2):  # the first steps make the optimizer's state and fill the allocator
+    running = {name: Worker(made, case, device, *rest) for name, (made, case, *rest) in variants.items()}
+    for _ in range(2):  # the first steps create the optimizer state and fill the allocator
         for variant in running.values():
             variant("seconds")
     times = {name: [] for name in running}
@@ -312,10 +312,10 @@ def test_step(case, device, seconds, benchmark):
         benchmark.pedantic(variants["fused"], args=("seconds",), rounds=2)
 
 
-@pytest.mark.parametrize("beside", ["1.0", "released"])
+@pytest.mark.parametrize("baseline", ["1.0", "released"])
 @pytest.mark.parametrize("case", STEP_CASES_2, ids=lambda case: case.name)
-def test_step_2(case, beside, device, seconds, benchmark):
-    with turns(variants_2_of(case.on(device), beside, device), device, seconds) as (variants, times):
+def test_step_2(case, baseline, device, seconds, benchmark):
+    with turns(variants_2_of(case.on(device), baseline, device), device, seconds) as (variants, times):
         benchmark.extra_info.update(
             case=case.on(device).name,
             targets={name: variant("targets") for name, variant in variants.items()},
@@ -330,10 +330,10 @@ def test_step_2(case, beside, device, seconds, benchmark):
 
 @pytest.mark.parametrize("case", [*STEP_CASES, *STEP_CASES_2], ids=lambda case: case.name)
 def test_parts(case, device, seconds, benchmark):
-    """What each part of --fused that does something here is worth: the whole beside a step without it, two at a time."""
+    """Worth of each part of --fused that applies here: the full step compared with a step without that part, in pairs."""
     case = case.on(device)
     pairs = {}
-    whole = Apart(Ours, case, device, ALL)
+    whole = Worker(Ours, case, device, ALL)
     used = whole("used_parts")
     whole.close()
     for part in used:
@@ -347,7 +347,7 @@ def test_parts(case, device, seconds, benchmark):
 
 @pytest.mark.parametrize("case, features", SPLICED_CASES, ids=lambda each: getattr(each, "name", ""))
 def test_splicing(case, features, device, seconds, benchmark):
-    """The same model in the pieces of its family, and whole with its features exchanged."""
+    """The same model split by its family's encoder, and run whole with its features replaced."""
     case = case.on(device)
     ways = {"in pieces": (Ours, case, ()), "whole": (Ours, case, (), features)}
     with turns(ways, device, seconds) as (variants, times):
@@ -357,7 +357,7 @@ def test_splicing(case, features, device, seconds, benchmark):
 
 @pytest.mark.parametrize("axis", SWEEPS)
 def test_sweep(axis, device, seconds, benchmark):
-    """The fused step as one size of it grows."""
+    """The fused step as one of its sizes grows."""
     times = {}
     for size, case in SWEEPS[axis].items():
         with turns({"fused": (Ours, case, ALL)}, device, seconds / 5) as (variants, found):

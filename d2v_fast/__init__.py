@@ -30,10 +30,10 @@ __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily, so that the loss does not wait for transformers.
+    # Lazy, so that importing the loss does not import transformers.
     if name in _HOME:
         if _HOME[name] == "d2v_fast.encoders":
-            importlib.import_module("d2v_fast.nets")  # tells transformers of our own models
+            importlib.import_module("d2v_fast.nets")  # registers our models with transformers
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""Is the run healthy, and is the machine: the collapse monitor (method 1.7) and the environment report."""
+"""Health checks: the collapse monitor of a run (method 1.7) and the environment report of d2v-doctor."""
 
 from __future__ import annotations
 
@@ -38,55 +38,56 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RANK_ROWS = 512  # states whose effective rank is computed; it cannot exceed their number
-FEWEST = 64  # scored positions, beyond one for each mean that is taken, from which rank and position share are computed
-LOOKED = 16  # samples that are compared before the first step
-LINES = 100  # of the log, whose gradient norms a new one is compared with
+RANK_ROWS = 512  # states used for the effective rank, and therefore its upper bound
+MIN_ROWS = 64  # scored positions needed for the rank; for the position share, in addition to one per position
+COMPARED = 16  # samples compared before the first step
+LINES = 100  # log lines that give the usual gradient norm
 CLEAR = 1.5  # hysteresis: a rule that has warned re-arms at this many times its bound
 
 
 class CollapseError(RuntimeError):
-    """A rule of `collapse` was broken and its action is to stop."""
+    """A collapse rule was broken and `collapse.action` is stop."""
 
 
-def _some(rows: Tensor) -> Tensor:
-    """A copy of `RANK_ROWS` of the rows, evenly taken."""
+def _subsample(rows: Tensor) -> Tensor:
+    """A copy of at most `RANK_ROWS` evenly spaced rows."""
     return rows[:: max(1, len(rows) // RANK_ROWS)][:RANK_ROWS].clone()
 
 
 def effective_rank(rows: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values of rows (N, C): 1 for a constant, at most min(N, C); NaN if any is.
+    """Effective rank of rows (N, C): the exponential of the entropy of their normalised singular values.
 
-    RankMe (Garrido et al. 2023, equation 2). Computed on the CPU from `RANK_ROWS` rows, evenly taken.
+    1 for constant rows, at most min(N, C); NaN if any value is not finite. RankMe (Garrido et al. 2023, equation 2), computed
+    on the CPU from at most `RANK_ROWS` evenly spaced rows.
     """
-    rows = _some(rows).cpu().double()
+    rows = _subsample(rows).cpu().double()
     if not rows.isfinite().all():
         return torch.tensor(math.nan)
-    gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows  # several times as fast as the singular values
+    gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows  # several times faster than an SVD
     share = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = share / share.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(share * share.log()).sum())
 
 
 def position_table(rows: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Count, summed squares and sums of rows (N, C) at each position (N,) below `length`: (length, 2 + C) in float64.
+    """Count, sum of squares and sums of the rows (N, C) at each position (N,) below `length`: (length, 2 + C) in float64.
 
-    Tables of several batches add up to that of all of them.
+    The tables of several batches can be added.
     """
-    rows = rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)  # which it does not have
+    rows = rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)  # MPS has no float64
     columns = torch.cat([torch.ones_like(rows[:, :1]), (rows**2).sum(1, keepdim=True), rows], dim=1)
     return columns.new_zeros(length, columns.shape[1]).index_add_(0, positions, columns)
 
 
 def position_share(table: Tensor) -> float:
-    """Share of the variance of rows that the mean of each position explains, adjusted as R² is: about 0 if by chance alone.
+    """Share of the rows' variance that the mean of each position explains, as adjusted R²: about 0 by chance alone.
 
-    NaN if there are fewer than `FEWEST` rows more than positions.
+    NaN if rows outnumber positions by fewer than `MIN_ROWS`.
     """
     table = table[table[:, 0] > 0].cpu().double()
     count, squares, sums = table[:, 0], table[:, 1].sum(), table[:, 2:]
     rows, free = float(count.sum()), float(count.sum()) - len(count)
-    if free < FEWEST:
+    if free < MIN_ROWS:
         return math.nan
     around_mean = float(squares - (sums.sum(0) ** 2).sum() / rows) / (rows - 1)
     around_means = float(squares - ((sums**2).sum(1) / count).sum()) / free
@@ -94,16 +95,16 @@ def position_share(table: Tensor) -> float:
 
 
 def distinct_share(data: PretrainingData) -> float:
-    """Share of `LOOKED` samples, evenly taken and all augmented by the same draws, that differ from each other."""
+    """Share of distinct samples among `COMPARED` evenly spaced ones, all augmented with the same random draws."""
     found = []
-    for index in np.unique(np.linspace(0, len(data) - 1, LOOKED).astype(int)):
-        with contextlib.suppress(Exception):  # one that cannot be read is named when its turn comes
+    for index in np.unique(np.linspace(0, len(data) - 1, COMPARED).astype(int)):
+        with contextlib.suppress(Exception):  # training reports unreadable samples when it reaches them
             found.append(np.asarray(data.load(int(index), np.random.default_rng(0))).tobytes())
     return len(set(found)) / len(found) if len(found) > 1 else math.nan
 
 
 def constant_loss(target: Moments, beta: float, scale: float) -> Tensor:
-    """Loss of predicting each channel's mean, exact for beta = 0, for normally distributed targets otherwise."""
+    """Loss of predicting each channel's mean: exact for beta = 0, otherwise for normally distributed targets."""
     variance = target.m2 / target.count.clamp(min=1)
     if beta == 0:
         return scale * variance.sum()
@@ -116,18 +117,18 @@ def constant_loss(target: Moments, beta: float, scale: float) -> Tensor:
 
 
 class Rule(NamedTuple):
-    """A figure of the log and a bound of CollapseConfig that it is held against."""
+    """A logged figure and the CollapseConfig bound that it is checked against."""
 
     figure: str
     bound: str
-    least: bool  # whether the bound is the least that is healthy, else it is the largest
+    least: bool  # whether the bound is a minimum, else a maximum
     meaning: str
     remedy: str
-    unless: tuple[str, ...] = ()  # bounds that, once broken, explain this figure
-    at_once: bool = False  # judged from the first step on, before `collapse.after` too
+    unless: tuple[str, ...] = ()  # bounds whose breach already explains this figure
+    at_once: bool = False  # checked from the first step, even before `collapse.after`
 
     def broken(self, record: dict[str, Any], config: CollapseConfig) -> bool:
-        """Whether a line of the log breaks it; a figure that the line does not know breaks nothing."""
+        """Whether a log line breaks the rule; a missing figure does not."""
         value, bound = record.get(self.figure, math.nan), getattr(config, self.bound)
         return bound > 0 and (value < bound if self.least else value > bound)
 
@@ -140,7 +141,7 @@ RULES = (
         "distinct",
         True,
         "many samples are the same",
-        "check the data for copies of one file and for files that hold the same thing",
+        "check the data for duplicate files and for files with the same content",
         at_once=True,
     ),
     Rule("target_std", "target_std", True, "targets are becoming constant", f"try a higher ema.start, {SLOWER}"),
@@ -152,7 +153,7 @@ RULES = (
         "variation",
         True,
         "the local features hardly differ, the stem is dead or dying",
-        "check the data (silence? one colour?), try head.zero_init=true or a lower rate for the stem by optimizer.lr_scale",
+        "check the data (silence? one colour?), try head.zero_init=true or a lower stem learning rate by optimizer.lr_scale",
     ),
     Rule(
         "relative_loss",
@@ -167,7 +168,7 @@ RULES = (
         "leak",
         True,
         "the loss is suspiciously low, as if the student saw what it predicts",
-        "check that the mask reaches the student and that samples are not nearly the same, try a higher mask.prob",
+        "check that the mask reaches the student and that samples are not nearly identical, try a higher mask.prob",
         unless=("target_std",),
     ),
     Rule(
@@ -205,38 +206,38 @@ RULES = (
 
 
 class Seen(NamedTuple):
-    """What the figures need of a micro-batch."""
+    """What the figures need from a micro-batch."""
 
     target: Moments
     prediction: Moments
-    features: Moments  # of all positions but padding
-    student: Tensor  # some of its states at scored positions (N, C)
-    teacher: Tensor  # and of the teacher's
-    positions: Tensor  # `position_table` of the teacher's last layer, normalised as in the targets
+    features: Moments  # at all positions except padding
+    student: Tensor  # sample of its states at scored positions (N, C)
+    teacher: Tensor  # the same for the teacher
+    positions: Tensor  # `position_table` of the teacher's last layer, normalised like the targets
 
 
-def _size(tensors: list[Tensor]) -> float:
+def _norm(tensors: list[Tensor]) -> float:
     return float(whole(get_total_norm(tensors)))
 
 
-def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    return _size(torch._foreach_sub([x.detach() for x in ours], theirs))
+def _distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    return _norm(torch._foreach_sub([x.detach() for x in ours], theirs))
 
 
 class Monitor:
-    """Figures of a run's health at the steps that are logged, and the rules that read them.
+    """Computes health figures of a run at logged steps and checks them against the rules.
 
-    Set `due` before a step that is logged: then it takes what it needs from each output of the model and keeps the weights
-    from before the update. From other steps it takes the norm of the gradient alone.
+    Set `due` before a logged step: the monitor then collects what it needs from each model output and keeps a copy of the
+    weights from before the update. From other steps it only records the gradient norm.
 
     Args:
-        model: What is trained.
-        optimizer: Of its parameters, as torch made it.
+        model: The model in training.
+        optimizer: The torch optimizer of its parameters, not wrapped.
         config: The bounds.
-        steps: Of the whole run.
-        warmup: Steps of the learning rate's warm-up; until then the figures are near those of random weights.
+        steps: Total number of steps.
+        warmup: Warm-up steps of the learning rate, during which the figures are close to those of random weights.
         accelerator: Pools figures over ranks.
-        folder: Where alarms.jsonl is written; None on other ranks than the first.
+        folder: Where alarms.jsonl is written; None on all ranks but the first.
     """
 
     def __init__(
@@ -259,13 +260,13 @@ class Monitor:
         ]
         self.student, self.teacher = (list(side) for side in zip(*averaged, strict=True))
         self.active: set[Rule] = set()
-        self.usual: deque[float] = deque(maxlen=LINES)  # medians of the gradient's norm, one a line of the log
-        self._forget()
+        self.usual: deque[float] = deque(maxlen=LINES)  # median gradient norms, one per log line
+        self._reset()
         model.register_forward_hook(self._after_forward, with_kwargs=True)
         optimizer.register_step_pre_hook(self._before_update)
 
     def state_dict(self) -> dict[str, Any]:
-        """For `load_state_dict` in a run that goes on: rules that have warned and are still broken, and norms."""
+        """State for a resumed run: rules that have warned and are still broken, and gradient norms."""
         return {
             "broken": [[rule.figure, rule.bound] for rule in RULES if rule in self.active],
             "norms": self._finite_norms(),
@@ -278,16 +279,16 @@ class Monitor:
         self.usual.extend(state.get("usual", ()))
 
     def watch(self, grad_norm: Tensor) -> None:
-        """Note a step's norm of the gradient, on the device, before clipping."""
+        """Record a step's gradient norm, on the device, before clipping."""
         self.norms.append(grad_norm)
 
     def _finite_norms(self) -> list[float]:
         norms = torch.stack(self.norms).tolist() if self.norms else []
         return [norm for norm in norms if math.isfinite(norm)]
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.due, self.before = False, None
-        self.norms: list[Tensor] = []  # since the last line of the log
+        self.norms: list[Tensor] = []  # since the last log line
         self.batches: list[Seen] = []
 
     @torch.no_grad()
@@ -298,11 +299,11 @@ class Monitor:
         batch, length = output.features.shape[:2]
         padding = mask.new_zeros(batch, length) if padding is None else padding
         index = mask.flatten().nonzero().squeeze(1) if index is None else index
-        index = index // (mask.numel() // batch) * length + index % length  # of the sample, whatever the view
-        # The other layers of the targets are no longer there; the last one stands for them.
+        index = index // (mask.numel() // batch) * length + index % length  # position in the batch, whatever the view
+        # The other target layers are already freed; the last one represents them.
         norms = model.loss_settings["norm"], model.loss_settings["target_norm"]
         last = make_targets([output.teacher_states], *norms, padding)
-        # Once each, however many views score it: the same row again would pass for one more that its position explains.
+        # Each position counts once, however many views score it: duplicate rows would inflate the share that position explains.
         scored = mask.view(batch, -1, length).any(1)
         position = torch.arange(length, device=mask.device).where(scored, length)
         features = output.features.float().masked_fill(padding.unsqueeze(-1), 0)
@@ -310,15 +311,15 @@ class Monitor:
             Seen(
                 *output.stats,
                 moments_of(features.flatten(0, 1), ~padding.flatten()),
-                _some(output.states),
-                _some(output.teacher_states.flatten(0, 1)[index]),
+                _subsample(output.states),
+                _subsample(output.teacher_states.flatten(0, 1)[index]),
                 position_table(last.flatten(0, 1), position.flatten(), length + 1)[:length],
             )
         )
 
     @torch.no_grad()
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # A step that is skipped never comes here, and its update is 0.
+        # Skipped steps never get here; their update is 0.
         if self.due:
             now, peak = (max(g.get(key, g["lr"]) for g in optimizer.param_groups) for key in ("lr", "initial_lr"))
             self.rate = now / peak if peak else 1.0
@@ -326,10 +327,10 @@ class Monitor:
 
     @torch.no_grad()
     def figures(self, loss: float) -> dict[str, float]:
-        """Figures of the step that was due; here the device is waited for. NaN is what the step does not tell.
+        """Figures of the step that was due; waits for the device. NaN marks figures that the step cannot provide.
 
         Args:
-            loss: Of the positions, over all ranks, which `relative_loss` judges; without that of CLS.
+            loss: Loss of the positions over all ranks, without that of CLS, for `relative_loss`.
         """
         seen = Seen(*zip(*self.batches, strict=True))
         target, prediction, local = (self._pooled(parts) for parts in (seen.target, seen.prediction, seen.features))
@@ -337,11 +338,11 @@ class Monitor:
         share = position_share(self._summed(seen.positions))
         settings = self.model.loss_settings
         worst = float(constant_loss(target, settings["beta"], settings["scale"]))
-        relative = loss / worst if worst else 1.0  # where nothing costs anything, a constant costs as much
+        relative = loss / worst if worst else 1.0  # constant targets: no better than a constant prediction
         if math.isnan(relative):
-            relative = math.inf  # it has diverged
+            relative = math.inf  # diverged
         ranks = [math.nan, math.nan]
-        if float(target.count) >= FEWEST:
+        if float(target.count) >= MIN_ROWS:
             ranks = [float(effective_rank(self._gathered(torch.cat(rows)))) for rows in (seen.student, seen.teacher)]
         figures = {
             "target_std": float(target.std),
@@ -353,27 +354,27 @@ class Monitor:
             "feature_variation": float((variance / (variance + local.mean**2).clamp(min=1e-24)).sqrt().mean()),
             "student_rank": ranks[0],
             "teacher_rank": ranks[1],
-            "teacher_distance": _apart(self.student, self.teacher) / _size(self.student),
+            "teacher_distance": _distance(self.student, self.teacher) / _norm(self.student),
             **self._moved(),
             **self._gradient(),
         }
-        self._forget()
+        self._reset()
         return figures
 
     def _moved(self) -> dict[str, float]:
-        """How far student and teacher went in the step."""
+        """How far student and teacher moved in the step."""
         if self.before is None:
             return {"update_norm": 0.0, "update_share": math.nan, "teacher_decay": math.nan}
         ours, theirs = self.before
-        update, way = _apart(self.parameters, ours), _apart(self.student, theirs)
+        update, distance = _distance(self.parameters, ours), _distance(self.student, theirs)
         return {
             "update_norm": update,
-            "update_share": update / _size(ours) / self.rate if self.rate else math.nan,
-            "teacher_decay": 1 - _apart(self.teacher, theirs) / way if way else math.nan,
+            "update_share": update / _norm(ours) / self.rate if self.rate else math.nan,
+            "teacher_decay": 1 - _distance(self.teacher, theirs) / distance if distance else math.nan,
         }
 
     def _gradient(self) -> dict[str, float]:
-        """The largest norm since the last line of the log, as a multiple of what was usual on the lines before."""
+        """The largest norm since the last log line, as a multiple of the usual norm on earlier lines."""
         norms = self._finite_norms()
         if not norms:
             return {"gradient_peak": math.nan}
@@ -382,7 +383,7 @@ class Monitor:
         return {"gradient_peak": max(norms) / usual if usual else math.nan}
 
     def _pooled(self, parts: Sequence[Moments]) -> Moments:
-        """Over micro-batches and ranks."""
+        """Moments over micro-batches and ranks."""
         moments = Moments.pooled(parts)
         if self.accelerator.num_processes > 1:
             gathered = self.accelerator.gather(torch.cat([moments.count[None], moments.mean, moments.m2])[None])
@@ -391,19 +392,19 @@ class Monitor:
         return moments
 
     def _summed(self, tables: Sequence[Tensor]) -> Tensor:
-        """Over micro-batches and ranks, which may differ in length."""
+        """Sum of tables, which may differ in length, over micro-batches and ranks."""
         table = pad_sequence(list(tables), batch_first=True).sum(0)
         return self.accelerator.reduce(self.accelerator.pad_across_processes(table), "sum")
 
     def _gathered(self, rows: Tensor) -> Tensor:
-        """Of all ranks. Rows of zeros, which make ranks even, leave singular values as they are."""
+        """Rows of all ranks, padded to equal length with zeros, which do not change the singular values."""
         return self.accelerator.gather(self.accelerator.pad_across_processes(rows))
 
     def judge(self, record: dict[str, Any]) -> list[str]:
-        """Warn of the rules that a line of the log breaks, each once until it is clear of its bound; returns the new ones.
+        """Warn about the rules that a log line breaks, each once until it re-arms; return the new alarms.
 
         Raises:
-            CollapseError: There are some, and the action is to stop.
+            CollapseError: There are new alarms and `collapse.action` is stop.
         """
         if self.config.action == "off":
             return []
@@ -426,7 +427,7 @@ class Monitor:
 
     def _raise(self, step: int, alarms: list[str]) -> None:
         if self.folder is not None:
-            with contextlib.suppress(OSError):  # they are on the screen too
+            with contextlib.suppress(OSError):  # the alarms are printed anyway
                 with (self.folder / "alarms.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, "alarms": alarms}) + "\n")
         if self.config.action == "stop":
@@ -436,16 +437,16 @@ class Monitor:
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "triton", "flash-attn", "apex")
-OPTIONAL = ("torchvision", "torchaudio", "flash_attn")  # built for one version of torch, and imported by transformers if there
+OPTIONAL = ("torchvision", "torchaudio", "flash_attn")  # built for one torch version; imported by transformers if installed
 VARIABLES = ("OMP_", "KMP_", "GOMP_", "MKL_", "D2V_", "TRITON_", "CUDA_", "NCCL_", "PYTORCH_", "MALLOC_", "LD_PRELOAD")
 EXTENSIONS = {"avx2": "AVX2", "avx512_f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
 
 
 def environment(folder: str | Path = ".") -> dict[str, Any]:
-    """What a bug report needs, as name → text, and under "warnings" what is slow or wrong here and what to do about it.
+    """Facts for a bug report, as name → text; "warnings" lists what is slow or wrong on this machine, and the remedy.
 
     Args:
-        folder: Where a run would write, there or not; its free space is what counts.
+        folder: Output folder of a run, which need not exist yet; its disk's free space is checked.
     """
     import joblib
     from huggingface_hub.constants import HF_HOME
@@ -456,40 +457,40 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
     driver = collect_env.get_nvidia_driver_version(collect_env.run)
     if driver and not gpus:
         warnings.append(
-            f"driver {driver} is there, but torch {torch.__version__} sees no GPU: install a build of torch for CUDA, "
-            f"or look at CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')!r}"
+            f"driver {driver} is installed, but torch {torch.__version__} sees no GPU: install a CUDA build of torch, "
+            f"or check CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')!r}"
         )
     warnings += [f"{gpu.name} has no bf16: train.precision=fp16" for gpu in gpus if gpu.major < 8]
 
-    processor, cores = torch.cpu.get_capabilities(), joblib.cpu_count()  # the cores that affinity and container leave us
+    processor, cores = torch.cpu.get_capabilities(), joblib.cpu_count()  # within the limits of affinity and container
     threads, local = torch.get_num_threads(), os.environ.get("LOCAL_WORLD_SIZE", "1")
     ranks = int(local) if local.isdecimal() and int(local) else 1
     if local != str(ranks):
-        warnings.append(f"LOCAL_WORLD_SIZE={local!r}: no number of processes: unset it")
+        warnings.append(f"LOCAL_WORLD_SIZE={local!r}: not a number of processes: unset it")
     if threads * ranks > cores:
         warnings.append(f"{threads * ranks} threads share {cores} usable cores: OMP_NUM_THREADS={max(1, cores // ranks)}")
     if not gpus and 2 * threads * ranks <= cores:
-        warnings.append(f"torch computes on {threads * ranks} of {cores} usable cores: OMP_NUM_THREADS={cores // ranks}")
+        warnings.append(f"torch uses {threads * ranks} of {cores} usable cores: OMP_NUM_THREADS={cores // ranks}")
     if not gpus and not (processor.get("avx512_bf16") or processor.get("amx_bf16")):
         warnings.append("the processor has no instructions for bf16: train.precision=fp32 may be faster, also with --fused")
 
     losses = {}
     for kernel, device in (("native", "cpu"), ("triton", "cuda")):
         why = ops.obstacle(kernel, device, torch.float32, (torch.float32,))
-        losses[device] = f"eager, because of {kernel}: {why}" if why else kernel
+        losses[device] = f"eager, {kernel} not usable: {why}" if why else kernel
         if why and (device == "cuda") == bool(gpus):
             warnings.append(f"the loss runs as plain PyTorch on {device}: {why}")
     if losses["cpu"] == "native":
         isa = native.library().d2v_isa().decode()
         losses["cpu"] += f", {isa}"
         if "D2V_ISA" in os.environ:
-            warnings.append(f"D2V_ISA holds the CPU kernels to {isa}: unset it")
+            warnings.append(f"D2V_ISA limits the CPU kernels to {isa}: unset it")
     if os.environ.get("TRITON_INTERPRET") == "1":
         warnings.append("TRITON_INTERPRET=1 interprets the GPU kernels, which is slow: unset it")
 
     shadow = importlib.util.find_spec("kernels")
     if shadow and shadow.origin and not _version("kernels"):
-        warnings.append(f"{shadow.origin} is taken for Hugging Face's package kernels and breaks transformers: rename it")
+        warnings.append(f"{shadow.origin} shadows Hugging Face's package kernels and breaks transformers: rename it")
     apex = importlib.util.find_spec("apex")
     if apex and apex.origin and not Path(apex.origin).with_name("optimizers").exists():
         warnings.append(f"apex {_version('apex')} is not NVIDIA's: pip uninstall apex")
@@ -500,7 +501,7 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
                 importlib.import_module(package)
             except Exception as error:  # transformers would only say that it cannot import a model
                 warnings.append(
-                    f"{package} {_version(package)} cannot be imported: {error}; install one that fits torch "
+                    f"{package} {_version(package)} cannot be imported: {error}; install a build for torch "
                     f"{torch.__version__}, or pip uninstall {package}"
                 )
 
@@ -515,11 +516,11 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
         free["/dev/shm"] = shutil.disk_usage("/dev/shm").free / 2**30
         if free["/dev/shm"] < 1:
             warnings.append(
-                f"/dev/shm has {free['/dev/shm']:.2f} GiB, through which workers hand over batches: "
+                f"/dev/shm has {free['/dev/shm']:.2f} GiB, and workers pass batches through it: "
                 "docker run --shm-size=8g, or train.workers=0"
             )
     elif sys.platform == "linux":
-        warnings.append("there is no /dev/shm, through which workers hand over batches: mount a tmpfs, or train.workers=0")
+        warnings.append("there is no /dev/shm, through which workers pass batches: mount a tmpfs, or train.workers=0")
 
     preloaded = os.environ.get("LD_PRELOAD", "")
     allocator = next((name for name in ("tcmalloc", "jemalloc", "mimalloc") if name in preloaded), None)
@@ -539,14 +540,14 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
         "driver": f"{driver or 'none'}, torch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}",
         **{f"loss on {device}": text for device, text in losses.items()},
         "free": ", ".join(f"{size:.1f} GiB in {place}" for place, size in free.items()),
-        "allocator": allocator or "of the C library; tcmalloc, by LD_PRELOAD, can be faster on a CPU",
+        "allocator": allocator or "the C library's; tcmalloc via LD_PRELOAD can be faster on a CPU",
         "variables": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)) or "none",
         "warnings": warnings,
     }
 
 
 def _existing(path: Path) -> Path:
-    """The folder of `path` that is there."""
+    """`path`, or its nearest parent that exists."""
     return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
@@ -558,19 +559,19 @@ def _version(package: str) -> str | None:
 
 
 def doctor(args: list[str]) -> None:
-    """d2v-doctor: print `environment()`, or with --memory what a run needs."""
+    """d2v-doctor: print `environment()`, or with --memory the memory that a run needs."""
     if "--memory" in args:
         from d2v_fast.memory import main
 
         return main(args)
     parser = argparse.ArgumentParser(
         prog="d2v-doctor",
-        description="What a bug report needs, and what would make a run slow or wrong on this machine. "
-        "d2v-doctor --memory --config PRESET|FILE [--gpus N] [key=value ...]: what a run needs of each GPU's memory.",
+        description="Facts for a bug report, and warnings about what would make a run slow or wrong on this machine. "
+        "d2v-doctor --memory --config PRESET|FILE [--gpus N] [key=value ...]: the memory that a run needs on each GPU.",
     )
     parser.add_argument("folder", nargs="?", default=".", type=Path, help="Where runs are written; default: here.")
     found = environment(parser.parse_args(args).folder)
     warnings = found.pop("warnings")
     for name, text in found.items():
         print(f"{name:12} {text}")
-    print("", *([f"! {warning}" for warning in warnings] or ["nothing here that would make a run slow or wrong"]), sep="\n")
+    print("", *([f"! {warning}" for warning in warnings] or ["nothing found that would make a run slow or wrong"]), sep="\n")

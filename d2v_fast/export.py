@@ -1,6 +1,6 @@
-"""d2v-export: what `AutoModel.from_pretrained` loads, from a run or from a checkpoint of another project (method 6).
+"""d2v-export: turn a run, or a checkpoint of another project, into a folder for `AutoModel.from_pretrained` (method 6).
 
-What is written is read back and has to compute what the training encoder does.
+The written model is reloaded and must compute the same states as the training encoder.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from d2v_fast.train.folder import HEAD, TEACHER
 from d2v_fast.trained import Trained, check_utf8
 
 OLDER = "data2vec-pytorch"
-TOLERANCE = 1e-6  # of states after a layer norm, in fp32
-# Two names of one architecture, with the same keys on disk.
+TOLERANCE = 1e-6  # for layer-normalised states in fp32
+# Pairs of model types with the same architecture and the same keys on disk.
 SAME = {"roberta": "data2vec-text", "data2vec-text": "roberta", "beit": "data2vec-vision", "data2vec-vision": "beit"}
 WHY_NOT = {
     ("data2vec-audio", "wav2vec2"): "has one positional convolution with weight norm, where data2vec has several without",
     ("wav2vec2", "data2vec-audio"): "has several positional convolutions with layer norms between, where wav2vec 2.0 has one",
-    ("bert", "roberta"): "counts positions from the padding index on and not from 0",
+    ("bert", "roberta"): "counts positions from the padding index, not from 0",
     ("vit", "beit"): "has scaled residuals, relative positions and keys without bias",
 }
-UNFINISHED = ".unfinished"  # folder in the one to write, until all of it is there
-PIPELINES = {  # the task of the hub by the class that loads a model; else feature-extraction
+UNFINISHED = ".unfinished"  # subfolder that holds the files until all are written
+PIPELINES = {  # hub task by auto class; otherwise feature-extraction
     "AutoModelForCTC": "automatic-speech-recognition",
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForAudioClassification": "audio-classification",
     "AutoModelForSequenceClassification": "text-classification",
 }
-PROBED = {  # the task of the hub that a probe stands for
+PROBED = {  # hub task by modality of the probed model
     "vision": "image-classification",
     "audio": "audio-classification",
     "spectrogram": "audio-classification",
@@ -65,12 +65,12 @@ LOGGED = ("step", "loss", "target_std", "prediction_std", "feature_std", "lr", "
 
 
 class Exported:
-    """What goes into the folder.
+    """The model and processor to write.
 
     Args:
-        encoder: As it was trained; its states are what the reloaded model has to compute.
-        processor: Tokenizer, image processor or feature extractor, where there is one.
-        model: With a head around the encoder's model, where it was fine-tuned.
+        encoder: The trained encoder; the reloaded model must reproduce its states.
+        processor: Tokenizer, image processor or feature extractor, if any.
+        model: The fine-tuned model with its head; default: the encoder's model.
     """
 
     def __init__(
@@ -84,11 +84,12 @@ class Exported:
         self.model = encoder.model if model is None else model.eval()
 
     def write(self, folder: Path, as_type: str | None = None) -> float:
-        """Model and processor; returns the largest difference between the reloaded model and the encoder.
+        """Write model and processor; return the largest difference between the reloaded model and the encoder.
 
         Raises:
-            ConfigError: The encoder is not of the architecture `as_type`, or its weights are broken.
+            ConfigError: The encoder cannot be saved as `as_type`, or its states are not finite.
             OSError: The folder cannot be written.
+            RuntimeError: The reloaded model computes different states.
         """
         import transformers
 
@@ -97,7 +98,7 @@ class Exported:
             expected = self.encoder(inputs)
         if not expected.isfinite().all():
             raise ConfigError(
-                "the encoder's states are not finite: its weights are broken; log.jsonl of the run tells since when"
+                "the encoder's states are not finite: its weights are broken; the run's log.jsonl shows since when"
             )
         model = self.model
         if as_type not in (None, model.config.model_type):
@@ -106,22 +107,22 @@ class Exported:
             nets.save(model, folder)
             if self.processor is not None:
                 self.processor.save_pretrained(folder)
-        again = getattr(transformers, auto_class(model)).from_pretrained(folder)
-        headed = type(again) is not type(self.encoder.model)  # models of timm call what they wrap their base
-        difference = off_by(expected, again.base_model if headed else again, inputs)
+        reloaded = getattr(transformers, auto_class(model)).from_pretrained(folder)
+        headed = type(reloaded) is not type(self.encoder.model)  # timm's wrappers have a base_model even without a head
+        difference = off_by(expected, reloaded.base_model if headed else reloaded, inputs)
         if headed:
             with torch.inference_mode():
-                difference = max(difference, float((again(inputs)[0] - model(inputs)[0]).abs().max()))
+                difference = max(difference, float((reloaded(inputs)[0] - model(inputs)[0]).abs().max()))
         if not difference <= TOLERANCE:
             raise RuntimeError(
-                f"{folder}: {type(model).__name__} computes other states than the training encoder, off by {difference:.1e}; "
+                f"{folder}: {type(model).__name__} and the training encoder differ by {difference:.1e}; "
                 "do not use it, and please report this"
             )
         return difference
 
 
 def auto_class(model: PreTrainedModel) -> str:
-    """Name of the class of transformers that loads a model of this kind by its folder."""
+    """Name of the transformers auto class that loads this kind of model."""
     speech = model.main_input_name == "input_values"
     heads = {
         "ForCTC": "AutoModelForCTC",
@@ -133,50 +134,50 @@ def auto_class(model: PreTrainedModel) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Raise OSError for whatever a library raises when the disk is full or read-only."""
+    """Turn whatever a library raises on a full or read-only disk into OSError."""
     try:
         yield
-    except Exception as error:  # safetensors, tokenizers and torch each have their own
+    except Exception as error:  # safetensors, tokenizers and torch each raise their own type
         raise OSError(f"{folder}: cannot be written: {first_line(error)}") from error
 
 
 @contextmanager
 def whole(to: Path) -> Iterator[Path]:
-    """A folder to write in, whose files are moved to `to` at the end; an error leaves nothing behind.
+    """Yield a staging folder whose files are moved to `to` at the end; an error leaves nothing behind.
 
-    It lies inside of `to`, so that both are on one disk. What a killed process left there is replaced.
+    It lies inside `to`, hence on the same disk. Leftovers of a killed process are replaced.
 
     Raises:
         ConfigError: `to` is in use or cannot be made.
     """
-    beside, made = to / UNFINISHED, not to.exists()
+    staging, created = to / UNFINISHED, not to.exists()
     check_utf8(to)
     try:
-        if not made and (not to.is_dir() or (any(to.iterdir()) and not beside.is_dir())):
-            raise ConfigError(f"--to {to}: exists already; choose another folder")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        if not created and (not to.is_dir() or (any(to.iterdir()) and not staging.is_dir())):
+            raise ConfigError(f"--to {to}: already exists; choose another folder")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"--to {to}: cannot be written, choose another folder: {error}") from error
     try:
-        yield beside
-        for file in sorted(beside.iterdir()):
+        yield staging
+        for file in sorted(staging.iterdir()):
             sync(file)
             os.replace(file, to / file.name)
-        beside.rmdir()
+        staging.rmdir()
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        if made:
+        shutil.rmtree(staging, ignore_errors=True)
+        if created:
             with suppress(OSError):
                 to.rmdir()
         raise
 
 
 def retype(model: Any, as_type: str) -> Any:
-    """The same weights in another class of the same architecture.
+    """The same weights under another model type of the same architecture.
 
     Raises:
-        ConfigError: The architectures differ; the message says where.
+        ConfigError: The architectures differ; the message says how.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -186,7 +187,7 @@ def retype(model: Any, as_type: str) -> Any:
             raise ConfigError(f"--as {as_type}: not a model type of transformers{nearest(as_type, CONFIG_MAPPING.keys())}")
         why = WHY_NOT.get((found, as_type), "is another architecture")
         also = f" or {SAME[found]}" if found in SAME else ""
-        raise ConfigError(f"--as {as_type}: the encoder is {found}, but {as_type} {why}; exact is only {found}{also}")
+        raise ConfigError(f"--as {as_type}: the encoder is {found}, but {as_type} {why}; use {found}{also}")
     ours, theirs = model.config.to_dict(), CONFIG_MAPPING[as_type]().to_dict()
     backbone = {"model_type", "architectures", "transformers_version", "out_indices", "out_features", "stage_names"}
     fields = {name: ours[name] for name in theirs.keys() & ours.keys() - backbone}
@@ -194,7 +195,7 @@ def retype(model: Any, as_type: str) -> Any:
 
 
 def saved_state(model: Any) -> dict[str, Tensor]:
-    """The weights under the names that `save_pretrained` writes, which may differ from those of the modules."""
+    """The weights under the names `save_pretrained` writes, which may differ from the module names."""
     import tempfile
 
     from safetensors.torch import load_file
@@ -206,17 +207,17 @@ def saved_state(model: Any) -> dict[str, Tensor]:
 
 
 def open_run(run: Path, checkpoint: str | None = None, teacher: bool = False) -> tuple[Trained, Exported]:
-    """What a run has trained, and what of it goes into the folder.
+    """Load a run, and the model and processor to export from it.
 
     Raises:
-        ConfigError: Not a run that has trained something, or an encoder that transformers has no class for.
-        CheckpointError: The checkpoint asked for is damaged.
+        ConfigError: Not a run with trained weights, or transformers has no class for its encoder.
+        CheckpointError: The requested checkpoint is damaged.
     """
     config = trained.read_config(run)
     if ":" in (config.encoder.model or ""):
         raise ConfigError(
-            f"{run}: transformers has no class for the encoder {config.encoder.model}, so AutoModel cannot load it; a run that "
-            f"ends or is resumed leaves its weights in {run / 'export' / 'model.safetensors'}, for safetensors.torch.load_model"
+            f"{run}: transformers has no class for the encoder {config.encoder.model}, so AutoModel cannot load it; the run "
+            f"leaves its weights in {run / 'export' / 'model.safetensors'} when it ends, for safetensors.torch.load_model"
         )
     found = trained.load(config, run, checkpoint, teacher)
     data = found.config.data
@@ -233,14 +234,14 @@ def open_run(run: Path, checkpoint: str | None = None, teacher: bool = False) ->
 
 
 def public(value: Any) -> Any:
-    """Settings without what they tell of this machine: of paths, the last part."""
+    """Settings without details of this machine: paths are cut to their last part."""
     if isinstance(value, dict):
         return {key: public(inner) for key, inner in value.items()}
     return Path(value).name if isinstance(value, str) and is_local(value) else value
 
 
 def on_hub(name: str | None) -> str | None:
-    """`name`, if it may be one of the hub."""
+    """`name` if it may be a repository on the hub, else None."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     if name in (None, "builtin") or is_local(name):
@@ -256,13 +257,13 @@ def model_card(
     """README.md of an exported model, in the format of the Hugging Face hub.
 
     Args:
-        model: What was exported.
+        model: The exported model.
         title: Headline.
         facts: Rows of the first table.
-        folder: Where the model lies now.
-        name: What `from_pretrained` will find it by.
-        sections: Further ones, as Markdown.
-        metadata: What `huggingface_hub.ModelCardData` takes; what is None is left out.
+        folder: The folder that holds the model now.
+        name: Name or path for `from_pretrained` in the usage example.
+        sections: Further sections, as Markdown.
+        metadata: Fields of `huggingface_hub.ModelCardData`; None is left out.
     """
     from huggingface_hub import ModelCardData
     from transformers import AutoConfig
@@ -281,7 +282,7 @@ def model_card(
     )
     arguments = {} if loader != "AutoModel" else class_arguments(type(model))
     if (folder / Path(inspect.getfile(type(model))).name).exists():
-        arguments["trust_remote_code"] = True  # the file is beside; not needed after an import from d2v_fast
+        arguments["trust_remote_code"] = True  # its code is in the folder; not needed after importing d2v_fast
     arguments = "".join(f", {argument}={value}" for argument, value in arguments.items())
     use = f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained("{name}"{arguments})'
     for file, processor in (("tokenizer.json", "AutoTokenizer"), ("preprocessor_config.json", "AutoImageProcessor")):
@@ -299,7 +300,7 @@ def model_card(
 
 
 def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
-    """What the files of a run say of these weights: facts for the table, and sections on probe, log and settings.
+    """Facts for the table, and sections on probe, log and settings, from the files of a run.
 
     Raises:
         ConfigError: probe.json is damaged.
@@ -307,7 +308,7 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
     config, step = found.config, found.step
     records = [line for line in read_lines(run / "log.jsonl") if step is None or line["step"] <= step]
     last = step or (records[-1]["step"] if records else "unknown")
-    data, train, targets, whole = public(config.data), config.train, config.targets, trained.whole_of(run)
+    data, train, targets, parent = public(config.data), config.train, config.targets, trained.whole_of(run)
     start = f", from {public(config.encoder.pretrained)}" if config.encoder.pretrained else ""
     mask, version = type(config.mask).__name__, ""
     if config.head.kind == "conv":
@@ -316,12 +317,12 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
         "data": " ".join(str(data[key]) for key in ("class", "path", "name", "split") if data.get(key)),
         "recipe": f"data2vec{version} on {config.modality}{start}: {targets.source} of the last {targets.top_k} layers, "
         f"norm {targets.norm}, mask {mask}, {train.precision}",
-        "steps": f"{last} of {train.batch_size} × {train.accumulate} samples a process",
+        "steps": f"{last} of {train.batch_size} × {train.accumulate} samples per process",
     }
-    if whole:
-        others = sorted(file.parent.name for file in whole.glob("*/log.jsonl") if file.parent.name != run.resolve().name)
-        facts["steps"] += ", of all modalities together"
-        facts["blocks"] = f"an experiment: trained together with those of {' and '.join(others)}, as the same weights"
+    if parent:
+        others = sorted(file.parent.name for file in parent.glob("*/log.jsonl") if file.parent.name != run.resolve().name)
+        facts["steps"] += ", over all modalities"
+        facts["blocks"] = f"an experiment: shared and trained jointly with {' and '.join(others)}"
     sections = []
     for probe in read_probes(run / "probe.json"):
         if probe["step"] == step:
@@ -333,7 +334,7 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
     if records:
         shown = [records[round(i * (len(records) - 1) / 9)] for i in range(10)] if len(records) > 10 else records
         table = {str(i): {name: record[name] for name in LOGGED if name in record} for i, record in enumerate(shown)}
-        sections.append("## Log\n\nThe loss says little about what was learned; the std of targets and predictions tells a "
+        sections.append("## Log\n\nThe loss says little about what was learned; the std of targets and predictions shows "
                         "collapse.\n\n" + _table(table, labels=False))  # fmt: skip
     settings = yaml.safe_dump(public(yaml.safe_load(config.yaml)), sort_keys=False, allow_unicode=True)
     sections.append(f"## Settings\n\n```yaml\n{settings.strip()}\n```")
@@ -341,7 +342,7 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
 
 
 def eval_results(run: Path, found: Trained) -> list[Any]:
-    """What d2v-probe found of these weights, as `huggingface_hub.EvalResult`, for the head of the model card."""
+    """Results of d2v-probe for these weights, as `huggingface_hub.EvalResult` for the model card's metadata."""
     from huggingface_hub import EvalResult
 
     return [
@@ -362,7 +363,7 @@ def eval_results(run: Path, found: Trained) -> list[Any]:
 
 
 def _table(rows: dict[str, dict[str, float]], labels: bool = True) -> str:
-    """Markdown."""
+    """A Markdown table."""
     columns = list(next(iter(rows.values())))
     lines = [[*([""] if labels else []), *columns]]
     for label, row in rows.items():
@@ -382,20 +383,20 @@ def export_run(
     hub: str | None = None,
     **metadata: Any,
 ) -> float:
-    """Export a run; returns the largest difference between the reloaded model and the training encoder.
+    """Export a run; return the largest difference between the reloaded model and the training encoder.
 
     Args:
-        run: Folder of `d2v-train`, whose newest weights are taken.
-        to: Folder to write: model, tokenizer or processor, and a model card made from the run.
-        as_type: Model type of transformers, where the encoder's architecture has two names; "data2vec-pytorch" adds
-            data2vec.pt, whose `encoder` is the state dict that scripts for that project load.
-        teacher: Take the teacher instead of the student.
-        checkpoint: Take these weights instead, such as step-1000.
-        hub: Where the folder will be on the hub, for the model card.
-        metadata: For the head of the model card: `license`, `language` and more of `huggingface_hub.ModelCardData`.
+        run: Folder of a `d2v-train` run; its newest weights are exported.
+        to: Output folder for model, tokenizer or processor, and a model card made from the run.
+        as_type: Model type, for an architecture that transformers has under two names; "data2vec-pytorch" adds
+            data2vec.pt, whose `encoder` is the state dict that scripts of that project load.
+        teacher: Export the teacher instead of the student.
+        checkpoint: Checkpoint to export instead of the newest weights, such as step-1000.
+        hub: Name of the repository on the hub, for the model card.
+        metadata: Model card metadata: `license`, `language` and other fields of `huggingface_hub.ModelCardData`.
 
     Raises:
-        ConfigError: Nothing trained, or an encoder that cannot be exported exactly; the message says why.
+        ConfigError: The run has no trained weights, or its encoder cannot be exported exactly; the message says why.
         OSError: The folder cannot be written; it is left as it was.
     """
     run, to = Path(run), Path(to)
@@ -405,7 +406,7 @@ def export_run(
     known = {"base_model": on_hub(found.config.encoder.pretrained), "datasets": on_hub(data.get("path"))}
     if not teacher and (results := eval_results(run, found)):
         known |= {"eval_results": results, "model_name": hub or to.resolve().name}
-    if found.config.own_data or found.config.modality == "spectrogram":  # which the input of image models does not tell
+    if found.config.own_data or found.config.modality == "spectrogram":  # the model's input does not tell
         known["pipeline_tag"] = "feature-extraction"
     elif found.config.modality == "text" and data["path"] == "builtin":
         known["language"] = "en"
@@ -421,7 +422,7 @@ def export_run(
             if old:
                 from transformers import AutoModel
 
-                # With the pooler that is there, and untrained, in that project too.
+                # Includes the untrained pooler, as that project's checkpoints do.
                 torch.save({"encoder": AutoModel.from_pretrained(folder).state_dict()}, folder / "data2vec.pt")
             (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
     return difference
@@ -437,21 +438,21 @@ def import_checkpoint(
     hub: str | None = None,
     **metadata: Any,
 ) -> float:
-    """Export a checkpoint of another project; returns the largest difference after reloading.
+    """Export a checkpoint of another project; return the largest difference after reloading.
 
     Args:
         file: The checkpoint.
-        to: Folder to write.
-        source: "fairseq", also for the vision code of the paper, "eat", or "data2vec-pytorch". Head or decoder and the
-            teacher, where they are in it, are put beside the encoder, from where `d2v-train encoder.pretrained=…` takes them.
-        as_type: Model type of transformers, where the architecture has two names.
+        to: Output folder.
+        source: "fairseq" (also for the paper's vision code), "eat" or "data2vec-pytorch". Head or decoder and teacher, if
+            present, are saved next to the encoder, where `d2v-train encoder.pretrained=…` finds them.
+        as_type: Model type, for an architecture that transformers has under two names.
         encoder: For data2vec-pytorch: model.encoder_checkpoint of its YAML file.
-        tokenizer: Tokenizer to put beside a text model, a name or folder.
-        hub: Where the folder will be on the hub, for the model card.
-        metadata: For the head of the model card, as in `export_run`.
+        tokenizer: Tokenizer to save with a text model, a name or folder.
+        hub: Name of the repository on the hub, for the model card.
+        metadata: Model card metadata, as in `export_run`.
 
     Raises:
-        ValueError: Not such a checkpoint, or none that a class of transformers computes exactly.
+        ValueError: Not a checkpoint of that project, or no class of transformers computes the model exactly.
     """
     from safetensors.torch import save_file
 
@@ -493,13 +494,13 @@ def import_checkpoint(
         difference = exported.write(folder, as_type)
         if released.licence and not metadata.get("license"):
             metadata["license"] = released.licence
-            facts["licence"] = f"{released.licence}, of the weights that the authors released; for others: d2v-export --license"
+            facts["licence"] = f"{released.licence}, for the weights released by the authors; for others: d2v-export --license"
         title = f"data2vec: {Path(file).stem}"
         card = model_card(exported.model, title, facts, folder, hub or to.resolve().name, [], **metadata)
         with writing(to):
             if released.decoder:
-                told = released.decoder_settings or {}
-                save_file(released.decoder, folder / HEAD, {name: str(value) for name, value in told.items()})
+                header = released.decoder_settings or {}
+                save_file(released.decoder, folder / HEAD, {name: str(value) for name, value in header.items()})
             if released.teacher:
                 save_file(released.teacher, folder / TEACHER)
             (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
@@ -507,50 +508,50 @@ def import_checkpoint(
 
 
 class Hub:
-    """A place on the Hugging Face hub that a folder will be put to.
+    """A repository on the Hugging Face hub to upload to.
 
     Args:
-        name: NAME, of the user whose token it is, or OWNER/NAME.
+        name: NAME, in the account of the token's user, or OWNER/NAME.
 
     Raises:
-        ConfigError: No name of the hub, no token, or one that the hub does not take.
+        ConfigError: Invalid name, no token, or the hub rejects the token.
     """
 
     def __init__(self, name: str):
         from huggingface_hub import HfApi, constants, get_token
         from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-        self.asked = f"--push-to-hub {name}"
+        self.option = f"--push-to-hub {name}"
         try:
             validate_repo_id(name)
         except HFValidationError as error:
-            raise ConfigError(f"{self.asked}: expected NAME or OWNER/NAME: {first_line(error)}") from error
+            raise ConfigError(f"{self.option}: expected NAME or OWNER/NAME: {first_line(error)}") from error
         if constants.HF_HUB_OFFLINE:
-            raise ConfigError(f"{self.asked}: HF_HUB_OFFLINE is set; unset it, or leave --push-to-hub out")
+            raise ConfigError(f"{self.option}: HF_HUB_OFFLINE is set; unset it, or leave out --push-to-hub")
         if not get_token():
             raise ConfigError(
-                f"{self.asked}: found no token; `hf auth login`, or HF_TOKEN=…, with one that may write, or leave "
-                "--push-to-hub out and only the folder is written"
+                f"{self.option}: no token found; run `hf auth login` or set HF_TOKEN=… to a token with write access, "
+                "or leave out --push-to-hub to write only the folder"
             )
         self.api = HfApi()
         try:
             user = self.api.whoami()["name"]
-        except Exception as error:  # of HTTP, of the network, of the token
-            raise ConfigError(f"{self.asked}: the hub does not take the token: {first_line(error)}; `hf auth login`") from error
+        except Exception as error:  # HTTP, network or token
+            raise ConfigError(f"{self.option}: login to the hub failed: {first_line(error)}; run `hf auth login`") from error
         self.name = name if "/" in name else f"{user}/{name}"
 
     def push(self, folder: str, private: bool) -> str:
-        """Make the repository if it is not there, and put the folder into it; returns its address.
+        """Create the repository if needed and upload the folder; return the repository's URL.
 
         Raises:
-            ConfigError: The hub refused or could not be reached; the folder is as it was.
+            ConfigError: The hub refused or could not be reached; the local folder is unchanged.
         """
         try:
             self.api.create_repo(self.name, private=private, exist_ok=True)
             self.api.upload_folder(repo_id=self.name, folder_path=folder, commit_message=f"d2v-fast {d2v_fast.__version__}")
         except Exception as error:
             raise ConfigError(
-                f"{self.asked}: {first_line(error)}; {folder} is whole, `hf upload {self.name} {folder}` tries again"
+                f"{self.option}: {first_line(error)}; {folder} is complete, retry with `hf upload {self.name} {folder}`"
             ) from error
         return f"{self.api.endpoint}/{self.name}"
 
@@ -559,73 +560,69 @@ def main(args: list[str]) -> None:
     """The command d2v-export."""
     from transformers.utils import logging
 
-    # What it says of poolers that are not there, and of torchvision, changes nothing here.
+    # Its warnings about missing poolers and torchvision do not matter here.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     parser = argparse.ArgumentParser(
         prog="d2v-export",
         usage="d2v-export RUN --to DIR [options]\n"
         "       d2v-export --from fairseq|eat|data2vec-pytorch CHECKPOINT --to DIR [options]",
-        description="Write what AutoModel.from_pretrained loads: weights, tokenizer or processor, and a model card. "
-        "The result is read back and compared with the training encoder.",
+        description="Export a model for AutoModel.from_pretrained: weights, tokenizer or processor, and a model card. "
+        "The result is reloaded and compared with the training encoder.",
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a run of d2v-train, or the checkpoint of another project")
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument("run", metavar="RUN", help="folder of a d2v-train run, or checkpoint of another project")
+    parser.add_argument("--to", required=True, metavar="DIR", help="output folder, new or empty")
     parser.add_argument(
         "--as",
         dest="as_type",
         metavar="TYPE",
-        help="model type, where an architecture has two: "
+        help="model type, for architectures with two: "
         + ", ".join(f"{a} = {b}" for a, b in list(SAME.items())[::2])
         + f"; {OLDER} adds data2vec.pt for scripts that load its 'encoder'",
     )
-    parser.add_argument("--teacher", action="store_true", help="the teacher instead of the student")
-    parser.add_argument(
-        "--checkpoint", metavar="step-N", help="weights of this checkpoint; default: the newest that are intact"
-    )
+    parser.add_argument("--teacher", action="store_true", help="export the teacher instead of the student")
+    parser.add_argument("--checkpoint", metavar="step-N", help="checkpoint to export; default: the newest intact weights")
     parser.add_argument(
         "--from",
         dest="source",
         choices=["fairseq", "eat", OLDER],
-        help="project that wrote the checkpoint; fairseq includes the vision code of the paper",
+        help="project that wrote the checkpoint; fairseq includes the paper's vision code",
     )
     parser.add_argument("--encoder", metavar="NAME", help="with data2vec-pytorch: model.encoder_checkpoint of its YAML file")
-    parser.add_argument("--tokenizer", metavar="NAME", help="with --from: tokenizer to put beside a text model, name or folder")
-    parser.add_argument("--license", metavar="ID", help="for the head of the model card, such as apache-2.0")
-    parser.add_argument("--language", metavar="CODE", nargs="+", help="for the same, such as en")
+    parser.add_argument("--tokenizer", metavar="NAME", help="with --from: tokenizer to save with a text model, name or folder")
+    parser.add_argument("--license", metavar="ID", help="license for the model card, such as apache-2.0")
+    parser.add_argument("--language", metavar="CODE", nargs="+", help="language for the model card, such as en")
     parser.add_argument(
         "--push-to-hub",
         metavar="NAME",
-        help="put the folder on the Hugging Face hub too, as NAME or OWNER/NAME; needs a token that may write (hf auth login)",
+        help="upload the folder to the Hugging Face hub as NAME or OWNER/NAME; needs a write token (hf auth login)",
     )
-    parser.add_argument("--private", action="store_true", help="with --push-to-hub: a repository that it makes is private")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: create the repository as private")
     options = parser.parse_args(args)
     metadata = {"license": options.license, "language": options.language}
     if options.private and not options.push_to_hub:
-        raise ConfigError("--private: goes with --push-to-hub")
+        raise ConfigError("--private: is only valid with --push-to-hub")
     hub = Hub(options.push_to_hub) if options.push_to_hub else None
     metadata["hub"] = hub and hub.name
     run, to = os.path.expanduser(options.run), os.path.expanduser(options.to)
     if options.source is None:
         for name in ("encoder", "tokenizer"):
             if getattr(options, name):
-                raise ConfigError(f"--{name}: goes with --from; a run of d2v-train has its own")
+                raise ConfigError(f"--{name}: is only valid with --from; a run of d2v-train has its own")
         difference = export_run(run, to, options.as_type, options.teacher, options.checkpoint, **metadata)
-        print(f'{to}: AutoModel.from_pretrained("{to}") computes what the training encoder does, to {difference:.1g}')
+        print(f'{to}: AutoModel.from_pretrained("{to}") matches the training encoder to {difference:.1g}')
     elif options.teacher:
-        raise ConfigError("--teacher: is for runs of d2v-train; from other projects the student is taken, as they fine-tune it")
+        raise ConfigError("--teacher: is for runs of d2v-train; other projects fine-tune the student, so it is exported")
     elif options.checkpoint:
-        raise ConfigError("--checkpoint: is for runs of d2v-train; of other projects name the file itself")
+        raise ConfigError("--checkpoint: is for runs of d2v-train; for other projects, name the file itself")
     else:
         import_checkpoint(run, to, options.source, options.as_type, options.encoder, options.tokenizer, **metadata)
         print(f'{to}: AutoModel.from_pretrained("{to}") has the weights of {run}')
         if not any(Path(to).glob("tokenizer*")) and not (Path(to) / "preprocessor_config.json").exists():
-            print("without tokenizer: --tokenizer NAME puts one beside, for most text models the one of roberta-base")
+            print("no tokenizer saved: add one with --tokenizer NAME, for most text models roberta-base")
         if (Path(to) / HEAD).exists():
-            last = (
-                "" if (Path(to) / TEACHER).exists() else "; the teacher was not saved there and starts as a copy of the student"
-            )
+            last = "" if (Path(to) / TEACHER).exists() else "; it has no teacher, which then starts as a copy of the student"
             recipe = {OLDER: "ITS.yaml", "eat": "spectrogram/eat-base"}.get(options.source, "MODALITY/v2-SIZE")
-            print(f"to train it further: d2v-train --config {recipe} encoder.pretrained={to}{last}")
+            print(f"to continue training: d2v-train --config {recipe} encoder.pretrained={to}{last}")
     if hub:
         print(hub.push(to, options.private))

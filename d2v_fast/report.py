@@ -1,4 +1,4 @@
-"""d2v-report: runs as one HTML page, which needs nothing but itself and may be made while they go on."""
+"""d2v-report: one self-contained HTML page about one or more runs, finished or still running."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ import numpy as np
 from d2v_fast import __version__
 from d2v_fast.config import ConfigError, load_yaml
 
-POINTS = 400  # of a curve; more become the mean, and the range, of their neighbours
+POINTS = 400  # per curve; longer curves are binned and drawn as mean and range
 COLORS = ("#2563b0", "#d9730d", "#2a8a4a", "#8b45b5", "#c0304f", "#12808f", "#7a6a1f", "#555555")
 CURVES = {
     "loss": ("Loss", "May rise while the student learns, as targets get richer."),
-    "relative_loss": ("Loss relative to a constant", "1 costs the prediction of each channel's mean, 0 is perfect."),
-    "position_share": ("Position's share of the targets", "Of their variance, what position alone explains."),
-    "content_loss": ("Loss relative to position", "1 costs the prediction of each position's mean."),
-    "target_std": ("Std of targets", "Falls towards 0 when the teacher says the same everywhere."),
-    "prediction_std": ("Std of predictions", "Below that of the targets, but far from 0."),
-    "feature_std": ("Std of local features", "What the stem hands to the transformer."),
-    "feature_variation": ("Variation of local features", "Their std as a share of their size; near 0 the stem is dead."),
-    "student_rank": ("Effective rank, student", "Directions that the states use; 1 is a constant."),
-    "teacher_rank": ("Effective rank, teacher", "The same for the states that are predicted."),
-    "teacher_distance": ("Distance of teacher and student", "Of their weights, relative to the student's."),
-    "grad_norm": ("Norm of the gradient", "Before clipping."),
-    "gradient_peak": ("Peak of the gradient", "Largest norm since the last point, as a multiple of what was usual before."),
-    "update_norm": ("Norm of the update", "What one step changes in the weights."),
-    "update_share": ("Relative update", "The same as a share of the weights, scaled to the peak learning rate."),
+    "relative_loss": ("Loss relative to a constant", "1 is the loss of predicting each channel's mean; 0 is perfect."),
+    "position_share": ("Position share of the targets", "Share of their variance that position alone explains."),
+    "content_loss": ("Loss relative to position", "1 is the loss of predicting each position's mean."),
+    "target_std": ("Std of targets", "Falls towards 0 when the teacher's output becomes constant."),
+    "prediction_std": ("Std of predictions", "Should be below that of the targets, but far from 0."),
+    "feature_std": ("Std of local features", "Of the stem's output, the input of the transformer."),
+    "feature_variation": ("Variation of local features", "Std relative to root mean square; near 0 the stem is dead."),
+    "student_rank": ("Effective rank, student", "Number of directions that the states use; 1 means constant."),
+    "teacher_rank": ("Effective rank, teacher", "The same for the teacher's states, which are predicted."),
+    "teacher_distance": ("Distance between teacher and student", "Of their weights, relative to the norm of the student's."),
+    "grad_norm": ("Gradient norm", "Before clipping."),
+    "gradient_peak": ("Gradient peak", "Largest norm since the last point, as a multiple of the usual norm before."),
+    "update_norm": ("Update norm", "Change of the weights in one step."),
+    "update_share": ("Relative update", "The same relative to the norm of the weights, scaled to the peak learning rate."),
     "lr": ("Learning rate", ""),
-    "ema_decay": ("Decay of the teacher", "As the schedule has it."),
-    "teacher_decay": ("Measured decay of the teacher", "What the teacher kept of its distance to the student in one step."),
+    "ema_decay": ("Teacher decay", "As scheduled."),
+    "teacher_decay": ("Measured teacher decay", "Share of its distance to the student that the teacher keeps in one step."),
     "probe_knn": ("k-NN on the teacher", "Accuracy on the labelled samples of train.probe_data."),
     "samples_per_s": ("Samples per second", ""),
-    "data_wait": ("Wait for data", "Share of the time; near 0 is good."),
+    "data_wait": ("Waiting for data", "Share of the time; near 0 is good."),
 }
-LARGEST = 1e39  # no figure of a run in fp32 is larger
+LARGEST = 1e39  # larger than any fp32 value
 LOGARITHMIC = {"grad_norm", "gradient_peak", "update_norm", "update_share"}
 
 
@@ -51,15 +51,15 @@ class Run:
     """What a run has written so far.
 
     Attributes:
-        name: Its folder.
-        log: Numbers of log.jsonl, by step.
-        color: Of its curves.
+        name: Folder of the run.
+        log: Numeric entries of log.jsonl, by step.
+        color: Color of its curves.
         alarms: Steps and messages of alarms.jsonl.
-        config: Settings as flat keys.
-        environment: `d2v_fast.diagnostics.environment`, as of the start.
-        warnings: Those of the environment.
-        probes: As `read_probes` gives them.
-        unread: Why a file was left out.
+        config: Settings with dotted keys.
+        environment: `d2v_fast.diagnostics.environment` at the start of the run.
+        warnings: Warnings of the environment report.
+        probes: Results of `read_probes`.
+        unread: Files left out, with the reason.
     """
 
     name: str
@@ -78,8 +78,10 @@ class Run:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a .jsonl file by step; a line that is half written is left out, and steps that a resumed run took again count
-    as it took them then."""
+    """Objects of a .jsonl file by step.
+
+    A partly written line is left out. When a resumed run repeats steps, the later lines replace the earlier ones.
+    """
     lines: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
@@ -105,10 +107,10 @@ def read_probes(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         probes = json.loads(path.read_text(encoding="utf-8"))
-        whole = isinstance(probes, list) and all(_is_probe(probe) for probe in probes)
+        valid = isinstance(probes, list) and all(_is_probe(probe) for probe in probes)
     except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
-        whole = False
-    if not whole:
+        valid = False
+    if not valid:
         raise ConfigError(f"{path}: holds no results of d2v-probe, or damaged ones; move it away")
     return probes
 
@@ -122,24 +124,24 @@ def _is_probe(probe: dict[str, Any]) -> bool:
 
 
 def measure(name: str, value: float) -> str:
-    """A measure of a probe as it is shown."""
+    """Format a measure of a probe."""
     return f"{value:.3f}" if name == "nats" else f"{value:.1%}"
 
 
 def parts(run: Path) -> list[Path]:
-    """Folders of the parts of a run of several modalities; none of another run."""
+    """Folders of the parts of a run of several modalities; empty for any other run."""
     logs = [] if (run / "log.jsonl").is_file() or not (run / "config.yaml").is_file() else sorted(run.glob("*/log.jsonl"))
     return [log.parent for log in logs]
 
 
 def read_run(folder: Path, color: str) -> Run:
-    """A run from its folder; only log.jsonl has to be there, and what is damaged of the rest is named in `unread`.
+    """Read a run from its folder; only log.jsonl is required, and other damaged files are listed in `unread`.
 
     Raises:
-        ValueError: It is not, or has no complete line yet.
+        ValueError: log.jsonl is missing or has no complete line yet.
     """
     if not (folder / "log.jsonl").is_file():
-        raise ValueError(f"{folder}: no log.jsonl in it, expected the folder of a run")
+        raise ValueError(f"{folder}: has no log.jsonl; expected the folder of a run")
     log = [{k: v for k, v in line.items() if _can_be_drawn(v)} for line in read_lines(folder / "log.jsonl")]
     if not log:
         raise ValueError(f"{folder}/log.jsonl: no complete line yet; try again after the first step")
@@ -163,7 +165,7 @@ def _can_be_drawn(value: Any) -> bool:
 
 
 def _alarms(path: Path, last: int) -> list[tuple[int, str]]:
-    lines = [line for line in read_lines(path) if line["step"] <= last]  # later ones are from before the run was resumed
+    lines = [line for line in read_lines(path) if line["step"] <= last]  # later ones date from before the run was resumed
     return [(line["step"], str(text)) for line in lines for text in line.get("alarms") or ()]
 
 
@@ -185,7 +187,7 @@ def _flat(settings: Any, prefix: str = "") -> Any:
 
 
 def curve(runs: list[Run], key: str) -> str | None:
-    """The figure `key` of all runs over the step as SVG, alarms as vertical lines; None where no run has it."""
+    """Figure `key` of all runs over the step as SVG, with alarms as vertical lines; None if no run has it."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -207,7 +209,7 @@ def curve(runs: list[Run], key: str) -> str | None:
             for step, _ in run.alarms:
                 axis.axvline(step, color=run.color, linewidth=0.8, linestyle=":")
         values = [line[key] for run in runs for line in run.log if key in line]
-        if key in LOGARITHMIC and any(0 < value < np.inf for value in values):  # others have no logarithm
+        if key in LOGARITHMIC and any(0 < value < np.inf for value in values):  # a log axis needs a positive value
             axis.set_yscale("log")
         axis.grid(axis="y", color="#e5e5e5", linewidth=0.6)
         axis.set_axisbelow(True)
@@ -218,7 +220,7 @@ def curve(runs: list[Run], key: str) -> str | None:
 
 
 def page(runs: list[Run]) -> str:
-    """The page of some runs; whatever comes from their files is escaped."""
+    """HTML page of some runs; all text from their files is escaped."""
     from jinja2 import Environment, PackageLoader
 
     template = Environment(loader=PackageLoader("d2v_fast", "."), autoescape=True).get_template("report.html")
@@ -230,7 +232,7 @@ def page(runs: list[Run]) -> str:
         rows = [(key, [str(one.get(key, "–")) for one in found]) for key in keys]
         same = [(key, values[:1]) for key, values in rows if len(set(values)) == 1]
         tables[name] = [row for row in rows if len(set(row[1])) > 1], same
-    probes: dict[str, list] = {}  # the same data side by side
+    probes: dict[str, list] = {}  # by data set, to compare runs
     for run in runs:
         for probe in run.probes:
             title = " ".join(filter(None, (probe["data"], probe["name"]))) + f", at most {probe['limit']}"
@@ -250,21 +252,21 @@ def page(runs: list[Run]) -> str:
 def _clock(seconds: float) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-    except (ValueError, OverflowError, OSError):  # no such day
+    except (ValueError, OverflowError, OSError):  # out of range
         return ""
 
 
 def main(args: list[str]) -> None:
-    """The command: write the page of some runs.
+    """The command d2v-report.
 
     Raises:
-        ValueError: A folder without a run, or no matplotlib.
+        ValueError: A folder is not a run, matplotlib is missing, or the page cannot be written.
     """
     parser = argparse.ArgumentParser(
         prog="d2v-report",
-        description="One HTML page with the curves, alarms, settings and machine of one or more runs; they may still go on.",
+        description="Write one HTML page with the curves, alarms, settings and machine of one or more runs, finished or not.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a run; several are laid over each other.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a run; several share each plot.")
     parser.add_argument("--out", type=Path, help="Where to write; default: report.html in the first run's folder.")
     arguments = parser.parse_args(args)
     folders = [folder for run in arguments.runs for folder in parts(run) or [run]]
@@ -277,5 +279,5 @@ def main(args: list[str]) -> None:
     try:
         out.write_text(page(runs), encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ValueError(f"{out}: cannot be written, --out names another place: {error.strerror}") from error
+        raise ValueError(f"{out}: cannot be written, choose another with --out: {error.strerror}") from error
     print(out)

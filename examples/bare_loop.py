@@ -1,4 +1,4 @@
-"""The loss in a bare training loop: T×B×C tensors and layer results as fairseq lays them out, padding included.
+"""The loss in a bare training loop: T×B×C tensors and layer results in fairseq's layout, with padding.
 
 python examples/bare_loop.py
 """
@@ -8,7 +8,7 @@ from torch import nn
 
 from d2v_fast import Data2VecLoss, EMATeacher
 
-T, B, C, K = 48, 8, 64, 3  # frames, sequences, channels, teacher layers that make the target
+T, B, C, K = 48, 8, 64, 3  # frames, sequences, channels, teacher layers that form the target
 
 
 class Encoder(nn.Module):
@@ -26,7 +26,7 @@ class Encoder(nn.Module):
 
 
 def make_batch(projection):
-    """Slow tones seen through C fixed channels; between half and all of T is used, spans of three frames are masked."""
+    """Slow tones projected to C channels, between T/2 and T frames long, with spans of three frames masked."""
     angle = torch.arange(T).unsqueeze(1) * (0.1 + 0.2 * torch.rand(B)) + 6.28 * torch.rand(B)
     x = torch.stack([angle.sin(), angle.cos()], -1) @ projection
     padding_mask = torch.arange(T) >= torch.randint(T // 2, T + 1, (B, 1))
@@ -54,7 +54,7 @@ def main(steps=150):
         with torch.no_grad():
             teacher(x, padding_mask)
         states = student(x, padding_mask, mask)
-        # The rows go batch by batch, as (B, T) masks do. states[mask.T] has the same shape and the wrong order.
+        # Rows are ordered like the (B, T) mask, batch first. states[mask.T] has the same shape but the wrong order.
         predictions = head(states.transpose(0, 1)[mask])
         loss, stats = criterion(predictions, [tap.result for tap in taps], mask, padding_mask)
         optimizer.zero_grad()

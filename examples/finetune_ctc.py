@@ -1,4 +1,4 @@
-"""Speech recognition with CTC from an exported run and from scratch: invented words, letter by letter.
+"""Fine-tune for speech recognition with CTC, from an exported run and from scratch: made-up words, letter by letter.
 
 d2v-train --config audio/tiny train.output=run && d2v-export run --to encoder && python examples/finetune_ctc.py encoder
 """
@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, Trainer, TrainingArguments, set_seed
 
-import d2v_fast.nets  # noqa: F401  an encoder of data2vec 2.0 may be one of these
+import d2v_fast.nets  # noqa: F401  registers the models of data2vec 2.0
 from d2v_fast.data.builtin import WORDS, builtin_speech
 
 LETTERS = ["", *sorted(set("".join(WORDS)))]  # 0 is the blank
@@ -21,7 +21,7 @@ def make_samples(split, count):
 
 
 def spelled(prediction):
-    """Share of words without a mistake: best path, repeats merged, no blanks; batches of one, as padding would add letters."""
+    """Share of words without errors, by best-path decoding; batch size 1, because padding would add letters."""
     words = [[letter for letter, _ in groupby(row) if letter > 0] for row in prediction.predictions.argmax(-1)]
     return {"spelled": sum(word == list(labels) for word, labels in zip(words, prediction.label_ids, strict=True)) / len(words)}
 
@@ -47,11 +47,11 @@ def main(encoder, count=200, epochs=20):
             model = AutoModelForCTC.from_config(config)
         else:
             model = AutoModelForCTC.from_pretrained(encoder, config=config)
-            model.freeze_feature_encoder()  # the convolutions, as is usual with few labels
+            model.freeze_feature_encoder()  # the convolutions; common practice with few labels
         trainer = Trainer(model, arguments, collate, train, test, compute_metrics=spelled)
         trainer.train()
         found[start] = trainer.evaluate()["eval_spelled"]
-    print(f"words spelled right from scratch {found['scratch']:.1%}, from {encoder} {found['pretrained']:.1%}")
+    print(f"words without errors from scratch {found['scratch']:.1%}, from {encoder} {found['pretrained']:.1%}")
     return found
 
 

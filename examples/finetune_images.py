@@ -1,4 +1,4 @@
-"""Image classification from an exported run and from scratch: ten shapes, few of them labelled.
+"""Fine-tune for image classification, from an exported run and from scratch: ten shapes, few labels.
 
 d2v-train --config vision/tiny train.output=run && d2v-export run --to encoder && python examples/finetune_images.py encoder
 """
@@ -14,7 +14,7 @@ from transformers import (
     set_seed,
 )
 
-import d2v_fast.nets  # noqa: F401  an encoder of data2vec 2.0 may be one of these
+import d2v_fast.nets  # noqa: F401  registers the models of data2vec 2.0
 from d2v_fast.data.builtin import SHAPES, builtin_images
 
 

@@ -1,4 +1,4 @@
-"""Audio classification from an exported run and from scratch: ten spoken words, few of them labelled.
+"""Fine-tune for audio classification, from an exported run and from scratch: ten spoken words, few labels.
 
 d2v-train --config audio/tiny train.output=run && d2v-export run --to encoder && python examples/finetune_speech.py encoder
 """
@@ -15,7 +15,7 @@ from transformers import (
     set_seed,
 )
 
-import d2v_fast.nets  # noqa: F401  an encoder of data2vec 2.0 may be one of these
+import d2v_fast.nets  # noqa: F401  registers the models of data2vec 2.0
 from d2v_fast.data.builtin import WORDS, builtin_speech
 
 

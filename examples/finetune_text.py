@@ -1,4 +1,4 @@
-"""Text classification from an exported run and from scratch: are the words of a sentence in order, or shuffled?
+"""Fine-tune for text classification, from an exported run and from scratch: are the words of a sentence shuffled?
 
 d2v-train --config text/tiny train.output=run && d2v-export run --to encoder && python examples/finetune_text.py encoder
 """
@@ -12,7 +12,7 @@ from d2v_fast.data.builtin import builtin_text
 
 
 def make_samples(tokenizer, split, count):
-    """Sentences of 6 to 16 words; every other one with its words in another order."""
+    """Sentences of 6 to 16 words; every other one is shuffled."""
     rng = np.random.default_rng(0)
     sentences = [s.split() for paragraph in builtin_text(split) for s in paragraph.split(". ")]
     sentences = [words for words in sentences if 6 <= len(words) <= 16]
@@ -42,7 +42,7 @@ def main(encoder, count=2000, epochs=8):
             model = AutoModelForSequenceClassification.from_config(config)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(encoder, config=config)
-        data = dict(train_dataset=train, eval_dataset=test, processing_class=tokenizer)  # which pads the batches
+        data = dict(train_dataset=train, eval_dataset=test, processing_class=tokenizer)  # the tokenizer pads batches
         trainer = Trainer(model, arguments, compute_metrics=accuracy, **data)
         trainer.train()
         found[start] = trainer.evaluate()["eval_accuracy"]

@@ -10,7 +10,7 @@ from transformers import RobertaConfig, RobertaModel, Trainer, TrainerCallback, 
 from d2v_fast import Data2VecLoss, EMATeacher
 
 LENGTH, C, K = 32, 64, 3
-PAD, MASK, FIRST, VOCABULARY = 1, 3, 4, 64  # ids; words begin at FIRST
+PAD, MASK, FIRST, VOCABULARY = 1, 3, 4, 64  # token ids; words start at FIRST
 
 
 def keep(module, args, output):
@@ -18,13 +18,13 @@ def keep(module, args, output):
 
 
 class Data2VecText(nn.Module):
-    accepts_loss_kwargs = True  # makes Trainer count the labels of all micro-batches of a step
+    accepts_loss_kwargs = True  # makes Trainer pass num_items_in_batch, counted over the whole step
 
     def __init__(self, config):
         super().__init__()
         self.student = RobertaModel(config, add_pooling_layer=False)
         self.head = nn.Linear(C, C)
-        self.teacher = EMATeacher(self.student, start=0.99, end=0.999, anneal_steps=100)  # in here: checkpoints hold it
+        self.teacher = EMATeacher(self.student, start=0.99, end=0.999, anneal_steps=100)  # a submodule: checkpoints contain it
         for block in self.teacher.module.encoder.layer[-K:]:
             block.output.dense.register_forward_hook(keep)  # the FFN before dropout and residual
 
@@ -42,9 +42,9 @@ class Data2VecTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         predictions, layers = model(**inputs)
         total, stats = self.criterion(predictions, layers, inputs["labels"] != -100, inputs["attention_mask"] == 0)
-        # num_items_in_batch counts labels ≠ -100, the scored positions, in all micro-batches of the step and on all ranks.
-        # Where it counts, Trainer does not divide by the accumulation steps; DDP still divides by the ranks. A mean here
-        # would give a micro-batch with few masked positions the weight of one with many.
+        # num_items_in_batch counts labels ≠ -100, the scored positions, over all micro-batches of the step and all ranks.
+        # Trainer then does not divide by the accumulation steps, but DDP still divides by the number of ranks. A mean here
+        # would weight micro-batches equally, however many positions they mask.
         loss = total / num_items_in_batch * self.accelerator.num_processes
         self.target_std = stats.target.std
         return (loss, (loss, predictions)) if return_outputs else loss
@@ -55,12 +55,12 @@ class Data2VecTrainer(Trainer):
 
 class FollowStudent(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
-        if not optimizer.step_was_skipped:  # as fp16 does after an overflow
+        if not optimizer.step_was_skipped:  # fp16 skips steps after an overflow
             model.teacher.update(model.student)
 
 
 def make_samples(count):
-    """Sentences that count in steps of 1 to 5, of different lengths, a third of their words masked."""
+    """Sentences of varying length that count in steps of 1 to 5, with a third of the words masked."""
     place = torch.arange(LENGTH)
     ids = FIRST + (torch.randint(60, (count, 1)) + place * torch.randint(1, 6, (count, 1))) % (VOCABULARY - FIRST)
     words = place < torch.randint(LENGTH // 4, LENGTH + 1, (count, 1))

@@ -40,7 +40,7 @@ class Predictor(nn.Module):
 
 
 def make_batch():
-    """Gratings of any direction and width, (B, T, pixels), and blocks of 3×3 patches, (BLOCKS, T) bool, for all of them."""
+    """Random gratings, (B, T, pixels), and blocks of 3×3 patches shared by the batch, (BLOCKS, T) bool."""
     y, x = torch.meshgrid(torch.arange(GRID * PATCH), torch.arange(GRID * PATCH), indexing="ij")
     wave, phase = 0.1 * torch.randn(2, B, 1, 1), 6.28 * torch.rand(B, 1, 1)
     images = (wave[0] * x + wave[1] * y + phase).sin()
@@ -54,7 +54,7 @@ def main(steps=150):
     torch.manual_seed(0)
     student, predictor = Encoder(), Predictor()
     teacher = EMATeacher(student, start=0.996, end=1.0, anneal_steps=steps)
-    # I-JEPA: F.smooth_l1_loss(predictions, F.layer_norm(h, (C,))[targets]), a mean over positions and channels; hence 1/C,
+    # I-JEPA: F.smooth_l1_loss(predictions, F.layer_norm(h, (C,))[targets]), a mean over positions and channels. Hence 1/C,
     # where data2vec divides the sum over channels by √C.
     criterion = Data2VecLoss(norm="none", target_norm="layer", beta=1.0, scale=1 / C, return_stats=True)
     optimizer = torch.optim.AdamW([*student.parameters(), *predictor.parameters()], lr=2e-3)
@@ -66,7 +66,7 @@ def main(steps=150):
         visible = ~blocks.any(0)
         context = student(patches, visible)
         loss = 0
-        for block in blocks:  # a call for each: blocks overlap, and each has its own prediction of a patch that they share
+        for block in blocks:  # one call per block: blocks overlap, and each predicts the shared patches separately
             predictions = predictor(context, visible, block).flatten(0, 1)
             block_loss, stats = criterion(predictions, [h], block.expand(B, T))
             loss = loss + block_loss / BLOCKS

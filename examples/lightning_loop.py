@@ -1,4 +1,4 @@
-"""Data2Vec under Lightning.
+"""Data2Vec with Lightning.
 
 pip install lightning && python examples/lightning_loop.py
 """
@@ -21,7 +21,7 @@ class LightningData2Vec(lightning.LightningModule):
         self.losses.append(output.loss.item())
         return output.loss
 
-    def optimizer_step(self, *args, **kwargs):  # once for all micro-batches of a step
+    def optimizer_step(self, *args, **kwargs):  # called once per step, not per micro-batch
         super().optimizer_step(*args, **kwargs)
         self.model.update_teacher()
 

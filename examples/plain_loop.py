@@ -9,7 +9,7 @@ from transformers import RobertaConfig, RobertaModel
 
 from d2v_fast import Data2Vec, wrap
 
-LENGTH, VOCABULARY, MASK, FIRST = 32, 64, 3, 4  # words begin at id FIRST
+LENGTH, VOCABULARY, MASK, FIRST = 32, 64, 3, 4  # words start at id FIRST
 BATCH, LR = 16, 1e-3
 
 
@@ -27,7 +27,7 @@ def make_model():
 
 
 def make_samples(count):
-    """Sentences that count in steps of 1 to 5, a third of their words masked: what the arguments of Data2Vec are called."""
+    """Sentences that count in steps of 1 to 5, a third of the words masked; keys are the arguments of Data2Vec."""
     words = torch.randint(60, (count, 1)) + torch.arange(LENGTH) * torch.randint(1, 6, (count, 1))
     target = FIRST + words % (VOCABULARY - FIRST)
     mask = torch.rand(count, LENGTH) < 1 / 3

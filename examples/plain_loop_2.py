@@ -1,4 +1,4 @@
-"""data2vec 2.0 in a loop of plain PyTorch: of several masked views of each sentence only the visible words are encoded.
+"""data2vec 2.0 in a loop of plain PyTorch: several masked views per sentence, of which only the visible words are encoded.
 
 python examples/plain_loop_2.py
 """
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from d2v_fast import ConvDecoder, Data2Vec
 
-VIEWS, MASKED = 4, 16  # views of a sentence, and masked words in each of them
+VIEWS, MASKED = 4, 16  # views per sentence, masked words per view
 
 
 def make_model():
@@ -20,8 +20,8 @@ def make_model():
 
 
 def make_samples(count):
-    """The sentences of plain_loop.py as they are, since what is masked is not encoded, and VIEWS masks of each."""
-    masks = torch.rand(count, VIEWS, LENGTH).argsort(-1) < MASKED  # in every view as many
+    """The sentences of plain_loop.py, unmasked because masked words are not encoded, with VIEWS masks each."""
+    masks = torch.rand(count, VIEWS, LENGTH).argsort(-1) < MASKED  # the same number in every view
     return [dict(source=s["target"], mask=mask) for s, mask in zip(plain_loop.make_samples(count), masks, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Data2Vec under Hugging Face Trainer, the teacher moved by a callback.
+"""Data2Vec with Hugging Face Trainer; a callback updates the teacher.
 
 python examples/trainer_loop.py
 """
@@ -15,7 +15,7 @@ class Data2VecTrainer(Trainer):
 
 class MoveTeacher(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
-        if not optimizer.step_was_skipped:  # as fp16 does after an overflow
+        if not optimizer.step_was_skipped:  # fp16 skips steps after an overflow
             model.update_teacher()
 
 

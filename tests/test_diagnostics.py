@@ -210,7 +210,7 @@ class TestFigures:
 
     def test_ranks_need_rows(self, due, monkeypatch):
         trainer, batches, _ = due
-        monkeypatch.setattr(diagnostics, "FEWEST", sum(len(batch["index"]) for batch in batches) + 1)
+        monkeypatch.setattr(diagnostics, "MIN_ROWS", sum(len(batch["index"]) for batch in batches) + 1)
         found = trainer.state.monitor.figures(loss=3.0)
         assert all(math.isnan(found[name]) for name in ("student_rank", "teacher_rank", "position_share", "content_loss"))
 
@@ -276,7 +276,7 @@ class TestGradientPeak:
         for norm in norms:
             monitor.watch(torch.tensor(norm))
         peak = monitor._gradient()["gradient_peak"]
-        monitor._forget()
+        monitor._reset()
         return peak
 
     def test_is_of_what_was_usual(self, monitor):
@@ -539,7 +539,7 @@ class TestEnvironment:
             (("joblib.cpu_count", lambda: 64), "of 64 usable cores: OMP_NUM_THREADS=64"),
             (("torch.cpu.get_capabilities", lambda: {"avx2": True}), "no instructions for bf16"),
             (("d2v_fast.diagnostics.native.library", lambda: "it is not built"), "plain PyTorch on cpu: it is not built"),
-            (("torch.utils.collect_env.get_nvidia_driver_version", lambda run: "550.1"), "driver 550.1 is there, but torch"),
+            (("torch.utils.collect_env.get_nvidia_driver_version", lambda run: "550.1"), "driver 550.1 is installed"),
         ],
     )
     def test_warns_of_what_is_slow_or_wrong(self, patch, warning, monkeypatch):
@@ -566,7 +566,7 @@ class TestEnvironment:
     @pytest.mark.parametrize("value", ["abc", "0", "-1", ""])
     def test_a_number_of_ranks_that_is_none(self, value, monkeypatch):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
-        assert f"LOCAL_WORLD_SIZE={value!r}: no number of processes: unset it" in environment()["warnings"]
+        assert f"LOCAL_WORLD_SIZE={value!r}: not a number of processes: unset it" in environment()["warnings"]
 
     def test_a_machine_without_shared_memory(self, monkeypatch):
         exists = os.path.exists

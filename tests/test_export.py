@@ -95,7 +95,7 @@ class TestArchitectures:
         message = export(monkeypatch, run, "--to", "out", "--as", "wav2vec2")
         assert message == (
             "d2v-export: --as wav2vec2: the encoder is data2vec-audio, but wav2vec2 has one positional convolution with "
-            "weight norm, where data2vec has several without; exact is only data2vec-audio"
+            "weight norm, where data2vec has several without; use data2vec-audio"
         )
         assert "did you mean data2vec-text?" in export(monkeypatch, run, "--to", "out", "--as", "data2vec-tex")
         assert "but bert is another architecture" in export(monkeypatch, run, "--to", "out", "--as", "bert")
@@ -105,7 +105,7 @@ class TestArchitectures:
         encoder = make("roberta")
         leave = encoder._leave
         encoder._leave = lambda x: leave(x) + 1e-4
-        with pytest.raises(RuntimeError, match="computes other states than the training encoder"):
+        with pytest.raises(RuntimeError, match="and the training encoder differ by"):
             Exported(encoder).write(tmp_path / "out")
 
     def test_weights_that_are_not_finite_leave_no_folder(self, tmp_path):
@@ -296,14 +296,14 @@ class TestPushToHub:
         assert "--push-to-hub a/b/c: expected NAME or OWNER/NAME" in refused(name="a/b/c")
         with monkeypatch.context() as patch:
             patch.setattr(hub[0], "whoami", lambda self: [][0])
-            assert "--push-to-hub mine: the hub does not take the token: list index" in refused()
+            assert "--push-to-hub mine: login to the hub failed: list index" in refused()
         with monkeypatch.context() as patch:
             patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
             assert "HF_HUB_OFFLINE is set" in refused()
         monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-        assert "--push-to-hub mine: found no token; `hf auth login`, or HF_TOKEN=…" in refused()
+        assert "--push-to-hub mine: no token found; run `hf auth login` or set HF_TOKEN=…" in refused()
         message = export(monkeypatch, runs["vision"].folder, "--to", "out", "--private")
-        assert "--private: goes with --push-to-hub" in message
+        assert "--private: is only valid with --push-to-hub" in message
 
     def test_a_hub_that_fails_leaves_the_folder(self, hub, runs, monkeypatch):
         def fail(self, **more):
@@ -311,7 +311,7 @@ class TestPushToHub:
 
         monkeypatch.setattr(hub[0], "upload_folder", fail)
         message = export(monkeypatch, runs["vision"].folder, "--to", "out", "--push-to-hub", "mine")
-        assert "403 Forbidden; out is whole, `hf upload me/mine out` tries again" in message
+        assert "403 Forbidden; out is complete, retry with `hf upload me/mine out`" in message
         assert Path("out/model.safetensors").exists()
 
 
@@ -347,15 +347,15 @@ class TestMessages:
         "args, message",
         [
             (["nowhere", "--to", "out"], "nowhere: has no config.yaml, so it is not the folder of a run"),
-            (["{run}", "--to", "."], "--to .: exists already; choose another folder"),
-            (["{run}", "--to", "out", "--encoder", "x"], "--encoder: goes with --from"),
+            (["{run}", "--to", "."], "--to .: already exists; choose another folder"),
+            (["{run}", "--to", "out", "--encoder", "x"], "--encoder: is only valid with --from"),
             (["{run}", "--to", "out", "--from", "fairseq", "--teacher"], "--teacher: is for runs of d2v-train"),
             (["{run}", "--to", "out", "--from", "fairseq", "--checkpoint", "step-2"], "--checkpoint: is for runs of d2v-train"),
             (
                 ["{run}", "--to", "out", "--checkpoint", "step-5"],
                 "--checkpoint step-5: not in {run}/checkpoints; there: step-2",
             ),
-            (["{run}", "--to", "something"], "--to something: exists already; choose another folder"),
+            (["{run}", "--to", "something"], "--to something: already exists; choose another folder"),
             (["{run}", "--to", "something/out"], "--to something/out: cannot be written, choose another folder: [Errno 20]"),
             (["nowhere.pt", "--to", "out", "--from", "fairseq"], "nowhere.pt: no such file"),
         ],
@@ -451,7 +451,7 @@ class TestWhole:
     def test_files_of_others_are_not_touched(self, runs):
         Path("out").mkdir()
         Path("out/mine").touch()
-        with pytest.raises(ConfigError, match="--to out: exists already"):
+        with pytest.raises(ConfigError, match="--to out: already exists"):
             export_run(runs["vision"].folder, "out")
         assert os.listdir("out") == ["mine"]
 
@@ -462,4 +462,4 @@ def test_the_command_in_a_process_of_its_own(runs):
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     run = runs["vision"].folder
     assert (done.returncode, done.stderr) == (0, f"student of step 2, from {run}/export\n")
-    assert done.stdout == 'out: AutoModel.from_pretrained("out") computes what the training encoder does, to 0\n'
+    assert done.stdout == 'out: AutoModel.from_pretrained("out") matches the training encoder to 0\n'

@@ -205,7 +205,7 @@ def test_names_that_are_not_utf8(make_run):
 
 
 def test_a_page_that_cannot_be_written(make_run, tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere/page\.html: cannot be written, --out names another place: No such file"):
+    with pytest.raises(ValueError, match=r"nowhere/page\.html: cannot be written, choose another with --out: No such file"):
         main([str(make_run()), "--out", str(tmp_path / "nowhere" / "page.html")])
 
 
@@ -236,7 +236,7 @@ def test_several_runs_side_by_side(make_run):
     html = html_of(a, b)
     assert "2 runs" in Page(html).text and all(f"stroke: {color}" in html for color in COLORS[:2])
     different, same = html.index("train.seed"), html.index("train.steps")
-    assert different < html.index("1 that all share") < same
+    assert different < html.index("1 shared by all") < same
 
 
 def test_long_runs_stay_light(make_run):
@@ -255,7 +255,7 @@ def test_the_command(make_run, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
     main([str(folder), str(make_run("b")), "--out", str(tmp_path / "both.html")])
     assert "2 runs" in (tmp_path / "both.html").read_text()
-    with pytest.raises(ValueError, match=r"nowhere: no log\.jsonl in it, expected the folder of a run"):
+    with pytest.raises(ValueError, match=r"nowhere: has no log\.jsonl; expected the folder of a run"):
         main([str(tmp_path / "nowhere")])
     with pytest.raises(ValueError, match="no complete line yet"):
         main([str(make_run("empty", lines=['{"step": 1, "lo']))])

@@ -228,8 +228,8 @@ class TestRun:
         with torch.no_grad():
             assert torch.allclose(model(x).last_hidden_state[:, -encoder(x).shape[1] :], encoder(x), atol=1e-6)
         card = (tmp_path / "encoder" / "README.md").read_text()
-        assert "an experiment: trained together with those of " + ("audio" if name == "vision" else "vision") in card
-        assert "| 9 of 2 × 1 samples a process, of all modalities together |" in card
+        assert "an experiment: shared and trained jointly with " + ("audio" if name == "vision" else "vision") in card
+        assert "| 9 of 2 × 1 samples per process, over all modalities |" in card
 
     @pytest.mark.parametrize("name, labelled", [("vision", "images"), ("audio", "waves")])
     def test_a_probe_of_each(self, run, name, labelled, capsys):
