@@ -6,8 +6,8 @@ import signal
 import sys
 import tempfile
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="d2v-cache-")  # nor leave what it made of its data
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests must not depend on a hub
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="d2v-cache-")  # tests must not leave cached data behind
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A report whose output pytest-xdist can send: what a test logged of names that are not UTF-8 is escaped."""
+    """Escape logged file names that are not UTF-8, so that pytest-xdist can send the report."""
     report = yield
     report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
     return report
@@ -26,7 +26,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch):
-    """Fill uninitialised memory with NaN, so that an output nobody wrote shows."""
+    """Fill uninitialised memory with NaN, so that unwritten outputs are detected."""
 
     def poison(make):
         def made(*args, **kwargs):
@@ -48,7 +48,7 @@ def default_dtype(request):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working folder for commands, and a process left as it was."""
+    """An empty working folder for commands; restores process state afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("TQDM_DELAY", "2")

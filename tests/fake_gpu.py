@@ -1,8 +1,8 @@
-"""Steps on a GPU that is not there: tensors that know shape, dtype and device and hold no data.
+"""Training steps on a fake GPU: tensors with shape, dtype and device, but no data.
 
-Whoever asks for a number of theirs would wait for the GPU, whoever mixes them with tensors of the host would fail there: both
-are errors here. Run as `python -m tests.fake_gpu fake_gpu.so CASE …`, in a process of its own, because a torch without CUDA
-has to be told of the device before it is imported; prints JSON: what went wrong in each case, or null.
+Reading a value would synchronise with a real GPU, and mixing with host tensors would fail on one: both are errors here. Run
+as `python -m tests.fake_gpu fake_gpu.so CASE …` in a separate process, because the device must be registered before a torch
+without CUDA is imported. Prints JSON: the error of each case, or null.
 """
 
 # ruff: noqa: E402
@@ -42,13 +42,13 @@ torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: 0
 torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
 triton_loss.obstacle = lambda device: None
-encoders.hub._check_states = lambda encoder: None  # transformers would keep what it computes there, on tensors with data
-# It takes such tensors for a graph being made, and would not look at their numbers.
+encoders.hub._check_states = lambda encoder: None  # transformers would cache results from it, computed on real tensors
+# transformers takes fake tensors for tracing and would skip the checks that read values.
 transformers.masking_utils.is_tracing = lambda *args: False
 
 
 class NoCopies(TorchDispatchMode):
-    """A copy from the host waits, also of indices; one that may go on behind the caller's back does not, nor does a number."""
+    """Refuse blocking copies from the host, including indices; non-blocking copies and Python scalars are allowed."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -80,33 +80,33 @@ def step(name: str, precision: str, kind: str) -> None:
     if not image and kind not in ("plain", "flash"):
         batch["padding_mask"] = torch.arange(shape[1]) >= torch.tensor([[shape[1]], [shape[1] - 3]])
     num_targets = float(len(batch["index"]))
-    there = {key: on_gpu(value) for key, value in batch.items()}
+    on_device = {key: on_gpu(value) for key, value in batch.items()}
     if kind == "host mask":
-        there["mask"] = MODE.from_tensor(mask)
-    if kind == "host index":  # as transformers has it
+        on_device["mask"] = MODE.from_tensor(mask)
+    if kind == "host index":  # as in transformers
         for module in model.modules():
             vars(module).pop("generate_relative_position_index", None)
     if kind == "no index":
-        del there["index"]
+        del on_device["index"]
     move(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     with MODE, NoCopies():
         optimizer = torch.optim.AdamW(parameters, fused=True)
         for _ in range(2):
             with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-                output = model(**there, num_targets=num_targets)
+                output = model(**on_device, num_targets=num_targets)
             output.loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             model.update_teacher()
-    # In each block of student and teacher, twice: for batches without padding, in bf16, of models without a bias.
+    # Each block of student and teacher, two steps; only without padding, in bf16 and without an attention bias.
     assert len(flash) == (12 if (precision, kind) == ("bf16", "flash") and not hasattr(encoder.blocks[0], "lambda_2") else 0)
     assert output.loss.device.type == "cuda" and all(p.device.type == "cuda" for p in model.state_dict().values() if p.ndim)
 
 
 def trainer(modality: str, kind: str) -> None:
-    """Steps of `d2v-train`, the first of them to be logged. They wait once, to see whether loss and gradient are finite."""
+    """Steps of `d2v-train`; the first is logged. Each synchronises once, to check that loss and gradient are finite."""
     with tempfile.TemporaryDirectory() as folder:
         config = parse(arguments(modality, folder, "loss.impl=triton", "train.device=cpu"))[0]
         run = build(config)
@@ -122,11 +122,11 @@ def trainer(modality: str, kind: str) -> None:
     isfinite, torch.isfinite = torch.isfinite, lambda x: True
     try:
         with MODE, NoCopies():
-            there = {k: MODE.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            on_device = {k: MODE.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             window = Window(state.device)
             for due in (True, False):
                 state.monitor.due = due
-                outcome = train.step.step(state, [there])
+                outcome = train.step.step(state, [on_device])
                 window.add(outcome, 4)
     finally:
         torch.isfinite = isfinite
@@ -134,7 +134,7 @@ def trainer(modality: str, kind: str) -> None:
 
 
 def loss(norm: str, target_norm: str, kind: str) -> None:
-    """What surrounds the launches of the Triton loss; the launches themselves do nothing."""
+    """The host side of the Triton loss; the kernel launches do nothing."""
 
     class Launch:
         def __getitem__(self, grid):
@@ -162,11 +162,11 @@ def loss(norm: str, target_norm: str, kind: str) -> None:
 
 
 def fuse_for_gpu(model) -> None:
-    fuse(model, torch.device("cuda"), [part for part in PARTS if part != "compile"])  # no graph is made of such tensors
+    fuse(model, torch.device("cuda"), [part for part in PARTS if part != "compile"])  # fake tensors cannot be compiled
 
 
 def on_gpu(tensor):
-    """A tensor like this one on the fake GPU."""
+    """An empty copy of the tensor on the fake GPU."""
     fake = FakeTensor(MODE, torch.empty_like(tensor, device="meta"), torch.device("cuda", 0))
     return torch.nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else fake
 

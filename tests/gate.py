@@ -1,4 +1,4 @@
-"""The correctness gate of the fused loss: cases, what an implementation makes of one, and the error that it may have."""
+"""The correctness gate of the fused loss: cases, results of an implementation, and the allowed error."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from d2v_fast import data2vec_loss
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 NORMS = ("none", "layer", "instance", "batch", "group")
-ZERO = 1e-12  # a norm below this counts as this: layers of 1e-30 leave targets whose moments are rounding
+ZERO = 1e-12  # smallest norm to divide by: layers of 1e-30 give targets whose moments are rounding noise
 
 
 class Case(NamedTuple):
@@ -17,7 +17,7 @@ class Case(NamedTuple):
     target_norm: str = "none"
     beta: float = 0.0
     dense: bool = False
-    layout: str = "BTC"  # or TBC, or strided: channels two apart
+    layout: str = "BTC"  # or TBC, or strided (channel stride 2)
     dtype: torch.dtype = FP32
     dtype_z: torch.dtype = FP32
     k: int = 3
@@ -32,7 +32,7 @@ class Case(NamedTuple):
     magnitude: float = 1.0  # factor of the layers
     magnitude_z: float = 1.0  # of the predictions
     views: int = 0  # M of a mask (B, M, T); 0 = (B, T)
-    expanded: bool = False  # the same mask for all views, and its memory only once
+    expanded: bool = False  # the same mask for all views, stored once
 
     def __str__(self):
         short = [str(value).removeprefix("torch.") for value in self]
@@ -40,9 +40,9 @@ class Case(NamedTuple):
 
 
 def inputs(case: Case, device="cpu") -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
-    """Predictions, layers (B, T, C) in the memory layout of the case, mask, padding; padding holds NaN everywhere.
+    """Predictions, layers (B, T, C) in the memory layout of the case, mask, padding; padded positions hold NaN.
 
-    Of several views the first position is masked in none and the second in all.
+    With several views, the first position is masked in none and the second in all.
     """
     random = dict(generator=torch.Generator(device).manual_seed(0), device=device)
     shape = case.batch, case.length, case.channels
@@ -72,7 +72,7 @@ def inputs(case: Case, device="cpu") -> tuple[Tensor, list[Tensor], Tensor, Tens
 
 
 def outcome(case: Case, impl: str, device="cpu", exact=False) -> dict[str, Tensor]:
-    """Loss and gradient with and without moments, these, and the mean target, by `impl`; all in float64 if `exact`."""
+    """Loss and gradient with and without moments, the moments, and the mean target, from `impl`; in float64 if `exact`."""
     z, layers, mask, padding = inputs(case, device)
     if exact:
         z, layers = z.double(), [x.double() for x in layers]
@@ -85,12 +85,12 @@ def outcome(case: Case, impl: str, device="cpu", exact=False) -> dict[str, Tenso
     (plain_gradient,) = torch.autograd.grad(plain, z)
     loss, stats = data2vec_loss(z, layers, mask, return_stats=True, **settings)
     (1.5 * loss).backward()
-    loss_beside, means = data2vec_loss(z, layers, mask, return_target_mean=True, **settings)
+    loss_with_mean, means = data2vec_loss(z, layers, mask, return_target_mean=True, **settings)
     scored = mask if padding is None else mask & ~(padding.unsqueeze(1) if case.views else padding)
     moments = {}
     for name, part in stats._asdict().items():
         std = (part.m2 / part.count.clamp(min=1)).sqrt()
-        moments |= {name: torch.cat([part.mean, std]), f"{name} m2": part.m2}  # a mean of 0 is measured by the std beside it
+        moments |= {name: torch.cat([part.mean, std]), f"{name} m2": part.m2}  # error relative to the std
     return dict(
         loss=loss.detach(),
         gradient=z.grad,
@@ -98,8 +98,8 @@ def outcome(case: Case, impl: str, device="cpu", exact=False) -> dict[str, Tenso
         plain_gradient=plain_gradient,
         unscored=z.grad[~scored] if case.dense else z.grad[~scored[mask]],
         count=stats.target.count,
-        loss_beside=loss_beside.detach(),
-        target_mean=torch.cat([means, torch.ones_like(means)]),  # of 0 under norms over T
+        loss_with_mean=loss_with_mean.detach(),
+        target_mean=torch.cat([means, torch.ones_like(means)]),  # the mean is 0 under norms over T
         **moments,
     )
 
@@ -109,10 +109,10 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def faults(found: dict, eager: dict, exact: dict, tolerance: float = 2e-6, rounding: float = 0.0) -> list[str]:
-    """What is wrong: error above 2 × that of eager PyTorch + `tolerance`, cosine, shape or dtype. Empty = the gate is passed.
+    """Failed checks: error above 2 × that of eager PyTorch + `tolerance`, cosine, shape or dtype. Empty = gate passed.
 
     Args:
-        rounding: Added tolerance of gradients.
+        rounding: Extra tolerance for gradients.
     """
     wrong = []
     for name, truth in exact.items():
@@ -124,7 +124,7 @@ def faults(found: dict, eager: dict, exact: dict, tolerance: float = 2e-6, round
         limit += rounding if "gradient" in name else 0
         a, b = value.double().flatten(), truth.flatten()
         cosine = float(a @ b / (a.norm() * b.norm())) if b.norm() > ZERO else 1.0
-        if not error <= limit or not cosine > 0.9999:  # "not", because of NaN
+        if not error <= limit or not cosine > 0.9999:  # "not" also catches NaN
             wrong.append(f"{name}: error {error:.1e}, allowed {limit:.1e}, cosine {cosine:.6f}")
     if found["unscored"].any():
         wrong.append("the gradient is not 0 where nothing is scored")
@@ -132,15 +132,15 @@ def faults(found: dict, eager: dict, exact: dict, tolerance: float = 2e-6, round
 
 
 def gate(case: Case, impl: str, device="cpu", rounding: float | None = None) -> list[str]:
-    """The faults of `impl` in this case.
+    """Failed checks of `impl` for one case.
 
-    Where squares overflow fp32, the loss need not be right but must not be finite, and a gradient that is finite must be right.
+    Where squares overflow fp32, the loss must be right or not finite, and a finite gradient must be right.
 
     Args:
-        rounding: Added tolerance of gradients; None = half a unit in the last place, as the kernels round once before the
-            factor of the backward and once behind it.
+        rounding: Extra tolerance for gradients; None = half a unit in the last place, because the kernels round once before
+            the factor of the backward pass and once after it.
     """
-    # fp32 sums over many rows, or of what is 300 σ away from 0, cost a digit.
+    # fp32 sums lose a digit over many rows or for values 300 σ away from 0.
     tolerance = 2e-5 if case.location or case.location_z or case.length * max(case.views, 1) > 1000 else 2e-6
     if rounding is None:
         rounding = {BF16: 2**-8, FP16: 2**-11}.get(case.dtype_z, 0.0)

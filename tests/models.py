@@ -60,7 +60,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.mix = nn.MultiheadAttention(width, 2, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(width, 48), nn.GELU(), nn.Linear(48, width))
-        self.gate = nn.Linear(width, width)  # the last Linear, but not the FFN's
+        self.gate = nn.Linear(width, width)  # the last Linear of the block, but not part of the FFN
 
     def forward(self, x, padding_mask=None):
         h = self.norm(x)
@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class Handwritten(nn.Module):
-    """What the documentation calls your own encoder."""
+    """A user-defined encoder, as in the documentation."""
 
     hidden_size = 32
 

@@ -1,4 +1,4 @@
-"""The formulas of data2vec transcribed a second time, in numpy float64 and plain loops, from the specification alone."""
+"""An independent transcription of the data2vec formulas from the specification: numpy float64, plain loops."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ EPS = 1e-5
 
 
 def norm_vector(x):
-    """(x - mean) / sqrt(biased variance + eps) of one flat collection of numbers."""
+    """(x - mean) / sqrt(biased variance + eps) of a flat list of numbers."""
     mean = sum(x) / len(x)
     variance = sum((value - mean) ** 2 for value in x) / len(x)
     return [(value - mean) / np.sqrt(variance + EPS) for value in x]
@@ -43,7 +43,7 @@ def targets(layers, norm, target_norm, padding=None):
 
 
 def loss(predictions, layers, mask, norm, target_norm, beta, scale, padding=None, reduction="mean"):
-    """Loss, and its gradient for predictions given as (B, T, C); or as (B, M, T, C) for a mask (B, M, T)."""
+    """Loss and its gradient; predictions (B, T, C), or (B, M, T, C) for a mask (B, M, T)."""
     if mask.ndim == 3:
         views = [
             loss(predictions[:, m], layers, mask[:, m], norm, target_norm, beta, scale, padding, "sum")

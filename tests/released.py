@@ -1,14 +1,14 @@
 """data2vec 2.0 as it was released: its modules under their original names, written from method 4 alone.
 
-The independent truth of several tests. Nothing of d2v_fast is used, nothing is fast, every dropout is 0 and there is no
-training: what is random, masks and noise, is handed in. With `EAT` as the changed settings the image model is EAT, on
+The independent reference of several tests. It uses nothing from d2v_fast, does not try to be fast, has no dropout and no
+training; masks and noise are arguments. With `changed=EAT` the image model is EAT, on
 spectrograms (frames, 128 mel bins). Everything runs in the dtype of the weights; `model.double()` for
 float64, where the fixed positions keep the fp32 values that checkpoints have. Post-LN only, as in all published configurations.
 
     student = make("image", seed=0).double()                  # cfg in student.cfg; make("audio", dict(prenet_depth=2), depth=3)
     teacher = make_teacher(student)                           # other weights where the original's teacher has its own
     states, predictions = student.student(pixels, mask, noise=noise)
-    features = teacher.encoder.local_features(pixels)         # the student's weights, where the original's are those
+    features = teacher.encoder.local_features(pixels)         # the student's weights where the original shares them
     _, results = teacher.run_blocks(teacher.encoder.contextualize(features))
     losses = student.losses(states, predictions, student.targets(results), mask)
     torch.save(checkpoint(student, teacher), "checkpoint.pt")
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Small settings under the names of the original, `cfg` of a checkpoint. The modalities not in use have an entry there as well.
+# Small settings under the original names (`cfg` of a checkpoint). Unused modalities have an entry too.
 DECODERS = {
     "image": dict(decoder_dim=32, decoder_groups=8, decoder_kernel=3, decoder_layers=3, decoder_residual=True),
     "audio": dict(decoder_dim=16, decoder_groups=8, decoder_kernel=7, decoder_layers=4, decoder_residual=True),
@@ -56,7 +56,7 @@ MODALITIES = {
         prenet_depth=0, num_extra_tokens=0, use_alibi_encoder=False, ema_local_encoder=False, prenet_dropout=0.0,
     ),
 }  # fmt: skip
-# EAT (Chen et al. 2024): positions for up to max_length patches of time, of which the first are used.
+# EAT (Chen et al. 2024): positions for up to max_length patches in time; shorter inputs use the first ones.
 EAT = dict(in_chans=1, patch_size=16, target_length=64, max_length=6, prenet_depth=0)
 COMMON = dict(
     _name="data2vec_multi", embed_dim=32, num_heads=4, mlp_ratio=1.5, depth=2, layer_norm_first=False, norm_affine=True,
@@ -76,7 +76,7 @@ VOCABULARY, PAD = 70, 1
 
 
 def settings(modality: str, changed: dict | None = None, **model) -> dict:
-    """`cfg` of a run on "image", "audio" or "text"; `changed` are fields of the modality (`decoder=` of its decoder)."""
+    """`cfg` of a run on "image", "audio" or "text"; `changed` overrides fields of the modality (`decoder=`: of its decoder)."""
     modalities = {name: MODALITIES[name] | MASKS[name] | {"decoder": DECODERS[name]} for name in MODALITIES}
     changed = dict(changed or {})
     decoder = DECODERS[modality] | changed.pop("decoder", {})
@@ -125,7 +125,7 @@ class AltBlock(nn.Module):
 
 
 def convolve(convolution: nn.Module, x: Tensor) -> Tensor:
-    """A convolution of the positions or of a decoder, its norm and GELU; x (N, D, T) or (N, D, √T, √T)."""
+    """A convolution of a positional encoder or decoder, followed by norm and GELU; x (N, D, T) or (N, D, √T, √T)."""
     y = convolution(x)
     if convolution.kernel_size[0] % 2 == 0:
         y = y[..., :-1] if y.dim() == 3 else y[..., :-1, :-1]
@@ -190,7 +190,7 @@ class ConvStack(nn.Module):
 
 
 def sincos(D: int, wide: int, high: int | None = None) -> Tensor:
-    """(1, high · wide, D), of a square without `high`: the first half of the channels tells the column, the second the row."""
+    """(1, high · wide, D), square without `high`: the first half of the channels encodes the column, the second the row."""
     high = wide if high is None else high
     omega = 10_000.0 ** (-torch.arange(D // 4, dtype=torch.float64) / (D / 4))
     angles = torch.arange(max(wide, high), dtype=torch.float64)[:, None] * omega
@@ -201,7 +201,7 @@ def sincos(D: int, wide: int, high: int | None = None) -> Tensor:
 
 @functools.cache
 def slopes(heads: int, device: torch.device) -> Tensor:
-    """of ALiBi, method 4.4: (H,)"""
+    """ALiBi slopes (H,), method 4.4."""
     power = 2 ** math.floor(math.log2(heads))
     made = [2.0 ** (-8 / power * (i + 1)) for i in range(power)]
     finer = [2.0 ** (-8 / (2 * power) * (i + 1)) for i in range(2 * power)]
@@ -209,12 +209,12 @@ def slopes(heads: int, device: torch.device) -> Tensor:
 
 
 class Context(NamedTuple):
-    """What the main blocks get, and where it comes from."""
+    """Input of the main blocks, and how to restore the original order."""
 
     x: Tensor  # (N, E + V, D), N = B·M
     padding: Tensor | None  # (N, E + V)
     bias: Tensor | None  # (N, H, E + V, E + V), ALiBi before its scale
-    restore: Tensor | None  # (N, T): where a position lies among the visible and then the masked ones; None without a mask
+    restore: Tensor | None  # (N, T): index of each position in the order visible, then masked; None without a mask
 
 
 class ModalityEncoder(nn.Module):
@@ -256,7 +256,7 @@ class ModalityEncoder(nn.Module):
         self.decoder = Decoder(cfg, own["decoder"], *((2, high) if modality == "image" else (1,)))
 
     def local_features(self, source: Tensor) -> Tensor:
-        """(B, T, D), before fixed or convolved positions: of pixels (B, 3, side, side), a waveform or tokens."""
+        """(B, T, D) before fixed or convolutional positions; input: pixels (B, 3, side, side), a waveform or tokens."""
         if self.modality == "image":
             return self.local_encoder["proj"](source).flatten(2).transpose(1, 2)
         if self.modality == "audio":
@@ -267,7 +267,7 @@ class ModalityEncoder(nn.Module):
         return self.local_encoder["layernorm_embedding"](embedded)
 
     def scale(self, layer: int) -> Tensor:
-        """(1, H or 1, 1, 1) for a layer, the prenet counted."""
+        """(1, H or 1, 1, 1) for a layer; prenet layers count."""
         scale = self.alibi_scale.clamp(min=0)
         return scale[layer if len(scale) > 1 else 0]
 
@@ -319,7 +319,7 @@ class ModalityEncoder(nn.Module):
     def decode(self, states: Tensor, restore: Tensor, noise: Tensor | None = None) -> Tensor:
         """Predictions (N, T, D) of all positions from the states (N, E + V, D) of the main blocks.
 
-        `noise` (N, T - V, D) stands at the masked positions, in their order; zeros without.
+        `noise` (N, T - V, D) fills the masked positions in order; zeros if None.
         """
         states = states[:, self.extra :]
         if noise is None:
@@ -343,7 +343,7 @@ class Released(nn.Module):
         return self.modality_encoders[self.modality.upper()]
 
     def run_blocks(self, context: Context) -> tuple[Tensor, list[Tensor]]:
-        """States (N, E + V, D) after the main blocks, and the FFN result of each of them without the extra tokens."""
+        """States (N, E + V, D) after the main blocks, and the FFN result of each block without the extra tokens."""
         x, results, prenet = context.x, [], self.encoder.own["prenet_depth"]
         for j, block in enumerate(self.blocks):
             bias = None if context.bias is None else context.bias * self.encoder.scale(prenet + j)
@@ -356,7 +356,7 @@ class Released(nn.Module):
         return self.run_blocks(self.encoder.contextualize(self.encoder.local_features(source), padding=padding))[0]
 
     def student(self, source, mask, padding=None, noise=None) -> tuple[Tensor, Tensor]:
-        """States (B·M, E + V, D) of what `mask` (B, M, T) leaves visible, and predictions (B·M, T, D)."""
+        """States (B·M, E + V, D) of the positions visible under `mask` (B, M, T), and predictions (B·M, T, D)."""
         context = self.encoder.contextualize(self.encoder.local_features(source), mask, padding)
         states, _ = self.run_blocks(context)
         return states, self.encoder.decode(states, context.restore, noise)
@@ -384,9 +384,9 @@ class Released(nn.Module):
         return loss.sum() * (1 / math.sqrt(e.shape[-1]) if scale is None else scale)
 
     def losses(self, states, predictions, targets, mask) -> dict[str, Tensor | int]:
-        """What one micro-batch adds: `regression` and `cls`, both sums to be divided by `sample_size`; method 4.7.
+        """Losses of one micro-batch: `regression` and `cls`, sums to be divided by `sample_size`; method 4.7.
 
-        `cls` bears the original's factor cls_loss · sample_size; without a CLS loss it is left out.
+        `cls` includes the original's factor cls_loss · sample_size; it is missing without a CLS loss.
         """
         views, rows = mask.shape[1], mask.flatten(0, 1)
         y = targets.repeat_interleave(views, dim=0)
@@ -398,7 +398,7 @@ class Released(nn.Module):
 
 
 def randomize(module: nn.Module, seed: int) -> None:
-    """Weights far from their initial values, fixed positions excepted; one scale of ALiBi is negative, so clamped."""
+    """Set weights far from their initial values, except fixed positions; one ALiBi scale is negative, to test the clamp."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         if name.endswith("fixed_positional_encoder.positions"):
@@ -417,14 +417,14 @@ def randomize(module: nn.Module, seed: int) -> None:
 
 
 def make(modality: str, changed: dict | None = None, seed: int = 0, **model) -> Released:
-    """A model with random weights; arguments as of `settings`."""
+    """A model with random weights; arguments as in `settings`."""
     made = Released(settings(modality, changed, **model), modality)
     randomize(made, seed)
     return made.eval()
 
 
 def shared(name: str, modality: str) -> bool:
-    """Is this weight the student's in the teacher as well? Method 1.6, last three rows; decoders are in no teacher."""
+    """Whether the teacher shares this weight with the student (method 1.6, last three rows); teachers have no decoder."""
     if modality == "text":
         return not name.startswith("blocks.")
     if "fixed_positional_encoder" in name or ".decoder." in name:
@@ -433,7 +433,7 @@ def shared(name: str, modality: str) -> bool:
 
 
 def make_teacher(student: Released, seed: int = 1) -> Released:
-    """A teacher of this student, as a whole model: what the original's does not own is the student's."""
+    """A teacher as a complete model: weights that the original teacher does not own are the student's."""
     teacher = copy.deepcopy(student)
     randomize(teacher, seed)
     own = {name: value for name, value in teacher.state_dict().items() if not shared(name, student.modality)}
@@ -442,8 +442,8 @@ def make_teacher(student: Released, seed: int = 1) -> Released:
 
 
 def ema_state(teacher: Released) -> dict[str, Tensor]:
-    """What a checkpoint has under `_ema`; method 6.2."""
-    frozen = "fixed_positional_encoder"  # copied into the teacher, so in its state
+    """Contents of `_ema` in a checkpoint; method 6.2."""
+    frozen = "fixed_positional_encoder"  # copied into the teacher, so part of its state
     state = {k: v for k, v in teacher.state_dict().items() if frozen in k or not shared(k, teacher.modality)}
     return {k.removeprefix("blocks.") if teacher.modality == "text" else k: v for k, v in state.items()}
 
@@ -502,7 +502,7 @@ class TextClassifier(nn.Module):
 
 
 def checkpoint(model: nn.Module, teacher: Released | None = None, old_alibi: bool = False) -> dict:
-    """What `torch.save` gets; with `old_alibi` the scale of ALiBi has four axes, as older versions wrote it."""
+    """The object to save; with `old_alibi` the ALiBi scale has four axes, as in older versions."""
     state = dict(model.state_dict())
     ema = {} if teacher is None else ema_state(teacher)
     if old_alibi:

@@ -1,4 +1,4 @@
-"""d2v-train in processes that may be killed. A server that has imported everything forks them, so that each starts at once."""
+"""d2v-train in processes that may be killed. They are forked from a server with all imports done, so they start at once."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ SMALL = {
 
 
 def arguments(modality, folder, *more):
-    """A run of some milliseconds a step, with dropout, so that the random numbers matter."""
+    """A run of a few milliseconds per step, with dropout, so that random number state matters."""
     settings = ["encoder.config.hidden_size=16", "encoder.config.num_hidden_layers=3", "encoder.config.intermediate_size=32"]
     settings += ["targets.top_k=2", "train.batch_size=2", "train.workers=0", "train.precision=fp32", "train.log_every=4"]
     settings += [*SMALL[modality].split(), f"train.output={folder}"]
@@ -35,18 +35,18 @@ def arguments(modality, folder, *more):
 
 
 class Run:
-    """One d2v-train; `before` is called in its process first, which may lead a group of its own."""
+    """One d2v-train process; it calls `before` first, and starts its own process group with `own_group`."""
 
     def __init__(self, args, before=None, threads=1, own_group=False):
         self.file = Path(f"stderr-{time.monotonic_ns()}")
-        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # so that the server imports what is tested
+        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # so that the server imports the code under test
         os.environ["TQDM_DISABLE"] = "1"
         args = (os.getcwd(), str(self.file), list(args), before, threads, own_group)
         self.process = CONTEXT.Process(target=_train, args=args)
         self.process.start()
 
     def wait(self, timeout=60):
-        """(exit code, negative if a signal ended it; what it said)."""
+        """Return (exit code, negative if a signal ended it; output)."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()
@@ -60,7 +60,7 @@ class Run:
         os.kill(self.process.pid, number)
 
     def says(self, words, timeout=60):
-        """Wait until it says so, or has ended."""
+        """Wait until the output contains `words` or the process has ended."""
         deadline = time.monotonic() + timeout
         while words not in self.said() and self.process.is_alive():
             assert time.monotonic() < deadline, self.said()
@@ -89,7 +89,7 @@ def _train(folder, stderr, args, before, threads, own_group):
         os.setsid()
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    faulthandler.dump_traceback_later(50)  # before the test gives up
+    faulthandler.dump_traceback_later(50)  # before the timeout of the test
     torch.set_num_threads(threads)
     if before is not None:
         before()
@@ -98,12 +98,12 @@ def _train(folder, stderr, args, before, threads, own_group):
 
 
 def traced(file, kill_at=None, after=None):
-    """Write each step's batches to a file; die at the begin of a step, once the folder `after` is there."""
+    """Write each step's batches to a file; die at the start of step `kill_at`, once the folder `after` exists."""
     from d2v_fast.train import loop
 
     step = loop.step
 
-    def noted(state, micro_batches):
+    def traced_step(state, micro_batches):
         if state.done + 1 == kill_at:
             while not Path(after).exists():
                 time.sleep(0.01)
@@ -116,4 +116,4 @@ def traced(file, kill_at=None, after=None):
             out.write(json.dumps({"step": state.done + 1, "batches": batches}) + "\n")
         return step(state, micro_batches)
 
-    loop.step = noted
+    loop.step = traced_step

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, whatever happens while they are written, and nothing is read that was not written so."""
+"""Checkpoints are atomic: complete or absent, whatever interrupts a save. Nothing unverified is read."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_was_written_is_read(tmp_path):
+def test_a_written_checkpoint_reads_back_identical(tmp_path):
     written(tmp_path, 7)
     found = Checkpoint(tmp_path / "step-7")
     assert found.step == 7
@@ -46,7 +46,7 @@ def test_what_was_written_is_read(tmp_path):
         assert read.keys() == values.keys()
         assert all(torch.equal(read[n], v) and read[n].dtype == v.dtype and read[n].shape == v.shape for n, v in values.items())
     assert names(tmp_path) == ["step-7"]
-    # The manifest is what `sha256sum` says.
+    # The manifest agrees with `sha256sum`.
     sums = subprocess.run(["sha256sum", *found.files], cwd=found.folder, capture_output=True, text=True, check=True).stdout
     assert sums == "".join(f"{found.files[name]['sha256']}  {name}\n" for name in found.files)
 
@@ -60,7 +60,7 @@ def test_no_pickle_is_written(tmp_path):
 
 
 def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
-    """Each file, then the folder, then the rename, then the folder around: else a power cut leaves a name without content."""
+    """Sync order: files, folder, rename, parent folder. Otherwise a power cut may leave a name without content."""
     done, opened = [], {}
     real_open, real_sync, real_replace = os.open, os.fsync, os.replace
 
@@ -78,7 +78,7 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
 
 
 def _die_at(number, after):
-    """Kill this process before, or after, the disk is touched for the n-th time."""
+    """Kill this process before or after the n-th disk operation."""
     count = 0
 
     def counted(function):
@@ -120,19 +120,19 @@ def test_killed_at_any_point_of_a_save_one_intact_checkpoint_remains(tmp_path):
             found = Checkpoints(folder, 1).newest()
             seen.add((found.step, *names(folder)))
             assert torch.equal(found.tensors("student")["a.weight"], torch.full((1000,), float(found.step)))
-            written(folder, 3)  # and the next one clears up
+            written(folder, 3)  # the next save cleans up
             assert not list(folder.glob("*.tmp"))
         if codes == [0, 0]:
             break
         assert codes == [-signal.SIGKILL] * 2
     else:
-        pytest.fail("it never came to its end")
+        pytest.fail("no save completed")
     assert {(1, "step-1", "step-2.tmp"), (2, "step-1", "step-2"), (2, "step-2")} <= seen and number > 12
 
 
 @pytest.mark.parametrize("name", ["student.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "empty"])
-def test_a_damaged_one_is_skipped_by_name(name, how, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(name, how, tmp_path, caplog):
     written(tmp_path, 1, 2)
     file = tmp_path / "step-2" / name
     content = bytearray(file.read_bytes())
@@ -145,13 +145,13 @@ def test_a_damaged_one_is_skipped_by_name(name, how, tmp_path, caplog):
     assert checkpoints.newest().step == 1
     said = [record.message for record in caplog.records]
     assert len(said) == 1 and said[0].startswith("skipped a checkpoint:") and str(tmp_path / "step-2") in said[0]
-    # It neither counts nor stays once a newer one is there.
+    # The next save replaces it.
     checkpoints.save(2, tensors(2), {})
     checkpoints.wait()
     assert Checkpoint(tmp_path / "step-2").step == 2 and names(tmp_path) == ["step-1", "step-2"]
 
 
-def test_every_bit_counts(tmp_path):
+def test_any_flipped_bit_is_detected(tmp_path):
     written(tmp_path, 1, size=4)
     file = tmp_path / "step-1" / "student.safetensors"
     content = file.read_bytes()
@@ -173,7 +173,7 @@ def test_every_bit_counts(tmp_path):
         (lambda state: torch.set_rng_state(torch.zeros(3, dtype=torch.uint8)), "RuntimeError: "),
     ],
 )
-def test_a_state_of_another_shape_is_named(read, reason, tmp_path):
+def test_errors_while_reading_a_state_name_the_checkpoint(read, reason, tmp_path):
     written(tmp_path, 1)
     checkpoint = Checkpoint(tmp_path / "step-1")
     with pytest.raises(CheckpointError, match=f"step-1: not a checkpoint as version 3 has them: {reason}"):
@@ -183,7 +183,7 @@ def test_a_state_of_another_shape_is_named(read, reason, tmp_path):
         checkpoint.compare("settings", {})
 
 
-def test_without_an_intact_one_there_is_no_fresh_start(tmp_path):
+def test_newest_raises_without_an_intact_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"none: no checkpoint$"):
         Checkpoints(tmp_path / "none", 1).newest()
     written(tmp_path, 1, 2)
@@ -202,7 +202,7 @@ def test_keep_last(keep_last, tmp_path):
         assert names(tmp_path) == [f"step-{i}" for i in range(max(1, step + 1 - keep_last), step + 1)]
 
 
-def test_older_ones_go_when_the_new_one_is_intact(tmp_path, monkeypatch, caplog):
+def test_older_checkpoints_are_deleted_only_after_an_intact_save(tmp_path, monkeypatch, caplog):
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     for step in (9, 10, 11):
         checkpoints.save(step, tensors(step), {})
@@ -215,7 +215,7 @@ def test_older_ones_go_when_the_new_one_is_intact(tmp_path, monkeypatch, caplog)
     assert "is damaged" in checkpoints.failed
 
 
-def test_what_lies_after_the_one_that_a_run_went_on_from_is_no_longer_its_future(tmp_path):
+def test_later_checkpoints_than_the_resumed_one_are_deleted(tmp_path):
     written(tmp_path, 4, 8)
     (tmp_path / "step-8" / "state.json").unlink()
     checkpoints = Checkpoints(tmp_path, keep_last=3)
@@ -225,8 +225,8 @@ def test_what_lies_after_the_one_that_a_run_went_on_from_is_no_longer_its_future
     assert names(tmp_path) == ["step-4", "step-6"] and checkpoints.newest().step == 6
 
 
-def test_it_is_the_moment_of_the_save_that_is_saved(tmp_path, monkeypatch):
-    """The copy is made before save returns, the disk is waited for by the thread; the memory of the copies is used again."""
+def test_save_copies_the_state_at_once(tmp_path, monkeypatch):
+    """Later changes do not reach the file; a thread waits for the disk; copy buffers are reused."""
     allowed = threading.Event()
     real = checkpoint.save_file
     monkeypatch.setattr(checkpoint, "save_file", lambda *args: allowed.wait(60) and real(*args))
@@ -234,7 +234,7 @@ def test_it_is_the_moment_of_the_save_that_is_saved(tmp_path, monkeypatch):
     values = tensors(1)
     checkpoints.reserve(values)
     checkpoints.wait()
-    place = checkpoints._copies["student"]["a.weight"].data_ptr()
+    address = checkpoints._copies["student"]["a.weight"].data_ptr()
     checkpoints.save(1, values, {})
     assert checkpoints.busy and not (tmp_path / "step-1").exists()
     values["student"]["a.weight"].fill_(99)
@@ -242,10 +242,10 @@ def test_it_is_the_moment_of_the_save_that_is_saved(tmp_path, monkeypatch):
     checkpoints.wait()
     assert not checkpoints.busy
     assert torch.equal(Checkpoint(tmp_path / "step-1").tensors("student")["a.weight"], torch.ones(1000))
-    assert checkpoints._copies["student"]["a.weight"].data_ptr() == place
+    assert checkpoints._copies["student"]["a.weight"].data_ptr() == address
 
 
-def test_a_full_disk_costs_the_checkpoint_and_leaves_no_litter(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_loses_that_checkpoint_only_and_leaves_no_temporary_files(tmp_path, monkeypatch, caplog):
     written(tmp_path, 1)
     checkpoints = Checkpoints(tmp_path, 1)
 
@@ -264,7 +264,7 @@ def test_a_full_disk_costs_the_checkpoint_and_leaves_no_litter(tmp_path, monkeyp
 
 
 class TestHostile:
-    """A checkpoint from elsewhere: refused in words, and nothing outside of its folder is read."""
+    """Checkpoints from untrusted sources are refused, and nothing outside their folder is read."""
 
     def altered(self, folder, **manifest):
         written(folder, 1)
@@ -275,14 +275,14 @@ class TestHostile:
         return folder / "step-1"
 
     @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "~/x", ".hidden"])
-    def test_a_manifest_that_leads_out(self, name, tmp_path, monkeypatch):
+    def test_a_manifest_with_paths_outside_the_folder(self, name, tmp_path, monkeypatch):
         (tmp_path / "secret").write_text("secret")
         folder = self.altered(tmp_path, files={name: {"size": 6, "sha256": "0"}})
         monkeypatch.setattr(checkpoint, "_sha256", lambda file: pytest.fail(f"{file} was read"))
         with pytest.raises(CheckpointError, match="may lead out of the folder"):
             Checkpoint(folder)
 
-    def test_a_link_that_leads_out(self, tmp_path):
+    def test_a_symlink_out_of_the_folder(self, tmp_path):
         written(tmp_path, 1)
         file = tmp_path / "step-1" / "student.safetensors"
         os.rename(file, tmp_path / "elsewhere")
@@ -293,19 +293,19 @@ class TestHostile:
     @pytest.mark.parametrize(
         "content", ["[]", "null", "7", '{"version": 99, "files": {}}', '{"version": 1, "files": []}', "[" * 100_000, "\0", "{"]
     )
-    def test_a_manifest_that_is_none(self, content, tmp_path):
+    def test_an_invalid_manifest(self, content, tmp_path):
         written(tmp_path, 1)
         (tmp_path / "step-1" / "manifest.json").write_text(content)
         with pytest.raises(CheckpointError, match=r"manifest\.json"):
             Checkpoint(tmp_path / "step-1")
 
     @pytest.mark.parametrize("entry", [None, 5, {}, {"size": "6"}, {"size": None, "sha256": None}])
-    def test_an_entry_that_is_none(self, entry, tmp_path):
+    def test_an_invalid_manifest_entry(self, entry, tmp_path):
         with pytest.raises(CheckpointError):
             Checkpoint(self.altered(tmp_path, files={"state.json": entry}))
 
-    def test_a_pickle_in_the_place_of_tensors(self, tmp_path):
-        """Its checksum is right; it is still not loaded, as what is not safetensors is an error."""
+    def test_a_pickle_in_place_of_tensors(self, tmp_path):
+        """Its checksum is right, but only safetensors are loaded."""
 
         class Bomb:
             def __reduce__(self):

@@ -38,29 +38,29 @@ class TestEffectiveRank:
     def test_by_hand(self):
         assert float(effective_rank(torch.ones(100, 8))) == pytest.approx(1, abs=1e-3)
         assert float(effective_rank(torch.eye(8).repeat(5, 1))) == pytest.approx(8, rel=1e-4)
-        # Shares 3/4 and 1/4: exp(-(3/4 ln 3/4 + 1/4 ln 1/4)).
+        # Singular value shares 3/4 and 1/4: exp(-(3/4 ln 3/4 + 1/4 ln 1/4)).
         assert float(effective_rank(torch.diag(torch.tensor([3.0, 1.0])))) == pytest.approx(4 / 3**0.75, rel=1e-4)
 
-    def test_of_many_rows_uses_some_of_all(self):
+    def test_subsamples_evenly_from_many_rows(self):
         rows = torch.cat([torch.eye(4)[:1].repeat(3000, 1), torch.eye(4)[1:2].repeat(3000, 1)])
         assert float(effective_rank(rows)) == pytest.approx(2, rel=1e-2)
 
 
 class TestPositionShare:
     def test_by_hand(self):
-        # Two positions of means -1 and 1, and ±1 around them: of a total of 2 · 128, half lies between the positions.
+        # Two positions with means -1 and 1, each ±1: half of the total sum of squares 2 · 128 lies between positions.
         rows = torch.tensor([-2.0, 0.0, 0.0, 2.0]).repeat(32)[:, None]
         places = torch.tensor([0, 0, 1, 1]).repeat(32)
         expected = 1 - (128 / (128 - 2)) / (256 / (128 - 1))
         assert position_share(position_table(rows, places, 5)) == pytest.approx(expected, rel=1e-6)
 
-    def test_of_positions_alone_and_of_chance_alone(self):
+    def test_is_1_for_pure_position_and_0_for_pure_noise(self):
         torch.manual_seed(0)
         places = torch.arange(20).repeat(7)
         assert position_share(position_table(torch.randn(20, 8)[places], places, 20)) == pytest.approx(1, abs=1e-5)
         assert abs(position_share(position_table(torch.randn(140, 500), places, 20))) < 0.02
 
-    def test_batches_add_up(self):
+    def test_tables_of_batches_add_up(self):
         torch.manual_seed(0)
         rows, places = torch.randn(200, 4) + 3, torch.randint(9, (200,))
         parts = sum(position_table(rows[a:b], places[a:b], 9) for a, b in ((0, 50), (50, 200)))
@@ -72,7 +72,7 @@ class TestPositionShare:
         shares = [position_share(position_table(rows + mean, places, 9)) for mean in (0, 1000)]
         assert shares[1] == pytest.approx(shares[0], abs=1e-3)
 
-    def test_is_unknown_where_rows_are_few(self):
+    def test_is_nan_for_too_few_or_constant_rows(self):
         places = torch.arange(70)
         assert math.isnan(position_share(position_table(torch.randn(70, 3), places, 70)))  # one sample
         assert math.isnan(position_share(position_table(torch.randn(70, 3), places % 7, 7)))
@@ -81,7 +81,7 @@ class TestPositionShare:
 
 
 class Samples:
-    """Data of the given values, each augmented by a draw; None cannot be read."""
+    """A data set of the given values, each with random augmentation; None is unreadable."""
 
     def __init__(self, *values):
         self.values = values
@@ -105,13 +105,13 @@ class TestDistinctShare:
         assert math.isnan(found) if share is None else found == pytest.approx(share)
 
     @pytest.mark.parametrize("modality", ["text", "vision", "audio"])
-    def test_builtin_data_differ(self, modality, tmp_path):
+    def test_builtin_samples_are_distinct(self, modality, tmp_path):
         assert distinct_share(build(config(modality, tmp_path / "run")).data) == 1
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 2.0])
-def test_loss_of_a_constant(beta):
-    """Against numerical integration of the loss over a normal density."""
+def test_constant_loss_against_numerical_integration(beta):
+    """The reference integrates the loss over a normal density."""
     std = np.array([0.2, 1.0])
     moments = Moments(torch.tensor(50.0), torch.tensor([3.0, -1.0]), torch.tensor(std**2 * 50, dtype=torch.float32))
 
@@ -126,7 +126,7 @@ def test_loss_of_a_constant(beta):
 
 @pytest.fixture
 def due(tmp_path):
-    """A trainer of two micro-batches after a step that was due, its batches, and its parameters from before."""
+    """A trainer after a logged step of two micro-batches, the batches, and the parameters before the step."""
     trainer = build(config("vision", tmp_path / "run", "train.accumulate=2", "schedule.warmup=0"))
     stream = trainer.feed.batches
     batches = [next(stream) for _ in range(2)]
@@ -138,7 +138,7 @@ def due(tmp_path):
 
 
 class TestFigures:
-    def test_are_those_of_the_step(self, due):
+    def test_figures_of_a_step_match_a_recomputation(self, due):
         trainer, batches, before = due
         after = dict(trainer.state.core.named_parameters())
         found = trainer.state.monitor.figures(loss=3.0)
@@ -147,10 +147,10 @@ class TestFigures:
         pairs = [
             (p, after["teacher.module." + n[8:]]) for n, p in after.items() if n.startswith("student.") and p.requires_grad
         ]
-        apart, size = (torch.cat([f(*pair).detach().flatten() for pair in pairs]).norm() for f in (torch.sub, lambda a, b: a))
-        assert found["teacher_distance"] == pytest.approx(float(apart / size), rel=1e-4)
+        distance, size = (torch.cat([f(*pair).detach().flatten() for pair in pairs]).norm() for f in (torch.sub, lambda a, b: a))
+        assert found["teacher_distance"] == pytest.approx(float(distance / size), rel=1e-4)
 
-        # The forward again, with the weights of then: no dropout in this model.
+        # Repeat the forward pass with the weights before the step; this model has no dropout.
         with torch.no_grad():
             for name, p in after.items():
                 p.copy_(before[name])
@@ -172,7 +172,7 @@ class TestFigures:
         assert found["target_std"] == pytest.approx(np.sqrt(rows.var(0, ddof=1) + 1e-6).mean(), rel=1e-3)
         worst = (rows.var(0).sum()) * core.loss_settings["scale"]
         assert found["relative_loss"] == pytest.approx(3.0 / worst, rel=1e-3)
-        # Of all micro-batches together.
+        # Over both micro-batches.
         flat = torch.cat(features).flatten(0, 1).double().numpy()
         assert found["feature_std"] == pytest.approx(flat.std(0, ddof=1).mean(), rel=1e-3)
         variation = (flat.std(0) / np.sqrt((flat**2).mean(0))).mean()
@@ -190,14 +190,14 @@ class TestFigures:
         assert found["position_share"] == pytest.approx(share, rel=1e-3)
         assert found["content_loss"] == pytest.approx(3.0 / worst / (1 - share), rel=1e-3)
 
-    def test_measure_how_student_and_teacher_moved(self, due):
+    def test_teacher_decay_and_update_share(self, due):
         trainer, batches, before = due
         found = trainer.state.monitor.figures(loss=3.0)
         assert found["teacher_decay"] == pytest.approx(trainer.state.core.teacher.decay(1), abs=1e-4)
         trained = [name for name, p in trainer.state.core.named_parameters() if p.requires_grad]
         size = torch.cat([before[name].flatten() for name in trained]).norm()
         assert found["update_share"] == pytest.approx(found["update_norm"] / float(size), rel=1e-4)
-        # Late in the schedule steps are small, and the share is that of a step at the peak all the same.
+        # Late steps are small, but update_share is scaled to the peak learning rate.
         for group in trainer.state.optimizer.param_groups:
             group["lr"] = 1e-4 * group["initial_lr"]
         trainer.state.core.update_teacher = lambda: None
@@ -208,21 +208,21 @@ class TestFigures:
         assert late["update_share"] == pytest.approx(found["update_share"], rel=0.7)
         assert late["teacher_decay"] == 1
 
-    def test_ranks_need_rows(self, due, monkeypatch):
+    def test_ranks_are_nan_with_too_few_rows(self, due, monkeypatch):
         trainer, batches, _ = due
         monkeypatch.setattr(diagnostics, "MIN_ROWS", sum(len(batch["index"]) for batch in batches) + 1)
         found = trainer.state.monitor.figures(loss=3.0)
         assert all(math.isnan(found[name]) for name in ("student_rank", "teacher_rank", "position_share", "content_loss"))
 
-    def test_a_loss_that_is_nan_has_diverged(self, due):
+    def test_a_nan_loss_counts_as_infinite(self, due):
         assert due[0].state.monitor.figures(loss=math.nan)["relative_loss"] == math.inf
 
-    def test_a_loss_that_costs_nothing_is_no_leak(self, due):
+    def test_zero_loss_scale_gives_relative_loss_1(self, due):
         trainer, _, _ = due
         trainer.state.core.loss_settings["scale"] = 0.0
         assert trainer.state.monitor.figures(loss=0.0)["relative_loss"] == 1
 
-    def test_of_a_skipped_step(self, due):
+    def test_a_skipped_step_has_no_update_figures(self, due):
         trainer, (batch, _), _ = due
         trainer.state.monitor.figures(1.0)
         batch["source"][0, 0, 0, 0] = float("nan")
@@ -232,19 +232,19 @@ class TestFigures:
         assert found["update_norm"] == 0
         assert math.isnan(found["update_share"]) and math.isnan(found["teacher_decay"])
 
-    def test_nothing_is_done_where_nothing_is_logged(self, tmp_path, monkeypatch):
+    def test_steps_that_are_not_logged_cost_nothing(self, tmp_path, monkeypatch):
         calls = []
         measure = effective_rank
         monkeypatch.setattr(diagnostics, "effective_rank", lambda rows: calls.append(1) or measure(rows))
         trainer = build(config("vision", tmp_path / "run", "train.steps=9", "train.log_every=4"))
         kept = []
 
-        def noted(state, batches):
+        def recording_step(state, batches):
             outcome = step(state, batches)
             kept.append(state.monitor.before)
             return outcome
 
-        monkeypatch.setattr("d2v_fast.train.loop.step", noted)
+        monkeypatch.setattr("d2v_fast.train.loop.step", recording_step)
         loop(trainer)
         assert [r["step"] for r in records(tmp_path / "run")] == [1, 4, 8, 9]
         assert len(calls) == 2 * 4
@@ -270,7 +270,7 @@ def monitor(tmp_path):
 
 
 class TestGradientPeak:
-    """A line of the log is compared with the lines before it."""
+    """Each logged interval is compared with the intervals before it."""
 
     def line(self, monitor, *norms):
         for norm in norms:
@@ -279,21 +279,21 @@ class TestGradientPeak:
         monitor._reset()
         return peak
 
-    def test_is_of_what_was_usual(self, monitor):
+    def test_is_relative_to_the_median_of_earlier_intervals(self, monitor):
         one = monitor()
         assert self.line(one, 2.0) == 1
         assert self.line(one, 3.0, 5.0, 4.0) == 5 / 2
         assert self.line(one, 6.0, 30.0, 6.0) == 30 / 3  # the median of 2 and 4
-        # What lasts is not usual before it has lasted long.
+        # A high level becomes the reference only after many intervals.
         assert [self.line(one, 1e12, 1e12) > 1e11 for _ in range(3)] == [True] * 3
 
-    def test_steps_that_were_skipped_do_not_count(self, monitor):
+    def test_non_finite_norms_are_ignored(self, monitor):
         one = monitor()
         assert self.line(one, 2.0) == 1
         assert self.line(one, math.inf, 4.0, math.nan) == 2
         assert math.isnan(self.line(one, math.nan)) and math.isnan(self.line(monitor(), 0.0, 0.0))
 
-    def test_a_run_that_goes_on_knows_it(self, monitor):
+    def test_state_survives_resuming(self, monitor):
         one, other = monitor(), monitor()
         self.line(one, 2.0)
         one.watch(torch.tensor(8.0))
@@ -330,7 +330,7 @@ class TestRules:
             ({"distinct_samples": 1 / 16}, "many samples are the same: distinct_samples 0.0625 is below collapse.distinct=0.5"),
         ],
     )
-    def test_each_has_its_message(self, broken, message, monitor, caplog, tmp_path):
+    def test_each_rule_has_its_message(self, broken, message, monitor, caplog, tmp_path):
         judge = monitor().judge
         assert judge(FINE) == []
         (alarm,) = judge(FINE | broken | {"step": 250})
@@ -341,28 +341,28 @@ class TestRules:
             monitor(action="stop").judge(FINE | broken)
         assert monitor(action="off").judge(FINE | broken) == []
 
-    def test_warn_once_an_event(self, monitor):
+    def test_rules_have_hysteresis(self, monitor):
         judge = monitor(after=0, prediction_std=0.1).judge
-        values = (0.5, 0.09, 0.05, 0.11, 0.09, 0.2, 0.05)  # 0.11 is not clear of 0.1 yet
+        values = (0.5, 0.09, 0.05, 0.11, 0.09, 0.2, 0.05)  # 0.11 does not re-arm the rule at 0.1
         alarms = [len(judge(FINE | {"step": i + 1, "prediction_std": value})) for i, value in enumerate(values)]
         assert alarms == [0, 1, 0, 0, 0, 0, 1]
 
-    def test_are_switched_off_by_zero(self, monitor):
+    def test_a_bound_of_zero_switches_a_rule_off(self, monitor):
         bounds = ("target_std", "prediction_std", "rank", "variation", "divergence", "leak", "distance", "decay")
         bounds += ("distinct", "update", "gradient")
         worst = dict.fromkeys(FINE, 0.0) | {"step": 200, "teacher_decay": 1.0, "gradient_peak": 1e9}
         assert len(monitor().judge(worst)) > 7
         assert monitor(**dict.fromkeys(bounds, 0.0)).judge(worst) == []
 
-    def test_loss_says_nothing_about_constant_targets(self, monitor):
+    def test_constant_targets_suppress_alarms_about_the_loss(self, monitor):
         (alarm,) = monitor().judge(FINE | {"target_std": 0.001, "relative_loss": 1e6, "content_loss": 1e-6})
         assert "targets" in alarm
 
-    def test_say_nothing_of_what_is_not_known(self, monitor):
+    def test_nan_or_missing_figures_raise_no_alarm(self, monitor):
         assert monitor().judge(dict.fromkeys(FINE, math.nan) | {"step": 200}) == []
         assert monitor().judge({"step": 200}) == []
 
-    def test_name_the_cause_and_not_what_follows_from_it(self, monitor):
+    def test_only_the_cause_is_reported_not_its_consequences(self, monitor):
         (alarm,) = monitor().judge(
             FINE | {"update_share": 1e-8, "relative_loss": 2.7, "teacher_distance": 0.0, "teacher_decay": 1.0}
         )
@@ -370,14 +370,14 @@ class TestRules:
         (alarm,) = monitor(update=0).judge(FINE | {"update_share": 1e-8, "relative_loss": 2.7})
         assert "diverges" in alarm
 
-    def test_begin_with_the_run_under_way(self, monitor):
+    def test_rules_start_after_warmup(self, monitor):
         assert [monitor(steps).after for steps in (50, 1000, 2000, 400_000)] == [100, 100, 200, 5000]
         assert monitor(400_000, warmup=12_000).after == 12_000 and monitor(400_000, warmup=12_000, after=7).after == 7
         judge = monitor(2000).judge
         assert judge(FINE | {"prediction_std": 0.0, "step": 200}) == []
         assert len(judge(FINE | {"prediction_std": 0.0, "step": 201})) == 1
         assert len(monitor(after=0).judge(FINE | {"prediction_std": 0.0, "step": 1})) == 1
-        # What is wrong at any time is said at once.
+        # Rules without a waiting period.
         alarms = monitor(2000).judge({"step": 0, "distinct_samples": 0.1}) + monitor(2000).judge(FINE | {"gradient_peak": 1e6})
         assert len(alarms) == 2
 
@@ -388,13 +388,13 @@ def alarms(folder):
 
 
 def tiny(preset, folder, *more):
-    """A trainer of a tiny preset as it is shipped, one thread."""
+    """A trainer of an unchanged tiny preset, one thread."""
     settings = ["train.threads=1", "train.workers=0", "train.log_every=20", "train.precision=fp32", "data.split=train"]
     return build(parse(["--config", preset, *settings, f"train.output={folder}", *more])[0])
 
 
 class TestBrokenRuns:
-    """What the monitor is for: each run is broken in one way, trained, and must be named."""
+    """Each run is broken in one way and trained; the monitor must name the fault."""
 
     def test_constant_encoder(self, tmp_path):
         trainer = tiny("text/tiny", tmp_path / "run", "train.steps=40", "collapse.after=10", "train.batch_size=8")
@@ -422,7 +422,7 @@ class TestBrokenRuns:
         assert any("the teacher's states shrink" in alarm for alarm in alarms(tmp_path / "run"))
 
     @pytest.mark.parametrize("decay, message", [(0, "the teacher is a copy of the student"), (1, "the teacher stands still")])
-    def test_decay_at_an_end(self, decay, message, tmp_path):
+    def test_decay_of_0_or_1(self, decay, message, tmp_path):
         more = [f"ema.start={decay}", f"ema.end={decay}", "collapse.after=10", "train.batch_size=8", "train.steps=20"]
         loop(tiny("vision/tiny", tmp_path / "run", *more))
         assert len(alarms(tmp_path / "run")) == 1 and message in alarms(tmp_path / "run")[0]
@@ -434,7 +434,7 @@ class TestBrokenRuns:
         (alarm,) = alarms(tmp_path / "run")
         assert "the teacher stands still: teacher_decay 1 is above" in alarm
 
-    def test_far_too_low_a_rate(self, tmp_path):
+    def test_learning_rate_far_too_low(self, tmp_path):
         more = ["collapse.after=10", "train.batch_size=8", "train.steps=20", "optimizer.lr=1e-9"]
         loop(tiny("text/tiny", tmp_path / "run", *more))
         (alarm,) = alarms(tmp_path / "run")
@@ -461,7 +461,7 @@ class TestBrokenRuns:
         loop(tiny(preset, tmp_path / "run", *more))
         with pytest.raises(CollapseError, match="many samples are the same"):
             loop(tiny(preset, tmp_path / "stopped", *more, "collapse.action=stop"))
-        for folder in ("run", "stopped"):  # one that was stopped before its first step keeps what it said
+        for folder in ("run", "stopped"):  # a run stopped before its first step keeps its alarms
             (alarm,) = alarms(tmp_path / folder)
             assert "many samples are the same: distinct_samples 0.125 is below" in alarm
 
@@ -480,12 +480,12 @@ class TestBrokenRuns:
         (alarm,) = alarms(tmp_path / "run")
         assert "the loss is suspiciously low" in alarm
 
-    def test_far_too_high_a_rate(self, tmp_path):
+    def test_learning_rate_far_too_high(self, tmp_path):
         trainer = tiny("text/tiny", tmp_path / "run", "train.steps=40", "collapse.after=10", "optimizer.lr=0.1")
         loop(trainer)
         assert any("predictions are becoming constant" in alarm for alarm in alarms(tmp_path / "run"))
 
-    def test_stopped_through_the_command(self, tmp_path):
+    def test_the_command_stops_on_collapse(self, tmp_path):
         run = tmp_path / "run"
         settings = ["ema.start=0", "ema.end=0", "train.steps=100", "train.log_every=10", "train.batch_size=16"]
         command = [sys.executable, "-m", "d2v_fast.cli", "--config", "text/tiny", *settings, f"train.output={run}"]
@@ -523,7 +523,7 @@ def test_few_scored_positions_raise_no_alarm(more, tmp_path):
 
 
 class TestEnvironment:
-    def test_says_what_a_bug_report_needs(self, tmp_path, monkeypatch):
+    def test_reports_versions_variables_threads_and_disk(self, tmp_path, monkeypatch):
         monkeypatch.setenv("OMP_WAIT_POLICY", "active")
         monkeypatch.setenv("HF_TOKEN", "secret")
         found = environment(tmp_path)
@@ -542,7 +542,7 @@ class TestEnvironment:
             (("torch.utils.collect_env.get_nvidia_driver_version", lambda run: "550.1"), "driver 550.1 is installed"),
         ],
     )
-    def test_warns_of_what_is_slow_or_wrong(self, patch, warning, monkeypatch):
+    def test_warns_of_slow_or_wrong_setups(self, patch, warning, monkeypatch):
         assert not any(warning in w for w in environment()["warnings"])
         monkeypatch.setattr(*patch)
         assert any(warning in w for w in environment()["warnings"])
@@ -553,31 +553,31 @@ class TestEnvironment:
         assert any("0.5 GiB are free in ." in w for w in found) and any("--shm-size" in w for w in found)
 
     def test_warns_of_places_that_cannot_be_written(self, monkeypatch, tmp_path):
-        """The tests may run as root, who may write everywhere but on a read-only disk."""
+        """os.access is patched, because root may write everywhere."""
         monkeypatch.setattr("d2v_fast.diagnostics.os.access", lambda path, mode: False)
         found = environment(tmp_path / "run")["warnings"]
         assert f"{tmp_path / 'run'} cannot be written: train.output=elsewhere" in found
         assert any("cannot be written: set HF_HOME" in warning for warning in found)
 
-    def test_a_folder_that_is_not_there_yet(self, tmp_path):
+    def test_a_folder_that_does_not_exist_yet_is_not_created(self, tmp_path):
         found = environment(tmp_path / "a" / "b")
         assert f"GiB in {tmp_path / 'a' / 'b'}" in found["free"] and not (tmp_path / "a").exists()
 
     @pytest.mark.parametrize("value", ["abc", "0", "-1", ""])
-    def test_a_number_of_ranks_that_is_none(self, value, monkeypatch):
+    def test_warns_of_an_invalid_local_world_size(self, value, monkeypatch):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
         assert f"LOCAL_WORLD_SIZE={value!r}: not a number of processes: unset it" in environment()["warnings"]
 
-    def test_a_machine_without_shared_memory(self, monkeypatch):
+    def test_warns_of_missing_shared_memory(self, monkeypatch):
         exists = os.path.exists
         monkeypatch.setattr("d2v_fast.diagnostics.os.path.exists", lambda path: path != "/dev/shm" and exists(path))
         assert any("there is no /dev/shm" in warning for warning in environment()["warnings"])
 
-    def test_warns_of_variables_and_of_modules_in_the_way(self, monkeypatch, tmp_path):
+    def test_warns_of_variables_and_shadowing_modules(self, monkeypatch, tmp_path):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
         for name in ("kernels", "apex"):
-            monkeypatch.delitem(sys.modules, name, raising=False)  # the folder here, once something tried to import it
+            monkeypatch.delitem(sys.modules, name, raising=False)  # may be cached from an earlier import
             (tmp_path / name).mkdir()
             (tmp_path / name / "__init__.py").touch()
         found = " ".join(environment()["warnings"])

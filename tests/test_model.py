@@ -37,10 +37,10 @@ def batch(name, encoder, seed=0, size=2, share=0.5):
     ],
 )
 def test_loss_against_the_specification(name, settings):
-    """The whole step in float64: layer results by hooks of our own on a copy, the formulas in plain loops."""
+    """A whole step in float64: layer results from hooks on a copy of the teacher, formulas in plain loops."""
     encoder = make(name).double()
     model = Data2Vec(encoder, **settings).double()
-    # A teacher that has moved away from the student, but not in what it shares with it.
+    # The teacher differs from the student, except in shared weights.
     shared = encoder.not_averaged(settings.get("ema_scope", "all"))
     with torch.no_grad():
         for (n, _), q in zip(encoder.named_parameters(), model.teacher.module.parameters(), strict=True):
@@ -76,19 +76,19 @@ def test_loss_against_the_specification(name, settings):
         scale,
     )
     predictions.backward(torch.from_numpy(gradient))
-    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    expected_grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     output = model(**data)
     output.loss.backward()
     assert output.loss.item() == pytest.approx(expected, rel=1e-10)
     for n, p in model.named_parameters():
-        if n in wanted:
-            assert (p.grad - wanted[n]).norm() <= 1e-9 * wanted[n].norm() + 1e-15, n
+        if n in expected_grads:
+            assert (p.grad - expected_grads[n]).norm() <= 1e-9 * expected_grads[n].norm() + 1e-15, n
 
 
 @pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
-def test_the_teacher_sees_all_of_the_input(name):
-    """Targets do not depend on the mask; the loss does not change with what the student cannot see."""
+def test_the_teacher_sees_the_whole_input(name):
+    """A forward pass does not change the teacher's layers; a text teacher gets the unmasked tokens."""
     encoder = make(name)
     model = Data2Vec(encoder, top_k=2, ema_scope="encoder").eval()
     data = batch(name, encoder)
@@ -110,7 +110,7 @@ def test_the_teacher_sees_all_of_the_input(name):
 
 
 @pytest.mark.parametrize("name", ["wav2vec2", "data2vec-audio", "hubert"])
-def test_the_convolutions_of_speech_run_once(name):
+def test_speech_feature_extractor_runs_once_per_step(name):
     encoder = make(name)
     model = Data2Vec(encoder, top_k=2, ema_scope="encoder")
     data, calls = batch(name, encoder), []
@@ -130,20 +130,20 @@ def test_gradients_reach_the_student_only():
 
 
 @pytest.mark.parametrize("name", ["roberta", "beit", "vit", "data2vec-audio"])
-def test_equal_weight_for_each_masked_position(name):
+def test_each_masked_position_has_equal_weight_across_ranks_and_micro_batches(name):
     """2 ranks × 2 micro-batches with unequal masks give the gradient of one big batch (method 1.4)."""
     encoder = make(name)
     model = Data2Vec(encoder, top_k=2).double()
     parts = [batch(name, encoder, seed, 2, share) for seed, share in enumerate((0.2, 0.8, 0.5, 0.4))]
     whole = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
     model(**whole).loss.backward()
-    wanted = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    expected_grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     ranks, count = 2, sum(int(part["mask"].sum()) for part in parts)
     for part in parts:
         # Data-parallel training averages the gradients of the ranks.
         (model(**part, num_targets=count / ranks).loss / ranks).backward()
-    for p, grad in zip(model.parameters(), wanted, strict=True):
+    for p, grad in zip(model.parameters(), expected_grads, strict=True):
         if grad is not None:
             assert (p.grad - grad).norm() <= 1e-9 * grad.norm() + 1e-15
 
@@ -157,8 +157,8 @@ def test_padding_does_not_change_the_loss():
     assert model(**padded, padding_mask=padding).loss.item() == pytest.approx(model(**data).loss.item(), rel=1e-5)
 
 
-def test_the_teacher_has_padding_of_its_own():
-    """As in text whose teacher sees masked tokens only: what transformers computes with that attention mask."""
+def test_target_padding_mask_hides_tokens_from_the_teacher_only():
+    """As for text with teacher_input=masked_only; the reference is transformers with that attention mask."""
     model = Data2Vec(make("roberta"), top_k=1).eval()
     data = batch("roberta", model.student)
     mask, found = data["mask"], []
@@ -184,14 +184,14 @@ def test_channel_masks_reach_the_student_only():
     assert torch.equal(masked.stats.target.mean, plain.stats.target.mean)
 
 
-def test_an_index_saves_the_search():
+def test_a_given_index_gives_the_same_loss():
     encoder = make("beit")
     model = Data2Vec(encoder, top_k=2).eval()
     data = batch("beit", encoder)
     assert model(**data, index=data["mask"].flatten().nonzero().squeeze(1)).loss == model(**data).loss
 
 
-def test_teacher_moves_once_per_update():
+def test_teacher_moves_only_in_update_teacher():
     model = Data2Vec(make("roberta"), top_k=2, ema_start=0.5, ema_end=0.5, ema_anneal_steps=1, ema_scope="layers")
     block, embedding = "model.encoder.layer.0.output.dense.weight", "model.embeddings.word_embeddings.weight"
     student, teacher = dict(model.student.named_parameters()), dict(model.teacher.module.named_parameters())
@@ -206,7 +206,7 @@ def test_teacher_moves_once_per_update():
     assert torch.allclose(teacher[block], old + 0.5) and torch.equal(teacher[embedding], student[embedding])
 
 
-def test_named_parameters_of_the_teacher_are_copied():
+def test_parameters_named_in_ema_copied_are_copied():
     model = Data2Vec(make("roberta"), top_k=2, ema_start=0.5, ema_end=0.5, ema_copied=("encoder.layer.0.*",))
     student, teacher = (dict(m.named_parameters()) for m in (model.student, model.teacher.module))
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_named_parameters_of_the_teacher_are_copied():
         assert torch.allclose(student[name] - p, torch.tensor(behind), atol=1e-6), name
 
 
-def test_heads():
+def test_regression_head_layers_and_formula():
     assert len(list(regression_head(8, 0).parameters())) == 0
     assert [tuple(p.shape) for p in regression_head(8, 1).parameters()] == [(8, 8), (8,)]
     assert [tuple(p.shape) for p in regression_head(8, 2).parameters()] == [(16, 8), (16,), (8, 16), (8,)]
@@ -235,7 +235,7 @@ def test_dropout_and_layerdrop_touch_the_student_only():
     encoder = make("wav2vec2")
     encoder.model.config.layerdrop = 1.0
     model = Data2Vec(encoder, top_k=3, ema_scope="encoder").train()
-    model(**batch("wav2vec2", encoder))  # a dropped layer of the teacher would leave nothing to tap
+    model(**batch("wav2vec2", encoder))  # a dropped teacher layer would have no result to record
 
 
 @pytest.mark.parametrize(
@@ -253,14 +253,14 @@ def test_dropout_and_layerdrop_touch_the_student_only():
         (dict(top_k=9), "top_k: found 9"),
     ],
 )
-def test_settings_that_nothing_fits_are_named_at_once(setting, named):
+def test_invalid_settings_raise_with_name_value_and_choices(setting, named):
     with pytest.raises(ValueError) as error:
         Data2Vec(Encoder(Handwritten(), layers="blocks", ffn="mlp.2"), **dict(top_k=2) | setting)
     assert named in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
-def test_bf16_is_close(name):
+def test_bf16_loss_is_close_to_fp32(name):
     encoder = make(name)
     model = Data2Vec(encoder, top_k=2, ema_scope="all")
     data = batch(name, encoder)
@@ -275,14 +275,14 @@ def test_bf16_is_close(name):
     assert torch.equal(mixed.stats.target.mean, full), "the teacher did not run in fp32"
 
 
-def test_a_teacher_in_fp32_takes_features_in_bf16():
+def test_an_fp32_teacher_accepts_bf16_features():
     model = Data2Vec(make("data2vec-audio"), top_k=2, ema_scope="encoder", teacher_fp32=True).eval()
     with torch.autocast("cpu", torch.bfloat16):
         output = model(**batch("data2vec-audio", model.student))
     assert output.features.dtype == torch.bfloat16 and output.teacher_states.dtype == torch.float32
 
 
-def test_your_own_encoder_learns():
+def test_a_custom_encoder_learns():
     torch.manual_seed(0)
     model = Data2Vec(
         Encoder(Handwritten(), layers="blocks", ffn="mlp.2"), top_k=2, ema_start=0.9, ema_end=0.99, ema_anneal_steps=50

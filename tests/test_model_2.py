@@ -1,4 +1,4 @@
-"""data2vec 2.0's model in float64 against the released modules (`released`), and what must hold whatever the weights."""
+"""The data2vec 2.0 model in float64 against the released modules (`released`), and invariants for any weights."""
 
 import copy
 import re
@@ -18,7 +18,7 @@ from tests.models import COMMON, CONFIGS, IMAGES, TEXT, TEXTS, WAVE, Block, Hand
 
 SMALL = dict(hidden_size=32, num_attention_heads=4, intermediate_size=48)
 NO_DROPOUT = dict(hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, layerdrop=0.0)
-ENCODERS = {  # of the same shapes as those of `released`
+ENCODERS = {  # same shapes as in `released`
     "image": ("data2vec2-vision", dict(image_size=16, patch_size=4, layer_norm_eps=1e-6)),
     "audio": (
         "data2vec2-audio",
@@ -36,7 +36,7 @@ ENCODERS = {  # of the same shapes as those of `released`
     "text": ("roberta", TEXT | dict(vocab_size=70, max_position_embeddings=34, pad_token_id=1)),
 }
 SCOPES = {"image": "all", "audio": "encoder", "text": "layers"}
-TREES = {  # where a block and its parts are: method 6.2 → ours
+TREES = {  # module names of a block: method 6.2 → ours
     "bert": {
         **{"attn.q": "attention.self.query", "attn.k": "attention.self.key", "attn.v": "attention.self.value"},
         **{"attn.proj": "attention.output.dense", "norm1": "attention.output.LayerNorm"},
@@ -73,7 +73,7 @@ PLACES = {
 
 
 def renamed(modality, tensors, prenet):
-    """Weights or gradients of `released` by the names that `Data2Vec` has for them."""
+    """Weights or gradients of `released` under the names of `Data2Vec`."""
     stack = "encoder.layers" if modality == "audio" else "encoder.layer"
     parts = TREES["wave" if modality == "audio" else "bert"]
     found = {}
@@ -111,7 +111,7 @@ def encoder_like(modality, theirs):
 
 
 def same(modality, theirs, teacher, **settings):
-    """Our model with the weights of a released student and its teacher, in float64."""
+    """Our model in float64 with the weights of a released student and its teacher."""
     encoder, own = encoder_like(modality, theirs), theirs.encoder.own
     cfg, decoder = theirs.cfg["model"], own["decoder"]
     norm = "instance" if cfg["instance_norm_target_layer"] else "layer"
@@ -142,7 +142,7 @@ def same(modality, theirs, teacher, **settings):
     ours |= {n.replace("student.", "teacher.module.", 1): t for n, t in of_teacher.items() if n.startswith("student.")}
     loaded = model.load_state_dict(ours, strict=False)
     assert not loaded.unexpected_keys
-    # Neither is a part of the released models: the mask vector of 1.0, and the kind of a token.
+    # The released models have neither the mask vector of data2vec 1.0 nor token types.
     unknown = ("mask_embedding", "masked_spec_embed", "token_type_embeddings.weight", "_extra_state", "alibi_scale")
     assert all(name.endswith(unknown) for name in loaded.missing_keys), loaded.missing_keys
     with torch.no_grad():
@@ -167,7 +167,7 @@ def example(modality, theirs, batch=2):
 
 
 def noise_of(model, mask, seed):
-    """What `restore` draws after this seed, as `released` takes it: (B·M, masked, C)."""
+    """The noise that `restore` draws after this seed, in the layout of `released`: (B·M, masked, C)."""
     torch.manual_seed(seed)
     rows = mask.flatten(0, 1)
     drawn = torch.randn(rows.numel(), 32, dtype=torch.float64) * model.head.noise
@@ -205,7 +205,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case, reduction", [*((case, "mean") for case in CASES), ("image", "sum")])
-def test_against_the_released_model(case, reduction):
+def test_states_targets_loss_and_gradients_match_the_released_model(case, reduction):
     modality, changed, settings = CASES[case]
     theirs = released.make(modality, changed, **settings).double()
     teacher = released.make_teacher(theirs)
@@ -268,7 +268,7 @@ def test_against_the_released_model(case, reduction):
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, wanted[name], **close, msg=lambda text, name=name: f"{name}: {text}")
 
-    # Micro-batches: the sum is divided by what the whole step scores.
+    # Micro-batches: the sum is divided by the number of scored positions in the whole step.
     torch.manual_seed(3)
     divided = model(source, mask, num_targets=100.0)
     torch.testing.assert_close(divided.loss, total.detach() * losses["sample_size"] / 100, **close)
@@ -276,8 +276,8 @@ def test_against_the_released_model(case, reduction):
         torch.testing.assert_close(divided.cls_loss, losses["cls"].detach() / 100, **close)
 
 
-def test_padded_text_against_the_released_model():
-    """Its attention leaves padding out as ours does; its decoder and its loss do not (method 4.9), so states are compared."""
+def test_padded_text_states_match_the_released_model():
+    """States only: both attentions ignore padding, but the released decoder and loss do not (method 4.9)."""
     theirs = released.make("text").double()
     model = same("text", theirs, released.make_teacher(theirs))
     source, lengths = example("text", theirs), torch.tensor([12, 8])
@@ -296,7 +296,7 @@ def test_padded_text_against_the_released_model():
     torch.testing.assert_close(found[seen], states[seen], rtol=1e-10, atol=1e-10)
 
 
-# What must hold whatever the weights, for the models of transformers too
+# Invariants for any weights, also for models of transformers
 
 FAMILIES = {
     **{name: (name, CONFIGS[name]) for name in CONFIGS},
@@ -311,7 +311,7 @@ SPEECH = ("wav2vec2", "hubert", "data2vec-audio", "wav2vec2-stable", "data2vec2-
 
 
 def family(name, changed=None, **settings):
-    """A model of data2vec 2.0 around a small encoder, float64, with weights that hide nothing."""
+    """A float64 data2vec 2.0 model with a small encoder; no weight is zero, so that mistakes show."""
     torch.manual_seed(1)
     kind, config = FAMILIES[name]
     encoder = build_encoder(kind, config=config | (changed or {}))
@@ -335,7 +335,7 @@ def batch(name, model, views=3, size=2, share=0.6):
 
 
 def attention_without(monkeypatch, keys):
-    """Every attention in plain float64, without the keys (N, T) that are True."""
+    """Replace attention by plain float64 code that excludes the keys (N, T) that are True."""
 
     def plain(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         assert not dropout_p and not is_causal
@@ -348,8 +348,8 @@ def attention_without(monkeypatch, keys):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_visible_positions_are_encoded_as_if_masked_keys_were_left_out(name, monkeypatch):
-    """ALiBi, relative positions of BEiT on both axes, absolute positions: all positions at once, masked ones nobody's keys."""
+def test_encoding_visible_positions_equals_excluding_masked_keys(name, monkeypatch):
+    """Covers ALiBi, BEiT's relative positions on both axes, absolute positions; the reference encodes all positions."""
     model = family(name).eval()
     student, (source, mask) = model.student, batch(name, model)
     rows, visible = mask.flatten(0, 1), torch.from_numpy(visible_positions(mask.numpy()))
@@ -370,8 +370,8 @@ def test_visible_positions_are_encoded_as_if_masked_keys_were_left_out(name, mon
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_masked_cannot_be_seen(name):
-    """NaN in masked features, or at their input where no neighbour shares it, changes no prediction."""
+def test_predictions_do_not_depend_on_masked_content(name):
+    """NaN in masked features, or in input that only masked positions read, changes no prediction."""
     model = family(name).eval()
     source, mask = batch(name, model, views=1)
     index = mask.flatten().nonzero().squeeze(1)
@@ -395,8 +395,8 @@ def test_what_is_masked_cannot_be_seen(name):
 
 @pytest.mark.parametrize("name", ["data2vec2-vision", "data2vec2-audio", "roberta"])
 @pytest.mark.parametrize("views", [1, 2, 5, 16])
-def test_views_are_averaged(name, views):
-    """M views at once are the mean of M single views, in loss and gradients; equal views are as good as one."""
+def test_loss_and_gradients_are_means_over_views(name, views):
+    """Loss and gradients of M views are the means over M single views; equal views give the loss of one."""
     model = family(name)
     source, mask = batch(name, model, views)
 
@@ -426,8 +426,8 @@ LOCAL = {
 
 @pytest.mark.parametrize("name", LOCAL)
 @pytest.mark.parametrize("scope", ["all", "encoder"])
-def test_features_are_computed_once_a_sample(name, scope):
-    """Never once a view; the teacher takes the student's where it owns none, but for text, whose features hold dropout."""
+def test_features_are_computed_once_per_sample(name, scope):
+    """Not once per view. A teacher without local weights shares the student's features, except for text, whose have dropout."""
     model = family(name, ema_scope=scope)
     source, mask = batch(name, model, views=5)
     calls = []
@@ -444,7 +444,7 @@ def test_features_are_computed_once_a_sample(name, scope):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_all_that_is_trainable_gets_a_gradient(name):
+def test_every_trainable_parameter_gets_a_gradient(name):
     model = family(name)
     model(*batch(name, model)).loss.backward()
     frozen = {n for n, p in model.student.named_parameters() if not p.requires_grad}
@@ -454,11 +454,11 @@ def test_all_that_is_trainable_gets_a_gradient(name):
         assert (p.grad is not None) == p.requires_grad == (not n.startswith("teacher.") and n.split(".", 1)[1] not in frozen), n
         if p.requires_grad and not n.endswith(
             ("k_proj.bias", "key.bias", "lambda_2")
-        ):  # softmax takes no notice of a key's bias
+        ):  # softmax is invariant to the key bias
             assert p.grad.abs().max() > 0, n
 
 
-def test_the_text_teacher_has_no_dropout_in_its_embeddings():
+def test_no_dropout_in_the_text_teachers_embeddings():
     model = family("roberta", dict(hidden_dropout_prob=0.5), ema_scope="layers").train()
     source, mask = batch("roberta", model)
     seen = {}
@@ -471,8 +471,8 @@ def test_the_text_teacher_has_no_dropout_in_its_embeddings():
 
 
 @pytest.mark.parametrize("name", ["data2vec2-vision", "data2vec2-audio"])
-def test_dropout_comes_after_the_norm_of_the_context(name):
-    """Method 4.3; CLS goes through both."""
+def test_context_dropout_comes_after_the_norm(name):
+    """Method 4.3; the CLS token passes through both too."""
     changed = {"hidden_dropout_prob" if name in CLS else "hidden_dropout": 0.5}
     model = family(name, changed)
     source, mask = batch(name, model)
@@ -488,7 +488,7 @@ def test_dropout_comes_after_the_norm_of_the_context(name):
     assert standard.mean(-1).abs().max() < 1e-10 and (standard.var(-1, correction=0) - 1).abs().max() < 1e-2
 
 
-def test_dropout_of_the_projection_acts_on_what_the_student_sees():
+def test_projection_dropout_applies_to_placed_features_not_to_embed():
     model = family("wav2vec2", dict(feat_proj_dropout=0.5), ema_scope="encoder").train()
     source, mask = batch("wav2vec2", model)
     visible = torch.from_numpy(visible_positions(mask.numpy()))
@@ -501,8 +501,8 @@ def test_dropout_of_the_projection_acts_on_what_the_student_sees():
     assert not (model.student.embed(source) == 0).any()
 
 
-def test_the_teacher_may_see_another_picture():
-    """Whatever the scope; the student's half is that of the source."""
+def test_a_separate_target_image_reaches_the_teacher_only():
+    """For every EMA scope."""
     for scope in ("all", "encoder", "layers"):
         model = family("data2vec2-vision", ema_scope=scope)
         source, mask = batch("data2vec2-vision", model)
@@ -526,7 +526,7 @@ def test_channel_masks_reach_the_student_only():
     assert torch.equal(masked.stats.target.mean, plain.stats.target.mean)
 
 
-AVERAGED = {  # method 1.6, by name; all else is copied at each step
+AVERAGED = {  # method 1.6, by name; all others are copied at each step
     ("data2vec2-vision", "all"): r"mask_embedding|model\..*",
     ("data2vec2-vision", "encoder"): r"mask_embedding|model\.(encoder|embeddings\.(cls_token|layernorm)).*",
     ("data2vec2-vision", "layers"): r"mask_embedding|model\.encoder\..*",
@@ -540,7 +540,7 @@ AVERAGED = {  # method 1.6, by name; all else is copied at each step
 
 
 @pytest.mark.parametrize("name, scope", AVERAGED)
-def test_what_the_teacher_averages(name, scope):
+def test_ema_scope_selects_averaged_parameters(name, scope):
     model = family(name, ema_scope=scope, ema_start=0.5, ema_end=0.5)
     student, teacher = (dict(m.named_parameters()) for m in (model.student, model.teacher.module))
     with torch.no_grad():
@@ -558,15 +558,15 @@ def test_what_the_teacher_averages(name, scope):
 PADDED = {
     "roberta": {},
     "data2vec2-audio": {},
-    "wav2vec2": dict(feat_extract_norm="layer"),  # the norm of a group would take padding into its statistics
+    "wav2vec2": dict(feat_extract_norm="layer"),  # group norm would include padding in its statistics
     "wav2vec2-stable": {},
 }
 
 
 @pytest.mark.parametrize("name", PADDED)
 @pytest.mark.parametrize("target_norm", ["none", "instance"])
-def test_a_padded_batch_is_its_samples_one_by_one(name, target_norm):
-    """In loss and gradients, each sample weighted by what it scores."""
+def test_a_padded_batch_equals_its_samples_one_by_one(name, target_norm):
+    """Loss and gradients; each sample is weighted by its number of scored positions."""
     model = family(name, PADDED[name], target_norm=target_norm, norm="instance")
     sizes = [12, 7, 9] if name in TOKENS else [800, 500, 640]
     lengths = [model.student.positions(size) for size in sizes]
@@ -596,8 +596,8 @@ def test_a_padded_batch_is_its_samples_one_by_one(name, target_norm):
         assert (found - wanted).norm() <= 1e-8 * wanted.norm() + 1e-11
 
 
-def test_what_stands_at_padding_does_not_matter():
-    """Not even in the decoder, nor where padding fills up a row of visible positions."""
+def test_loss_does_not_depend_on_padding_content():
+    """Includes the decoder, and padding that fills up rows of visible positions."""
     model = family("roberta", ema_scope="layers", noise=0.1)
     source, padding = inputs("roberta", 2), torch.arange(12) >= torch.tensor([12, 6])[:, None]
     mask = torch.zeros(2, 3, 12, dtype=torch.bool)
@@ -606,15 +606,15 @@ def test_what_stands_at_padding_does_not_matter():
     for token in (1, 7, 30):
         torch.manual_seed(0)
         losses.append(model(torch.where(padding, token, source), mask, padding_mask=padding).loss)
-    mask[1, :, 8] = True  # masked padding is not scored; then the noise there is not seen either
+    mask[1, :, 8] = True  # masked padding is not scored, and its noise is not visible
     torch.manual_seed(0)
     losses.append(model(source, mask, padding_mask=padding).loss)
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], rtol=1e-10, atol=0)
 
 
-def test_padding_is_left_out_of_the_target_of_cls():
-    """With an image whose last patches are padding, which no data set here makes, but which the arguments allow."""
+def test_the_cls_target_excludes_padding():
+    """Images with padded patches; no data set here produces them, but the arguments allow them."""
     model = family("data2vec2-vision")
     targets, extra = torch.randn(2, 16, 32, dtype=torch.float64), torch.randn(6, 1, 32, dtype=torch.float64)
     padding = torch.arange(16) >= torch.tensor([16, 5])[:, None]
@@ -627,8 +627,8 @@ def test_padding_is_left_out_of_the_target_of_cls():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["data2vec2-vision", "data2vec2-audio", "roberta"])
-def test_nothing_masked_is_no_loss(name, dtype):
-    """Images keep the loss of CLS; nothing becomes NaN."""
+def test_an_empty_mask_gives_zero_regression_loss(name, dtype):
+    """Images keep the CLS loss; no gradient is NaN."""
     model = family(name)
     source, mask = batch(name, model)
     output = model.to(dtype)(source.to(dtype) if source.is_floating_point() else source, torch.zeros_like(mask))
@@ -638,7 +638,7 @@ def test_nothing_masked_is_no_loss(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["data2vec2-vision", "data2vec2-audio", "roberta", "beit"])
-def test_fp32_and_bf16_are_close(name):
+def test_fp32_and_bf16_losses_are_close_to_float64(name):
     model = family(name)
     source, mask = batch(name, model)
     exact = model(source, mask).loss.item()
@@ -650,7 +650,7 @@ def test_fp32_and_bf16_are_close(name):
 
 
 @pytest.mark.parametrize("name", ["data2vec2-vision", "data2vec2-audio", "roberta", "beit", "data2vec-vision", "wav2vec2"])
-def test_fused_parts_compute_the_same(name):
+def test_fused_parts_match_the_plain_model(name):
     parts = ["last block", "convolutions", "dropout", "attention"]
     parts += [] if ops.obstacle("native", "cpu", torch.float32, (torch.float32,)) else ["loss"]
     plain = family(name)
@@ -671,7 +671,7 @@ def test_fused_parts_compute_the_same(name):
         assert (g - other).norm() < 1e-3 * g.norm() + 1e-5 * norm
 
 
-def test_noise_is_drawn_anew_and_stands_where_something_is_masked():
+def test_fresh_noise_fills_masked_positions_only():
     decoder = ConvDecoder(8, width=8, groups=2, noise=0.03, dropout=0.5)
     visible = torch.from_numpy(visible_positions(random_masks(3, 200, 20, 12).numpy()))
     states = torch.full((600, 8, 8), 4.0)
@@ -684,11 +684,11 @@ def test_noise_is_drawn_anew_and_stands_where_something_is_masked():
     assert (ConvDecoder(8, width=8, groups=2, zero_init=True)(x, (20,)) == 0).all()
 
 
-# Modules of one's own
+# User-defined modules
 
 
 class Placed(Handwritten):
-    """Absolute positions added by the method that the documentation names."""
+    """Absolute positions, added by the documented method `place`."""
 
     def __init__(self):
         super().__init__()
@@ -698,7 +698,7 @@ class Placed(Handwritten):
         return features + self.where
 
 
-def test_a_module_with_the_method_place_takes_views():
+def test_a_custom_module_with_place_supports_views():
     torch.manual_seed(1)
     encoder = Encoder(Placed(), layers="blocks", ffn="mlp.2")
     model = Data2Vec(
@@ -820,13 +820,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_named(case):
+def test_invalid_inputs_and_settings_are_named(case):
     attempt, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         attempt()
 
 
-def test_a_grid_of_a_module_of_ones_own():
+def test_a_custom_module_may_define_a_2d_grid():
     model = Data2Vec(Encoder(Grid(), "blocks", "mlp.2"), top_k=2, decoder=decoder(2))
     assert model(torch.randn(2, 16, 6), random_masks(2, 2, 16, 9)).loss.isfinite()
     assert isinstance(model.student.blocks[0], Block)

@@ -1,4 +1,4 @@
-"""Data of one's own, `data.class`: trained, killed, resumed, exported and probed by the commands, and what is refused."""
+"""User-defined data (`data.class`): trained, killed, resumed, exported and probed with the commands; invalid classes are refused."""
 
 import json
 import re
@@ -137,7 +137,7 @@ def arguments(grid="plane", *more, folder="run", encoder="Net"):
 
 @pytest.fixture(autouse=True)
 def mine(here, monkeypatch):
-    """A folder with mine.py, from where commands import it."""
+    """A working folder with an importable mine.py."""
     Path("mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(".")
     yield
@@ -151,7 +151,7 @@ def train(*args):
 
 
 def refused(*args, code=""):
-    """What the user is told, with `code` at the end of mine.py."""
+    """The error message, with `code` appended to mine.py."""
     Path("mine.py").write_text(MINE + code)
     sys.modules.pop("mine", None)
     with pytest.raises((ConfigError, DataError)) as error:
@@ -177,7 +177,7 @@ def command(monkeypatch, name, *args):
         ("space", [*TWO, "train.workers=2"]),
     ],
 )
-def test_killed_and_resumed_it_is_the_same_run_and_its_export_loads(grid, more):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_and_its_export_loads(grid, more):
     settings = [*more, "train.steps=12", "train.save_every=5"]
     killed_and_resumed(lambda folder: arguments(grid, *settings, folder=folder), k=5, threads=1)
     from mine import Net
@@ -193,7 +193,7 @@ def test_killed_and_resumed_it_is_the_same_run_and_its_export_loads(grid, more):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_batches_are_what_read_and_masks_give(grid):
+def test_batches_hold_the_samples_and_the_drawn_masks(grid):
     sides, samples = tuple(GRIDS[grid]), [7, 2, 30]
     for version, views, mask in ((ONE, 1, RandomMask(0.5)), (TWO, 3, ExactBlockMask(0.6, 2))):
         data = make_data(parse(arguments(grid, *version, "train.seed=5"))[0])
@@ -204,19 +204,19 @@ def test_batches_are_what_read_and_masks_give(grid):
         assert data.axes == len(sides) and 0.4 < expected.mean() < 0.7
 
 
-def test_spans_over_a_grid_of_one_axis():
+def test_span_masks_on_a_one_axis_grid():
     data = make_data(parse(arguments("line", "mask.kind=span", "mask.length=3"))[0])
     expected = SpanMask(length=3)(Draws(0, 0, [1, 2]), 12)
     assert np.array_equal(data.__getitems__([(0, 1), (0, 2)])["mask"], expected)
 
 
-def test_the_decoder_has_the_axes_of_the_grid():
+def test_decoder_convolutions_have_as_many_axes_as_the_grid():
     for grid, convolution in (("line", torch.nn.Conv1d), ("plane", torch.nn.Conv2d), ("space", torch.nn.Conv3d)):
         trainer = build(parse(arguments(grid, *TWO, folder=grid))[0])
         assert {type(each) for each in trainer.state.core.head.convolutions} == {convolution}
 
 
-def test_padded_samples_of_one_and_two():
+def test_padded_samples_in_data2vec_1_and_2():
     model = ["data.class=mine:Padded", "encoder.model=mine:Linears", "encoder.layers=blocks", "encoder.ffn=mlp.2", *SMALL]
     for name, version in (("one", ONE), ("two", [*ONE, "head.kind=conv", "data.views=3", "head.width=16", "head.kernel=3"])):
         trainer = train(*model, *version, "train.steps=2", f"train.output={name}")
@@ -226,7 +226,7 @@ def test_padded_samples_of_one_and_two():
         assert not (batch["mask"] & padding).any()
 
 
-def test_help_tells_the_settings_of_the_class(monkeypatch, capsys):
+def test_help_lists_the_settings_of_the_class(monkeypatch, capsys):
     assert command(monkeypatch, "train", "data.class=mine:Fields", "--help") in (0, None)
     said = " ".join(capsys.readouterr().out.split())
     assert "--data.speed SPEED Of the waves. (type: float, default: 1.0)" in said
@@ -235,7 +235,7 @@ def test_help_tells_the_settings_of_the_class(monkeypatch, capsys):
     assert "--mask.kind {random,exact,span,block}" in said
 
 
-def test_a_preset_gives_what_the_class_takes(capsys):
+def test_a_preset_keeps_only_settings_of_the_class(capsys):
     config, _ = parse(["--config", "vision/tiny-2", *arguments("plane"), "modality=custom"])
     assert set(config.data) == {"class", "sides", "speed", "split", "labelled", "views"}
     assert (config.data["views"], config.data["class"], config.own_data) == (4, "mine:Fields", True)
@@ -245,8 +245,8 @@ def test_a_preset_gives_what_the_class_takes(capsys):
     assert again.data == config.data | {"speed": 2.0}
 
 
-def test_a_modality_with_its_masks_and_probe(capsys):
-    """A class that derives from the modality's own is trained, probed and exported as that is."""
+def test_a_subclass_of_image_data_keeps_the_modality(capsys):
+    """It is trained, probed and exported like the modality's own class."""
     small = ["encoder.config.hidden_size=16", "encoder.config.num_hidden_layers=3", "encoder.config.num_attention_heads=2"]
     config, _ = parse(["--config", "vision/tiny", "data.class=mine:Gray", *small, *SMALL, "train.steps=2", "train.output=run"])
     assert (config.modality, config.data["image_size"], config.own_data) == ("vision", 32, False)
@@ -269,7 +269,7 @@ HF = ["encoder.model=vit", "encoder.config.image_size=[8,12]", "encoder.config.p
       *SMALL]  # fmt: skip
 
 
-def test_a_model_of_transformers_is_exported_with_a_card(tmp_path):
+def test_a_transformers_model_is_exported_with_a_card(tmp_path):
     from transformers import AutoModel
 
     trainer = train(*HF, *TWO, "train.steps=2")
@@ -282,7 +282,7 @@ def test_a_model_of_transformers_is_exported_with_a_card(tmp_path):
     assert "| data | mine:Fields train |" in card and not Path("encoder/preprocessor_config.json").exists()
 
 
-def test_a_module_is_exported_by_the_run(monkeypatch):
+def test_export_of_a_custom_module_points_to_the_run(monkeypatch):
     train(*arguments("plane", *ONE))
     said = command(monkeypatch, "export", "run", "--to", "encoder")
     assert "transformers has no class for the encoder mine:Net" in said and "run/export/model.safetensors" in said
@@ -304,8 +304,8 @@ class TestProbe:
         with pytest.raises(ConfigError, match=r"--name x: mine:Fields takes no data.name; leave it out"):
             probe.main(["run", "--name", "x"])
 
-    def test_its_splits_and_another_path(self, monkeypatch):
-        """Fitted on train and tested on test of the path that is asked for."""
+    def test_splits_and_path_of_the_class(self, monkeypatch):
+        """Fitted on train and tested on test, at the given path."""
         code = """
 class Files(Fields):
     def __init__(self, *, path: str = "a", **more):
@@ -327,7 +327,7 @@ class Files(Fields):
         names = {re.sub(r"\[.*", "", line) for line in Path("read.txt").read_text().splitlines()}
         assert names == {"b/train", "b/test"}
 
-    def test_a_fifth_without_splits(self):
+    def test_a_fifth_is_held_out_without_splits(self):
         config, _ = parse(arguments("plane", *ONE))
         del config.data["split"]
         encoder = make_encoder(config)
@@ -336,7 +336,7 @@ class Files(Fields):
         source, padding = collate([fit.read(0), fit.read(1)])
         assert source.shape == (2, 2, 8, 12) and padding is None
 
-    def test_without_labels(self, monkeypatch):
+    def test_missing_labels_are_explained(self, monkeypatch):
         train(*arguments("plane", *ONE, "data.labelled=false"))
         said = command(monkeypatch, "probe", "run")
         assert said == (
@@ -345,7 +345,7 @@ class Files(Fields):
         )
 
 
-def test_a_run_goes_on_with_its_class_alone():
+def test_a_run_resumes_only_with_its_class_and_settings():
     train(*arguments("plane", *ONE))
     Path("mine.py").write_text(MINE + "\n\nclass Others(Fields):\n    pass\n")
     sys.modules.pop("mine")
@@ -356,8 +356,8 @@ def test_a_run_goes_on_with_its_class_alone():
     assert build(parse(["--resume", "run"])[0]).state.done == 2
 
 
-def test_runs_of_before_go_on(monkeypatch):
-    """Their checkpoints and config.yaml do not know data.class."""
+def test_runs_from_before_data_class_resume(monkeypatch):
+    """Their checkpoints and config.yaml have no data.class."""
     small = [f"encoder.config.{name}" for name in ("hidden_size=16", "num_hidden_layers=3", "num_attention_heads=2")]
     settings = Config.settings
     with monkeypatch.context() as before:
@@ -384,7 +384,7 @@ class TestRefusals:
             ("os:system", r"found <built-in function system>, expected a class that derives from"),
         ],
     )
-    def test_the_class(self, name, message):
+    def test_an_unusable_class(self, name, message):
         assert re.match(f"data.class={name}: {message}", refused(*arguments("plane", *ONE, f"data.class={name}")))
 
     @pytest.mark.parametrize(
@@ -443,14 +443,14 @@ class TestRefusals:
             ),
         ],
     )
-    def test_what_it_lacks(self, code, message):
+    def test_missing_or_failing_parts_of_the_class(self, code, message):
         args = [arg for arg in arguments("plane", *ONE, "data.class=mine:Other") if not arg.startswith("data.sides")]
         said = refused(*args, code=f"\n\nclass Other(PretrainingData):\n    {code}\n")
         if message:
             assert re.match(f"data.class=mine:Other: {message}", said), said
             if number := re.search(r"line (\d+)\)$", said):
                 line = dict(enumerate(Path("mine.py").read_text().splitlines(), start=1))[int(number[1])]
-                assert line and line in MINE + "    " + code  # of the class or, in the same file, of the encoder
+                assert line and line in MINE + "    " + code  # of the class, or of the encoder in the same file
         else:
             assert said == "Other.collate: returns no source; found mask"
 
@@ -491,7 +491,7 @@ class TestRefusals:
             ),
         ],
     )
-    def test_settings(self, grid, settings, message):
+    def test_settings_that_do_not_fit_the_grid_or_class(self, grid, settings, message):
         assert re.match(message, refused(*arguments(grid, *settings)))
 
     def test_a_grid_with_more_axes_than_the_decoder(self):
@@ -505,8 +505,8 @@ class TestRefusals:
         args = [arg for arg in arguments("plane", *ONE) if not arg.startswith("data.sides")]
         assert refused(*args) == "data.sides: missing; mine:Fields has no default"
 
-    def test_an_encoder_that_wants_masked_ids(self):
-        """TokenEncoder has no mask vector: the class has to give `target` beside the masked ids."""
+    def test_a_token_encoder_needs_a_target(self):
+        """TokenEncoder has no mask vector: the class must return `target` in addition to masked ids."""
         fields = "vocab_size=60 hidden_size=16 num_hidden_layers=3 num_attention_heads=2 intermediate_size=32".split()
         code = """
 class Ids(PretrainingData):
@@ -520,7 +520,7 @@ class Ids(PretrainingData):
         )
 
 
-def test_the_samples_that_cannot_be_read_are_named(caplog):
+def test_unreadable_samples_are_named(caplog):
     code = """
 class Holes(Fields):
     def load(self, index, rng):
@@ -533,14 +533,14 @@ class Holes(Fields):
     assert "skipped an unreadable sample: train[1]: is empty" in caplog.text
 
 
-def test_blocks_that_a_short_side_cuts():
-    """A grid with an axis of one position is drawn as the line that it is."""
+def test_block_masks_on_an_axis_of_length_1():
+    """A grid (1, T) is masked like a line of T positions."""
     for mask in (ExactBlockMask(), ExactBlockMask(0.5, 5, inverse=False), ExactBlockMask(overlap=False)):
         draws = Draws(3, 1, list(range(20)), 4)
         assert np.array_equal(mask(draws, (1, 32)), mask(draws, 32))
 
 
-def test_the_encoder_of_a_run_is_read_back():
+def test_load_returns_the_student_of_a_run():
     trainer = train(*arguments("space", *TWO, "train.steps=3"))
     found = trained.load(trained.read_config(Path("run")), Path("run"))
     expected = trainer.state.core.student.state_dict()
@@ -555,7 +555,7 @@ def blocks_of_the_guide():
 
 
 def test_the_guide_takes_fewer_than_80_lines():
-    """`test_docs.py` runs them."""
+    """`test_docs.py` runs the code blocks."""
     assert sum(len(text.splitlines()) for _, text in blocks_of_the_guide()) < 80
 
 

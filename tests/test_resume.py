@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or hit by a fault, and goes on as if nothing had been."""
+"""Resuming a run that was stopped, killed or hit by a fault gives the same result as an uninterrupted run."""
 
 import functools
 import hashlib
@@ -40,7 +40,7 @@ def logged(run):
 
 
 def figures(run):
-    """The log without what a clock says."""
+    """The log without timings."""
     clocks = {"time", "samples_per_s", "data_wait"}
     return [{key: value for key, value in record.items() if key not in clocks} for record in lines(f"{run}/log.jsonl")]
 
@@ -50,7 +50,7 @@ def last(run):
 
 
 def assert_same(one, other):
-    """Two runs came to the same bits: weights, teacher, optimizer, generators, counters, log."""
+    """Two runs are bit-identical: weights, teacher, optimizer, generators, counters, log."""
     a, b = Checkpoint(last(one)), Checkpoint(last(other))
     for name in ("student", "teacher", "optimizer", "rng"):
         assert a.files[f"{name}.safetensors"] == b.files[f"{name}.safetensors"], name
@@ -79,8 +79,8 @@ def assert_same(one, other):
         ),
     ],
 )
-def test_killed_and_resumed_it_is_the_same_run(modality, more):
-    """12 steps, beside 5 (or 3) that are saved, some more, SIGKILL, and the rest: on two threads, in the midst of an epoch."""
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(modality, more):
+    """12 steps compared with: 5 (or 3) saved steps, some more, SIGKILL, resume; two threads, in mid-epoch."""
     more = ["train.steps=12", "train.save_every=5", *more]
     killed_and_resumed(lambda name: arguments(modality, name, *more), k=5 if "train.save_every=3" not in more else 3)
 
@@ -88,8 +88,8 @@ def test_killed_and_resumed_it_is_the_same_run(modality, more):
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [[], ["--fused"]])
 @pytest.mark.parametrize("modality", ["text", "vision", "audio"])
-def test_so_is_a_preset_at_its_own_size(modality, fused):
-    """Where the work of a step is enough for two threads to share."""
+def test_a_killed_and_resumed_preset_equals_an_uninterrupted_one(modality, fused):
+    """At full preset size, where two threads share the work of a step."""
     more = ["train.steps=12", "train.save_every=5", "train.log_every=4", *fused]
     killed_and_resumed(lambda name: ["--config", f"{modality}/tiny", *more, f"train.output={name}"], k=5)
 
@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_bits_in_two_processes():
         assert_same(f"{modality}-one", f"{modality}-other")
 
 
-def test_two_at_work_in_one_folder_are_one_too_many():
+def test_a_second_run_in_the_same_folder_is_refused():
     first = Run(arguments("vision", "run", "train.steps=1000000", "train.save_every=1"))
     try:
         first.until(lambda: any(Path("run/checkpoints").glob("step-*[0-9]")))
@@ -140,7 +140,7 @@ def spoiled(self, *args, **kwargs):
     global calls
     output = forward(self, *args, **kwargs)
     calls += 1
-    # The first call asks which parameters get a gradient.
+    # The first call finds the parameters without a gradient.
     if calls == 3 and os.environ["RANK"] == "1" and not os.path.exists("run/checkpoints"):
         output.loss = output.loss + torch.tensor(float("inf"))  # its gradient stays finite
     return output
@@ -165,8 +165,8 @@ def torchrun(*args, script=("-m", "d2v_fast.cli")):
     return subprocess.Popen([*command, *args], stderr=subprocess.PIPE, text=True, env=env)
 
 
-def test_a_rank_that_took_more_batches_than_the_other():
-    """As all of a batch was unreadable. Each goes on from its own place, and what they count is counted together."""
+def test_ranks_resume_from_different_batch_counts():
+    """Unreadable batches make ranks diverge. Each resumes from its own position; broken samples are counted over both."""
     images(12)
     for i in (3, 7):
         Path(f"images/{i:02}.png").write_text("no image")
@@ -182,8 +182,8 @@ def test_a_rank_that_took_more_batches_than_the_other():
     assert lines("run/log.jsonl")[-1]["broken_samples"] == 2
 
 
-def test_two_ranks_skip_stop_and_go_on_together():
-    """torchrun; a loss of one rank is infinite, one rank gets SIGTERM, the other agrees. Beside a run without a break."""
+def test_two_ranks_skip_stop_and_resume_together():
+    """One rank has an infinite loss, later one gets SIGTERM; both skip and stop. Compared with an uninterrupted run."""
     Path("spoiled.py").write_text(SPOILED)
 
     more = ["train.steps=60", "train.save_every=7", "train.keep_last=9", "train.log_every=1", "train.device=cpu"]
@@ -204,7 +204,7 @@ def test_two_ranks_skip_stop_and_go_on_together():
     process = both("--resume", "run")
     resumed = process.communicate(timeout=120)[1]
     assert resumed.count(f"goes on after step {stopped}") == 1 and process.returncode == 0, resumed
-    for each in (said, resumed):  # one that is left may abort its rank at the very end
+    for each in (said, resumed):  # a leftover gloo thread may abort its rank at exit
         assert each.count("ends with 0 threads of gloo") == 2, each
     assert_same("whole", "run")
     assert lines("run/log.jsonl")[-1]["skipped_steps"] == 1
@@ -216,10 +216,10 @@ def vision(folder, *more):
     return arguments("vision", folder, "train.save_every=2", *more)
 
 
-class TestAskedToStop:
+class TestStopSignals:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-    def test_it_saves_after_the_step_and_goes_on_later(self, number):
-        """The signal goes to the loader workers too, as a terminal and a scheduler send it."""
+    def test_the_first_signal_saves_after_the_step(self, number):
+        """Loader workers get the signal too, as from a terminal or scheduler."""
         more = ["train.steps=2000", "train.workers=2", "train.save_every=0"]
         run = Run(
             arguments("vision", "run", *more), before=functools.partial(signal.signal, number, signal.SIG_DFL), own_group=True
@@ -235,7 +235,7 @@ class TestAskedToStop:
         assert [record["step"] for record in lines("run/log.jsonl")] == sorted({1, *range(4, stopped + 5, 4), stopped + 4})
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_the_second_signal_ends_it_at_once(self, number):
+    def test_the_second_signal_kills_at_once(self, number):
         run = Run(vision("run"), before=_endless_save)
         run.says("saving")
         run.send(number)
@@ -244,8 +244,8 @@ class TestAskedToStop:
         run.send(number)
         assert run.wait(10)[0] == -number
 
-    def test_the_echo_of_a_signal_is_no_second_one(self):
-        """torchrun passes Ctrl-C on to ranks that have it from the terminal."""
+    def test_an_immediate_repeat_is_not_a_second_signal(self):
+        """torchrun forwards Ctrl-C to ranks that already got it from the terminal."""
         run = Run(vision("run", "train.steps=2000"))
         run.until(lambda: logged("run"))
         for _ in range(3):
@@ -260,7 +260,7 @@ def _endless_save():
 
 
 def check_after_a_kill(run):
-    """No file that cannot be read, and a checkpoint that is the newest finished one."""
+    """Every file is readable; the newest finished checkpoint is found. Returns its step."""
     from safetensors.torch import load_file
 
     finished = [int(folder.name[5:]) for folder in Path(run, "checkpoints").glob("step-*[0-9]")]
@@ -274,17 +274,17 @@ def check_after_a_kill(run):
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_nothing_is_lost(kills):
-    """SIGKILL, again and again; each time the run goes on from its last finished checkpoint, and ends where it would have.
+def test_random_kills_lose_no_finished_checkpoint(kills):
+    """Repeated SIGKILL; the run resumes from its last finished checkpoint and ends bit-identical to an uninterrupted one.
 
-    About half of the kills are inside of a save; a few more are dealt where none of the first was.
+    About half of the kills hit a save; up to 30 more follow if none did.
     """
     more = ["train.save_every=1", "train.export_every=3", "train.log_every=1", "schedule.kind=constant", "schedule.warmup=0"]
     rng = np.random.default_rng(kills)
-    done = inside = dealt = 0
-    while dealt < kills or not inside:
-        assert dealt < kills + 30, "no kill was inside of a save"
-        dealt += 1
+    done = inside = kill_count = 0
+    while kill_count < kills or not inside:
+        assert kill_count < kills + 30, "no kill hit a save"
+        kill_count += 1
         run = Run(["--resume", "run"] if done else arguments("vision", "run", "train.steps=1000000", *more))
         if done:
             run.says(f"goes on after step {done}")
@@ -301,12 +301,12 @@ def test_killed_at_random_moments_nothing_is_lost(kills):
     assert code == 0 and f"goes on after step {done}" in said, said
     assert train(arguments("vision", "whole", f"train.steps={done + 5}", *more))[0] == 0
     assert_same("whole", "run")
-    print(f"{dealt} kills, {inside} inside of a save, {done} steps")
+    print(f"{kill_count} kills, {inside} during a save, {done} steps")
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 2 MB, where one may be mounted; else files that cannot grow beyond some size."""
+    """Mount a 2 MB disk and yield True; without the permission to mount, yield False: tests then limit file sizes."""
     (tmp_path / "disk").mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", "disk"], capture_output=True).returncode == 0
     yield mounted
@@ -351,13 +351,13 @@ def test_a_full_disk_does_not_end_the_training(small_disk):
     assert_same("whole", "disk/run")
 
 
-def test_a_disk_that_stays_full_is_told_by_the_exit_code():
+def test_a_disk_that_stays_full_gives_exit_code_1():
     code, said = train(vision("run", "train.steps=4"), _no_checkpoint_fits)
     assert code == 1 and said.splitlines()[-1].startswith("d2v-train: the checkpoint of step 4 could not be written")
     assert Path("run/export/model.safetensors").exists()
 
 
-def test_a_student_that_does_not_fit():
+def test_an_export_that_does_not_fit_on_disk_gives_exit_code_1():
     code, said = train(vision("run", "train.steps=4", "train.export_every=2", "train.save_every=0"), _small_files_fit)
     assert code == 1 and "Traceback" not in said and said.count("the export could not be written, training goes on") == 2
     assert said.splitlines()[-1].startswith("d2v-train: run/export: ") and logged("run") == 4, said
@@ -379,8 +379,8 @@ def _no_checkpoint_fits():
     checkpoint.save_file = full
 
 
-def test_a_loader_worker_that_dies():
-    """One message, and the steps until then are saved."""
+def test_a_dead_loader_worker_saves_and_stops_the_run():
+    """One message; the steps before are saved and the run can be resumed."""
     more = ["schedule.kind=constant", "schedule.warmup=0"]
     run = Run(arguments("vision", "run", "train.steps=5000", "train.workers=2", "train.save_every=0", *more))
     run.until(lambda: logged("run") >= 8)
@@ -432,7 +432,7 @@ def _infinite_at_step_2(until=2):
     loop.step = spoiled
 
 
-def test_not_finite_again_and_again_it_gives_up_and_tells_with_what():
+def test_repeated_non_finite_steps_stop_the_run_and_dump_the_samples():
     code, said = train(vision("run", "train.max_skipped=3"), functools.partial(_infinite_at_step_2, 99))
     assert code == 1 and "Traceback" not in said
     assert "not finite in 3 steps in a row, up to step 4: run/not-finite-step-4.json" in said.splitlines()[-1]
@@ -440,14 +440,14 @@ def test_not_finite_again_and_again_it_gives_up_and_tells_with_what():
     assert [entry["step"] for entry in dump["skipped"]] == [2, 3, 4] and dump["settings"]["train.max_skipped"] == 3
     assert all(len(entry["samples"]) == 2 and entry["loss"] in ("nan", "inf") for entry in dump["skipped"])
     assert next(iter(dump["skipped"][0]["samples"].values())).startswith("builtin")
-    # The log stays JSON, and what was learned stays finite.
+    # The log stays valid JSON and the weights stay finite.
     assert lines("run/log.jsonl")[-1]["step"] == 4 and "NaN" not in Path("run/log.jsonl").read_text()
     student = Checkpoint(last("run")).tensors("student")
     assert all(value.isfinite().all() for value in student.values() if value.is_floating_point())
 
 
-def test_a_file_that_vanishes_between_epochs():
-    """The run names it, counts it and goes on; but it does not start again with other samples, as their order would differ."""
+def test_a_file_removed_between_epochs_is_skipped_and_blocks_resuming():
+    """The run names and counts it and continues, but does not resume with fewer samples, whose order would differ."""
     images(12)
     more = ["data.path=images", "train.steps=14", "train.max_broken=0.2"]
     code, said = train(vision("run", *more), _vanishing)
@@ -459,8 +459,8 @@ def test_a_file_that_vanishes_between_epochs():
     assert code == 0 and "goes on after step 14" in said
 
 
-def test_a_file_that_changes_between_runs():
-    """Its name and length stay. A copy of the data elsewhere is the same data."""
+def test_changed_file_content_blocks_resuming():
+    """Name and size stay the same. Data moved to another folder count as the same data."""
     images(6)
     assert train(vision("run", "data.path=images", "train.steps=2"))[0] == 0
     on = ["--resume", "run", "train.steps=4", "--resume-allow", "train.steps"]
@@ -471,7 +471,7 @@ def test_a_file_that_changes_between_runs():
     code, said = train([*on, *moved])
     changed = "\n  1 of 6 changed, among them\n    pictures/03.png\n"
     assert code == 1 and "samples.content: was " in said and changed in said, said
-    assert train([*on, *moved, "--resume-allow", "data"])[0] == 1  # settings of the data are not the data
+    assert train([*on, *moved, "--resume-allow", "data"])[0] == 1  # `data` allows changed settings, not changed samples
     assert train([*on, *moved, "--resume-allow", "samples.content"])[0] == 0
 
 
@@ -481,15 +481,15 @@ def _vanishing():
     step = loop.step
 
     def stepping(state, micro_batches):
-        if state.done == 6:  # of 12 images, two a step
+        if state.done == 6:  # after 6 steps of 2 images: the first epoch of 12
             os.unlink("images/05.png")
         return step(state, micro_batches)
 
     loop.step = stepping
 
 
-def test_a_clock_that_jumps():
-    """Back by a day, then on by a year: no figure becomes negative, no checkpoint seems older, the bits are the same."""
+def test_clock_jumps_do_not_change_the_run():
+    """A day back, then a year ahead: no figure is negative, checkpoints keep their order, the run is bit-identical."""
     more = ["train.steps=12", "train.log_every=1"]
     assert train(vision("whole", *more))[0] == 0
     code, said = train(vision("run", *more), _jumping_clock)
@@ -515,8 +515,8 @@ def _jumping_clock():
     loop.step = stepping
 
 
-class TestStrict:
-    """What differs is printed, and no run starts anew in its place."""
+class TestResumeChecks:
+    """Differences from the saved run are printed, and no new run starts instead."""
 
     @pytest.fixture(autouse=True)
     def run(self, here):
@@ -537,25 +537,25 @@ class TestStrict:
             (["--resume-allow", "train.sed"], "--resume-allow train.sed: no such setting; did you mean train.seed?"),
         ],
     )
-    def test_another_run(self, more, message):
+    def test_changed_settings_are_refused(self, more, message):
         before = {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()}
         code, said = train(["--resume", "run", *more])
         assert code == 1 and message in said and "Traceback" not in said, said
         assert {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()} == before
 
-    def test_what_no_weight_depends_on_may_change(self):
+    def test_settings_that_do_not_affect_weights_may_change(self):
         more = ["train.workers=1", "train.log_every=1", "train.save_every=1", "train.keep_last=1", "collapse.action=off"]
         code, said = train(["--resume", "run", *more, "train.steps=6", "--resume-allow", "train.steps"])
         assert code == 0 and [folder.name for folder in Path("run/checkpoints").iterdir()] == ["step-6"], said
 
-    def test_a_change_that_is_meant_is_made(self):
+    def test_resume_allow_permits_changes(self):
         code, _ = train(
             ["--resume", "run", "train.steps=5", "optimizer.lr=0.5", "schedule.kind=constant", "schedule.warmup=0"]
             + [part for key in ("train.steps", "optimizer.lr", "schedule") for part in ("--resume-allow", key)]
         )
         assert code == 0 and lines("run/log.jsonl")[-1]["lr"] == 0.5
 
-    def test_a_missing_teacher(self):
+    def test_a_checkpoint_without_a_teacher_is_refused(self):
         folder = last("run")
         manifest = json.loads((folder / "manifest.json").read_text())
         del manifest["files"]["teacher.safetensors"]
@@ -563,13 +563,13 @@ class TestStrict:
         code, said = train(["--resume", "run"])
         assert code == 1 and f"{folder}: holds no teacher" in said
 
-    def test_the_newest_intact_one_is_taken(self):
+    def test_the_newest_intact_checkpoint_is_used(self):
         (Path("run/checkpoints/step-4") / "optimizer.safetensors").unlink()
         code, said = train(["--resume", "run"])
         assert code == 0 and "goes on after step 2" in said
         assert "skipped a checkpoint: run/checkpoints/step-4/optimizer.safetensors is missing" in said
 
-    def test_the_ways_to_name_a_run(self):
+    def test_a_run_may_be_given_by_folder_config_or_output(self):
         on = ["train.steps=6", "--resume-allow", "train.steps"]
         for args in (
             ["--resume", *vision("run")],
@@ -592,29 +592,29 @@ class TestStrict:
             (vision("run"), "holds a run already; --resume goes on with it"),
         ],
     )
-    def test_no_run_to_resume(self, args, message):
+    def test_invalid_resume_arguments_give_a_one_line_message(self, args, message):
         code, said = train(args)
         assert code == 1 and message in said and len(said.strip().splitlines()) == 1
 
-    def test_a_run_without_a_checkpoint(self):
+    def test_a_run_without_a_checkpoint_is_refused(self):
         subprocess.run(["rm", "-r", "run/checkpoints"], check=True)
         code, said = train(["--resume", "run"])
         assert code == 1 and "run/checkpoints: no checkpoint; another train.output without" in said
         code, said = train(vision("run"))
         assert code == 1 and "holds a run already; it has no checkpoint to go on from; remove it, another folder" in said
 
-    def test_a_copy_goes_on_beside_the_original(self):
+    def test_a_copied_run_resumes_without_touching_the_original(self):
         subprocess.run(["cp", "-r", "run", "copy"], check=True)
         code, said = train(["--config", "copy/config.yaml", "--resume", "train.steps=6", "--resume-allow", "train.steps"])
         assert code == 0 and last("copy").name == "step-6" and last("run").name == "step-4", said
 
-    def test_its_config_begins_another_run_like_it(self):
+    def test_the_saved_config_starts_an_identical_new_run(self):
         code, said = train(["--config", "run/config.yaml"])
         (other,) = Path("runs").iterdir()
         assert code == 0 and other.name.startswith("run-2"), said
         assert_same("run", other)
 
-    def test_a_change_counts_once_a_checkpoint_has_it(self):
+    def test_allowed_changes_are_kept_only_after_a_checkpoint(self):
         longer = ["--resume", "run", "train.steps=100000", "train.save_every=0", "--resume-allow", "train.steps"]
         run = Run([*longer, "train.log_every=1"])
         run.until(lambda: logged("run") > 5)
@@ -626,7 +626,7 @@ class TestStrict:
         assert code == 0 and "steps: 6" in Path("run/config.yaml").read_text(), said
         assert train(["--resume", "run"])[0] == 0
 
-    def test_a_state_with_parts_missing_or_of_another_type(self):
+    def test_an_invalid_state_json_is_refused(self):
         folder = last("run")
         whole = json.loads((folder / "state.json").read_text())
         for part, value in [(part, None) for part in whole if part not in ("step", "scaler")] + [
@@ -642,15 +642,15 @@ class TestStrict:
             code, said = train(["--resume", "run"])
             assert code == 1 and f"d2v-train: {folder}: not a checkpoint as version 3 has them: " in said, (part, said)
 
-    def test_lines_that_a_power_cut_left(self):
+    def test_corrupt_log_lines_are_dropped(self):
         with open("run/log.jsonl", "a") as log:
             log.write('{"step": 1e999}\n{"step": null}\n' + "[" * 100_000 + '\n\0\0{}\n"step"\n{"step": 5')
         code, said = train(["--resume", "run", "train.steps=6", "--resume-allow", "train.steps"])
         assert code == 0 and [line["step"] for line in lines("run/log.jsonl")] == [1, 4, 6], said
 
 
-def test_what_is_found_in_the_folder_stays(monkeypatch):
-    """From the first look on; and a run that never came to be leaves nothing behind."""
+def test_the_folder_is_locked_from_the_start_and_failed_starts_leave_nothing(monkeypatch):
+    """Also while the data are read; a run that fails to start leaves no folder."""
     from d2v_fast.config import parse
     from d2v_fast.train import build, loop
 
@@ -670,7 +670,7 @@ def test_what_is_found_in_the_folder_stays(monkeypatch):
     assert code == 1 and said.startswith("d2v-train: train.output=file: cannot be written, choose another folder"), said
 
 
-def test_more_text_is_read_with_the_same_tokenizer():
+def test_added_text_keeps_the_tokenizer_of_the_run():
     Path("few.txt").write_text("\n".join(f"the cat number {i} sat on the mat" for i in range(300)))
     Path("more.txt").write_text(Path("few.txt").read_text() + "\n".join(f"zebras zoom {i} times" for i in range(300)))
     Path("run/tokenizer").mkdir(parents=True)
@@ -682,7 +682,7 @@ def test_more_text_is_read_with_the_same_tokenizer():
     assert code == 0 and Path("run/export/tokenizer.json").read_bytes() == tokenizer, said
 
 
-def test_an_alarm_is_raised_once():
+def test_a_resumed_run_does_not_repeat_an_alarm():
     more = ["train.steps=12", "train.log_every=1", "train.keep_last=9", "collapse.after=2", "collapse.target_std=9"]
     assert train(vision("run", *more, "train.save_every=5"))[0] == 0
     alarms = lines("run/alarms.jsonl")
@@ -692,7 +692,7 @@ def test_an_alarm_is_raised_once():
     assert lines("run/alarms.jsonl") == alarms
 
 
-def test_what_makes_a_run_give_up_leaves_a_checkpoint():
+def test_a_run_stopped_by_collapse_leaves_a_checkpoint():
     more = ["train.save_every=0", "collapse.after=2", "collapse.target_std=9", "collapse.action=stop"]
     code, said = train(arguments("vision", "run", *more, "train.log_every=1"))
     assert code == 1 and "target_std" in said and last("run").name == "step-3", said
@@ -700,8 +700,8 @@ def test_what_makes_a_run_give_up_leaves_a_checkpoint():
     assert code == 0 and "goes on after step 3" in said, said
 
 
-def test_nobody_reads_what_it_says():
-    """`d2v-train 2>&1 | tee log`, and Ctrl-C ends tee first."""
+def test_training_continues_if_stderr_is_closed():
+    """As in `d2v-train 2>&1 | tee log`, where Ctrl-C ends tee first."""
     command = [sys.executable, "-m", "d2v_fast.cli", *arguments("vision", "run", "train.steps=100000", "train.log_every=1")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     env.pop("TQDM_DISABLE", None)
@@ -719,8 +719,8 @@ def test_nobody_reads_what_it_says():
     assert process.wait(60) == 130 and int(last("run").name[5:]) >= before
 
 
-def test_no_process_is_left_behind():
-    """A trainer that is used inside of another program takes its loader workers with it."""
+def test_no_worker_process_outlives_the_loop():
+    """Matters if the trainer runs inside another program."""
     from d2v_fast.config import parse
     from d2v_fast.train.build import build
     from d2v_fast.train.loop import loop

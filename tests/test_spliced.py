@@ -1,6 +1,6 @@
-"""Encoders that run whole with other local features, against plain models of transformers and hooks written here.
+"""Spliced encoders (whole models with replaced local features) against plain transformers models and hand-written hooks.
 
-What a model is made of, its paths, is written down by hand, so that nothing found by trying checks itself.
+Module paths of each model are written down by hand, so that the search that finds them does not check itself.
 """
 
 import copy
@@ -29,10 +29,10 @@ LAYOUTS = {"BTC": (0, 1, 2), "BCT": (0, 2, 1), "BCHW": (0, 2, 3, 1)}
 class Family(NamedTuple):
     cls: str
     config: dict
-    features: str  # where local features come from, and their layout
+    features: str  # module with the local features, and its layout
     layout: str
     blocks: str
-    ffn: str  # seen from a block
+    ffn: str  # relative to a block
     extra: int = 0
     gathers: bool = True
     shape: tuple = (12,)
@@ -83,7 +83,7 @@ FAMILIES = {
         "feature_projection", "BTC", "encoder.layers", "feed_forward.output_dense", gathers=False, shape=(430,),
     ),
 }  # fmt: skip
-KINDS = ("modernbert", "deberta-v2", "dinov3_vit", "audio-spectrogram-transformer", "whisper", "sew")  # the others are as these
+KINDS = ("modernbert", "deberta-v2", "dinov3_vit", "audio-spectrogram-transformer", "whisper", "sew")  # the others are similar
 EACH = [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
@@ -92,7 +92,7 @@ def name_of(each):
 
 
 def plain(name):
-    """A model of transformers in float64, without dropout, whose weights are all other than zero."""
+    """A float64 transformers model without dropout or zero weights."""
     family = FAMILIES[name]
     config = transformers.CONFIG_MAPPING[name](**family.config)
     for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "layerdrop"):
@@ -123,7 +123,7 @@ def states_of(model, *args, **kwargs):
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_unmasked_states_are_the_models(name):
+def test_unmasked_states_equal_the_plain_models(name):
     family, model, x = FAMILIES[name], plain(name), inputs(name)
     expected = states_of(model, x)
     encoder = wrap(model)
@@ -135,12 +135,12 @@ def test_unmasked_states_are_the_models(name):
         torch.testing.assert_close(encoded.extra, expected[:, : family.extra], rtol=0, atol=1e-12)
     else:
         assert encoded.extra is None
-    assert torch.equal(states_of(model, x), expected), "the model is not as it was"
+    assert torch.equal(states_of(model, x), expected), "the model was changed"
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_masked_states_are_those_of_a_hook_written_by_hand(name):
-    """The mask vector in the module's own output, whose layout is written down above."""
+def test_masked_states_match_a_hand_written_hook(name):
+    """The hook writes the mask vector into the module output, in the layout listed above."""
     family, model, x = FAMILIES[name], plain(name), inputs(name)
     encoder, order = wrap(model), LAYOUTS[family.layout]
     features = encoder.embed(x)
@@ -168,7 +168,7 @@ def test_masked_states_are_those_of_a_hook_written_by_hand(name):
 
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("source", ["ffn", "block_output", "block_input"])
-def test_layers_are_those_of_hooks_written_by_hand(name, source):
+def test_layer_results_match_hand_written_hooks(name, source):
     family, model, x = FAMILIES[name], plain(name), inputs(name)
     encoder, seen = wrap(model), []
 
@@ -196,7 +196,7 @@ def test_layers_are_those_of_hooks_written_by_hand(name, source):
 
 
 @pytest.mark.parametrize("name", [each for each in EACH if FAMILIES[name_of(each)].gathers])
-def test_visible_positions_alone_are_a_whole_whose_attention_sees_no_others(name, monkeypatch):
+def test_encoding_visible_positions_equals_masking_attention_to_all_others(name, monkeypatch):
     family, model, x = FAMILIES[name], plain(name), inputs(name, batch=2)
     encoder = wrap(model)
     assert encoder.gathers
@@ -228,7 +228,7 @@ def test_visible_positions_alone_are_a_whole_whose_attention_sees_no_others(name
 
 
 @pytest.mark.parametrize("name", [each for each in EACH if not FAMILIES[name_of(each)].gathers])
-def test_what_cannot_gather_says_why(name):
+def test_encoders_that_cannot_gather_say_why(name):
     encoder = wrap(plain(name))
     why = "its blocks see fewer positions" if name == "sew" else "positions enter inside of its blocks"
     with pytest.raises(ValueError, match=f"cannot encode the visible positions alone: {why}"):
@@ -238,7 +238,7 @@ def test_what_cannot_gather_says_why(name):
 
 
 @pytest.mark.parametrize("name", ["modernbert", "distilbert", "deberta-v2", "mpnet", "nomic_bert"])
-def test_padded_text(name):
+def test_padded_text_matches_the_plain_model(name):
     model, x = plain(name), inputs(name)
     encoder = wrap(model)
     padding = torch.zeros(3, 12, dtype=torch.bool)
@@ -249,7 +249,7 @@ def test_padded_text(name):
 
 
 @pytest.mark.parametrize("name", ["sew", "wav2vec2-bert"])
-def test_padded_speech(name):
+def test_padded_speech_matches_the_plain_model(name):
     model, x = plain(name), inputs(name)
     encoder = wrap(model)
     sizes = torch.tensor([430, 430, 250]) if name == "sew" else torch.tensor([30, 30, 17])
@@ -264,21 +264,21 @@ def test_padded_speech(name):
 
 
 @pytest.mark.parametrize("samples", [30, 31, 49, 50, 430, 1234])
-def test_frames_of_a_waveform(samples):
+def test_positions_predicts_the_number_of_frames(samples):
     encoder = wrap(plain("sew"))
     assert encoder.embed(torch.randn(1, samples, dtype=torch.float64)).shape[1] == encoder.positions(samples)
     assert encoder.positions(29) == 0
 
 
-def test_grids():
+def test_positions_of_images_and_spectrograms_are_grids():
     assert wrap(plain("dinov3_vit")).positions(16) == (4, 4)
     ast = wrap(plain("audio-spectrogram-transformer"))
     assert ast.reads == "spectrogram" and ast.positions(0) == (3, 6)  # bins and frames in patches of 4
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_a_step_reaches_what_it_should_and_moves_the_teacher(name):
-    """A gradient reaches what a plain model's states depend on, and the mask vector."""
+def test_gradients_reach_all_used_parameters_and_the_teacher_is_averaged(name):
+    """Used parameters are those that the states of the plain model depend on, plus the mask vector."""
     family, model, x = FAMILIES[name], plain(name).float().train(), inputs(name)
     x = x if family.shape == (12,) else x.float()
     parameters = {n: parameter for n, parameter in model.named_parameters() if parameter.requires_grad}
@@ -308,7 +308,7 @@ def test_a_step_reaches_what_it_should_and_moves_the_teacher(name):
 
 
 @pytest.mark.parametrize("name", ["modernbert", "dinov3_vit", "siglip_vision_model", "audio-spectrogram-transformer"])
-def test_a_step_of_data2vec_2(name):
+def test_a_data2vec_2_step_reaches_features_and_blocks(name):
     family, model, x = FAMILIES[name], plain(name).float().train(), inputs(name)
     x = x if family.shape == (12,) else x.float()
     encoder = wrap(model)
@@ -325,8 +325,8 @@ def test_a_step_of_data2vec_2(name):
     assert first.grad.abs().sum() > 0 and local.grad.abs().sum() > 0
 
 
-def test_what_teachers_copy():
-    """Method 1.6: the features' parameters, and for the scope "layers" those of positions and extra tokens as well."""
+def test_local_and_positional_parameters():
+    """Teachers copy those of the features, and with scope "layers" those of positions and extra tokens too; method 1.6."""
     encoder = wrap(plain("dinov2_with_registers"))
     projection = {f"embeddings.patch_embeddings.projection.{n}" for n in ("weight", "bias")}
     assert set(encoder.local) == projection | {"embeddings.mask_token"}
@@ -337,7 +337,7 @@ def test_what_teachers_copy():
     assert any("feature_extractor" in n for n in wrap(plain("sew")).local)
 
 
-def test_dropout_and_the_models_own_masks_stay_out_of_features():
+def test_features_have_no_dropout_and_no_spec_augment():
     model = plain("wav2vec2-bert").train()
     model.config.mask_time_prob, model.config.mask_time_length = 0.9, 2
     model.feature_projection.dropout.p = 0.5
@@ -349,7 +349,7 @@ def test_dropout_and_the_models_own_masks_stay_out_of_features():
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_saved_and_loaded_by_transformers(name, tmp_path):
+def test_transformers_loads_what_was_saved(name, tmp_path):
     family, x = FAMILIES[name], inputs(name)
     encoder = wrap(plain(name).float())
     x = x if family.shape == (12,) else x.float()
@@ -360,8 +360,8 @@ def test_saved_and_loaded_by_transformers(name, tmp_path):
     torch.testing.assert_close(states_of(again, x)[:, encoder.extra :], encoder(x), rtol=0, atol=1e-6)
 
 
-def test_mae_in_order():
-    """ViT-MAE shuffles patches and drops some; without masks of its own and with an order given it is faithful."""
+def test_vit_mae_without_shuffling_matches_the_plain_model():
+    """ViT-MAE shuffles and drops patches; the reference gets mask_ratio 0 and sorted noise."""
     config = transformers.ViTMAEConfig(**IMAGE, mask_ratio=0.0)
     model = transformers.ViTMAEModel(config).double().eval()
     encoder, x = wrap(model), torch.randn(2, 3, 16, 16, dtype=torch.float64)
@@ -372,8 +372,8 @@ def test_mae_in_order():
         build_encoder("vit_mae", config=IMAGE | dict(mask_ratio=0.5))
 
 
-def test_named_features_run_a_known_family_whole():
-    """Also where the hand-written pieces cannot gather, as those of RoFormer."""
+def test_a_features_setting_splices_a_known_family():
+    """RoFormer can gather when spliced, unlike its hand-written split."""
     config = TEXT | dict(hidden_dropout_prob=0.0)
     assert not isinstance(build_encoder("roberta", config=TEXT), SplicedEncoder)
     encoder = build_encoder("roformer", config=config, features="embeddings").eval()
@@ -386,7 +386,7 @@ MODERNBERT = transformers.ModernBertConfig(**TEXT)
 
 
 class Averaging(nn.Module):
-    """Local features that are not: each knows the mean of all."""
+    """Features that are not local: each contains the mean of all."""
 
     def __init__(self, inner):
         super().__init__()
@@ -399,7 +399,7 @@ class Averaging(nn.Module):
 
 
 class Peeking(transformers.ModernBertModel):
-    """Something of the input passes by the embeddings."""
+    """Part of the input bypasses the embeddings."""
 
     def forward(self, input_ids, attention_mask=None):
         output = super().forward(input_ids, attention_mask=attention_mask)
@@ -422,7 +422,7 @@ def averaging():
 
 
 class Averaged(nn.Linear):
-    """Frames that know the mean of all."""
+    """Frames that contain the mean of all."""
 
     def forward(self, x):
         x = super().forward(x)
@@ -473,7 +473,7 @@ def of_layout(layout):
 
 
 class Causal(transformers.models.modernbert.modeling_modernbert.ModernBertEncoderLayer):
-    """A block that passes on sums of what came before."""
+    """A block that adds cumulative sums."""
 
     def forward(self, hidden_states, *args, **kwargs):
         return hidden_states + hidden_states.cumsum(1)
@@ -577,7 +577,7 @@ def test_what_cannot_be_spliced_is_explained(attempt, named):
     ],
     ids=["BCHW", "BHWC", "BCT", "BTC"],
 )
-def test_layouts_of_features_are_recognised(layout, order):
+def test_feature_layouts_are_recognised(layout, order):
     model = of_layout(layout)
     encoder, x = wrap(model), torch.randn(3, 3, 16, 16)
     assert encoder.features_name == "embeddings.patch_embedding" and encoder.splice.order == order
@@ -595,8 +595,8 @@ DECODERS = {
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_decoder_only_models_see_both_ways(name, caplog):
-    """The same weights in a causal model of transformers, given a mask by which each position sees all."""
+def test_decoder_only_models_become_bidirectional(name, caplog):
+    """The reference is the causal transformers model with the same weights and a full attention mask."""
     with caplog.at_level("INFO"):
         encoder = build_encoder(name, config=DECODERS[name], bidirectional=True).eval()
     assert "its attention sees later positions too (encoder.bidirectional=true)" in caplog.text
@@ -607,7 +607,7 @@ def test_decoder_only_models_see_both_ways(name, caplog):
     torch.testing.assert_close(encoder(x), states_of(causal, x, attention_mask=everything))
     other = torch.cat([x[:, :-1], 55 - x[:, -1:]], dim=1)
     torch.testing.assert_close(states_of(causal, x)[:, :-1], states_of(causal, other)[:, :-1])
-    assert ((encoder(x) - encoder(other)).abs().amax((0, 2)) > 1e-5).all(), "a position that the last one has no influence on"
+    assert ((encoder(x) - encoder(other)).abs().amax((0, 2)) > 1e-5).all(), "a position does not depend on the last token"
     padding = torch.zeros(2, 12, dtype=torch.bool)
     padding[0, 7:] = True
     torch.testing.assert_close(encoder(x, padding)[0, :7], encoder(x[:1, :7])[0])
@@ -622,14 +622,14 @@ def test_a_run_of_a_decoder_only_model(tmp_path):
     assert export_run(run, to) < 1e-6
     assert "| attention | bidirectional: is_causal is false in its config" in (to / "README.md").read_text()
     theirs, x = AutoModel.from_pretrained(to).eval(), torch.randint(5, 55, (2, 12))
-    again = build_encoder(pretrained=str(to)).eval()  # which says so itself
+    again = build_encoder(pretrained=str(to)).eval()  # bidirectional is read from its config
     torch.testing.assert_close(again(x), states_of(theirs, x))
     assert not torch.equal(states_of(theirs, x)[:, 0], states_of(theirs, torch.cat([x[:, :-1], 55 - x[:, -1:]], 1))[:, 0])
 
 
 @pytest.mark.parametrize("name, more", [("dinov3_vit", dict(image_size=64)), ("modernbert", {}), ("siglip_vision_model", {})])
-def test_the_trial_costs_little(name, more):
-    """In multiplications of the Linears: less than the model itself needs for six samples, however deep it is."""
+def test_probing_costs_less_than_six_samples(name, more):
+    """Counted in multiplications of Linear layers, for a model of 24 layers."""
     config = FAMILIES[name].config | dict(num_hidden_layers=24) | more
     model = getattr(transformers, f"{FAMILIES[name].cls}Model")(transformers.CONFIG_MAPPING[name](**config)).eval()
     work = []
@@ -649,20 +649,20 @@ def test_the_trial_costs_little(name, more):
 
 
 class Convolved(transformers.models.nomic_bert.modeling_nomic_bert.NomicBertLayer):
-    """A block among others that looks at its neighbours."""
+    """A block that reads its neighbour."""
 
     def forward(self, hidden_states, *args, **kwargs):
         return super().forward(hidden_states + 0.5 * hidden_states.roll(1, 1), *args, **kwargs)
 
 
-def test_the_trial_runs_a_block_of_each_kind():
+def test_probing_runs_each_class_of_block():
     model = plain("nomic_bert")
     assert wrap(model).gathers
     model.layers[1].__class__ = Convolved
     assert wrap(model).no_gather.startswith("positions enter inside of its blocks")
 
 
-def test_padding_that_would_be_seen_is_refused():
+def test_padding_is_refused_if_attention_ignores_it():
     encoder = wrap(plain("whisper"))
     padding = torch.zeros(3, 20, dtype=torch.bool)
     padding[:, 15:] = True
@@ -679,7 +679,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("modality", RUNS)
-def test_a_run(modality, tmp_path):
+def test_a_run_with_a_spliced_encoder(modality, tmp_path):
     small = [f"encoder.config.{n}" for n in ("hidden_size=32", "num_hidden_layers=3", "num_attention_heads=2")]
     more = ["encoder.config.intermediate_size=48", "targets.top_k=2", "train.steps=3", "train.workers=0", "train.batch_size=4"]
     run = tmp_path / "run"
@@ -691,14 +691,14 @@ def test_a_run(modality, tmp_path):
     assert AutoModel.from_pretrained(run / "export").config.model_type == again.model.config.model_type
 
 
-def test_a_spectrogram_is_no_waveform(tmp_path):
+def test_a_spectrogram_encoder_is_refused_for_waveforms(tmp_path):
     args = ["--config", "audio/tiny", "encoder.model=audio-spectrogram-transformer", f"train.output={tmp_path / 'run'}"]
     more = [f"encoder.config.{k}={v}" for k, v in FAMILIES["audio-spectrogram-transformer"].config.items()]
     with pytest.raises(ConfigError, match="ASTModel does not read what modality=audio gives"):
         train(parse([*args, *more])[0])
 
 
-def test_the_table(tmp_path, capsys):
+def test_the_table_of_supported_encoders(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     table.main([str(page), "modernbert", "swin", "roberta", "bart"])

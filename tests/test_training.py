@@ -51,7 +51,7 @@ def records(folder):
 
 
 @pytest.mark.parametrize("modality", SMALL)
-def test_a_run_leaves_what_it_promises(modality, tmp_path):
+def test_a_run_writes_log_config_and_export(modality, tmp_path):
     run = tmp_path / "run"
     assert train(config(modality, run)) == 0
     log = records(run)
@@ -64,7 +64,7 @@ def test_a_run_leaves_what_it_promises(modality, tmp_path):
     assert sum(p.numel() for p in model.parameters()) > 1000
 
 
-def test_the_export_is_the_student(tmp_path):
+def test_the_export_computes_the_students_states(tmp_path):
     trainer = build(config("vision", tmp_path / "run"))
     loop(trainer)
     model = AutoModel.from_pretrained(tmp_path / "run" / "export", add_pooling_layer=False).eval()
@@ -75,7 +75,7 @@ def test_the_export_is_the_student(tmp_path):
     assert (tmp_path / "run" / "export" / "config.json").exists()
 
 
-def test_the_same_seed_gives_the_same_bits(tmp_path):
+def test_equal_seeds_give_equal_losses_and_another_seed_does_not(tmp_path):
     for name in ("a", "b", "c"):
         more = ["train.seed=1"] if name == "c" else []
         train(config("text", tmp_path / name, *more))
@@ -120,7 +120,7 @@ def test_one_optimizer_step_by_hand(tmp_path):
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):
-    """Four samples at once or two by two: the same gradient, also with unequal masks."""
+    """One batch of four or two of two: the same gradient, also with unequal masks."""
     norms = []
     for size, accumulate in ((4, 1), (2, 2)):
         run = config("audio", tmp_path / str(size), f"train.batch_size={size}", f"train.accumulate={accumulate}")
@@ -135,10 +135,10 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-9)
 
 
-def test_a_local_mean_weighs_micro_batches_alike(tmp_path):
+def test_local_reduction_weights_micro_batches_equally(tmp_path):
     trainer = build(config("vision", tmp_path / "run", "train.accumulate=2", "loss.reduction=local"))
     batches = list(itertools.islice(trainer.feed.batches, 2))
-    batches[1]["mask"][0] = False  # unequal masks, of which a global mean would count the positions
+    batches[1]["mask"][0] = False  # unequal masks, which a global mean would weight by their positions
     batches[1]["index"] = batches[1]["mask"].flatten().nonzero().squeeze(1)
     losses = [trainer.state.core(batch["source"], batch["mask"]).loss for batch in batches]
     parameters = [p for p in trainer.state.core.parameters() if p.requires_grad]
@@ -148,7 +148,7 @@ def test_a_local_mean_weighs_micro_batches_alike(tmp_path):
     assert float(norm) == pytest.approx(float(torch.cat([g.flatten() for g in gradients if g is not None]).norm()), rel=1e-4)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
+def test_a_step_with_a_non_finite_gradient_is_skipped(tmp_path):
     trainer = build(config("vision", tmp_path / "run"))
     batch = trainer.feed.take(1)[0]
     batch["source"][0, 0, 0, 0] = float("nan")
@@ -160,7 +160,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
     assert trainer.state.core.teacher.step == 1 and all(p.isfinite().all() for p in trainer.state.core.parameters())
 
 
-def test_schedules():
+def test_learning_rate_schedules():
     cosine = ScheduleConfig("cosine", warmup=10, final=0.1)
     values = [lr_factor(step, 100, cosine) for step in range(101)]
     assert [values[i] for i in (0, 10, 55, 100)] == pytest.approx([1 / 11, 1, 0.55, 0.1])
@@ -173,21 +173,21 @@ def test_schedules():
     assert lr_factor(965, 1000, tri) == pytest.approx(0.1) and lr_factor(1000, 1000, tri) == pytest.approx(0.01)
 
 
-def test_parameter_groups():
+def test_weight_decay_and_lr_scale_of_parameter_groups():
     model = torch.nn.ModuleDict({"stem": torch.nn.Linear(3, 4), "norm": torch.nn.LayerNorm(4)})
     model["token"] = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1, 1, 4))])
     groups = make_optimizer(model, OptimizerConfig(lr=1.0, weight_decay=0.5, lr_scale={"stem.*": 0.1})).param_groups
     found = {(g["lr"], g["weight_decay"]): {tuple(p.shape) for p in g["params"]} for g in groups}
     assert found == {(0.1, 0.5): {(4, 3)}, (0.1, 0.0): {(4,)}, (1.0, 0.0): {(4,), (1, 1, 4)}}
-    every = make_optimizer(model, OptimizerConfig(weight_decay=0.5, decay_1d=True)).param_groups
-    assert [g["weight_decay"] for g in every] == [0.5]
+    decayed = make_optimizer(model, OptimizerConfig(weight_decay=0.5, decay_1d=True)).param_groups
+    assert [g["weight_decay"] for g in decayed] == [0.5]
     both = make_optimizer(model, OptimizerConfig(lr=1.0, lr_scale={"stem.*": 0.1, "*.weight": 0.5})).param_groups
     assert {tuple(p.shape): round(g["lr"], 6) for g in both for p in g["params"]}[4, 3] == 0.05
     with pytest.raises(ConfigError, match="nothing"):
         make_optimizer(model, OptimizerConfig(lr_scale={"nothing": 2.0}))
 
 
-def test_the_model_is_what_the_settings_say(tmp_path):
+def test_settings_reach_the_model(tmp_path):
     settings = [
         *("targets.top_k=1", "targets.norm=instance", "targets.target_norm=layer", "targets.teacher_fp32=true"),
         *("loss.beta=0.5", "loss.scale=0.25", "loss.impl=eager", "head.layers=2", "head.zero_init=true"),
@@ -227,7 +227,7 @@ def test_broken_samples_are_named_once_and_limited(caplog):
     assert [r.message for r in caplog.records] == named
     with pytest.raises(DataError, match=r"3 of 200 .*(?s:.*)c\.jpg"):
         broken.note([(5, "c.jpg: empty")])
-    with pytest.raises(DataError, match="4 of 200"):  # as all ranks together have seen them
+    with pytest.raises(DataError, match="4 of 200"):  # counted over all ranks
         BrokenSamples(total=200, limit=0.01).judge(dict.fromkeys(range(4), "x.jpg: empty"))
 
 
@@ -240,7 +240,7 @@ def test_the_encoder_knows_the_tokenizers_special_tokens(tmp_path):
         build(config("text", tmp_path / "other", "encoder.model=vit"))
 
 
-def test_short_rows_may_have_nothing_to_score(tmp_path):
+def test_batches_without_masked_positions_are_replaced(tmp_path):
     (tmp_path / "short.txt").write_text("\n".join("a b" if i % 2 else "a few words more than that" for i in range(400)))
     settings = [f"data.path={tmp_path / 'short.txt'}", "data.cross_documents=false", "train.batch_size=1", "train.steps=60"]
     assert train(config("text", tmp_path / "run", *settings)) == 0
@@ -248,8 +248,8 @@ def test_short_rows_may_have_nothing_to_score(tmp_path):
     assert state["ranks"][0]["batches"] > 60
 
 
-def test_variables_of_accelerate_change_nothing(tmp_path, monkeypatch, caplog):
-    """Of those that it documents: gradient accumulation divided each gradient, the others change what is computed and where."""
+def test_environment_variables_of_accelerate_have_no_effect(tmp_path, monkeypatch, caplog):
+    """Gradient accumulation would divide each gradient; the others would change precision, compilation or device."""
     plain = build(config("vision", tmp_path / "plain"))
     variables = {"GRADIENT_ACCUMULATION_STEPS": "4", "MIXED_PRECISION": "bf16", "DYNAMO_BACKEND": "EAGER", "USE_CPU": "no"}
     for name, value in variables.items():
@@ -263,15 +263,15 @@ def test_variables_of_accelerate_change_nothing(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"])
 @pytest.mark.parametrize("value", ["true", "maybe"])
-def test_another_parallelism_of_accelerate_is_refused(name, value, tmp_path, monkeypatch):
+def test_other_parallelism_of_accelerate_is_refused(name, value, tmp_path, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
     with pytest.raises(ConfigError, match=f"ACCELERATE_USE_{name}={value}: d2v-train has data parallelism only; unset it"):
         build(config("vision", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_shared_memory_is_gone_round(tmp_path, monkeypatch, caplog):
-    """Docker gives 64 MB. Batches then come through a pipe, and the run is the same."""
+def test_workers_send_batches_through_a_pipe_if_shared_memory_is_full(tmp_path, monkeypatch, caplog):
+    """Docker's default is 64 MB. The losses are the same."""
     train(config("vision", tmp_path / "a", "train.workers=1"))
     assert "/dev/shm" not in caplog.text
 
@@ -285,7 +285,7 @@ def test_a_full_shared_memory_is_gone_round(tmp_path, monkeypatch, caplog):
     assert a == b
 
 
-def test_workers_that_cannot_be_started(tmp_path, monkeypatch):
+def test_workers_that_cannot_start_raise_an_error(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -296,15 +296,15 @@ def test_workers_that_cannot_be_started(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_outside_of_the_main_thread(tmp_path, caplog):
-    """As in a notebook server or in Ray: only the main thread hears signals."""
+def test_training_outside_the_main_thread_runs_with_a_warning(tmp_path, caplog):
+    """As in a notebook server or in Ray; only the main thread receives signals."""
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(train, config("vision", tmp_path / "run", "train.workers=1")).result() == 0
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 4]
     assert "not in the main thread: SIGTERM and Ctrl-C do not save the run" in caplog.text
 
 
-def test_where_there_is_no_fork_and_signals_are_fewer(tmp_path, monkeypatch, caplog):
+def test_training_without_fork_and_posix_signals(tmp_path, monkeypatch, caplog):
     for name in ("SIGHUP", "SIGCHLD"):
         monkeypatch.delattr(signal, name)
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
@@ -312,7 +312,7 @@ def test_where_there_is_no_fork_and_signals_are_fewer(tmp_path, monkeypatch, cap
     assert "train.workers=2: this system cannot fork processes; the training process loads the data" in caplog.text
 
 
-def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+def test_runs_started_in_the_same_second_get_different_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda format: "20260101-000000")
     with ThreadPoolExecutor(8) as pool:
@@ -326,7 +326,7 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
         folders.new_folder("x")
 
 
-def test_a_log_that_is_no_terminal_gets_plain_lines(tmp_path, monkeypatch, capsys, caplog):
+def test_progress_is_plain_lines_if_stderr_is_not_a_terminal(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
     caplog.set_level("INFO")
     train(config("vision", tmp_path / "run"))
@@ -337,12 +337,12 @@ def test_a_log_that_is_no_terminal_gets_plain_lines(tmp_path, monkeypatch, capsy
     assert "curves are in log.jsonl alone: " in caplog.text and "pip install tensorboard" in caplog.text
 
 
-def test_what_no_gradient_reaches_is_frozen(tmp_path):
-    """Else two ranks stop at their second step. Wav2Vec2-Conformer has a positional convolution that it does not use."""
+def test_parameters_without_a_gradient_are_frozen(tmp_path):
+    """Otherwise two ranks fail at their second step. Wav2Vec2-Conformer has an unused positional convolution."""
     fields = ["encoder.model=wav2vec2-conformer", "encoder.config.layerdrop=0.5"]
     trainer = build(config("audio", tmp_path / "run", *fields))
     core, batch = trainer.state.core.train(), trainer.data.__getitems__([(0, 0), (0, 1)])
-    trainer.state.core.student.model.config.layerdrop = 0  # so that one pass reaches all that there is
+    trainer.state.core.student.model.config.layerdrop = 0  # so that one pass reaches every used parameter
     core(batch["source"], batch["mask"], padding_mask=batch.get("padding_mask")).loss.backward()
     without = [name for name, p in core.named_parameters() if p.requires_grad and p.grad is None]
     assert without and all("pos_conv_embed" in name for name in without)
@@ -352,7 +352,7 @@ def test_what_no_gradient_reaches_is_frozen(tmp_path):
 
 
 @pytest.mark.parametrize("seed", [2**32, 2**63 - 1])
-def test_any_seed(seed, tmp_path):
+def test_seeds_beyond_32_bits(seed, tmp_path):
     build(config("vision", tmp_path / "run", f"train.seed={seed}"))
 
 
@@ -370,7 +370,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
         build(config("vision", tmp_path / "run"))
 
 
-def test_runs_of_one_process_may_differ_in_precision(tmp_path):
+def test_runs_in_one_process_may_use_different_precisions(tmp_path):
     kept = []
     for precision in ("fp32", "bf16", "fp32"):
         kept.append(trainer := build(config("vision", tmp_path / precision, f"train.precision={precision}")))
@@ -385,7 +385,7 @@ def test_epochs_replace_steps(tmp_path):
 
 
 @pytest.mark.parametrize("how, code", [(signal.SIGTERM, 130), (signal.SIGINT, 130)])
-def test_asked_to_stop_it_leaves_its_student(how, code, tmp_path):
+def test_a_stopped_run_exports_its_student(how, code, tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "d2v_fast.cli", *arguments("vision", run, "train.steps=100000", "train.log_every=1")],
@@ -403,8 +403,8 @@ def test_asked_to_stop_it_leaves_its_student(how, code, tmp_path):
     AutoModel.from_pretrained(run / "export")
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """torchrun with two ranks: loss, statistics and gradient of each step are those of one process with twice the batch."""
+def test_two_processes_match_one_with_twice_the_batch(tmp_path):
+    """torchrun with two ranks: loss, statistics and gradient norm of each step agree."""
     losses = {}
     for ranks, size in ((1, 4), (2, 2)):
         run = tmp_path / str(ranks)
@@ -422,8 +422,8 @@ def test_two_processes_train_as_one(tmp_path):
     np.testing.assert_allclose(losses[2], losses[1], rtol=1e-3)
 
 
-def test_begins_or_goes_on(tmp_path, caplog):
-    """As a job that is put into the queue again does: before the first checkpoint too, of which only a log is left."""
+def test_resume_auto_starts_or_resumes(tmp_path, caplog):
+    """As in a requeued job; also if the run died before its first checkpoint and left only a log."""
     caplog.set_level("INFO")
     (tmp_path / "run" / "checkpoints" / "step-1.tmp").mkdir(parents=True)
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 7777}\n')
@@ -436,7 +436,7 @@ def test_begins_or_goes_on(tmp_path, caplog):
     assert train(config("vision", tmp_path / "other", "--resume=auto")) == 0
     for file in (tmp_path / "run" / "checkpoints" / "step-4").glob("student*"):
         file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none of 1 checkpoints is intact"):  # and no run in its place
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is intact"):  # does not start a new run instead
         train(config("vision", tmp_path / "run", "--resume=auto"))
     with pytest.raises(ConfigError, match=r"--resume: which run\?"):
         parse(["--config", "vision/tiny", "--resume=auto"])
@@ -444,18 +444,18 @@ def test_begins_or_goes_on(tmp_path, caplog):
 
 class TestStopRequest:
     @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
-    def test_a_warning_is_never_the_second_signal(self, number, monkeypatch):
+    def test_a_warning_signal_does_not_count_as_the_first_of_two(self, number, monkeypatch):
         monkeypatch.setattr(StopRequest, "ECHO", -1.0)  # any second signal counts
         before = signal.getsignal(number), signal.getsignal(signal.SIGTERM)
         with StopRequest() as stop:
             assert not stop.asked
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
-            os.kill(os.getpid(), signal.SIGTERM)  # would end this process if it were the second one
+            os.kill(os.getpid(), signal.SIGTERM)  # would end this process if it counted as the second signal
             assert stop.asked
         assert (signal.getsignal(number), signal.getsignal(signal.SIGTERM)) == before
 
-    def test_a_handler_that_is_there_stays(self):
+    def test_an_existing_signal_handler_is_kept(self):
         heard = []
         before = signal.signal(signal.SIGUSR1, lambda *args: heard.append(1))
         try:
@@ -466,7 +466,7 @@ class TestStopRequest:
             signal.signal(signal.SIGUSR1, before)
 
 
-def test_srun_alone_is_refused(tmp_path, monkeypatch):
+def test_srun_without_torchrun_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(ConfigError, match=r"srun has started 4 processes, which would be 4 runs; .* torchrun once a node"):
         build(config("vision", tmp_path / "run"))

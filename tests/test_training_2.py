@@ -1,4 +1,4 @@
-"""data2vec 2.0 by d2v-train: runs, what they leave, going on, ranks, and settings that do not fit."""
+"""data2vec 2.0 with d2v-train: runs, their output, resuming, several ranks, and invalid settings."""
 
 import functools
 import json
@@ -80,7 +80,7 @@ def command(monkeypatch, name, *args):
 
 
 @pytest.mark.parametrize("modality, ours", [*((name, False) for name in SMALL), *((name, True) for name in OURS)])
-def test_a_run_leaves_what_it_promises(modality, ours, monkeypatch):
+def test_a_run_writes_log_export_card_and_report(modality, ours, monkeypatch):
     trainer = build(config(modality, "run", *(OURS[modality].split() if ours else [])))
     assert loop(trainer) == 0
     log = records()
@@ -110,7 +110,7 @@ PADDED = {
 
 @pytest.mark.parametrize("modality", PADDED)
 def test_padding_is_neither_seen_nor_scored(modality, waves):
-    """In float64: a padded batch costs what each of its samples alone does, whatever stands in the padding."""
+    """In float64: the loss of a padded batch is the sum over its samples alone, for any content of the padding."""
     trainer = build(config(modality, "run", "head.noise=0", *PADDED[modality].split()))
     core = trainer.state.core.double().eval()
 
@@ -140,15 +140,15 @@ def test_padding_is_neither_seen_nor_scored(modality, waves):
         pytest.param("audio", ["train.workers=0", "--fused"], marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_resumed_it_is_the_same_run(modality, more, waves):
-    """With dropout of states and of what is decoded, noise at masked positions, layer-drop, CLS and padding."""
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(modality, more, waves):
+    """With dropout in encoder and decoder, noise at masked positions, LayerDrop, CLS and padding."""
     more = ["train.steps=12", "train.save_every=5", "head.dropout=0.1", *DROPOUT[modality].split(), *more]
     killed_and_resumed(lambda name: arguments(modality, name, *more), k=5, threads=1)
 
 
-def test_interrupted_and_resumed_it_is_the_same_run():
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one():
     more = ["train.workers=1", "train.log_every=1", "head.dropout=0.1", *DROPOUT["vision"].split()]
-    more += ["schedule.kind=constant", "schedule.warmup=0", "collapse.action=off"]  # which depend on the number of steps
+    more += ["schedule.kind=constant", "schedule.warmup=0", "collapse.action=off"]  # defaults depend on the number of steps
     run = Run(arguments("vision", "run", *more, "train.steps=100000"))
     run.until(lambda: Path("run/log.jsonl").exists() and len(records()) > 3)
     run.send(signal.SIGINT)
@@ -162,7 +162,7 @@ def test_interrupted_and_resumed_it_is_the_same_run():
 
 @pytest.mark.parametrize("modality", SMALL)
 def test_accumulation_equals_a_larger_batch(modality, waves):
-    """Four samples at once or two by two, in float64: the same loss, gradient and share of CLS."""
+    """One batch of four or two of two, in float64: the same loss, gradient norm and CLS loss."""
     found = []
     more = [*OURS.get(modality, "").split(), "head.noise=0"]
     if modality == "audio":  # unequal masks
@@ -181,8 +181,8 @@ def test_accumulation_equals_a_larger_batch(modality, waves):
 
 
 @pytest.mark.parametrize("reduction", ["global", "local"])
-def test_the_loss_of_cls_is_not_held_against_a_constant(reduction):
-    """The mean over a window of two steps of two micro-batches each."""
+def test_relative_loss_excludes_the_cls_loss(reduction):
+    """Means over a window of two steps with two micro-batches each."""
     more = [*OURS["vision"].split(), "train.accumulate=2", f"loss.reduction={reduction}", "loss.cls_weight=50", "head.noise=0"]
     trainer = build(config("vision", "run", *more))
     seen = []
@@ -203,8 +203,8 @@ def test_the_loss_of_cls_is_not_held_against_a_constant(reduction):
     assert record["relative_loss"] == pytest.approx(error / constant, rel=1e-4)
 
 
-def test_a_position_counts_once_however_many_views_score_it():
-    """The share of the targets' variance that position explains: R², adjusted by what is free, of the rows that are there."""
+def test_position_share_counts_each_position_once_for_any_number_of_views():
+    """The reference is the adjusted R² of the targets on their positions, over the distinct rows."""
     trainer = build(config("vision", "run", "data.views=6", "mask.prob=0.5", "mask.adjust=0", "train.steps=1"))
     seen = []
 
@@ -227,8 +227,8 @@ def test_a_position_counts_once_however_many_views_score_it():
     assert records()[-1]["position_share"] == pytest.approx(1 - within / free / (around / (len(rows) - 1)), rel=1e-4)
 
 
-def test_two_processes_train_as_one():
-    """torchrun with two ranks: what the log says of each step is that of one process with twice the batch."""
+def test_two_processes_match_one_with_twice_the_batch():
+    """torchrun with two ranks: the logged figures of each step agree."""
     found = {}
     for ranks, size in ((1, 4), (2, 2)):
         torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"] if ranks == 2 else []
@@ -240,7 +240,7 @@ def test_two_processes_train_as_one():
             env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert "frozen" not in done.stderr  # the vector of what is masked does not count: nobody asks for its gradient
+        assert "frozen" not in done.stderr  # the mask vector does not require a gradient
         pooled = ("loss", "cls_loss", "relative_loss", "target_std", "grad_norm", "position_share", "content_loss")
         pooled += ("feature_std", "student_rank", "teacher_rank", "teacher_decay", "update_share")
         found[ranks] = [[r[name] for name in pooled] for r in records(str(ranks))]
@@ -249,13 +249,13 @@ def test_two_processes_train_as_one():
 
 
 @pytest.mark.parametrize("modality", SMALL)
-def test_every_parameter_that_trains_has_a_gradient(modality):
+def test_freeze_unused_finds_nothing_to_freeze(modality):
     trainer = build(config(modality, "run", *OURS.get(modality, "").split()))
     assert freeze_unused(trainer.state.core, trainer.data) == []
 
 
 @pytest.mark.parametrize("modality", SMALL)
-def test_fused_is_the_same_curve(modality, monkeypatch):
+def test_fused_and_plain_losses_agree(modality, monkeypatch):
     curves, attended, ours = [], set(), attention.attention
     monkeypatch.setattr(attention, "attention", lambda *args, **kwargs: attended.add(name) or ours(*args, **kwargs))
     for name, fused in (("plain", False), ("fused", True)):
@@ -268,7 +268,7 @@ def test_fused_is_the_same_curve(modality, monkeypatch):
     np.testing.assert_allclose(*curves, rtol=1e-3)
 
 
-def test_bf16_is_near_the_same_curve():
+def test_bf16_losses_are_close_to_fp32():
     curves = []
     for precision in ("fp32", "bf16"):
         more = [*OURS["vision"].split(), f"train.precision={precision}", "train.log_every=1", "head.noise=0"]
@@ -279,7 +279,7 @@ def test_bf16_is_near_the_same_curve():
 
 
 @pytest.mark.parametrize("modality", SMALL)
-def test_replayed_passes_are_the_same_run(modality):
+def test_replayed_graphs_give_the_same_run(modality):
     found = []
     for name in ("plain", "replayed"):
         run = build(config(modality, name, *OURS.get(modality, "").split(), "train.steps=9", "train.log_every=3"))
@@ -291,10 +291,10 @@ def test_replayed_passes_are_the_same_run(modality):
     for key in ("loss", "cls_loss", "grad_norm", "target_std", "teacher_rank"):
         assert [record.get(key) for record in replayed] == [record.get(key) for record in plain], key
     assert all(torch.equal(again[name], value) for name, value in weights.items())
-    assert run.state.graphs.recorded or modality == "audio"  # whose lengths differ
+    assert run.state.graphs.recorded or modality == "audio"  # lengths differ, so nothing repeats
 
 
-def test_graphs_are_for_one_gpu_and_passes_that_ask_for_nothing():
+def test_graphs_are_used_only_on_one_gpu_without_accumulation():
     run = build(config("vision", "run"), fused=True)
     state, settings = run.state, run.config.train
     assert state.graphs is None  # on a CPU
@@ -306,20 +306,20 @@ def test_graphs_are_for_one_gpu_and_passes_that_ask_for_nothing():
     assert make_graphs(state, settings) is None
 
 
-class TestTheMonitor:
-    def test_names_a_run_that_diverges(self):
+class TestMonitor:
+    def test_detects_a_diverging_run(self):
         more = ["train.steps=60", "collapse.after=10", "optimizer.lr=5", "schedule.kind=constant", "schedule.warmup=0"]
         with pytest.raises(CollapseError, match="collapse"):
             training.train(config("text", "run", *more, "collapse.action=stop", "train.log_every=10", "train.clip_norm=0"))
 
-    def test_names_a_student_that_does_not_learn(self):
+    def test_detects_a_student_that_does_not_learn(self):
         more = ["train.steps=20", "collapse.after=5", "optimizer.lr=1e-12", "collapse.action=stop"]
         with pytest.raises(CollapseError, match="the student hardly moves"):
             training.train(config("vision", "run", *more))
 
     @pytest.mark.parametrize("bound, alarmed", [("1.0", False), ("0.999999", True)])
-    def test_lets_a_teacher_stand_still_where_its_bound_says_so(self, bound, alarmed):
-        """As the published recipes have it that end with a decay of 1."""
+    def test_a_constant_teacher_is_allowed_by_a_decay_bound_of_1(self, bound, alarmed):
+        """Some published recipes end with a decay of 1."""
         more = ["ema.start=1", "ema.end=1", "train.steps=12", "collapse.after=5", f"collapse.decay={bound}"]
         training.train(config("vision", "run", *more))
         found = Path("run/alarms.jsonl").read_text() if Path("run/alarms.jsonl").exists() else ""
@@ -331,10 +331,10 @@ class TestTheMonitor:
     [
         ("audio/tiny-2", "data2vec-audio", 5),
         ("audio/v2-base", "data2vec-audio", 5),
-        ("audio/v2-base", "wav2vec2", None),  # the width of one convolution there
+        ("audio/v2-base", "wav2vec2", None),  # there it is the kernel width of a single convolution
     ],
 )
-def test_another_encoder_keeps_what_means_the_same(preset, model, layers):
+def test_changing_the_encoder_keeps_only_fields_with_the_same_meaning(preset, model, layers):
     fields = parse(["--config", preset, f"encoder.model={model}"])[0].encoder.config
     assert fields.get("num_conv_pos_embeddings") == layers and fields["num_attention_heads"] in (4, 12)
 
@@ -347,8 +347,8 @@ def test_another_encoder_keeps_what_means_the_same(preset, model, layers):
         pytest.param("finetune_ctc", "audio", marks=pytest.mark.slow),
     ],
 )
-def test_fine_tuning_takes_the_export(name, modality, monkeypatch):
-    """In a process that has not yet heard of the models of data2vec 2.0."""
+def test_the_fine_tuning_examples_load_the_export(name, modality, monkeypatch):
+    """In a process that has not imported the data2vec 2.0 models."""
     training.train(config(modality, "run", *OURS[modality].split()))
     assert command(monkeypatch, "export", "run", "--to", "encoder") is None
     code = f"import sys, torch, {name}; torch.set_num_threads(1); print({name}.main('encoder', count=32, epochs=1))"
@@ -362,7 +362,7 @@ def test_fine_tuning_takes_the_export(name, modality, monkeypatch):
 
 
 class Placed(Handwritten):
-    """An encoder of one's own whose positions are added by a method."""
+    """A custom encoder with a method `place` that adds positions."""
 
     def __init__(self):
         super().__init__()
@@ -376,7 +376,7 @@ class Placed(Handwritten):
 
 
 class Table(Handwritten):
-    """Another one, where `place` is the table itself and `contextualize` adds it."""
+    """A custom encoder whose attribute `place` is a table that `contextualize` adds."""
 
     def __init__(self):
         super().__init__()
@@ -386,7 +386,7 @@ class Table(Handwritten):
         return super().contextualize(features + self.place, padding_mask)
 
 
-def test_an_encoder_of_ones_own():
+def test_a_custom_encoder_needs_the_method_place_for_views():
     encoder, source = Encoder(Placed(), "blocks", "mlp.2"), torch.randn(2, 12, 6)
     mask = torch.rand(2, 3, 12).argsort(-1) < 7
     model = Data2Vec(encoder, decoder=ConvDecoder(32, width=32, layers=1), top_k=2)
@@ -403,14 +403,14 @@ def test_an_encoder_of_ones_own():
         Data2Vec(other, decoder=ConvDecoder(32, width=32, layers=1), top_k=2)
 
 
-def test_patches_that_are_no_squares():
+def test_rectangular_patches():
     more = ["encoder.config.patch_size=[4,8]", "encoder.init=hf", *OURS["vision"].split()]
     trainer = build(config("vision", "run", *more))
     assert trainer.data.grid == (8, 4) and loop(trainer) == 0
 
 
 @pytest.mark.parametrize("views", range(1, 17, 3))
-def test_any_number_of_views(views):
+def test_1_to_16_views(views):
     trainer = build(config("vision", "run", f"data.views={views}"))
     batch = trainer.feed.take(1)[0]
     assert batch["mask"].shape[:2] == (4, views)
@@ -455,29 +455,29 @@ def test_any_number_of_views(views):
         ("vision", "head.pretrained=none", "head.pretrained=none: No such file or directory: none/head.safetensors"),
     ],
 )
-def test_what_does_not_fit_is_said_in_one_line(modality, more, message, monkeypatch):
+def test_invalid_settings_give_a_one_line_message(modality, more, message, monkeypatch):
     found = command(monkeypatch, "train", *arguments(modality, "run", *more.split()))
     assert found.startswith("d2v-train: ") and message in found and len(found.splitlines()) == 1
     assert not Path("run").exists()
 
 
 @dataclass(frozen=True)
-class Blind:
-    """A mask of one's own under which nothing is visible."""
+class MasksAll:
+    """A custom mask that hides every position."""
 
     def __call__(self, draws, size, lengths=None):
         return np.ones((len(draws), math.prod(size)), dtype=bool)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_mask_under_which_nothing_is_visible(workers, monkeypatch):
-    monkeypatch.setattr("d2v_fast.masking.ExactBlockMask.__call__", Blind.__call__)
+def test_a_mask_that_hides_every_position_is_refused(workers, monkeypatch):
+    monkeypatch.setattr("d2v_fast.masking.ExactBlockMask.__call__", MasksAll.__call__)
     found = command(monkeypatch, "train", *arguments("vision", "run", f"train.workers={workers}"))
     assert found == "d2v-train: mask: found a view without visible positions, expected at least one in each"
 
 
 class TestPretrained:
-    """A folder as d2v-export leaves it of a released checkpoint: encoder, decoder and teacher."""
+    """A folder as d2v-export writes it for a released checkpoint: encoder, decoder and teacher."""
 
     @pytest.fixture
     def folder(self, here):
@@ -492,13 +492,13 @@ class TestPretrained:
         settings = [setting for setting in arguments(modality, "run") if not setting.startswith("encoder.config.")]
         return [*settings, "encoder.pretrained=before/export", *more]
 
-    def test_goes_on_from_all_three(self, folder):
+    def test_encoder_decoder_and_teacher_are_loaded(self, folder):
         trainer = build(parse(self.arguments())[0])
         for name, value in folder[1].state_dict().items():
             if isinstance(value, torch.Tensor) and not name.endswith(("mask_embedding", "_extra_state")):
                 assert torch.equal(trainer.state.core.state_dict()[name], value), name
 
-    def test_of_another_modality(self, folder, monkeypatch):
+    def test_another_modality_is_refused(self, folder, monkeypatch):
         found = command(monkeypatch, "train", *self.arguments("audio"))
         assert "encoder.pretrained=before/export: Data2Vec2VisionModel does not read what modality=audio gives" in found
 
@@ -511,7 +511,7 @@ class TestPretrained:
             ("-teacher", "", "the teacher, not saved, is a copy of the student"),
         ],
     )
-    def test_without_a_part_it_says_so(self, spoil, more, message, folder, caplog):
+    def test_a_missing_or_unusable_part_is_reported(self, spoil, more, message, folder, caplog):
         file = folder[0] / f"{spoil.lstrip('-')}.safetensors"
         if spoil.startswith("-"):
             file.unlink()
@@ -520,7 +520,7 @@ class TestPretrained:
         build(parse(self.arguments("vision", *more.split()))[0])
         assert message in caplog.text
 
-    def test_a_part_of_something_else_is_refused(self, folder, monkeypatch):
+    def test_parts_with_other_shapes_are_refused(self, folder, monkeypatch):
         found = command(monkeypatch, "train", *self.arguments("vision", "head.pretrained=before/export", "head.kernel=5"))
         assert "head.pretrained=before/export: Error(s) in loading state_dict for ConvDecoder: size mismatch" in found
         assert found.endswith("; made with: head.width=32") and len(found) < 400
