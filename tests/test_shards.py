@@ -122,8 +122,7 @@ def test_damaged_archives(shards, caplog):
     assert counts[0] == 1 and 1 <= counts[1] < 14 and counts[2:] == [12, 0]
     assert "0.tar: cannot be read after 1 files" in caplog.text
     assert (
-        f"1.tar: cannot be read after {counts[1]} files" in caplog.text
-        and "3.tar: cannot be read after 0 files" in caplog.text
+        f"1.tar: cannot be read after {counts[1]} files" in caplog.text and "3.tar: cannot be read after 0 files" in caplog.text
     )
     assert all(source.read(i).size[0] == 24 for i in range(len(source)))
     caplog.clear()
