@@ -16,6 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Source:
         part: Reads a sample from a start to a stop position, without reading the rest.
         lengths: Lengths of all samples, if a manifest lists them.
         state: Gives a fingerprint that changes whenever the content of the samples may have changed.
+        digest: Gives bytes that change with the content of a sample, if that takes less than reading its file.
     """
 
     names: Sequence[str]
@@ -63,6 +65,7 @@ class Source:
     part: Callable[[int, int, int], Any] | None = None
     lengths: np.ndarray | None = None
     state: Callable[[], str] | None = None
+    digest: Callable[[int], bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -84,7 +87,7 @@ class Source:
             parts = [self.names[i][shared:].encode(errors="surrogatepass")]
             if self.file and i % stride == 0:
                 try:
-                    parts.append(_edges(self.file(i)))
+                    parts.append(self.digest(i) if self.digest else _file_edges(self.file(i)))
                 except Exception as error:  # training reports it when it reads the sample
                     parts.append(type(error).__name__.encode())
             if more is not None:
@@ -98,13 +101,17 @@ class Source:
             return np.frombuffer(b"".join(pool.map(digest_some, range(0, count, 1000))), dtype=np.int64)
 
 
-def _edges(file: str | io.BytesIO) -> bytes:
+def _file_edges(file: str | io.BytesIO) -> bytes:
     with open(regular(file), "rb", buffering=0) if isinstance(file, str) else file as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(0)
-        head = stream.read(EDGE)
-        stream.seek(max(len(head), size - EDGE))
-        return b"%d " % size + head + stream.read(EDGE)
+        return edges(stream, 0, stream.seek(0, os.SEEK_END))
+
+
+def edges(stream: Any, begin: int, end: int) -> bytes:
+    """The size of a range of a binary stream, and its first and last `EDGE` bytes."""
+    stream.seek(begin)
+    head = stream.read(min(EDGE, end - begin))
+    stream.seek(max(begin + len(head), end - EDGE))
+    return b"%d " % (end - begin) + head + stream.read(end - stream.tell())
 
 
 class PretrainingData(Dataset):
@@ -470,7 +477,7 @@ def load_hub(path: str, name: str | None, split: str) -> Any:
     """
     import datasets
 
-    try:
+    with _loading(path, name, split):
         if is_saved(path):
             found = datasets.load_from_disk(path)
             splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
@@ -482,6 +489,13 @@ def load_hub(path: str, name: str | None, split: str) -> Any:
         if is_local(path):
             return datasets.load_dataset("parquet", data_files=as_patterns(find_files(path, (".parquet",))), split="train")
         return datasets.load_dataset(path, name, split=split)
+
+
+@contextmanager
+def _loading(path: str, name: str | None, split: str) -> Iterator[None]:
+    """Turn exceptions of `datasets` into DataErrors."""
+    try:
+        yield
     except DataError:
         raise
     except Exception as error:
@@ -490,19 +504,24 @@ def load_hub(path: str, name: str | None, split: str) -> Any:
         raise DataError(f"data.path={path}: {'' if local else 'no such file or folder here, and it '}{failed}") from error
 
 
-def load_media(path: str, name: str | None, split: str, kind: type) -> tuple[Any, Callable[[int], str | io.BytesIO]]:
-    """A data set from `load_hub`, and a function that returns the undecoded file of a row, as bytes or a path.
+def load_media(path: str, name: str | None, split: str, kind: type, cache: str | None = None) -> tuple[Any, Source]:
+    """A data set, and its rows as a `Source` of undecoded files, as bytes or paths; `read` returns them too.
 
-    Files are taken from the first column of type `kind` or, failing that, from the first column of bytes or of structs
-    {bytes, path}, as in parquet files that `datasets` did not write.
+    Local parquet files are read in place (`Parquet`), everything else by `load_hub`. Files are taken from the first column of
+    type `kind` or, failing that, from the first column of bytes or of structs {bytes, path}, as in parquet files of other
+    writers.
 
     Args:
         kind: `datasets.Image` or `datasets.Audio`.
+        cache: data.cache.
 
     Raises:
         DataError: The data set cannot be loaded, or no column holds files.
     """
-    data = load_hub(path, name, split)
+    from d2v_fast.data.parquet import Parquet
+
+    parquet = _local_parquet(path, name, split)
+    data = Parquet(path, *parquet, cache) if parquet else load_hub(path, name, split)
     typed = [column for column, feature in data.features.items() if isinstance(feature, kind)]
     columns = typed or [column for column, feature in data.features.items() if _holds_bytes(feature)]
     if not columns:
@@ -510,12 +529,19 @@ def load_media(path: str, name: str | None, split: str, kind: type) -> tuple[Any
         raise DataError(
             f"data.path={path}: no column of type {wanted}, binary or struct<bytes, path>; found {describe_columns(data)}"
         )
+    column = columns[0]
     if len(columns) > 1:
-        log.warning("%s: columns %s may all hold files; using column %s", path, ", ".join(columns), columns[0])
-    files = data.select_columns(columns[:1]).cast_column(columns[0], kind(decode=False))
+        log.warning("%s: columns %s may all hold files; using column %s", path, ", ".join(columns), column)
+    places = data.index(column) if parquet else None
+    files = None if parquet else data.select_columns([column]).cast_column(column, kind(decode=False))
 
     def file(index: int) -> str | io.BytesIO:
-        entry = files[index][columns[0]] or {}
+        entry = data.value(index, column, places[index].tolist()) if parquet else files[index][column]
+        if isinstance(entry, bytes):
+            entry = {"bytes": entry}
+        elif isinstance(entry, str):
+            entry = {"path": entry}
+        entry = entry or {}
         if entry.get("bytes"):
             return io.BytesIO(entry["bytes"])
         if not entry.get("path"):
@@ -524,7 +550,25 @@ def load_media(path: str, name: str | None, split: str, kind: type) -> tuple[Any
             raise FileNotFoundError(f"no such file: {entry['path']}")
         return entry["path"]
 
-    return data, file
+    if parquet:
+        digest = lambda i: data.digest(i, column, places[i].tolist())  # noqa: E731
+        return data, Source(data.names, file, file=file, state=data.state, digest=digest)
+    return data, Source([f"{path}[{i}]" for i in range(len(data))], file, file=file, state=lambda: data._fingerprint)
+
+
+def _local_parquet(path: str, name: str | None, split: str) -> tuple[list[str], Any] | None:
+    """Local parquet files of a split, and their features if a README.md lists them; None for data of another kind."""
+    import datasets
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if is_saved(path) or not is_local(path):
+        return None
+    if not os.path.isdir(path):
+        return find_files(path, (".parquet",)), None
+    with _loading(path, name, split):
+        builder = datasets.load_dataset_builder(path, name)  # knows which files are of which split
+    files = (builder.config.data_files or {}).get(split)
+    return (list(files), builder.info.features) if files and isinstance(builder, Parquet) else None
 
 
 def _holds_bytes(feature: Any) -> bool:

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,10 @@ def open_images(path: str, name: str | None = None, split: str = "train", cache:
             return Source(files, lambda i: read_image(files[i]), labels, file=files.__getitem__)
     import datasets
 
-    images, file = load_media(path, name, split, datasets.Image)
+    images, source = load_media(path, name, split, datasets.Image, cache)
     classes = [c for c, kind in images.features.items() if isinstance(kind, datasets.ClassLabel) or c == "label"]
     labels = [str(i) for i in images[classes[0]]] if classes else None
-    names = [f"{path}[{i}]" for i in range(len(images))]
-    return Source(names, lambda i: read_image(file(i)), labels, file=file)
+    return replace(source, read=lambda i: read_image(source.file(i)), labels=labels)
 
 
 def random_box(wide: int, high: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator) -> Box:
