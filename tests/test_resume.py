@@ -588,7 +588,7 @@ class TestStrict:
             (["--resume", "--config", "vision/tiny"], "--resume: which run? --resume RUN, or train.output=RUN"),
             (["--resume", "old.pt"], "old.pt: a pickle, which can run any code when it is loaded"),
             (["--resume"], "--resume: which run? --resume RUN, or train.output=RUN"),
-            (["--config", "run"], "--config run: a folder; its settings are in run/config.yaml"),
+            (["--config", "run"], "--config run: is a folder; its settings are in run/config.yaml"),
             (vision("run"), "holds a run already; --resume goes on with it"),
         ],
     )
