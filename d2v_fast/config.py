@@ -872,7 +872,7 @@ def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
     help = 'Your own data set, "package.module:Class", usually with modality=custom.'
     parser.add_argument("--data.class", type=str | None, default=own, help=help)
     parser.add_class_arguments(data_class(modality, own), "data", skip=NO_SETTINGS)
-    parser.add_argument("--mask.kind", type=Literal[MODALITIES[modality].masks], default=kind, help="How to choose positions.")
+    parser.add_argument("--mask.kind", type=Literal[MODALITIES[modality].masks], default=kind, help="How positions are masked.")
     parser.add_class_arguments(MASKS[kind], "mask")
     return parser
 
@@ -1044,7 +1044,7 @@ def _type_in_words(hint: Any) -> tuple[str, list[str]]:
         int: "a whole number",
         float: "a number",
         bool: "true or false",
-        str: "a text",
+        str: "a string",
         NoneType: "null",
         list: "a list",
         tuple: f"a list of {len(inner)} numbers",

@@ -432,7 +432,7 @@ def test_begins_or_goes_on(tmp_path, caplog):
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 4] and "7777" not in str(records(tmp_path / "run"))
     assert not (tmp_path / "run" / "alarms.jsonl").exists() and "goes on after" not in caplog.text
     assert train(config("vision", tmp_path / "run", "--resume=auto")) == 0
-    assert "goes on after step 4; nothing is left to train" in caplog.text
+    assert "resumes after step 4; nothing is left to train" in caplog.text
     assert train(config("vision", tmp_path / "other", "--resume=auto")) == 0
     for file in (tmp_path / "run" / "checkpoints" / "step-4").glob("student*"):
         file.write_bytes(b"")
