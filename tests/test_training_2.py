@@ -505,8 +505,8 @@ class TestPretrained:
     @pytest.mark.parametrize(
         "spoil, more, message",
         [
-            ("", "head.kernel=5", "is not of this head, which starts at random; made with: head.width=32 (Error(s) in loading"),
-            ("head", "", "is not of this head, which starts at random (Error while deserializing header"),
+            ("", "head.kernel=5", "does not fit this head, which starts at random; made with: head.width=32 (Error(s) in loading"),
+            ("head", "", "does not fit this head, which starts at random (Error while deserializing header"),
             ("-head", "", "has no head.safetensors, so the decoder starts at random"),
             ("-teacher", "", "the teacher, not saved, is a copy of the student"),
         ],
@@ -526,4 +526,4 @@ class TestPretrained:
         assert found.endswith("; made with: head.width=32") and len(found) < 400
         save_file({"embeddings.cls_token": torch.zeros(1)}, folder[0] / "teacher.safetensors")
         found = command(monkeypatch, "train", *self.arguments())
-        assert "remove it, and the teacher starts as a copy of the student" in found and len(found.splitlines()) == 1
+        assert "remove it to start the teacher as a copy of the student" in found and len(found.splitlines()) == 1
