@@ -199,7 +199,7 @@ class TestMessages:
 
     def test_a_mask_that_covers_nothing(self, monkeypatch, corpus):
         message = train(monkeypatch, *TEXT, f"data.path={corpus}", "mask.prob=1e-9")
-        assert "the mask covers none of the positions of 100 batches in a row" in message and "raise mask.prob" in message
+        assert "the mask covers no position in 100 batches in a row" in message and "raise mask.prob" in message
 
     def test_audio_shorter_than_a_frame(self, monkeypatch):
         soundfile.write("a.wav", np.ones(100), 16000)

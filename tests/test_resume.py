@@ -388,7 +388,7 @@ def test_a_loader_worker_that_dies():
     os.kill(int(worker), signal.SIGKILL)
     code, said = run.wait()
     assert code == 1 and "Traceback" not in said
-    assert said.splitlines()[-1].startswith("d2v-train: a process that loads data died: ")
+    assert said.splitlines()[-1].startswith("d2v-train: a data loading process died: ")
     saved = int(last("run").name[5:])
     assert saved >= logged("run") > saved - 4
     code, said = train(["--resume", "run", f"train.steps={saved + 4}", "--resume-allow", "train.steps"])

@@ -280,7 +280,7 @@ def test_a_full_shared_memory_is_gone_round(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # also in the workers, which are forks
     train(config("vision", tmp_path / "b", "train.workers=1"))
-    assert caplog.text.count("/dev/shm is full, so that batches come through a pipe") == 1
+    assert caplog.text.count("/dev/shm is full, so batches come through a slower pipe") == 1
     a, b = ([r["loss"] for r in records(tmp_path / name)] for name in "ab")
     assert a == b
 
@@ -290,7 +290,7 @@ def test_workers_that_cannot_be_started(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("multiprocessing.context.BaseContext.Queue", full)
-    message = r"train\.workers=1: cannot be started: .*No space left on device; fewer may do, .* docker run --shm-size=8g"
+    message = r"train\.workers=1: cannot be started: .*No space left on device; try fewer, .* docker run --shm-size=8g"
     with pytest.raises(DataError, match=message):
         train(config("vision", tmp_path / "run", "train.workers=1"))
     assert not (tmp_path / "run").exists()

@@ -427,7 +427,7 @@ def test_any_number_of_views(views):
         ("vision", "mask.kind=block", "BlockMask leaves a different number of positions visible in each view"),
         ("audio", "mask.kind=span", "SpanMask leaves a different number of positions visible in each view"),
         ("text", "mask.kind=token", "TokenMask leaves a different number of positions visible in each view"),
-        ("vision", "mask.prob=0.001 mask.inverse=false", "the mask covers none of the positions of 100 batches in a row"),
+        ("vision", "mask.prob=0.001 mask.inverse=false", "the mask covers no position in 100 batches in a row"),
         ("vision", "head.groups=5", "head.groups: found 5, expected a divisor of width=32 and hidden_size=32"),
         ("vision", "head.kernel=0", "head.kernel: found 0, expected at least 1"),
         ("vision", "head.width=0", "head.width: found 0, expected at least 1"),
