@@ -116,7 +116,7 @@ class TestRuns:
 
         assert AutoModel.from_pretrained("run/export").config.hidden_size == 32
 
-        assert "train.output=run: holds a run already" in train(monkeypatch, *args, f"data.path={data}", "train.output=run")
+        assert "train.output=run: already holds a run" in train(monkeypatch, *args, f"data.path={data}", "train.output=run")
         assert train(monkeypatch, "--config", "run/config.yaml", "train.output=again") in (0, None)
         again = [json.loads(line) for line in open("again/log.jsonl")]
         assert [record["loss"] for record in again] == [record["loss"] for record in log]

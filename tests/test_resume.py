@@ -123,7 +123,7 @@ def test_two_at_work_in_one_folder_are_one_too_many():
     finally:
         first.process.kill()
         first.wait()
-    assert (code, said) == (1, "d2v-train: train.output=run: another d2v-train is at work there; wait for its end\n")
+    assert (code, said) == (1, "d2v-train: train.output=run: another d2v-train is running there; wait until it ends\n")
     steps = last("run").name.removeprefix("step-")
     code, said = train(["--resume", "run", f"train.steps={steps}", "--resume-allow", "train.steps"])
     assert code == 0, said
@@ -589,7 +589,7 @@ class TestStrict:
             (["--resume", "old.pt"], "old.pt: is a pickle, which can run any code when it is loaded"),
             (["--resume"], "--resume: which run? --resume RUN, or train.output=RUN"),
             (["--config", "run"], "--config run: is a folder; its settings are in run/config.yaml"),
-            (vision("run"), "holds a run already; --resume goes on with it"),
+            (vision("run"), "already holds a run; --resume continues it"),
         ],
     )
     def test_no_run_to_resume(self, args, message):
@@ -601,7 +601,7 @@ class TestStrict:
         code, said = train(["--resume", "run"])
         assert code == 1 and "run/checkpoints: no checkpoint; another train.output without" in said
         code, said = train(vision("run"))
-        assert code == 1 and "holds a run already; it has no checkpoint to go on from; remove it, another folder" in said
+        assert code == 1 and "already holds a run; it has no checkpoint to resume from; remove it, or choose another folder" in said
 
     def test_a_copy_goes_on_beside_the_original(self):
         subprocess.run(["cp", "-r", "run", "copy"], check=True)
@@ -656,7 +656,7 @@ def test_what_is_found_in_the_folder_stays(monkeypatch):
 
     def another(*args):
         code, said = train(vision("run", "train.seed=5"))
-        assert code == 1 and "another d2v-train is at work there" in said, said
+        assert code == 1 and "another d2v-train is running there" in said, said
         return make_data(*args)
 
     make_data = build.make_data

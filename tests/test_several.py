@@ -242,7 +242,7 @@ class TestRun:
             probe.main([str(run[0])])
 
     def test_the_folder_is_not_taken_twice(self, run):
-        with pytest.raises(ConfigError, match="holds a run already; --resume goes on with it"):
+        with pytest.raises(ConfigError, match="already holds a run; --resume continues it"):
             build(config(run[0]))
 
 

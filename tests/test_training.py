@@ -334,7 +334,7 @@ def test_a_log_that_is_no_terminal_gets_plain_lines(tmp_path, monkeypatch, capsy
     progress = [line for line in lines if line.startswith("step ")]
     assert [line.partition(",")[0] for line in progress] == ["step 1/4", "step 2/4", "step 4/4"]
     assert progress[-1].startswith("step 4/4, 00:00 left: loss ") and "\r" not in "".join(lines)
-    assert "curves are in log.jsonl alone: " in caplog.text and "pip install tensorboard" in caplog.text
+    assert "curves are only in log.jsonl: " in caplog.text and "pip install tensorboard" in caplog.text
 
 
 def test_what_no_gradient_reaches_is_frozen(tmp_path):
@@ -366,7 +366,7 @@ def test_collapse_rules(tmp_path, caplog):
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     train(config("vision", tmp_path / "run"))
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already holds a run"):
         build(config("vision", tmp_path / "run"))
 
 
