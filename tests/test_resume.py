@@ -601,7 +601,7 @@ class TestStrict:
         code, said = train(["--resume", "run"])
         assert code == 1 and "run/checkpoints: no checkpoint; another train.output without" in said
         code, said = train(vision("run"))
-        assert code == 1 and "already holds a run; it has no checkpoint to resume from; remove it, or choose another folder" in said
+        assert code == 1 and "already holds a run; it has no checkpoint to resume from; remove it, or choose" in said
 
     def test_a_copy_goes_on_beside_the_original(self):
         subprocess.run(["cp", "-r", "run", "copy"], check=True)

@@ -180,7 +180,7 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def make_graphs(state: State, train: TrainConfig) -> Graphs | None:
-    """CUDA graphs, for one process on a GPU whose passes never depend on the host; layer-drop or the model's own forward may."""
+    """CUDA graphs for one process on a GPU, if no pass depends on the host, as layer-drop and a model's own forward may."""
     student = state.core.student
     alone = state.device.type == "cuda" and state.world == 1
     simple = train.accumulate == 1 and state.accelerator.scaler is None and student.halves is not None
