@@ -505,7 +505,7 @@ class TestPretrained:
     @pytest.mark.parametrize(
         "spoil, more, message",
         [
-            ("", "head.kernel=5", "does not fit this head, which starts at random; made with: head.width=32 (Error(s) in loading"),
+            ("", "head.kernel=5", "does not fit this head, which starts at random; made with: head.width=32 (Error(s) in"),
             ("head", "", "does not fit this head, which starts at random (Error while deserializing header"),
             ("-head", "", "has no head.safetensors, so the decoder starts at random"),
             ("-teacher", "", "the teacher, not saved, is a copy of the student"),

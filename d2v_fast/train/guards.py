@@ -129,7 +129,7 @@ def in_main_thread() -> bool:
 
 
 class StopRequest:
-    """SIGTERM, Ctrl-C and a closed terminal end the run after the current step, with a checkpoint. A second one ends it at once.
+    """SIGTERM, Ctrl-C and SIGHUP end the run after the current step, with a checkpoint; a second one ends it at once.
 
     So do SIGUSR1 and SIGUSR2, with which SLURM announces the end of a job's time, unless they have another handler. They never
     count as the second signal, because SIGTERM follows them.
