@@ -116,7 +116,7 @@ class TestRuns:
 
         assert AutoModel.from_pretrained("run/export").config.hidden_size == 32
 
-        assert "train.output=run: holds a run already" in train(monkeypatch, *args, f"data.path={data}", "train.output=run")
+        assert "train.output=run: already holds a run" in train(monkeypatch, *args, f"data.path={data}", "train.output=run")
         assert train(monkeypatch, "--config", "run/config.yaml", "train.output=again") in (0, None)
         again = [json.loads(line) for line in open("again/log.jsonl")]
         assert [record["loss"] for record in again] == [record["loss"] for record in log]
@@ -199,7 +199,7 @@ class TestMessages:
 
     def test_a_mask_that_covers_nothing(self, monkeypatch, corpus):
         message = train(monkeypatch, *TEXT, f"data.path={corpus}", "mask.prob=1e-9")
-        assert "the mask covers none of the positions of 100 batches in a row" in message and "raise mask.prob" in message
+        assert "the mask covers no position in 100 batches in a row" in message and "raise mask.prob" in message
 
     def test_audio_shorter_than_a_frame(self, monkeypatch):
         soundfile.write("a.wav", np.ones(100), 16000)

@@ -167,7 +167,7 @@ class TestSettings:
         assert config.encoder.config == {
             "image_size": 224, "patch_size": 32, "attention_probs_dropout_prob": 0.05, "layer_norm_eps": 1e-6,
         }  # fmt: skip
-        told = "encoder.model=vit: without drop_path_rate, layer_scale_init_value, which was for beit\n"
+        told = "encoder.model=vit: dropped drop_path_rate, layer_scale_init_value, set for beit\n"
         assert capsys.readouterr().err == told
         config, _ = parse(["--config", "audio/tiny", "encoder.model=hubert"])
         assert "num_conv_pos_embeddings" not in config.encoder.config and config.encoder.config["hidden_size"] == 192

@@ -205,11 +205,11 @@ def test_another_number_of_ranks_has_an_equal_share_of_what_was():
 
 def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     vision = functools.partial(test_training.config, "vision")
-    with pytest.raises(ConfigError, match=r"train.precision=fp16: has no scale .* sharded ranks agree on; take bf16 or fp32"):
+    with pytest.raises(ConfigError, match=r"train.precision=fp16: sharded ranks cannot agree on a gradient scale; use bf16"):
         vision(tmp_path / "run", "train.shard=true", "train.precision=fp16")
     with pytest.raises(ConfigError, match=r"train.shard: found all, expected true or false or one of hybrid"):
         vision(tmp_path / "run", "train.shard=all")
-    one = "train.shard=true: there is one process, which has nobody to share with; start several, torchrun .* or train.shard=f"
+    one = "train.shard=true: there is only one process; start several with torchrun .* or set train.shard=f"
     with pytest.raises(ConfigError, match=one):
         build(vision(tmp_path / "run", "train.shard=true"))
     run = build(test_training.config("audio", tmp_path / "audio", "encoder.config.layerdrop=0.1"))
@@ -217,7 +217,7 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "shard", lambda core, device, world, hybrid: sharding.shard(core, device, 1))
     config = vision(tmp_path / "run", "train.shard=true")
     with pytest.raises(
-        ConfigError, match=r"train.shard=true with encoder.config.layerdrop=0.1: .* none may leave it out; enco"
+        ConfigError, match=r"train.shard=true with encoder.config.layerdrop=0.1: .* so no rank may skip it; set enco"
     ):
         building._shard(run.state.core, config, run.data, accelerator)
 
@@ -257,7 +257,7 @@ def test_blocks_that_cannot_be_gathered_are_named(model, why, monkeypatch):
             return
         name = model.__name__
         with pytest.raises(
-            ConfigError, match=f"train.shard=true: {name} cannot be sharded by its blocks: .*{why}.*; blocks that"
+            ConfigError, match=f"train.shard=true: {name} cannot be sharded by its blocks: .*{why}.*; blocks must"
         ):
             building._shard(core, config, None, accelerator)
     finally:
