@@ -230,7 +230,7 @@ def test_visible_positions_alone_are_a_whole_whose_attention_sees_no_others(name
 @pytest.mark.parametrize("name", [each for each in EACH if not FAMILIES[name_of(each)].gathers])
 def test_what_cannot_gather_says_why(name):
     encoder = wrap(plain(name))
-    why = "its blocks see fewer positions" if name == "sew" else "positions enter inside of its blocks"
+    why = "its blocks see fewer positions" if name == "sew" else "positions enter inside its blocks"
     with pytest.raises(ValueError, match=f"cannot encode the visible positions alone: {why}"):
         Data2Vec(encoder, top_k=2, decoder=ConvDecoder(32, 1, width=16, kernel=3, groups=4))
     with pytest.raises(ValueError, match="cannot encode the visible positions alone"):
@@ -500,25 +500,25 @@ def swin():
 @pytest.mark.parametrize(
     "attempt, named",
     [
-        (lambda: wrap(swin()), "SwinModel cannot be spliced: is hierarchical: of 64 local features 16 states are left"),
-        (lambda: wrap(averaging()), "without its blocks, feature 8 is found in the states [0, 1, 2, 3, 4], expected 8 alone"),
+        (lambda: wrap(swin()), "SwinModel cannot be spliced: is hierarchical: 64 local features become 16 states"),
+        (lambda: wrap(averaging()), "without its blocks, feature 8 ends up in states [0, 1, 2, 3, 4], expected only 8"),
         (
             lambda: wrap(averaging(), features="embeddings.patch_embedding"),
-            "is not local: the end of the input changes 16 of 16",
+            "is not local: the end of the input changes 16 of its 16",
         ),
-        (lambda: wrap(Peeking(MODERNBERT)), "at embeddings: the rest of the model depends on its input in other ways too"),
-        (lambda: wrap(nowhere()), "masked positions get equal states: positions are lost with the mask, or the model has none"),
+        (lambda: wrap(Peeking(MODERNBERT)), "at embeddings: the rest of the model also depends on its input in other ways"),
+        (lambda: wrap(nowhere()), "masked positions get equal states: masking removes the positions, or the model has none"),
         (
             lambda: build_encoder("modernbert", config=TEXT, features="layers.1"),
             "encoder.features=layers.1: ModernBertModel cannot be spliced: is not local: the end of the input changes",
         ),
         (
             lambda: build_encoder("modernbert", config=TEXT, features="embedings"),
-            "encoder.features=embedings: ModernBertModel cannot be spliced: is not in the model, or not run before its blocks",
+            "encoder.features=embedings: ModernBertModel cannot be spliced: is not in the model or does not run before its blocks",
         ),
         (
             lambda: build_encoder("dinov3_vit", config=IMAGE, features="embeddings"),
-            "encoder.features=embeddings: DINOv3ViTModel cannot be spliced: its 17 positions are no square grid",
+            "encoder.features=embeddings: DINOv3ViTModel cannot be spliced: its 17 positions do not form a square grid",
         ),
         (
             lambda: build_encoder("siglip_vision_model", config=IMAGE, features="embeddings.position_embedding"),
@@ -526,16 +526,16 @@ def swin():
         ),
         (
             lambda: build_encoder("llama", config=TEXT | dict(num_key_value_heads=2)),
-            "LlamaModel cannot be spliced at embed_tokens: is causal: a position sees none of the later ones; "
-            "encoder.bidirectional=true lets its attention see them",
+            "LlamaModel cannot be spliced at embed_tokens: is causal: positions do not see later ones; "
+            "set encoder.bidirectional=true to make its attention bidirectional",
         ),
         (
             lambda: build_encoder("stablelm", config=TEXT | dict(num_key_value_heads=2), bidirectional=True),
-            "is causal: a position sees none of the later ones; config.is_causal = false, which encoder.bidirectional sets",
+            "is causal: positions do not see later ones; config.is_causal = false, which encoder.bidirectional sets",
         ),
         (lambda: build_encoder("roberta", config=TEXT, bidirectional=True), "RobertaModel has no causal attention; leave the"),
         (lambda: build_encoder("modernbert", config=TEXT, bidirectional=True), "ModernBertModel has no causal attention"),
-        (lambda: wrap(half_causal()), "has causal blocks, such as 1: a position sees none of the later ones"),
+        (lambda: wrap(half_causal()), "has causal blocks, such as 1: positions do not see later ones"),
         (
             lambda: wrap(averaging_speech(), features="feature_projection.projection"),
             "is not local: the end of the input changes",
@@ -557,7 +557,7 @@ def swin():
             "its output has 2 parts",
         ),
         (lambda: build_encoder("t5"), "encoder.model='t5': T5Model has a decoder too; its encoder alone can be"),
-        (lambda: build_encoder("yolos", config=IMAGE | dict(image_size=[16, 16])), "extra tokens stand"),
+        (lambda: build_encoder("yolos", config=IMAGE | dict(image_size=[16, 16])), "extra tokens come after"),
         (lambda: wrap(transformers.ViTModel(transformers.ViTConfig(**IMAGE)), features="nowhere"), "is not in the model"),
     ],
 )
@@ -659,14 +659,14 @@ def test_the_trial_runs_a_block_of_each_kind():
     model = plain("nomic_bert")
     assert wrap(model).gathers
     model.layers[1].__class__ = Convolved
-    assert wrap(model).no_gather.startswith("positions enter inside of its blocks")
+    assert wrap(model).no_gather.startswith("positions enter inside its blocks")
 
 
 def test_padding_that_would_be_seen_is_refused():
     encoder = wrap(plain("whisper"))
     padding = torch.zeros(3, 20, dtype=torch.bool)
     padding[:, 15:] = True
-    with pytest.raises(ValueError, match="padding_mask: WhisperEncoder sees what its attention_mask covers; crop inputs"):
+    with pytest.raises(ValueError, match="padding_mask: WhisperEncoder attends to padding despite its attention_mask; crop inputs"):
         encoder(inputs("whisper"), padding)
 
 
@@ -708,7 +708,7 @@ def test_the_table(tmp_path, capsys):
     assert "4 model types, of which 3 work with data2vec 1.0 and 3 of them with 2.0" in text and "old" not in text
     assert "| `modernbert` | ModernBertModel | whole | yes | yes |" in text
     assert "| `roberta` | RobertaModel | in pieces | yes | yes |" in text
-    assert "| `swin` | SwinModel | | no: is hierarchical: of 64 local features 16 states are left, and no mask" in text
+    assert "| `swin` | SwinModel | | no: is hierarchical: 64 local features become 16 states, so no mask" in text
     table.main(["swin"])
     assert "SwinModel" in capsys.readouterr().out
     assert len(table.names()) > 100
