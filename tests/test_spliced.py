@@ -533,7 +533,7 @@ def swin():
             lambda: build_encoder("stablelm", config=TEXT | dict(num_key_value_heads=2), bidirectional=True),
             "is causal: positions do not see later ones; config.is_causal = false, which encoder.bidirectional sets",
         ),
-        (lambda: build_encoder("roberta", config=TEXT, bidirectional=True), "RobertaModel has no causal attention; leave the"),
+        (lambda: build_encoder("roberta", config=TEXT, bidirectional=True), "RobertaModel has no causal attention; remove the"),
         (lambda: build_encoder("modernbert", config=TEXT, bidirectional=True), "ModernBertModel has no causal attention"),
         (lambda: wrap(half_causal()), "has causal blocks, such as 1: positions do not see later ones"),
         (
@@ -556,7 +556,7 @@ def swin():
             lambda: wrap(of_layout(lambda x: (x, x)), features="embeddings.patch_embedding"),
             "its output has 2 parts",
         ),
-        (lambda: build_encoder("t5"), "encoder.model='t5': T5Model has a decoder too; its encoder alone can be"),
+        (lambda: build_encoder("t5"), "encoder.model='t5': T5Model also has a decoder; train its encoder"),
         (lambda: build_encoder("yolos", config=IMAGE | dict(image_size=[16, 16])), "extra tokens come after"),
         (lambda: wrap(transformers.ViTModel(transformers.ViTConfig(**IMAGE)), features="nowhere"), "is not in the model"),
     ],
@@ -599,7 +599,7 @@ def test_decoder_only_models_see_both_ways(name, caplog):
     """The same weights in a causal model of transformers, given a mask by which each position sees all."""
     with caplog.at_level("INFO"):
         encoder = build_encoder(name, config=DECODERS[name], bidirectional=True).eval()
-    assert "its attention sees later positions too (encoder.bidirectional=true)" in caplog.text
+    assert "attention is bidirectional (encoder.bidirectional=true)" in caplog.text
     causal = AutoModel.from_config(transformers.CONFIG_MAPPING[name](**DECODERS[name])).eval()
     causal.load_state_dict(encoder.model.state_dict())
     x = torch.randint(5, 55, (2, 12))
