@@ -168,7 +168,7 @@ class TestMessages:
             (["--config", "vision/tinny"], "--config vision/tinny: no such file or preset; did you mean vision/tiny?"),
             ([*VISION, "train.stepz=1"], "train.stepz: no such setting; did you mean train.steps?"),
             ([*VISION, "mask.prob=1"], "mask.prob: found 1.0, expected a number in (0, 1)"),
-            ([*VISION, "encoder.model=biet"], "encoder.model='biet': not a model type of transformers; did you mean"),
+            ([*VISION, "encoder.model=biet"], "encoder.model='biet': not a transformers model type; did you mean"),
             (
                 [*VISION, "encoder.config.hidden_sise=8"],
                 "encoder.config.hidden_sise: ViTConfig has no such field; did you mean",

@@ -286,7 +286,7 @@ def test_sincos_positions():
     assert found == pytest.approx(expected, abs=1e-6)
     with pytest.raises(ValueError, match="has no absolute positions"):
         build_encoder("beit", config=CONFIGS["beit"], init="sincos")
-    with pytest.raises(ValueError, match="is for ViT, BEiT and their kin, found RobertaModel"):
+    with pytest.raises(ValueError, match="only for ViT, BEiT and similar models, found RobertaModel"):
         build_encoder("roberta", config=CONFIGS["roberta"], init="sincos")
 
 

@@ -353,7 +353,7 @@ class TestMessages:
             (["{run}", "--to", "out", "--from", "fairseq", "--checkpoint", "step-2"], "--checkpoint: is for runs of d2v-train"),
             (
                 ["{run}", "--to", "out", "--checkpoint", "step-5"],
-                "--checkpoint step-5: not in {run}/checkpoints; there: step-2",
+                "--checkpoint step-5: not in {run}/checkpoints; available: step-2",
             ),
             (["{run}", "--to", "something"], "--to something: already exists; choose another folder"),
             (["{run}", "--to", "something/out"], "--to something/out: cannot be written, choose another folder: [Errno 20]"),
