@@ -147,8 +147,8 @@ class TestFigures:
         pairs = [
             (p, after["teacher.module." + n[8:]]) for n, p in after.items() if n.startswith("student.") and p.requires_grad
         ]
-        distance, size = (torch.cat([f(*pair).detach().flatten() for pair in pairs]).norm() for f in (torch.sub, lambda a, b: a))
-        assert found["teacher_distance"] == pytest.approx(float(distance / size), rel=1e-4)
+        gap, size = (torch.cat([f(*pair).detach().flatten() for pair in pairs]).norm() for f in (torch.sub, lambda a, b: a))
+        assert found["teacher_distance"] == pytest.approx(float(gap / size), rel=1e-4)
 
         # Repeat the forward pass with the weights before the step; this model has no dropout.
         with torch.no_grad():

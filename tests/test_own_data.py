@@ -1,4 +1,4 @@
-"""User-defined data (`data.class`): trained, killed, resumed, exported and probed with the commands; invalid classes are refused."""
+"""User-defined data (`data.class`): trained, killed, resumed, exported, probed; invalid classes are refused."""
 
 import json
 import re
