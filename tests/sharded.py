@@ -2,7 +2,7 @@
 
     torchrun -m tests.sharded CASES.json [RANKS OF A MACHINE]
 
-Each case is [name, arguments of d2v-train, whether --fused]. Writes each rank's share of model and optimizer to NAME/share-RANK.json.
+Each case is [name, arguments of d2v-train, fused]. Writes each rank's share of weights and optimizer to NAME/share-RANK.json.
 """
 
 import gc

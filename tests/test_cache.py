@@ -150,7 +150,7 @@ class TestDisk:
             opened()
         assert not list((tmp_path / "kept").glob("tokens*.tmp"))
 
-    def test_a_read_only_folder(self, opened, tmp_path):
+    def test_a_file_in_place_of_the_folder(self, opened, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(DataError, match=r"data.cache=.*/file: cannot be written: .* name another folder"):
             opened(cache=str(tmp_path / "file"))

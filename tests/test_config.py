@@ -437,7 +437,7 @@ class TestArxyzan:
             _, changes = translate_arxyzan({**theirs, "extra": {"deep": {"key": 1}}})
             assert "extra.deep.key: dropped, nothing here corresponds to it" in changes
 
-    def test_our_presets_are_not_taken_for_foreign_configs(self):
+    def test_our_configs_are_not_taken_for_foreign_ones(self):
         assert not is_arxyzan({"modality": "text", "encoder": {"model": "roberta"}})
         assert not is_arxyzan({"modality": "text", "model": "roberta"})
 

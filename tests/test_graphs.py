@@ -84,7 +84,7 @@ def test_there_are_as_many_graphs_as_asked_for():
     assert [key[1][1][0] for key in graphs.recorded] == [1, 2]
 
 
-def test_shapes_seen_once_are_not_recorded():
+def test_the_record_of_seen_shapes_is_bounded():
     graphs = Again(lambda inputs: (), [], after=0, most=0)
     for size in range(1500):
         graphs(dict(x=torch.empty(size)))

@@ -178,7 +178,7 @@ class TestDamaged:
         assert run.probes == [] and "probe.json: holds no results of d2v-probe" in run.unread[0]
         Page(page([run]))
 
-    def test_directories_and_pipes_in_place_of_files(self, make_run):
+    def test_named_pipes_in_place_of_files(self, make_run):
         folder = make_run()
         for name in ("alarms.jsonl", "config.yaml", "environment.json", "probe.json"):
             os.mkfifo(folder / name)
