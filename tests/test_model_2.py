@@ -452,9 +452,7 @@ def test_every_trainable_parameter_gets_a_gradient(name):
     assert bool(frozen) == (name not in TOKENS)
     for n, p in model.named_parameters():
         assert (p.grad is not None) == p.requires_grad == (not n.startswith("teacher.") and n.split(".", 1)[1] not in frozen), n
-        if p.requires_grad and not n.endswith(
-            ("k_proj.bias", "key.bias", "lambda_2")
-        ):  # softmax is invariant to the key bias
+        if p.requires_grad and not n.endswith(("k_proj.bias", "key.bias", "lambda_2")):  # softmax is invariant to the key bias
             assert p.grad.abs().max() > 0, n
 
 
