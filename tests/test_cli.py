@@ -1,4 +1,4 @@
-"""The commands as a user meets them: exit code, the one message, and what a run leaves behind."""
+"""The commands from a user's view: exit code, one-line message, and output files."""
 
 import json
 import logging
@@ -105,7 +105,7 @@ def train(monkeypatch, *args):
 
 class TestRuns:
     @pytest.mark.parametrize("modality", ["text", "vision", "audio"])
-    def test_leaves_log_config_and_student(self, modality, monkeypatch, request):
+    def test_writes_log_config_and_student(self, modality, monkeypatch, request):
         args, data = {"text": (TEXT, "corpus"), "vision": (VISION, "images"), "audio": (AUDIO, "waves")}[modality]
         data = request.getfixturevalue(data)
         assert train(monkeypatch, *args, f"data.path={data}", "train.output=run") in (0, None)
@@ -127,7 +127,7 @@ class TestRuns:
         assert train(monkeypatch, *VISION, "data.path=./link/") in (0, None)
         assert os.listdir("runs")[0].startswith("vision-tiny-")
 
-    def test_with_an_encoder_of_your_own(self, monkeypatch, corpus):
+    def test_with_a_custom_encoder(self, monkeypatch, corpus):
         with open("my_encoder.py", "w") as file:
             file.write(textwrap.dedent(OWN))
         args = [
@@ -215,7 +215,7 @@ class TestMessages:
         message = train(monkeypatch, *VISION, "train.device=cuda")
         assert message.startswith("d2v-train: train.device=cuda: torch") and "finds no GPU; d2v-doctor may say why" in message
 
-    def test_the_home_in_every_path(self, monkeypatch, tmp_path):
+    def test_a_tilde_is_expanded_in_every_path(self, monkeypatch, tmp_path):
         monkeypatch.setenv("HOME", str(tmp_path))
         message = train(monkeypatch, *VISION, "encoder.pretrained=~/none")
         assert f"encoder.pretrained={tmp_path}/none: " in message
@@ -226,7 +226,7 @@ class TestMessages:
         ):
             assert f"{tmp_path}/{shown}" in run(monkeypatch, command, *args)
 
-    def test_names_cannot_control_the_terminal(self, monkeypatch):
+    def test_control_characters_in_names_are_escaped(self, monkeypatch):
         """Neither those in the message of the end nor those in the log."""
 
         def refuse(args):

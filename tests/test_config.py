@@ -431,13 +431,13 @@ class TestArxyzan:
         assert tuple(config.data["mean"]) == tuple(config.data["std"]) == (0.5,) * 3
         assert config.optimizer.lr == 0.002 and "dataset.interpolation: dropped" in said
 
-    def test_every_key_is_used_or_dropped_aloud(self):
+    def test_every_key_is_used_or_reported(self):
         for text in ARXYZAN.values():
             theirs = yaml.safe_load(text)
             _, changes = translate_arxyzan({**theirs, "extra": {"deep": {"key": 1}}})
             assert "extra.deep.key: dropped, nothing here corresponds to it" in changes
 
-    def test_ours_are_not_theirs(self):
+    def test_our_configs_are_not_taken_for_foreign_ones(self):
         assert not is_arxyzan({"modality": "text", "encoder": {"model": "roberta"}})
         assert not is_arxyzan({"modality": "text", "model": "roberta"})
 

@@ -373,7 +373,7 @@ class TestMessages:
         with pytest.raises(ConfigError, match="--teacher: only checkpoints hold the teacher, and run: it has no checkpoint"):
             export_run("run", "out", teacher=True)
 
-    def test_an_encoder_of_your_own_has_no_class(self, runs, tmp_path):
+    def test_a_custom_encoder_has_no_transformers_class(self, runs, tmp_path):
         (tmp_path / "run" / "export").mkdir(parents=True)
         (tmp_path / "run" / "config.yaml").write_text("modality: text\nencoder:\n  model: my_encoder:Mine\n")
         with pytest.raises(ConfigError, match=r"no class for the encoder my_encoder:Mine.*run/export/model\.safetensors"):

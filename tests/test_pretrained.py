@@ -148,7 +148,7 @@ class TestWeights:
         with pytest.raises(ValueError, match=r"encoder\.pretrained=empty: its weights cannot be read: .*model\.safetensors"):
             build_encoder(pretrained="empty")
 
-    def test_of_an_encoder_of_ones_own(self):
+    def test_of_a_custom_encoder(self):
         from safetensors.torch import save_file
 
         save_file({"x": torch.ones(1)}, "model.safetensors")

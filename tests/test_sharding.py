@@ -129,7 +129,7 @@ def test_sharded_on_two_ranks_it_is_the_same_run_and_goes_on_with_one_and_with_t
 
 
 @pytest.mark.slow
-def test_so_is_every_modality(here):
+def test_every_modality_is_the_same_sharded(here):
     every = list(itertools.product(DROPOUT, (1, 2), (False, True)))
     torchrun(2, [case for each in every for case in side_by_side(*each)])
     for each in every:
@@ -137,7 +137,7 @@ def test_so_is_every_modality(here):
 
 
 @pytest.mark.slow
-def test_so_are_two_machines_that_keep_a_copy_each(here):
+def test_hybrid_sharding_on_two_machines_is_the_same_run(here):
     """hybrid, on four ranks, as if two of them were on each machine."""
     cases = side_by_side("vision", 2, False)
     cases[1][1][-1] = "train.shard=hybrid"
@@ -306,7 +306,7 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("preset", ["vision/tiny-2", "text/tiny", "audio/tiny"])
-def test_what_the_doctor_computes_is_what_lives_at_most_in_a_step(preset, checkpointing):
+def test_the_doctors_memory_estimate_equals_the_peak_of_a_step(preset, checkpointing):
     """Counted in a whole step, backward and update included, of tensors without numbers; the doctor has run a forward alone."""
     # Of fewer parameters than activations, as where memory is short.
     config, _ = parse(["--config", preset, "train.precision=fp32", "encoder.config.num_hidden_layers=6"])
