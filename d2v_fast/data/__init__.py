@@ -13,6 +13,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -367,18 +368,66 @@ def _share_memory(batch: Batch) -> Batch:
     return batch
 
 
+def expand_braces(pattern: str) -> list[str]:
+    """The strings that a pattern with braces stands for, as in bash: "{a,b}", "{0000..0099}", "{0..90..10}", nested ones.
+
+    Braces without comma or range stand for themselves.
+    """
+    for opened, inner, closed in _braces(pattern):
+        if numbers := re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", inner):
+            first, last, step = int(numbers[1]), int(numbers[2]), int(numbers[3] or 1) or 1
+            padded = any(re.match(r"-?0\d", each) for each in numbers.group(1, 2))
+            width = max(map(len, numbers.group(1, 2))) if padded else 0
+            sign = 1 if first <= last else -1
+            choices = [f"{number:0{width}d}" for number in range(first, last + sign, sign * step)]
+        elif len(choices := _split_commas(inner)) == 1:
+            continue
+        rest = expand_braces(pattern[closed + 1 :])
+        return [pattern[:opened] + middle + end for choice in choices for middle in expand_braces(choice) for end in rest]
+    return [pattern]
+
+
+def _braces(pattern: str) -> Iterator[tuple[int, str, int]]:
+    """Start, content and end of the pairs of braces, outer ones before those inside."""
+    for opened, character in enumerate(pattern):
+        depth = 0
+        for i in range(opened, len(pattern) if character == "{" else opened):
+            depth += (pattern[i] == "{") - (pattern[i] == "}")
+            if depth == 0:
+                yield opened, pattern[opened + 1 : i], i
+                break
+
+
+def _split_commas(text: str) -> list[str]:
+    """Split at commas outside of braces."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "{") - (character == "}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
 def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
     """Sorted files with one of `suffixes`: those below a folder (hidden ones excepted), or those that match a path or pattern.
 
-    Other files are counted in the log.
+    Patterns may have braces (`expand_braces`), wildcards, or both. Other files are counted in the log.
 
     Raises:
-        DataError: The path does not exist, or no file has one of the suffixes.
+        DataError: The path or a member of braces does not exist, or no file has one of the suffixes.
     """
     if os.path.isdir(path):
         found = _walk(path, set())
     elif os.path.exists(path):
         found = [path]
+    elif len(members := expand_braces(path)) > 1:
+        matches = {member: [member] if os.path.exists(member) else glob.glob(member, recursive=True) for member in members}
+        if missing := [member for member in members if not matches[member]]:
+            first = ", ".join(missing[:5]) + ", …" * (len(missing) > 5)
+            raise DataError(f"data.path={path}: {len(missing)} of the {len(members)} files it names do not exist: {first}")
+        found = {file for files in matches.values() for file in files if not os.path.isdir(file)}
     elif glob.has_magic(path):
         found = [file for file in glob.glob(path, recursive=True) if not os.path.isdir(file)]
     else:
@@ -458,7 +507,8 @@ def is_local(path: str) -> bool:
         return False
     # A path with an extension is a file, except for a version number as in user/corpus-2.5.
     looks_local = path.startswith((".", "/", "~")) or path.endswith(os.sep) or Path(path).suffix[1:].isalpha()
-    return os.path.exists(os.path.expanduser(path)) or glob.has_magic(path) or looks_local
+    pattern = glob.has_magic(path) or len(expand_braces(path)) > 1
+    return os.path.exists(os.path.expanduser(path)) or pattern or looks_local
 
 
 def is_saved(path: str) -> bool:
