@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, SpanMask, TokenMask, visible_positions
 
@@ -140,6 +140,8 @@ class PretrainingData(Dataset):
     lengths: np.ndarray | None = None  # per sample, for bucketing
     grid: int | tuple[int, ...] | None = None  # positions of a sample along each axis; None if samples differ in size
     source: Source
+    stream: Any = None  # `streaming.Stream` of data whose number of samples is unknown
+    map: Callable[..., Any] = map  # how the samples of a batch are loaded
 
     def __init__(self, *, mask: Any, views: int | None = None, seed: int = 0):
         self.mask, self.views, self.seed = mask, views, seed
@@ -210,18 +212,27 @@ class PretrainingData(Dataset):
 
     def contents(self) -> tuple[Sequence[str], np.ndarray]:
         """Names of the underlying items and a digest (int64) of each. A run only resumes with the same ones."""
+        if self.stream:
+            return [self.stream.path], self.stream.digest()
         return self.source.names, self.source.digests()
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         epoch = keys[0][0]
         draws = Draws(self.seed, epoch, [index for _, index in keys])
-        samples, loaded, broken = [], [], []
-        for row, (_, index) in enumerate(keys):
+
+        def load(row: int) -> Any:
             try:
-                samples.append(self.load(index, draws.generator(row)))
-                loaded.append(index)
+                return self.load(keys[row][1], draws.generator(row))
             except Exception as error:
-                broken.append((index, f"{self.sample_name(index)}: {first_line(error)}"))
+                return _Broken(error)
+
+        samples, loaded, broken = [], [], []
+        for (_, index), sample in zip(keys, self.map(load, range(len(keys))), strict=True):
+            if isinstance(sample, _Broken):
+                broken.append((index, f"{self.sample_name(index)}: {first_line(sample.error)}"))
+            else:
+                samples.append(sample)
+                loaded.append(index)
         batch: Batch = {"epoch": epoch, "samples": loaded, "broken": broken}
         if samples:
             arrays = self.collate(samples, Draws(self.seed, epoch, loaded))
@@ -234,6 +245,11 @@ class PretrainingData(Dataset):
             batch |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
             batch["index"] = batch["mask"].flatten().nonzero().squeeze(1)
         return batch
+
+
+@dataclass
+class _Broken:
+    error: Exception
 
 
 class EpochBatches:
@@ -334,15 +350,21 @@ def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def make_loader(
-    data: PretrainingData, batches: EpochBatches, workers: int, prefetch: int = 4, pin_memory: bool = False
+    data: PretrainingData,
+    batches: EpochBatches | IterableDataset,
+    workers: int,
+    prefetch: int = 4,
+    pin_memory: bool = False,
 ) -> DataLoader:
-    """A DataLoader over whole batches; `_share_memory` says how workers return them."""
+    """A DataLoader over whole batches; one worker for those of a stream (`StreamBatches`), whose threads decode."""
     if workers and "fork" not in multiprocessing.get_all_start_methods():
         log.warning("train.workers=%d: this system cannot fork processes; the training process loads the data", workers)
         workers = 0
+    streamed = isinstance(batches, IterableDataset)
+    workers = min(workers, 1) if streamed else workers
     return DataLoader(
-        data,
-        batch_sampler=batches,
+        batches if streamed else data,
+        **{"batch_size": None} if streamed else {"batch_sampler": batches},
         num_workers=workers,
         # Other start methods would pickle the functions that read samples, which is not possible.
         multiprocessing_context="fork" if workers else None,
@@ -572,38 +594,52 @@ def load_media(path: str, name: str | None, split: str, kind: type, cache: str |
 
     parquet = _local_parquet(path, name, split)
     data = Parquet(path, *parquet, cache) if parquet else load_hub(path, name, split)
-    typed = [column for column, feature in data.features.items() if isinstance(feature, kind)]
-    columns = typed or [column for column, feature in data.features.items() if _holds_bytes(feature)]
-    if not columns:
-        wanted = kind.__name__.lower()
-        raise DataError(
-            f"data.path={path}: no column of type {wanted}, binary or struct<bytes, path>; found {describe_columns(data)}"
-        )
-    column = columns[0]
-    if len(columns) > 1:
-        log.warning("%s: columns %s may all hold files; using column %s", path, ", ".join(columns), column)
+    column = media_column(path, data.features, kind)
     places = data.index(column) if parquet else None
     files = None if parquet else data.select_columns([column]).cast_column(column, kind(decode=False))
 
     def file(index: int) -> str | io.BytesIO:
-        entry = data.value(index, column, places[index].tolist()) if parquet else files[index][column]
-        if isinstance(entry, bytes):
-            entry = {"bytes": entry}
-        elif isinstance(entry, str):
-            entry = {"path": entry}
-        entry = entry or {}
-        if entry.get("bytes"):
-            return io.BytesIO(entry["bytes"])
-        if not entry.get("path"):
-            raise ValueError("is empty")
-        if not os.path.isfile(entry["path"]):
-            raise FileNotFoundError(f"no such file: {entry['path']}")
-        return entry["path"]
+        return media_file(data.value(index, column, places[index].tolist()) if parquet else files[index][column])
 
     if parquet:
         digest = lambda i: data.digest(i, column, places[i].tolist())  # noqa: E731
         return data, Source(data.names, file, file=file, state=data.state, digest=digest)
     return data, Source([f"{path}[{i}]" for i in range(len(data))], file, file=file, state=lambda: data._fingerprint)
+
+
+def media_column(path: str, features: Any, kind: type) -> str:
+    """The column of `datasets.Features` that holds the files of `load_media`.
+
+    Raises:
+        DataError: There is none.
+    """
+    typed = [column for column, feature in features.items() if isinstance(feature, kind)]
+    columns = typed or [column for column, feature in features.items() if _holds_bytes(feature)]
+    if not columns:
+        wanted = kind.__name__.lower()
+        found = ", ".join(f"{field.name} ({field.type})" for field in features.arrow_schema)
+        raise DataError(f"data.path={path}: no column of type {wanted}, binary or struct<bytes, path>; found {found}")
+    if len(columns) > 1:
+        log.warning("%s: columns %s may all hold files; using column %s", path, ", ".join(columns), columns[0])
+    return columns[0]
+
+
+def media_file(entry: Any) -> str | io.BytesIO:
+    """The path or content of a file as a table stores it: bytes, a path, or {"bytes", "path"}.
+
+    Raises:
+        ValueError: It is empty.
+        FileNotFoundError: It is a path of no file.
+    """
+    if not isinstance(entry, dict):
+        entry = {"bytes" if isinstance(entry, bytes) else "path": entry}
+    if entry.get("bytes"):
+        return io.BytesIO(entry["bytes"])
+    if not entry.get("path"):
+        raise ValueError("is empty")
+    if not os.path.isfile(entry["path"]):
+        raise FileNotFoundError(f"no such file: {entry['path']}")
+    return entry["path"]
 
 
 def _local_parquet(path: str, name: str | None, split: str) -> tuple[list[str], Any] | None:
@@ -624,11 +660,6 @@ def _local_parquet(path: str, name: str | None, split: str) -> tuple[list[str], 
 def _holds_bytes(feature: Any) -> bool:
     kind = feature.get("bytes") if isinstance(feature, dict) else feature
     return getattr(kind, "dtype", None) in ("binary", "large_binary")
-
-
-def describe_columns(data: Any) -> str:
-    """Names and types of the columns of a `datasets.Dataset`, for error messages."""
-    return ", ".join(f"{field.name} ({field.type})" for field in data.features.arrow_schema)
 
 
 def first_line(error: BaseException) -> str:

@@ -225,6 +225,11 @@ def open_audio(
     """
     if path == "builtin":
         return builtin_speech(split)
+    if "://" in path:
+        raise DataError(
+            f"data.path={path}: recordings are not streamed, because batches need their lengths; download them, or name the "
+            "Hugging Face data set, which does"
+        )
     path = os.path.expanduser(path)
     if is_local(path):
         table = os.path.join(path, "metadata.csv") if os.path.isdir(path) else path
