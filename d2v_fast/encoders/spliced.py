@@ -262,7 +262,11 @@ class SplicedEncoder(Encoder):
         if padding_mask is not None:
             padding = padding_mask.new_ones(len(x), length).scatter(1, visible, padding_mask)
         extra = torch.arange(self.extra, device=x.device).expand(len(x), -1)
-        with self.gathering(extra, visible, length, lambda hidden: torch.cat([hidden[:, : self.extra].to(x.dtype), x], dim=1)):
+
+        def enter(hidden: Tensor) -> Tensor:
+            return torch.cat([hidden[:, : self.extra].to(x.dtype), x], dim=1) if self.extra else x
+
+        with self.gathering(extra, visible, length, enter):
             return self.run(x.new_zeros(1, 1, self.splice.width).expand(len(x), length, -1), padding)
 
     @contextmanager
