@@ -22,7 +22,7 @@ MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_ben
 .PHONY: demo test test-slow mutations lint docs bench bench-check bench-report clean
 
 # torch first and by its exact version: a CPU build of it may be at hand, the newest one brings gigabytes of CUDA.
-$(BIN)/.installed: setup.py CMakeLists.txt $(wildcard kernels/*)
+$(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e '.[dev,tensorboard]'

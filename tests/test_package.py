@@ -1,8 +1,10 @@
+import importlib
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import d2v_fast
 from d2v_fast import wrap
 
 ROOT = Path(d2v_fast.__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def loaded_by(statement):
@@ -53,11 +56,26 @@ def test_text_files_are_utf_8_in_every_locale():
             assert "encoding=" in line or not opens_text.search(line), f"{file}:{number}: give an encoding"
 
 
-def test_presets_are_in_the_wheel():
-    assert 'package_data={"d2v_fast": ["presets/*/*.yaml"' in (ROOT / "setup.py").read_text()
-    assert len(list((ROOT / "d2v_fast" / "presets").glob("*/*.yaml"))) == len(
-        list((ROOT / "d2v_fast" / "presets").rglob("*.yaml"))
-    )
+def test_presets_and_guides_are_in_the_wheel():
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["d2v_fast"]
+    package = ROOT / "d2v_fast"
+    packaged = {file for pattern in patterns for file in package.glob(pattern)}
+    assert {*package.rglob("*.yaml"), *package.rglob("*.html"), *(package / "docs").glob("*.*")} <= packaged
+
+
+def test_every_command_is_installed():
+    """And answers to --version: test_cli.py."""
+    commands = PROJECT["project"]["scripts"]
+    assert list(commands) == ["d2v-train", "d2v-probe", "d2v-export", "d2v-report", "d2v-doctor"]
+    for command, target in commands.items():
+        module, _, function = target.partition(":")
+        assert getattr(importlib.import_module(module), function).__doc__.startswith(command)
+
+
+def test_the_version_is_stated_once():
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "d2v_fast.__version__"}
+    assert f"\nversion: {d2v_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_guides_that_the_package_names_can_be_opened():
@@ -84,6 +102,7 @@ def test_a_wheel_from_the_sdist_has_all_parts(tmp_path):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     (tmp_path / "d2v_fast/ops/libd2v_fast.so").unlink(missing_ok=True)
+    (tmp_path / "d2v_fast/ops/libother.so").write_bytes(b"of another machine")
 
     def build(what, folder):
         code = f"from setuptools import build_meta; build_meta.build_{what}({str(tmp_path)!r})"
@@ -94,6 +113,7 @@ def test_a_wheel_from_the_sdist_has_all_parts(tmp_path):
     tarfile.open(archive).extractall(tmp_path, filter="data")
     build("wheel", tmp_path / archive.name.removesuffix(".tar.gz"))
     (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"d2v_fast-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
     found = zipfile.ZipFile(wheel).namelist()
     for name in (
         "ops/libd2v_fast.so",
@@ -103,4 +123,6 @@ def test_a_wheel_from_the_sdist_has_all_parts(tmp_path):
     ):
         assert f"d2v_fast/{name}" in found
     assert any(name.endswith("licenses/LICENSE") for name in found)
+    assert [name for name in found if name.endswith(".so")] == ["d2v_fast/ops/libd2v_fast.so"]
     assert not [name for name in found if name.startswith(("tests", "examples", "kernels", "benchmarks"))]
+    assert not [name for name in found if "__pycache__" in name]
