@@ -2,7 +2,7 @@
 # make test   runs the tests
 # make mutations  makes mistakes in a copy of the code, one by one, and requires that a test notices each
 # make lint   ruff
-# make docs   pages of all docstrings in build/docs
+# make docs   README, guides and API as a site in build/docs; a warning is an error
 # make bench        measures the loss beside its alternatives, writes $(RESULTS)
 # make bench-check  the same, and fails if a ratio fell more than 15 % below the committed one or the machine is slow
 # make bench-report the tables in Markdown and the plot from $(RESULTS), and the tables of README and docs/speed.md
@@ -25,7 +25,7 @@ MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_ben
 $(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e '.[dev,tensorboard]'
+	$(BIN)/pip install --quiet -e '.[dev,docs,tensorboard]'
 	touch $@
 
 demo: $(BIN)/.installed
@@ -47,7 +47,7 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff format --check .
 
 docs: $(BIN)/.installed
-	$(BIN)/pdoc --docformat google --output-directory build/docs d2v_fast
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(BIN)/.installed
 	$(MEASURE) --benchmark-json=$(RESULTS)
