@@ -8,10 +8,11 @@
 # make bench-report the tables in Markdown and the plot from $(RESULTS), and the tables of README and docs/speed.md
 # … ONLY="test_splicing" for some tests of it, RESULTS=FILE.json for another file
 # … BENCH=step      the same of whole steps, their parts and a sweep over sizes; BENCH=ema, BENCH=monitor
-# Everything is installed into .venv; another Python: make PYTHON=python3.12 …
+# Everything is installed into .venv; another Python: make PYTHON=python3.12 …, another torch: make TORCH=torch==2.11.0 …
 
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 DEMO ?= vision/tiny-2
 RUN ?= runs/demo
@@ -24,7 +25,7 @@ MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_ben
 # torch first and by its exact version: a CPU build of it may be at hand, the newest one brings gigabytes of CUDA.
 $(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/pip install --quiet -e '.[dev,docs,tensorboard]'
 	touch $@
 

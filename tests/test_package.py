@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import ViTConfig, ViTModel
 
 import d2v_fast
@@ -70,6 +71,47 @@ def test_every_command_is_installed():
     for command, target in commands.items():
         module, _, function = target.partition(":")
         assert getattr(importlib.import_module(module), function).__doc__.startswith(command)
+
+
+def strings(node):
+    """All strings of a parsed YAML file."""
+    if isinstance(node, dict | list):
+        return [text for value in (node.values() if isinstance(node, dict) else node) for text in strings(value)]
+    return [str(node)]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda file: file.name)
+def test_what_the_workflows_name_exists(file):
+    """Make targets, extras, commands and other workflows."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    parsed = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for text in strings(parsed):
+        for words in re.findall(r"\bmake ((?:[a-z][\w-]* ?)+)", text):
+            assert set(words.split()) <= targets, text
+        for extras in re.findall(r"\.\[([\w,-]+)\]", text):
+            assert set(extras.split(",")) <= set(PROJECT["project"]["optional-dependencies"]), text
+        for command in re.findall(r"\bd2v-[a-z]+", text):
+            assert command in PROJECT["project"]["scripts"], text
+    for job in parsed.get("jobs", {}).values():
+        for used in [job.get("uses"), *(step.get("uses") for step in job.get("steps", []))]:
+            assert used is None or (ROOT / used).exists() or re.fullmatch(r"[\w-]+/[\w-]+@(v\d+|release/v\d+)", used), used
+
+
+def test_workflows_test_the_oldest_versions_allowed():
+    floors = dict(re.findall(r"^(\w+)>=([\d.]+)$", "\n".join(PROJECT["project"]["dependencies"]), re.MULTILINE))
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
+    oldest = workflow["jobs"]["suite"]["strategy"]["matrix"]["include"][0]
+    assert PROJECT["project"]["requires-python"] == f">={oldest['python']}"
+    for name in ("torch", "transformers"):
+        assert oldest[name] == f"{name}=={floors[name]}.0"
+
+
+def test_the_container_runs_the_commands_of_the_demo():
+    """With the same settings as `make demo`."""
+    demo = subprocess.run(["make", "-n", "demo"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    commands = re.findall(r"(?<=/)d2v-.+", demo)[-2:]
+    command = re.search(r'^CMD \["sh", "-c", "(.+)"\]$', (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert command.replace("/tmp/demo", "runs/demo").split(" && ") == commands
 
 
 def test_the_version_is_stated_once():
