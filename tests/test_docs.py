@@ -1,6 +1,7 @@
 """Each command and snippet of README and docs/ runs as written, with smaller models and fewer steps."""
 
 import ast
+import graphlib
 import importlib.util
 import itertools
 import re
@@ -24,7 +25,7 @@ from d2v_fast import cli
 from d2v_fast.config import parse
 from d2v_fast.data.text import train_tokenizer
 from tests import released, test_convert
-from tools import site
+from tools import site, structure
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
@@ -234,6 +235,28 @@ def test_every_public_name_is_on_the_page_of_the_api():
     tree = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "d2v_fast").rglob("*.py")}
     for module, parsed in tree.items():
         assert module == "__init__" or ast.get_docstring(parsed), module
+
+
+def test_the_picture_of_the_structure_is_current():
+    """Regenerate it with `python -m tools.structure`. A circle of imports raises here."""
+    assert structure.picture(structure.imports()) == structure.PICTURE.read_text(encoding="utf-8")
+
+
+def test_structure_of_a_small_package(tmp_path):
+    package = tmp_path / "small"
+    (package / "low").mkdir(parents=True)
+    (package / "__init__.py").write_text("from small import high\n")
+    (package / "high.py").write_text("import small.middle\nfrom small.low import x\nfrom small.low.y import z\n")
+    (package / "middle.py").write_text("from small import low\n\ndef later():\n    from small import high\n")
+    (package / "low" / "x.py").write_text("if TYPE_CHECKING:\n    from small import high\n")
+    (package / "low" / "run.py").write_text('from small import high\nif __name__ == "__main__":\n    high\n')
+    graph = structure.imports(package)
+    assert graph == {"high": {"middle", "low"}, "middle": {"low"}, "low": set(), "low.run": {"high"}}
+    assert structure.layers(graph) == {"low": 0, "middle": 1, "high": 2, "low.run": 3}
+    assert structure.reduced(graph) == {"high": {"middle"}, "middle": {"low"}, "low": set(), "low.run": {"high"}}
+    (package / "middle.py").write_text("from small import low, high\n")
+    with pytest.raises(graphlib.CycleError):
+        structure.layers(structure.imports(package))
 
 
 def test_citations_of_the_method_open():
