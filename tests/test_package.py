@@ -1,3 +1,4 @@
+import ast
 import importlib
 import re
 import shutil
@@ -55,6 +56,14 @@ def test_text_files_are_utf_8_in_every_locale():
     for file in [ROOT / "setup.py", *(ROOT / "d2v_fast").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
             assert "encoding=" in line or not opens_text.search(line), f"{file}:{number}: give an encoding"
+
+
+def test_no_module_that_windows_lacks_is_imported():
+    lacking = {"fcntl", "resource", "pwd", "grp", "termios", "pty", "tty", "posix", "readline", "syslog"}
+    for file in (ROOT / "d2v_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else getattr(node, "names", [])
+            assert not lacking & {str(getattr(name, "name", name)).partition(".")[0] for name in names}, file
 
 
 def test_presets_and_guides_are_in_the_wheel():
