@@ -305,7 +305,7 @@ def test_training_outside_the_main_thread_runs_with_a_warning(tmp_path, caplog):
 
 
 def test_training_without_fork_and_posix_signals(tmp_path, monkeypatch, caplog):
-    for name in ("SIGHUP", "SIGCHLD"):
+    for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD"):
         monkeypatch.delattr(signal, name)
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
     assert train(config("vision", tmp_path / "run", "train.workers=2")) == 0
