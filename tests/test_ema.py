@@ -74,7 +74,7 @@ def test_buffers_frozen_and_named_parameters_are_copied():
     assert (teacher.module.first.weight != student.first.weight).any()
 
 
-def test_a_frozen_teacher_does_not_move():
+def test_a_frozen_teacher_does_not_change():
     student = Student()
     teacher = EMATeacher(student, 0.5, 1.0, 1)
     state = copy.deepcopy(teacher.module.state_dict())
@@ -105,7 +105,7 @@ def test_buffers_are_paired_by_name():
     assert (teacher.module.ids == student.ids).all() and (teacher.module.other == student.other).all()
 
 
-def test_tied_weights_move_once_and_may_come_apart():
+def test_tied_weights_are_updated_once_and_may_be_untied():
     student = Student()
     student.tied = nn.Linear(4, 6, bias=False)
     student.tied.weight = student.first.weight
@@ -140,11 +140,11 @@ def change(**attributes):
 @pytest.mark.parametrize(
     "handed, named",
     [
-        (Wrapper, "first.bias: found in the teacher alone; hand over the unwrapped student"),
-        (torch.compile, "_orig_mod.first.bias: found in the student alone; hand over the unwrapped student"),
-        (change(frozen=None), "frozen: found in the teacher alone"),
-        (change(added=nn.Parameter(torch.ones(2))), "added: found in the student alone"),
-        (change(ids=None), "ids: found in the teacher alone"),
+        (Wrapper, "first.bias: found in the teacher only; pass the unwrapped student"),
+        (torch.compile, "_orig_mod.first.bias: found in the student only; pass the unwrapped student"),
+        (change(frozen=None), "frozen: found in the teacher only"),
+        (change(added=nn.Parameter(torch.ones(2))), "added: found in the student only"),
+        (change(ids=None), "ids: found in the teacher only"),
         (change(ids=torch.ones(1)), "ids: found (1,) in the student, expected (10,)"),
     ],
 )
@@ -165,7 +165,7 @@ def test_a_teacher_below_fp32_is_refused(dtype):
     student = Student()
     teacher = EMATeacher(student, 0.9999, 0.9999)
     around = nn.ModuleList([student, teacher]).to(dtype)
-    with pytest.raises(ValueError, match=f"found {dtype} in the teacher.*cast the student alone, or call teacher.float"):
+    with pytest.raises(ValueError, match=f"found {dtype} in the teacher.*cast only the student, or call teacher.float"):
         teacher.update(student)
     teacher.float().update(student)
     around.double()
