@@ -161,6 +161,8 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     core = make_core(config, data, encoder, accelerator)
     parts = [name for name in PARTS if not (train.shard and name in COMPILED)]
     words = fuse(core, accelerator.device, parts) if fused else []
+    if fused and train.shard:
+        words.append("nothing compiled, because of train.shard")
     if train.checkpointing:
         core.student.checkpoint_blocks()
     if train.shard:
