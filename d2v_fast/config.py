@@ -32,7 +32,7 @@ FREE = (
     *(f"train.{name}" for name in ("output", "workers", "graphs", "log_every", "export_every", "save_every", "keep_last")),
     *("train.checkpointing", "train.shard", "train.timeout_minutes"),
     *(f"train.{name}" for name in ("callbacks", "trackers", "probe_every", "probe_data")),
-    *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache"),
+    *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache", "data.stream_timeout"),
 )
 COMPARED = ("samples", "samples.number", "samples.content", "processes")  # compared on resume, in addition to the settings
 PART = re.compile(r"^several\.parts\.\w+\.")  # prefix of the settings of one of several modalities
@@ -411,6 +411,8 @@ RANGES = {
     "data.views": "[1, inf)",
     "data.vocab_size": "[261, 16777216]",  # 256 bytes and 5 special tokens; tokenizers aborts when out of memory
     "data.whole_seconds": "(0, inf)",
+    "data.shuffle_buffer": "[1, inf)",
+    "data.stream_timeout": "(0, inf)",
     "ema.anneal_steps": "[0, inf)",
     "ema.end": "[0, 1]",
     "ema.start": "[0, 1]",
@@ -549,6 +551,12 @@ class Config:
             raise ConfigError(
                 f"mask: {type(self.mask).__name__} leaves a different number of positions visible in each view, but data2vec "
                 f"2.0 (head.kind=conv) needs equal numbers; expected mask.kind={' or '.join(SEVERAL)}"
+            )
+        streamed = values.get("data.streaming") or "://" in str(values.get("data.path"))
+        if self.train.epochs is not None and streamed and not self.own_data:
+            raise ConfigError(
+                f"train.epochs={self.train.epochs:g}: the length of a stream is unknown; give train.steps instead of "
+                f"train.epochs (data.path={values['data.path']})"
             )
         if self.train.shard and self.train.probe_every:
             raise ConfigError(
