@@ -222,9 +222,11 @@ class EMAConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW.
+    """The optimizer.
 
     Args:
+        kind: adamw, or lamb for large batches: the update of each tensor has the norm of the tensor times lr. On a GPU it is
+            NVIDIA apex's FusedLAMB, if apex is installed.
         lr: Peak learning rate.
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
@@ -233,6 +235,7 @@ class OptimizerConfig:
         lr_scale: Learning rate factors by parameter name pattern, such as {"*feature_extractor*": 0.1}.
     """
 
+    kind: Literal["adamw", "lamb"] = "adamw"
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
@@ -565,6 +568,16 @@ class Config:
             )
         if self.train.shard and self.train.precision == "fp16":
             raise ConfigError("train.precision=fp16: sharded ranks cannot agree on a gradient scale; use bf16 or fp32")
+        if self.optimizer.kind == "lamb" and self.optimizer.weight_decay == 0:
+            raise ConfigError(
+                "optimizer.kind=lamb with optimizer.weight_decay=0: tensors without weight decay are not scaled, so this is "
+                "Adam; set optimizer.weight_decay, such as 0.01, or optimizer.kind=adamw"
+            )
+        if self.optimizer.kind == "lamb" and self.train.shard:
+            raise ConfigError(
+                "optimizer.kind=lamb with train.shard: the norm of a tensor needs all of its shards, which is not implemented; "
+                "set train.shard=false or optimizer.kind=adamw"
+            )
         if self.loss.cls_weight and not conv:
             raise ConfigError(f"loss.cls_weight: found {self.loss.cls_weight}, which is for head.kind=conv; expected 0")
         if self.train.output == "" or "\0" in (self.train.output or ""):

@@ -243,7 +243,7 @@ def make_feed(config: Config, data: PretrainingData, order: EpochBatches, accele
 
 def make_updates(
     core: torch.nn.Module, config: Config, steps: int, done: int, fused: bool
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Optimizer and learning rate schedule after `done` of `steps` steps."""
     optimizer = make_optimizer(core, config.optimizer, fused)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
@@ -305,9 +305,8 @@ def make_core(config: Config, data: PretrainingData, encoder: Encoder, accelerat
     """Student, teacher and head. Tries a batch where that gives a better error: on several ranks and for own data classes."""
     own = config.data["class"]
     shapes = _try_collate(config, data, encoder) if own else ""
-    core = make_model(config, encoder, data.axes)
+    core = make_model(config, encoder, data.axes).to(accelerator.device)  # before the optimizer, which apex requires
     if accelerator.num_processes > 1 or own:
-        core.to(accelerator.device)
         with accelerator.autocast(), blamed(own, type(data), f"the model does not take its batch, {shapes}"):
             unused = freeze_unused(core, data)
         if unused and accelerator.is_main_process:
