@@ -6,6 +6,7 @@
 # make bench        measures the loss beside its alternatives, writes $(RESULTS)
 # make bench-check  the same, and fails if a ratio fell more than 15 % below the committed one or the machine is slow
 # make bench-report the tables in Markdown and the plot from $(RESULTS), and the tables of README and docs/speed.md
+# … ONLY="test_splicing" for some tests of it, RESULTS=FILE.json for another file
 # … BENCH=step      the same of whole steps, their parts and a sweep over sizes; BENCH=ema, BENCH=monitor
 # Everything is installed into .venv; another Python: make PYTHON=python3.12 …
 
@@ -16,7 +17,7 @@ DEMO ?= vision/tiny-2
 RUN ?= runs/demo
 BENCH ?= loss
 RESULTS ?= benchmarks/results/cpu-$(BENCH).json
-MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_bench_$(BENCH).py -q --benchmark-columns=median
+MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_bench_$(BENCH).py -q --benchmark-columns=median $(if $(ONLY),-k "$(ONLY)")
 
 .PHONY: demo test test-slow mutations lint docs bench bench-check bench-report clean
 

@@ -209,6 +209,14 @@ def parts_table(path: Path) -> str:
     return markdown(["step without", *columns], lines)
 
 
+def splicing_table(path: Path) -> str:
+    lines = [
+        [row["case"], *(f"{row['seconds'][way] * 1e3:.0f}" for way in ("in pieces", "whole")), f"{row['overhead']:+.1%}"]
+        for row in rows(path, "test_splicing")
+    ]
+    return markdown(["case", "ms in pieces", "ms whole", "overhead"], lines)
+
+
 def ema_table(path: Path) -> str:
     lines = []
     for row in rows(path, "test_ema"):
@@ -239,6 +247,7 @@ TABLES = {
     "test_step": [step_table, breakdown_table],
     "test_step_2": [step_2_table, breakdown_table],
     "test_parts": [parts_table],
+    "test_splicing": [splicing_table],
 }
 NAMED = {each.__name__.removesuffix("_table"): each for tables in TABLES.values() for each in (*tables, targets_table)}
 NAMED["machine"] = machine

@@ -1,20 +1,20 @@
-"""Checkpoints: a folder each, written atomically and without pickle.
+"""Checkpoints: one folder each, written atomically and without pickle.
 
     RUN/checkpoints/step-1000/
         student.safetensors     weights of student and head
         teacher.safetensors     the EMA
-        optimizer.safetensors   what the optimizer keeps of each parameter
+        optimizer.safetensors   optimizer state of each parameter
         rng.safetensors         states of torch's generators, by rank
-        samples.safetensors     a digest of what each sample is read from
-        state.json              step, place in the data, settings, counters, the other generators
+        samples.safetensors     digests of the sources of the samples
+        state.json              step, position in the data, settings, counters, the other generators
         manifest.json           size and SHA-256 of each file
 
 With RUN/config.yaml, and RUN/tokenizer if one was trained for the run, this is enough to rebuild the student without its data:
-`train.build.make_encoder` gives the module, student.safetensors its weights under the prefix "student.". A pretrained encoder
-or a tokenizer that the settings name must still be there.
+`train.build.make_encoder` gives the module, and student.safetensors holds its weights under the prefix "student.". A pretrained
+encoder or tokenizer named in the settings must still exist.
 
-They are written as `step-1000.tmp`, the manifest last, and each file and folder is synced to the disk before the rename: what
-is called step-N was finished. The checkpoints of accelerate and torch.distributed are not used, as they contain pickle.
+A checkpoint is written as `step-1000.tmp`, the manifest last. Each file and folder is synced to disk before the rename, so a
+folder named step-N is complete. The checkpoints of accelerate and torch.distributed are not used because they contain pickle.
 """
 
 from __future__ import annotations
@@ -49,52 +49,52 @@ Tensors = dict[str, dict[str, Tensor]]  # by file, by name
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names it and what would do."""
+    """An unusable checkpoint. The message names it and the remedy."""
 
 
 class Checkpoint:
-    """A finished checkpoint, its files compared with their checksums.
+    """A finished checkpoint. Its files are verified against their checksums.
 
     Args:
         folder: RUN/checkpoints/step-N.
 
     Raises:
-        CheckpointError: A file is missing, damaged or outside of the folder, or another version wrote it.
+        CheckpointError: A file is missing, damaged or outside the folder, or the checkpoint is of another version.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         manifest = self._json(MANIFEST)
         if not isinstance(manifest, dict) or manifest.get("version") != VERSION or not isinstance(manifest.get("files"), dict):
-            raise CheckpointError(f"{folder}: {MANIFEST} is not one of version {VERSION}")
+            raise CheckpointError(f"{folder}: {MANIFEST} is not a version {VERSION} manifest")
         self.files = manifest["files"]
         for name, found in self.files.items():
             file = folder / name
             if not re.fullmatch(r"\w[\w.-]*", name) or file.is_symlink():
-                raise CheckpointError(f"{folder}: {MANIFEST} names {name!r}, which may lead out of the folder")
+                raise CheckpointError(f"{folder}: {MANIFEST} names {name!r}, which may be outside the folder")
             try:
                 size, checksum = file.stat().st_size, found["sha256"]
                 if size != found["size"]:
                     raise CheckpointError(f"{file} has {size} bytes instead of {found['size']}")
                 if _sha256(file) != checksum:
-                    raise CheckpointError(f"{file} is damaged: its checksum is not that of {MANIFEST}")
+                    raise CheckpointError(f"{file} is damaged: its checksum differs from {MANIFEST}")
             except FileNotFoundError:
                 raise CheckpointError(f"{file} is missing") from None
             except (OSError, TypeError, KeyError) as error:
                 raise CheckpointError(f"{file} cannot be checked: {error}") from error
         self.state = self._json(STATE) if STATE in self.files else None
         if not isinstance(self.state, dict) or not isinstance(self.state.get("step"), int):
-            raise CheckpointError(f"{folder}: {STATE} tells no step")
+            raise CheckpointError(f"{folder}: {STATE} has no step")
 
     @property
     def step(self) -> int:
         return self.state["step"]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """What `name`.safetensors holds, on the CPU.
+        """The tensors of `name`.safetensors, on the CPU.
 
         Raises:
-            CheckpointError: There is no such file, or it is not one of safetensors.
+            CheckpointError: The file is missing or not a safetensors file.
         """
         file = f"{name}.safetensors"
         if file not in self.files:
@@ -102,21 +102,21 @@ class Checkpoint:
         try:
             return load_file(self.folder / file)
         except SafetensorError as error:
-            raise CheckpointError(f"{self.folder / file}: not a file of safetensors: {error}") from error
+            raise CheckpointError(f"{self.folder / file}: not a safetensors file: {error}") from error
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Raise CheckpointError for a part of the state or a tensor that is missing or not of the kind that is expected."""
+        """Turn errors from a missing or malformed part of the state into CheckpointError."""
         try:
             yield
         except CheckpointError:
             raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{self.folder}: not a checkpoint as version {VERSION} has them: {reason}") from error
+            raise CheckpointError(f"{self.folder}: not a valid version {VERSION} checkpoint: {reason}") from error
 
     def compare(self, part: str, now: dict[str, Any], allowed: Iterable[str] = ()) -> None:
-        """Raise CheckpointError unless `part` of the state is `now`, but for keys that are allowed, or lie below one."""
+        """Raise CheckpointError if `part` of the state differs from `now` in keys that are not `allowed` or below one."""
         with self.reading():
             was, now = _flat(self.state[part]), _flat(now)
         differ = [key for key in {**was, **now} if was.get(key, "nothing") != now.get(key, "nothing")]
@@ -124,12 +124,12 @@ class Checkpoint:
         if differ:
             lines = [f"{key}: was {was.get(key, 'nothing')}, is {now.get(key, 'nothing')}" for key in differ]
             raise CheckpointError(
-                f"{self.folder}: its run had other {part}; --resume-allow KEY accepts an intended change, "
-                "once for each key:\n  " + _first(lines)
+                f"{self.folder}: its run had other {part}; --resume-allow KEY, given once for each key, accepts an intended "
+                "change:\n  " + _first(lines)
             )
 
     def compare_shapes(self, saved: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-        """Raise CheckpointError unless names, shapes and dtypes are the same."""
+        """Raise CheckpointError if names, shapes or dtypes differ."""
         was, now = ({n: f"{list(t.shape)} {t.dtype}" for n, t in tensors.items()} for tensors in (saved, expected))
         lines = [
             f"{name}: was {was.get(name, 'nothing')}, is {now.get(name, 'nothing')}"
@@ -149,26 +149,26 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of a run, written by a thread, from a copy in memory, while training goes on.
+    """The checkpoints of a run. A thread writes them from a copy in memory while training continues.
 
     Args:
         folder: RUN/checkpoints.
-        keep_last: Finished checkpoints to keep; an older one is removed once a newer one was read back and found intact.
+        keep_last: Finished checkpoints to keep; an older one is removed once a newer one has been read back and verified.
     """
 
     def __init__(self, folder: Path, keep_last: int):
         self.folder, self.keep_last = folder, keep_last
         self.damaged: list[Path] = []
-        self.failed: str | None = None  # why the last one was not written
+        self.failed: str | None = None  # why the last write failed
         self._copies: Tensors = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[None] | None = None
 
     def newest(self) -> Checkpoint:
-        """The newest checkpoint that is intact; each one that had to be skipped is named in the log, with the reason.
+        """The newest intact checkpoint. Each damaged one that is skipped is logged with the reason.
 
         Raises:
-            CheckpointError: There is none.
+            CheckpointError: No checkpoint is intact.
         """
         self.damaged = []
         for folder in reversed(_finished(self.folder)):
@@ -183,11 +183,11 @@ class Checkpoints:
         raise CheckpointError(f"{self.folder}: " + (f"none of {damaged} checkpoints is intact" if damaged else "no checkpoint"))
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, in order; whether they are intact is not looked at."""
+        """Steps of the finished checkpoints in order, without verifying them."""
         return [_step(folder) for folder in _finished(self.folder)]
 
     def reserve(self, tensors: Tensors) -> None:
-        """Have the thread set aside the memory of the copies: new memory is the slowest part of a copy."""
+        """Allocate the memory of the copies in the thread: allocation is the slowest part of a copy."""
 
         def touch() -> None:
             self._copies = {
@@ -202,13 +202,13 @@ class Checkpoints:
 
     @property
     def busy(self) -> bool:
-        """Whether the thread is still at work; the copies are then not to be changed."""
+        """Whether the thread is still working. The copies must not be changed meanwhile."""
         return self._job is not None and not self._job.done()
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Copy `tensors`, then write them and `state`, which JSON must know, in the thread; what fails there is logged.
+        """Copy `tensors`, then write them and `state` (JSON-serializable) in the thread, where errors are logged.
 
-        Tensors that are spread over ranks are gathered one after the other, for which the other ranks call `whole` on them too.
+        Sharded tensors are gathered one by one, so the other ranks must call `whole` on them in the same order.
         """
         self.wait()
         for file, values in tensors.items():
@@ -225,7 +225,7 @@ class Checkpoints:
         self._job = self._thread.submit(self._write, step, self._copies, text)
 
     def wait(self) -> None:
-        """Until the thread has nothing left to do."""
+        """Wait until the thread is idle."""
         if self._job is not None:
             self._job.result()
 
@@ -234,7 +234,7 @@ class Checkpoints:
             write(self.folder, step, tensors, state)
         except Exception as error:
             self.failed = f"the checkpoint of step {step} could not be written: {error}"
-            log.error("%s; training goes on without it", self.failed)
+            log.error("%s; training continues without it", self.failed)
             return
         self.failed = None
         others = [other for other in _finished(self.folder) if _step(other) != step]
@@ -245,43 +245,43 @@ class Checkpoints:
 
 
 def write(folder: Path, step: int, tensors: Tensors, state: str) -> Checkpoint:
-    """Write `folder`/step-N whole or not at all, and read it back.
+    """Write `folder`/step-N atomically and read it back.
 
     Raises:
-        OSError: The disk is full or at fault. What was written is removed.
-        CheckpointError: What was read is not what was written.
+        OSError: The disk is full or fails. The partial checkpoint is removed.
+        CheckpointError: The data read back differ from the data written.
     """
-    place = folder / f"step-{step}"
-    beside = place.with_suffix(".tmp")
+    target = folder / f"step-{step}"
+    temporary = target.with_suffix(".tmp")
     for unfinished in folder.glob("step-*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    beside.mkdir(parents=True)
+    temporary.mkdir(parents=True)
     try:
         for name, values in tensors.items():
-            save_file(values, beside / f"{name}.safetensors")
-        (beside / STATE).write_text(state, encoding="utf-8")
+            save_file(values, temporary / f"{name}.safetensors")
+        (temporary / STATE).write_text(state, encoding="utf-8")
         files = {}
-        for file in sorted(beside.iterdir()):
+        for file in sorted(temporary.iterdir()):
             sync(file)
             files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
-        (beside / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1), encoding="utf-8")
-        sync(beside / MANIFEST)
-        sync(beside)
-        shutil.rmtree(place, ignore_errors=True)  # one of this step that was skipped as damaged
-        os.replace(beside, place)
+        (temporary / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1), encoding="utf-8")
+        sync(temporary / MANIFEST)
+        sync(temporary)
+        shutil.rmtree(target, ignore_errors=True)  # a damaged checkpoint of the same step
+        os.replace(temporary, target)
         sync(folder)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     try:
-        return Checkpoint(place)
+        return Checkpoint(target)
     except CheckpointError:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
         raise
 
 
 def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, last through a power cut."""
+    """Flush a file, or the entries of a folder, to disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -290,20 +290,20 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file: whoever reads it finds the old or the new one."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    os.replace(beside, path)
+    """Replace a text file atomically: a reader sees either the old or the new content."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
 
 
 def refuse_pickle(path: str) -> None:
-    """Raise CheckpointError for a file of a kind that can run code when it is loaded."""
+    """Raise CheckpointError for file types that can run code when loaded."""
     if path.lower().endswith(PICKLES):
         raise CheckpointError(
-            f"{path}: a pickle, which can run any code when it is loaded, is not read. If it holds weights alone, "
-            f'torch.load("{path}", weights_only=True) reads it safely; save_pretrained(FOLDER) on a model that has them '
-            "writes safetensors, and encoder.pretrained=FOLDER starts from those"
+            f"{path}: is a pickle, which can run any code when it is loaded, so it is not read. If it holds only weights, "
+            f'torch.load("{path}", weights_only=True) reads it safely; load them into a model, call '
+            "save_pretrained(FOLDER) to write safetensors, and set encoder.pretrained=FOLDER"
         )
 
 

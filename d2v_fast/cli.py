@@ -30,32 +30,32 @@ def _expand_home(argument: str) -> str:
 
 
 def _run(name: str, command: Callable[[list[str]], int | str | None]) -> None:
-    """Run a command: what the user can mend ends in one message and not in a traceback."""
+    """Run a command. Errors that the user can fix are shown as one message instead of a traceback."""
     if "--version" in sys.argv[1:]:
         print(f"{name} {__version__}")
         sys.exit()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # What a library logs is either not news to the user of this one, or said again in the error it raises.
+    # Logs of these libraries are not relevant to the user, or repeated in the error they raise.
     for library in ("httpx", "transformers", "accelerate"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    for library in ("DATASETS", "HF_HUB"):  # they set their level themselves, when they are imported
+    for library in ("DATASETS", "HF_HUB"):  # they set their own level on import
         os.environ.setdefault(f"{library}_VERBOSITY", "critical")
-    os.environ.setdefault("TQDM_DELAY", "2")  # no bars for what takes a moment
-    sys.path.append(os.getcwd())  # where an encoder of your own lies
+    os.environ.setdefault("TQDM_DELAY", "2")  # no bars for short work
+    sys.path.append(os.getcwd())  # to find your own encoder modules
     try:
         result = command([_expand_home(argument) for argument in sys.argv[1:]])
     except KeyboardInterrupt:
         result = 130
     except ImportError as error:
         cause: BaseException = error
-        while cause.__cause__:  # transformers itself says only which of its classes could not be imported
+        while cause.__cause__:  # transformers names only the class that could not be imported
             cause = cause.__cause__
         result = f"{name}: a package is missing or broken, d2v-doctor may name it: {type(cause).__name__}: {cause}"
     except (ValueError, OSError) as error:
         message = str(error)
-        if "in DataLoader worker" in message:  # the traceback of the worker, its last line is the error
+        if "in DataLoader worker" in message:  # the worker's traceback; its last line is the error
             message = message.strip().splitlines()[-1].partition(": ")[2]
         result = f"{name}: {message}"
     sys.exit(_printable(result) if isinstance(result, str) else result)
@@ -67,7 +67,7 @@ def train() -> None:
 
 
 def probe() -> None:
-    """d2v-probe: what a frozen encoder has learned."""
+    """d2v-probe: evaluate a frozen encoder."""
     _run("d2v-probe", _main_of("probe"))
 
 
@@ -102,8 +102,8 @@ def _train(args: list[str]) -> int | str:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         code = f"d2v-train: out of memory; a smaller train.batch_size with a larger train.accumulate needs less: {error}"
-    # A thread of gloo that frees a tensor while the interpreter ends aborts the process. The threads are waited for once
-    # nobody holds the group any more. Not after other errors: a collective may be under way then, and would be waited for too.
+    # A gloo thread that frees a tensor during interpreter shutdown aborts the process. Destroying the group joins its threads
+    # once nothing refers to it. Not after other errors: a collective may be in progress, and this would wait for it.
     if torch.distributed.is_initialized():
         gc.collect()
         torch.distributed.destroy_process_group()
@@ -111,7 +111,7 @@ def _train(args: list[str]) -> int | str:
 
 
 def _main_of(module: str, function: str = "main") -> Callable[[list[str]], None]:
-    """A command that imports what it needs only when it runs, inside of what turns errors into messages."""
+    """A command whose module is imported only when it runs, so that import errors become messages too."""
     return lambda args: getattr(importlib.import_module(f"d2v_fast.{module}"), function)(args)
 
 

@@ -1,4 +1,4 @@
-"""YAML files of arxyzan/data2vec-pytorch, translated (method 7.2)."""
+"""Translate YAML files of arxyzan/data2vec-pytorch (method 7.2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def is_arxyzan(settings: dict[str, Any]) -> bool:
 
 
 def translate_arxyzan(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Our settings, and a line for each thing that changed its place, its meaning or its effect."""
+    """Our settings, and one line for each setting that moved or changed its meaning or effect."""
     changes: list[str] = []
     used: set[str] = set()
 
@@ -53,7 +53,7 @@ def translate_arxyzan(settings: dict[str, Any]) -> tuple[dict[str, Any], list[st
     if take("device") == "cpu":
         put("train.device", "cpu", "was device")
     normalized = bool(take("model.normalize_targets", False))
-    # What follows is what that code does without saying it in the file, corrected where it is a known error.
+    # Behaviour that is hard-coded there, with its known errors corrected.
     put("targets.source", "block_output" if modality == "vision" else "ffn", "it took the input of each block, one layer off")
     if modality == "audio":
         put("targets.norm", "instance", "it meant instance norm over time but normalised over channels")

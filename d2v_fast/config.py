@@ -1,7 +1,7 @@
 """One run as typed dataclasses, from a preset or YAML file and dotted overrides.
 
-The options of `data` and `mask` are the arguments of the classes in `d2v_fast.data` and `d2v_fast.masking`; which class,
-`modality` and `mask.kind` say, or for data of one's own `data.class`.
+The settings under `data` and `mask` are the arguments of the classes in `d2v_fast.data` and `d2v_fast.masking`. `modality` and
+`mask.kind` select the class; `data.class` names a data set class of your own.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 PRESETS = Path(__file__).parent / "presets"
 MASKS = {"span": SpanMask, "block": BlockMask, "random": RandomMask, "token": TokenMask, "exact": ExactBlockMask}
 FLAGS = ("-h", "--help", "--fused", "--print_config")
-# What may differ in a run that goes on, as no weight depends on it. Samples are compared by their content.
+# Settings that may change when a run resumes, because no weight depends on them. Samples are compared by content.
 FREE = (
     *(f"train.{name}" for name in ("output", "workers", "graphs", "log_every", "export_every", "save_every", "keep_last")),
     *("train.checkpointing", "train.shard", "train.timeout_minutes"),
     *(f"train.{name}" for name in ("callbacks", "trackers", "probe_every", "probe_data")),
     *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache"),
 )
-COMPARED = ("samples", "samples.number", "samples.content", "processes")  # beside the settings, when a run goes on
-PART = re.compile(r"^several\.parts\.\w+\.")  # of one modality of several
+COMPARED = ("samples", "samples.number", "samples.content", "processes")  # compared on resume, in addition to the settings
+PART = re.compile(r"^several\.parts\.\w+\.")  # prefix of the settings of one of several modalities
 
 
 @dataclass(frozen=True)
 class Modality:
-    """What a modality stands for.
+    """Properties of a modality.
 
     Attributes:
         data: Its data set, "module:Class" in `d2v_fast.data`.
-        masks: Kinds of masks that it takes, the default one first.
-        axes: Axes of its positions.
-        reads: What its encoders take, as they name it.
-        files: Settings of data that a pretrained encoder's files tell, and what they are called there.
+        masks: The mask kinds it accepts, the default first.
+        axes: Number of axes of its positions.
+        reads: Accepted values of `Encoder.reads`.
+        files: Data settings found in the files of a pretrained encoder, mapped to their names in those files.
     """
 
     data: str | None
@@ -84,13 +84,13 @@ MODALITIES = {
     ),
     "custom": Modality(None, ("random", "exact", "span", "block")),
 }
-NO_SETTINGS = {"mask", "seed", "max_broken"}  # arguments of data sets that other sections give
-LAYERED = ("data2vec-audio", "data2vec2-audio")  # their num_conv_pos_embeddings counts layers, elsewhere it is a width
-SEVERAL = ("random", "exact")  # kinds that leave as many positions visible in every view
+NO_SETTINGS = {"mask", "seed", "max_broken"}  # data set arguments that come from other sections
+LAYERED = ("data2vec-audio", "data2vec2-audio")  # num_conv_pos_embeddings counts layers here; elsewhere it is a width
+SEVERAL = ("random", "exact")  # mask kinds that leave the same number of positions visible in every view
 
 
 class ConfigError(ValueError):
-    """A key or value that cannot be used; the message names it and what would do."""
+    """An invalid key or value. The message names it and the valid alternatives."""
 
 
 @dataclass(frozen=True)
@@ -98,21 +98,21 @@ class EncoderConfig:
     """The encoder.
 
     Args:
-        model: Model type of transformers (roberta, beit, wav2vec2, data2vec-audio, …), timm/NAME for a model of timm, or your
-            own "package.module:Class".
-        pretrained: Hub name or folder to start from instead of random weights.
+        model: A transformers model type (roberta, beit, wav2vec2, data2vec-audio, …), timm/NAME for a timm model, or your own
+            "package.module:Class".
+        pretrained: Hub name or folder of pretrained weights to start from; by default weights are random.
         config: Fields of the model's configuration class, such as encoder.config.num_hidden_layers; for timm, arguments of the
             model, such as encoder.config.depth.
-        init: hf = as transformers does; for images also data2vec = as its authors do, sincos = with fixed
-            sin-cos positions.
-        layers: Path of the list of blocks, where it is not found by itself.
-        ffn: Path inside a block of the FFN output, where it is not the block's last Linear.
+        init: Weight initialization. hf = that of transformers; for images also data2vec = that of the data2vec authors, and
+            sincos = with fixed sin-cos positions.
+        layers: Path to the list of blocks, if it is not detected automatically.
+        ffn: Path inside a block to the module with the FFN output, if that is not the block's last Linear.
         feature_grad_mult: Scale of the gradient into the convolutions of a speech encoder.
         attention: Attention implementation of transformers.
-        features: Path of the module that makes local features, in a model that runs whole (docs/encoders.md), where it is not
-            found by itself.
-        bidirectional: Let the attention of a decoder-only model (gpt2, llama, …) see later positions too; causal models are
-            refused without it.
+        features: Path to the module that computes local features, for a model that runs as a whole (docs/encoders.md), if it
+            is not detected automatically.
+        bidirectional: Let a decoder-only model (gpt2, llama, …) attend to later positions too; causal models are rejected
+            without it.
     """
 
     model: str | None = None
@@ -132,10 +132,10 @@ class TargetsConfig:
     """What the student predicts.
 
     Args:
-        top_k: Number of last layers of the teacher that are averaged.
-        source: A layer's result: FFN output, output or input of the block.
-        norm: Normalisation of each layer's result.
-        target_norm: Normalisation of the average.
+        top_k: Number of top teacher layers to average.
+        source: What to take from each layer: the FFN output, or the output or input of the block.
+        norm: Normalization of each layer before averaging.
+        target_norm: Normalization of the average.
         teacher_fp32: Run the teacher in fp32 under mixed precision.
     """
 
@@ -148,15 +148,15 @@ class TargetsConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How a prediction is scored.
+    """How predictions are scored.
 
     Args:
-        beta: 0 = squared error, else smooth-L1 that is quadratic below it.
-        scale: Factor of the error summed over channels: auto = 1/sqrt(C), mean = 1/C, or a number.
+        beta: 0 = squared error; otherwise smooth-L1 loss, quadratic for errors below beta.
+        scale: Factor on the error summed over channels: auto = 1/sqrt(C), mean = 1/C, or a number.
         reduction: global = mean over the masked positions of all ranks and micro-batches; local = mean of means.
         impl: Implementation of the loss.
-        cls_weight: With head.kind=conv, weight of the loss by which CLS learns the mean of the targets; 0 = none.
-        cls_reduction: mean over the views of a batch, or their sum, as the reference code has it.
+        cls_weight: With head.kind=conv, weight of the loss that trains CLS to predict the mean of the targets; 0 = none.
+        cls_reduction: mean over the views of a batch, or their sum as in the reference code.
     """
 
     beta: float = 0.0
@@ -169,23 +169,23 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What turns states into predictions.
+    """The head that maps states to predictions.
 
-    `conv` makes it data2vec 2.0: of each of the `data.views` views of a sample, only what is visible is encoded.
+    `conv` selects data2vec 2.0: each sample is masked in `data.views` ways, and only the visible positions are encoded.
 
     Args:
-        kind: linear = a regression head on the masked positions, data2vec 1.0; conv = a decoder over all positions, 2.0.
-        layers: Linears, with GELU between, or convolutions; 0 = none.
-        zero_init: Start the last Linear at zero.
-        pretrained: Folder with the head.safetensors to start from, as d2v-export leaves of another project's checkpoint;
-            default is the folder of encoder.pretrained, where it holds one.
+        kind: linear = a regression head on the masked positions (data2vec 1.0); conv = a decoder over all positions (2.0).
+        layers: Number of Linear layers, with GELU in between, or of convolutions; 0 = none.
+        zero_init: Initialize the last Linear to zero.
+        pretrained: Folder with a head.safetensors to start from, as d2v-export writes it for another project's checkpoint;
+            default is the folder of encoder.pretrained, if it has one.
         width: Channels of the convolutions.
-        kernel: Their side.
-        groups: Groups of channels that each of them keeps apart.
+        kernel: Kernel size of the convolutions.
+        groups: Channel groups of the convolutions.
         residual: Add the input of a convolution to its output.
-        projection_layers: Linears after them, twice as wide inside.
-        dropout: Of the states that are decoded.
-        noise: Standard deviation of what stands at masked positions.
+        projection_layers: Number of Linear layers after the convolutions; the hidden ones are twice as wide as their input.
+        dropout: Dropout on the decoder's input states.
+        noise: Standard deviation of the noise at masked positions.
     """
 
     kind: Literal["linear", "conv"] = "linear"
@@ -206,11 +206,11 @@ class EMAConfig:
     """How the teacher follows the student.
 
     Args:
-        start: First decay.
-        end: Last decay.
-        anneal_steps: Steps from first to last.
-        scope: What is averaged: all, the encoder without its local features, or its layers; the rest is copied.
-        copied: Further patterns of parameter names to copy.
+        start: Initial decay.
+        end: Final decay.
+        anneal_steps: Steps from the initial to the final decay.
+        scope: What is averaged: all, the encoder without its local features, or only its layers; the rest is copied.
+        copied: Name patterns of further parameters to copy.
     """
 
     start: float = 0.999
@@ -226,11 +226,11 @@ class OptimizerConfig:
 
     Args:
         lr: Peak learning rate.
-        betas: Decay of the moments.
+        betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay.
-        decay_1d: Decay biases, norms and other vectors too, as fairseq does.
-        lr_scale: Factors of the learning rate by pattern of parameter names, such as {"*feature_extractor*": 0.1}.
+        decay_1d: Apply weight decay to biases, norms and other vectors too, as fairseq does.
+        lr_scale: Learning rate factors by parameter name pattern, such as {"*feature_extractor*": 0.1}.
     """
 
     lr: float = 5e-4
@@ -243,14 +243,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over time.
+    """The learning rate schedule.
 
     Args:
         kind: Shape after warm-up; tri_stage holds the peak, then decays exponentially.
-        warmup: Steps, or below 1 the share of all steps.
+        warmup: Warm-up steps, or if below 1 their share of all steps.
         hold: Share of all steps at the peak (tri_stage).
-        final: Last learning rate as a share of the peak.
-        initial: First learning rate as a share of the peak.
+        final: Final learning rate as a share of the peak.
+        initial: Initial learning rate as a share of the peak.
     """
 
     kind: Literal["cosine", "linear", "constant", "tri_stage"] = "cosine"
@@ -262,39 +262,39 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The run.
+    """The training run.
 
     Args:
-        output: Folder of the run; default is runs/ with the name of the config and the time.
+        output: Folder of the run; default is a new folder in runs/, named after the config and the time.
         steps: Optimizer steps.
-        epochs: Passes over the data; replaces steps.
-        batch_size: Samples a process takes at once.
-        accumulate: Batches an optimizer step, on each process.
-        clip_norm: Largest norm of the gradient, 0 = no clipping.
-        precision: Precision of the computation; weights and teacher are fp32.
+        epochs: Passes over the data; overrides steps.
+        batch_size: Samples per process in each micro-batch.
+        accumulate: Micro-batches per optimizer step on each process.
+        clip_norm: Maximum norm of the gradient, 0 = no clipping.
+        precision: Compute precision; the weights of student and teacher stay in fp32.
         device: auto = GPU if there is one. CUDA_VISIBLE_DEVICES=1 selects one of several.
-        graphs: With --fused on one GPU, replay passes over batches of one shape as CUDA graphs, which small batches gain from;
-            each shape keeps a set of gradients, four at most.
-        checkpointing: Keep only the input of each of the student's blocks for the backward, which computes the rest again:
-            less memory, the same gradients, about a third more time.
-        shard: On several ranks, spread weights, gradients, optimizer and teacher over them (FSDP2); hybrid = over those of a
-            machine, and copies on each machine.
-        timeout_minutes: After which ranks that wait for another one give up.
-        seed: Of weights, masks, augmentations and order.
-        workers: Processes that load data, on each rank.
+        graphs: With --fused on one GPU, replay passes over batches of the same shape as CUDA graphs, which speeds up small
+            batches; each shape keeps its own set of gradients, at most four sets.
+        checkpointing: Keep only the input of each student block for the backward pass and recompute the rest: less memory, the
+            same gradients, about a third more time.
+        shard: On several ranks, shard weights, gradients, optimizer and teacher across them (FSDP2); hybrid = shard within a
+            machine and replicate across machines.
+        timeout_minutes: Minutes after which a rank that waits for another one gives up.
+        seed: Seed of weights, masks, augmentations and sample order.
+        workers: Data loading processes on each rank.
         threads: CPU threads of torch, 0 = its default.
         log_every: Steps between lines of the log.
         export_every: Steps between exports of the student, 0 = only at the end.
         save_every: Steps between checkpoints, 0 = only when the run ends or is asked to stop.
-        keep_last: Checkpoints to keep.
-        max_broken: Largest share of unreadable samples; the run stops above it.
-        max_skipped: Steps in a row whose loss or gradient is not finite; the run stops there.
-        callbacks: Objects of your own that the run calls, "package.module:Class" each, or with arguments
-            {class_path: package.module:Class, init_args: {...}}; docs/callbacks.md.
-        trackers: Where figures and settings go beside log.jsonl; default is TensorBoard alone, if it is installed.
-        probe_every: Steps between probes of the teacher by a k-NN on labelled samples, 0 = none; one goes into the first line
-            of the log after that many, and into the last.
-        probe_data: What to probe on, as d2v-probe --data; default is the builtin set for a run on builtin data.
+        keep_last: Number of checkpoints to keep.
+        max_broken: Maximum share of unreadable samples; the run stops above it.
+        max_skipped: The run stops after this many steps in a row with a loss or gradient that is not finite.
+        callbacks: Your own callback objects, each as "package.module:Class" or, with arguments, as
+            {class_path: package.module:Class, init_args: {...}}; see docs/callbacks.md.
+        trackers: Where metrics and settings are logged in addition to log.jsonl; default is TensorBoard, if it is installed.
+        probe_every: Steps between k-NN probes of the teacher on labelled samples, 0 = none; the result goes into the first
+            line of the log after that many steps, and into the last line.
+        probe_data: Labelled data for the probe, as for d2v-probe --data; default is the builtin set for a run on builtin data.
     """
 
     output: str | None = None
@@ -326,23 +326,23 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CollapseConfig:
-    """When a run counts as collapsed; a bound of 0 switches its rule off.
+    """When a run counts as collapsed. A bound of 0 disables its rule.
 
     Args:
-        distinct: Least share of different samples among some that are compared before the first step.
-        target_std: Least std of the targets.
-        prediction_std: Least std of the predictions.
-        rank: Least effective rank of the states of student and teacher.
-        variation: Least std of the local features, as a share of their size.
-        divergence: Largest loss, as a multiple of what predicting a constant would cost.
-        leak: Least loss, as a multiple of what predicting each position's mean would cost.
-        distance: Least distance of teacher and student, relative to the student's weights.
-        decay: Largest decay of the teacher, as measured on its weights.
-        update: Least change of the weights in a step at the peak learning rate, as a share of their norm.
-        gradient: Largest norm of the gradient, as a multiple of what was usual before.
-        after: Steps before the first that is judged; default is 5000, in a shorter run a tenth of it but at least 100, and
-            never before the learning rate has warmed up.
-        action: What to do.
+        distinct: Minimum share of distinct samples among a few that are compared before the first step.
+        target_std: Minimum std of the targets.
+        prediction_std: Minimum std of the predictions.
+        rank: Minimum effective rank of the states of student and teacher.
+        variation: Minimum std of the local features, relative to their size.
+        divergence: Maximum loss, as a multiple of the loss of predicting a constant.
+        leak: Minimum loss, as a multiple of the loss of predicting each position's mean.
+        distance: Minimum distance between teacher and student, relative to the student's weights.
+        decay: Maximum decay of the teacher, as measured on its weights.
+        update: Minimum change of the weights per step at the peak learning rate, relative to their norm.
+        gradient: Maximum norm of the gradient, as a multiple of its usual value before.
+        after: Steps before the rules apply; default is 5000, in a shorter run a tenth of its steps but at least 100, and never
+            before the end of the warm-up.
+        action: What to do when a rule is broken.
     """
 
     distinct: float = 0.5
@@ -377,7 +377,7 @@ GROUPS = {*SECTIONS, "mask", "data"}
 DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)}
 DEFAULTS |= {"data.class": None, "data.views": None, "data.whole_seconds": 60.0}
 
-# The interval of a number or of each of several; a round bracket leaves the bound out.
+# The valid interval of a number, or of each number in a list or mapping. A round bracket excludes the bound.
 RANGES = {
     "collapse.after": "[0, inf)",
     "collapse.decay": "[0, 1]",
@@ -409,7 +409,7 @@ RANGES = {
     "data.std": "(0, inf)",
     "data.target_length": "[1, inf)",
     "data.views": "[1, inf)",
-    "data.vocab_size": "[261, 16777216]",  # 256 bytes and 5 special tokens; tokenizers aborts where memory ends
+    "data.vocab_size": "[261, 16777216]",  # 256 bytes and 5 special tokens; tokenizers aborts when out of memory
     "data.whole_seconds": "(0, inf)",
     "ema.anneal_steps": "[0, inf)",
     "ema.end": "[0, 1]",
@@ -463,7 +463,7 @@ RANGES = {
     "train.seed": "[0, 9223372036854775807]",
     "train.steps": "[1, inf)",
     "train.timeout_minutes": "(0, 100000]",
-    "train.threads": "[0, 1024]",  # far more end in a crash of the thread pool
+    "train.threads": "[0, 1024]",  # far more crash the thread pool
     "train.workers": "[0, 1024]",
 }
 
@@ -482,9 +482,9 @@ def _in_words(interval: str) -> str:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on. `mask` and `data` hold the arguments of their classes, `data` also `class`.
+    """Everything a run depends on. `mask` and `data` hold the arguments of their classes; `data` also holds `class`.
 
-    `own_data`: the data have not the settings of those of the modality, as their class does not derive from it.
+    `own_data` is set if the data class does not take the settings of the modality's own data set.
     """
 
     modality: Literal["text", "vision", "audio", "spectrogram", "custom"]
@@ -499,11 +499,11 @@ class Config:
     collapse: CollapseConfig
     mask: SpanMask | BlockMask | RandomMask | TokenMask | ExactBlockMask
     data: dict[str, Any]
-    parts = ()  # those of several modalities, `d2v_fast.several`
+    parts = ()  # only a `d2v_fast.several.SeveralConfig` has some
     own_data: bool = False
     yaml: str = ""
-    name: str = "run"  # what a run without train.output is called
-    resume: bool | Literal["auto"] = False  # auto = if there is a checkpoint
+    name: str = "run"  # names the folder of a run without train.output
+    resume: bool | Literal["auto"] = False  # auto = resume if there is a checkpoint
     resume_allow: list[str] = field(default_factory=list)
 
     def settings(self) -> dict[str, Any]:
@@ -512,19 +512,19 @@ class Config:
         return values | {f"data.{k}": v for k, v in self.data.items()}
 
     def check(self) -> None:
-        """Raise ConfigError for values that no run can use."""
+        """Raise ConfigError for invalid values."""
         values = self.settings()
         for key, value in values.items():
             if isinstance(value, str) and value.encode(errors="replace").decode() != value:
                 raise ConfigError(
                     f"{key}: found {value!r}, which is not UTF-8, so config.yaml cannot hold it; rename or link it"
                 )
-        if self.own_data:  # whose settings may have the names of others
+        if self.own_data:  # its settings may share a name with ours and have another range
             values = {key: value for key, value in values.items() if not key.startswith("data.") or key == "data.views"}
         for key, interval in RANGES.items():
             value = values.get(key)
-            several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-            for number in several:
+            numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            for number in numbers:
                 if isinstance(number, int | float) and not _inside(number, interval):
                     raise ConfigError(f"{key}: found {number}, expected {_in_words(interval)}")
         for key in ("data.crop_scale", "data.crop_ratio"):
@@ -547,20 +547,20 @@ class Config:
             )
         if conv and not isinstance(self.mask, tuple(MASKS[kind] for kind in SEVERAL)):
             raise ConfigError(
-                f"mask: {type(self.mask).__name__} leaves another number of positions visible in each view, and data2vec 2.0 "
-                f"(head.kind=conv) needs the same; expected mask.kind={' or '.join(SEVERAL)}"
+                f"mask: {type(self.mask).__name__} leaves a different number of positions visible in each view, but data2vec "
+                f"2.0 (head.kind=conv) needs equal numbers; expected mask.kind={' or '.join(SEVERAL)}"
             )
         if self.train.shard and self.train.probe_every:
             raise ConfigError(
-                "train.probe_every: runs the teacher on one rank alone, and train.shard has spread it over all; leave it out, "
-                "d2v-probe reads the run's checkpoints"
+                "train.probe_every: the probe runs the teacher on one rank, but train.shard spreads it over all of them; leave "
+                "it out and use d2v-probe, which reads the run's checkpoints"
             )
         if self.train.shard and self.train.precision == "fp16":
-            raise ConfigError("train.precision=fp16: has no scale of gradients that sharded ranks agree on; take bf16 or fp32")
+            raise ConfigError("train.precision=fp16: sharded ranks cannot agree on a gradient scale; use bf16 or fp32")
         if self.loss.cls_weight and not conv:
             raise ConfigError(f"loss.cls_weight: found {self.loss.cls_weight}, which is for head.kind=conv; expected 0")
         if self.train.output == "" or "\0" in (self.train.output or ""):
-            raise ConfigError(f"train.output: found {self.train.output!r}, expected a folder; by default one in runs/ is made")
+            raise ConfigError(f"train.output: found {self.train.output!r}, expected a folder; default is a new one in runs/")
         if not values.get("data.path", True):
             raise ConfigError("data.path: found nothing, expected builtin, a file, a folder or the name of a Hugging Face set")
         if (self.encoder.model is None) == (self.encoder.pretrained is None) and not (self.encoder.model or "").count(":"):
@@ -570,18 +570,18 @@ class Config:
 
 
 def presets() -> list[str]:
-    """Names of the presets in the package, such as text/roberta-base."""
+    """Names of the built-in presets, such as text/roberta-base."""
     return sorted(str(file.relative_to(PRESETS).with_suffix("")) for file in PRESETS.rglob("*.yaml"))
 
 
 def nearest(word: str, words: Any) -> str:
-    """ "; did you mean …?" or nothing."""
+    """ "; did you mean …?" if one of `words` is close to `word`, else ""."""
     found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean {found[0]}?" if found else ""
 
 
 def read_yaml(name: str) -> dict[str, Any]:
-    """The settings of a preset or YAML file, those of arxyzan/data2vec-pytorch translated.
+    """The settings of a preset or YAML file. Files of arxyzan/data2vec-pytorch are translated.
 
     Raises:
         ConfigError: No such preset or file, or not a mapping.
@@ -592,7 +592,7 @@ def read_yaml(name: str) -> dict[str, Any]:
         raise ConfigError(f"--config: found nothing, expected a YAML file or one of {', '.join(presets())}")
     file = Path(name).expanduser()
     if (file / "config.yaml").is_file():
-        raise ConfigError(f"--config {name}: a folder; its settings are in {file / 'config.yaml'}")
+        raise ConfigError(f"--config {name}: is a folder; its settings are in {file / 'config.yaml'}")
     if not file.is_file():
         file = PRESETS / f"{name}.yaml"
     if not file.is_file():
@@ -609,10 +609,10 @@ def read_yaml(name: str) -> dict[str, Any]:
 
 
 def check_layer(settings: Any, where: str) -> dict[str, Any]:
-    """Settings as they were written, without those that are null.
+    """The settings without those that are null.
 
     Raises:
-        ConfigError: Not a mapping, or one of its groups is none.
+        ConfigError: The settings or one of their groups are not a mapping.
     """
     if not isinstance(settings, dict):
         raise ConfigError(f"{where}found {type(settings).__name__}, expected a mapping of settings")
@@ -626,7 +626,7 @@ def check_layer(settings: Any, where: str) -> dict[str, Any]:
 
 
 def load_yaml(text: str) -> Any:
-    """What YAML says, its numbers as `d2v-train` reads them.
+    """Parse YAML, with numbers as `d2v-train` reads them.
 
     Raises:
         ValueError: Aliases or deep nesting.
@@ -639,7 +639,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _refuse_bombs(text: str) -> None:
-    """Raise ValueError for what a few lines of YAML can blow up: aliases unfold to any size, and nesting to any depth."""
+    """Raise ValueError for aliases and deep nesting, by which a few lines of YAML can exhaust memory or the stack."""
     import yaml
 
     depth = 0
@@ -659,31 +659,31 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _make_way(settings: dict[str, Any], later: dict[str, Any]) -> None:
-    """Take out of `settings` what goes with a mask, an encoder or a length that `later`, as flat keys, replaces by another."""
+def _drop_replaced(settings: dict[str, Any], later: dict[str, Any]) -> None:
+    """Remove from `settings` whatever belongs to a mask, encoder or run length that `later` (flat keys) replaces."""
     encoder, mask = settings.get("encoder", {}), settings.get("mask", {})
     known = MODALITIES.get(settings.get("modality"))
     default = known and known.masks[0]
     if "mask.kind" in later and later["mask.kind"] != mask.get("kind", default):
         settings.pop("mask", None)
     if later.get("data.class"):
-        _keep_what_it_takes(settings, later)
+        _drop_unknown_data(settings, later)
     if "train.steps" in later and "train.epochs" not in later:
-        settings.get("train", {}).pop("epochs", None)  # which would replace the steps
+        settings.get("train", {}).pop("epochs", None)  # would override the new steps
     if later.get("encoder.pretrained") and ":" not in (encoder.get("model") or ""):
         encoder.pop("model", None)
         encoder.pop("config", None)
     elif later.get("encoder.model"):
         encoder.pop("pretrained", None)
-        _keep_what_fits(encoder, later["encoder.model"])
+        _drop_unknown_fields(encoder, later["encoder.model"])
     if later.get("encoder.pretrained"):
         _fit_data(settings, later)
 
 
 def _fit_data(settings: dict[str, Any], later: dict[str, Any]) -> None:
-    """Replace what `settings` say of the data by what the pretrained encoder of `later` was trained with, where that is known.
+    """Replace data `settings` by those that the pretrained encoder in `later` was trained with, where they are known.
 
-    What `later` itself says of the data stays.
+    Data settings given in `later` itself are kept.
     """
     name = os.path.expanduser(later["encoder.pretrained"])
     modality = later.get("modality", settings.get("modality"))
@@ -701,10 +701,10 @@ def _fit_data(settings: dict[str, Any], later: dict[str, Any]) -> None:
 
 
 def _preprocessing(name: str, modality: str) -> dict[str, Any]:
-    """How inputs were prepared for a pretrained encoder, as settings of `data`; without what its files do not say."""
+    """The preprocessing of a pretrained encoder as settings of `data`, as far as its files specify it."""
     from transformers import AutoConfig, FeatureExtractionMixin, ImageProcessingMixin
 
-    import d2v_fast.nets  # noqa: F401  our models are known to transformers as well
+    import d2v_fast.nets  # noqa: F401  registers our models with transformers
 
     if modality == "text":
         from d2v_fast.data import DataError
@@ -720,55 +720,55 @@ def _preprocessing(name: str, modality: str) -> dict[str, Any]:
     image = modality == "vision"
     read = ImageProcessingMixin.get_image_processor_dict if image else FeatureExtractionMixin.get_feature_extractor_dict
     try:
-        said, _ = read(name)
+        processor, _ = read(name)
     except OSError:
-        said = {}
-    found = {key: said.get(there) for key, there in MODALITIES[modality].files.items()}
-    if not said.get("do_normalize", True) and "mean" in found:
+        processor = {}
+    found = {key: processor.get(file_key) for key, file_key in MODALITIES[modality].files.items()}
+    if not processor.get("do_normalize", True) and "mean" in found:
         found |= {"mean": [0.0] * 3, "std": [1.0] * 3} if image else {"mean": 0.0, "std": 0.5}  # spectrograms: 2 std
     if image:
         try:
             size = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "image_size", None)
-        except (OSError, ValueError):  # whoever loads the model says what is wrong with it
+        except (OSError, ValueError):  # loading the model reports the error later
             size = None
         found["image_size"] = size if isinstance(size, int) else None
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _keep_what_it_takes(settings: dict[str, Any], later: dict[str, Any]) -> None:
-    """Take out of the data's `settings`, which are of one class, what that of `later` does not take."""
+def _drop_unknown_data(settings: dict[str, Any], later: dict[str, Any]) -> None:
+    """Remove the data settings that the data class of `later` does not take."""
     data, name = settings.get("data", {}), later["data.class"]
     if data.get("class") != name:
-        taken = data_settings(data_class(later.get("modality", settings.get("modality", "custom")), name))
-        if strange := sorted(data.keys() - taken - {"class"}):
+        accepted = data_settings(data_class(later.get("modality", settings.get("modality", "custom")), name))
+        if unknown := sorted(data.keys() - accepted - {"class"}):
             before = data.get("class") or settings.get("modality")
-            print(f"data.class={name}: without {', '.join(strange)}, which was for {before}", file=sys.stderr)
-        settings["data"] = {key: value for key, value in data.items() if key in taken}
+            print(f"data.class={name}: dropped {', '.join(unknown)}, set for {before}", file=sys.stderr)
+        settings["data"] = {key: value for key, value in data.items() if key in accepted}
 
 
-def _keep_what_fits(encoder: dict[str, Any], model: str) -> None:
-    """Take out of `encoder`, the settings of one model, what another one does not know."""
+def _drop_unknown_fields(encoder: dict[str, Any], model: str) -> None:
+    """Remove from `encoder`, set for another model, the fields that `model` does not know."""
     before, config = encoder.get("model"), encoder.get("config", {})
     if before in (None, model):
         return
-    strange = set(config)
+    unknown = set(config)
     if ":" in model or model.startswith("timm/"):
         for name in ("init", "layers", "ffn", "features"):
             encoder.pop(name, None)
     else:
         from transformers import CONFIG_MAPPING
 
-        import d2v_fast.nets  # noqa: F401  our models are known to transformers as well
+        import d2v_fast.nets  # noqa: F401  registers our models with transformers
 
         if model not in CONFIG_MAPPING:
             return
         known = CONFIG_MAPPING[model]()
-        strange = {name for name in config if not hasattr(known, name)}
+        unknown = {name for name in config if not hasattr(known, name)}
         if (before in LAYERED) != (model in LAYERED):
-            strange |= config.keys() & {"num_conv_pos_embeddings"}
-    if strange:
-        print(f"encoder.model={model}: without {', '.join(sorted(strange))}, which was for {before}", file=sys.stderr)
-    encoder["config"] = {name: value for name, value in config.items() if name not in strange}
+            unknown |= config.keys() & {"num_conv_pos_embeddings"}
+    if unknown:
+        print(f"encoder.model={model}: dropped {', '.join(sorted(unknown))}, set for {before}", file=sys.stderr)
+    encoder["config"] = {name: value for name, value in config.items() if name not in unknown}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -782,14 +782,14 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def data_class(modality: str, own: str | None = None) -> type:
-    """The data set of a modality; imported here, so that one does not need the libraries of the others.
+    """The data set class of a modality, imported lazily: one modality does not need the libraries of another.
 
     Args:
         modality: One of `MODALITIES`.
-        own: data.class, to take instead.
+        own: Value of data.class, used instead of the modality's data set.
 
     Raises:
-        ConfigError: No such modality, or no such class that is a data set.
+        ConfigError: Unknown modality, or `own` is not a data set class.
     """
     if own is not None and modality in MODALITIES:
         from d2v_fast.data import DataError
@@ -801,51 +801,51 @@ def data_class(modality: str, own: str | None = None) -> type:
         except DataError as error:
             raise ConfigError(str(error)) from error
         except ValueError as error:
-            raise ConfigError(f"data.class={own}: its arguments become settings, which need type hints: {error}") from error
+            raise ConfigError(f"data.class={own}: its arguments become settings, so they need type hints: {error}") from error
         return cls
     if modality == "custom":
         raise ConfigError(
             "modality=custom: found no data.class, expected package.module:Class, a class of your own that derives from "
-            "d2v_fast.data.PretrainingData; docs/own-data.md has one to start from"
+            "d2v_fast.data.PretrainingData; docs/own-data.md has an example"
         )
     if modality not in MODALITIES:
         raise ConfigError(
             f"modality: found {modality!r}, expected one of {', '.join(MODALITIES)}, several"
-            + (nearest(str(modality), [*MODALITIES, "several"]) if modality else "; a preset without it is given after another")
+            + (nearest(str(modality), [*MODALITIES, "several"]) if modality else "; a preset without one must follow another")
         )
     module, _, name = MODALITIES[modality].data.partition(":")
     return getattr(importlib.import_module(f"d2v_fast.data.{module}"), name)
 
 
 def data_settings(cls: type) -> set[str]:
-    """Names of the settings that a class of data takes, its parents' included where it hands arguments on to them."""
+    """Names of the settings that a data class takes, including its parents' if it passes arguments on to them."""
     from jsonargparse import ArgumentParser
 
     return set(ArgumentParser().add_class_arguments(cls, skip=NO_SETTINGS))
 
 
-DESCRIPTION = """Pre-train an encoder of text, images, speech or sounds with data2vec.
+DESCRIPTION = """Pre-train an encoder for text, images, speech or sounds with data2vec.
 
   d2v-train --config vision/tiny                          a preset on builtin data
   d2v-train --config text/roberta-base data.path=corpus/  a preset on your data
-  d2v-train --config mine.yaml train.batch_size=64        your settings, some changed
+  d2v-train --config mine.yaml train.batch_size=64        your settings, some overridden
   d2v-train --config audio/tiny --print_config > mine.yaml
-  d2v-train --resume runs/mine                            a run goes on from its newest checkpoint
-  d2v-train --config mine.yaml train.output=run --resume  the same, by the command that began it
-  d2v-train … train.output=run --resume=auto              begins, or goes on where there is a checkpoint, as after a requeue
+  d2v-train --resume runs/mine                            resume a run from its newest checkpoint
+  d2v-train --config mine.yaml train.output=run --resume  the same, with the command that started it
+  d2v-train … train.output=run --resume=auto              start, or resume if there is a checkpoint (requeued jobs)
 
-Settings are given as key=value; later ones win. A run writes its resolved config.yaml, a log.jsonl, checkpoints/ and, in
-Hugging Face format, the student in export/. Ctrl-C, SIGTERM or SIGUSR1: the run saves after the current step and ends with
-exit code 130. It goes on only with the settings and samples that it had; --resume-allow KEY, once for each, accepts an
-intended change. Callbacks, trackers and a probe on the way: docs/callbacks.md.
-What the data and mask of a modality take: d2v-train --config PRESET --help. Data of your own: docs/own-data.md.
+Settings are given as key=value; later ones win. A run writes its resolved config.yaml, log.jsonl, checkpoints/ and the student
+in Hugging Face format in export/. On Ctrl-C, SIGTERM or SIGUSR1 the run saves after the current step and exits with code 130.
+It resumes only with the same settings and samples; --resume-allow KEY, which can be repeated, accepts an intended change.
+Callbacks, trackers and the online probe: docs/callbacks.md.
+Data and mask settings of a modality: d2v-train --config PRESET --help. Your own data: docs/own-data.md.
 
 presets: """
-WHICH = "--resume: which run? --resume RUN, or train.output=RUN beside the settings it was begun with"
+WHICH = "--resume: which run? --resume RUN, or train.output=RUN with the settings it was started with"
 
 
 def new_parser(modality: str, modalities: tuple[str, ...], sections: Iterable[str]) -> ArgumentParser:
-    """A parser of the command line with these sections."""
+    """A command-line parser for these sections."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -860,8 +860,8 @@ def new_parser(modality: str, modalities: tuple[str, ...], sections: Iterable[st
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="Preset or YAML file; several are merged.")
-    parser.add_argument("--fused", action="store_true", help="Fused kernels and bf16, or stop with the reason.")
-    parser.add_argument("--modality", type=Literal[modalities], default=modality, help="What is learned from.")
+    parser.add_argument("--fused", action="store_true", help="Use fused kernels and bf16, or stop with the reason.")
+    parser.add_argument("--modality", type=Literal[modalities], default=modality, help="Modality of the data.")
     for name in sections:
         parser.add_class_arguments(SECTIONS[name], name)
     return parser
@@ -869,27 +869,27 @@ def new_parser(modality: str, modalities: tuple[str, ...], sections: Iterable[st
 
 def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
     parser = new_parser(modality, tuple(MODALITIES), SECTIONS)
-    help = 'Data of your own, "package.module:Class", mostly with modality=custom.'
+    help = 'Your own data set, "package.module:Class", usually with modality=custom.'
     parser.add_argument("--data.class", type=str | None, default=own, help=help)
     parser.add_class_arguments(data_class(modality, own), "data", skip=NO_SETTINGS)
-    parser.add_argument("--mask.kind", type=Literal[MODALITIES[modality].masks], default=kind, help="How positions are chosen.")
+    parser.add_argument("--mask.kind", type=Literal[MODALITIES[modality].masks], default=kind, help="How positions are masked.")
     parser.add_class_arguments(MASKS[kind], "mask")
     return parser
 
 
 def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Config, bool]:
-    """The config of a command line, and whether --fused was given; a `SeveralConfig` for modality=several.
+    """Parse a command line into its config and whether --fused was given; modality=several gives a `SeveralConfig`.
 
     Args:
-        args: Of the command.
-        layers: Settings below those, as `read_yaml` gives them.
+        args: Command-line arguments.
+        layers: Settings of lower precedence, as `read_yaml` returns them.
 
     Raises:
-        ConfigError: A key or value that does not fit.
+        ConfigError: An invalid key or value.
     """
     settings: dict[str, Any] = {}
     for layer in layers:
-        _make_way(settings, _flat(layer))
+        _drop_replaced(settings, _flat(layer))
         settings = _merge(settings, layer)
     names: list[str] = []
     rest: list[str] = []
@@ -904,7 +904,7 @@ def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Confi
             if Path(name).with_name("log.jsonl").exists() or Path(name).with_name("checkpoints").exists():
                 run = str(Path(name).parent)
                 names[-1] = Path(run).resolve().name
-            _make_way(settings, _flat(layer))
+            _drop_replaced(settings, _flat(layer))
             settings = _merge(settings, layer)
         elif argument in FLAGS or argument.startswith("--print_config="):
             rest.append(argument)
@@ -918,15 +918,15 @@ def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Confi
     overrides.pop("print_config", None)
     if overrides.get("data.class") == "null":
         overrides["data.class"] = None
-    _make_way(settings, overrides)
+    _drop_replaced(settings, overrides)
     given = _flat(settings)
-    asks_only = {"-h", "--help"} & set(rest)
+    help_only = {"-h", "--help"} & set(rest)
     if not settings and not overrides and resume:
         raise ConfigError(WHICH)
-    if not settings and not overrides and not asks_only:
-        raise ConfigError(f"no settings: d2v-train --config PRESET, one of {', '.join(presets())}; --help explains")
+    if not settings and not overrides and not help_only:
+        raise ConfigError(f"no settings: d2v-train --config PRESET, one of {', '.join(presets())}; see --help")
     own = overrides.get("data.class", given.get("data.class"))
-    modality = overrides.get("modality", given.get("modality", "custom" if own else "text" if asks_only else None))
+    modality = overrides.get("modality", given.get("modality", "custom" if own else "text" if help_only else None))
     if modality == "several":
         from d2v_fast.several import configure
 
@@ -945,8 +945,8 @@ def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Confi
         if key in GROUPS:
             raise ConfigError(f"{key}: found {overrides[key]}, expected one of its settings, {key}.…=value")
         if key not in known and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
-            takes = f"; {own} takes {', '.join(sorted(data_settings(cls)))}" if own and key.startswith("data.") else ""
-            raise ConfigError(f"{key}: no such setting{takes}{nearest(key, known)}")
+            accepted = f"; {own} takes {', '.join(sorted(data_settings(cls)))}" if own and key.startswith("data.") else ""
+            raise ConfigError(f"{key}: no such setting{accepted}{nearest(key, known)}")
     try:
         namespace = parser.parse_args(["--config", json.dumps(settings, default=str), *rest])
     except argparse.ArgumentError as error:
@@ -972,22 +972,22 @@ def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Confi
 
 
 def _finish(config: Config, known: list[str], run: str | None, named: bool) -> Config:
-    """The config with the folder that it is to be trained in.
+    """Resolve the output folder of `config`.
 
     Args:
-        config: As the settings have it.
-        known: All settings that there are.
-        run: Folder that the settings are from.
-        named: Whether the command names another.
+        config: As parsed.
+        known: All valid settings.
+        run: Folder of the run whose config.yaml was read, if any.
+        named: Whether the command sets train.output.
 
     Raises:
-        ConfigError: --resume-allow of no setting, or --resume of no run.
+        ConfigError: --resume-allow with an unknown setting, or --resume without a run.
     """
     for key in config.resume_allow:
         if key not in [*known, *GROUPS, *COMPARED] and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
             raise ConfigError(f"--resume-allow {key}: no such setting{nearest(key, [*known, *COMPARED])}")
     output = config.train.output
-    if run and not named:  # the settings of a run: that run, wherever it is now, or one more like it
+    if run and not named:  # resume that run, even if it was moved, or start a new one like it
         output = run if config.resume else None
     if output is None and config.resume:
         raise ConfigError(WHICH)
@@ -995,7 +995,7 @@ def _finish(config: Config, known: list[str], run: str | None, named: bool) -> C
 
 
 def _resume(args: list[str]) -> tuple[list[str], bool | Literal["auto"], list[str]]:
-    """The command line with RUN's settings in place of --resume RUN; whether to resume, and --resume-allow's keys."""
+    """Replace --resume RUN by RUN's settings; returns the arguments, whether to resume, and the keys of --resume-allow."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume", nargs="?", const="")
     parser.add_argument("--resume-allow", action="append", default=[])
@@ -1006,7 +1006,7 @@ def _resume(args: list[str]) -> tuple[list[str], bool | Literal["auto"], list[st
     run = found.resume
     if run == "auto":
         return rest, "auto", found.resume_allow
-    if run and "=" in run:  # a setting that happened to follow
+    if run and "=" in run:  # --resume without RUN, followed by a setting
         run, rest = "", [run, *rest]
     if run:
         from d2v_fast.checkpoint import refuse_pickle
@@ -1019,21 +1019,21 @@ def _resume(args: list[str]) -> tuple[list[str], bool | Literal["auto"], list[st
 
 
 def _readable(message: str, given: dict[str, Any], parser: ArgumentParser) -> str:
-    """jsonargparse's complaint as "key: found value, expected …", with the nearest of the values allowed."""
+    """Rewrite a jsonargparse error as "key: found value, expected …", with the nearest valid value."""
     if missing := message.partition("arguments are required: ")[2]:
         return f"{missing}: missing; {given.get('data.class')} has no default"
     key = re.search(r'key "([^"]+)"', message)
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     if not key or not hints.get(key[1]):
         return message
-    # A complaint about one entry of a mapping names the mapping and shows the entry.
+    # An error in one entry of a mapping names the mapping and shows the entry.
     found = given.get(key[1], message.rpartition("Got value: ")[2])
     kind, choices = _type_in_words(hints[key[1]])
     return f"{key[1]}: found {found}, expected {kind}{nearest(str(found), choices)}"
 
 
 def _type_in_words(hint: Any) -> tuple[str, list[str]]:
-    """What a value of this type looks like, and the words among its values."""
+    """Describe a type in words; returns the description and the choices it contains."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind is Literal:
         return f"one of {', '.join(inner)}", list(inner)
@@ -1044,7 +1044,7 @@ def _type_in_words(hint: Any) -> tuple[str, list[str]]:
         int: "a whole number",
         float: "a number",
         bool: "true or false",
-        str: "a text",
+        str: "a string",
         NoneType: "null",
         list: "a list",
         tuple: f"a list of {len(inner)} numbers",

@@ -1,8 +1,8 @@
-"""What `d2v-train --fused` turns on: the same algorithm by faster means, one part a function.
+"""The fast implementations that `d2v-train --fused` turns on: the same algorithm, one function per part.
 
-bf16 computation with fp32 weights and the optimizer that updates all tensors in one pass are settings of the run; the rest is
-put into the model here. Strict where speed is the point: without a fused loss for the device it stops and says why. What each
-part is worth, `pytest benchmarks/test_bench_step.py -k parts` measures.
+The run's settings add bf16 computation with fp32 weights and an optimizer that updates all tensors in one pass; everything else
+is applied to the model here. Without a fused loss for the device it raises and says why, instead of running slowly.
+`pytest benchmarks/test_bench_step.py -k parts` measures what each part is worth.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from d2v_fast.ops.dropout import replace_dropout
 
 
 def fuse(model: Data2Vec, device: torch.device, parts: Iterable[str] | None = None) -> list[str]:
-    """Put the fast parts into a model that was just made; returns what was done, for the log.
+    """Apply the fast parts to a new model; returns what was applied, for the log.
 
     Args:
         model: Student, teacher and head.
-        device: Where they will run.
+        device: Device on which they will run.
         parts: Names of `PARTS`; all of them by default.
 
     Raises:
-        ValueError: No fused loss runs on this device, or the model was made with another one; the message says why.
+        ValueError: No fused loss runs on this device, or `loss.impl` names a different one; the message says why.
     """
     done = [PARTS[name](model, device) for name in (PARTS if parts is None else parts)]
-    return [each for each in done if each]
+    return [applied for applied in done if applied]
 
 
 def _loss(model: Data2Vec, device: torch.device) -> str:
@@ -38,17 +38,18 @@ def _loss(model: Data2Vec, device: torch.device) -> str:
     why = ops.obstacle(kernel, device.type, torch.float32, (torch.float32,))
     if why:
         raise ValueError(f"--fused: the {kernel} loss cannot run: {why}")
-    asked = model.loss_settings["impl"]
-    if asked not in ("auto", kernel):
-        raise ValueError(f"--fused: loss.impl={asked} asks for another loss than {kernel}; leave one of the two out")
+    impl = model.loss_settings["impl"]
+    if impl not in ("auto", kernel):
+        raise ValueError(f"--fused: found loss.impl={impl}, expected {kernel} on this device; drop --fused or loss.impl")
     model.loss_settings["impl"] = kernel
     return f"loss {kernel}" + (f" ({native.library().d2v_isa().decode()})" if kernel == "native" else "")
 
 
 def _last_block(model: Data2Vec, device: torch.device) -> str:
-    """Nothing but the scored positions of the last block enters the loss, and of the teacher's where its norm is over C.
+    """Compute the student's last block at scored positions only; the teacher's too if its norms are over C.
 
-    With a decoder, all of the student's states are decoded, and the views together score nearly every position.
+    No other position enters the loss. With a decoder nothing is saved: it decodes all of the student's states, and the views
+    together score nearly every position.
     """
     if model.sparse:
         return ""
@@ -62,10 +63,10 @@ def _last_block(model: Data2Vec, device: torch.device) -> str:
 
 
 def _memory(model: Data2Vec, device: torch.device) -> str:
-    """Stop the allocator of glibc from giving memory back.
+    """Stop glibc's allocator from returning memory to the system.
 
-    It unmaps every large block that is freed, and the system zeroes each page of the next one anew. Another allocator, by
-    LD_PRELOAD or on another system, is left alone.
+    By default it unmaps every large block that is freed, and the system zeroes the pages of the next one again. Other
+    allocators, preloaded or on other systems, are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if device.type != "cpu" or mallopt is None:
@@ -92,15 +93,16 @@ def _attention(model: Data2Vec, device: torch.device) -> str:
 
 
 def _compile(model: Data2Vec, device: torch.device) -> str:
-    """On a GPU, fuse what lies between the matrix products, the norms of convolutions, and the decoder.
+    """On a GPU, compile the blocks, the norms of convolutions and the decoder, to fuse the work between matrix products.
 
-    Block by block, as most are the same graph. Blocks whose halves are not known run as they are where hooks capture results.
+    Each block is compiled separately, because most share one graph. A teacher's blocks with unknown halves stay eager: hooks
+    capture their results.
     """
     if device.type != "cuda":
         return ""
     from torch._dynamo import config
 
-    config.recompile_limit = max(config.recompile_limit, 64)  # with gradients, taps, padding or not, at one length and at any
+    config.recompile_limit = max(config.recompile_limit, 64)  # variants: gradients, taps, padding, fixed or dynamic length
     encoders = (model.student, model.teacher.module)
     modules = [block for encoder in encoders if encoder.halves or encoder is model.student for block in encoder.blocks]
     what = f"{len(modules)} blocks"
@@ -114,13 +116,13 @@ def _compile(model: Data2Vec, device: torch.device) -> str:
         what += " and the decoder"
     for module in (*convolutions, *modules):
         module.compile()
-    return f"{what} compiled, for which the first steps wait"
+    return f"{what} compiled, which makes the first steps slow"
 
 
 def _recompute(model: Data2Vec, device: torch.device) -> str:
-    """Keep what products and convolutions result in for the backward of compiled modules, and compute the rest again.
+    """Save only the results of matrix products and convolutions for the backward of compiled modules; recompute the rest.
 
-    GELU, norms and casts then take no memory. Not `aggressive_recomputation`: it draws the masks of dropout anew, other ones.
+    GELU, norms and casts then take no memory. `aggressive_recomputation` would draw new dropout masks in the backward.
     """
     if device.type != "cuda":
         return ""
@@ -128,7 +130,7 @@ def _recompute(model: Data2Vec, device: torch.device) -> str:
 
     config.ban_recompute_materialized_backward = False
     config.ban_recompute_used_far_apart = config.ban_recompute_long_fusible_chains = False
-    return "activations and norms computed again in the backward"
+    return "activations and norms recomputed in the backward"
 
 
 PARTS = {
@@ -141,4 +143,4 @@ PARTS = {
     "compile": _compile,
     "recompute": _recompute,
 }
-COMPILED = ("compile", "recompute")  # left out where blocks are gathered before they run, which was never tried with them
+COMPILED = ("compile", "recompute")  # left out for sharded models: untested with blocks that are gathered before they run

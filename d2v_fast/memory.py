@@ -1,7 +1,8 @@
-"""What a run needs of a GPU's memory, without the GPU, the data or the weights: `d2v-doctor --memory --config …`.
+"""Estimate the GPU memory of a run without a GPU, data or weights: `d2v-doctor --memory --config …`.
 
-Weights are counted on the meta device. Activations are what autograd saves in a pass over tensors that have shapes and no
-numbers (FakeTensor), with what a GPU's kernels save: attention its inputs, output and no scores, dropout a byte a value.
+Weights are counted on the meta device. Activations are what autograd saves in a pass over FakeTensors, which have shapes but no
+values. Attention and dropout save what they would on a GPU: attention its inputs and output but no scores, dropout one byte per
+value.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from d2v_fast.masking import Draws, visible_positions
 from d2v_fast.model import Data2Vec
 
 GIB = 2**30
-FREE = 0.92  # share of a GPU that tensors can have; the rest is for CUDA, NCCL and gaps between tensors
+FREE = 0.92  # share of a GPU that tensors can use; the rest is for CUDA, NCCL and fragmentation
 
 
 @dataclass
 class Memory:
-    """Bytes of one GPU by what they are for.
+    """Bytes on one GPU by purpose.
 
     Attributes:
-        always: There as long as the run.
-        passes: At most, beside it in forward and backward.
-        update: At most, beside it while the weights are updated in a step that is logged.
+        always: Allocated throughout the run.
+        passes: Peak in addition during forward and backward.
+        update: Peak in addition while the weights are updated in a logged step.
     """
 
     always: dict[str, float]
@@ -50,10 +51,10 @@ class Memory:
 
 
 class Saved:
-    """Bytes that autograd saves, each storage once; to be used as `with saved.counting(): …`.
+    """Bytes that autograd saves, each storage counted once; use as `with saved.counting(): …`.
 
     Args:
-        known: Tensors that are there anyway.
+        known: Tensors that are already counted.
     """
 
     def __init__(self, known: Iterable[Tensor]):
@@ -76,11 +77,11 @@ class Saved:
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Attention and dropout that save what they do on a GPU; what they compute does not matter here."""
+    """Patch attention and dropout to save what they save on a GPU; the values they compute do not matter here."""
     attend = F.scaled_dot_product_attention
 
     def attention(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
-        return attend(*args, **kwargs)  # on a CPU dropout would save the scores
+        return attend(*args, **kwargs)  # on a CPU, dropout would save the scores
 
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
@@ -90,14 +91,14 @@ def as_on_gpu() -> Iterator[None]:
 
 
 def example(config: Config, encoder: Encoder) -> dict[str, Tensor]:
-    """The largest batch of a run: source without content, and a mask.
+    """The largest batch of a run: an uninitialised source and a mask.
 
     Raises:
-        ConfigError: Data of one's own, whose sizes are not known.
+        ConfigError: Custom data, whose sizes are not known.
     """
     size, data = config.train.batch_size, config.data
     if config.own_data or config.modality == "custom":
-        raise ConfigError(f"modality={config.modality}: the doctor does not know the size of batches of data of your own")
+        raise ConfigError(f"modality={config.modality}: the batch size of custom data is not known; train a few steps instead")
     if config.modality == "text":
         source, grid = torch.empty(size, data["block_size"], dtype=torch.int64), data["block_size"]
     elif config.modality == "audio":
@@ -113,7 +114,7 @@ def example(config: Config, encoder: Encoder) -> dict[str, Tensor]:
         source = torch.empty(size, *(() if encoder.reads == "spectrogram" else (1,)), *shape)
         grid = encoder.positions(data["target_length"])
     positions = math.prod(grid) if isinstance(grid, tuple) else grid
-    if isinstance(config.mask, TokenMask):  # which needs tokens; as many positions are masked in the mean
+    if isinstance(config.mask, TokenMask):  # needs real tokens; this masks as many positions as it does on average
         mask = np.arange(positions) < np.full((size, 1), round(config.mask.prob * positions))
     else:
         where = (grid,) if isinstance(grid, tuple) and len(grid) > 1 else (positions, np.full(size, positions))
@@ -129,7 +130,7 @@ def model_on_meta(config: Config) -> Data2Vec:
     """Student, teacher and head of a run, without weights.
 
     Raises:
-        ConfigError: The encoder cannot be made without weights.
+        ConfigError: The encoder cannot be built without weights.
     """
     from d2v_fast.train.build import make_encoder, make_model
 
@@ -143,12 +144,12 @@ def model_on_meta(config: Config) -> Data2Vec:
 
             tokenizer = load_tokenizer(name)
             tokens = token_fields(tokenizer, len(tokenizer))
-    config = replace(config, resume=True)  # no weights beside pretrained ones are looked for
+    config = replace(config, resume=True)  # so that only pretrained weights are looked up
     try:
         with torch.device("meta"):
             model = make_model(config, make_encoder(config, tokens), MODALITIES[config.modality].axes)
     except (NotImplementedError, RuntimeError) as error:
-        raise ConfigError(f"encoder: cannot be made without weights, which the count takes: {error}") from error
+        raise ConfigError(f"encoder: cannot be built on the meta device, which the estimate needs: {error}") from error
     if config.modality == "text" and hasattr(model.student, "mask_embedding"):
         model.student.mask_embedding.requires_grad_(False)
     return model.train()
@@ -156,7 +157,7 @@ def model_on_meta(config: Config) -> Data2Vec:
 
 @contextmanager
 def without_numbers(model: Data2Vec, batch: dict[str, Tensor], precision: str) -> Iterator[dict[str, Tensor]]:
-    """Give the model and the batch, which is yielded, shapes without numbers, on which passes run as on a GPU."""
+    """Turn the model into fake tensors on which passes run as on a GPU, and yield the batch as fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with (
@@ -169,7 +170,7 @@ def without_numbers(model: Data2Vec, batch: dict[str, Tensor], precision: str) -
 
 
 def student_pass(model: Data2Vec, batch: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The teacher's results and the student's predictions: a pass up to the loss."""
+    """The teacher's layer results and the student's predictions: the forward pass up to the loss."""
     features = model.student.embed(batch["source"])
     shared = features.detach() if model.shares_features else None
     layers = model.teacher_layers(batch["source"], shared, None, None if model.sparse else batch["index"])
@@ -180,7 +181,7 @@ def student_pass(model: Data2Vec, batch: dict[str, Tensor]) -> tuple[list[Tensor
 
 
 def activations(config: Config, checkpointing: bool) -> tuple[Data2Vec, dict[str, float]]:
-    """The model, and bytes that a forward pass leaves for the backward, by what they are of."""
+    """The model, and the bytes that a forward pass keeps for the backward, by kind."""
     model = model_on_meta(config)
     if checkpointing:
         model.student.checkpoint_blocks()
@@ -201,51 +202,52 @@ def size(tensors: Iterable[Tensor]) -> float:
 
 
 def need(config: Config, ranks: int = 1) -> dict[str, Memory]:
-    """What a run needs on each of its GPUs, by the settings that change it: as it is, with checkpointing, sharded, with both.
+    """Memory per GPU, by the settings that change it: as configured, with checkpointing, sharded, and both.
 
     Args:
-        config: Its settings.
+        config: Settings of the run.
         ranks: Number of GPUs.
 
     Raises:
-        ConfigError: An encoder or data that cannot be counted.
+        ConfigError: The memory of this encoder or data cannot be estimated.
     """
     model, plain = activations(config, checkpointing=False)
-    _, again = activations(config, checkpointing=True)
-    again["a block computed again"] = (plain["activations"] - again["activations"]) / len(model.student.blocks)
+    _, checkpointed = activations(config, checkpointing=True)
+    recomputed = (plain["activations"] - checkpointed["activations"]) / len(model.student.blocks)
+    checkpointed["a recomputed block"] = recomputed
     found = {}
     for shards in (1, ranks) if ranks > 1 else (1,):
-        for passes in (plain, again):
-            names = ["train.checkpointing"] * (passes is again) + ["train.shard"] * (shards > 1)
+        for passes in (plain, checkpointed):
+            names = ["train.checkpointing"] * (passes is checkpointed) + ["train.shard"] * (shards > 1)
             found[" + ".join(names) or "neither"] = _memory(model, passes, shards)
     return found
 
 
 def _memory(model: Data2Vec, passes: dict[str, float], ranks: int) -> Memory:
     trained = size(p for p in model.parameters() if p.requires_grad)
-    teacher, every = size(model.teacher.module.parameters()), size(model.parameters())
-    always = {"weights": every - teacher, "gradients": trained, "optimizer": 2 * trained, "teacher": teacher}
-    # The monitor keeps the weights of before, and takes differences.
-    update = {"weights of before": every - teacher + teacher, "differences": every - teacher}
+    teacher, total = size(model.teacher.module.parameters()), size(model.parameters())
+    always = {"weights": total - teacher, "gradients": trained, "optimizer": 2 * trained, "teacher": teacher}
+    # The monitor keeps the previous weights and computes differences.
+    update = {"previous weights": total - teacher + teacher, "differences": total - teacher}
     if ranks > 1:
         always, update = ({name: value / ranks for name, value in part.items()} for part in (always, update))
         blocks = [size(block.parameters()) for block in (*model.student.blocks, *model.teacher.module.blocks)]
-        around = every - sum(blocks)
-        # What lies around the blocks with its gradient; two blocks, one while the other comes, as received and as used, and
-        # their gradients as computed and as sent.
-        passes = passes | {"gathered": around + around * trained / every + 6 * max(blocks)}
+        outside = total - sum(blocks)
+        # Parameters outside the blocks with their gradients, plus two blocks, because the next one is prefetched: each as
+        # received and as used, and its gradients as computed and as sent.
+        passes = passes | {"gathered": outside + outside * trained / total + 6 * max(blocks)}
     return Memory(always, passes, update)
 
 
 def table(found: dict[str, Memory], gpu: float) -> str:
-    """What `need` gives, in GiB, beside the GiB of a GPU."""
-    every = found.values()
-    lines = [["GiB a GPU", *(name.replace("train.", "") for name in found)]]
-    for name in dict.fromkeys(name for each in every for name in (*each.always, *each.passes)):
-        lines.append([name, *(_gib((each.always | each.passes).get(name)) for each in every)])
-    lines.append(["or in the update", *(_gib(sum(each.update.values())) for each in every)])
-    lines.append(["together", *(_gib(each.total) for each in every)])
-    lines.append([f"of {gpu:.0f}", *("fits" if each.total <= FREE * gpu * GIB else "too much" for each in every)])
+    """The result of `need` in GiB, compared with the GiB of one GPU."""
+    columns = found.values()
+    lines = [["GiB per GPU", *(name.replace("train.", "") for name in found)]]
+    for name in dict.fromkeys(name for memory in columns for name in (*memory.always, *memory.passes)):
+        lines.append([name, *(_gib((memory.always | memory.passes).get(name)) for memory in columns)])
+    lines.append(["or in the update", *(_gib(sum(memory.update.values())) for memory in columns)])
+    lines.append(["total", *(_gib(memory.total) for memory in columns)])
+    lines.append([f"of {gpu:.0f}", *("fits" if memory.total <= FREE * gpu * GIB else "too much" for memory in columns)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     cells = [[f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join([f"{line[0]:{widths[0]}}", *cell[1:]]) for line, cell in zip(lines, cells, strict=True))
@@ -259,11 +261,12 @@ def main(args: list[str]) -> None:
     """d2v-doctor --memory: print `table`."""
     parser = argparse.ArgumentParser(prog="d2v-doctor --memory", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()), help="Of the run; default: those here.")
+    default = max(1, torch.cuda.device_count())
+    parser.add_argument("--gpus", type=int, default=default, help="Number of GPUs; default: all on this machine.")
     here = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 80
-    parser.add_argument("--gpu-memory", type=float, default=here, help="GiB of each; default: as here, or 80.")
+    parser.add_argument("--gpu-memory", type=float, default=here, help="GiB per GPU; default: that of the GPU here, or 80.")
     known, rest = parser.parse_known_args(args)
     config, _ = parse(rest)
     plural = "s" * (known.gpus > 1)
-    print(f"{config.name}: {config.train.precision}, {known.gpus} GPU{plural}; to 10 %, without what CUDA and NCCL take")
+    print(f"{config.name}: {config.train.precision}, {known.gpus} GPU{plural}; within 10 %, without CUDA and NCCL")
     print(table(need(config, known.gpus), known.gpu_memory))

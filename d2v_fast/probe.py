@@ -1,10 +1,10 @@
-"""What a frozen encoder has learned, beside the same encoder untrained.
+"""Probe a frozen encoder and compare it with the same encoder untrained.
 
-Images, speech, spectrograms and labelled data of one's own: states are averaged over positions; a k-NN and a linear classifier
-read the label from them, and where there is a CLS token, also from its state.
-Text: the cloze probe. 15 % of the tokens are hidden, and a linear classifier reads from the state at each hidden position
-which token was there, another one from the states of the two tokens beside it. It needs no labels; its floor is the unigram
-distribution. A student of data2vec 2.0 never meets the mask token, so that only the second reading tells what it has learned.
+Images, speech, spectrograms and custom labelled data: a k-NN and a linear classifier predict the label from the mean state
+over positions and, if there is a CLS token, also from its state.
+Text: the cloze probe. 15 % of the tokens are hidden. A linear classifier predicts each hidden token from the state at its
+position, and another one from the states of the two neighbouring tokens. It needs no labels; the baseline is the unigram
+distribution. A student of data2vec 2.0 never sees the mask token, so only the second classifier is meaningful for it.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from d2v_fast.train.build import make_data
 log = logging.getLogger(__name__)
 
 NEIGHBOURS = 20
-CLS = ", CLS"  # ends the title of what is read from the CLS token alone
-BESIDE = ", beside"  # and of what is read from the tokens to the left and right of a hidden one
-CLOZE_TOKENS = 300  # the cloze probe tells the most frequent tokens apart
+CLS = ", CLS"  # title suffix of results from the CLS token alone
+BESIDE = ", beside"  # title suffix of results from the tokens to the left and right of a hidden one
+CLOZE_TOKENS = 300  # the cloze probe classifies this many of the most frequent tokens
 CLOZE_L2 = 0.03  # per token; with less, it overfits the states of an untrained encoder
 
 
 @dataclass
 class States:
-    """How encoders are run.
+    """Runs encoders and returns their states.
 
     Args:
-        encoders: By title.
-        device: Where.
+        encoders: Encoders by title.
+        device: Device to run on.
         precision: fp32, or bf16 for matrix products.
-        batch_size: Inputs at once.
+        batch_size: Inputs per forward pass.
     """
 
     encoders: dict[str, Encoder]
@@ -64,7 +64,7 @@ class States:
             encoder.to(self.device)
 
     def __call__(self, source: Tensor, padding_mask: Tensor | None) -> dict[str, Tensor]:
-        """States (B, T, C) in fp32, by title, on the device; of encoders with a CLS token also its own, (B, 1, C)."""
+        """States (B, T, C) in fp32, by title, on the device; also those of the CLS token, if there is one, (B, 1, C)."""
         found: dict[str, Tensor] = {}
         source = source.to(self.device)
         padding_mask = None if padding_mask is None else padding_mask.to(self.device)
@@ -81,11 +81,11 @@ class States:
 
 
 def progress(what: str | None, total: int, unit: str) -> Any:
-    """A bar on the screen; in a log, a line of it every half minute; nothing without a title."""
+    """Progress bar; updated every 30 s if stderr is not a terminal; disabled without a title."""
     from tqdm import tqdm
 
-    look = {"disable": True} if what is None else {"mininterval": 0.1 if sys.stderr.isatty() else 30}
-    return tqdm(desc=what, total=total, unit=unit, dynamic_ncols=True, **look)
+    options = {"disable": True} if what is None else {"mininterval": 0.1 if sys.stderr.isatty() else 30}
+    return tqdm(desc=what, total=total, unit=unit, dynamic_ncols=True, **options)
 
 
 def _finite(states: list[Tensor]) -> np.ndarray:
@@ -110,7 +110,7 @@ def score(train: np.ndarray, train_labels: Sequence, test: np.ndarray, test_labe
 def knn_accuracy(
     train: np.ndarray, train_labels: Sequence, test: np.ndarray, test_labels: Sequence, temperature: float = 0.07
 ) -> float:
-    """Accuracy of a k-NN whose votes weigh exp(cosine / temperature) (Wu et al. 2018), as DINO probes."""
+    """Accuracy of a k-NN with votes weighted by exp(cosine / temperature) (Wu et al. 2018), as in DINO."""
     classes, numbers = np.unique(train_labels, return_inverse=True)
     train, test = (rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12) for rows in (train, test))
     cosine = test @ train.T
@@ -122,7 +122,7 @@ def knn_accuracy(
 
 
 def split_sources(open_split: Callable[..., Source], data: str, name: str | None) -> tuple[Source, Source]:
-    """Sources for fitting and for testing: the folders or splits train and test, else a random fifth is for testing.
+    """Train and test sources: the folders or splits of these names, or a random fifth for testing.
 
     Raises:
         DataError: No labels.
@@ -141,20 +141,20 @@ def split_sources(open_split: Callable[..., Source], data: str, name: str | None
 def own_sources(
     config: Config, encoder: Encoder, data: str, path: str | None, name: str | None
 ) -> tuple[Source, Source, Callable]:
-    """The same of a class of one's own, and what makes (source, padding_mask or None) of a list of its samples.
+    """Train and test sources of a custom data class, and a function from a list of samples to (source, padding_mask or None).
 
-    Its setting `split`, if it has one, is train and then test, else a random fifth is for testing. Samples are loaded with the
-    same draws, so that all are augmented alike.
+    If the class has a setting `split`, it is set to train and to test; otherwise a random fifth is for testing. All samples are
+    loaded with the same random draws, so they are augmented alike.
 
     Args:
-        config: Of the run.
-        encoder: For `fit_to`.
-        data: What messages call the data.
-        path: Its setting `path`, if it has one; None for that of the run.
-        name: The same of `name`.
+        config: Settings of the run.
+        encoder: Passed to `fit_to`.
+        data: Name of the data in messages.
+        path: Value for the setting `path`; None keeps that of the run.
+        name: Value for the setting `name`; None keeps that of the run.
 
     Raises:
-        ConfigError: A path or name that it does not take.
+        ConfigError: The class takes no such path or name.
         DataError: No labels.
     """
     changed = {key: value for key, value in (("path", path), ("name", name)) if value is not None}
@@ -207,13 +207,13 @@ def _subset(source: Source, indices: np.ndarray) -> Source:
 def pooled_states(
     states: States, source: Source, collate: Callable, limit: int, what: str | None = None
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Mean state of each sample, and where there is a CLS token its state, (N, C) by title; and the samples' labels.
+    """Mean state of each sample and, if there is a CLS token, its state, (N, C) by title; and the samples' labels.
 
     Args:
         states: The encoders.
-        source: The samples; up to `limit` are drawn, and those that cannot be read are named and left out.
-        collate: Makes (source, padding_mask or None) of a list of samples.
-        limit: Most samples.
+        source: The samples. Up to `limit` are drawn; unreadable ones are logged and skipped.
+        collate: Turns a list of samples into (source, padding_mask or None).
+        limit: Maximum number of samples.
         what: Title of the progress bar; None = no bar.
     """
     rows: dict[str, list[Tensor]] = defaultdict(list)
@@ -244,12 +244,11 @@ def _mean(states: Tensor, padding_mask: Tensor | None) -> Tensor:
 
 
 def labelled_parts(config: Config, encoder: Encoder, data: str, name: str | None) -> tuple[Source, Source, Callable]:
-    """Labelled images, speech or data of one's own, to fit and to test on; and what makes (source, padding_mask or None) of a
-    list of samples.
+    """Labelled train and test sources, and a function from a list of samples to (source, padding_mask or None).
 
     Raises:
-        ConfigError: A path or name that data of one's own do not take.
-        DataError: Data that cannot be read, or no labels.
+        ConfigError: The custom data class takes no such path or name.
+        DataError: The data cannot be read or have no labels.
     """
     settings = config.data
     if config.own_data:
@@ -313,7 +312,7 @@ def labelled_parts(config: Config, encoder: Encoder, data: str, name: str | None
 
 
 def probe_labels(config: Config, states: States, data: str, name: str | None, limit: int) -> dict[str, dict]:
-    """Accuracies of each encoder on labelled images, speech or data of one's own."""
+    """Accuracies of each encoder on labelled images, speech, spectrograms or custom data."""
     *parts, collate = labelled_parts(config, next(iter(states.encoders.values())), data, name)
     found = [pooled_states(states, part, collate, limit, split) for part, split in zip(parts, ("train", "test"), strict=True)]
     (train, train_labels), (test, test_labels) = found
@@ -331,7 +330,7 @@ def probe_labels(config: Config, states: States, data: str, name: str | None, li
 
 
 def probe_cloze(config: Config, states: States, data: str, name: str | None, limit: int) -> dict[str, dict]:
-    """Accuracy and cross-entropy (nats) of a linear reading of hidden tokens, among the most frequent ones."""
+    """Accuracy and cross-entropy (nats) of linear classifiers that predict hidden tokens, among the most frequent ones."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -370,7 +369,7 @@ def probe_cloze(config: Config, states: States, data: str, name: str | None, lim
 
 
 def _split_path(data: str, split: str) -> str:
-    """Where a split of `data` lies: its folder or file of that name; else the set itself has splits."""
+    """Path of a split of local `data`, a folder or a file pattern; other data sets are returned as they are."""
     if not is_local(data):
         return data
     if (Path(data) / split).is_dir():
@@ -381,7 +380,7 @@ def _split_path(data: str, split: str) -> str:
 
 
 def _hidden_tokens(data: Any, states: States, limit: int, what: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """States of each encoder at hidden positions and beside them, by title, and the tokens that were there."""
+    """States of each encoder at hidden positions and next to them, by title, and the hidden tokens."""
     rows: dict[str, list[Tensor]] = defaultdict(list)
     tokens: list[np.ndarray] = []
     order = np.random.default_rng(0).permutation(len(data))
@@ -392,8 +391,8 @@ def _hidden_tokens(data: Any, states: States, limit: int, what: str) -> tuple[di
             for title, found in states(batch["source"], batch.get("padding_mask")).items():
                 row, column = batch["mask"].to(found.device).nonzero(as_tuple=True)
                 rows[title].append(found[row, column].cpu())
-                beside = column - 1, (column + 1).clamp(max=found.shape[1] - 1)  # the first token is special, never hidden
-                rows[f"{title}{BESIDE}"].append(torch.cat([found[row, each] for each in beside], dim=1).cpu())
+                neighbours = column - 1, (column + 1).clamp(max=found.shape[1] - 1)  # the first token is special, never hidden
+                rows[f"{title}{BESIDE}"].append(torch.cat([found[row, at] for at in neighbours], dim=1).cpu())
             bar.update(len(tokens[-1]))
             if bar.n >= limit:
                 break
@@ -401,7 +400,7 @@ def _hidden_tokens(data: Any, states: States, limit: int, what: str) -> tuple[di
 
 
 def _keep(file: Path, probe: dict[str, Any]) -> None:
-    """Put results into probe.json, in place of those of the same data, limit and step."""
+    """Write results to probe.json, replacing those of the same data, name, limit and step."""
     key = ("data", "name", "limit", "step")
     others = [other for other in read_probes(file) if any(other[k] != probe[k] for k in key)]
     write_text(file, json.dumps([*others, probe], indent=2) + "\n")
@@ -411,30 +410,30 @@ def main(args: list[str]) -> None:
     """The command d2v-probe."""
     parser = argparse.ArgumentParser(
         prog="d2v-probe",
-        description="k-NN and linear probe of a run's frozen student, beside the same encoder untrained. "
-        "Images and speech need labels (folders, a column label of parquet, for speech also of metadata.csv), data of your own "
-        "those of their Source; text needs none. "
+        description="k-NN and linear probe of a run's frozen student, compared with the same encoder untrained. "
+        "Images and speech need labels: folders, or a column `label` in parquet or, for speech, metadata.csv. Custom data need "
+        "the labels of their Source. Text needs none. "
         "Results are added to probe.json in the run's folder.",
     )
-    parser.add_argument("run", help="folder of a run of d2v-train; it may still go on")
+    parser.add_argument("run", help="folder of a d2v-train run, which may still be running")
     parser.add_argument(
         "--data",
         help="folder with train/ and test/, a Hugging Face set, or builtin, which is the default for a run on builtin data; "
-        "of your own data the setting data.path, by default that of the run",
+        "for custom data the setting data.path, by default that of the run",
     )
     parser.add_argument("--name", help="configuration of the Hugging Face set")
-    parser.add_argument(
-        "--checkpoint", metavar="step-N", help="weights of this checkpoint; default: the newest that are intact"
-    )
+    parser.add_argument("--checkpoint", metavar="step-N", help="checkpoint to probe; default: the newest intact weights")
     parser.add_argument(
         "--limit",
         type=int,
         default=20_000,
-        help="most samples (text: hidden tokens) to fit and to test on (default: %(default)s)",
+        help="maximum number of samples (text: hidden tokens) to fit and to test on (default: %(default)s)",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = GPU if there is one")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoders (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, help="samples at once (default: 64, of text 32)")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="precision of the encoders (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, help="samples per forward pass (default: 64; text: 32)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's default")
     options = parser.parse_args(args)
     for option, least in (("limit", 1), ("batch_size", 1), ("threads", 0)):
@@ -454,7 +453,7 @@ def main(args: list[str]) -> None:
         )
     default = config.data["class"] if config.own_data else "builtin"
     data, file = os.path.expanduser(options.data or default), run / "probe.json"
-    read_probes(file)  # before the work, as the results are to be added to it
+    read_probes(file)  # fail early if results cannot be added to it
     found = trained.load(config, run, options.checkpoint)
     batch_size = options.batch_size or (32 if config.modality == "text" else 64)
     states = States({"untrained": found.untrained(), "trained": found.encoder}, device, options.precision, batch_size)

@@ -1,7 +1,7 @@
-"""Several modalities in one model: one stack of blocks, and for each modality what stands in front of it and behind.
+"""Several modalities in one model: a shared stack of blocks, and separate inputs and decoders for each modality.
 
-An experiment. Each part is a data2vec 2.0 of its own, an ordinary config, whose blocks have the parameters of the first part's,
-in the student and in the teacher. A step trains one part, so that the blocks learn from all of them.
+Experimental. Each part is a data2vec 2.0 model with an ordinary config. Its blocks share their parameters with those of the
+first part, in the student and in the teacher. A step trains one part; over time the blocks learn from all of them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from d2v_fast.model import Data2Vec, Data2VecOutput
 
 log = logging.getLogger(__name__)
 
-NAMES = tuple(name for name in MODALITIES if name != "custom")  # of parts: their modality
-WHOLE = ("optimizer", "schedule", "train", "collapse")  # sections of the run, the others are of each part
-# What blocks that compute the same call their linear maps and norms.
+NAMES = tuple(name for name in MODALITIES if name != "custom")  # names of parts are their modalities
+WHOLE = ("optimizer", "schedule", "train", "collapse")  # sections of the whole run; the others belong to a part
+# Names of the linear maps and norms in blocks that compute the same, in the same order.
 LAYOUTS = {
     blocks.bert: (
         *(f"attention.self.{name}" for name in ("query", "key", "value")),
@@ -54,20 +54,20 @@ LAYOUTS = {
         *("layer_norm", "feed_forward.intermediate_dense", "feed_forward.output_dense", "final_layer_norm"),
     ),
 }
-SAME = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")  # fields of all parts
+SAME = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")  # fields that must agree
 
 
 def share_blocks(first: Encoder, other: Encoder) -> None:
-    """Give the blocks of `other` the parameters of those of `first`; dropout and the eps of norms stay its own.
+    """Make the blocks of `other` use the parameters of `first`. Dropout and the eps of norms are not shared.
 
     Raises:
-        ConfigError: They do not compute the same; the message is without the name of the part.
+        ConfigError: The blocks do not compute the same. The caller adds the name of the part to the message.
     """
-    there = {name for name, _ in other.blocks[0].named_modules()}
-    if not there.issuperset(LAYOUTS.get(other.halves, ("nothing",))):
+    modules = {name for name, _ in other.blocks[0].named_modules()}
+    if not modules.issuperset(LAYOUTS.get(other.halves, ("nothing",))):
         raise ConfigError(
-            f"encoder: the blocks of {type(other.model).__name__} cannot be shared, as they are not known or have norms "
-            "elsewhere than after residuals; take data2vec2-vision, data2vec2-audio, roberta or another of their kin"
+            f"encoder: the blocks of {type(other.model).__name__} cannot be shared: their type is unknown, or their norms do "
+            "not follow the residuals; use data2vec2-vision, data2vec2-audio, roberta or a similar model"
         )
     for key in SAME:
         expected, found = getattr(first.model.config, key), getattr(other.model.config, key)
@@ -80,10 +80,10 @@ def share_blocks(first: Encoder, other: Encoder) -> None:
 
 
 class Several(nn.ModuleDict):
-    """The parts by name, each a student, a teacher and a decoder, around the blocks of the first.
+    """The parts by name, each with a student, a teacher and a decoder, around the blocks of the first part.
 
     Args:
-        parts: Models of data2vec 2.0; the blocks of all but the first are let go.
+        parts: data2vec 2.0 models; the block parameters of all but the first are replaced.
 
     Raises:
         ConfigError: Blocks that cannot be shared.
@@ -92,7 +92,7 @@ class Several(nn.ModuleDict):
     def __init__(self, parts: Mapping[str, Data2Vec]):
         super().__init__(parts)
         first = next(iter(self.values()))
-        for name, part in self.items():  # the first too, which is looked at then
+        for name, part in self.items():  # the first too, to check it
             try:
                 share_blocks(first.student, part.student)
                 share_blocks(first.teacher.module, part.teacher.module)
@@ -106,7 +106,7 @@ class Several(nn.ModuleDict):
 
 @dataclass(frozen=True)
 class SeveralConfig:
-    """A run of several parts. Those of `parts` are complete, with the sections of the run in each."""
+    """Config of a run of several parts. Each config in `parts` is complete and includes the sections of the run."""
 
     parts: dict[str, Config]
     shares: dict[str, float]
@@ -133,17 +133,17 @@ class SeveralConfig:
 def configure(
     settings: dict[str, Any], arguments: list[str], name: str, resume: bool, resume_allow: list[str]
 ) -> tuple[SeveralConfig, bool, list[str]]:
-    """The config of a run of several parts, whether --fused was given, and all settings that there are.
+    """The config of a run of several parts, whether --fused was given, and all valid settings.
 
     Args:
-        settings: Of presets and files.
-        arguments: Of the command, `--key=value`.
-        name: What a run without train.output is called.
-        resume: Whether a run goes on.
-        resume_allow: What may have changed then.
+        settings: Settings from presets and files.
+        arguments: Command-line arguments, `--key=value`.
+        name: Name of a run without train.output.
+        resume: Whether to resume a run.
+        resume_allow: Settings that may change on resume.
 
     Raises:
-        ConfigError: A key or value that does not fit.
+        ConfigError: An invalid key or value.
     """
     settings = dict(settings)
     given = settings.pop("several", {})
@@ -166,8 +166,8 @@ def configure(
     shares = given.get("shares") or dict.fromkeys(parts, 1 / max(1, len(parts)))
 
     parser = new_parser("several", ("several",), WHOLE)
-    parser.add_argument("--several.parts", type=dict[str, Any], help="For each modality a preset, a file or settings.")
-    parser.add_argument("--several.shares", type=dict[str, float], help="Of the steps, for each modality; by default even.")
+    parser.add_argument("--several.parts", type=dict[str, Any], help="A preset, file or settings for each modality.")
+    parser.add_argument("--several.shares", type=dict[str, float], help="Share of steps per modality; default is equal.")
     known = [action.dest for action in parser._actions]
     overrides = {a[2:].partition("=")[0]: a.partition("=")[2] for a in rest if "=" in a}
     for key in [*_flat(settings), *overrides]:

@@ -1,4 +1,4 @@
-"""The encoder of a run, read back from the run's folder: from a checkpoint or from export/, whichever is newer."""
+"""Load the encoder of a run from its newest checkpoint or from export/, whichever is newer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Trained:
-    """What a run has trained.
+    """The encoder of a run.
 
     Attributes:
-        config: The run's settings; `data.tokenizer` is the place where the tokenizer lies now.
+        config: The run's settings; `data.tokenizer` is the tokenizer's current location.
         encoder: Student or teacher, in eval mode, on the CPU.
-        tokenizer: Of text.
-        step: Steps that the weights were trained for; None for an export/ that does not say.
-        tokens: Of text, what `make_encoder` has to know of the tokenizer.
+        tokenizer: For text.
+        step: Number of training steps; None if export/ does not say.
+        tokens: For text, the fields of the tokenizer that `make_encoder` needs.
     """
 
     config: Config
@@ -37,12 +37,12 @@ class Trained:
     tokens: dict[str, int] | None
 
     def untrained(self) -> Encoder:
-        """The encoder as the run began with it, in eval mode."""
+        """The encoder with the weights that the run started from, in eval mode."""
         return make_encoder(self.config, self.tokens).eval()
 
 
 def check_utf8(folder: Path) -> None:
-    """Raise ConfigError for a path that safetensors and tokenizers do not take."""
+    """Raise ConfigError for a path that safetensors and tokenizers do not accept."""
     if str(folder).encode(errors="replace").decode() != str(folder):
         raise ConfigError(f"{str(folder)!r}: is not UTF-8, which files of weights and tokenizers need; rename or link it")
 
@@ -51,7 +51,7 @@ def read_config(run: Path) -> Config:
     """The settings of a run.
 
     Raises:
-        ConfigError: Not the folder of a run, or settings that cannot be read.
+        ConfigError: `run` is not the folder of a run, or its settings cannot be read.
     """
     check_utf8(run)
     if not (run / "config.yaml").is_file():
@@ -65,27 +65,27 @@ def read_config(run: Path) -> Config:
 
 
 def whole_of(run: Path) -> Path | None:
-    """The folder of the run of several modalities that `run` is a part of, if it is one."""
-    above = run.resolve().parent
+    """The folder of the multi-modality run that `run` is a part of, if any."""
+    parent = run.resolve().parent
     try:
-        settings = load_yaml((above / "config.yaml").read_text(encoding="utf-8"))
-    except Exception:  # nobody has said that it is a run
+        settings = load_yaml((parent / "config.yaml").read_text(encoding="utf-8"))
+    except Exception:  # the parent need not be a run
         return None
     parts = settings.get("several", {}).get("parts", {}) if isinstance(settings, dict) else {}
-    return above if run.resolve().name in parts else None
+    return parent if run.resolve().name in parts else None
 
 
 def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool = False) -> Trained:
-    """The newest weights of a run that are intact.
+    """Load the newest intact weights of a run.
 
     Args:
         config: The run's settings.
         run: Its folder.
-        checkpoint: Name of the checkpoint to take instead, such as step-1000.
-        teacher: Take the teacher's weights.
+        checkpoint: Name of the checkpoint to load instead, such as step-1000.
+        teacher: Load the teacher's weights.
 
     Raises:
-        ConfigError: The run has no such weights, or they are not of the encoder that its settings describe.
+        ConfigError: The run has no such weights, or they do not fit the encoder that its settings describe.
         CheckpointError: The checkpoint asked for is damaged.
     """
     step, saved = _newest(run, checkpoint, teacher)
@@ -110,7 +110,7 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
             encoder.load_state_dict(state)
         except RuntimeError as error:
             raise ConfigError(
-                f"{saved.folder}: is not of the encoder in config.yaml: {' '.join(str(error).split())}"
+                f"{saved.folder}: does not fit the encoder in config.yaml: {' '.join(str(error).split())}"
             ) from error
     place = saved.folder if saved else run / "export"
     log.info("%s of step %s, from %s", "teacher" if teacher else "student", "unknown" if step is None else step, place)
@@ -118,14 +118,14 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
 
 
 def _newest(run: Path, checkpoint: str | None, teacher: bool) -> tuple[int | None, Checkpoint | None]:
-    """The step of the weights to take, and their checkpoint; None for those of export/."""
+    """The step of the weights to load, and their checkpoint, or None for export/."""
     checkpoints = Checkpoints((whole_of(run) or run) / "checkpoints", keep_last=1)
     steps = checkpoints.steps()
     if checkpoint is not None:
         name = Path(checkpoint).name
         if name not in [f"step-{step}" for step in steps]:
-            there = ", ".join(f"step-{step}" for step in steps) or "none"
-            raise ConfigError(f"--checkpoint {checkpoint}: not in {checkpoints.folder}; there: {there}")
+            available = ", ".join(f"step-{step}" for step in steps) or "none"
+            raise ConfigError(f"--checkpoint {checkpoint}: not in {checkpoints.folder}; available: {available}")
         saved = Checkpoint(checkpoints.folder / name)
         return saved.step, saved
     exported = not teacher and any((run / "export").glob("*.safetensors"))
@@ -134,7 +134,7 @@ def _newest(run: Path, checkpoint: str | None, teacher: bool) -> tuple[int | Non
     if steps and (step or 0) < steps[-1]:
         try:
             saved = checkpoints.newest()
-        except CheckpointError:  # each damaged one is in the log
+        except CheckpointError:  # damaged checkpoints have been logged
             pass
     if exported and (saved is None or (step or 0) >= saved.step):
         return step, None
@@ -142,7 +142,7 @@ def _newest(run: Path, checkpoint: str | None, teacher: bool) -> tuple[int | Non
         damaged = f"none of its {len(steps)} checkpoints is intact" if steps else "it has no checkpoint"
         if teacher:
             raise ConfigError(f"--teacher: only checkpoints hold the teacher, and {run}: {damaged}")
-        raise ConfigError(f"{run}: {damaged} and no export/, so there is nothing that was trained")
+        raise ConfigError(f"{run}: {damaged} and no export/, so there are no trained weights")
     return saved.step, saved
 
 
@@ -160,10 +160,10 @@ def _exported(config: Config, run: Path) -> Encoder:
 
 
 def _vocab_size(weights: dict[str, Any], run: Path) -> int | None:
-    """Rows of the token embedding, which a tokenizer with gaps between its ids does not tell."""
+    """Rows of the token embedding, which may differ from the tokenizer's size if its ids have gaps."""
     tables = ("word_embeddings.weight", "tok_embeddings.weight", "embed_tokens.weight")
     rows = [len(value) for name, value in weights.items() if name.endswith(tables)]
     if rows:
         return rows[0]
-    config = run / "export" / "config.json"  # an encoder of one's own has none, and no use for the number
+    config = run / "export" / "config.json"  # a custom encoder has none and does not need the number
     return json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None

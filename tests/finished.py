@@ -1,4 +1,4 @@
-"""Runs of two steps that the tests of what comes after training share."""
+"""Finished runs of two steps, shared by tests of export, probe and report."""
 
 import torch
 
@@ -11,7 +11,7 @@ RUNS = {"text": TEXT, "vision": VISION, "audio": AUDIO}
 
 
 class Run:
-    """A run of two steps, with the student and the teacher as they were in the process that trained them."""
+    """A run of two steps, with outputs of student and teacher from the training process."""
 
     def __init__(self, folder, modality):
         self.folder = folder / modality

@@ -1,8 +1,8 @@
-"""Runs side by side on the ranks that torchrun has started: DistributedDataParallel's, and one that is sharded.
+"""Runs several cases on the ranks started by torchrun, with DistributedDataParallel or sharded.
 
     torchrun -m tests.sharded CASES.json [RANKS OF A MACHINE]
 
-Each case is [name, arguments of d2v-train, whether --fused]. Writes what a rank keeps of the model into NAME/share-RANK.json.
+Each case is [name, arguments of d2v-train, fused]. Writes each rank's share of weights and optimizer to NAME/share-RANK.json.
 """
 
 import gc

@@ -372,7 +372,7 @@ def test_names_that_are_not_utf8(tmp_path, monkeypatch):
     code, said = train(arguments("audio", "run", "train.steps=3", "data.min_seconds=0.1", "train.max_broken=0.5"))
     assert code == 0 and "skipped an unreadable sample: waves/na\\udcefve.wav: " in said, said
     code, said = train(["--resume", "run", "train.steps=4", "--resume-allow", "train.steps"])
-    assert code == 0 and "goes on after step 3" in said, said
+    assert code == 0 and "resumes after step 3" in said, said
 
 
 @pytest.mark.parametrize("column", ["struct", "binary"])

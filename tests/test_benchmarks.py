@@ -87,6 +87,8 @@ def test_the_tables_hold_the_figures(tmp_path):
     path = results(tmp_path / "parts.json", "test_parts", dict(case="speech", parts=pairs))
     assert "| step without | loss | memory |" in report.parts_table(path)
     assert "| speech | +25% | -2% |" in report.parts_table(path)
+    row = dict(case="text", seconds={"in pieces": 2.0, "whole": 2.05}, overhead=0.025)
+    assert "| text | 2000 | 2050 | +2.5% |" in report.splicing_table(results(tmp_path / "splicing.json", "test_splicing", row))
     seconds = {"fused": 0.01, "state dict loop": 0.05, "in-place loop": 0.02, "foreach mul + add": 0.015}
     row = dict(case="base", seconds=seconds, bytes=10**8, copy_bandwidth=2e10)
     assert "| base | 10.0 | 10.0 | 50% | 5.0 | 2.0 | 1.5 |" in report.ema_table(results(tmp_path / "ema.json", "test_ema", row))

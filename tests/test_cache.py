@@ -1,4 +1,4 @@
-"""Tokens that are kept: made once whoever asks, the same blocks as from memory, and made again when something is wrong."""
+"""The token cache: built once for all processes, gives the same blocks as in memory, is rebuilt when invalid."""
 
 import json
 import multiprocessing
@@ -57,7 +57,7 @@ def entry(tmp_path, kind="tokens"):
 
 
 class TestOnce:
-    def test_a_second_start_reads_nothing(self, opened, counted, caplog):
+    def test_a_second_start_uses_the_cache(self, opened, counted, caplog):
         first = opened()
         assert counted == ["tokenizer"] + ["read"] * 6 + ["tokens"] + ["read"] * 3
         del counted[:]
@@ -72,7 +72,7 @@ class TestOnce:
         del counted[:]
         assert opened(block_size=9, cross_documents=False).block_size == 9 and counted == []
 
-    def test_another_vocabulary_lies_beside(self, opened, counted, tmp_path):
+    def test_another_vocabulary_gets_its_own_cache_entry(self, opened, counted, tmp_path):
         opened()
         opened(vocab_size=290)
         del counted[:]
@@ -95,7 +95,7 @@ class TestOnce:
 
 
 class TestAgain:
-    def test_when_the_text_has_changed(self, opened, corpus, caplog):
+    def test_changed_text_invalidates_the_cache(self, opened, corpus, caplog):
         before = opened()
         text = (corpus / "1.txt").read_text()
         (corpus / "1.txt").write_text(text.replace("alpha", "omega", 1))  # of the same size
@@ -105,14 +105,14 @@ class TestAgain:
         (corpus / "1.txt").write_text(text)
         assert before.contents()[1] == opened().contents()[1]
 
-    def test_when_a_file_has_come(self, opened, corpus):
+    def test_a_new_file_invalidates_the_cache(self, opened, corpus):
         before = len(opened().ids)
         (corpus / "3.txt").write_text("\n".join(paragraphs(20)))
         assert len(opened().ids) > before
 
     @pytest.mark.parametrize("name", ["ids", "ends", "counts", "entry.json"])
     @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
-    def test_when_it_is_damaged(self, opened, tmp_path, caplog, name, how):
+    def test_a_damaged_cache_is_rebuilt(self, opened, tmp_path, caplog, name, how):
         whole = np.array(opened().ids)
         file = entry(tmp_path) / name
         content = file.read_bytes()
@@ -123,7 +123,7 @@ class TestAgain:
         assert np.array_equal(opened().ids, whole)
         assert f"{entry(tmp_path)}: is damaged: " in caplog.text and "rebuilding it" in caplog.text
 
-    def test_when_it_is_of_another_version(self, opened, tmp_path, caplog):
+    def test_another_cache_version_is_rebuilt(self, opened, tmp_path, caplog):
         opened()
         file = entry(tmp_path) / "entry.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 0}))
@@ -139,7 +139,7 @@ class TestAgain:
 
 
 class TestDisk:
-    def test_that_fills(self, opened, monkeypatch, tmp_path):
+    def test_a_full_disk(self, opened, monkeypatch, tmp_path):
         open_path = Path.open
 
         def full(self, *how, **more):
@@ -150,7 +150,7 @@ class TestDisk:
             opened()
         assert not list((tmp_path / "kept").glob("tokens*.tmp"))
 
-    def test_that_cannot_be_written(self, opened, tmp_path):
+    def test_a_file_in_place_of_the_folder(self, opened, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(DataError, match=r"data.cache=.*/file: cannot be written: .* name another folder"):
             opened(cache=str(tmp_path / "file"))
@@ -167,7 +167,7 @@ class TestProcesses:
             process.start()
         return processes
 
-    def test_one_works_and_the_others_wait(self, tmp_path):
+    def test_one_process_builds_while_others_wait(self, tmp_path):
         ready = FORK.Barrier(4)
 
         def make(folder):
@@ -186,7 +186,7 @@ class TestProcesses:
         assert [file.read_text() for file in tmp_path.glob("done-*")] == ["42 1000"] * 4
         assert len((tmp_path / "made").read_text().split()) == 1
 
-    def test_one_that_is_killed_holds_nobody_up(self, tmp_path):
+    def test_a_killed_builder_does_not_block_others(self, tmp_path):
         begun = FORK.Event()
 
         def stuck(folder):

@@ -1,4 +1,4 @@
-"""The commands as a user meets them: exit code, the one message, and what a run leaves behind."""
+"""The commands from a user's view: exit code, one-line message, and output files."""
 
 import json
 import logging
@@ -105,7 +105,7 @@ def train(monkeypatch, *args):
 
 class TestRuns:
     @pytest.mark.parametrize("modality", ["text", "vision", "audio"])
-    def test_leaves_log_config_and_student(self, modality, monkeypatch, request):
+    def test_writes_log_config_and_student(self, modality, monkeypatch, request):
         args, data = {"text": (TEXT, "corpus"), "vision": (VISION, "images"), "audio": (AUDIO, "waves")}[modality]
         data = request.getfixturevalue(data)
         assert train(monkeypatch, *args, f"data.path={data}", "train.output=run") in (0, None)
@@ -116,7 +116,7 @@ class TestRuns:
 
         assert AutoModel.from_pretrained("run/export").config.hidden_size == 32
 
-        assert "train.output=run: holds a run already" in train(monkeypatch, *args, f"data.path={data}", "train.output=run")
+        assert "train.output=run: already holds a run" in train(monkeypatch, *args, f"data.path={data}", "train.output=run")
         assert train(monkeypatch, "--config", "run/config.yaml", "train.output=again") in (0, None)
         again = [json.loads(line) for line in open("again/log.jsonl")]
         assert [record["loss"] for record in again] == [record["loss"] for record in log]
@@ -127,7 +127,7 @@ class TestRuns:
         assert train(monkeypatch, *VISION, "data.path=./link/") in (0, None)
         assert os.listdir("runs")[0].startswith("vision-tiny-")
 
-    def test_with_an_encoder_of_your_own(self, monkeypatch, corpus):
+    def test_with_a_custom_encoder(self, monkeypatch, corpus):
         with open("my_encoder.py", "w") as file:
             file.write(textwrap.dedent(OWN))
         args = [
@@ -138,7 +138,7 @@ class TestRuns:
             *TEXT[-2:],
             f"data.path={corpus}",
         ]
-        assert "Name it: layers=" in train(monkeypatch, *args)
+        assert "Name it with layers=" in train(monkeypatch, *args)
         args += ["encoder.layers=layers", "encoder.ffn=down"]
         assert train(monkeypatch, *args) in (0, None)
         assert "3 layers" in train(monkeypatch, *args, "targets.top_k=4")
@@ -168,7 +168,7 @@ class TestMessages:
             (["--config", "vision/tinny"], "--config vision/tinny: no such file or preset; did you mean vision/tiny?"),
             ([*VISION, "train.stepz=1"], "train.stepz: no such setting; did you mean train.steps?"),
             ([*VISION, "mask.prob=1"], "mask.prob: found 1.0, expected a number in (0, 1)"),
-            ([*VISION, "encoder.model=biet"], "encoder.model='biet': not a model type of transformers; did you mean"),
+            ([*VISION, "encoder.model=biet"], "encoder.model='biet': not a transformers model type; did you mean"),
             (
                 [*VISION, "encoder.config.hidden_sise=8"],
                 "encoder.config.hidden_sise: ViTConfig has no such field; did you mean",
@@ -199,7 +199,7 @@ class TestMessages:
 
     def test_a_mask_that_covers_nothing(self, monkeypatch, corpus):
         message = train(monkeypatch, *TEXT, f"data.path={corpus}", "mask.prob=1e-9")
-        assert "the mask covers none of the positions of 100 batches in a row" in message and "raise mask.prob" in message
+        assert "the mask covers no position in 100 batches in a row" in message and "raise mask.prob" in message
 
     def test_audio_shorter_than_a_frame(self, monkeypatch):
         soundfile.write("a.wav", np.ones(100), 16000)
@@ -215,7 +215,7 @@ class TestMessages:
         message = train(monkeypatch, *VISION, "train.device=cuda")
         assert message.startswith("d2v-train: train.device=cuda: torch") and "finds no GPU; d2v-doctor may say why" in message
 
-    def test_the_home_in_every_path(self, monkeypatch, tmp_path):
+    def test_a_tilde_is_expanded_in_every_path(self, monkeypatch, tmp_path):
         monkeypatch.setenv("HOME", str(tmp_path))
         message = train(monkeypatch, *VISION, "encoder.pretrained=~/none")
         assert f"encoder.pretrained={tmp_path}/none: " in message
@@ -226,7 +226,7 @@ class TestMessages:
         ):
             assert f"{tmp_path}/{shown}" in run(monkeypatch, command, *args)
 
-    def test_names_cannot_control_the_terminal(self, monkeypatch):
+    def test_control_characters_in_names_are_escaped(self, monkeypatch):
         """Neither those in the message of the end nor those in the log."""
 
         def refuse(args):

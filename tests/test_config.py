@@ -167,7 +167,7 @@ class TestSettings:
         assert config.encoder.config == {
             "image_size": 224, "patch_size": 32, "attention_probs_dropout_prob": 0.05, "layer_norm_eps": 1e-6,
         }  # fmt: skip
-        told = "encoder.model=vit: without drop_path_rate, layer_scale_init_value, which was for beit\n"
+        told = "encoder.model=vit: dropped drop_path_rate, layer_scale_init_value, set for beit\n"
         assert capsys.readouterr().err == told
         config, _ = parse(["--config", "audio/tiny", "encoder.model=hubert"])
         assert "num_conv_pos_embeddings" not in config.encoder.config and config.encoder.config["hidden_size"] == 192
@@ -431,13 +431,13 @@ class TestArxyzan:
         assert tuple(config.data["mean"]) == tuple(config.data["std"]) == (0.5,) * 3
         assert config.optimizer.lr == 0.002 and "dataset.interpolation: dropped" in said
 
-    def test_every_key_is_used_or_dropped_aloud(self):
+    def test_every_key_is_used_or_reported(self):
         for text in ARXYZAN.values():
             theirs = yaml.safe_load(text)
             _, changes = translate_arxyzan({**theirs, "extra": {"deep": {"key": 1}}})
             assert "extra.deep.key: dropped, nothing here corresponds to it" in changes
 
-    def test_ours_are_not_theirs(self):
+    def test_our_configs_are_not_taken_for_foreign_ones(self):
         assert not is_arxyzan({"modality": "text", "encoder": {"model": "roberta"}})
         assert not is_arxyzan({"modality": "text", "model": "roberta"})
 

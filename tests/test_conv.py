@@ -83,7 +83,7 @@ def test_samples_do_not_touch_each_other():
     assert torch.equal(fast(waves)[0], together[0]) and torch.equal(fast(waves)[2], together[2])
 
 
-def test_what_no_frame_reads_may_hold_anything():
+def test_samples_that_no_frame_reads_do_not_matter():
     plain, fast = stacks()
     waves = torch.randn(2, 1237)
     waves[:, -1] = float("nan")
@@ -102,7 +102,7 @@ def test_the_shortest_waveform_and_none(batch, samples):
         fast(torch.randn(2, 29))
 
 
-def test_it_is_saved_whole_and_put_in_once(tmp_path):
+def test_replacement_is_idempotent_and_saves_the_original_layout(tmp_path):
     _, fast = stacks()
     kind = type(fast)
     assert conv.use_matrix_products(fast) and type(fast) is kind
@@ -123,7 +123,7 @@ def test_under_autocast_it_is_as_exact_as_transformers():
     assert relative(ours, exact) < 1.5 * relative(theirs, exact)
 
 
-def test_what_cannot_be_computed_so_is_left():
+def test_unsupported_stacks_are_left_to_torch():
     group = models.build_encoder("wav2vec2", config=models.CONFIGS["wav2vec2"] | dict(feat_extract_norm="group"))
     kind = type(group.model.feature_extractor)
     assert not conv.use_matrix_products(group.model.feature_extractor) and type(group.model.feature_extractor) is kind

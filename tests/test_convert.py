@@ -276,7 +276,7 @@ class TestFairseq:
         with pytest.raises(ValueError, match=r"mismatched: .*layernorm"):
             from_fairseq(save(state))
 
-    def test_heads_that_nothing_tells_are_assumed_aloud(self, caplog):
+    def test_an_unknown_number_of_heads_is_assumed_with_a_warning(self, caplog):
         assert from_fairseq(save(text_state())).model.config.num_attention_heads == 1
         assert "does not say how many attention heads it has; taken to be 1" in caplog.text
 
@@ -289,7 +289,7 @@ class TestFairseq:
             (audio_state(), {"model": AUDIO["model"] | {"conv_feature_layers": "__import__('os')"}}, "expected a sum of lists"),
         ],
     )
-    def test_what_no_class_computes_is_refused(self, state, cfg, message):
+    def test_unsupported_architectures_are_refused(self, state, cfg, message):
         with pytest.raises(ValueError, match=message):
             from_fairseq(save(state, cfg))
 

@@ -222,7 +222,7 @@ class TestPreTrained:
         with pytest.raises(ValueError, match=r"^checkpoint\.pt: its weights and settings make no model: RecursionError"):
             from_fairseq(save(original))
 
-    def test_without_settings_heads_are_assumed_aloud(self, caplog):
+    def test_the_number_of_heads_is_assumed_with_a_warning_without_settings(self, caplog):
         original = make("image", embed_dim=128, num_heads=2, norm_eps=1e-6)
         original.cfg = None
         model = from_fairseq(save(original)).model
@@ -263,7 +263,7 @@ RECIPES = {
 
 class TestTraining:
     @pytest.mark.parametrize("modality", SOURCES)
-    def test_goes_on_with_the_same_loss(self, modality):
+    def test_training_resumes_with_the_same_loss(self, modality):
         """As the original would, from student, decoder and teacher, after d2v-export has put them into a folder."""
         original = make(modality)
         teacher = make_teacher(original)
@@ -334,7 +334,7 @@ class TestFineTuned:
         with pytest.raises(ValueError, match=r"^checkpoint\.pt: has several heads: "):
             from_fairseq(save(original, change={"classification_heads.other.dense.weight": torch.ones(32, 32)}))
 
-    def test_a_head_that_nobody_knows(self):
+    def test_an_unknown_head(self):
         original = ImageClassifier(make("image"), 5)
         with pytest.raises(ValueError, match=r"^checkpoint\.pt: holds norm\.running_mean"):
             from_fairseq(save(original, change={"norm.running_mean": torch.ones(32)}))

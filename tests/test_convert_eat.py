@@ -83,7 +83,7 @@ def test_published_size_where_nothing_tells():
     assert load(original).model.config.image_size == [1024, 128]
 
 
-def test_training_goes_on_with_the_same_loss():
+def test_training_resumes_with_the_same_loss():
     """As the original would, after d2v-export has put student, decoder and teacher into a folder."""
     original = eat()
     teacher = make_teacher(original)
@@ -163,7 +163,7 @@ def test_refused(original, change, found):
         load(original(), None, change)
 
 
-def test_each_project_is_told_of_the_other():
+def test_each_command_points_to_the_other():
     with pytest.raises(ValueError, match="a model of EAT is read by --from eat"):
         from_fairseq(save(eat()))
     torch.save({"model": {"patch_embed.proj.weight": torch.ones(1)}}, "other.pt")

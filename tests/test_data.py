@@ -771,7 +771,7 @@ class TestText:
         with pytest.raises(DataError, match="vocab_size of 20"):
             data.fit_to(own)
 
-    def test_an_encoder_of_ones_own_has_no_mask_vector_to_train(self, texts):
+    def test_the_mask_vector_of_a_custom_text_encoder_is_frozen(self, texts):
         own = Encoder()
         own.mask_embedding = torch.nn.Parameter(torch.zeros(4))
         text_data(texts[0]).fit_to(own)

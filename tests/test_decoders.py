@@ -66,6 +66,6 @@ def test_against_plain_loops(grid, settings):
         (lambda: ConvDecoder(8, 2, groups=2, width=8)(torch.zeros(1, 7, 8), (2, 3)), r"found \(2, 3\) for 7 positions"),
     ],
 )
-def test_what_does_not_fit_is_named(attempt, message):
+def test_invalid_inputs_are_named(attempt, message):
     with pytest.raises(ValueError, match=message):
         attempt()

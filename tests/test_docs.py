@@ -1,4 +1,4 @@
-"""Each command and each snippet of README and docs/ runs as it stands there, but for models and steps made small."""
+"""Each command and snippet of README and docs/ runs as written, with smaller models and fewer steps."""
 
 import ast
 import importlib.util

@@ -191,7 +191,7 @@ def test_strided_inputs():
 
 
 @needs_library
-def test_the_input_stays():
+def test_the_input_is_not_modified():
     x = torch.randn(1000)
     before = x.clone()
     dropout(x, 0.5)

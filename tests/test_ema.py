@@ -74,7 +74,7 @@ def test_buffers_frozen_and_named_parameters_are_copied():
     assert (teacher.module.first.weight != student.first.weight).any()
 
 
-def test_a_frozen_teacher_does_not_move():
+def test_a_frozen_teacher_does_not_change():
     student = Student()
     teacher = EMATeacher(student, 0.5, 1.0, 1)
     state = copy.deepcopy(teacher.module.state_dict())
@@ -105,7 +105,7 @@ def test_buffers_are_paired_by_name():
     assert (teacher.module.ids == student.ids).all() and (teacher.module.other == student.other).all()
 
 
-def test_tied_weights_move_once_and_may_come_apart():
+def test_tied_weights_are_updated_once_and_may_be_untied():
     student = Student()
     student.tied = nn.Linear(4, 6, bias=False)
     student.tied.weight = student.first.weight

@@ -186,7 +186,7 @@ def test_block_list_of_every_family_is_found():
         assert len(make(name).blocks) == 3
 
 
-def test_an_encoder_of_your_own():
+def test_a_custom_encoder():
     encoder = Encoder(Handwritten(), layers="blocks", ffn="mlp.2")
     x = torch.randn(2, 9, 6)
     seen = []
@@ -199,7 +199,7 @@ def test_an_encoder_of_your_own():
     assert 0.01 < encoder.mask_token.std() < 0.03
 
 
-def test_your_own_class_by_name():
+def test_a_custom_class_by_name():
     encoder = build_encoder("tests.models:Handwritten", config=dict(depth=2), layers="blocks", ffn="mlp.2")
     assert len(encoder.blocks) == 2
 
@@ -218,7 +218,7 @@ def test_saved_and_loaded_by_transformers_and_by_us(name, tmp_path):
         assert torch.equal(out[:, out.shape[1] - states.shape[1] :], states)
 
 
-def test_your_own_is_saved_and_loaded(tmp_path):
+def test_a_custom_encoder_is_saved_and_loaded(tmp_path):
     settings = dict(layers="blocks", ffn="mlp.2")
     encoder = build_encoder("tests.models:Handwritten", **settings)
     encoder.save(tmp_path)
@@ -286,7 +286,7 @@ def test_sincos_positions():
     assert found == pytest.approx(expected, abs=1e-6)
     with pytest.raises(ValueError, match="has no absolute positions"):
         build_encoder("beit", config=CONFIGS["beit"], init="sincos")
-    with pytest.raises(ValueError, match="is for ViT, BEiT and their kin, found RobertaModel"):
+    with pytest.raises(ValueError, match="only for ViT, BEiT and similar models, found RobertaModel"):
         build_encoder("roberta", config=CONFIGS["roberta"], init="sincos")
 
 

@@ -1,4 +1,4 @@
-"""Each example runs, learns, and computes what plain torch says it should."""
+"""Each example runs, learns, and matches a computation in plain torch."""
 
 import importlib.util
 import runpy

@@ -353,7 +353,7 @@ class TestMessages:
             (["{run}", "--to", "out", "--from", "fairseq", "--checkpoint", "step-2"], "--checkpoint: is for runs of d2v-train"),
             (
                 ["{run}", "--to", "out", "--checkpoint", "step-5"],
-                "--checkpoint step-5: not in {run}/checkpoints; there: step-2",
+                "--checkpoint step-5: not in {run}/checkpoints; available: step-2",
             ),
             (["{run}", "--to", "something"], "--to something: already exists; choose another folder"),
             (["{run}", "--to", "something/out"], "--to something/out: cannot be written, choose another folder: [Errno 20]"),
@@ -373,7 +373,7 @@ class TestMessages:
         with pytest.raises(ConfigError, match="--teacher: only checkpoints hold the teacher, and run: it has no checkpoint"):
             export_run("run", "out", teacher=True)
 
-    def test_an_encoder_of_your_own_has_no_class(self, runs, tmp_path):
+    def test_a_custom_encoder_has_no_transformers_class(self, runs, tmp_path):
         (tmp_path / "run" / "export").mkdir(parents=True)
         (tmp_path / "run" / "config.yaml").write_text("modality: text\nencoder:\n  model: my_encoder:Mine\n")
         with pytest.raises(ConfigError, match=r"no class for the encoder my_encoder:Mine.*run/export/model\.safetensors"):

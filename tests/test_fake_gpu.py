@@ -1,4 +1,4 @@
-"""Nothing in a step waits for the GPU or mixes devices, seen without a GPU: `fake_gpu.py`."""
+"""No step waits for the GPU or mixes devices; checked without a GPU by `fake_gpu.py`."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ CASES = [
     *(f"trainer {modality} {kind}" for modality, kind in product(("text", "vision", "audio"), ("plain", "fused"))),
     *(f"loss {norm} {target} {kind}" for norm, target, kind in product(NORMS, NORMS[:3], ("rows", "dense", "views"))),
 ]
-MISTAKES = {  # what has to be noticed, and how
+MISTAKES = {  # deliberate mistakes and the expected error
     "beit fp32 host mask": "aten.where.self copies from the host",
     "beit fp32 host index": "aten.index.Tensor copies from the host",
     "roberta fp32 no index": "DynamicOutputShapeException: aten.nonzero",
@@ -46,10 +46,10 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_wait_and_one_device(case, found):
+def test_steps_never_synchronise_or_mix_devices(case, found):
     assert found[case] is None, found[case]
 
 
 @pytest.mark.parametrize("case, how", MISTAKES.items())
-def test_it_would_be_noticed(case, how, found):
+def test_deliberate_synchronisation_is_detected(case, how, found):
     assert how in found[case]

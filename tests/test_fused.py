@@ -316,7 +316,7 @@ def test_without_a_fused_loss_it_stops_and_says_why(monkeypatch):
 
 
 def test_two_settings_that_contradict_each_other_are_named():
-    with pytest.raises(ValueError, match=r"--fused: loss\.impl=eager asks for another loss than native"):
+    with pytest.raises(ValueError, match=r"--fused: found loss\.impl=eager, expected native"):
         fuse(Data2Vec(models.make("roberta"), top_k=2, impl="eager"), CPU)
 
 

@@ -58,7 +58,7 @@ def plain(run, parameters):
     return run
 
 
-def test_the_same_training_whatever_is_replayed():
+def test_replays_do_not_change_training():
     sizes = [4, 4, 5, 4, 4, 5, 4, 5, 5, 4, 7, 5]
     curves = []
     for wrap in (plain, lambda *args: Again(*args, after=2)):
@@ -84,7 +84,7 @@ def test_there_are_as_many_graphs_as_asked_for():
     assert [key[1][1][0] for key in graphs.recorded] == [1, 2]
 
 
-def test_shapes_that_never_come_again_fill_no_memory():
+def test_the_record_of_seen_shapes_is_bounded():
     graphs = Again(lambda inputs: (), [], after=0, most=0)
     for size in range(1500):
         graphs(dict(x=torch.empty(size)))
@@ -92,7 +92,7 @@ def test_shapes_that_never_come_again_fill_no_memory():
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_what_was_returned_is_written_again(size):
+def test_a_replay_overwrites_earlier_outputs(size):
     _, graphs, _, _ = training(lambda *args: Again(*args, after=0))
     inputs = dict(x=torch.randn(size, 6), y=torch.zeros(size, 3))
     (first,) = graphs(inputs, 1.0)
@@ -100,7 +100,7 @@ def test_what_was_returned_is_written_again(size):
     assert first is second and float(first) > 1e3
 
 
-def test_what_cannot_be_recorded_goes_on_without(caplog):
+def test_failed_recording_falls_back_to_eager(caplog):
     class Broken(Again):
         def capture(self, run):
             run()

@@ -254,7 +254,7 @@ def test_the_module_is_the_function():
         (dict(impl="cuda"), "impl: found 'cuda', expected one of 'auto', 'eager', 'compile', 'native', 'triton'"),
     ],
 )
-def test_settings_that_nothing_fits_are_named_at_once(setting, named):
+def test_invalid_settings_raise_with_name_value_and_choices(setting, named):
     predictions, layers, mask, _ = case()
     for call in (lambda: Data2VecLoss(**setting), lambda: data2vec_loss(predictions, layers, mask, **setting)):
         with pytest.raises(ValueError) as error:
@@ -295,7 +295,7 @@ def test_compiled_equals_eager():
         (dict(mask=torch.ones(2, 7, dtype=torch.bool, device="meta")), "mask: found on meta"),
     ],
 )
-def test_what_does_not_fit_is_named(change, named):
+def test_invalid_inputs_are_named(change, named):
     predictions, layers, mask, _ = case()
     arguments = dict(predictions=predictions, teacher_layers=layers, mask=mask) | change
     with pytest.raises(ValueError) as error:

@@ -1,4 +1,4 @@
-"""Deliberate mistakes in the code of data2vec 2.0, each of which a test has to notice (`make mutations`, 20 minutes)."""
+"""Mutations of the data2vec 2.0 code, each of which must fail a test (`make mutations`, 20 minutes)."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MUTATIONS = {  # what is wrong: file, the text that is there once, the text instead
+MUTATIONS = {  # mistake: file, old text (occurs once), new text
     # From features to states
     "views before samples": (
         "encoders/base.py",
@@ -299,7 +299,7 @@ MUTATIONS = {  # what is wrong: file, the text that is there once, the text inst
 
 
 def files_for(file):
-    """The tests that have to notice: those of views for masks and data, those of the model for the rest."""
+    """The tests that must fail: those of views for masks and data, those of the model for the rest."""
     if file.startswith("data/"):
         return ["tests/test_views.py"]
     own = {
@@ -313,14 +313,14 @@ def files_for(file):
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_the_mistake_can_still_be_made(name):
+def test_mutated_text_occurs_once(name):
     file, old, new = MUTATIONS[name]
     assert (ROOT / "d2v_fast" / file).read_text().count(old) == 1 and new != old
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_the_mistake_is_noticed(name, tmp_path):
+def test_mutation_is_detected(name, tmp_path):
     for folder in ("d2v_fast", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -331,5 +331,5 @@ def test_the_mistake_is_noticed(name, tmp_path):
     found = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=600
     )
-    # 1 is a test that failed; anything else a mistake that cannot be run.
+    # 1: a test failed; other codes mean that the mutated code could not run.
     assert found.returncode == 1, found.stdout[-2000:] + found.stderr[-2000:]

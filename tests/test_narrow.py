@@ -85,7 +85,7 @@ def test_what_runs_in_between_sees_all_positions():
     assert torch.equal(student(x), models.make("beit").eval()(x)) and student(x).shape == (2, 16, 32)
 
 
-def test_an_error_in_the_midst_leaves_it_whole(monkeypatch):
+def test_an_error_in_forward_restores_the_model(monkeypatch):
     """Else what runs next, an export or a probe, would get rows alone."""
     encoder = narrowed(models.make("roberta").eval())
     expected = encoder(x := models.inputs("roberta"))

@@ -353,7 +353,7 @@ def test_fp16_gradients_at_the_ends_of_the_range():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["prediction", "layer", "late"])
 @pytest.mark.parametrize("norm, beta", list(product(NORMS, (0.0, 1.0))))
-def test_nothing_hides_a_bad_value(norm, beta, where, bad):
+def test_nan_and_inf_give_a_non_finite_loss(norm, beta, where, bad):
     z, layers, mask, _ = inputs(Case(dense=True, length=40, channels=100))
     mask[1, 30] = True
     (z if where == "prediction" else layers[1])[1, 30, 90 if where == "late" else 5] = bad
@@ -723,7 +723,7 @@ def test_the_gradient_is_the_slope_of_the_loss(case):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("norm", ["layer", "instance", "batch"])
-def test_memory_is_given_back(norm):
+def test_workspace_memory_is_freed(norm):
     z, layers, mask, _ = inputs(Case(channels=768, k=1, length=300, batch=1))
 
     def used():

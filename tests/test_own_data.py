@@ -239,7 +239,7 @@ def test_a_preset_keeps_only_settings_of_the_class(capsys):
     config, _ = parse(["--config", "vision/tiny-2", *arguments("plane"), "modality=custom"])
     assert set(config.data) == {"class", "sides", "speed", "split", "labelled", "views"}
     assert (config.data["views"], config.data["class"], config.own_data) == (4, "mine:Fields", True)
-    assert "data.class=mine:Fields: without crop_scale, image_size, jitter, which was for vision\n" in capsys.readouterr().err
+    assert "data.class=mine:Fields: dropped crop_scale, image_size, jitter, set for vision\n" in capsys.readouterr().err
     Path("a.yaml").write_text(config.yaml)
     again, _ = parse(["--config", "a.yaml", "data.speed=2"])
     assert again.data == config.data | {"speed": 2.0}
@@ -250,7 +250,7 @@ def test_a_subclass_of_image_data_keeps_the_modality(capsys):
     small = ["encoder.config.hidden_size=16", "encoder.config.num_hidden_layers=3", "encoder.config.num_attention_heads=2"]
     config, _ = parse(["--config", "vision/tiny", "data.class=mine:Gray", *small, *SMALL, "train.steps=2", "train.output=run"])
     assert (config.modality, config.data["image_size"], config.own_data) == ("vision", 32, False)
-    assert "without" not in capsys.readouterr().err
+    assert "dropped" not in capsys.readouterr().err
     trainer = build(config)
     pixels = trainer.data.__getitems__([(0, 3)])["source"] * torch.tensor(trainer.data.std)[:, None, None]
     assert torch.allclose(pixels[:, 0] + trainer.data.mean[0], pixels[:, 1] + trainer.data.mean[1], atol=1e-5)
@@ -376,7 +376,7 @@ class TestRefusals:
         [
             (
                 "mine:Feilds",
-                r"cannot be imported: module 'mine' has no attribute 'Feilds'; expected package.module:Class, of a",
+                r"cannot be imported: module 'mine' has no attribute 'Feilds'; expected package.module:Class, where",
             ),
             ("nowhere:Fields", r"cannot be imported: No module named 'nowhere'; expected package.module:Class"),
             ("Fields", r"cannot be imported: No module named 'Fields'; expected package.module:Class"),
@@ -396,7 +396,7 @@ class TestRefusals:
             ),
             (
                 "def __init__(self, path, **common): super().__init__(**common)",
-                r"its arguments become settings, which need type",
+                r"its arguments become settings, so they need type",
             ),
             (
                 "def __init__(self, **common): pass",

@@ -148,7 +148,7 @@ class TestWeights:
         with pytest.raises(ValueError, match=r"encoder\.pretrained=empty: its weights cannot be read: .*model\.safetensors"):
             build_encoder(pretrained="empty")
 
-    def test_of_an_encoder_of_ones_own(self):
+    def test_of_a_custom_encoder(self):
         from safetensors.torch import save_file
 
         save_file({"x": torch.ones(1)}, "model.safetensors")
@@ -196,7 +196,7 @@ class TestReleased:
     def test_another_decoder_starts_at_random_and_says_so(self, released, caplog):
         self.model("head.width=16")
         assert (
-            "is not of this head, which starts at random; made with: head.dropout=0.0 head.groups=8 head.kernel=3"
+            "does not fit this head, which starts at random; made with: head.dropout=0.0 head.groups=8 head.kernel=3"
             in caplog.text
         )
         caplog.clear()
@@ -214,7 +214,7 @@ class TestReleased:
 
     def test_a_teacher_of_another_encoder(self, released):
         save_file({"embeddings.cls_token": torch.zeros(1, 1, 8)}, "out/teacher.safetensors")
-        with pytest.raises(ConfigError, match=r"teacher\.safetensors: .*remove it, and the teacher starts as a copy"):
+        with pytest.raises(ConfigError, match=r"teacher\.safetensors: .*remove it to start the teacher as a copy"):
             self.model()
 
     def test_a_checkpoint_of_our_own_goes_before(self, released, caplog):

@@ -261,11 +261,11 @@ class TestWhichWeights:
         shutil.rmtree(run / "checkpoints")
         assert step() is None
         shutil.rmtree(run / "export")
-        with pytest.raises(ConfigError, match="it has no checkpoint and no export/, so there is nothing that was trained"):
+        with pytest.raises(ConfigError, match="it has no checkpoint and no export/, so there are no trained weights"):
             step()
 
     def test_a_checkpoint_that_is_not_there(self, runs):
-        with pytest.raises(ConfigError, match=r"--checkpoint step-9: not in .*checkpoints; there: step-2$"):
+        with pytest.raises(ConfigError, match=r"--checkpoint step-9: not in .*checkpoints; available: step-2$"):
             probe.main([str(runs["vision"].folder), "--checkpoint", "step-9"])
 
 

@@ -17,7 +17,7 @@ RECORDED = json.loads((Path(__file__).parent / "recorded_losses.json").read_text
 
 
 @pytest.mark.parametrize("case", RECORDED)
-def test_losses_stay(case):
+def test_losses_match_the_recorded_ones(case):
     name, source, *more = case.split()
     model = Data2Vec(
         models.make(name),

@@ -84,14 +84,14 @@ def test_a_page_shows_what_a_run_wrote(make_run):
     assert found.tags.count("svg") == len(CURVES)
 
 
-def test_it_needs_nothing_but_itself(make_run):
+def test_the_page_is_self_contained(make_run):
     html = html_of(make_run())
     assert Page(html).fetched == []
     assert not {"link", "script", "img", "iframe"} & set(Page(html).tags)
     assert "@import" not in html and "url(http" not in html and len(html) < 400_000
 
 
-def test_while_the_run_goes_on(make_run):
+def test_report_of_an_unfinished_run(make_run):
     """Half a line, a line that a killed process broke off, and numbers that JSON does not know or that are missing."""
     whole = [line(1), line(50)[:40], line(100, loss=None), line(150, grad_norm=math.nan), line(200)[:-9]]
     folder = make_run(lines=whole, alarms_jsonl='{"step": 100, "alarms": ["of 100"]}\n{"step": 150, "ala')
@@ -178,7 +178,7 @@ class TestDamaged:
         assert run.probes == [] and "probe.json: holds no results of d2v-probe" in run.unread[0]
         Page(page([run]))
 
-    def test_things_that_are_no_files(self, make_run):
+    def test_named_pipes_in_place_of_files(self, make_run):
         folder = make_run()
         for name in ("alarms.jsonl", "config.yaml", "environment.json", "probe.json"):
             os.mkfifo(folder / name)
@@ -209,7 +209,7 @@ def test_a_page_that_cannot_be_written(make_run, tmp_path):
         main([str(make_run()), "--out", str(tmp_path / "nowhere" / "page.html")])
 
 
-def test_steps_taken_again_replace_the_first_try(make_run):
+def test_repeated_steps_replace_earlier_records(make_run):
     lines = [line(1), line(50, loss=1), line(100, loss=2), line(150, loss=3), line(50, loss=7), line(100, loss=8)]
     old = [{"step": 50, "alarms": ["once"]}, {"step": 150, "alarms": ["before it was resumed"]}]
     run = read_run(make_run(lines=lines, alarms_jsonl="\n".join(map(json.dumps, old))), "red")
@@ -239,7 +239,7 @@ def test_several_runs_side_by_side(make_run):
     assert different < html.index("1 shared by all") < same
 
 
-def test_long_runs_stay_light(make_run):
+def test_pages_of_long_runs_stay_small(make_run):
     lines = [line(step, loss=math.sin(step)) for step in range(1, 20_001)]
     html = html_of(make_run(lines=lines))
     assert len(html) < 1_500_000

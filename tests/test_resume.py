@@ -101,7 +101,7 @@ def killed_and_resumed(args, k, threads=2):
     assert train(args("killed"), kill, threads=threads)[0] == -signal.SIGKILL
     assert last("killed").name == f"step-{k}"
     code, said = train(["--resume", "killed"], functools.partial(traced, "resumed.jsonl"), threads=threads)
-    assert code == 0 and f"goes on after step {k}" in said, said
+    assert code == 0 and f"resumes after step {k}" in said, said
     whole, killed, resumed = (lines(f"{name}.jsonl") for name in ("whole", "killed", "resumed"))
     assert killed == whole[: k + 2] and resumed == whole[k:] and len(whole) == 12
     assert_same("whole", "killed")
@@ -123,7 +123,7 @@ def test_a_second_run_in_the_same_folder_is_refused():
     finally:
         first.process.kill()
         first.wait()
-    assert (code, said) == (1, "d2v-train: train.output=run: another d2v-train is at work there; wait for its end\n")
+    assert (code, said) == (1, "d2v-train: train.output=run: another d2v-train is running there; wait until it ends\n")
     steps = last("run").name.removeprefix("step-")
     code, said = train(["--resume", "run", f"train.steps={steps}", "--resume-allow", "train.steps"])
     assert code == 0, said
@@ -175,7 +175,7 @@ def test_ranks_resume_from_different_batch_counts():
         process = torchrun(*vision(name, *more, f"train.steps={steps}", "schedule.kind=constant", "schedule.warmup=0"))
         assert "unreadable" in process.communicate(timeout=120)[1] and process.returncode == 0
     process = torchrun("--resume", "run", "train.steps=16", "--resume-allow", "train.steps")
-    assert "goes on after step 8" in process.communicate(timeout=120)[1] and process.returncode == 0
+    assert "resumes after step 8" in process.communicate(timeout=120)[1] and process.returncode == 0
     ranks = Checkpoint(last("whole")).state["ranks"]
     assert ranks[0]["batches"] != ranks[1]["batches"] or ranks[0]["batches"] > 16
     assert_same("whole", "run")
@@ -203,7 +203,7 @@ def test_two_ranks_skip_stop_and_resume_together():
     assert 3 <= stopped < 60
     process = both("--resume", "run")
     resumed = process.communicate(timeout=120)[1]
-    assert resumed.count(f"goes on after step {stopped}") == 1 and process.returncode == 0, resumed
+    assert resumed.count(f"resumes after step {stopped}") == 1 and process.returncode == 0, resumed
     for each in (said, resumed):  # a leftover gloo thread may abort its rank at exit
         assert each.count("ends with 0 threads of gloo") == 2, each
     assert_same("whole", "run")
@@ -231,7 +231,7 @@ class TestStopSignals:
         assert code == 130 and f"stopped at step {stopped} of 2000" in said and "--resume run goes on" in said, said
         assert stopped >= 8 and "Traceback" not in said
         code, said = train(["--resume", "run", f"train.steps={stopped + 4}", "--resume-allow", "train.steps"])
-        assert code == 0 and f"goes on after step {stopped}" in said
+        assert code == 0 and f"resumes after step {stopped}" in said
         assert [record["step"] for record in lines("run/log.jsonl")] == sorted({1, *range(4, stopped + 5, 4), stopped + 4})
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -287,7 +287,7 @@ def test_random_kills_lose_no_finished_checkpoint(kills):
         kill_count += 1
         run = Run(["--resume", "run"] if done else arguments("vision", "run", "train.steps=1000000", *more))
         if done:
-            run.says(f"goes on after step {done}")
+            run.says(f"resumes after step {done}")
         else:
             run.until(lambda: any(Path("run/checkpoints").glob("step-*[0-9]")))
         time.sleep(rng.uniform(0, 0.6))
@@ -298,7 +298,7 @@ def test_random_kills_lose_no_finished_checkpoint(kills):
         done, before = check_after_a_kill("run"), done
         assert done >= max(1, before)
     code, said = train(["--resume", "run", f"train.steps={done + 5}", "--resume-allow", "train.steps"])
-    assert code == 0 and f"goes on after step {done}" in said, said
+    assert code == 0 and f"resumes after step {done}" in said, said
     assert train(arguments("vision", "whole", f"train.steps={done + 5}", *more))[0] == 0
     assert_same("whole", "run")
     print(f"{kill_count} kills, {inside} during a save, {done} steps")
@@ -345,7 +345,7 @@ def test_a_full_disk_does_not_end_the_training(small_disk):
     code, said = train(vision("disk/run", *more), functools.partial(_full_from_step_5_to_8, small_disk))
     assert code == 0, said
     reason = "No space left on device" if small_disk else "File too large"
-    for what in ("the checkpoint of step 6 could not be written", "the export could not be written, training goes on"):
+    for what in ("the checkpoint of step 6 could not be written", "the export could not be written, training continues"):
         assert [line for line in said.splitlines() if what in line and reason in line], said
     assert train(vision("whole", *more))[0] == 0
     assert_same("whole", "disk/run")
@@ -359,7 +359,7 @@ def test_a_disk_that_stays_full_gives_exit_code_1():
 
 def test_an_export_that_does_not_fit_on_disk_gives_exit_code_1():
     code, said = train(vision("run", "train.steps=4", "train.export_every=2", "train.save_every=0"), _small_files_fit)
-    assert code == 1 and "Traceback" not in said and said.count("the export could not be written, training goes on") == 2
+    assert code == 1 and "Traceback" not in said and said.count("the export could not be written, training continues") == 2
     assert said.splitlines()[-1].startswith("d2v-train: run/export: ") and logged("run") == 4, said
 
 
@@ -388,7 +388,7 @@ def test_a_dead_loader_worker_saves_and_stops_the_run():
     os.kill(int(worker), signal.SIGKILL)
     code, said = run.wait()
     assert code == 1 and "Traceback" not in said
-    assert said.splitlines()[-1].startswith("d2v-train: a process that loads data died: ")
+    assert said.splitlines()[-1].startswith("d2v-train: a data loading process died: ")
     saved = int(last("run").name[5:])
     assert saved >= logged("run") > saved - 4
     code, said = train(["--resume", "run", f"train.steps={saved + 4}", "--resume-allow", "train.steps"])
@@ -456,7 +456,7 @@ def test_a_file_removed_between_epochs_is_skipped_and_blocks_resuming():
     code, said = train(["--resume", "run", "train.steps=16", "--resume-allow", "train.steps"])
     assert code == 1 and "samples.number: was 12, is 11" in said
     code, said = train(["--resume", "run", "train.steps=16", "--resume-allow", "train.steps", "--resume-allow", "samples"])
-    assert code == 0 and "goes on after step 14" in said
+    assert code == 0 and "resumes after step 14" in said
 
 
 def test_changed_file_content_blocks_resuming():
@@ -499,7 +499,7 @@ def test_clock_jumps_do_not_change_the_run():
     assert min(later["time"] - before["time"] for before, later in itertools.pairwise(log)) < -80_000
     assert all(record["samples_per_s"] > 0 and 0 <= record["data_wait"] <= 1 for record in log)
     code, said = train(["--resume", "run"], _jumping_clock)
-    assert code == 0 and "goes on after step 12; nothing is left to train" in said
+    assert code == 0 and "resumes after step 12; nothing is left to train" in said
 
 
 def _jumping_clock():
@@ -566,7 +566,7 @@ class TestResumeChecks:
     def test_the_newest_intact_checkpoint_is_used(self):
         (Path("run/checkpoints/step-4") / "optimizer.safetensors").unlink()
         code, said = train(["--resume", "run"])
-        assert code == 0 and "goes on after step 2" in said
+        assert code == 0 and "resumes after step 2" in said
         assert "skipped a checkpoint: run/checkpoints/step-4/optimizer.safetensors is missing" in said
 
     def test_a_run_may_be_given_by_folder_config_or_output(self):
@@ -576,7 +576,7 @@ class TestResumeChecks:
             ["--config", "run/config.yaml", "--resume"],
         ):
             code, said = train([*args, *on])
-            assert code == 0 and "goes on after step" in said, said
+            assert code == 0 and "resumes after step" in said, said
         os.rename("run", "moved")
         code, said = train(["--resume=moved/", *on])
         assert code == 0 and Path("moved/checkpoints/step-6").exists() and not Path("run").exists(), said
@@ -586,10 +586,10 @@ class TestResumeChecks:
         [
             (["--resume", "nowhere"], "--resume nowhere: holds no config.yaml, so it is not the folder of a run"),
             (["--resume", "--config", "vision/tiny"], "--resume: which run? --resume RUN, or train.output=RUN"),
-            (["--resume", "old.pt"], "old.pt: a pickle, which can run any code when it is loaded"),
+            (["--resume", "old.pt"], "old.pt: is a pickle, which can run any code when it is loaded"),
             (["--resume"], "--resume: which run? --resume RUN, or train.output=RUN"),
-            (["--config", "run"], "--config run: a folder; its settings are in run/config.yaml"),
-            (vision("run"), "holds a run already; --resume goes on with it"),
+            (["--config", "run"], "--config run: is a folder; its settings are in run/config.yaml"),
+            (vision("run"), "already holds a run; --resume continues it"),
         ],
     )
     def test_invalid_resume_arguments_give_a_one_line_message(self, args, message):
@@ -601,7 +601,7 @@ class TestResumeChecks:
         code, said = train(["--resume", "run"])
         assert code == 1 and "run/checkpoints: no checkpoint; another train.output without" in said
         code, said = train(vision("run"))
-        assert code == 1 and "holds a run already; it has no checkpoint to go on from; remove it, another folder" in said
+        assert code == 1 and "already holds a run; it has no checkpoint to resume from; remove it, or choose" in said
 
     def test_a_copied_run_resumes_without_touching_the_original(self):
         subprocess.run(["cp", "-r", "run", "copy"], check=True)
@@ -640,7 +640,7 @@ class TestResumeChecks:
             manifest["files"]["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             (folder / "manifest.json").write_text(json.dumps(manifest))
             code, said = train(["--resume", "run"])
-            assert code == 1 and f"d2v-train: {folder}: not a checkpoint as version 3 has them: " in said, (part, said)
+            assert code == 1 and f"d2v-train: {folder}: not a valid version 3 checkpoint: " in said, (part, said)
 
     def test_corrupt_log_lines_are_dropped(self):
         with open("run/log.jsonl", "a") as log:
@@ -656,7 +656,7 @@ def test_the_folder_is_locked_from_the_start_and_failed_starts_leave_nothing(mon
 
     def another(*args):
         code, said = train(vision("run", "train.seed=5"))
-        assert code == 1 and "another d2v-train is at work there" in said, said
+        assert code == 1 and "another d2v-train is running there" in said, said
         return make_data(*args)
 
     make_data = build.make_data
@@ -688,7 +688,7 @@ def test_a_resumed_run_does_not_repeat_an_alarm():
     alarms = lines("run/alarms.jsonl")
     subprocess.run(["rm", "-r", *(str(last("run").with_name(f"step-{n}")) for n in (10, 12))], check=True)
     code, said = train(["--resume", "run"])
-    assert code == 0 and "goes on after step 5" in said and "target_std" not in said, said
+    assert code == 0 and "resumes after step 5" in said and "target_std" not in said, said
     assert lines("run/alarms.jsonl") == alarms
 
 
@@ -697,7 +697,7 @@ def test_a_run_stopped_by_collapse_leaves_a_checkpoint():
     code, said = train(arguments("vision", "run", *more, "train.log_every=1"))
     assert code == 1 and "target_std" in said and last("run").name == "step-3", said
     code, said = train(["--resume", "run", "collapse.action=off", "train.steps=5", "--resume-allow", "train.steps"])
-    assert code == 0 and "goes on after step 3" in said, said
+    assert code == 0 and "resumes after step 3" in said, said
 
 
 def test_training_continues_if_stderr_is_closed():

@@ -1,4 +1,4 @@
-"""What comes from elsewhere, settings, weights, data: it must not run code, leave its folder or eat the memory."""
+"""Untrusted settings, weights and data must not run code, read outside their folder or exhaust memory."""
 
 import json
 import os
@@ -153,7 +153,7 @@ class TestData:
             load_hub("set", None, "train")
 
     @pytest.mark.parametrize("name", ["../secret.wav", "/etc/secret.wav", "a/../../secret.wav"])
-    def test_a_table_that_leads_out_of_its_folder(self, name):
+    def test_a_table_with_paths_outside_its_folder(self, name):
         Path("set").mkdir()
         soundfile.write("secret.wav", np.zeros(16000), 16000)
         Path("set/metadata.csv").write_text(f"file_name,label\n{name},x\n")
@@ -161,7 +161,7 @@ class TestData:
             open_audio("set")
         assert len(open_audio("set/metadata.csv")) == 1  # named by the user, who may mean it
 
-    def test_an_image_that_unfolds(self):
+    def test_a_decompression_bomb_image(self):
         """200 kB of PNG that would take 4.8 GB."""
 
         def chunk(kind, content):
@@ -194,7 +194,7 @@ class TestData:
                 open_images(path).read(0)
         assert len(TextData(mask=TokenMask(0.3, 2), path="set.parquet", block_size=4, vocab_size=300))
 
-    def test_a_recording_that_claims_to_be_endless(self):
+    def test_a_recording_with_a_huge_claimed_length(self):
         soundfile.write("claim.flac", np.tile([0, 0.5], 8000), 16000)
         content = bytearray(Path("claim.flac").read_bytes())
         content[21] |= 0x0F  # STREAMINFO: 36 bits of its length, all set
@@ -202,7 +202,7 @@ class TestData:
         Path("claim.flac").write_bytes(content)
         assert len(read_audio("claim.flac", 16_000)) == count_samples("claim.flac", 16_000) == 16_000
 
-    def test_a_recording_that_unfolds(self):
+    def test_a_decompression_bomb_recording(self):
         """An hour of silence on 8 channels is half a megabyte of FLAC and 1.7 GiB of numbers."""
         with soundfile.SoundFile("silence.flac", "w", 16_000, 8) as file:
             for _ in range(3600):
@@ -211,13 +211,13 @@ class TestData:
         with pytest.raises(ValueError, match="holds more than 33554432 samples at 16000 Hz on 8 channels, 1 GiB"):
             read_audio("silence.flac", 16_000)
 
-    def test_a_recording_that_unfolds_at_another_rate(self):
+    def test_a_decompression_bomb_recording_at_another_rate(self):
         soundfile.write("slow.wav", np.zeros(17_000), 1)
         assert 17_000 * 16_000 > MAX_VALUES
         with pytest.raises(ValueError, match="holds more than 16777 samples at 1 Hz"):
             read_audio("slow.wav", 16_000)
 
-    def test_a_wav_that_claims_more_than_it_has(self):
+    def test_a_wav_with_a_longer_claimed_length(self):
         soundfile.write("claim.wav", np.tile([0, 0.5], 500), 16_000)
         content = bytearray(Path("claim.wav").read_bytes())
         content[40:44] = b"\xf0\xff\xff\xff"

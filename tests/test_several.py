@@ -210,7 +210,7 @@ class TestRun:
         with caplog.at_level("INFO"):
             trainer = build(config(tmp_path / "run", "several.shares={audio: 0.25, vision: 0.75}", "train.steps=40"))
         trainer.folder.leave(0)
-        counts = re.search(r"an experiment: .* several modalities, vision (\d+) steps, audio (\d+) steps", caplog.text)
+        counts = re.search(r"experimental: .* one stack of blocks, vision (\d+) steps, audio (\d+) steps", caplog.text)
         assert abs(int(counts[1]) - 30) < 3 and int(counts[1]) + int(counts[2]) == 40
         drawn = Counter(trainer.each[number].name for number in trainer.turns)
         assert [drawn["vision"], drawn["audio"]] == [int(counts[1]), int(counts[2])]
@@ -242,7 +242,7 @@ class TestRun:
             probe.main([str(run[0])])
 
     def test_the_folder_is_not_taken_twice(self, run):
-        with pytest.raises(ConfigError, match="holds a run already; --resume goes on with it"):
+        with pytest.raises(ConfigError, match="already holds a run; --resume continues it"):
             build(config(run[0]))
 
 

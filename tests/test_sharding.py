@@ -129,7 +129,7 @@ def test_sharded_on_two_ranks_it_is_the_same_run_and_goes_on_with_one_and_with_t
 
 
 @pytest.mark.slow
-def test_so_is_every_modality(here):
+def test_every_modality_is_the_same_sharded(here):
     every = list(itertools.product(DROPOUT, (1, 2), (False, True)))
     torchrun(2, [case for each in every for case in side_by_side(*each)])
     for each in every:
@@ -137,7 +137,7 @@ def test_so_is_every_modality(here):
 
 
 @pytest.mark.slow
-def test_so_are_two_machines_that_keep_a_copy_each(here):
+def test_hybrid_sharding_on_two_machines_is_the_same_run(here):
     """hybrid, on four ranks, as if two of them were on each machine."""
     cases = side_by_side("vision", 2, False)
     cases[1][1][-1] = "train.shard=hybrid"
@@ -205,11 +205,11 @@ def test_another_number_of_ranks_has_an_equal_share_of_what_was():
 
 def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     vision = functools.partial(test_training.config, "vision")
-    with pytest.raises(ConfigError, match=r"train.precision=fp16: has no scale .* sharded ranks agree on; take bf16 or fp32"):
+    with pytest.raises(ConfigError, match=r"train.precision=fp16: sharded ranks cannot agree on a gradient scale; use bf16"):
         vision(tmp_path / "run", "train.shard=true", "train.precision=fp16")
     with pytest.raises(ConfigError, match=r"train.shard: found all, expected true or false or one of hybrid"):
         vision(tmp_path / "run", "train.shard=all")
-    one = "train.shard=true: there is one process, which has nobody to share with; start several, torchrun .* or train.shard=f"
+    one = "train.shard=true: there is only one process; start several with torchrun .* or set train.shard=f"
     with pytest.raises(ConfigError, match=one):
         build(vision(tmp_path / "run", "train.shard=true"))
     run = build(test_training.config("audio", tmp_path / "audio", "encoder.config.layerdrop=0.1"))
@@ -217,7 +217,7 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "shard", lambda core, device, world, hybrid: sharding.shard(core, device, 1))
     config = vision(tmp_path / "run", "train.shard=true")
     with pytest.raises(
-        ConfigError, match=r"train.shard=true with encoder.config.layerdrop=0.1: .* none may leave it out; enco"
+        ConfigError, match=r"train.shard=true with encoder.config.layerdrop=0.1: .* so no rank may skip it; set enco"
     ):
         building._shard(run.state.core, config, run.data, accelerator)
 
@@ -257,7 +257,7 @@ def test_blocks_that_cannot_be_gathered_are_named(model, why, monkeypatch):
             return
         name = model.__name__
         with pytest.raises(
-            ConfigError, match=f"train.shard=true: {name} cannot be sharded by its blocks: .*{why}.*; blocks that"
+            ConfigError, match=f"train.shard=true: {name} cannot be sharded by its blocks: .*{why}.*; blocks must"
         ):
             building._shard(core, config, None, accelerator)
     finally:
@@ -306,7 +306,7 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("preset", ["vision/tiny-2", "text/tiny", "audio/tiny"])
-def test_what_the_doctor_computes_is_what_lives_at_most_in_a_step(preset, checkpointing):
+def test_the_doctors_memory_estimate_equals_the_peak_of_a_step(preset, checkpointing):
     """Counted in a whole step, backward and update included, of tensors without numbers; the doctor has run a forward alone."""
     # Of fewer parameters than activations, as where memory is short.
     config, _ = parse(["--config", preset, "train.precision=fp32", "encoder.config.num_hidden_layers=6"])

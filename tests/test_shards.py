@@ -76,7 +76,7 @@ def test_batches_are_those_of_the_folder_and_of_parquet(tmp_path, samples, shard
     assert found[1].sample_name(15) == f"{shards}/1.tar/00015.png"
 
 
-def test_what_lies_where_is_looked_up_once(shards, tmp_path, monkeypatch, caplog):
+def test_the_archive_index_is_read_once(shards, tmp_path, monkeypatch, caplog):
     open_images(str(shards), cache=str(tmp_path))
     monkeypatch.setattr(tarfile, "open", None)
     assert len(open_images(str(shards), cache=str(tmp_path))) == 40

@@ -230,7 +230,7 @@ def test_encoding_visible_positions_equals_masking_attention_to_all_others(name,
 @pytest.mark.parametrize("name", [each for each in EACH if not FAMILIES[name_of(each)].gathers])
 def test_encoders_that_cannot_gather_say_why(name):
     encoder = wrap(plain(name))
-    why = "its blocks see fewer positions" if name == "sew" else "positions enter inside of its blocks"
+    why = "its blocks see fewer positions" if name == "sew" else "positions enter inside its blocks"
     with pytest.raises(ValueError, match=f"cannot encode the visible positions alone: {why}"):
         Data2Vec(encoder, top_k=2, decoder=ConvDecoder(32, 1, width=16, kernel=3, groups=4))
     with pytest.raises(ValueError, match="cannot encode the visible positions alone"):
@@ -500,25 +500,25 @@ def swin():
 @pytest.mark.parametrize(
     "attempt, named",
     [
-        (lambda: wrap(swin()), "SwinModel cannot be spliced: is hierarchical: of 64 local features 16 states are left"),
-        (lambda: wrap(averaging()), "without its blocks, feature 8 is found in the states [0, 1, 2, 3, 4], expected 8 alone"),
+        (lambda: wrap(swin()), "SwinModel cannot be spliced: is hierarchical: 64 local features become 16 states"),
+        (lambda: wrap(averaging()), "without its blocks, feature 8 ends up in states [0, 1, 2, 3, 4], expected only 8"),
         (
             lambda: wrap(averaging(), features="embeddings.patch_embedding"),
-            "is not local: the end of the input changes 16 of 16",
+            "is not local: the end of the input changes 16 of its 16",
         ),
-        (lambda: wrap(Peeking(MODERNBERT)), "at embeddings: the rest of the model depends on its input in other ways too"),
-        (lambda: wrap(nowhere()), "masked positions get equal states: positions are lost with the mask, or the model has none"),
+        (lambda: wrap(Peeking(MODERNBERT)), "at embeddings: the rest of the model also depends on its input in other ways"),
+        (lambda: wrap(nowhere()), "masked positions get equal states: masking removes the positions, or the model has none"),
         (
             lambda: build_encoder("modernbert", config=TEXT, features="layers.1"),
             "encoder.features=layers.1: ModernBertModel cannot be spliced: is not local: the end of the input changes",
         ),
         (
             lambda: build_encoder("modernbert", config=TEXT, features="embedings"),
-            "encoder.features=embedings: ModernBertModel cannot be spliced: is not in the model, or not run before its blocks",
+            "encoder.features=embedings: ModernBertModel cannot be spliced: is not in the model or does not run before",
         ),
         (
             lambda: build_encoder("dinov3_vit", config=IMAGE, features="embeddings"),
-            "encoder.features=embeddings: DINOv3ViTModel cannot be spliced: its 17 positions are no square grid",
+            "encoder.features=embeddings: DINOv3ViTModel cannot be spliced: its 17 positions do not form a square grid",
         ),
         (
             lambda: build_encoder("siglip_vision_model", config=IMAGE, features="embeddings.position_embedding"),
@@ -526,16 +526,16 @@ def swin():
         ),
         (
             lambda: build_encoder("llama", config=TEXT | dict(num_key_value_heads=2)),
-            "LlamaModel cannot be spliced at embed_tokens: is causal: a position sees none of the later ones; "
-            "encoder.bidirectional=true lets its attention see them",
+            "LlamaModel cannot be spliced at embed_tokens: is causal: positions do not see later ones; "
+            "set encoder.bidirectional=true to make its attention bidirectional",
         ),
         (
             lambda: build_encoder("stablelm", config=TEXT | dict(num_key_value_heads=2), bidirectional=True),
-            "is causal: a position sees none of the later ones; config.is_causal = false, which encoder.bidirectional sets",
+            "is causal: positions do not see later ones; config.is_causal = false, which encoder.bidirectional sets",
         ),
-        (lambda: build_encoder("roberta", config=TEXT, bidirectional=True), "RobertaModel has no causal attention; leave the"),
+        (lambda: build_encoder("roberta", config=TEXT, bidirectional=True), "RobertaModel has no causal attention; remove the"),
         (lambda: build_encoder("modernbert", config=TEXT, bidirectional=True), "ModernBertModel has no causal attention"),
-        (lambda: wrap(half_causal()), "has causal blocks, such as 1: a position sees none of the later ones"),
+        (lambda: wrap(half_causal()), "has causal blocks, such as 1: positions do not see later ones"),
         (
             lambda: wrap(averaging_speech(), features="feature_projection.projection"),
             "is not local: the end of the input changes",
@@ -556,8 +556,8 @@ def swin():
             lambda: wrap(of_layout(lambda x: (x, x)), features="embeddings.patch_embedding"),
             "its output has 2 parts",
         ),
-        (lambda: build_encoder("t5"), "encoder.model='t5': T5Model has a decoder too; its encoder alone can be"),
-        (lambda: build_encoder("yolos", config=IMAGE | dict(image_size=[16, 16])), "extra tokens stand"),
+        (lambda: build_encoder("t5"), "encoder.model='t5': T5Model also has a decoder; train its encoder"),
+        (lambda: build_encoder("yolos", config=IMAGE | dict(image_size=[16, 16])), "extra tokens come after"),
         (lambda: wrap(transformers.ViTModel(transformers.ViTConfig(**IMAGE)), features="nowhere"), "is not in the model"),
     ],
 )
@@ -599,7 +599,7 @@ def test_decoder_only_models_become_bidirectional(name, caplog):
     """The reference is the causal transformers model with the same weights and a full attention mask."""
     with caplog.at_level("INFO"):
         encoder = build_encoder(name, config=DECODERS[name], bidirectional=True).eval()
-    assert "its attention sees later positions too (encoder.bidirectional=true)" in caplog.text
+    assert "attention is bidirectional (encoder.bidirectional=true)" in caplog.text
     causal = AutoModel.from_config(transformers.CONFIG_MAPPING[name](**DECODERS[name])).eval()
     causal.load_state_dict(encoder.model.state_dict())
     x = torch.randint(5, 55, (2, 12))
@@ -659,14 +659,14 @@ def test_probing_runs_each_class_of_block():
     model = plain("nomic_bert")
     assert wrap(model).gathers
     model.layers[1].__class__ = Convolved
-    assert wrap(model).no_gather.startswith("positions enter inside of its blocks")
+    assert wrap(model).no_gather.startswith("positions enter inside its blocks")
 
 
 def test_padding_is_refused_if_attention_ignores_it():
     encoder = wrap(plain("whisper"))
     padding = torch.zeros(3, 20, dtype=torch.bool)
     padding[:, 15:] = True
-    with pytest.raises(ValueError, match="padding_mask: WhisperEncoder sees what its attention_mask covers; crop inputs"):
+    with pytest.raises(ValueError, match="padding_mask: WhisperEncoder attends to padding despite its attention_mask; crop"):
         encoder(inputs("whisper"), padding)
 
 
@@ -708,7 +708,7 @@ def test_the_table_of_supported_encoders(tmp_path, capsys):
     assert "4 model types, of which 3 work with data2vec 1.0 and 3 of them with 2.0" in text and "old" not in text
     assert "| `modernbert` | ModernBertModel | whole | yes | yes |" in text
     assert "| `roberta` | RobertaModel | in pieces | yes | yes |" in text
-    assert "| `swin` | SwinModel | | no: is hierarchical: of 64 local features 16 states are left, and no mask" in text
+    assert "| `swin` | SwinModel | | no: is hierarchical: 64 local features become 16 states, so no mask" in text
     table.main(["swin"])
     assert "SwinModel" in capsys.readouterr().out
     assert len(table.names()) > 100

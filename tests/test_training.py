@@ -280,7 +280,7 @@ def test_workers_send_batches_through_a_pipe_if_shared_memory_is_full(tmp_path, 
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # also in the workers, which are forks
     train(config("vision", tmp_path / "b", "train.workers=1"))
-    assert caplog.text.count("/dev/shm is full, so that batches come through a pipe") == 1
+    assert caplog.text.count("/dev/shm is full, so batches come through a slower pipe") == 1
     a, b = ([r["loss"] for r in records(tmp_path / name)] for name in "ab")
     assert a == b
 
@@ -290,7 +290,7 @@ def test_workers_that_cannot_start_raise_an_error(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("multiprocessing.context.BaseContext.Queue", full)
-    message = r"train\.workers=1: cannot be started: .*No space left on device; fewer may do, .* docker run --shm-size=8g"
+    message = r"train\.workers=1: cannot be started: .*No space left on device; try fewer, .* docker run --shm-size=8g"
     with pytest.raises(DataError, match=message):
         train(config("vision", tmp_path / "run", "train.workers=1"))
     assert not (tmp_path / "run").exists()
@@ -334,7 +334,7 @@ def test_progress_is_plain_lines_if_stderr_is_not_a_terminal(tmp_path, monkeypat
     progress = [line for line in lines if line.startswith("step ")]
     assert [line.partition(",")[0] for line in progress] == ["step 1/4", "step 2/4", "step 4/4"]
     assert progress[-1].startswith("step 4/4, 00:00 left: loss ") and "\r" not in "".join(lines)
-    assert "curves are in log.jsonl alone: " in caplog.text and "pip install tensorboard" in caplog.text
+    assert "curves are only in log.jsonl: " in caplog.text and "pip install tensorboard" in caplog.text
 
 
 def test_parameters_without_a_gradient_are_frozen(tmp_path):
@@ -366,7 +366,7 @@ def test_collapse_rules(tmp_path, caplog):
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     train(config("vision", tmp_path / "run"))
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already holds a run"):
         build(config("vision", tmp_path / "run"))
 
 
@@ -432,7 +432,7 @@ def test_resume_auto_starts_or_resumes(tmp_path, caplog):
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 4] and "7777" not in str(records(tmp_path / "run"))
     assert not (tmp_path / "run" / "alarms.jsonl").exists() and "goes on after" not in caplog.text
     assert train(config("vision", tmp_path / "run", "--resume=auto")) == 0
-    assert "goes on after step 4; nothing is left to train" in caplog.text
+    assert "resumes after step 4; nothing is left to train" in caplog.text
     assert train(config("vision", tmp_path / "other", "--resume=auto")) == 0
     for file in (tmp_path / "run" / "checkpoints" / "step-4").glob("student*"):
         file.write_bytes(b"")

@@ -424,10 +424,10 @@ def test_1_to_16_views(views):
         ("vision", "data.views=-1", "data.views: found -1, expected at least 1"),
         ("vision", "data.views=null", "head.kind=conv with data.views=null: data2vec 2.0 takes head.kind=conv and a number"),
         ("vision", "head.kind=linear", "head.kind=linear with data.views=3: data2vec 2.0 takes head.kind=conv and"),
-        ("vision", "mask.kind=block", "BlockMask leaves another number of positions visible in each view"),
-        ("audio", "mask.kind=span", "SpanMask leaves another number of positions visible in each view"),
-        ("text", "mask.kind=token", "TokenMask leaves another number of positions visible in each view"),
-        ("vision", "mask.prob=0.001 mask.inverse=false", "the mask covers none of the positions of 100 batches in a row"),
+        ("vision", "mask.kind=block", "BlockMask leaves a different number of positions visible in each view"),
+        ("audio", "mask.kind=span", "SpanMask leaves a different number of positions visible in each view"),
+        ("text", "mask.kind=token", "TokenMask leaves a different number of positions visible in each view"),
+        ("vision", "mask.prob=0.001 mask.inverse=false", "the mask covers no position in 100 batches in a row"),
         ("vision", "head.groups=5", "head.groups: found 5, expected a divisor of width=32 and hidden_size=32"),
         ("vision", "head.kernel=0", "head.kernel: found 0, expected at least 1"),
         ("vision", "head.width=0", "head.width: found 0, expected at least 1"),
@@ -505,8 +505,8 @@ class TestPretrained:
     @pytest.mark.parametrize(
         "spoil, more, message",
         [
-            ("", "head.kernel=5", "is not of this head, which starts at random; made with: head.width=32 (Error(s) in loading"),
-            ("head", "", "is not of this head, which starts at random (Error while deserializing header"),
+            ("", "head.kernel=5", "does not fit this head, which starts at random; made with: head.width=32 (Error(s) in"),
+            ("head", "", "does not fit this head, which starts at random (Error while deserializing header"),
             ("-head", "", "has no head.safetensors, so the decoder starts at random"),
             ("-teacher", "", "the teacher, not saved, is a copy of the student"),
         ],
@@ -526,4 +526,4 @@ class TestPretrained:
         assert found.endswith("; made with: head.width=32") and len(found) < 400
         save_file({"embeddings.cls_token": torch.zeros(1)}, folder[0] / "teacher.safetensors")
         found = command(monkeypatch, "train", *self.arguments())
-        assert "remove it, and the teacher starts as a copy of the student" in found and len(found.splitlines()) == 1
+        assert "remove it to start the teacher as a copy of the student" in found and len(found.splitlines()) == 1

@@ -1,8 +1,8 @@
-"""Transformer encoders seen one way: embed → mask_features → place → transform.
+"""Transformer encoders behind one interface: embed → mask_features → place → transform.
 
-Hugging Face models are recognised by their main input (token ids, pixels, waveforms), not by name: families that are known are
-taken apart, others run whole with their local features exchanged (`spliced`). An encoder of your own is an
-`nn.Module` with two methods (three for images and speech) and a name for what the teacher should hand out:
+Hugging Face models are recognised by their main input (token ids, pixels, waveforms), not by name. Known families run in
+pieces; others run whole with their local features replaced (`spliced`). A custom encoder is an `nn.Module` with two methods
+(three for images and speech) and the path of the module whose output is the teacher's target:
 
     class Mine(nn.Module):
         hidden_size = 256
@@ -12,7 +12,7 @@ taken apart, others run whole with their local features exchanged (`spliced`). A
         def place(self, features): ...   # for data2vec 2.0: adds positions, which contextualize then does not
         def positions(self, size): ...   # image side → (rows, columns); samples of a waveform → frames; not for tokens
 
-    encoder = Encoder(Mine(), layers="blocks", ffn="mlp.2")  # ffn: the last Linear of a block's FFN, seen from the block
+    encoder = Encoder(Mine(), layers="blocks", ffn="mlp.2")  # ffn: the last Linear of the FFN, relative to a block
     model = Data2Vec(encoder, top_k=4)
 """
 

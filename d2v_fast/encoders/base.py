@@ -1,4 +1,4 @@
-"""What every encoder shares: features, positions, blocks, and the results of the last of them."""
+"""The base encoder: features, positions, blocks, and the outputs of the last blocks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LayerSource = Literal["ffn", "block_output", "block_input"]
 def gather(x: Tensor, visible: Tensor) -> Tensor:
     """x (B, T, C) at the positions `visible` (B·M, V) of its M views, (B·M, V, C)."""
     first = torch.arange(len(visible), device=x.device) // (len(visible) // len(x)) * x.shape[1]
-    # The backward of an embedding adds up the views in parallel, that of indexing does not.
+    # Unlike indexing, the backward of an embedding accumulates the views in parallel.
     return F.embedding(visible + first[:, None], x.flatten(0, 1))
 
 
 def find_layers(model: nn.Module) -> str:
-    """Dotted path of the list of as many blocks with attention as `model.config` says; ValueError where there is none."""
+    """Dotted path of the list of config.num_hidden_layers blocks with attention; ValueError if there is none."""
     wanted = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)}
     for name, modules in lists.items():
@@ -35,18 +35,18 @@ def find_layers(model: nn.Module) -> str:
             return name
     raise ValueError(
         f"cannot find the transformer layers of {type(model).__name__}: no nn.ModuleList has "
-        f"config.num_hidden_layers = {wanted} blocks with attention inside. Name it: layers=… "
+        f"config.num_hidden_layers = {wanted} blocks with attention inside. Name it with layers=… "
         f"(found: {', '.join(f'{name} of {len(m)}' for name, m in lists.items()) or 'no nn.ModuleList'})"
     )
 
 
 class Encoded(NamedTuple):
-    """What the blocks compute.
+    """Output of the blocks.
 
     Attributes:
-        states: (B, T, C), or (N, C) where rows were asked for.
+        states: (B, T, C), or (N, C) if `rows` were given.
         layers: Results of the last K blocks, first to last: K × (B, T, C).
-        extra: (B, E, C), states of tokens that stand for no position, such as CLS; None where they were not computed.
+        extra: (B, E, C), states of extra tokens such as CLS; None if they were not computed.
     """
 
     states: Tensor
@@ -58,13 +58,13 @@ class Encoder(nn.Module):
     """A transformer encoder in the pieces that data2vec needs.
 
     Attributes:
-        halves: Function of `blocks.py` that runs a block by its halves; None for blocks that are not known there.
-        narrow: Run what follows the attention of the last block at the wanted rows only. Needs `halves`.
+        halves: Function of `blocks.py` that runs a block in two halves; None for blocks that it does not know.
+        narrow: Run everything after the attention of the last block at the requested rows only. Needs `halves`.
 
     Args:
         model: A module with `embed(inputs) → (B, T, C)` and `contextualize(features, padding_mask) → (B, T, C)`.
-        layers: Dotted path of the `nn.ModuleList` of transformer blocks; found by itself in Hugging Face models.
-        ffn: Dotted path, seen from a block, of the module whose output is the FFN result before dropout and residual;
+        layers: Dotted path of the `nn.ModuleList` of transformer blocks; detected automatically in Hugging Face models.
+        ffn: Dotted path, relative to a block, of the module whose output is the FFN result before dropout and residual;
             default is the last `nn.Linear` of the block.
         hidden_size: Channels C; default is `model.hidden_size` or `model.config.hidden_size`.
 
@@ -72,12 +72,12 @@ class Encoder(nn.Module):
         ValueError: The blocks, the FFN or the hidden size cannot be found; the message says how to name them.
     """
 
-    reads: str | None = None  # modality of the inputs; None for a module of your own
-    local: tuple[str, ...] = ()  # parameters of the features before masking, as name prefixes
-    positional: tuple[str, ...] = ()  # parameters of positions inside `contextualize`, as name prefixes
+    reads: str | None = None  # modality of the inputs; None for a custom module
+    local: tuple[str, ...] = ()  # name prefixes of the parameters of the features before masking
+    positional: tuple[str, ...] = ()  # name prefixes of the parameters of positions inside `contextualize`
     mask_token_name: str | None = None
-    masks_features: bool = True  # else the input itself is masked, and no mask vector is learned
-    extra_tokens: bool = False  # whether the blocks see tokens that stand for no position, such as CLS
+    masks_features: bool = True  # if False, the input itself is masked and there is no mask vector
+    extra_tokens: bool = False  # whether the blocks see extra tokens such as CLS
 
     def __init__(self, model: nn.Module, layers: str | None = None, ffn: str | None = None, hidden_size: int | None = None):
         super().__init__()
@@ -97,18 +97,18 @@ class Encoder(nn.Module):
             self.mask_token_name = None
             self.mask_embedding = nn.Parameter(torch.empty(self.hidden_size).normal_(std=0.02))
 
-    # What an encoder does
+    # From inputs to states
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Local features (B, T, C), before masking and without context."""
         return self.model.embed(inputs)
 
     def mask_features(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Features with the learned mask vector at masked positions; features (B, T, C), mask (B, T) bool."""
+        """Put the learned mask vector at masked positions; features (B, T, C), mask (B, T) bool."""
         return torch.where(mask.unsqueeze(-1), self.mask_token.to(features.dtype), features)
 
     def place(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Features with their positions, (B, T, C), where the model adds positions after masking."""
+        """Add positions to the features, (B, T, C), if the model adds them after masking."""
         return self.model.place(features) if self._places else features
 
     def place_visible(self, features: Tensor, mask: Tensor, visible: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -127,12 +127,12 @@ class Encoder(nn.Module):
 
     @property
     def gathers(self) -> bool:
-        """Whether the blocks run on some of the positions as they run on all."""
+        """Whether the blocks can run on a subset of the positions."""
         return self.halves is not None or self._places
 
     @property
     def _places(self) -> bool:
-        return callable(getattr(self.model, "place", None))  # it may as well be a table of positions
+        return callable(getattr(self.model, "place", None))  # an attribute of that name may hold something else
 
     def transform(
         self,
@@ -144,21 +144,22 @@ class Encoder(nn.Module):
         source: LayerSource = "ffn",
         rows: Tensor | None = None,
     ) -> Encoded:
-        """Run the blocks on placed features.
+        """Run the blocks on features with positions.
 
-        Never `output_hidden_states`: it would force eager attention and keep every layer.
+        Does not use `output_hidden_states`, which would force eager attention and keep every layer.
 
         Args:
-            x: (B, T, C), from `place`, or with `visible` from `place_visible`.
+            x: (B, T, C), from `place`, or from `place_visible` if `visible` is given.
             padding_mask: (B, T) bool, True = padding.
-            visible: (B, T) int64, where x stands in the whole sequence, for what depends on distances; default is 0 to T - 1.
+            visible: (B, T) int64, positions of x in the full sequence, for biases that depend on distance; default is 0 to
+                T - 1.
             layers: Number K of last blocks whose results are returned.
-            source: What a block's result is (method 1.3): its FFN's output, its own output, or its input.
-            rows: (N,) int64, positions of the flattened (B, T) whose states are wanted; all by default. With `narrow` the last
-                of `layers` is zero elsewhere.
+            source: Which result of a block to return (method 1.3): its FFN's output, its own output, or its input.
+            rows: (N,) int64, positions of the flattened (B, T) whose states are returned; all by default. With `narrow`, the
+                last of `layers` is zero elsewhere.
 
         Raises:
-            ValueError: There are fewer blocks than `layers`, or one that was not called.
+            ValueError: There are fewer blocks than `layers`, or one of them was not called.
         """
         if layers:
             self.check_layers(layers, source)
@@ -169,7 +170,7 @@ class Encoder(nn.Module):
             if len(captured) < layers:
                 raise ValueError(
                     f"{type(self.model).__name__}: {layers - len(captured)} of the last {layers} blocks gave no result; "
-                    "call them as modules, and name the FFN's output if it is not the last Linear: ffn=…"
+                    "call them as modules, and set ffn=… if the FFN's output is not that of the last Linear"
                 )
             results = [self._scaled(result[:, -length:], block, source) for block, result in captured.items()]
             extra_states, states = states[:, :-length], states[:, -length:]
@@ -206,7 +207,7 @@ class Encoder(nn.Module):
         return self.transform(self.place(features, padding_mask), padding_mask).states
 
     def encode(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Encoded:
-        """States of an unmasked input, as a probe wants them."""
+        """Encode an unmasked input, as a probe does."""
         return self.transform(self.place(self.embed(inputs), padding_mask), padding_mask)
 
     def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -221,42 +222,42 @@ class Encoder(nn.Module):
     def mask_token(self) -> Tensor:
         return self.mask_embedding if self.mask_token_name is None else self._lookup(self.mask_token_name)
 
-    # Its layers
+    # Blocks
 
     @property
     def blocks(self) -> nn.ModuleList:
         return self._lookup(self.layers_name)
 
     def compile_halves(self) -> None:
-        """Run blocks by their halves through `torch.compile`, if the halves are known."""
+        """Compile the block halves with `torch.compile`, if they are known."""
         self._compiled_halves = self.halves and torch.compile(self.halves)
 
     def checkpoint_blocks(self) -> None:
-        """Keep only the input of each block for the backward, which runs the block again with the same random numbers.
+        """Activation checkpointing: keep only the input of each block and recompute the block in the backward.
 
-        Inside of hooks, whose work is not done twice; after `fuse` and before `sharding.shard`.
+        Wraps `block.forward`, so module hooks do not run twice. Call it after `fuse` and before `sharding.shard`.
         """
 
-        def again(run: Callable[..., Any]) -> Callable[..., Any]:
+        def checkpointed(run: Callable[..., Any]) -> Callable[..., Any]:
             return partial(checkpoint, run, use_reentrant=False)
 
         for block in dict.fromkeys(self.blocks):
-            block.forward = again(block.forward)
-        self.halves = self.halves and again(self.halves)
-        self._compiled_halves = self._compiled_halves and again(self._compiled_halves)
+            block.forward = checkpointed(block.forward)
+        self.halves = self.halves and checkpointed(self.halves)
+        self._compiled_halves = self._compiled_halves and checkpointed(self._compiled_halves)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_compiled_halves": None}  # which neither pickle nor deepcopy can take along
+        return super().__getstate__() | {"_compiled_halves": None}  # compiled functions cannot be pickled or deep-copied
 
     def check_layers(self, layers: int, source: LayerSource) -> None:
-        """Raise ValueError if there are fewer blocks, or none or other modules than `ffn` names in them."""
+        """Raise ValueError if there are fewer blocks than `layers`, or if one of them lacks the FFN module."""
         if not 1 <= layers <= len(self.blocks):
             raise ValueError(f"top_k: found {layers}, but {type(self.model).__name__} has {len(self.blocks)} layers")
         if source == "ffn":
             for block in self.blocks[-layers:]:
                 self._ffn(block)
 
-    # What a family knows of its blocks
+    # Overridden by each model family
 
     def _enter(
         self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None
@@ -265,30 +266,30 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def _leave(self, x: Tensor) -> Tensor:
-        """The output of the last block as states."""
+        """Turn the output of the last block into states."""
         return x
 
     def _whole(self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None) -> Tensor:
-        """States (B, E + T, C) as the model itself runs its blocks, for those whose halves are not known."""
+        """States (B, E + T, C) from the model's own forward, for blocks whose halves are not known."""
         return self.model.contextualize(x, padding_mask)
 
     def _dropped(self) -> bool:
-        """Whether layer-drop leaves the next block out."""
+        """Whether LayerDrop skips the next block."""
         return False
 
     def _narrows(self, block: nn.Module) -> bool:
-        # Stochastic depth drops samples, which rows no longer tell apart.
+        # Stochastic depth drops whole samples, but `take` merges all samples into one.
         return self.narrow and not (block.training and any(getattr(m, "drop_prob", None) for m in block.modules()))
 
     @staticmethod
     def _scaled(result: Tensor, block: nn.Module, source: LayerSource) -> Tensor:
-        """BEiT scales the FFN's result before the residual; its scaled form is the layer's result (method 1.3)."""
-        scale = getattr(block, "lambda_2", getattr(block, "gamma_2", None)) if source == "ffn" else None  # so named in timm
+        """BEiT scales the FFN output before the residual; the scaled output is the layer's result (method 1.3)."""
+        scale = getattr(block, "lambda_2", getattr(block, "gamma_2", None)) if source == "ffn" else None  # gamma_2 in timm
         return result * scale if isinstance(scale, Tensor) else result
 
     @contextmanager
     def _captured(self, layers: int, source: LayerSource) -> Iterator[dict[nn.Module, Tensor]]:
-        """Results of the last blocks while the model runs them itself, by hooks that live as long as the call."""
+        """Capture the results of the last blocks with temporary hooks, while the model runs the blocks itself."""
         results: dict[nn.Module, Tensor] = {}
         hooks = []
         for block in self.blocks[len(self.blocks) - layers :]:
@@ -311,14 +312,14 @@ class Encoder(nn.Module):
                 hook.remove()
 
     def not_averaged(self, scope: Literal["all", "encoder", "layers"]) -> list[str]:
-        """Patterns of the parameters that a teacher of this scope copies instead of averaging (method 1.6)."""
+        """Name patterns of the parameters that a teacher of this scope copies instead of averaging (method 1.6)."""
         prefixes = {"all": (), "encoder": self.local, "layers": self.local + self.positional}[scope]
         names = [name for name, _ in self.named_parameters()]
         patterns = [f"model.{prefix}*" for prefix in prefixes]
         return [p for p in patterns if any(name.startswith(p[:-1]) for name in names)]
 
     def save(self, folder: str | Path) -> None:
-        """Write the model alone: Hugging Face format where it has one, else its weights as safetensors."""
+        """Save the model only, in Hugging Face format if it has one, otherwise its weights as safetensors."""
         if hasattr(self.model, "save_pretrained"):
             from d2v_fast import nets
 
@@ -338,7 +339,7 @@ class Encoder(nn.Module):
         return found
 
     def _has(self, path: str | None) -> bool:
-        """Whether the model has a parameter of this name; wav2vec 2.0 and ViT may lack their mask vector."""
+        """Whether the model has a parameter of this name; the mask vector of wav2vec 2.0 and ViT is optional."""
         return path is not None and path in dict(self.model.named_parameters())
 
     def _ffn(self, block: nn.Module) -> nn.Module:
@@ -350,5 +351,5 @@ class Encoder(nn.Module):
                 raise ValueError(f"ffn={self.ffn_name!r}: not in {type(block).__name__}; its Linears: {names}") from None
         linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
         if not linears:
-            raise ValueError(f"{type(block).__name__} has no nn.Linear: name the FFN output, ffn=…")
+            raise ValueError(f"{type(block).__name__} has no nn.Linear: name the FFN's output with ffn=…")
         return linears[-1]

@@ -1,7 +1,7 @@
-"""One transformer block by its two halves, for the families of transformers whose blocks are known.
+"""Run a transformer block in two halves, for the model families whose blocks are known.
 
-Each function computes what the block's own forward does, and returns in addition what a forward keeps to itself: the FFN's
-result before dropout and residual. With `rows`, everything behind the attention runs at these positions alone.
+Each function computes the same as the block's own forward and also returns the FFN's result before dropout and residual.
+With `rows`, everything after the attention runs at these positions only.
 
     halves(block, x, rows, **arguments) -> (output, ffn)
 
@@ -30,7 +30,7 @@ def take(x: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def bert(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
-    """BERT, RoBERTa, Data2VecText and their kin, with the norm after the residual or, in RoBERTa-PreLayerNorm, before."""
+    """BERT, RoBERTa, Data2VecText and similar, with the norm after the residual or, in RoBERTa-PreLayerNorm, before."""
     x = take(block.attention(x, **arguments)[0], rows)
     ffn = block.output.dense(block.intermediate(x))
     x = block.output.dropout(ffn) + x
@@ -66,7 +66,7 @@ def vit(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) ->
 
 
 def dinov2(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
-    """DINOv2: layer scale and stochastic depth; the FFN's result is the scaled one, as BEiT's."""
+    """DINOv2, with layer scale and stochastic depth; the FFN's result is the scaled one, as in BEiT."""
     attended = take(block.attention(block.norm1(x), **arguments)[0], rows)
     x = block.drop_path(block.layer_scale1(attended)) + take(x, rows)
     ffn = block.layer_scale2(block.mlp(block.norm2(x)))
@@ -74,7 +74,7 @@ def dinov2(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments)
 
 
 def beit(block: nn.Module, x: Tensor, rows: Tensor | None = None, resolution=None, **arguments) -> tuple[Tensor, Tensor]:
-    """BEiT with its relative positions shared by all blocks; layer scale and stochastic depth included."""
+    """BEiT with relative positions shared by all blocks, layer scale and stochastic depth."""
     attended = take(block.attention(block.layernorm_before(x), **arguments)[0], rows)
     x = block.drop_path(block.lambda_1 * block.dropout(attended)) + take(x, rows)
     ffn = block.mlp(block.layernorm_after(x))
@@ -106,7 +106,7 @@ KNOWN: dict[str, Halves] = {
 
 def known(block: nn.Module) -> Halves | None:
     """The function for this class of block; None if there is none."""
-    extra = ("adapter_layer", "relative_position_bias", "crossattention")  # parts that the functions above leave out
+    extra = ("adapter_layer", "relative_position_bias", "crossattention")  # not handled by the functions above
     if any(getattr(block, name, None) is not None for name in extra):
         return None
     return KNOWN.get(type(block).__name__)

@@ -1,4 +1,4 @@
-"""Encoders from model types, names on the hub, folders, and models at hand."""
+"""Build encoders from model types, hub names, folders, or existing models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 ADAPTERS = {"input_ids": TokenEncoder, "pixel_values": PatchEncoder, "input_values": WaveEncoder}
 
-# Where the defaults of transformers are not what data2vec needs: BEiT has no mask token, no positions and no final norm.
+# Overrides for transformers' defaults. For example, BEiT has no mask token, positions or final norm by default.
 _BEIT = dict(
     use_mask_token=True,
     use_mean_pooling=False,
@@ -41,23 +41,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "data2vec-vision": _BEIT,
     "data2vec-text": dict(layer_norm_eps=1e-5, type_vocab_size=1, max_position_embeddings=514),
     "roberta": dict(layer_norm_eps=1e-5, type_vocab_size=1, max_position_embeddings=514),
-    "vit_mae": dict(mask_ratio=0.0),  # masks come from here
-    # method 6.1: here num_conv_pos_embeddings is the number of layers of the positional convolution.
+    "vit_mae": dict(mask_ratio=0.0),  # data2vec does the masking
+    # In this class num_conv_pos_embeddings is the number of layers of the positional convolution (method 6.1).
     "data2vec-audio": dict(conv_pos_kernel_size=19, num_conv_pos_embeddings=5),
 }
 
 
 def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None, features: str | None = None) -> Encoder:
-    """`model` as an Encoder: a Hugging Face model by its main input, anything else by its own `embed`/`contextualize`.
+    """Wrap a Hugging Face model, or a module with the methods `embed` and `contextualize`, as an Encoder.
 
-    Families that are known here are taken apart; others run whole, with the output of the module `features` exchanged.
+    Known families run in pieces. Other Hugging Face models run whole, with the output of the module `features` replaced.
 
     Raises:
-        ValueError: The module is neither.
+        ValueError: The model is neither, or it cannot be run this way.
     """
     if hasattr(model, "embed") and hasattr(model, "contextualize"):
         if features is not None:
-            raise ValueError(f"features={features!r}: is for models of transformers; {type(model).__name__} has its own embed")
+            raise ValueError(f"features={features!r}: only for transformers models; {type(model).__name__} has its own embed")
         return Encoder(model, layers, ffn)
     reads = getattr(model, "main_input_name", None)
     if reads not in READS or not hasattr(model, "config"):
@@ -67,14 +67,14 @@ def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None, fe
         )
     if reads in ADAPTERS and features is None:
         try:
-            return _taken_apart(model, ADAPTERS[reads], layers, ffn)
+            return _in_pieces(model, ADAPTERS[reads], layers, ffn)
         except ValueError as error:
             log.debug("%s", error)
     return splice(model, features, layers, ffn)
 
 
-def _taken_apart(model: nn.Module, adapter: type[Encoder], layers: str | None, ffn: str | None) -> Encoder:
-    """The model in the pieces of a family that is known; ValueError if it is of none."""
+def _in_pieces(model: nn.Module, adapter: type[Encoder], layers: str | None, ffn: str | None) -> Encoder:
+    """Wrap a model of a known family; ValueError if it does not fit."""
     for part in adapter.local:
         if part != adapter.mask_token_name and not hasattr(model, part):
             raise ValueError(f"{type(model).__name__} has no {part!r}")
@@ -87,7 +87,7 @@ def _taken_apart(model: nn.Module, adapter: type[Encoder], layers: str | None, f
 
 
 def example(encoder: Encoder, batch: int = 2, tokens: int = 64) -> Tensor:
-    """Random inputs of a Hugging Face encoder."""
+    """Random inputs for a Hugging Face encoder."""
     if isinstance(encoder, SplicedEncoder):
         return encoder.example(batch, tokens)
     config, generator = encoder.model.config, torch.Generator().manual_seed(0)
@@ -101,20 +101,20 @@ def example(encoder: Encoder, batch: int = 2, tokens: int = 64) -> Tensor:
 
 @torch.no_grad()
 def off_by(states: Tensor, model: nn.Module, inputs: Tensor) -> float:
-    """Largest difference of an encoder's states from those that a model of transformers computes as a whole."""
-    ordered = {}
-    if "noise" in inspect.signature(model.forward).parameters:  # ViT-MAE shuffles patches by it
-        ordered = {"noise": torch.arange(states.shape[1]).expand(len(states), -1)}
-    return float((model(inputs, **ordered).last_hidden_state[:, -states.shape[1] :] - states).abs().max())
+    """Largest absolute difference between an encoder's states and those of the transformers model itself."""
+    in_order = {}
+    if "noise" in inspect.signature(model.forward).parameters:  # ViT-MAE shuffles the patches by it
+        in_order = {"noise": torch.arange(states.shape[1]).expand(len(states), -1)}
+    return float((model(inputs, **in_order).last_hidden_state[:, -states.shape[1] :] - states).abs().max())
 
 
 def _check_states(encoder: Encoder) -> None:
-    """Tried on one small input, where weights are at hand: the pieces of the model do what it does as a whole."""
+    """Check on a small input that the pieces compute the same states as the whole model; skipped without usable weights."""
     model = encoder.model
     if any(p.is_meta or not p.isfinite().all() for p in model.parameters()):
         return
     like = next(model.parameters())
-    close = 1e-3 if like.dtype.itemsize >= 4 else 0.1
+    tolerance = 1e-3 if like.dtype.itemsize >= 4 else 0.1
     training = {module: module.training for module in encoder.modules()}
     encoder.eval()
     try:
@@ -123,21 +123,21 @@ def _check_states(encoder: Encoder) -> None:
             inputs = inputs.to(like.dtype) if inputs.is_floating_point() else inputs
             x = encoder.place(encoder.embed(inputs))
             difference = off_by(encoder.transform(x, layers=len(encoder.blocks)).states, model, inputs)
-        why = f"its pieces compute other states than the whole, off by {difference:.1e}" if difference > close else None
-    except Exception as error:  # each class of transformers has errors of its own
+        why = f"its pieces and the whole model differ by {difference:.1e}" if difference > tolerance else None
+    except Exception as error:  # model classes raise all kinds of errors
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
     finally:
         for module, mode in training.items():
             module.training = mode
     if why:
         raise ValueError(
-            f"{type(model).__name__} is not put together as the models that are known here: {why}; "
+            f"{type(model).__name__} does not have the structure of a known family: {why}; "
             f"give it the methods embed and contextualize, see {Path(__file__).parents[1]}/docs/encoders.md"
         )
 
 
 def model_class(config: type) -> type[nn.Module]:
-    """The class of transformers for this class of configuration; the first where it has several."""
+    """The transformers model class for this config class; the first if there are several."""
     from transformers import MODEL_MAPPING
 
     found = MODEL_MAPPING[config]
@@ -145,8 +145,8 @@ def model_class(config: type) -> type[nn.Module]:
 
 
 def class_arguments(cls: type[nn.Module]) -> dict[str, bool]:
-    """What a class of transformers is to be told beside its config, to have all weights of an encoder and no others."""
-    # Poolers get no gradient; mask tokens of ViT and DeiT are an argument and not a config field.
+    """Constructor arguments, in addition to the config, that give a model exactly the weights an encoder needs."""
+    # Poolers get no gradient. The mask token of ViT and DeiT is an argument, not a config field.
     wanted = dict(add_pooling_layer=False, use_mask_token=True)
     return {name: value for name, value in wanted.items() if name in inspect.signature(cls.__init__).parameters}
 
@@ -163,25 +163,25 @@ def build_encoder(
     features: str | None = None,
     bidirectional: bool = False,
 ) -> Encoder:
-    """An encoder from a Hugging Face model type, from pretrained weights, or from your own class.
+    """Build an encoder from a Hugging Face model type, pretrained weights, or your own class.
 
     Args:
-        model: Model type of transformers ("roberta", "beit", "wav2vec2", "data2vec-audio", …), "timm/NAME" for a model of timm,
-            or "package.module:Class".
+        model: transformers model type ("roberta", "beit", "wav2vec2", "data2vec-audio", …), "timm/NAME" for a timm model, or
+            "package.module:Class".
         pretrained: Hub name or folder to load instead of starting from random weights.
-        config: Fields of the configuration class (of the constructor for your own class and for timm).
+        config: Fields of the config class, or constructor arguments of your own class or the timm model.
         init: "data2vec" re-initialises a random BEiT or ViT as the authors do (method 3.3); "sincos" gives it the fixed
             sin-cos positions of MAE and data2vec 2.0 (method 4.1).
-        layers: Path of the block list, where it is not found by itself.
-        ffn: Path inside a block of the FFN output, where it is not the last Linear.
+        layers: Path of the block list, if it is not detected automatically.
+        ffn: Path, inside a block, of the FFN output, if it is not the last Linear.
         feature_grad_mult: Gradient scale of the convolutions of a speech encoder.
-        attention: Attention implementation of transformers; models without it fall back to eager.
-        features: Path of the module that makes local features, where the model is to run whole and it is not found by itself.
-        bidirectional: Let the attention of a decoder-only model see later positions too, as LLM2Vec does. It is written into
-            the config, `is_causal`, which transformers follows.
+        attention: Attention implementation of transformers; models without SDPA fall back to eager.
+        features: Path of the local-features module, if it is not detected automatically; the model then runs whole.
+        bidirectional: Make the attention of a decoder-only model bidirectional, as LLM2Vec does. Sets `is_causal` to False in
+            the config, which transformers follows.
 
     Raises:
-        ValueError: No such model type, config field or class.
+        ValueError: The model type, config field or class does not exist, or the model cannot be built or loaded.
     """
     config = dict(config or {})
     pretrained = pretrained and os.path.expanduser(pretrained)
@@ -191,7 +191,7 @@ def build_encoder(
             cls = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"encoder.model={model!r}: {error}") from None
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):  # else os:system would do, with a config from elsewhere
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):  # or a config file could name os:system
             raise ValueError(f"encoder.model={model!r}: found {cls!r}, expected a class that derives from nn.Module")
         try:
             own = cls(**config)
@@ -214,7 +214,7 @@ def build_encoder(
     nets.register()
     if "trust_remote_code" in config:
         raise ValueError(
-            "encoder.config.trust_remote_code: code that comes with a model is not run; to use a class that you have read: "
+            "encoder.config.trust_remote_code: code that comes with a model is not run; to use a class that you have read, set "
             "encoder.model=package.module:Class"
         )
     if pretrained is not None:
@@ -222,8 +222,7 @@ def build_encoder(
             hf_config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False, **config)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"encoder.pretrained={pretrained}: neither a folder with a model nor one to be had from the hub: "
-                f"{first_line(error)}"
+                f"encoder.pretrained={pretrained}: neither a model folder nor available from the hub: {first_line(error)}"
             ) from error
     else:
         hf_config = _new_config(model, config)
@@ -232,8 +231,8 @@ def build_encoder(
     cls = model_class(type(hf_config))
     if getattr(hf_config, "is_encoder_decoder", False):
         raise ValueError(
-            f"encoder.model={hf_config.model_type!r}: {cls.__name__} has a decoder too; its encoder alone can be trained from "
-            "Python: d2v_fast.wrap(model.get_encoder())"
+            f"encoder.model={hf_config.model_type!r}: {cls.__name__} also has a decoder; train its encoder from Python with "
+            "d2v_fast.wrap(model.get_encoder())"
         )
     if bidirectional:
         hf_config.is_causal = False
@@ -242,50 +241,50 @@ def build_encoder(
         attention = "eager"
     try:
         if pretrained is not None:
-            asked = dict(config=hf_config, dtype=torch.float32, attn_implementation=attention, **arguments)
+            options = dict(config=hf_config, dtype=torch.float32, attn_implementation=attention, **arguments)
             report = dict(output_loading_info=True, ignore_mismatched_sizes=True)
-            hf_model, loaded = cls.from_pretrained(pretrained, **asked, **report)
+            hf_model, loaded = cls.from_pretrained(pretrained, **options, **report)
             hf_model.train()
         else:
             hf_config._attn_implementation = attention
             hf_model = cls(hf_config, **arguments)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"encoder.pretrained={pretrained}: its weights are a pickle that holds more than weights and could run any "
-            "code; it is not loaded. Ask its author for safetensors, which save_pretrained writes"
+            f"encoder.pretrained={pretrained}: its weights are a pickle with other objects in it, which could run arbitrary "
+            "code, so it is not loaded. Ask the author for safetensors, which save_pretrained writes"
         ) from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"encoder.pretrained={pretrained}: its weights cannot be read: {first_line(error)}") from error
     except (ArithmeticError, AssertionError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         setting = f"encoder.config={config}" if attention in ("sdpa", "eager") else f"encoder.attention={attention}"
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"{setting}: {cls.__name__} cannot be made with it: {reason}") from error
+        raise ValueError(f"{setting}: {cls.__name__} cannot be built with it: {reason}") from error
     if pretrained is not None:
         _check_loaded(hf_model, loaded, pretrained)
     if hasattr(hf_model, "timm_model"):
-        _tell_of_timm(hf_model)
+        _complete_timm_config(hf_model)
     if bidirectional:
         causal = [module.is_causal for module in hf_model.modules() if hasattr(module, "is_causal")]
         if causal and not any(causal):
-            raise ValueError(f"encoder.bidirectional=true: {cls.__name__} has no causal attention; leave the setting out")
-        log.info("%s: its attention sees later positions too (encoder.bidirectional=true)", cls.__name__)
+            raise ValueError(f"encoder.bidirectional=true: {cls.__name__} has no causal attention; remove the setting")
+        log.info("%s: attention is bidirectional (encoder.bidirectional=true)", cls.__name__)
     encoder = wrap(hf_model, layers, ffn, features)
     if isinstance(encoder, WaveEncoder):
         encoder.feature_grad_mult = feature_grad_mult
-        if feature_grad_mult == 0:  # else DDP would wait for gradients
+        if feature_grad_mult == 0:  # or DDP would wait for gradients
             encoder.model.feature_extractor.requires_grad_(False)
     if init != "hf" and pretrained is None:
         spliced = init == "sincos" and isinstance(encoder, SplicedEncoder) and isinstance(encoder.positions(0), tuple)
         placed = hasattr(getattr(encoder.model, "embeddings", None), "position_embeddings")
         if not isinstance(encoder, PatchEncoder) and not (spliced and placed):
             name = type(encoder.model).__name__
-            raise ValueError(f"encoder.init={init!r}: is for ViT, BEiT and their kin, found {name}; take encoder.init=hf")
+            raise ValueError(f"encoder.init={init!r}: only for ViT, BEiT and similar models, found {name}; use encoder.init=hf")
         (init_data2vec if init == "data2vec" else init_sincos)(encoder)
     return encoder
 
 
 def _check_loaded(model: nn.Module, loaded: dict[str, Any], pretrained: str) -> None:
-    """Name the parameters that pretrained weights lack, and refuse weights that lack most or have other shapes."""
+    """Warn about missing weights; raise ValueError if most are missing or shapes differ."""
     if loaded["mismatched_keys"]:
         name, found, expected = sorted(loaded["mismatched_keys"])[0]
         raise ValueError(f"encoder.pretrained={pretrained}: {name} has shape {list(found)}, its config says {list(expected)}")
@@ -295,20 +294,20 @@ def _check_loaded(model: nn.Module, loaded: dict[str, Any], pretrained: str) -> 
         count = f"{len(missing)} of the {total} weights of {type(model).__name__}"
         message = f"encoder.pretrained={pretrained}: lacks {count}: {names}"
         if len(missing) > total / 2:
-            raise ValueError(f"{message}; its config.json and its weights are of different models")
-        log.warning("%s; they start at random", message)
+            raise ValueError(f"{message}; its config.json and its weights belong to different models")
+        log.warning("%s; they are initialised randomly", message)
 
 
-def _tell_of_timm(model: nn.Module) -> None:
-    """Put into the config what those of transformers say of a model, and leave out what only its pooled result needs."""
+def _complete_timm_config(model: nn.Module) -> None:
+    """Add the fields that transformers configs have, and freeze the parts that only the pooled output needs."""
     inner, config = model.timm_model, model.config
-    told, embed = config.model_args or {}, getattr(inner, "patch_embed", None)
+    arguments, embed = config.model_args or {}, getattr(inner, "patch_embed", None)
     config.do_pooling = False
     config.hidden_size, config.num_hidden_layers = inner.num_features, len(getattr(inner, "blocks", ()))
-    size = getattr(embed, "img_size", None) or told.get("img_size") or inner.pretrained_cfg["input_size"][1:]
+    size = getattr(embed, "img_size", None) or arguments.get("img_size") or inner.pretrained_cfg["input_size"][1:]
     config.image_size = [size, size] if isinstance(size, int) else list(size)
-    config.num_channels = told.get("in_chans", 3)
-    # timm itself asks for it in the file of an exported model.
+    config.num_channels = arguments.get("in_chans", 3)
+    # timm requires it in the config file of an exported model.
     config.pretrained_cfg = (getattr(config, "pretrained_cfg", None) or {}) | dict(
         input_size=[config.num_channels, *config.image_size]
     )
@@ -329,7 +328,7 @@ def _new_config(model: str | None, fields: dict[str, Any]):
     if model not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(model), list(CONFIG_MAPPING), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"encoder.model={model!r}: not a model type of transformers{hint}")
+        raise ValueError(f"encoder.model={model!r}: not a transformers model type{hint}")
     known = CONFIG_MAPPING[model]()
     for name in fields:
         if not hasattr(known, name):
@@ -338,7 +337,7 @@ def _new_config(model: str | None, fields: dict[str, Any]):
             raise ValueError(f"encoder.config.{name}: {type(known).__name__} has no such field{hint}")
     try:
         return CONFIG_MAPPING[model](**{**DEFAULTS.get(model, {}), **fields})
-    except Exception as error:  # each configuration class has errors of its own
+    except Exception as error:  # config classes raise all kinds of errors
         raise ValueError(f"encoder.config: {' '.join(str(error).split())}") from error
 
 

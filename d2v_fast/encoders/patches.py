@@ -13,9 +13,9 @@ from d2v_fast.encoders.base import Encoder
 
 
 class _PositionIndex:
-    """In place of a bias module's own: its index of relative positions, kept on the device of its table.
+    """Caches a bias module's index of relative positions on the device of its table.
 
-    transformers keeps it on the host, from where each look-up, forward and backward, copies it and waits for a GPU.
+    transformers keeps the index on the host, so each look-up in forward and backward copies it and synchronises with the GPU.
     """
 
     def __init__(self, bias: nn.Module):
@@ -39,7 +39,7 @@ class PatchEncoder(Encoder):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if hasattr(self.model.embeddings, "layernorm"):  # data2vec 2.0 counts CLS and this norm to the context (method 1.6)
+        if hasattr(self.model.embeddings, "layernorm"):  # in data2vec 2.0, CLS and this norm are not local (method 1.6)
             self.local, self.positional = ("embeddings.patch_embeddings",), ("embeddings",)
         for module in self.model.modules():
             if hasattr(module, "generate_relative_position_index"):
@@ -76,7 +76,7 @@ class PatchEncoder(Encoder):
         return x, count, [arguments] * len(self.blocks)
 
     def _bias(self, owner: nn.Module, visible: Tensor | None, extra: int) -> Tensor | None:
-        """Bias of the attention by relative positions, (1 or B, H, E + T, E + T)."""
+        """Relative-position bias of the attention, (1 or B, H, E + T, E + T)."""
         bias = getattr(owner, "shared_position_bias", None) or getattr(owner, "relative_position_bias", None)
         if bias is None:
             return None
@@ -89,7 +89,7 @@ class PatchEncoder(Encoder):
         return bias[0][:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)
 
     def _leave(self, x: Tensor) -> Tensor:
-        norm = getattr(self.model, "layernorm", None)  # ours in `nets` has its norm in front of the blocks
+        norm = getattr(self.model, "layernorm", None)  # our model in `nets` has its norm before the blocks
         return x if norm is None else norm(x)
 
     def _whole(self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None) -> Tensor:
@@ -112,7 +112,7 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 @torch.no_grad()
 def init_data2vec(encoder: PatchEncoder) -> None:
-    """Truncated normal .02 cut at one std; what writes to the residual of block i is divided by √(2i) (method 3.3)."""
+    """Truncated normal, std 0.02, cut at one std; the output projections of block i are divided by √(2i) (method 3.3)."""
 
     def draw(weight: Tensor) -> None:
         nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
@@ -128,11 +128,11 @@ def init_data2vec(encoder: PatchEncoder) -> None:
 
 @torch.no_grad()
 def init_sincos(encoder: PatchEncoder) -> None:
-    """Absolute positions become sines and cosines of column and row, as in MAE, and stay so (method 4.1)."""
+    """Set the absolute positions to sines and cosines of column and row, as in MAE, and freeze them (method 4.1)."""
     positions = encoder.model.embeddings.position_embeddings
     if positions is None:
         name = type(encoder.model).__name__
-        raise ValueError(f"encoder.init='sincos': {name} has no absolute positions; take encoder.init=hf or data2vec")
+        raise ValueError(f"encoder.init='sincos': {name} has no absolute positions; use encoder.init=hf or data2vec")
     high, wide = encoder.positions(0)
     omega = 10_000 ** -(torch.arange(encoder.hidden_size // 4) / (encoder.hidden_size // 4))
     column, row = torch.arange(wide).repeat(high), torch.arange(high).repeat_interleave(wide)

@@ -1,7 +1,7 @@
-"""Any encoder of transformers, run whole: the output of the one module that makes local features is replaced.
+"""Run any transformers encoder whole, with the output of its local-features module replaced.
 
-Nothing is known of the inside of a model; what `trial` has found out about it is a `Splice`. Positions that are added later,
-rotary ones, relative biases, CLS and register tokens are the model's own business.
+The model is a black box: a `Splice` holds what `trial` found out about it. The model itself handles everything after the
+features, such as absolute, rotary or relative positions, CLS and register tokens.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from d2v_fast.encoders import blocks
 from d2v_fast.encoders.base import Encoded, Encoder, gather
 
 READS = {"input_ids": "text", "pixel_values": "vision", "input_values": "audio", "input_features": "spectrogram"}
-TOKENS = 13  # of what is tried; no axis of a model has such a length
+TOKENS = 13  # length of the trial's text input; no axis of a model has this size
 
 
 @dataclass
 class Splice:
-    """What is to be known of a model to run it with other features.
+    """What is needed to run a model with other features.
 
     Attributes:
-        reads: What it takes: text (token ids), vision (pixels), audio (waveforms) or spectrogram.
-        features: Dotted path of the module that makes local features.
-        shape: Of one input; that of a text is ().
-        order: Axes of the batch, of the positions and of the channels in that module's output.
-        rest: Number of things that it returns beside; None for a bare tensor.
-        width: Its channels.
-        grid: Of positions; () where their number follows from the input.
-        per_step: Samples or frames of the first position and of each further one; None without such a rule.
-        extra: Number of tokens in front that stand for no position.
-        stem: Path of the module that takes the inputs of speech, where it is another one.
-        squeeze: Positions that share a result of the blocks.
-        axes: Of the blocks' arguments, by block and path, those that count positions.
-        local, positional: Names of the parameters of features, and of what is added to them before the blocks.
-        no_padding: Why padding cannot be left out of the context; None where it can.
-        no_gather: Why the blocks cannot run on some positions as they run on all; None where they can.
+        reads: Its input: text (token ids), vision (pixels), audio (waveforms) or spectrogram.
+        features: Dotted path of the module that computes the local features.
+        shape: Shape of one input; () for text.
+        order: Batch, position and channel axes of that module's output.
+        rest: Number of further items in its output tuple; None if it returns a bare tensor.
+        width: Number of channels of the features.
+        grid: Grid of positions; () if their number depends on the input.
+        per_step: Samples or frames for the first position, and for each further one; None if there is no such rule.
+        extra: Number of extra tokens in front of the positions.
+        stem: Path of the module that takes the raw audio input, if it is not the features module.
+        squeeze: Number of positions that share one block output.
+        axes: Axes of the blocks' arguments that index positions, by block and path.
+        local, positional: Names of the parameters of the features, and of what is added to them before the blocks.
+        no_padding: Why padding cannot be excluded from the context; None if it can.
+        no_gather: Why the blocks cannot run on a subset of the positions; None if they can.
     """
 
     reads: str
@@ -68,28 +68,28 @@ class Splice:
 
     @property
     def time(self) -> int:
-        """Axis of `shape` that is time."""
+        """Time axis of `shape`."""
         return max(range(len(self.shape)), key=lambda axis: self.shape[axis], default=0)
 
 
-class Reached(Exception):
-    """Ends a forward at the module that was waited for; holds its result."""
+class StopForward(Exception):
+    """Ends a forward pass early; may hold a tensor."""
 
 
 class SplicedEncoder(Encoder):
-    """A model of transformers whose local features are exchanged while it runs.
+    """A transformers model whose local features are replaced while it runs.
 
     Args:
         model: Takes `input_ids`, `pixel_values`, `input_values` or `input_features`; its `last_hidden_state` is (B, E + T, C).
-        splice: What is known of it, from `trial.splice`.
-        layers, ffn: As of `Encoder`.
+        splice: How to run it, found by `trial.splice`.
+        layers, ffn: As for `Encoder`.
     """
 
     def __init__(self, model: nn.Module, splice: Splice, layers: str, ffn: str | None = None):
         self.splice, self.local, self.positional = splice, splice.local, splice.positional
-        self.masks_features = splice.reads != "text"  # text is masked in its ids
-        own = ("mask_token", "masked_spec_embed")
-        names = [n for n, p in model.named_parameters() if n.rpartition(".")[2] in own and p.numel() == p.shape[-1]]
+        self.masks_features = splice.reads != "text"  # text is masked at the token ids
+        known = ("mask_token", "masked_spec_embed")
+        names = [n for n, p in model.named_parameters() if n.rpartition(".")[2] in known and p.numel() == p.shape[-1]]
         self.mask_token_name = names[0] if names else None
         super().__init__(model, layers, ffn)
         parameters = inspect.signature(model.forward).parameters
@@ -129,7 +129,7 @@ class SplicedEncoder(Encoder):
     def place_visible(self, features: Tensor, mask: Tensor, visible: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         if self.training and getattr(self.blocks[0], "gradient_checkpointing", False):
             name = type(self.model).__name__
-            raise ValueError(f"{name}: gradient checkpointing would run its blocks anew without what is gathered; leave it off")
+            raise ValueError(f"{name}: gradient checkpointing would recompute its blocks on ungathered inputs; turn it off")
         if not self.gathers:
             raise ValueError(f"{type(self.model).__name__} cannot encode the visible positions alone: {self.no_gather}")
         return gather(self.placed(features, padding_mask), visible)
@@ -138,7 +138,7 @@ class SplicedEncoder(Encoder):
         encoded = super().transform(x, padding_mask, **wanted)
         if self.splice.squeeze == 1:
             return encoded
-        steps = torch.arange(x.shape[1], device=x.device) // self.splice.squeeze  # a result stands for several positions
+        steps = torch.arange(x.shape[1], device=x.device) // self.splice.squeeze  # several positions share one block output
         return encoded._replace(layers=[result[:, steps.clamp(max=result.shape[1] - 1)] for result in encoded.layers])
 
     def positions(self, size: int) -> int | tuple[int, ...]:
@@ -150,7 +150,7 @@ class SplicedEncoder(Encoder):
         return max(0, (size - first) // step + 1)
 
     def example(self, batch: int, tokens: int = TOKENS) -> Tensor:
-        """Random inputs; token ids (B, T) without special ones, else as the config says."""
+        """Random inputs: token ids (B, T) without special tokens, otherwise (B, *splice.shape)."""
         if self.reads == "text":
             if not self.ids:
                 raise ValueError(f"{type(self.model.config).__name__} has no vocab_size")
@@ -160,7 +160,7 @@ class SplicedEncoder(Encoder):
     # The model with other features
 
     def run(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Last states (B, E + T, C) of the model, whatever its input is, with `features` (B, T, C)."""
+        """Last states (B, E + T, C) of the model, run on a dummy input with `features` (B, T, C) in place of its own."""
         splice, (batch, length) = self.splice, features.shape[:2]
         if self.reads == "text":
             inputs = torch.full((batch, length), self.ids[0], device=features.device)
@@ -175,17 +175,17 @@ class SplicedEncoder(Encoder):
                 expected = " × ".join(map(str, splice.grid))
                 raise ValueError(f"{type(self.model).__name__}: found {length} positions, expected {expected}")
             inputs = torch.zeros(1, *shape, **self.kind()).expand(batch, *shape)
-        features = features.clone()  # some zero padding in place, or add positions
+        features = features.clone()  # some models zero padding or add positions in place
         with ExitStack() as stack:
-            features_of = self.model.get_submodule(splice.features)
-            stack.enter_context(forward_of(features_of, lambda *args, **kwargs: self._as_output(features)))
+            module = self.model.get_submodule(splice.features)
+            stack.enter_context(override_forward(module, lambda *args, **kwargs: self._as_output(features)))
             if splice.stem is not None:
                 stem = self.model.get_submodule(splice.stem)
-                stack.enter_context(forward_of(stem, _once(stem.forward)))
+                stack.enter_context(override_forward(stem, _on_one_sample(stem.forward)))
             return self.call(inputs, padding_mask)
 
     def call(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Last states of the model as it is."""
+        """Last states (B, E + T, C) of the unchanged model."""
         arguments: dict[str, Any] = {self.model.main_input_name: inputs}
         if padding_mask is not None:
             if self.splice.no_padding:
@@ -197,7 +197,7 @@ class SplicedEncoder(Encoder):
                 sizes = first + (seen.sum(1) - 1) * step
                 seen = torch.arange(inputs.shape[1 + self.splice.time], device=seen.device) < sizes[:, None]
             arguments["attention_mask"] = seen.long()
-        if "noise" in self.takes:  # ViT-MAE orders patches by it
+        if "noise" in self.takes:  # ViT-MAE sorts the patches by it
             arguments["noise"] = torch.arange(math.prod(self.splice.grid), device=inputs.device).expand(len(inputs), -1)
         if "use_cache" in self.takes:
             arguments["use_cache"] = False
@@ -206,30 +206,30 @@ class SplicedEncoder(Encoder):
         if not augments:
             return self.model(**arguments).last_hidden_state
         try:
-            config.apply_spec_augment = False  # else the model masks a training input by itself
+            config.apply_spec_augment = False  # or the model would mask its input in train mode
             return self.model(**arguments).last_hidden_state
         finally:
             config.apply_spec_augment = augments
 
     def until(self, path: str, run: Callable[[], Any], inputs: bool = False) -> Any:
-        """The output of the module at `path`, or its first input, in a run that ends there."""
+        """Call `run` up to the module at `path`; return that module's output, or its first input."""
         module = self.model.get_submodule(path)
 
-        def reached(module, args, *rest):
-            raise Reached(first_of(args, rest[0]) if inputs else rest[-1])
+        def stop(module, args, *rest):
+            raise StopForward(first_argument(args, rest[0]) if inputs else rest[-1])
 
-        kind = module.register_forward_pre_hook if inputs else module.register_forward_hook
-        hook = kind(reached, with_kwargs=True)
+        register = module.register_forward_pre_hook if inputs else module.register_forward_hook
+        hook = register(stop, with_kwargs=True)
         try:
             run()
-        except Reached as end:
+        except StopForward as end:
             return end.args[0]
         finally:
             hook.remove()
-        raise ValueError(f"{path} is not run by {type(self.model).__name__}")
+        raise ValueError(f"{type(self.model).__name__} does not run {path}")
 
     def placed(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """What the first block gets of the positions, (B, T, C)."""
+        """Input of the first block at the positions, (B, T, C)."""
         return self.until(f"{self.layers_name}.0", lambda: self.run(features, padding_mask), inputs=True)[:, self.extra :]
 
     def kind(self) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class SplicedEncoder(Encoder):
         found = tuple(x.shape[1:-1])
         if grid and found not in (grid, (math.prod(grid),)):
             name = self.splice.features
-            raise ValueError(f"encoder.features={name}: found a grid of {found}, expected {grid} as of config.image_size")
+            raise ValueError(f"encoder.features={name}: found a grid of {found}, expected {grid} from config.image_size")
         return x.flatten(1, -2)
 
     def _as_output(self, features: Tensor) -> Any:
@@ -251,12 +251,12 @@ class SplicedEncoder(Encoder):
         x = features.unflatten(1, grid).permute([order.index(axis) for axis in range(len(order))])
         return x if rest is None else (x, *[None] * rest)
 
-    # Its blocks with some of the positions
+    # Blocks on a subset of the positions
 
     def _whole(self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None) -> Tensor:
         if visible is None:
             return self.run(x, padding_mask)
-        # The extra tokens come from a run whose features do not matter; what the blocks take beside them is gathered.
+        # Run on zero features to get the extra tokens. The other arguments of the blocks are gathered.
         length = math.prod(self.splice.grid) if self.splice.grid else int(visible.max()) + 1
         padding = None
         if padding_mask is not None:
@@ -267,9 +267,9 @@ class SplicedEncoder(Encoder):
 
     @contextmanager
     def gathering(self, extra: Tensor, visible: Tensor, length: int, enter: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """The first block takes what `enter` makes of its input, and what comes along is gathered for the same rows.
+        """Replace the first block's input x by `enter(x)`, and gather the other arguments of all blocks at the same rows.
 
-        Those are the extra tokens `extra` (B, E') and behind them the positions `visible` (B, V) of `length`.
+        The rows are the extra tokens `extra` (B, E') followed by the positions `visible` (B, V), out of `length`.
         """
         rows = torch.cat([extra, visible + self.extra], dim=1)
 
@@ -280,11 +280,11 @@ class SplicedEncoder(Encoder):
                 if path == first:
                     return enter(value) if number == 0 else value
                 axes = self.splice.axes.get((number, path))
-                if axes is None:  # a mask that the trial did not need
+                if axes is None:  # a mask that was absent in the trial
                     axes = [axis for axis in (2, 3) if value.ndim == 4 and value.shape[axis] == self.extra + length]
-                return _take(value, axes, rows if value.shape[axes[0]] != length else visible) if axes else value
+                return _gather_axes(value, axes, rows if value.shape[axes[0]] != length else visible) if axes else value
 
-            return mapped(replace, args, kwargs)
+            return map_tensors(replace, args, kwargs)
 
         with ExitStack() as stack:
             for number, block in enumerate(self.blocks):
@@ -296,20 +296,20 @@ class SplicedEncoder(Encoder):
             yield
 
 
-def _once(forward: Callable) -> Callable:
-    """A forward for a batch of equal samples, which computes one."""
+def _on_one_sample(forward: Callable) -> Callable:
+    """A forward for a batch of identical samples; computes one and expands the result."""
 
     @torch.no_grad()
-    def once(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def expanded(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         one = forward(x[:1], *args, **kwargs)
         return one.expand(len(x), *one.shape[1:])
 
-    return once
+    return expanded
 
 
 @contextmanager
-def forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """`forward` in place of the module's own."""
+def override_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Temporarily replace the module's forward."""
     before = vars(module).get("forward")  # accelerate may have put one there
     module.forward = forward
     try:
@@ -321,29 +321,29 @@ def forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = before
 
 
-def first_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def first_argument(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The first argument of a block."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def first_path(args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """Where it stands, as `mapped` counts."""
+    """The path of the first argument, as in `map_tensors`."""
     return (0,) if args else (next(iter(kwargs)),)
 
 
-def mapped(change: Callable[[tuple, Tensor], Any], args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Arguments of a block with their tensors, which may stand in tuples, changed."""
+def map_tensors(fn: Callable[[tuple, Tensor], Any], args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Apply `fn(path, tensor)` to all tensors in a block's arguments, also inside tuples and lists."""
 
-    def one(path: tuple, value: Any) -> Any:
+    def visit(path: tuple, value: Any) -> Any:
         if isinstance(value, tuple | list):
-            return tuple(one((*path, number), each) for number, each in enumerate(value))
-        return change(path, value) if isinstance(value, Tensor) else value
+            return tuple(visit((*path, i), item) for i, item in enumerate(value))
+        return fn(path, value) if isinstance(value, Tensor) else value
 
-    return tuple(one((n,), each) for n, each in enumerate(args)), {name: one((name,), each) for name, each in kwargs.items()}
+    return tuple(visit((i,), arg) for i, arg in enumerate(args)), {name: visit((name,), arg) for name, arg in kwargs.items()}
 
 
-def _take(value: Tensor, axes: list[int], rows: Tensor) -> Tensor:
-    """`value` at `rows` (B, V) of its `axes`; without an axis of the batch, it gets one that broadcasts over heads."""
+def _gather_axes(value: Tensor, axes: list[int], rows: Tensor) -> Tensor:
+    """`value` at `rows` (B, V) along `axes`; a batch axis is added if it has none, broadcasting over heads."""
     if axes[0] == 0:
         value, axes = (
             (value[None, None], [2 + axis for axis in axes]) if value.ndim == 2 else (value[None], [1 + a for a in axes])

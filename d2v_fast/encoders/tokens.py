@@ -10,9 +10,9 @@ from d2v_fast.encoders.base import Encoder
 
 
 class TokenEncoder(Encoder):
-    """RoBERTa, BERT, Data2VecText and their kin: ids → token and position embeddings → blocks.
+    """RoBERTa, BERT, Data2VecText and similar: ids → token and position embeddings → blocks.
 
-    Masking happens in the ids, so the student's features are masked already.
+    Masking is applied to the ids, so the student's features are already masked.
     """
 
     reads = "text"

@@ -1,8 +1,8 @@
-"""Finding by trying what has to be known of a model so that it runs whole with other features.
+"""Probe a model to find out how to run it with its local features replaced.
 
-Which module makes local features, where extra tokens stand, what the FFN's output is and whether visible positions can be
-encoded alone: each is tried on one small input, on a copy of the model with other weights, in which one block stands for all
-of its kind.
+The trial finds the module that computes the local features, the extra tokens, the FFN output, and whether the visible
+positions can be encoded alone. It runs on one small input and on a copy of the model with perturbed weights, which keeps one
+block of each kind.
 """
 
 from __future__ import annotations
@@ -20,17 +20,26 @@ from torch import Tensor, nn
 
 from d2v_fast.encoders import blocks
 from d2v_fast.encoders.base import find_layers
-from d2v_fast.encoders.spliced import READS, Reached, Splice, SplicedEncoder, first_of, first_path, forward_of, mapped
+from d2v_fast.encoders.spliced import (
+    READS,
+    Splice,
+    SplicedEncoder,
+    StopForward,
+    first_argument,
+    first_path,
+    map_tensors,
+    override_forward,
+)
 
 NORMS_OVER_TIME = (nn.GroupNorm, nn.InstanceNorm1d, nn.BatchNorm1d)  # they mix statistics, not content
-BATCH = 2  # tells the axis of the batch; no other axis of a model has such a length
-FINAL = 10  # rank of a failure that no other module mends
-CLOSE = 1e-4  # of two results in fp32, relative to their size
-NUMBERS_OF_A_LAYER = re.compile("idx|index|layer_id|layer_number|training")
+BATCH = 2  # identifies the batch axis: no other axis of a model has this size
+FINAL = 10  # rank of a failure that no other choice of module can fix
+TOLERANCE = 1e-4  # between two fp32 results, relative to their magnitude
+PER_LAYER_ATTRIBUTES = re.compile("idx|index|layer_id|layer_number|training")
 
 
 class Unfit(ValueError):
-    """A module cannot be spliced; `rank` counts the tests that it has passed."""
+    """A module cannot be spliced; `rank` is the number of tests it passed."""
 
     def __init__(self, reason: str, rank: int):
         super().__init__(reason)
@@ -38,19 +47,19 @@ class Unfit(ValueError):
 
 
 def splice(model: nn.Module, features: str | None = None, layers: str | None = None, ffn: str | None = None) -> SplicedEncoder:
-    """A model of transformers as an encoder that runs whole.
+    """Wrap a transformers model as an encoder that runs whole.
 
     Args:
         model: Takes `input_ids`, `pixel_values`, `input_values` or `input_features`; its `last_hidden_state` is (B, E + T, C).
-        features: Dotted path of the module whose output is (B, T, C), (B, C, T) or (B, C, H, W); default is found by trying.
-        layers, ffn: As of `Encoder`; the FFN's output is else that of the last Linear a block runs, scaled by its layer scale.
+        features: Dotted path of the module whose output is (B, T, C), (B, C, T) or (B, C, H, W); by default found by trial.
+        layers, ffn: As for `Encoder`. The default `ffn` is the last Linear that a block runs, or the layer scale after it.
 
     Raises:
-        ValueError: No module fits; the message says which test the best one has failed, and what can be named.
+        ValueError: No module fits. The message gives the test that the best candidate failed and the setting to use.
     """
     layers = layers or _find_layers(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for whole in (False, True):  # some models do not run with blocks that do nothing
+        for whole in (False, True):  # some models do not run with no-op blocks
             torch.default_generator.manual_seed(0)
             trial = Trial(model, features, layers, ffn, whole)
             failures = trial.failures()
@@ -69,73 +78,74 @@ def splice(model: nn.Module, features: str | None = None, layers: str | None = N
 
 
 class Trial:
-    """What is tried, each thing by changing `splice`, with which `encoder` runs the copy.
+    """Fills in `self.splice` by trial; `self.encoder` runs the copy of the model with it.
 
     Args:
-        model, named, layers, ffn: As of `splice`.
+        model, layers, ffn: As for `splice`.
+        named: Its `features`.
         whole: Keep all blocks in the copy.
     """
 
     def __init__(self, model: nn.Module, named: str | None, layers: str, ffn: str | None, whole: bool):
         self.named, self.whole, self.runs, self.splice = named, whole, False, Splice(READS[model.main_input_name])
-        self.rest: tuple | None = None  # what a block returns beside its result, once one has run
+        self.rest: tuple | None = None  # what a block returns after its hidden states, once one has run
         self.encoder = SplicedEncoder(self._copy(model, layers), self.splice, layers, ffn)
         self.blocks = self.encoder.blocks
         self.inside = {module for block in self.blocks for module in block.modules()}
 
     def failures(self) -> list[tuple[str | None, Unfit]]:
-        """Fill in `splice` and return nothing, or return why no module fits."""
+        """Fill in `splice` and return an empty list, or return why each module failed."""
         try:
-            return self._try_all()
+            return self._search()
         except Unfit as error:
             return [(self.named, error)]
-        except Exception as error:  # each class of transformers has errors of its own
-            return [(self.named, Unfit(_described(error), FINAL))]
+        except Exception as error:  # model classes raise all kinds of errors
+            return [(self.named, Unfit(_describe(error), FINAL))]
 
-    def _try_all(self) -> list[tuple[str | None, Unfit]]:
+    def _search(self) -> list[tuple[str | None, Unfit]]:
         inputs, states, seen, results = self._run_once()
         if states.ndim != 3 or states.shape[-1] != self.encoder.hidden_size:
             expected = f"(B, T, {self.encoder.hidden_size})"
             raise Unfit(f"its last states have the shape {tuple(states.shape)}, not {expected}", FINAL)
         if self.named and not any(path == self.named for path, _ in seen):
-            raise Unfit("is not in the model, or not run before its blocks", 0)
+            raise Unfit("is not in the model or does not run before its blocks", 0)
         failures: list[tuple[str | None, Unfit]] = []
         for number, (path, output) in reversed(list(enumerate(seen))):
             module = self.encoder.model.get_submodule(path)
-            drops = any(isinstance(each, nn.Dropout) for each in module.modules())
-            if drops and self.encoder.masks_features and not self.named:
-                continue  # features are the teacher's too, and dropout is the student's alone
+            has_dropout = any(isinstance(child, nn.Dropout) for child in module.modules())
+            if has_dropout and self.encoder.masks_features and not self.named:
+                continue  # the teacher may share the features, and dropout is for the student only
             try:
-                self._try(path, output, inputs, states)
+                self._check(path, output, inputs, states)
             except Unfit as error:
                 failures.append((path, error))
-            except Exception as error:  # a model that does not run with it
-                failures.append((path, Unfit(_described(error), 1)))
+            except Exception as error:  # the model does not run with this module replaced
+                failures.append((path, Unfit(_describe(error), 1)))
             else:
-                self.splice.stem = self._stem([before for before, _ in seen[:number]])
-                self._learn(inputs[:1], states.shape[1], results)
+                self.splice.stem = self._find_stem([before for before, _ in seen[:number]])
+                self._inspect(inputs[:1], states.shape[1], results)
                 return []
         grids = [blocks.first(output) for _, output in seen]
         most = max((grid.shape[2:].numel() for grid in grids if isinstance(grid, Tensor) and grid.ndim == 4), default=0)
         if most > states.shape[1] and all(error.rank < 3 for _, error in failures):
-            why = f"is hierarchical: of {most} local features {states.shape[1]} states are left, and no mask fits both"
+            why = f"is hierarchical: {most} local features become {states.shape[1]} states, so no mask fits both"
             raise Unfit(why, FINAL)
-        return failures or [(None, Unfit("no module before its blocks gives a feature of each position", 0))]
+        return failures or [(None, Unfit("no module before its blocks returns one feature per position", 0))]
 
     # A small copy
 
     def _copy(self, model: nn.Module, layers: str) -> nn.Module:
-        """In eval mode, with weights that hide nothing: zeros of tokens, biases and positions become other numbers.
+        """A copy in eval mode, with noise added to all weights so that zero-initialised ones have an effect too.
 
-        Of the blocks the first, the last and one of each kind are there; the others do nothing.
+        It keeps the first block, the last one and one of each kind; the others become no-ops.
         """
         all_blocks = model.get_submodule(layers)
         kinds = [_kind_of(block) for block in all_blocks]
         self.kept = sorted({0, len(kinds) - 1, *(kinds.index(kind) for kind in kinds)})
         if self.whole:
             self.kept = list(range(len(kinds)))
-        left_out = {id(block): self._stand_in(block) for number, block in enumerate(all_blocks) if number not in self.kept}
-        copied = copy.deepcopy(model, left_out).eval().requires_grad_(False)
+        replaced = {id(block): self._stand_in(block) for number, block in enumerate(all_blocks) if number not in self.kept}
+        copied = copy.deepcopy(model, replaced).eval().requires_grad_(False)
         if next(copied.parameters()).dtype.itemsize < 4:
             copied.float()
         generator = torch.Generator().manual_seed(0)
@@ -145,31 +155,35 @@ class Trial:
         return copied
 
     def _stand_in(self, block: nn.Module) -> nn.Module:
-        """A block of the same attributes, without parts, which does nothing."""
+        """A no-op block with the same attributes but no submodules."""
         other = type(block).__new__(type(block))
         nn.Module.__init__(other)
         vars(other).update({name: value for name, value in vars(block).items() if name not in vars(other)})
-        other.forward = self._do_nothing
+        other.forward = self._no_op
         return other
 
-    def _do_nothing(self, *args: Any, **kwargs: Any) -> Any:
-        x = first_of(args, kwargs)
+    def _no_op(self, *args: Any, **kwargs: Any) -> Any:
+        x = first_argument(args, kwargs)
         return x if self.rest is None else (x, *self.rest)
 
     @contextmanager
-    def _idle(self, but: nn.Module | None = None) -> Iterator[None]:
-        """No block does anything, but this one."""
+    def _skip_blocks(self, keep: nn.Module | None = None) -> Iterator[None]:
+        """Turn all blocks but `keep` into no-ops."""
         with ExitStack() as stack:
             for block in self.blocks:
-                if block is not but:
-                    stack.enter_context(forward_of(block, self._do_nothing))
+                if block is not keep:
+                    stack.enter_context(override_forward(block, self._no_op))
             yield
 
-    # What is tried
+    # The tests
 
     def _run_once(self) -> tuple[Tensor, Tensor, list[tuple[str, Any]], dict[str, tuple[int, ...]]]:
-        """Inputs that the model takes; its states; what its modules give before the blocks, in their order; and the shapes of
-        what the last block gives ("") and the modules in it that may end an FFN, in their order."""
+        """Run the model on the first input shape that it accepts.
+
+        Returns:
+            The inputs; the model's states; the outputs of the modules that ran before the blocks, in execution order; and the
+            output shapes of the last block ("") and of the modules in it that may end an FFN, in execution order.
+        """
         encoder, config, why = self.encoder, self.encoder.model.config, ""
         outside = [(path, m) for path, m in encoder.model.named_modules() if path and m not in self.inside]
         last = [("", self.blocks[-1])]
@@ -186,7 +200,7 @@ class Trial:
 
             def outer(path: str, output: Any, seen=seen, called=called) -> None:
                 if self.named or not called:
-                    seen.append((path, _kept(output)))
+                    seen.append((path, _clone(output)))
 
             def inner(path: str, output: Any, results=results) -> None:
                 results.pop(path, None)
@@ -206,8 +220,8 @@ class Trial:
                         self.splice.grid = (config.image_size // config.patch_size,) * 2
                     inputs = encoder.example(BATCH)
                     states = encoder.call(inputs)
-                except Exception as error:  # each class of transformers has errors of its own
-                    why = why or _described(error)
+                except Exception as error:  # model classes raise all kinds of errors
+                    why = why or _describe(error)
                     continue
             if len(called) < len(set(self.blocks)):
                 raise Unfit(f"its blocks {encoder.layers_name} are not called as modules", FINAL)
@@ -220,12 +234,12 @@ class Trial:
     def _note_rest(self, block: nn.Module, args: tuple, output: Any) -> None:
         self.rest = output[1:] if isinstance(output, tuple) else None
 
-    def _try(self, path: str, output: Any, inputs: Tensor, states: Tensor) -> None:
-        """Raise Unfit unless this module is local and all that the model learns of its input."""
+    def _check(self, path: str, output: Any, inputs: Tensor, states: Tensor) -> None:
+        """Raise Unfit unless this module is local and the model reads its input through this module only."""
         splice, module = self.splice, self.encoder.model.get_submodule(path)
         splice.features, splice.per_step, splice.grid, splice.stem = path, None, (), None
         rest = output[1:] if isinstance(output, tuple) else ()
-        if any(each is not None for each in rest):
+        if any(item is not None for item in rest):
             raise Unfit(f"its output has {len(output)} parts", 1)
         splice.rest = len(rest) or None if isinstance(output, tuple) else None
         splice.order = self._order_of(blocks.first(output), module, inputs)
@@ -237,26 +251,26 @@ class Trial:
         elif splice.reads == "vision":
             side = math.isqrt(length)
             if side * side != length:
-                raise Unfit(f"its {length} positions are no square grid", 2)
+                raise Unfit(f"its {length} positions do not form a square grid", 2)
             splice.grid = (side, side)
         elif splice.timed:
             self._measure()
         splice.extra = states.shape[1] - length
         if splice.extra < 0:
-            raise Unfit(f"of {length} local features {states.shape[1]} states are left", 2)
-        if not _same(self.encoder.run(features), states):
-            if not _same(self.encoder.call(inputs), states):
+            raise Unfit(f"{length} local features become {states.shape[1]} states", 2)
+        if not _close(self.encoder.run(features), states):
+            if not _close(self.encoder.call(inputs), states):
                 raise Unfit("its states differ from call to call", FINAL)
-            raise Unfit("the rest of the model depends on its input in other ways too", 3)
+            raise Unfit("the rest of the model also depends on its input in other ways", 3)
         self._check_local(inputs)
         self._check_order(features)
         if self.encoder.masks_features:
             self._check_positions(features)
         else:
-            self._check_both_ways(features)
+            self._check_bidirectional(features)
 
     def _order_of(self, output: Any, module: nn.Module, inputs: Tensor) -> tuple[int, ...]:
-        """The axes of the batch, the positions and the channels in a module's output."""
+        """Batch, position and channel axes of a module's output."""
         if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim not in (3, 4):
             found = type(output).__name__ if not isinstance(output, Tensor) else f"{output.dtype} {tuple(output.shape)}"
             raise Unfit(f"found the output {found}, expected a tensor (B, T, C), (B, C, T) or (B, C, H, W)", 1)
@@ -273,7 +287,7 @@ class Trial:
         raise Unfit(f"found the output shape {shape}, expected {expected}", 1)
 
     def _measure(self) -> None:
-        """Find how the number of positions follows from that of samples or frames; nothing for a model of one length."""
+        """Find how the number of positions depends on the number of samples or frames, unless the length is fixed."""
 
         def count(size: int) -> int:
             shape = list(self.splice.shape)
@@ -283,7 +297,7 @@ class Trial:
         def try_count(size: int) -> int:
             try:
                 return count(size)
-            except Exception:  # too short, or of another length than the only one
+            except Exception:  # too short, or not the one length that the model takes
                 return 0
 
         high = self.splice.shape[self.splice.time]
@@ -300,11 +314,11 @@ class Trial:
             sizes.append(top)
         first, step = sizes[1] - (sizes[2] - sizes[1]), sizes[2] - sizes[1]
         if (high - first) // step + 1 != fixed:
-            raise Unfit(f"{fixed} positions of {high} samples or frames are not as many as a convolution gives", 2)
+            raise Unfit(f"{fixed} positions from {high} samples or frames do not match any convolution", 2)
         self.splice.per_step = (first, step)
 
     def _check_local(self, inputs: Tensor) -> None:
-        """Change the end of the input: features elsewhere stay, but for the reach of a convolution."""
+        """Change the end of the input: only features there may change, give or take the reach of a convolution."""
         other, splice = inputs.clone(), self.splice
         if splice.reads == "text":
             ids = self.encoder.ids
@@ -316,35 +330,35 @@ class Trial:
             last = other.narrow(1 + splice.time, -(-7 * size // 8), size // 8)
             last.add_(torch.randn_like(last))
         with ExitStack() as stack:
-            for each in self.encoder.model.modules():
-                if isinstance(each, NORMS_OVER_TIME) and each not in self.inside:
-                    stack.enter_context(forward_of(each, lambda x: x))
+            for module in self.encoder.model.modules():
+                if isinstance(module, NORMS_OVER_TIME) and module not in self.inside:
+                    stack.enter_context(override_forward(module, lambda x: x))
             one, two = self.encoder.embed(torch.cat([inputs, other]))
-        count, length = int(_moved(two, one).sum()), len(one)
+        count, length = int(_differing(two, one).sum()), len(one)
         if count > (1 if splice.reads == "text" else length // 2):
             raise Unfit(
-                f"is not local: the end of the input changes {count} of {length} of its positions, so that a "
-                "masked position would be seen by others",
+                f"is not local: the end of the input changes {count} of its {length} positions, so masked content would "
+                "leak into visible positions",
                 4,
             )
         if count == 0:
             raise Unfit("does not depend on the end of the input", 4)
 
     def _check_order(self, features: Tensor) -> None:
-        """Change one feature, with blocks that do nothing: the state that stands for it changes, and no extra token's."""
+        """Change one feature with the blocks skipped: its own state must change, and no extra token's."""
         at, extra = features.shape[1] // 2, self.splice.extra
-        with self._idle():
-            moved = _moved(*self.encoder.run(torch.cat([_changed(features, at), features])))
-        if not moved[extra + at] or moved[:extra].any() or (not self.splice.timed and moved.sum() != 1):
-            where = moved.nonzero().flatten().tolist()[:5]
+        with self._skip_blocks():
+            changed = _differing(*self.encoder.run(torch.cat([_perturb(features, at), features])))
+        if not changed[extra + at] or changed[:extra].any() or (not self.splice.timed and changed.sum() != 1):
+            where = changed.nonzero().flatten().tolist()[:5]
             raise Unfit(
-                f"without its blocks, feature {at} is found in the states {where}, expected {extra + at} alone: extra "
-                "tokens stand behind the positions, or these come in another order",
+                f"without its blocks, feature {at} ends up in states {where}, expected only {extra + at}: extra "
+                "tokens come after the positions, or the positions are reordered",
                 5,
             )
 
     def _check_positions(self, features: Tensor) -> None:
-        """Mask some positions with one vector: their states have to differ by where they are."""
+        """Set some positions to the same mask vector: their states must still differ."""
         masked = features.clone()
         hidden = torch.rand(features.shape[1]) < 0.5
         hidden[:3] = torch.tensor([True, False, True])
@@ -352,33 +366,33 @@ class Trial:
 
         def differ() -> bool:
             found = self.encoder.run(masked)[:, self.splice.extra :][:, hidden]
-            return not _same(found, found[:, :1].expand_as(found))
+            return not _close(found, found[:, :1].expand_as(found))
 
-        with self._idle():
+        with self._skip_blocks():
             added = differ()
         if not added and not differ():
-            raise Unfit("masked positions get equal states: positions are lost with the mask, or the model has none", 6)
+            raise Unfit("masked positions get equal states: masking removes the positions, or the model has none", 6)
 
-    def _check_both_ways(self, features: Tensor) -> None:
-        """Change the first and the last feature: a block that passes on only the first one's change is causal."""
-        three = torch.cat([features, _changed(features, 0), _changed(features, -1)])
+    def _check_bidirectional(self, features: Tensor) -> None:
+        """Change the first and the last feature: in a causal block only the first one affects other positions."""
+        three = torch.cat([features, _perturb(features, 0), _perturb(features, -1)])
         causal = []
         for number in self.kept:
-            with self._idle(but=self.blocks[number]):
+            with self._skip_blocks(keep=self.blocks[number]):
                 plain, first, last = self.encoder.run(three)
-            if _moved(first, plain)[1:].any() and not _moved(last, plain)[:-1].any():
+            if _differing(first, plain)[1:].any() and not _differing(last, plain)[:-1].any():
                 causal.append(number)
         if causal:
             who = "is causal" if len(causal) == len(self.kept) else f"has causal blocks, such as {causal[0]}"
-            remedy = "encoder.bidirectional=true lets its attention see them"
+            remedy = "set encoder.bidirectional=true to make its attention bidirectional"
             if getattr(self.encoder.model.config, "is_causal", True) is False:
                 remedy = "config.is_causal = false, which encoder.bidirectional sets, does not change that"
-            raise Unfit(f"{who}: a position sees none of the later ones; {remedy}", FINAL)
+            raise Unfit(f"{who}: positions do not see later ones; {remedy}", FINAL)
 
-    # What is learned of a model whose features are known
+    # What else the encoder needs, once the module is found
 
-    def _stem(self, before: list[str]) -> str | None:
-        """The module that takes the inputs of speech, if it is another one."""
+    def _find_stem(self, before: list[str]) -> str | None:
+        """The module that takes the raw audio input, if it is not the features module."""
         if not self.splice.timed:
             return None
         around = [path for path in before if not f"{self.splice.features}.".startswith(f"{path}.")]
@@ -386,14 +400,14 @@ class Trial:
         inner = [path for path in outer if not path.startswith(f"{self.splice.features}.")]
         return inner[0] if inner else None
 
-    def _learn(self, inputs: Tensor, length: int, results: dict[str, tuple[int, ...]]) -> None:
-        """The FFN's output, what teachers copy, whether padding is left out, and whether positions can be."""
+    def _inspect(self, inputs: Tensor, length: int, results: dict[str, tuple[int, ...]]) -> None:
+        """Find the FFN output, the parameters that teachers copy, and whether padding and masked positions can be left out."""
         encoder, width = self.encoder, self.encoder.hidden_size
         if encoder.ffn_name is None:
             names = [path for path in results if path]
             if not names:
                 kind = type(self.blocks[-1]).__name__
-                raise Unfit(f"{kind} runs no nn.Linear: name the FFN's output, encoder.ffn=…", FINAL)
+                raise Unfit(f"{kind} runs no nn.Linear: name the FFN's output with encoder.ffn=…", FINAL)
             encoder.ffn_name = names[-1]
         for path in (encoder.ffn_name, ""):
             expected, found = (BATCH, length, width), results.get(path)
@@ -401,21 +415,22 @@ class Trial:
                 self.splice.squeeze = max(1, length // found[1])
                 expected = (BATCH, length // self.splice.squeeze, width)
             if found != expected:
-                name, remedy = path or encoder.layers_name, "name it: encoder.ffn=…"
-                raise Unfit(f"{name}: found a layer's result of shape {found}, expected {expected}; {remedy}", FINAL)
-        self._learn_parameters(inputs)
-        self.splice.no_padding = self._try_padding(encoder.embed(inputs))
-        self.splice.no_gather = "its blocks see fewer positions" if self.splice.squeeze > 1 else self._try_gather()
+                name, remedy = path or encoder.layers_name, "name the right module with encoder.ffn=…"
+                raise Unfit(f"{name}: found a layer result of shape {found}, expected {expected}; {remedy}", FINAL)
+        self._find_parameters(inputs)
+        self.splice.no_padding = self._why_no_padding(encoder.embed(inputs))
+        self.splice.no_gather = "its blocks see fewer positions" if self.splice.squeeze > 1 else self._why_no_gather()
 
-    def _learn_parameters(self, inputs: Tensor) -> None:
-        encoder, taken = self.encoder, []
+    def _find_parameters(self, inputs: Tensor) -> None:
+        """Find the parameters of the features, and those of what is added to them before the blocks."""
+        encoder, block_inputs = self.encoder, []
         parameters = dict(encoder.model.named_parameters())
 
-        def note(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            mapped(lambda path, value: taken.append(value), args, kwargs)
-            raise Reached
+        def stop(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            map_tensors(lambda path, value: block_inputs.append(value), args, kwargs)
+            raise StopForward
 
-        def reached_by(results: list[Tensor]) -> set[str]:
+        def parameters_of(results: list[Tensor]) -> set[str]:
             results = [result for result in results if result.requires_grad]
             if not results:
                 return set()
@@ -423,24 +438,24 @@ class Trial:
             found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, retain_graph=True)
             return {name for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
 
-        hook = self.blocks[0].register_forward_pre_hook(note, with_kwargs=True)
+        hook = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
         with torch.enable_grad():
             encoder.model.requires_grad_(True)
             features = encoder.embed(inputs)
             try:
                 encoder.run(features)
-            except Reached:
+            except StopForward:
                 pass
-            local = reached_by([features])
-            positional = reached_by(taken) - local
+            local = parameters_of([features])
+            positional = parameters_of(block_inputs) - local
             encoder.model.requires_grad_(False)
         hook.remove()
         if encoder.mask_token_name:
             local.add(encoder.mask_token_name)
         self.splice.local, self.splice.positional = tuple(sorted(local)), tuple(sorted(positional))
 
-    def _try_padding(self, features: Tensor) -> str | None:
-        """Why padding cannot be left out of the context; None if it can."""
+    def _why_no_padding(self, features: Tensor) -> str | None:
+        """Why padding cannot be excluded from the context; None if it can."""
         if "attention_mask" not in self.encoder.takes:
             return "takes no attention_mask"
         padding = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
@@ -450,13 +465,14 @@ class Trial:
             states = self.encoder.run(torch.cat([features, other]), padding.expand(2, -1))[:, self.splice.extra :]
         except Exception as error:
             return f"does not run with its attention_mask ({type(error).__name__})"
-        return None if _same(*states[:, ~padding[0]]) else "sees what its attention_mask covers"
+        return None if _close(*states[:, ~padding[0]]) else "attends to padding despite its attention_mask"
 
-    def _try_gather(self) -> str | None:
+    def _why_no_gather(self) -> str | None:
         """Why a subset of the positions cannot be encoded alone; None if it can.
 
-        A permutation tells whether all that depends on positions moves with them, and taking each row twice, which no softmax
-        notices, whether the number of rows matters. Texts are long enough to have neighbourhoods.
+        Permuting the rows shows whether everything that depends on positions moves with them. Repeating each row, which leaves
+        softmax attention unchanged, shows whether the number of rows matters. Texts are long enough for local attention to
+        matter.
         """
         encoder, splice = self.encoder, self.splice
         longest = getattr(encoder.model.config, "max_position_embeddings", None) or 135
@@ -467,42 +483,42 @@ class Trial:
                 hook = block.register_forward_pre_hook(self._note_axes(number, length), with_kwargs=True)
                 stack.callback(hook.remove)
             states = encoder.run(features)[:, splice.extra :]
-        placed = encoder.placed(torch.cat([_changed(features, at), features]))
-        moved = _moved(*placed)
-        if placed.shape[1] != length or moved.sum() != 1 or not moved[at]:
-            return "its positions come from a convolution or the like, which would see what is masked"
+        placed = encoder.placed(torch.cat([_perturb(features, at), features]))
+        changed = _differing(*placed)
+        if placed.shape[1] != length or changed.sum() != 1 or not changed[at]:
+            return "its positions come from a convolution or similar, which would see masked content"
 
         extra = torch.arange(splice.extra, device=features.device)[None]
-        order = torch.stack([torch.randperm(length, device=features.device) for _ in range(BATCH)])  # each sample has its own
-        some = order[:1, : length // 2]
+        order = torch.stack([torch.randperm(length, device=features.device) for _ in range(BATCH)])  # differs per sample
+        subset = order[:1, : length // 2]
 
         def encoded(extra: Tensor, rows: Tensor) -> Tensor:
             extra = extra.expand(len(rows), -1)
             both = torch.cat([extra, rows + splice.extra], dim=1)
-            with encoder.gathering(extra, rows, length, lambda hidden: _rows(hidden, both)):
+            with encoder.gathering(extra, rows, length, lambda hidden: _gather_rows(hidden, both)):
                 return encoder.run(features.expand(len(rows), -1, -1))[:, extra.shape[1] :]
 
         found = splice.axes
-        for axes in (found, {at: each[:1] for at, each in found.items()}):  # another axis may happen to be as long
+        for axes in (found, {key: value[:1] for key, value in found.items()}):  # another axis may happen to have the same size
             splice.axes = axes
             try:
-                if not _same(encoded(extra, order), _rows(states.expand(BATCH, -1, -1), order)):
+                if not _close(encoded(extra, order), _gather_rows(states.expand(BATCH, -1, -1), order)):
                     continue
-                once = encoded(extra, some)
+                once = encoded(extra, subset)
             except Exception:  # blocks that do not run on other rows
                 continue
             try:
-                twice = encoded(extra.repeat(1, 2), some.repeat(1, 2))
+                twice = encoded(extra.repeat(1, 2), subset.repeat(1, 2))
             except Exception:
-                if splice.extra:  # blocks that know how many extra tokens there are
+                if splice.extra:  # blocks with a fixed number of extra tokens
                     return None
                 continue
-            if _same(once, twice[:, : length // 2]):
+            if _close(once, twice[:, : length // 2]):
                 return None
-        return "positions enter inside of its blocks, in a form that cannot be gathered"
+        return "positions enter inside its blocks, in a form that cannot be gathered"
 
     def _note_axes(self, number: int, length: int) -> Callable:
-        """Note which axes of a block's arguments count positions."""
+        """Hook that records which axes of a block's arguments index positions."""
 
         def note(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             first, lengths = first_path(args, kwargs), (self.splice.extra + length, length)
@@ -511,80 +527,80 @@ class Trial:
                 if path != first:
                     self.splice.axes[number, path] = [axis for axis, size in enumerate(value.shape) if size in lengths]
 
-            mapped(axes, args, kwargs)
+            map_tensors(axes, args, kwargs)
 
         return note
 
 
 def _find_layers(model: nn.Module) -> str:
-    """As of models whose family is known; else the only outer list of modules with attention, or of the config's number."""
+    """`find_layers`, or the only outermost list of modules with attention, or the only list of num_hidden_layers modules."""
     try:
         return find_layers(model)
     except ValueError:
-        lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each)}
-        attend = [name for name, each in lists.items() if "att" in " ".join(n for n, _ in each[0].named_modules()).lower()]
+        lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+        attend = [name for name, m in lists.items() if "att" in " ".join(n for n, _ in m[0].named_modules()).lower()]
         outer = [name for name in attend if not any(name.startswith(f"{other}.") for other in attend)]
-        wanted = getattr(model.config, "num_hidden_layers", None)
-        as_many = [name for name, each in lists.items() if len(each) == wanted]
-        for found in (outer, as_many):
+        expected = getattr(model.config, "num_hidden_layers", None)
+        matching = [name for name, m in lists.items() if len(m) == expected]
+        for found in (outer, matching):
             if len(found) == 1:
                 return found[0]
         raise
 
 
 def _kind_of(block: nn.Module) -> str:
-    """Equal for blocks that are alike but for their numbers and weights."""
+    """Equal for blocks that differ only in layer index and weights."""
     kinds = []
     for name, module in block.named_modules():
         plain = {
             name: value
             for name, value in vars(module).items()
-            if (value is None or isinstance(value, bool | int | str | tuple)) and not NUMBERS_OF_A_LAYER.search(name)
+            if (value is None or isinstance(value, bool | int | str | tuple)) and not PER_LAYER_ATTRIBUTES.search(name)
         }
         shapes = [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
         kinds.append((name, type(module), plain, shapes))
     return repr(kinds)
 
 
-def _described(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() <= CLOSE * other.abs().max())
+def _close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
 
 
-def _kept(output: Any) -> Any:
-    """A module's output, safe from what is done to it in place."""
+def _clone(output: Any) -> Any:
+    """A copy of a module's output that later in-place operations do not change."""
     if isinstance(output, tuple):
-        return tuple(_kept(each) for each in output)
+        return tuple(_clone(item) for item in output)
     return output.clone() if isinstance(output, Tensor) else output
 
 
-def _changed(features: Tensor, at: int) -> Tensor:
-    """Features (1, T, C), with another one at this position."""
+def _perturb(features: Tensor, at: int) -> Tensor:
+    """Features (1, T, C) with noise added at position `at`."""
     other = features.clone()
     other[:, at] += torch.randn_like(other[:, at])
     return other
 
 
-def _rows(x: Tensor, rows: Tensor) -> Tensor:
+def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """x (B, T, C) at `rows` (B, V)."""
     return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def _moved(one: Tensor, other: Tensor) -> Tensor:
-    """Positions (T,) at which two results (T, C) differ."""
+def _differing(one: Tensor, other: Tensor) -> Tensor:
+    """Whether two results (T, C) differ at each position, (T,) bool."""
     return (one - other).abs().amax(-1) > 1e-6 * other.abs().max()
 
 
 def _shapes(reads: str, model: nn.Module) -> list[tuple[int, ...]]:
-    """Shapes of an input, without the batch, that a model of this kind may take."""
+    """Input shapes, without the batch, that the model may take."""
     config = model.config
 
     def value(*names: str, default: int) -> int:
         found = [getattr(config, name, None) for name in names]
-        return next((each for each in found if isinstance(each, int)), default)
+        return next((number for number in found if isinstance(number, int)), default)
 
     if reads == "text":
         return [()]

@@ -24,7 +24,7 @@ class WaveEncoder(Encoder):
 
     def embed(self, inputs: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.feature_grad_mult > 0):
-            # The conv stack of transformers marks its input as requiring grad, in place.
+            # The conv stack of transformers sets requires_grad on its input, in place.
             features = self.model.feature_extractor(inputs.detach()).transpose(1, 2)
         if 0 < self.feature_grad_mult < 1:
             features = features * self.feature_grad_mult + features.detach() * (1 - self.feature_grad_mult)
@@ -32,7 +32,7 @@ class WaveEncoder(Encoder):
         return self.model.feature_projection.projection(features if norm is None else norm(features))
 
     def mask_features(self, features: Tensor, mask: Tensor) -> Tensor:
-        # The projection's dropout is the student's alone; what `embed` gives may be the teacher's too (method 1.6).
+        # The projection's dropout is for the student only; the teacher may share the output of `embed` (method 1.6).
         return super().mask_features(self.model.feature_projection.dropout(features), mask)
 
     @property
@@ -45,13 +45,13 @@ class WaveEncoder(Encoder):
         if padding_mask is not None:
             features = features.masked_fill(padding_mask.unsqueeze(-1), 0)
         encoder = self.model.encoder
-        zeroed = (padding_mask,) if hasattr(encoder, "alibi") else ()  # ours in `nets` zeroes padding for each convolution
+        zeroed = (padding_mask,) if hasattr(encoder, "alibi") else ()  # our model in `nets` zeroes padding in each convolution
         return features + encoder.pos_conv_embed(features, *zeroed)
 
     def place_visible(self, features: Tensor, mask: Tensor, visible: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        # Positions come from convolutions, which must not see what is masked: each view has a copy of its own.
+        # Positions come from convolutions, which must not see masked content, so each view gets its own copy.
         views = mask.shape[1]
-        features = self.model.feature_projection.dropout(features)  # the student's alone, as in `mask_features`
+        features = self.model.feature_projection.dropout(features)  # student only, as in `mask_features`
         features = features.repeat_interleave(views, 0).masked_fill(mask.flatten(0, 1).unsqueeze(-1), 0)
         padding_mask = None if padding_mask is None else padding_mask.repeat_interleave(views, 0)
         return gather(self.place(features, padding_mask), visible)

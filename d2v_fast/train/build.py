@@ -1,4 +1,4 @@
-"""From a config to a run: data, encoder, model, optimizer and schedule, new or as a checkpoint has them."""
+"""From a config to a run: data, encoder, model, optimizer and schedule, new or restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """A run as it is built, before its first step or after those of a checkpoint.
+    """A run, ready to train from its first step or from a checkpoint.
 
     Attributes:
-        config: What to train, on what, how.
-        settings: Of the config, as a checkpoint keeps and compares them.
+        config: The config.
+        settings: All settings as JSON values, as checkpoints store and compare them.
         accelerator: The ranks.
-        folder: Where it writes.
-        checkpoints: In that folder.
-        data: What it reads.
-        samples: What these data are.
-        feed: Its batches.
+        folder: The folder of the run.
+        checkpoints: Its checkpoints.
+        data: The data set.
+        samples: Identity of the samples, compared on resume.
+        feed: The batches.
         broken: Samples that could not be read.
-        state: What a step changes.
-        window: Since the last line of the log.
-        steps: Of the whole run.
-        fused: What --fused has changed, in words.
-        callbacks: Called as it goes.
+        state: What a step reads and changes.
+        window: Statistics since the last line of the log.
+        steps: Total number of steps.
+        fused: What --fused changed, in words.
+        callbacks: The callbacks.
         saved: Step of the newest checkpoint.
         changed: Whether settings differ from those of the newest checkpoint.
         stop: Set by a callback to end the run after the current step.
-        name: Of a run that is part of another.
+        name: Name of the part, if this run is a part of another.
         record: The last line of the log.
     """
 
@@ -90,15 +90,15 @@ class Run:
 
     @property
     def each(self) -> list[Run]:
-        """What it trains; itself alone, unless it has parts."""
+        """The runs that are trained: the parts, or the run itself if it has none."""
         return [self]
 
     def turn(self) -> tuple[Run, int, int]:
-        """What trains in the next step, the number of this step among its own, and of its last one."""
+        """The run that trains next, and the numbers of this step and of the last one among its own steps."""
         return self, self.state.done + 1, self.steps
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside tensors, the same on all ranks."""
+        """State without tensors that is the same on all ranks."""
         return {**self.state.skipped.state_dict(), "monitor": self.state.monitor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class Run:
         self.state.monitor.load_state_dict(state["monitor"])
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """The same of this rank; where the feed is, `build` takes from it."""
+        """State of this rank. `build` reads the position of the feed from it."""
         return {**self.feed.state_dict(), **self.broken.state_dict(), "window": self.window.state_dict()}
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
@@ -115,26 +115,26 @@ class Run:
 
 
 def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = ()) -> Run:
-    """Take the folder, and make all that the config describes; `loop` trains it.
+    """Lock the folder and build everything the config describes. `loop` trains the result.
 
     Args:
-        config: What to train, on what, how.
-        fused: Put the fast parts in, `d2v_fast.fused`.
-        callbacks: More of them than `train.callbacks` names.
+        config: The config.
+        fused: Whether to use the fast parts of `d2v_fast.fused`.
+        callbacks: Callbacks in addition to those of `train.callbacks`.
 
     Raises:
-        CallbackError: A callback that cannot be made.
-        ConfigError: Settings that do not fit each other.
-        DataError: Data that cannot be used.
-        CheckpointError: `config.resume`, and no usable checkpoint.
+        CallbackError: A callback cannot be created.
+        ConfigError: Inconsistent settings.
+        DataError: Unusable data.
+        CheckpointError: `config.resume` is set, but there is no usable checkpoint.
     """
     callbacks = [*map(make_callback, config.train.callbacks), *callbacks]
     if config.train.probe_every and config.parts:
-        raise ConfigError("train.probe_every: is for a run of one modality; d2v-probe RUN/PART tells what a part has learned")
+        raise ConfigError("train.probe_every: is for a run of one modality; use d2v-probe RUN/PART on each part instead")
     if config.train.probe_every:
         callbacks.insert(0, OnlineProbe(config))
     if config.train.trackers:
-        callbacks.append(Trackers(config.train.trackers))  # which get what the others put into the log
+        callbacks.append(Trackers(config.train.trackers))  # last, to get what the others add to the log
     accelerator = start(config.train)
     folder = RunFolder(config, accelerator.is_main_process)
     try:
@@ -142,7 +142,7 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
         if config.parts:
             for name in ("checkpointing", "shard"):
                 if getattr(config.train, name):
-                    raise ConfigError(f"train.{name}: is for a run of one modality; leave it out where several share blocks")
+                    raise ConfigError(f"train.{name}: is for a run of one modality; leave it out when several share blocks")
             from d2v_fast.train.several import build_parts
 
             return build_parts(config, fused, accelerator, folder, callbacks)
@@ -174,12 +174,12 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     # A layer that layer-drop skips on one rank has no gradient there.
     accelerator.ddp_handler.find_unused_parameters = getattr(getattr(encoder.model, "config", None), "layerdrop", 0) > 0
     optimizer, scheduler = make_updates(core, config, steps, saved.step if saved else 0, fused)
-    # What is sharded averages gradients by itself, and DistributedDataParallel is left out.
+    # FSDP averages gradients itself; evaluation_mode leaves out DistributedDataParallel.
     model, optimizer = accelerator.prepare_model(core, evaluation_mode=bool(train.shard)), accelerator.prepare(optimizer)
     state = make_state(config, core, model, optimizer, scheduler, accelerator, steps, folder, data, settings)
     if fused and (graphs := make_graphs(state, train)):
         state.graphs = graphs
-        words.append("CUDA graphs of passes whose shapes come again")
+        words.append("CUDA graphs of passes with repeated shapes")
     run = Run(
         config=config,
         settings=settings,
@@ -196,14 +196,14 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
         fused=words,
         callbacks=Callbacks(callbacks, accelerator.is_main_process),
     )
-    go_on(run, saved)
+    seed_or_restore(run, saved)
     return run
 
 
 def begin(
     config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder
 ) -> tuple[dict[str, Any], Checkpoints, Checkpoint | None]:
-    """The settings as a checkpoint keeps them, the checkpoints, and the one to go on from."""
+    """The settings as a checkpoint stores them, the checkpoints, and the one to resume from."""
     settings = {"modality": config.modality, "fused": fused, "processes": accelerator.num_processes, **config.settings()}
     settings["train.output"] = folder.name
     settings = json.loads(json.dumps(settings, default=str))
@@ -215,14 +215,14 @@ def begin(
 
 
 def read(config: Config, folder: Path) -> tuple[PretrainingData, Encoder, Samples]:
-    """Data and encoder, fitted to each other, and what the samples are."""
-    data = make_data(config, folder)  # what it caches, one process of a machine makes; the others wait without a barrier
+    """The data set and the encoder, fitted to each other, and the identity of the samples."""
+    data = make_data(config, folder)  # one process per machine fills the cache; the others wait for it without a barrier
     encoder = make_encoder(config, None if config.own_data else getattr(data, "tokens", None))
     return data, encoder, _fit(data, encoder, config)
 
 
 def trained_batches(saved: Checkpoint | None, accelerator: Accelerator, part: str = "") -> int:
-    """The number of batches that this rank has trained on."""
+    """Number of batches that this rank has trained on."""
     if not saved:
         return 0
     with saved.reading():
@@ -238,7 +238,7 @@ def make_feed(config: Config, data: PretrainingData, order: EpochBatches, accele
 def make_updates(
     core: torch.nn.Module, config: Config, steps: int, done: int, fused: bool
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """Optimizer and learning rate, after `done` steps of `steps`."""
+    """Optimizer and learning rate schedule after `done` of `steps` steps."""
     optimizer = make_optimizer(core, config.optimizer, fused)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step, steps, config.schedule), last_epoch=done - 1
@@ -257,7 +257,7 @@ def make_state(
     data: PretrainingData,
     settings: dict[str, Any],
 ) -> State:
-    """What a step reads and changes, with what watches it."""
+    """The state of a step, with its monitor and its counter of skipped steps."""
     train, main = config.train, accelerator.is_main_process
     rank = None if accelerator.num_processes == 1 else accelerator.process_index
     watched = folder.path if main else None
@@ -275,11 +275,11 @@ def make_state(
     )
 
 
-def go_on(run: Run, saved: Checkpoint | None) -> None:
-    """Seed what is random in this process, and make everything as it was at the checkpoint, if there is one."""
+def seed_or_restore(run: Run, saved: Checkpoint | None) -> None:
+    """Seed this process, then restore the checkpoint if there is one."""
     from accelerate.utils import set_seed
 
-    # Dropout differs between ranks. What numpy takes has 32 bits.
+    # Dropout differs between ranks. A numpy seed has 32 bits.
     set_seed((run.config.train.seed + run.accelerator.process_index) % 2**32)
     if saved:
         run.saved = run.state.done = saved.step
@@ -289,49 +289,49 @@ def go_on(run: Run, saved: Checkpoint | None) -> None:
 
 
 def _fit(data: PretrainingData, encoder: Encoder, config: Config) -> Samples:
-    """Fit the data to the encoder; what the samples are."""
+    """Fit the data to the encoder; returns the identity of the samples."""
     with blamed(config.data["class"], type(data), "fit_to or contents fails"):
         data.fit_to(encoder)
         return Samples(len(data), *data.contents())
 
 
 def make_core(config: Config, data: PretrainingData, encoder: Encoder, accelerator: Accelerator) -> Data2Vec:
-    """Student, teacher and head, tried where a step may fail for reasons that can be named: by several ranks, by own data."""
+    """Student, teacher and head. Tries a batch where that gives a better error: on several ranks and for own data classes."""
     own = config.data["class"]
-    shown = _try_collate(config, data, encoder) if own else ""
+    shapes = _try_collate(config, data, encoder) if own else ""
     core = make_model(config, encoder, data.axes)
     if accelerator.num_processes > 1 or own:
         core.to(accelerator.device)
-        with accelerator.autocast(), blamed(own, type(data), f"the model does not take its batch, {shown}"):
+        with accelerator.autocast(), blamed(own, type(data), f"the model does not take its batch, {shapes}"):
             unused = freeze_unused(core, data)
         if unused and accelerator.is_main_process:
-            log.info("frozen, as no gradient reaches them: %s", ", ".join(unused))
+            log.info("frozen because no gradient reaches them: %s", ", ".join(unused))
     return core
 
 
 def _shard(core: Data2Vec, config: Config, data: PretrainingData, accelerator: Accelerator) -> None:
-    """Spread the model over the ranks, and try whether it still runs.
+    """Shard the model over the ranks and try a forward pass.
 
     Raises:
-        ConfigError: One process alone, a model whose ranks may leave blocks out, or that reads their weights elsewhere.
+        ConfigError: There is only one process, layer-drop is on, or the model cannot be sharded by its blocks.
     """
-    asked, world, device = config.train.shard, accelerator.num_processes, accelerator.device
-    what = f"train.shard={str(asked).lower()}"
+    mode, world, device = config.train.shard, accelerator.num_processes, accelerator.device
+    what = f"train.shard={str(mode).lower()}"
     if world == 1:
         raise ConfigError(
-            f"{what}: there is one process, which has nobody to share with; start several, torchrun --nproc_per_node=GPUS -m "
-            "d2v_fast.cli …, or train.shard=false, and train.checkpointing=true for less memory"
+            f"{what}: there is only one process; start several with torchrun --nproc_per_node=GPUS -m d2v_fast.cli …, or set "
+            "train.shard=false, with train.checkpointing=true to save memory"
         )
     name, dropped = type(core.student.model).__name__, getattr(getattr(core.student.model, "config", None), "layerdrop", 0)
     if dropped:
         raise ConfigError(
-            f"{what} with encoder.config.layerdrop={dropped}: a block is gathered from all ranks, and none may leave it out; "
+            f"{what} with encoder.config.layerdrop={dropped}: a block is gathered from all ranks, so no rank may skip it; set "
             "encoder.config.layerdrop=0 or train.shard=false"
         )
     core.to(device)
     batch = first_batch(data)
     try:
-        shard(core, device, world, hybrid=asked == "hybrid")
+        shard(core, device, world, hybrid=mode == "hybrid")
         if batch is not None:
             core.eval()
             with torch.no_grad(), accelerator.autocast():
@@ -340,26 +340,26 @@ def _shard(core: Data2Vec, config: Config, data: PretrainingData, accelerator: A
             core.train()
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"{what}: {name} cannot be sharded by its blocks: {_in_one_line(error)}; blocks that are called as modules can, if "
-            "nothing outside reads their weights; else train.shard=false, and train.checkpointing=true for less memory"
+            f"{what}: {name} cannot be sharded by its blocks: {_in_one_line(error)}; blocks must be called as modules, and "
+            "nothing outside them may read their weights; set train.shard=false, with train.checkpointing=true to save memory"
         ) from error
 
 
 def _try_collate(config: Config, data: PretrainingData, encoder: Encoder) -> str:
-    """What a batch of a class of one's own holds, in words, once it is known to be one."""
+    """Check a first batch of your own data class; returns its dtypes and shapes in words."""
     own = config.data["class"]
     if data.grid is not None:
         data.check_mask()
     with blamed(own, type(data), "collate fails on its first samples"):
         batch = first_batch(data)
-    if batch is None:  # the first step says why
+    if batch is None:  # the first step raises the reason
         return ""
     check_batch(own, data, batch, encoder, config.head.kind == "conv")
     return ", ".join(f"{key} {each.dtype} {tuple(each.shape)}" for key, each in batch.items() if isinstance(each, Tensor))
 
 
 def make_order(config: Config, data: PretrainingData, accelerator: Accelerator, start: int) -> EpochBatches:
-    """The order of this rank's batches, from the first that it has not trained on."""
+    """The order of this rank's batches, starting after `start` of them."""
     return EpochBatches(
         len(data),
         config.train.batch_size,
@@ -381,12 +381,12 @@ def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
     """The data set that the config describes.
 
     Args:
-        config: Its settings.
-        folder: Of a run that goes on; the tokenizer that it has trained stays as it is.
+        config: The config.
+        folder: Folder of a resumed run, whose trained tokenizer is used again.
 
     Raises:
-        ConfigError: Settings that do not fit each other.
-        DataError: Data that cannot be used, or a class of one's own that leaves something out.
+        ConfigError: Inconsistent settings.
+        DataError: Unusable data, or an incomplete data class of your own.
     """
     data = dict(config.data)
     own = data.pop("class")
@@ -394,8 +394,8 @@ def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
         data["tokenizer"] = str(folder / TOKENIZER)
     elif learns_tokens(config) and config.encoder.pretrained:
         raise ConfigError(
-            f"data.tokenizer=train: makes a new vocabulary, but encoder.pretrained={config.encoder.pretrained} has learned "
-            "another one; leave data.tokenizer out, or name the tokenizer that the encoder was trained with"
+            f"data.tokenizer=train: makes a new vocabulary, but encoder.pretrained={config.encoder.pretrained} was trained "
+            "with another one; leave data.tokenizer out, or name the tokenizer that the encoder was trained with"
         )
     if config.modality == "text" and not config.own_data:
         data["max_broken"] = config.train.max_broken
@@ -408,14 +408,15 @@ def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
 
 
 def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encoder:
-    """The student's encoder; the same weights for the same train.seed.
+    """The student's encoder. The same train.seed gives the same weights.
 
     Args:
-        config: Its settings.
-        tokens: Of text, the size of the vocabulary and the ids of special tokens, by the fields that are left to them if open.
+        config: The config.
+        tokens: For text, the vocabulary size and the ids of special tokens by configuration field. Fields set in
+            encoder.config win.
 
     Raises:
-        ConfigError: An encoder without a vocabulary for text, or of another modality.
+        ConfigError: The encoder has no vocabulary for text, or is of another modality.
     """
     from transformers import CONFIG_MAPPING
 
@@ -432,7 +433,7 @@ def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encode
         setting = "model" if config.encoder.pretrained is None else "pretrained"
         raise ConfigError(
             f"encoder.{setting}={getattr(config.encoder, setting)}: {type(encoder.model).__name__} does not read what "
-            f"modality={config.modality} gives; take an encoder of this modality, or another modality with its data"
+            f"modality={config.modality} gives; choose an encoder of this modality, or the modality of the encoder"
         )
     return encoder
 
@@ -441,12 +442,12 @@ def make_model(config: Config, encoder: Encoder, axes: int | None = None) -> Dat
     """Student, teacher and head.
 
     Args:
-        config: Its settings.
-        encoder: The student's.
-        axes: Of the grid of positions; by default those of the modality.
+        config: The config.
+        encoder: The student's encoder.
+        axes: Number of axes of the position grid; by default that of the modality.
 
     Raises:
-        ConfigError: head.pretrained holds no head, or another one.
+        ConfigError: head.pretrained holds no head, or one that does not fit.
     """
     head, decoder = vars(config.head).copy(), None
     kind, layers, zero_init, _ = (head.pop(name) for name in ("kind", "layers", "zero_init", "pretrained"))
@@ -472,30 +473,30 @@ def make_model(config: Config, encoder: Encoder, axes: int | None = None) -> Dat
 
 
 def _start_from_pretrained(model: Data2Vec, config: Config) -> None:
-    """Take over the head and the teacher that lie beside pretrained weights, as d2v-export leaves them.
+    """Load the head and the teacher that d2v-export saves with pretrained weights.
 
     Raises:
-        ConfigError: head.pretrained has no head that fits, or a teacher is of another encoder.
+        ConfigError: head.pretrained holds no head that fits, or the teacher is of another encoder.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
 
     encoder = config.encoder.pretrained and Path(config.encoder.pretrained).expanduser()
-    asked, made = config.head.pretrained is not None, {}
-    file = (Path(config.head.pretrained).expanduser() if asked else encoder or Path()) / HEAD
-    if asked or (encoder and file.is_file()):
+    required, made = config.head.pretrained is not None, {}
+    file = (Path(config.head.pretrained).expanduser() if required else encoder or Path()) / HEAD
+    if required or (encoder and file.is_file()):
         try:
             with safe_open(file, "pt") as opened:
                 made = {name: value for name, value in (opened.metadata() or {}).items() if hasattr(config.head, name)}
-            # The weights do not tell whether there are residuals.
+            # The weights do not show whether there are residuals.
             if made.get("residual", str(config.head.residual)) != str(config.head.residual):
                 raise RuntimeError(f"head.residual: found {config.head.residual}, expected {made['residual']}")
             model.head.load_state_dict(load_file(file))
         except (OSError, RuntimeError, SafetensorError) as error:
-            told = "; made with:" + "".join(f" head.{name}={value}" for name, value in sorted(made.items())) if made else ""
-            if asked:
-                raise ConfigError(f"head.pretrained={config.head.pretrained}: {_in_one_line(error)}{told}") from error
-            log.warning("%s: is not of this head, which starts at random%s (%s)", file, told, _in_one_line(error))
+            hint = "; made with:" + "".join(f" head.{name}={value}" for name, value in sorted(made.items())) if made else ""
+            if required:
+                raise ConfigError(f"head.pretrained={config.head.pretrained}: {_in_one_line(error)}{hint}") from error
+            log.warning("%s: does not fit this head, which starts at random%s (%s)", file, hint, _in_one_line(error))
         else:
             log.info("head from %s", file)
     elif encoder and model.sparse:
@@ -505,28 +506,28 @@ def _start_from_pretrained(model: Data2Vec, config: Config) -> None:
             model.teacher.module.model.load_state_dict(load_file(encoder / TEACHER))
         except (RuntimeError, SafetensorError) as error:
             raise ConfigError(
-                f"{encoder / TEACHER}: {_in_one_line(error)}; remove it, and the teacher starts as a copy of the student"
+                f"{encoder / TEACHER}: {_in_one_line(error)}; remove it to start the teacher as a copy of the student"
             ) from error
-        log.info("teacher from %s; ema.start is where its decay goes on", encoder / TEACHER)
-    elif asked or (encoder and model.sparse):
-        log.warning("student and head go on from what they were; the teacher, not saved, is a copy of the student")
+        log.info("teacher from %s; its decay starts at ema.start", encoder / TEACHER)
+    elif required or (encoder and model.sparse):
+        log.warning("student and head start from saved weights; the teacher was not saved and starts as a copy of the student")
 
 
 def _in_one_line(error: Exception) -> str:
-    """An error in one line; of the weights that do not fit, it names the first."""
+    """The first two lines of an error in one line; of several weights that do not fit, this names the first."""
     return " ".join(line.strip().rstrip(".") for line in str(error).splitlines()[:2])
 
 
 def first_batch(data: PretrainingData) -> Batch | None:
-    """Two samples, or the one that can be read, with something to score; None without, and the first step says why."""
+    """A batch of up to two readable samples with something to score; None if there is none, which the first step reports."""
     batches = (data.__getitems__([(0, i) for i in range(at, min(at + 2, len(data)))]) for at in range(0, len(data), 2))
     return next((batch for batch in itertools.islice(batches, EMPTY) if len(batch.get("index", ()))), None)
 
 
 def freeze_unused(core: Data2Vec, data: PretrainingData) -> list[str]:
-    """Freeze the parameters that no gradient reaches, which several ranks would not accept; returns their names.
+    """Freeze the parameters that no gradient reaches, which DistributedDataParallel would reject; returns their names.
 
-    An example is the positional convolution of Wav2Vec2-Conformer, which has positions of another kind.
+    An example is the positional convolution of Wav2Vec2-Conformer, which is unused with its other kinds of positions.
     """
     batch = first_batch(data)
     if batch is None:
@@ -534,7 +535,7 @@ def freeze_unused(core: Data2Vec, data: PretrainingData) -> list[str]:
     device = next(core.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
     parameters = {name: p for name, p in core.named_parameters() if p.requires_grad}
-    core.eval()  # layer-drop would skip some that are used
+    core.eval()  # layer-drop would skip used parameters
     gradients = torch.autograd.grad(core(**batch).loss, list(parameters.values()), allow_unused=True)
     core.train()
     unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]

@@ -1,4 +1,4 @@
-"""The folder of a run: its place, its lock, and the names of what lies in it."""
+"""The folder of a run: its path, its lock, and the names of its files."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from d2v_fast.config import Config, ConfigError
 from d2v_fast.report import read_lines
 from d2v_fast.train.parallel import from_main
 
-TOKENIZER = "tokenizer"  # folder of one that was trained for the run
+TOKENIZER = "tokenizer"  # folder of the tokenizer trained for the run
 STEP = "step.json"  # in export/: the step its weights are from
-HEAD, TEACHER = "head.safetensors", "teacher.safetensors"  # beside the encoder of a checkpoint of another project
+HEAD, TEACHER = "head.safetensors", "teacher.safetensors"  # saved with the encoder of another project's checkpoint
 
 
 class RunFolder:
-    """The folder of a run, locked until the run ends, so that what is found there at first stays.
+    """The folder of a run, locked until the run ends.
 
     Attributes:
-        name, path: Where it is, as it was named and as a path.
-        resume: Whether the run goes on from a checkpoint; what `config.resume` leaves open is decided here.
+        name, path: The folder, as named in the settings and as a path.
+        resume: Whether the run resumes from a checkpoint; `config.resume` = auto is decided here.
 
     Args:
-        config: `train.output` names the folder; without it one in runs/ is made.
-        main: Whether this is the main process, which alone makes and locks it; the others are told where it is.
+        config: `train.output` names the folder; by default a new one in runs/ is created.
+        main: Whether this is the main process. Only the main process creates and locks the folder; the others get its name.
 
     Raises:
-        ConfigError: Another process is at work there, it holds a run already, or it cannot be written.
+        ConfigError: Another process uses the folder, it already holds a run, or it cannot be written.
     """
 
     def __init__(self, config: Config, main: bool):
@@ -42,12 +42,12 @@ class RunFolder:
             chosen = str(new_folder(config.name))
         self.name = from_main(chosen)
         self.path = Path(self.name)
-        # The lock of a process that is killed is free. One for all runs of a process: a run never started would keep it.
+        # A killed process releases its lock. Runs of one process share it: a run that was never started would keep it.
         self.lock = FileLock(self.path / ".lock", timeout=0, is_singleton=True)
         self.resume, self.parts = config.resume, ("", *config.parts)
         if main and (self.path.exists() or config.resume is not True):
             self._enter()
-        self.resume = from_main(self.resume)  # which of several machines may not see
+        self.resume = from_main(self.resume)  # other machines may not see the folder
 
     def inside(self, name: str) -> RunFolder:
         """The folder of a part of this run, under the same lock."""
@@ -63,30 +63,30 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
         except Timeout:
-            raise ConfigError(f"train.output={self.path}: another d2v-train is at work there; wait for its end") from None
+            raise ConfigError(f"train.output={self.path}: another d2v-train is running there; wait until it ends") from None
         except OSError as error:
             raise cannot_write(self.path, error) from error
         if self.resume == "auto":
             self.resume = bool(Checkpoints(self.path / "checkpoints", keep_last=1).steps())
-            if not self.resume:  # what was logged before the first checkpoint comes again
+            if not self.resume:  # steps before the first checkpoint are trained and logged again
                 for part, name in itertools.product(self.parts, ("log.jsonl", "alarms.jsonl")):
                     (self.path / part / name).unlink(missing_ok=True)
                 shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
         has_checkpoints = (self.path / "checkpoints").exists()
         if not self.resume and (has_checkpoints or any(read_lines(self.path / part / "log.jsonl") for part in self.parts)):
             self.lock.release()
-            goes_on = "--resume goes on with it" if has_checkpoints else "it has no checkpoint to go on from; remove it"
-            raise ConfigError(f"train.output={self.path}: holds a run already; {goes_on}, another folder starts a new one")
+            remedy = "--resume continues it" if has_checkpoints else "it has no checkpoint to resume from; remove it"
+            raise ConfigError(f"train.output={self.path}: already holds a run; {remedy}, or choose another folder")
 
     def leave(self, steps: int) -> None:
-        """Unlock it; one that was made for a run of no steps is removed, unless alarms say why."""
+        """Release the lock. A new folder of a run without steps is removed, unless it holds alarms."""
         if self.made and not steps and not (self.path / "alarms.jsonl").exists():
             shutil.rmtree(self.path, ignore_errors=True)
         self.lock.release(force=True)  # also for runs that were built and never started
 
 
 def new_folder(name: str) -> Path:
-    """Make a folder in runs/ for a run without train.output. Several that start in the same second get one each."""
+    """Create a folder in runs/ for a run without train.output. Runs that start in the same second get different ones."""
     base = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
         folder = Path(base + suffix)

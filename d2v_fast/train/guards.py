@@ -1,4 +1,4 @@
-"""What a run survives, and what stops it: broken samples, steps that are not finite, full disks, signals."""
+"""What a run tolerates and what stops it: broken samples, steps that are not finite, full disks, signals."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ log = logging.getLogger(__name__)
 
 
 class WorkerDied(DataError):
-    """A process that loads data has ended."""
+    """A data loading process has died."""
 
 
 class NotFiniteError(RuntimeError):
-    """Too many steps in a row were skipped, as loss or gradient was not finite."""
+    """Too many steps in a row were skipped because loss or gradient was not finite."""
 
 
 class BrokenSamples:
-    """Names each sample that could not be read once, and stops the run when they are too many.
+    """Logs each unreadable sample once, and stops the run when there are too many.
 
     Args:
         total: Number of samples.
-        limit: Largest share of them.
+        limit: Maximum share of unreadable ones.
     """
 
     def __init__(self, total: int, limit: float):
@@ -49,7 +49,7 @@ class BrokenSamples:
         self.judge(self.seen)
 
     def judge(self, seen: dict[int, str]) -> None:
-        """Raise DataError if those seen, here or on all ranks, are too many."""
+        """Raise DataError if `seen`, from this rank or all ranks, holds too many samples."""
         if len(seen) > self.limit * self.total or len(seen) == self.total:
             first = "\n  ".join(list(seen.values())[:5])
             raise DataError(
@@ -67,17 +67,17 @@ class SkippedSteps:
     """Counts the steps whose loss or gradient is not finite, and stops the run after too many in a row.
 
     Args:
-        limit: Steps in a row.
-        sample_name: Where a sample comes from, by its index.
-        folder: Of the run, where a file then tells what to look at.
-        rank: Of this process; None if it is alone.
-        settings: For that file.
+        limit: Maximum number of steps in a row.
+        sample_name: Maps the index of a sample to its source.
+        folder: Folder of the run, for the file that names the samples of the skipped steps.
+        rank: Rank of this process; None if there is only one.
+        settings: Settings of the run, for that file.
     """
 
     def __init__(self, limit: int, sample_name: Callable[[int], str], folder: Path, rank: int | None, settings: dict[str, Any]):
         self.limit, self.sample_name, self.folder, self.rank, self.settings = limit, sample_name, folder, rank, settings
         self.count = 0
-        self.suspects: list[dict[str, Any]] = []  # the last ones, one after the other
+        self.suspects: list[dict[str, Any]] = []  # the last steps skipped in a row
 
     def add(self, step: int, micro_batches: list[Batch], loss: Tensor, grad_norm: Tensor) -> None:
         self.count += 1
@@ -93,11 +93,11 @@ class SkippedSteps:
         log.warning("step %d skipped: loss or gradient is not finite; %d so far", step, self.count)
 
     def forget(self) -> None:
-        """After a step that was finite."""
+        """Reset after a finite step."""
         self.suspects = []
 
     def judge(self, step: int) -> None:
-        """Raise NotFiniteError, which names a file, if the last steps up to this one are too many."""
+        """Write the file and raise NotFiniteError if too many steps in a row, up to this one, were skipped."""
         if len(self.suspects) < self.limit:
             return
         file = self.folder / f"not-finite-step-{step}{'' if self.rank is None else f'-rank-{self.rank}'}.json"
@@ -116,28 +116,28 @@ class SkippedSteps:
 
 @contextmanager
 def disk_may_fail(what: str) -> Iterator[None]:
-    """A disk that is full costs what is to be written and not the run."""
+    """Log an OSError instead of raising it: a full disk must not end the run."""
     try:
         yield
     except OSError as error:
-        log.error("%s could not be written, training goes on: %s", what, error)
+        log.error("%s could not be written, training continues: %s", what, error)
 
 
 def in_main_thread() -> bool:
-    """Whether this thread may set signal handlers: that of a notebook server or of Ray may not."""
+    """Whether this thread may set signal handlers. Threads of a notebook server or of Ray may not."""
     return threading.current_thread() is threading.main_thread()
 
 
 class StopRequest:
-    """SIGTERM, Ctrl-C and a closed terminal end the run after the current step, with a checkpoint; the second one at once.
+    """SIGTERM, Ctrl-C and SIGHUP end the run after the current step, with a checkpoint; a second one ends it at once.
 
-    So do SIGUSR1 and SIGUSR2, by which SLURM warns of the end of a job's time, unless they have another handler. They never
-    count as the second one: SIGTERM follows them.
+    So do SIGUSR1 and SIGUSR2, with which SLURM announces the end of a job's time, unless they have another handler. They never
+    count as the second signal, because SIGTERM follows them.
     """
 
-    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # the last three are not known everywhere
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # the last three do not exist on every platform
     WARNINGS = ("SIGUSR1", "SIGUSR2")
-    ECHO = 1.0  # seconds in which torchrun passes on to its ranks the Ctrl-C that the terminal has sent them already
+    ECHO = 1.0  # seconds; torchrun forwards a Ctrl-C that the terminal has already sent to its ranks
 
     def __enter__(self) -> StopRequest:
         self.asked, self.since = False, None

@@ -1,4 +1,4 @@
-"""What a run tells of itself: log.jsonl and TensorBoard, and its progress on the terminal."""
+"""Logging of a run: log.jsonl, TensorBoard and other trackers, and progress on the terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROJECT = "d2v-fast"  # what trackers file a run under
+PROJECT = "d2v-fast"  # project name of runs in trackers
 PROGRESS = (
     "loss {loss:.4f}  target std {target_std:.3f}  prediction std {prediction_std:.3f}  "
     "{samples_per_s:.1f} samples/s  data wait {data_wait:.0%}"
@@ -37,12 +37,12 @@ PROGRESS = (
 
 
 class RunLog:
-    """log.jsonl and, if it is installed, TensorBoard; nothing without a folder.
+    """log.jsonl and, if it is installed, TensorBoard. Without a folder, nothing is logged.
 
     Args:
-        folder: The run's.
-        step: Last step of the checkpoint that the run goes on from; what was logged of later ones is cut.
-        board: Whether TensorBoard is wanted.
+        folder: Folder of the run.
+        step: Step of the checkpoint that the run resumes from; entries of later steps are removed.
+        board: Whether to use TensorBoard.
     """
 
     def __init__(self, folder: Path | None, step: int = 0, board: bool = True):
@@ -64,9 +64,9 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1 if self.step else None)
-            except Exception as error:  # it is optional, and has errors of its own, as for folders that are not UTF-8
+            except Exception as error:  # optional; may raise anything, such as for folders that are not UTF-8
                 remedy = "; pip install tensorboard" if isinstance(error, ImportError) else ""
-                log.info("curves are in log.jsonl alone: %s%s", error, remedy)
+                log.info("curves are only in log.jsonl: %s%s", error, remedy)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -79,10 +79,10 @@ class RunLog:
     def write(self, record: dict[str, float]) -> None:
         if self.folder is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
-            with disk_may_fail("log.jsonl"):  # what could not be written stays in the buffer and comes with the next line
+            with disk_may_fail("log.jsonl"):  # unwritten lines stay in the buffer until the next write
                 self.file.write(json.dumps(finite) + "\n")
         if self.board is not None:
-            board, self.board = self.board, None  # one that failed once fails for ever
+            board, self.board = self.board, None  # once it has failed, it keeps failing
             with disk_may_fail("more for tensorboard"):
                 for name in record.keys() - {"step", "time"}:
                     board.add_scalar(name, record[name], record["step"])
@@ -90,10 +90,10 @@ class RunLog:
 
 
 class Trackers(Callback):
-    """Curves and settings elsewhere too, through accelerate. One that fails on the way costs its curves and not the run.
+    """Logs metrics and settings to other trackers through accelerate. A tracker that fails is dropped; the run continues.
 
     Args:
-        names: As `train.trackers` has them.
+        names: Names as in `train.trackers`.
 
     Raises:
         ConfigError: A package is missing.
@@ -110,7 +110,7 @@ class Trackers(Callback):
 
         folder, name, done = run.folder.path, run.folder.path.resolve().name, run.state.done
         arguments = {
-            # Points after the checkpoint that a run goes on from are cut.
+            # On resume, remove points after the checkpoint.
             "tensorboard": ("tensorboard", folder, {"purge_step": done + 1 if done else None}),
             "wandb": (PROJECT, {"name": name, "dir": str(folder)}),
             "mlflow": (PROJECT, {"run_name": name}),
@@ -119,12 +119,12 @@ class Trackers(Callback):
         simple = (int, float, str, bool)
         settings = {k: v if isinstance(v, simple) else json.dumps(v) for k, v in run.settings.items()}
         for tracker in self.names:
-            *places, named = arguments[tracker]
+            *args, kwargs = arguments[tracker]
             try:
-                opened = LOGGER_TYPE_TO_CLASS[tracker](*places, **named)
+                opened = LOGGER_TYPE_TO_CLASS[tracker](*args, **kwargs)
                 opened.start()
                 opened.store_init_configuration(settings)
-            except Exception as error:  # packages of others have errors of their own
+            except Exception as error:  # third-party packages may raise anything
                 raise ConfigError(f"train.trackers={tracker}: cannot be started: {first_line(error)}") from error
             self.trackers[tracker] = opened
 
@@ -147,7 +147,7 @@ class Trackers(Callback):
 
 
 class Screen:
-    """stderr for the progress bar: one that is gone or full costs the bar and not the run."""
+    """stderr for the progress bar. Write errors, as for a closed terminal or a full disk, do not end the run."""
 
     def write(self, text: str) -> None:
         with suppress(OSError, ValueError):
@@ -162,11 +162,11 @@ class Screen:
 
 
 class Progress:
-    """A bar on a terminal and lines of text elsewhere; nothing on other ranks than the first.
+    """A bar on a terminal, lines of text elsewhere. Only the first rank shows progress.
 
     Args:
-        steps: Of the whole run.
-        done: Steps before it goes on.
+        steps: Total number of steps.
+        done: Steps done before the run resumes.
         main: Whether this is the first rank.
     """
 
@@ -175,9 +175,9 @@ class Progress:
 
         self.steps, self.begin, self.main, self.start = steps, done, main, time.perf_counter()
         self.shows_bar = main and sys.stderr.isatty()
-        quiet = {} if self.shows_bar else {"disable": True}  # not False, which would overrule TQDM_DISABLE
+        disable = {} if self.shows_bar else {"disable": True}  # not False, which would override TQDM_DISABLE
         self.bar = tqdm(
-            total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.05, delay=0, file=Screen(), **quiet
+            total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.05, delay=0, file=Screen(), **disable
         )
 
     def __enter__(self) -> Progress:
@@ -190,11 +190,11 @@ class Progress:
         self.bar.update()
 
     def show(self, record: dict[str, float], part: str = "") -> None:
-        """The figures of a line of the log, and the part of the run that they are of."""
+        """Show a line of the log, for a part with its name."""
         figures = f"{part}{': ' * bool(part)}{PROGRESS.format(**record)}"
         if self.shows_bar:
             self.bar.set_postfix_str(figures)
-        elif self.main:  # the log of a batch job would keep every state of the bar
+        elif self.main:  # in the log of a batch job, a bar would leave a line per update
             done = record["step"]
             seconds = (time.perf_counter() - self.start) * (self.steps - done) / (done - self.begin)
             left = self.bar.format_interval(seconds)
@@ -202,7 +202,7 @@ class Progress:
 
 
 class Window:
-    """What happened since the last line of the log. Losses are summed on the device, so that nobody waits for them."""
+    """Statistics since the last line of the log. Losses are summed on the device to avoid synchronization."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -222,14 +222,14 @@ class Window:
         }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        losses = state["loss"], state.get("cls_loss", 0.0)  # which checkpoints of before data2vec 2.0 do not know
+        losses = state["loss"], state.get("cls_loss", 0.0)  # missing in checkpoints older than data2vec 2.0 support
         self.loss, self.cls_loss = (torch.full((), loss, device=self.device) for loss in losses)
         self.steps, self.samples, self.seconds_waited = state["steps"], state["samples"], state["waited"]
         self.start = time.perf_counter() - state["seconds"]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what happens meanwhile."""
+        """Exclude the time spent inside."""
         begin = time.perf_counter()
         yield
         self.start += time.perf_counter() - begin
@@ -241,7 +241,7 @@ class Window:
         self.seconds_waited += time.perf_counter() - begin
 
     def add(self, outcome: Outcome, samples: int) -> None:
-        """Count a step; the loss of one that was skipped is left out."""
+        """Count a step. The loss of a skipped step is left out."""
         if outcome.finite:
             self.loss += outcome.loss
             self.cls_loss += outcome.cls_loss
@@ -250,10 +250,10 @@ class Window:
 
 
 def make_record(state: State, window: Window, broken: BrokenSamples, epoch: int, grad_norm: Tensor) -> dict[str, float]:
-    """A line of the log, over all ranks; here the device is waited for.
+    """A line of the log over all ranks. This synchronizes with the device.
 
     Raises:
-        DataError: On all ranks together, too many samples cannot be read.
+        DataError: Over all ranks, too many samples cannot be read.
     """
     from accelerate.utils import gather_object
 

@@ -47,7 +47,7 @@ def loop(run: Run) -> int:
 
 
 def _steps(run: Run) -> bool:
-    """All steps; whether the run was asked to stop."""
+    """Train all steps; returns whether the run was asked to stop."""
     train, state, main, begin = run.config.train, run.state, run.accelerator.is_main_process, run.state.done
     stopped, together = False, False
     state.model.train()
@@ -94,23 +94,23 @@ def _steps(run: Run) -> bool:
             run.checkpoints.wait()
             together = True
             run.callbacks.written(run)
-    except (CollapseError, NotFiniteError):  # all ranks at once, after a step
+    except (CollapseError, NotFiniteError):  # raised on all ranks after the same step
         save(run)
         together = True
         raise
     except CallbackError:
-        if state.world == 1:  # others do not know of it
+        if state.world == 1:  # other ranks do not see the error and would not join the save
             save(run)
         raise
     except WorkerDied:
-        stopped = stop.asked  # whoever asked may have told all processes of the run
+        stopped = stop.asked  # the signal may have gone to the workers too
         if not stopped:
             raise
     finally:
         for part in run.each:
             part.feed.close()
         run.checkpoints.wait()
-        # Whatever ended the run, what was learned is kept. One rank alone cannot gather what is spread over all.
+        # Keep what was learned, whatever ended the run. One rank alone cannot gather a sharded model.
         if state.done and (together or not train.shard):
             _export(run)
     return stopped
@@ -123,18 +123,18 @@ def _export(run: Run) -> None:
 
 
 def _take(run: Run, part: Run) -> list[Batch]:
-    """The micro-batches of a step. If there are none to be had, the steps before are saved."""
+    """The micro-batches of a step. If loading them fails, the steps so far are saved."""
     try:
         with part.window.waiting():
             return part.feed.take(run.config.train.accumulate)
     except Exception:
-        if run.state.world == 1:  # others would not know of it and not come to save
+        if run.state.world == 1:  # other ranks do not see the error and would not join the save
             save(run)
         raise
 
 
 def _describe(run: Run) -> None:
-    """Write down what the run is, in its folder and in the log."""
+    """Describe the run in its folder and in the log."""
     config, folder, world = run.config, run.folder.path, run.state.world
     if not run.changed:
         write_settings(run)
@@ -147,23 +147,23 @@ def _describe(run: Run) -> None:
     if run.fused:
         log.info("fused: %s", ", ".join([*run.fused, "AdamW"]))
     if done := run.state.done:
-        log.info("goes on after step %d%s", done, "; nothing is left to train" * (done >= run.steps))
+        log.info("resumes after step %d%s", done, "; nothing is left to train" * (done >= run.steps))
 
 
 def _describe_part(run: Run) -> None:
-    """The same of what is trained."""
-    place = run.folder.path / TOKENIZER
-    if learns_tokens(run.config) and not (run.config.resume and place.exists()):
-        beside = place.with_suffix(".tmp")
-        for unfinished in (beside, place):  # of a run that ended before its first step
+    """Save the tokenizer that was trained for the run, and log the encoder."""
+    target = run.folder.path / TOKENIZER
+    if learns_tokens(run.config) and not (run.config.resume and target.exists()):
+        temporary = target.with_suffix(".tmp")
+        for unfinished in (temporary, target):  # of a run that ended before its first step
             shutil.rmtree(unfinished, ignore_errors=True)
-        run.data.processor(run.state.core.student).save_pretrained(beside)
-        os.replace(beside, place)
+        run.data.processor(run.state.core.student).save_pretrained(temporary)
+        os.replace(temporary, target)
     log.info("%s%s", run.name and f"{run.name}: ", describe(run.state.core.student))
 
 
 def _conclude(run: Run, stopped: bool) -> int:
-    """Say how the run ended; returns the exit code.
+    """Log how the run ended; returns the exit code.
 
     Raises:
         CheckpointError: The last checkpoint could not be written.
@@ -177,7 +177,7 @@ def _conclude(run: Run, stopped: bool) -> int:
     if run.checkpoints.failed:
         raise CheckpointError(f"{run.checkpoints.failed}; the student is in {students}")
     if stopped and not done:
-        log.warning("stopped before the first step; there is nothing to go on from")
+        log.warning("stopped before the first step; there is nothing to resume")
     elif stopped:
         log.warning(
             "stopped at step %d of %d; the student so far is in %s; d2v-train --resume %s goes on",

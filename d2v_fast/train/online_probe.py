@@ -1,4 +1,4 @@
-"""What the teacher has learned so far, by a k-NN on a small labelled set while it trains."""
+"""k-NN probe of the teacher on a small labelled set during training."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 1000  # at most, to vote and to be told apart
+SAMPLES = 1000  # maximum of training and of test samples each
 
 
 class OnlineProbe(Callback):
     """Puts `probe_knn` into the first line of the log after each `every` steps, and into the last one.
 
-    The share of test samples whose label a k-NN tells from the teacher's mean states, weighted as in DINO. The random numbers
-    of the training stay as they are.
+    The value is the test accuracy of a k-NN on the teacher's mean states, weighted as in DINO. The random number generators of
+    the training are not affected.
 
     Args:
-        config: Of the run: `train.probe_every` and `train.probe_data`.
+        config: Config of the run, with `train.probe_every` and `train.probe_data`.
 
     Raises:
-        ConfigError: Text, which has no labels, or data that do not say what to probe on.
+        ConfigError: The data are text, which has no labels, or `train.probe_data` is missing.
     """
 
     def __init__(self, config: Config):
         self.every, self.data, self.last = config.train.probe_every, config.train.probe_data, 0
         if config.modality == "text" and not config.own_data:
-            raise ConfigError("train.probe_every: text has no labels; d2v-probe RUN tells what a run has learned so far")
+            raise ConfigError("train.probe_every: text has no labels; d2v-probe RUN evaluates a run of text")
         if self.data is None and not config.own_data and config.data["path"] != "builtin":
             raise ConfigError(
                 f"train.probe_data: missing; the run learns from {config.data['path']}, so name a labelled set to probe on, as "
@@ -72,7 +72,7 @@ class OnlineProbe(Callback):
                 log.warning("probe at step %d: %s", record["step"], error)
 
     def _accuracy(self, run: Run) -> tuple[float, float]:
-        """Of the k-NN, and of the most frequent label."""
+        """Accuracy of the k-NN, and of always choosing the most frequent label."""
         from d2v_fast.probe import States, knn_accuracy, pooled_states
 
         precision = "bf16" if run.config.train.precision == "bf16" else "fp32"
@@ -91,7 +91,7 @@ class OnlineProbe(Callback):
 
 @contextmanager
 def _generators_untouched(device: torch.device) -> Iterator[None]:
-    """Put all random number generators back to where they were."""
+    """Restore all random number generators on exit."""
     states = generator_states(device)
     try:
         yield

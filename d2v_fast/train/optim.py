@@ -12,7 +12,7 @@ from d2v_fast.config import ConfigError, OptimizerConfig, ScheduleConfig
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:
-    """AdamW with vectors free of weight decay and learning rates scaled by name (method 4.8); `fused` = one pass per tensor."""
+    """AdamW without weight decay on vectors, learning rates scaled by name (method 4.8); `fused` = one pass per tensor."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     unused = set(config.lr_scale)
     for name, parameter in model.named_parameters():
@@ -27,7 +27,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool 
         groups.setdefault((decay, scale), []).append(parameter)
     if unused:
         raise ConfigError(f"optimizer.lr_scale: {sorted(unused)} match no parameter, such as {name}")
-    # The schedule of a run that goes on looks for the initial_lr.
+    # The schedule of a resumed run needs initial_lr.
     rates = {s: {"lr": config.lr * s, "initial_lr": config.lr * s} for _, s in groups}
     return torch.optim.AdamW(
         [{"params": p, "weight_decay": d, **rates[s]} for (d, s), p in groups.items()],
@@ -38,12 +38,12 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool 
 
 
 def warmup_steps(steps: int, config: ScheduleConfig) -> float:
-    """Steps until the learning rate is at its peak."""
+    """Steps until the learning rate reaches its peak."""
     return config.warmup if config.warmup >= 1 else config.warmup * steps
 
 
 def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
-    """Learning rate of step 0, 1, … as a share of the peak (method 5.1)."""
+    """Learning rate at a step, counted from 0, as a share of the peak (method 5.1)."""
     warmup = warmup_steps(steps, config)
     if step < warmup:
         return config.initial + (1 - config.initial) * (step + 1) / (warmup + 1)

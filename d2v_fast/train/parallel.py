@@ -1,4 +1,4 @@
-"""Devices and ranks, through accelerate: one process alone, or those that torchrun has started."""
+"""Devices and ranks, through accelerate: a single process, or those started by torchrun."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 
 def start(train: TrainConfig) -> Accelerator:
-    """Take the device, and join the other ranks if there are some.
+    """Select the device and join the other ranks, if any.
 
     Raises:
-        ConfigError: No such device, or another kind of parallelism than data parallelism by torchrun.
+        ConfigError: No such device, or parallelism other than data parallelism through torchrun.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -31,14 +31,14 @@ def start(train: TrainConfig) -> Accelerator:
 
     check_device(train.device)
     check_slurm()
-    AcceleratorState._reset_state()  # else a second run in this process could not have another precision
+    AcceleratorState._reset_state()  # otherwise a second run in this process could not change precision
     with without_accelerate_variables() as hidden:
         accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(train.precision, train.precision),
-            # Without an accelerator too: only then it joins the ranks that torchrun starts.
+            # Also set without an accelerator: accelerate joins torchrun's ranks on the CPU only then.
             cpu=train.device == "cpu" or not torch.accelerator.is_available(),
             kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else each gradient is there twice
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # otherwise gradients are stored twice
                 InitProcessGroupKwargs(timeout=timedelta(minutes=train.timeout_minutes)),
             ],
         )
@@ -46,12 +46,12 @@ def start(train: TrainConfig) -> Accelerator:
         torch.set_num_threads(train.threads)
     if hidden and accelerator.is_main_process:
         names = ", ".join(f"{name}={value}" for name, value in hidden.items())
-        log.warning("%s: ignored, a run takes its settings from its config alone", names)
+        log.warning("%s: ignored, a run takes its settings only from its config", names)
     return accelerator
 
 
 def check_device(wanted: str) -> None:
-    """Raise ConfigError unless torch finds the device that train.device asks for."""
+    """Raise ConfigError if torch does not find the device of train.device."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if wanted not in ("auto", "cpu", found and found.type):
         raise ConfigError(
@@ -61,7 +61,7 @@ def check_device(wanted: str) -> None:
 
 
 def check_slurm() -> None:
-    """Raise ConfigError if srun has started several processes that do not know of each other."""
+    """Raise ConfigError if srun has started several independent processes."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1" and "WORLD_SIZE" not in os.environ:
         raise ConfigError(
@@ -73,10 +73,10 @@ def check_slurm() -> None:
 
 @contextmanager
 def without_accelerate_variables() -> Iterator[dict[str, str]]:
-    """Hide the variables that accelerate reads its settings from, so that a run depends on its config alone; yields them.
+    """Hide the environment variables that configure accelerate, so that a run depends only on its config; yields them.
 
     Raises:
-        ConfigError: One asks for FSDP, DeepSpeed or the like.
+        ConfigError: A variable requests FSDP, DeepSpeed or similar.
     """
     hidden = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     for name, value in hidden.items():

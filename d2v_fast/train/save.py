@@ -1,4 +1,4 @@
-"""Checkpoints of a run, going on from one, and the export of the student."""
+"""Checkpoints of a run, resuming from one, and the export of the student."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class Samples:
-    """What the samples of a run are, by which one that goes on knows them again.
+    """Identity of the samples of a run, compared on resume.
 
     Args:
-        number: Of samples.
-        names: Of what they are read from.
-        digests: Of each of these.
+        number: Number of samples.
+        names: Names of the sources that samples are read from.
+        digests: Digest of each source.
     """
 
     def __init__(self, number: int, names: Sequence[str], digests: np.ndarray):
@@ -41,13 +41,13 @@ class Samples:
 
     @classmethod
     def joined(cls, parts: Sequence[Samples]) -> Samples:
-        """The samples of all parts as those of one run."""
+        """The samples of all parts as one."""
         number = sum(part.identity["samples"]["number"] for part in parts)
         names = [name for part in parts for name in part.names]
         return cls(number, names, torch.cat([part.digests for part in parts]).numpy())
 
     def compare(self, saved: Checkpoint, allowed: Sequence[str]) -> None:
-        """Raise CheckpointError, with the names of those that differ, unless the checkpoint's are the same."""
+        """Raise CheckpointError, with the names of those that differ, if the checkpoint has other samples."""
         try:
             saved.compare("samples", self.identity, allowed)
         except CheckpointError as error:
@@ -60,7 +60,7 @@ class Samples:
 
 
 def newest(checkpoints: Checkpoints, main: bool) -> Checkpoint:
-    """The checkpoint to go on from; the main process chooses for all."""
+    """The checkpoint to resume from. The main process chooses it for all ranks."""
     if main:
         try:
             saved = checkpoints.newest()
@@ -72,10 +72,10 @@ def newest(checkpoints: Checkpoints, main: bool) -> Checkpoint:
 
 
 def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config) -> None:
-    """Raise CheckpointError for settings that differ and must not.
+    """Raise CheckpointError for settings that must not differ.
 
-    Those that did not exist when the checkpoint was written, and that are as everything was then, do not count. Another number
-    of processes takes the same steps where each takes more or fewer micro-batches for it.
+    Settings that did not exist when the checkpoint was written are ignored if they have their default. A different number of
+    processes is allowed if train.accumulate changes such that a step has as many micro-batches as before.
     """
     with saved.reading():
         known = saved.state["settings"]
@@ -85,8 +85,8 @@ def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config
     if was != now and not elastic and "processes" not in config.resume_allow:
         even = "" if step % now else f" or train.accumulate={step // now}, for steps of as many batches,"
         raise CheckpointError(
-            f"{saved.folder}: its run had {was} process{'es' * (was != 1)}, this one has {now}; start as many, "
-            f"torchrun --nproc-per-node={was} on one machine, or d2v-train alone for one;{even} or --resume-allow processes"
+            f"{saved.folder}: its run had {was} process{'es' * (was != 1)}, this one has {now}; start as many, with "
+            f"torchrun --nproc-per-node={was} on one machine, or plain d2v-train for one;{even} or --resume-allow processes"
         )
     plain = {key: PART.sub("", key) for key in (*known, *settings)}
     new = [key for key, value in settings.items() if key not in known and DEFAULTS.get(plain[key], ...) == value]
@@ -96,15 +96,15 @@ def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config
 
 
 def share(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
-    """What a rank goes on with, of what the ranks before had; with another number of them, an equal share of all they did.
+    """The saved state for one rank. If the number of ranks has changed, each gets an equal share of the work of all.
 
     Args:
-        ranks: Of a checkpoint, one entry each, as `save` makes them.
-        rank: Of this process.
+        ranks: Rank states of a checkpoint, as `save` writes them.
+        rank: Rank of this process.
         world: Number of ranks.
 
     Returns:
-        As `Run.rank_state_dict`.
+        A state as in `Run.rank_state_dict`.
     """
     if world == len(ranks):
         return ranks[rank]
@@ -121,7 +121,7 @@ def share(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
 
 
 def save(run: Run) -> None:
-    """A checkpoint of the steps done: on all ranks at once, and only between two steps."""
+    """Save a checkpoint. Called on all ranks together, between two steps."""
     from accelerate.utils import gather_object
 
     state = run.state
@@ -152,10 +152,10 @@ def save(run: Run) -> None:
     if callbacks := run.callbacks.state_dict():
         values["callbacks"] = callbacks
     run.checkpoints.wait()
-    run.callbacks.written(run)  # of the one before
+    run.callbacks.written(run)  # for the previous checkpoint
     run.checkpoints.save(state.done, tensors, values)
     run.callbacks.awaited = state.done
-    if run.changed:  # settings that were allowed to change are the run's once a checkpoint has them
+    if run.changed:  # config.yaml takes over allowed changes once a checkpoint has them
         run.checkpoints.wait()
         if not run.checkpoints.failed:
             write_settings(run)
@@ -163,14 +163,14 @@ def save(run: Run) -> None:
 
 
 def write_settings(run: Run) -> None:
-    """config.yaml; in the folder of a part, its settings as those of a run of its own."""
+    """Write config.yaml. The folder of a part gets its settings as those of an independent run."""
     for each in (run, *(part for part in run.each if part is not run)):
         each.folder.path.mkdir(exist_ok=True)
         write_text(each.folder.path / "config.yaml", each.config.yaml)
 
 
 def restore(run: Run, saved: Checkpoint) -> None:
-    """Make everything as it was after the step of the checkpoint."""
+    """Restore the state after the step of the checkpoint."""
     from accelerate.utils import set_seed
 
     state, tensors = run.state, {name: saved.tensors(name) for name in ("student", "teacher", "optimizer", "rng")}
@@ -185,12 +185,12 @@ def restore(run: Run, saved: Checkpoint) -> None:
     run.callbacks.load_state_dict(saved.state.get("callbacks", []))
     if world == len(ranks):
         load_generator_states(rank, {kind: tensors["rng"].get(f"{number}.{kind}") for kind in ("cpu", "cuda")}, state.device)
-    else:  # other ranks have other dropout
+    else:  # with another number of ranks, new seeds: each rank must have different dropout
         set_seed(int(np.random.SeedSequence([run.config.train.seed, saved.step, number]).generate_state(1)[0]))
 
 
 def generator_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """States of the random number generators of this process: those of Python and numpy for JSON, and torch's."""
+    """States of this process's random number generators: Python's and numpy's as JSON values, torch's as tensors."""
     name, keys, *rest = np.random.get_state()
     tensors = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -199,7 +199,7 @@ def generator_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Te
 
 
 def load_generator_states(numbers: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what `generator_states` gave."""
+    """Restore the result of `generator_states`."""
     version, keys, gauss = numbers["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(numbers["numpy"]))
@@ -209,10 +209,10 @@ def load_generator_states(numbers: dict[str, Any], tensors: dict[str, Tensor], d
 
 
 def export(run: Run) -> None:
-    """The student in Hugging Face format, with its tokenizer or processor; each file is replaced at once.
+    """Save the student in Hugging Face format with its tokenizer or processor. Each file is replaced atomically.
 
     Raises:
-        OSError: The disk is full or at fault; that checkpoints could not be written either is said as well.
+        OSError: The disk is full or fails. The message includes the failure of the last checkpoint, if any.
     """
     main = run.accelerator.is_main_process
     with gathered(run.state.core.student, keep=main):
@@ -221,18 +221,18 @@ def export(run: Run) -> None:
 
 
 def _export(run: Run) -> None:
-    student, place = run.state.core.student, run.folder.path / "export"
-    beside = place.with_suffix(".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    student, target = run.state.core.student, run.folder.path / "export"
+    temporary = target.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        student.save(beside)
+        student.save(temporary)
         if (processor := run.data.processor(student)) is not None:
-            processor.save_pretrained(beside)
-        write_text(beside / STEP, json.dumps({"step": run.state.done}))
-        place.mkdir(exist_ok=True)
-        for file in beside.iterdir():
+            processor.save_pretrained(temporary)
+        write_text(temporary / STEP, json.dumps({"step": run.state.done}))
+        target.mkdir(exist_ok=True)
+        for file in temporary.iterdir():
             sync(file)
-            os.replace(file, place / file.name)
-        beside.rmdir()
-    except (OSError, SafetensorError) as error:  # safetensors has one of its own for a disk that is full
-        raise OSError("; ".join(filter(None, (f"{place}: {error}", run.checkpoints.failed)))) from error
+            os.replace(file, target / file.name)
+        temporary.rmdir()
+    except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError when weights are written
+        raise OSError("; ".join(filter(None, (f"{target}: {error}", run.checkpoints.failed)))) from error

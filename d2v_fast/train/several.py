@@ -1,10 +1,10 @@
-"""A run of several modalities: its parts are runs that share blocks, optimizer and checkpoints, and take turns.
+"""A run of several modalities. Its parts are runs that share blocks, optimizer and checkpoints, and take turns.
 
-A step draws all its micro-batches, on all ranks, from one part. So the loss is over positions of one kind, any shares can be
-met, a step costs what it costs in a run of that modality alone, and ranks need not agree on anything.
+A step draws all its micro-batches, on all ranks, from one part. So the loss is over positions of one kind, any shares are
+possible, a step costs the same as in a run of that modality alone, and ranks need no coordination.
 
     RUN/config.yaml, checkpoints/, environment.json     of all parts
-    RUN/vision/config.yaml, log.jsonl, export/, …       as those of a run of images alone, for d2v-probe, -export and -report
+    RUN/vision/config.yaml, log.jsonl, export/, …       as for a run of images alone, for d2v-probe, d2v-export and d2v-report
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from d2v_fast.several import Several, SeveralConfig
 from d2v_fast.train.build import (
     Run,
     begin,
-    go_on,
     make_core,
     make_feed,
     make_order,
     make_state,
     make_updates,
     read,
+    seed_or_restore,
     trained_batches,
 )
 from d2v_fast.train.callbacks import Callback, Callbacks
@@ -44,11 +44,11 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 def turns(shares: Mapping[str, float], steps: int, seed: int) -> np.ndarray:
-    """Of each step, the number of the part that trains: (steps,) int64.
+    """The index of the part that trains in each step: (steps,) int64.
 
-    A pure function of (seed, step): multiples of the golden ratio, whose fractional parts fill the unit interval evenly (Weyl),
-    fall into intervals as long as the shares. Whatever the number of steps, each part has its share within a few steps, and
-    without a period that the log could run in step with.
+    A pure function of (seed, step). The fractional parts of multiples of the golden ratio fill the unit interval evenly (Weyl),
+    and the shares divide that interval. For any number of steps, each part gets its share to within a few steps, and there is
+    no period that could coincide with that of the log.
     """
     points = (np.random.default_rng(seed % 2**64).random() + GOLDEN * np.arange(steps)) % 1
     return np.searchsorted(np.cumsum(list(shares.values()))[:-1], points, side="right")
@@ -56,11 +56,11 @@ def turns(shares: Mapping[str, float], steps: int, seed: int) -> np.ndarray:
 
 @dataclass
 class SeveralRun(Run):
-    """A run whose steps its parts take in turn.
+    """A run whose parts take turns.
 
     Attributes:
-        parts: By name. Data, feed, window, broken samples and what watches a step are theirs; the run itself has those of the
-            first, and does not use them.
+        parts: The parts by name. Each has its own data, feed, window, broken samples, monitor and skipped steps. The run itself
+            holds those of the first part and does not use them.
     """
 
     parts: dict[str, Run] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class SeveralRun(Run):
     def __post_init__(self) -> None:
         self.turns = turns(self.config.shares, self.steps, self.config.train.seed)
         each = self.turns[:, None] == np.arange(len(self.parts))
-        self.numbers = np.cumsum(each, axis=0)[np.arange(self.steps), self.turns]  # of each step among those of its part
+        self.numbers = np.cumsum(each, axis=0)[np.arange(self.steps), self.turns]  # number of each step among those of its part
         self.last = each.sum(axis=0)
 
     @property
@@ -100,10 +100,10 @@ class SeveralRun(Run):
 def build_parts(
     config: SeveralConfig, fused: bool, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Callback]
 ) -> SeveralRun:
-    """As `build` for a run of one modality.
+    """`build` for a run of several modalities.
 
     Raises:
-        ConfigError: Settings that do not fit each other, or parts whose blocks cannot be shared.
+        ConfigError: Inconsistent settings, or parts whose blocks cannot be shared.
     """
     settings, checkpoints, saved = begin(config, fused, accelerator, folder)
     config = replace(config, parts={name: replace(part, resume=config.resume) for name, part in config.parts.items()})
@@ -116,7 +116,7 @@ def build_parts(
     core = Several(cores)
     words = [f"{name}: {word}" for name in cores for word in (fuse(cores[name], accelerator.device) if fused else [])]
 
-    # In no step all parts have gradients.
+    # No step gives gradients to all parts.
     accelerator.ddp_handler.find_unused_parameters = True
     steps = config.train.steps
     optimizer, scheduler = make_updates(core, config, steps, saved.step if saved else 0, fused)
@@ -150,8 +150,8 @@ def build_parts(
     first = next(iter(parts.values()))
     whole = {"config": config, "folder": folder, "samples": samples, "state": replace(first.state, core=core), "name": ""}
     run = SeveralRun(**vars(first) | whole, parts=parts)
-    go_on(run, saved)
+    seed_or_restore(run, saved)
     if accelerator.is_main_process:
-        taken = ", ".join(f"{name} {count} steps" for name, count in zip(parts, run.last, strict=True))
-        log.info("an experiment: one stack of blocks learns from several modalities, %s", taken)
+        counts = ", ".join(f"{name} {count} steps" for name, count in zip(parts, run.last, strict=True))
+        log.info("experimental: several modalities share one stack of blocks, %s", counts)
     return run

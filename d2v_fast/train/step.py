@@ -31,18 +31,18 @@ class State:
 
     Attributes:
         core: Student, teacher and head.
-        model: The same, as accelerate has prepared it: on several ranks it averages gradients.
-        optimizer: Of the student and the head.
-        scheduler: Of the learning rate.
+        model: The same, as prepared by accelerate; on several ranks it averages gradients.
+        optimizer: Optimizer of the student and the head.
+        scheduler: Learning rate schedule.
         accelerator: The ranks.
-        monitor: Sees each output of the model.
-        skipped: Told of steps that are not finite.
-        arguments: What the model is given beside a batch.
+        monitor: Observes each output of the model.
+        skipped: Counts steps that are not finite.
+        arguments: Arguments of the model in addition to a batch.
         reduction: What the loss is divided by, as `loss.reduction`.
-        clip_norm: Largest norm of the gradient, 0 = no clipping.
-        graphs: Replays passes; None runs them.
-        done: Steps so far.
-        device, world: Of the accelerator, and its number of processes.
+        clip_norm: Maximum norm of the gradient, 0 = no clipping.
+        graphs: Replays passes as CUDA graphs; None runs them eagerly.
+        done: Number of steps so far.
+        device, world: Device of the accelerator, and its number of processes.
     """
 
     core: Data2Vec
@@ -65,11 +65,11 @@ class State:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Those that are trained."""
+        """The trained parameters."""
         return [p for p in self.core.parameters() if p.requires_grad]
 
     def tensors(self) -> Tensors:
-        """Weights of student and teacher and what the optimizer keeps, by file of a checkpoint and name."""
+        """Weights of student and teacher and the optimizer state, by checkpoint file and by name."""
         weights, kept = self.core.state_dict(), self.optimizer.state
         return {
             "student": {name: value for name, value in weights.items() if ".teacher." not in f".{name}"},
@@ -82,7 +82,7 @@ class State:
         }
 
     def load_tensors(self, tensors: Tensors) -> None:
-        """Take over what `tensors` gave. The schedules are functions of the step."""
+        """Restore the result of `tensors`. The schedules need no state, as functions of the step."""
         parameters = dict(self.core.named_parameters())
         numbers = {p: i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
         kept: dict[int, dict[str, Tensor]] = {}
@@ -95,13 +95,13 @@ class State:
 
 
 class Outcome(NamedTuple):
-    """What a step tells.
+    """The result of a step.
 
     Attributes:
-        loss: Of this rank's share, a scalar.
-        grad_norm: Of the gradient before clipping, a scalar, the same on all ranks.
+        loss: Loss of this rank's share, a scalar.
+        grad_norm: Norm of the gradient before clipping, a scalar, the same on all ranks.
         cls_loss: The part of the loss that comes from CLS.
-        finite: Whether the step was taken; else it was skipped.
+        finite: Whether the step was taken; otherwise it was skipped.
     """
 
     loss: Tensor
@@ -122,7 +122,7 @@ def step(state: State, micro_batches: list[Batch]) -> Outcome:
             state.core.update_teacher()
         state.skipped.forget()
     else:
-        # Neither weights nor teacher may see it: in an average a NaN stays for ever.
+        # Update neither weights nor teacher: a NaN would stay in the average forever.
         state.skipped.add(state.done + 1, micro_batches, loss, grad_norm)
         if state.accelerator.scaler is not None:
             state.optimizer.step()  # lets the scaler lower its factor; it skips the update itself
@@ -136,7 +136,7 @@ def _accumulate(state: State, micro_batches: list[Batch]) -> tuple[Tensor, Tenso
     """Add up the gradients; returns the loss and the part of it that is CLS."""
     num_targets = None
     if state.reduction == "global":
-        # Known on the host; only several ranks have to ask each other.
+        # Known on the host; only several ranks need to communicate.
         num_targets = sum(len(batch["index"]) for batch in micro_batches)
         if state.world > 1:
             counts = torch.full((1,), float(num_targets), device=state.device)  # a copy from the host would wait
@@ -159,7 +159,7 @@ def _accumulate(state: State, micro_batches: list[Batch]) -> tuple[Tensor, Tenso
 def forward_backward(
     state: State, inputs: dict[str, Tensor], num_targets: Tensor | float | None, parts: int
 ) -> tuple[Tensor, Tensor]:
-    """Of a micro-batch; what it adds to the loss of the step, and the part of it that is CLS."""
+    """Run a micro-batch; returns what it adds to the loss of the step, and the part of it that is CLS."""
     output = state.model(**inputs, **state.arguments, num_targets=num_targets)
     share = output.loss / parts
     state.accelerator.backward(share)
@@ -169,7 +169,7 @@ def forward_backward(
 def _finite(state: State, loss: Tensor, grad_norm: Tensor) -> bool:
     """Whether loss and gradient are finite everywhere."""
     finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
-    if state.world > 1:  # the gradient is everywhere the same, the loss is each rank's own
+    if state.world > 1:  # the gradient is the same on all ranks, the loss is not
         finite = state.accelerator.reduce(finite.float(), "sum") == state.world
     return bool(finite)
 
@@ -180,7 +180,7 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def make_graphs(state: State, train: TrainConfig) -> Graphs | None:
-    """For one process on a GPU whose passes ask the host for nothing, as layer-drop and the model's own forward may."""
+    """CUDA graphs for one process on a GPU, if no pass depends on the host, as layer-drop and a model's own forward may."""
     student = state.core.student
     alone = state.device.type == "cuda" and state.world == 1
     simple = train.accumulate == 1 and state.accelerator.scaler is None and student.halves is not None

@@ -6,7 +6,7 @@ import torch
 
 @contextmanager
 def nothing_waits() -> Iterator[None]:
-    """Whatever makes the host wait for the GPU is an error."""
+    """Raise on anything that makes the host wait for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield

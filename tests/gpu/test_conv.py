@@ -37,7 +37,7 @@ def _step(case: Case, conv=triton_conv.conv):
 
 
 @pytest.mark.parametrize("case", REAL[:4], ids=str)
-def test_nothing_waits_for_the_gpu(case):
+def test_kernels_do_not_synchronise(case):
     _, step = _step(case)
     step()
     with nothing_waits():

@@ -70,7 +70,7 @@ def test_two_runs_agree_bit_by_bit(case):
 @pytest.mark.parametrize("target_norm", ["none", "layer", "instance"])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("form", ["rows", "dense", "views"])
-def test_nothing_waits_for_the_gpu(norm, target_norm, form):
+def test_kernels_do_not_synchronise(norm, target_norm, form):
     _, step = _step(Case(norm, target_norm, dense=form == "dense", padded=True, views=3 if form == "views" else 0))
     step()
     with nothing_waits():

@@ -1,4 +1,4 @@
-"""The fused step on a real GPU: the same numbers as the plain one, and nobody waits for it."""
+"""The fused step on a real GPU: it matches the plain step and does not synchronise."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_fused_and_plain_agree(name, precision, tolerance):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_fused_step_waits_for_nothing(name):
+def test_a_fused_step_does_not_synchronise(name):
     step = make_step(name, PARTS)
     for _ in range(2):
         step("bf16")
