@@ -1,7 +1,7 @@
 # make demo   trains a tiny preset on builtin data and probes it, on the CPU
 # make test   runs the tests
 # make mutations  makes mistakes in a copy of the code, one by one, and requires that a test notices each
-# make lint   ruff
+# make lint   ruff and mypy
 # make docs   pages of all docstrings in build/docs
 # make bench        measures the loss beside its alternatives, writes $(RESULTS)
 # make bench-check  the same, and fails if a ratio fell more than 15 % below the committed one or the machine is slow
@@ -45,6 +45,7 @@ mutations: $(BIN)/.installed
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(BIN)/.installed
 	$(BIN)/pdoc --docformat google --output-directory build/docs d2v_fast

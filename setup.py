@@ -72,6 +72,7 @@ setup(
             "hypothesis",
             "lightning",  # for an example
             "matplotlib",
+            "mypy>=1.15",
             "pdoc",
             "pytest",
             "pytest-benchmark",

@@ -31,7 +31,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool 
     rates = {s: {"lr": config.lr * s, "initial_lr": config.lr * s} for _, s in groups}
     return torch.optim.AdamW(
         [{"params": p, "weight_decay": d, **rates[s]} for (d, s), p in groups.items()],
-        betas=tuple(config.betas),
+        betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         fused=fused or None,
     )
