@@ -104,7 +104,7 @@ class Trial:
         whole: Keep all blocks in the copy.
     """
 
-    def __init__(self, model: nn.Module, named: str | None, layers: str, ffn: str | None, whole: bool):
+    def __init__(self, model: Any, named: str | None, layers: str, ffn: str | None, whole: bool):
         self.named, self.whole, self.runs, self.splice = named, whole, False, Splice(READS[model.main_input_name])
         self.rest: tuple | None = None  # what a block returns after its hidden states, once one has run
         self.encoder = SplicedEncoder(self._copy(model, layers), self.splice, layers, ffn)
@@ -157,7 +157,7 @@ class Trial:
 
         It keeps the first block, the last one and one of each kind; the others become no-ops.
         """
-        all_blocks = model.get_submodule(layers)
+        all_blocks: Any = model.get_submodule(layers)
         kinds = [_kind_of(block) for block in all_blocks]
         self.kept = sorted({0, len(kinds) - 1, *(kinds.index(kind) for kind in kinds)})
         if self.whole:
@@ -214,7 +214,9 @@ class Trial:
             outside = [(path, m) for path, m in encoder.model.named_modules() if path == self.named]
         for shape in _shapes(self.splice.reads, encoder.model):
             self.splice.shape, self.splice.grid = shape, ()
-            seen, results, called = [], {}, set()
+            seen: list[Any] = []
+            results: dict[str, Any] = {}
+            called: set[Any] = set()
 
             def outer(path: str, output: Any, seen=seen, called=called) -> None:
                 if self.named or not called:
@@ -455,7 +457,7 @@ class Trial:
             results = [result for result in results if result.requires_grad]
             if not results:
                 return set()
-            total = sum(result.float().sum() for result in results)
+            total: Any = sum(result.float().sum() for result in results)
             found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, retain_graph=True)
             return {name for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
 
@@ -599,7 +601,7 @@ def _differing(one: Tensor, other: Tensor) -> Tensor:
     return (one - other).abs().amax(-1) > 1e-6 * other.abs().max()
 
 
-def _shapes(reads: str, model: nn.Module) -> list[tuple[int, ...]]:
+def _shapes(reads: str, model: Any) -> list[tuple[int, ...]]:
     """Input shapes, without the batch, that the model may take."""
     config = model.config
 
@@ -615,7 +617,7 @@ def _shapes(reads: str, model: nn.Module) -> list[tuple[int, ...]]:
         return [(value("num_channels", "in_channels", default=3), high, wide)]
     bins = value("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", default=80)
     longest = value("max_length", "max_source_positions", default=128)
-    spectrograms = [(longest, bins), (bins, 2 * longest), (bins, longest), (97, bins), (bins, 97)]
+    spectrograms: list[tuple[int, ...]] = [(longest, bins), (bins, 2 * longest), (bins, longest), (97, bins), (bins, 97)]
     if "feature_projection_input_dim" in config.to_dict():
         spectrograms.insert(0, (97, config.feature_projection_input_dim))
     return [(4000,), *spectrograms] if model.main_input_name == "input_values" else spectrograms
