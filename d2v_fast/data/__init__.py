@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -115,7 +115,7 @@ def edges(stream: Any, begin: int, end: int) -> bytes:
     return b"%d " % (end - begin) + head + stream.read(end - stream.tell())
 
 
-class PretrainingData(Dataset):
+class PretrainingData(Dataset[Any]):
     """Base class of the data sets: maps keys (epoch, sample) to a batch. Masks and augmentations depend on the keys alone.
 
     To use your own data through `data.class`, derive a class that sets `source` and `grid`, and override methods as needed:
@@ -137,8 +137,8 @@ class PretrainingData(Dataset):
     seed: int = 0
     views: int | None = None
     mask: Any
-    lengths: np.ndarray | None = None  # per sample, for bucketing
-    grid: int | tuple[int, ...] | None = None  # positions of a sample along each axis; None if samples differ in size
+    lengths: Any = None  # np.ndarray of one per sample, for bucketing
+    grid: Any = None  # int or tuple[int, ...], positions of a sample along each axis; None if samples differ in size
     source: Source
     stream: Any = None  # `streaming.Stream` of data whose number of samples is unknown
     map: Callable[..., Any] = map  # how the samples of a batch are loaded
@@ -164,11 +164,11 @@ class PretrainingData(Dataset):
             draws: Random numbers of the samples.
             where: Arguments of the mask: a grid, or a length and the unpadded lengths (B,).
         """
-        where = [each[0] if isinstance(each, tuple) and len(each) == 1 else each for each in where]
+        sizes = [each[0] if isinstance(each, tuple) and len(each) == 1 else each for each in where]
         if self.views is None:
-            return self.mask(draws, *where)
-        where = [np.repeat(each, self.views) if isinstance(each, np.ndarray) else each for each in where]
-        mask = self.mask(replace(draws, views=self.views), *where)
+            return self.mask(draws, *sizes)
+        sizes = [np.repeat(each, self.views) if isinstance(each, np.ndarray) else each for each in sizes]
+        mask = self.mask(replace(draws, views=self.views), *sizes)
         return mask.reshape(len(draws), self.views, -1)
 
     def fit_to(self, encoder: Any) -> None:
@@ -283,8 +283,9 @@ class EpochBatches:
         start: int = 0,
     ):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.rank, self.world, self.lengths = rank, world, lengths
-        self.max_batch_length, self.start = max_batch_length, start
+        self.rank, self.world, self.start = rank, world, start
+        self.lengths: Any = lengths
+        self.max_batch_length: Any = max_batch_length
 
     def __iter__(self) -> Iterator[list[Key]]:
         # All epochs have the same number of batches.
@@ -355,7 +356,7 @@ def make_loader(
     workers: int,
     prefetch: int = 4,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> DataLoader[Any]:
     """A DataLoader over whole batches; one worker for those of a stream (`StreamBatches`), whose threads decode."""
     if workers and "fork" not in multiprocessing.get_all_start_methods():
         log.warning("train.workers=%d: this system cannot fork processes; the training process loads the data", workers)
@@ -375,7 +376,7 @@ def make_loader(
     )
 
 
-def _share_memory(batch: Batch) -> Batch:
+def _share_memory(batch: Any) -> Batch:
     """In a worker, move tensors to shared memory; if that is full, turn them into arrays, which go through a pipe.
 
     torch would move them in a background thread of the worker, and a failure there would make the run wait forever.
@@ -441,7 +442,7 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
         DataError: The path or a member of braces does not exist, or no file has one of the suffixes.
     """
     if os.path.isdir(path):
-        found = _walk(path, set())
+        found: Iterable[str | os.DirEntry[str]] = _walk(path, set())
     elif os.path.exists(path):
         found = [path]
     elif len(members := expand_braces(path)) > 1:
@@ -454,7 +455,7 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
         found = [file for file in glob.glob(path, recursive=True) if not os.path.isdir(file)]
     else:
         raise DataError(f"data.path={path}: no such file or folder")
-    kept, others = [], Counter()
+    kept, others = [], Counter[str]()
     for file in found:
         if not os.fspath(file).lower().endswith(tuple(suffixes)):
             others[os.path.splitext(file)[1].lower() or "without an extension"] += 1
@@ -471,7 +472,7 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
     return sorted(kept)
 
 
-def _walk(folder: str, seen: set[str]) -> Iterator[os.DirEntry]:
+def _walk(folder: str, seen: set[str]) -> Iterator[os.DirEntry[str]]:
     # A link to a parent folder would recurse forever.
     if (real := os.path.realpath(folder)) in seen:
         return
@@ -490,7 +491,7 @@ def _walk(folder: str, seen: set[str]) -> Iterator[os.DirEntry]:
             yield entry
 
 
-def _may_block(file: str | os.DirEntry) -> bool:
+def _may_block(file: str | os.DirEntry[str]) -> bool:
     """Whether opening the file may block forever: it exists but is not a regular file. A dangling link fails at once."""
     if isinstance(file, os.DirEntry) and file.is_file(follow_symlinks=False):  # needs no system call
         return False

@@ -80,8 +80,8 @@ def find_documents(
     found = load_hub(path, name, split)
     wanted = choose_column(path, arrow_types(found.features.arrow_schema), column)
     rows, at_once = found.select_columns(wanted), worth_reading(found.data.nbytes, len(found))
-    texts = Documents([rows], lambda rows: (text for some in rows.iter(at_once) for text in some[wanted]))
-    return found._fingerprint, lambda max_broken: texts
+    documents = Documents([rows], lambda rows: (text for some in rows.iter(at_once) for text in some[wanted]))
+    return found._fingerprint, lambda max_broken: documents
 
 
 def load_documents(
@@ -318,12 +318,13 @@ def _parquet_texts(file: str, column: str) -> Iterator[str | None]:
 
 # For each format, a function for the types of the columns and one for the texts in a column.
 JSON, CSV = (_json_types, _json_texts), (_table_types, _table_texts)
+TSV: dict[str, Any] = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
 FORMATS: dict[str, tuple[Callable[..., dict[str, str]], Callable[..., Iterator[str | None]]]] = {
     ".txt": (_line_types, _line_texts),
     ".jsonl": JSON,
     ".json": JSON,
     ".csv": CSV,
-    ".tsv": tuple(partial(read, delimiter="\t", quoting=csv.QUOTE_NONE) for read in CSV),
+    ".tsv": (partial(_table_types, **TSV), partial(_table_texts, **TSV)),
     ".parquet": (_parquet_types, _parquet_texts),
 }
 SUFFIXES = (*FORMATS, *(kind + ending for kind in FORMATS if kind != ".parquet" for ending in COMPRESSED))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import xxhash
 
+from d2v_fast.choices import one_of
 from d2v_fast.data import DataError, PretrainingData, first_line, is_local, is_saved
 from d2v_fast.data.cache import fingerprint, kept
 from d2v_fast.data.documents import Documents, arrow_types, choose_column, find_documents
@@ -26,6 +27,7 @@ from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, TokenMask, Vocab
 log = logging.getLogger(__name__)
 
 TOKENIZER, IDS, ENDS, COUNTS = "tokenizer.json", "ids", "ends", "counts"  # files in the cache
+TeacherInput = Literal["full", "masked_only"]
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
@@ -187,7 +189,7 @@ class TextData(PretrainingData):
         vocab_size: int = 4000,
         block_size: int = 512,
         cross_documents: bool = True,
-        teacher_input: Literal["full", "masked_only"] = "full",
+        teacher_input: TeacherInput = "full",
         cache: str | None = None,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
@@ -195,6 +197,7 @@ class TextData(PretrainingData):
         max_broken: float = 0.01,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
+        one_of("teacher_input", teacher_input, TeacherInput)
         self.name, self.block_size, self.teacher_input = path, block_size, teacher_input
         if views is not None and teacher_input != "full":
             raise DataError(f"data.teacher_input={teacher_input}: needs a single mask per sample; remove it or data.views")
@@ -292,9 +295,9 @@ class TextData(PretrainingData):
         """Load tokenizer and tokens of the corpus, from the cache if possible."""
         import tokenizers
 
-        state, read = find_documents(path, name, split, column)
-        read = functools.cache(partial(read, max_broken))
-        state = [state, max_broken, tokenizers.__version__]
+        found, find = find_documents(path, name, split, column)
+        read = functools.cache(partial(find, max_broken))
+        state = [found, max_broken, tokenizers.__version__]
         where = [os.path.abspath(os.path.expanduser(path)) if is_local(path) or is_saved(path) else path, name, split, column]
         if tokenizer == "train":
 
@@ -365,14 +368,14 @@ class TextData(PretrainingData):
                     stops = end + np.cumsum([len(each) for each in found])
                     tokens = np.fromiter(itertools.chain.from_iterable(found), kind, count=int(stops[-1]) - end)
                     for file, array in ((ids, tokens), (ends, stops)):
-                        file.write(array)
-                        content.update(array)
+                        file.write(array.data)
+                        content.update(array.data)
                     counts += np.bincount(tokens, minlength=size)
                     progress.update(len(tokens))
                     end = int(stops[-1])
         if end == 0:
             raise DataError(f"data.path={self.name}: holds no text")
-        (folder / COUNTS).write_bytes(counts)
+        (folder / COUNTS).write_bytes(counts.data)
         return {"kind": kind.name, "content": content.hexdigest(), "left_out": list(documents.left_out)}
 
     def _make_blocks(self) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -86,13 +86,13 @@ def open_image(file: str | io.BytesIO) -> Image.Image:
 
 def decode(image: Image.Image) -> Image.Image:
     """Decode an image from `open_image` to RGB and apply its EXIF orientation."""
-    sixteen_bits = ";16" in str(image.tile) and not image.mode.startswith("I")
+    sixteen_bits = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")
     image.load()
     with suppress(Exception):  # damaged metadata is no reason to reject the image
         ImageOps.exif_transpose(image, in_place=True)
     rgb = to_rgb(image)
     # Pillow keeps the upper 8 of 16 bits per colour, which leaves almost nothing if a camera filled only 12 of them.
-    if sixteen_bits and 0 < max(most for _, most in rgb.getextrema()) < 16:
+    if sixteen_bits and 0 < max(most for _, most in cast(Any, rgb.getextrema())) < 16:
         raise ValueError("is almost black: its colours fill 12 of 16 bits or fewer: save it with 8 bits")
     return rgb
 
@@ -135,8 +135,8 @@ def open_images(path: str, name: str | None = None, split: str = "train", cache:
         tars = [file for file in found if file.lower().endswith(".tar")]
         files = [file for file in found if not file.lower().endswith((".parquet", ".tar"))]
         if tars and not files:
-            names, file, labels = open_tars(path, tars, suffixes, cache)
-            return Source(names, lambda i: read_image(file(i)), labels, file=file)
+            names, member, labels = open_tars(path, tars, suffixes, cache)
+            return Source(names, lambda i: read_image(member(i)), labels, file=member)
         if files:
             labels = [Path(file).parent.name for file in files]
             return Source(files, lambda i: read_image(files[i]), labels, file=files.__getitem__)
@@ -284,7 +284,8 @@ class ImageData(PretrainingData):
         stream_timeout: float = 300.0,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
-        self.image_size, self.crop_scale, self.crop_ratio = image_size, tuple(crop_scale), tuple(crop_ratio)
+        self.image_size = image_size
+        self.crop_scale, self.crop_ratio = (crop_scale[0], crop_scale[1]), (crop_ratio[0], crop_ratio[1])
         self.flip, self.jitter, self.mean, self.std = flip, jitter, tuple(mean), tuple(std)
         if streaming or is_remote(path):
             self.stream, self.source = stream_images(path, name, split, shuffle_buffer, stream_timeout)
@@ -310,7 +311,7 @@ class ImageData(PretrainingData):
         return image_processor(self.image_size, self.mean, self.std)
 
     def load(self, index: int, rng: np.random.Generator) -> Image.Image:
-        choose = partial(random_box, scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)
+        choose: Any = partial(random_box, scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)
         if self.source.file:
             image = read_crop(self.source.file(index), self.image_size, choose)
         else:

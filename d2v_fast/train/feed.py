@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ class Feed:
         stream = {"stream": self.trained_position} if self.data.stream else {}
         return {"batches": self.trained, **stream}  # may differ between ranks: one that skips an unreadable batch takes another
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         try:
             loaded = iter(self.loader)
         except OSError as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -67,7 +67,7 @@ class SeveralRun(Run):
     parts: dict[str, Run] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.turns = turns(self.config.shares, self.steps, self.config.train.seed)
+        self.turns = turns(cast(Any, self.config).shares, self.steps, self.config.train.seed)
         each = self.turns[:, None] == np.arange(len(self.parts))
         self.numbers = np.cumsum(each, axis=0)[np.arange(self.steps), self.turns]  # number of each step among those of its part
         self.last = each.sum(axis=0)
@@ -153,7 +153,8 @@ def build_parts(
             name=name,
         )
     first = next(iter(parts.values()))
-    whole = {"config": config, "folder": folder, "samples": samples, "state": replace(first.state, core=core), "name": ""}
+    state = replace(first.state, core=cast(Any, core))
+    whole = {"config": config, "folder": folder, "samples": samples, "state": state, "name": ""}
     run = SeveralRun(**vars(first) | whole, parts=parts)
     seed_or_restore(run, saved)
     if accelerator.is_main_process:
