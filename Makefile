@@ -1,7 +1,7 @@
 # make demo   trains a tiny preset on builtin data on the CPU and probes it
 # make test   runs the tests
 # make mutations  inserts bugs into a copy of the code, one at a time; each must make a test fail
-# make lint   ruff
+# make lint   ruff and mypy
 # make docs   README, guides and API as a site in build/docs; a warning is an error
 # make bench        benchmarks the loss against its alternatives, writes $(RESULTS)
 # make bench-check  the same, and fails if a ratio fell more than 15 % below the committed one or the machine is slow
@@ -46,6 +46,7 @@ mutations: $(BIN)/.installed
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(BIN)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -83,9 +83,10 @@ class Checkpoint:
                 raise CheckpointError(f"{file} is missing") from None
             except (OSError, TypeError, KeyError) as error:
                 raise CheckpointError(f"{file} cannot be checked: {error}") from error
-        self.state = self._json(STATE) if STATE in self.files else None
-        if not isinstance(self.state, dict) or not isinstance(self.state.get("step"), int):
+        state = self._json(STATE) if STATE in self.files else None
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
             raise CheckpointError(f"{folder}: {STATE} has no step")
+        self.state: dict[str, Any] = state
 
     @property
     def step(self) -> int:

@@ -98,7 +98,7 @@ def _train(args: list[str]) -> int | str:
     from d2v_fast.train.guards import NotFiniteError
 
     try:
-        code = train(config, fused)
+        code: int | str = train(config, fused)
     except (CollapseError, NotFiniteError) as error:
         code = f"d2v-train: {error}"
     except (MemoryError, RuntimeError) as error:

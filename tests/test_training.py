@@ -23,7 +23,7 @@ from d2v_fast.train.build import build, freeze_unused, make_encoder, make_model
 from d2v_fast.train.guards import BrokenSamples, StopRequest
 from d2v_fast.train.loop import loop
 from d2v_fast.train.optim import lr_factor, make_optimizer
-from d2v_fast.train.parallel import check_slurm
+from d2v_fast.train.parallel import check_restarts, check_slurm
 from d2v_fast.train.step import step
 
 SMALL = {
@@ -476,3 +476,14 @@ def test_srun_without_torchrun_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     build(config("vision", tmp_path / "run"))
+
+
+def test_restarts_that_would_not_connect_are_warned_of(monkeypatch, caplog):
+    for restarts, shared in (("0", "True"), ("3", "False")):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+        check_restarts()
+    assert not caplog.records
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    check_restarts()
+    assert "torchrun --max-restarts=3: restarted processes may fail" in caplog.text

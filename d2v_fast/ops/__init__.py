@@ -157,7 +157,7 @@ def choose(impl: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[torch
         why = obstacle(kernel, device, dtype, layer_dtypes)
         _log_choice("eager" if why else kernel, device, f" ({kernel}: {why})" if why else "")
         return "eager" if why else kernel
-    why = impl in KERNELS and obstacle(impl, device, dtype, layer_dtypes)
+    why = obstacle(impl, device, dtype, layer_dtypes) if impl in KERNELS else None
     if why:
         raise ValueError(f"impl={impl!r} cannot run: {why}; impl='auto' falls back to 'eager'")
     return impl

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ NORM_DIMS = {"layer": (2,), "instance": (1,), "batch": (0, 1), "group": (1, 2)} 
 class Moments(NamedTuple):
     """Mean and summed squared deviation per channel; unlike sums of squares they pool over ranks without cancellation."""
 
-    count: Tensor  # ()
+    count: Tensor  # type: ignore[assignment]  # (), in place of tuple.count
     mean: Tensor  # (C,)
     m2: Tensor  # (C,)
 
@@ -76,7 +76,7 @@ def make_targets(
     upcast: torch.dtype = torch.float32,
 ) -> Tensor:
     """Average of the normalised teacher layers, normalised again: K × (B, T, C) → (B, T, C) in `upcast` (method 1.2)."""
-    total = 0
+    total: Any = 0
     for layer in layers:
         total = total + normalize(layer.detach().to(upcast), norm, padding_mask)
     return normalize(total / len(layers), target_norm, padding_mask)
