@@ -72,7 +72,7 @@ class EMATeacher(nn.Module, Generic[Student]):
         self.module: Student = copy.deepcopy(student).float().eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> EMATeacher[Student]:
-        """Stay in eval mode whatever a surrounding module is put into."""
+        """Stay in eval mode regardless of the surrounding module."""
         return super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,8 +87,8 @@ class EMATeacher(nn.Module, Generic[Student]):
         """Follow `student`; call once after each successful optimizer step.
 
         Raises:
-            ValueError: A parameter or buffer that only one of the two has or whose shape differs, or an averaged one that is
-                kept in less than fp32. Then nothing has moved, and the step does not count.
+            ValueError: A parameter or buffer exists in only one of the two, has another shape, or is averaged in less than
+                fp32. Nothing has changed then, and the step does not count.
         """
         decay = self.decay(self.step + 1)
         if decay < 1:
@@ -99,24 +99,26 @@ class EMATeacher(nn.Module, Generic[Student]):
         targets, sources = _tensors(self.module), _tensors(student)
         for name in sorted(targets.keys() ^ sources.keys()):
             raise ValueError(
-                f"{name}: found in the {'teacher' if name in targets else 'student'} alone; hand over the unwrapped student, "
-                "without DistributedDataParallel or torch.compile around it, and with the structure that the teacher copied"
+                f"{name}: found in the {'teacher' if name in targets else 'student'} only; pass the unwrapped student, "
+                "without DistributedDataParallel or torch.compile, and with the structure it had when the teacher was created"
             )
         averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
         copied: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for ours, name in {tensor: name for name, tensor in reversed(targets.items())}.items():  # tied ones by their first name
+        for ours, name in {
+            tensor: name for name, tensor in reversed(targets.items())
+        }.items():  # tied tensors under their first name
             theirs = sources[name]
             if ours.shape != theirs.shape:
                 found, expected = tuple(theirs.shape), tuple(ours.shape)
-                raise ValueError(f"{name}: found {found} in the student, expected {expected} as the teacher has it")
+                raise ValueError(f"{name}: found {found} in the student, expected {expected} as in the teacher")
             follows = theirs.requires_grad and name not in self.copied
             if follows and ours.dtype.itemsize < 4:
                 raise ValueError(
-                    f"{name}: found {ours.dtype} in the teacher, which rounds its small steps away, expected torch.float32; "
-                    "cast the student alone, or call teacher.float() afterwards"
+                    f"{name}: found {ours.dtype} in the teacher, which rounds small updates away, expected torch.float32; "
+                    "cast only the student, or call teacher.float() afterwards"
                 )
             pair = averaged if follows else copied
-            pair[0].append(own(ours))  # both are spread over ranks in the same way
+            pair[0].append(own(ours))  # both are sharded in the same way
             pair[1].append(own(theirs))
         if averaged[0]:
             torch._foreach_lerp_(averaged[0], [x.to(y.dtype) for y, x in zip(*averaged, strict=True)], 1 - decay)

@@ -1,7 +1,7 @@
-"""A pass over a batch, forward and backward, as one CUDA graph.
+"""Forward and backward of a batch as one CUDA graph.
 
-A step of base size launches some 1,800 kernels. On batches of the published size the host takes longer to launch them than the
-GPU to run them. A graph is launched once.
+A step at base size launches about 1,800 kernels. At the published batch sizes the host takes longer to launch them than the GPU
+takes to run them. A graph is a single launch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 
 class Recorded(NamedTuple):
-    """What a graph reads and writes; the memory stays its own.
+    """A recorded graph and the memory that it reads and writes.
 
     Attributes:
         replay: Runs it.
         inputs: By name.
         outputs: What the pass returns.
-        grads: Of the parameters that have one.
+        grads: (parameter, gradient) of each parameter that has one.
     """
 
     replay: Callable[[], None]
@@ -36,14 +36,14 @@ class Recorded(NamedTuple):
 
 
 class Graphs:
-    """Calls `run(inputs, *settings)`, and replays it instead for inputs whose shapes have come before.
+    """Calls `run(inputs, *settings)`, or replays its graph for inputs of repeated shapes.
 
     Args:
-        run: Forward and backward of a batch on the GPU; inputs by name, settings that can be hashed. It returns tensors, reads
-            nothing on the host, and finds no gradients.
-        parameters: That get gradients.
-        after: Calls with the same shapes before a graph is recorded; in the first of them kernels are compiled.
-        most: Number of graphs, each of which keeps a set of gradients.
+        run: Forward and backward of a batch on the GPU; inputs by name, hashable settings. It returns tensors, never
+            synchronises with the host, and starts with gradients set to None.
+        parameters: Those that get gradients.
+        after: Calls with the same shapes before a graph is recorded; kernels are compiled in the first of them.
+        most: Largest number of graphs; each keeps a set of gradients.
     """
 
     def __init__(self, run: Run, parameters: Sequence[nn.Parameter], after: int = 3, most: int = 4):
@@ -53,10 +53,10 @@ class Graphs:
         self.pool: Any = None
 
     def __call__(self, inputs: dict[str, Tensor], *settings: Any) -> tuple[Tensor, ...]:
-        """As `run`; the tensors returned are written again by the next call with these shapes."""
+        """As `run`; the next call with these shapes overwrites the returned tensors."""
         key = (settings, *((name, x.shape, x.dtype) for name, x in inputs.items()))
         if key not in self.recorded:
-            if len(self.seen) < 1000:  # lengths that hardly come twice would fill the memory of the host
+            if len(self.seen) < 1000:  # lengths that hardly repeat would fill host memory
                 self.seen[key] += 1
             if self.seen[key] <= self.after or len(self.recorded) >= self.most:
                 return self.run(inputs, *settings)
@@ -83,9 +83,9 @@ class Graphs:
         return Recorded(replay, own, outputs, grads)
 
     def capture(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        """What replays `run`, and its outputs, which hold nothing yet."""
+        """A callable that replays `run`, and its outputs, which are not filled yet."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the one that pins memory for the data loader, may meanwhile do what a recording may not.
+        # Other threads, such as the pin-memory thread of the data loader, may do meanwhile what a capture forbids.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = run()
         self.pool = graph.pool()

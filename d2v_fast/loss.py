@@ -1,4 +1,4 @@
-"""The data2vec loss as a part of its own: a function and a module that other codebases can take alone."""
+"""The data2vec loss as a function and a module, usable without the rest of the package."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ def data2vec_loss(
         padding_mask: (B, T) bool, True = padding: left out of the statistics over T and never scored.
         reduction: "mean" over scored positions (C is summed), or "sum".
         layout: Memory layout of the teacher layers.
-        impl: "auto", "eager", "compile", "native" (CPU) or "triton" (GPU); `d2v_fast.ops` says which "auto" takes.
+        impl: "auto", "eager", "compile", "native" (CPU) or "triton" (GPU); see `d2v_fast.ops` for the choice of "auto".
         return_stats: Also return the moments of targets and predictions at the scored positions, a `LossStats`.
         return_target_mean: Also return the mean of the targets over all positions that are not padding, (B, C) in the dtype
             of the loss: what the CLS token of data2vec 2.0 learns (method 4.7).
 
     Returns:
-        The loss, a scalar in fp32 (fp64 for fp64 predictions); or a tuple of it and what else is asked for, in this order.
+        The loss, a scalar in fp32 (fp64 for fp64 predictions); or a tuple of the loss and what is requested, stats first.
         An empty mask gives 0 and zero gradients; a layer whose variance overflows gives NaN.
 
     Raises:
@@ -183,7 +183,7 @@ def _check_tensors(
     if predictions.ndim not in ((2, 3) if mask.ndim == 2 else (2,)):
         expected = "(N, C) or (B, T, C)" if mask.ndim == 2 else "(N, C) for a mask (B, M, T)"
         raise ValueError(f"predictions: found shape {tuple(predictions.shape)}, expected {expected}")
-    # Counting the mask would break a graph, and wait for a GPU; there a wrong N is the caller's to avoid.
+    # Counting the mask would break a graph and sync with a GPU; there the caller must get N right.
     countable = mask.device.type == "cpu" and not torch.compiler.is_compiling()
     if predictions.ndim == 2 and countable and len(predictions) != int(mask.sum()):
         raise ValueError(f"predictions: found {len(predictions)} rows, expected {int(mask.sum())}, the masked positions")
@@ -191,11 +191,11 @@ def _check_tensors(
         if tensor is not None and tensor.device != predictions.device:
             raise ValueError(f"{name}: found on {tensor.device}, expected {predictions.device} like the predictions")
     if scale is None and channels == 0:
-        raise ValueError("scale: found None for 0 channels, expected a number, as 1/√C has none")
+        raise ValueError("scale: found None for 0 channels, expected a number, because 1/√C is undefined")
 
 
 class Data2VecLoss(nn.Module):
-    """`data2vec_loss` with its settings kept; see there for arguments, shapes and errors. Settings are checked here already."""
+    """`data2vec_loss` with its settings kept; see there for arguments and errors. They are checked at construction."""
 
     def __init__(
         self,

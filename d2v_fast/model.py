@@ -1,7 +1,7 @@
 """data2vec: a student that sees a masked input predicts what its EMA teacher computes from all of it.
 
-Baevski et al. 2022, section 3, and for 2.0 Baevski et al. 2023; spec sections 1 and 4. Nothing here knows whether the input is
-text, an image or speech.
+Baevski et al. 2022, section 3, and for 2.0 Baevski et al. 2023; method 1 and 4. The input may be text, an image,
+speech or anything else with positions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLSReduction = Literal["mean", "sum"]
 
 @dataclass
 class Data2VecOutput:
-    """Loss of a batch and what is worth watching.
+    """Loss of a batch and the tensors that the monitor reads.
 
     Attributes:
         loss: Scalar; the sum over scored positions divided by `num_targets` where given, else by their number.
@@ -109,7 +109,7 @@ class Data2Vec(nn.Module):
                 name = type(encoder.model).__name__
                 raise ValueError(f"cls_weight: found {cls_weight}, but {name} has no CLS token that could learn; expected 0")
             if encoder.masks_features:
-                encoder.mask_token.requires_grad_(False)  # nothing stands in for what is masked
+                encoder.mask_token.requires_grad_(False)  # unused: masked positions are not encoded
         elif cls_weight:
             raise ValueError(f"cls_weight: found {cls_weight} without a decoder; the loss of CLS is a part of data2vec 2.0")
         self.student = encoder
@@ -126,7 +126,7 @@ class Data2Vec(nn.Module):
         head = regression_head(encoder.hidden_size, head_layers, head_zero_init) if decoder is None else decoder
         self.head: nn.Module = head
         self.cls_weight, self.cls_reduction = cls_weight, cls_reduction
-        # A teacher whose local features are the student's own need not compute them again. Those of text hold dropout.
+        # A teacher with the student's local features need not recompute them, except for text, where they include dropout.
         self.shares_features = ema_scope != "all" and encoder.masks_features
         self.teacher_fp32 = teacher_fp32
         scales: dict[Any, float] = {"auto": encoder.hidden_size**-0.5, "mean": 1 / encoder.hidden_size}
@@ -154,7 +154,7 @@ class Data2Vec(nn.Module):
             source: What the student sees, as its encoder takes it. In place it is masked already if `target` is given.
             mask: (B, T) bool, True = masked = scored; with a decoder (B, M, T), M views of each sample.
             target: What the teacher sees where that is another input (text in place: the unmasked ids); default is `source`.
-            index: (N,) int64, `mask.flatten().nonzero()`; made by the data loader so that a GPU is not waited for.
+            index: (N,) int64, `mask.flatten().nonzero()`; precomputed by the data loader to avoid a GPU sync.
             visible: (B·M, V) int64, `masking.visible_positions(mask, padding_mask)`; the same.
             padding_mask: (B, T) bool, True = padding.
             target_padding_mask: The same for `target`, where it differs.
@@ -222,20 +222,20 @@ class Data2Vec(nn.Module):
         visible: Tensor | None = None,
         padding_mask: Tensor | None = None,
     ) -> Predicted:
-        """The student's half; arguments as in `forward`, `features` (B, T, C) as the student sees them."""
+        """The student's predictions; arguments as in `forward`, `features` (B, T, C) already masked for the student."""
         if not self.sparse:
             return in_place(self.student, self.head, features, index, padding_mask)
         if visible is None:
             found = visible_positions(mask.cpu().numpy(), None if padding_mask is None else padding_mask.cpu().numpy())
             visible = torch.from_numpy(found).to(mask.device)
         positions = self.student.positions(source.shape[-1])
-        # Along one axis the mask tells it too, for a module whose inputs are neither tokens nor waveforms.
+        # With one axis the mask gives the grid, also for modules whose inputs are neither tokens nor waveforms.
         grid = positions if isinstance(positions, tuple) else (mask.shape[-1],)
         decoder = cast(ConvDecoder, self.head)
         return visible_only(self.student, decoder, features, mask, index, visible, grid, padding_mask)
 
     def _cls_loss(self, extra: Any, mean: Tensor) -> Tensor:
-        """What the first extra token of each view lacks of the mean target (B, C) of its sample, weighted (method 4.7)."""
+        """Weighted error of each view's first extra token against the mean target (B, C) of its sample (method 4.7)."""
         error = extra[:, 0].to(mean.dtype) - mean.repeat_interleave(len(extra) // len(mean), 0)
         values = errors(error, self.loss_settings["beta"]).sum(1) * self.loss_settings["scale"]
         return self.cls_weight * getattr(values, self.cls_reduction)()
@@ -250,7 +250,7 @@ class Data2Vec(nn.Module):
     ) -> list[Tensor]:
         """Results of the teacher's last K layers on the unmasked input, K × (B, T, C).
 
-        With `index` a teacher whose last block is narrowed fills the last one only there.
+        With `index`, a teacher with a narrowed last block fills the last result only at these positions.
         """
         teacher = self.teacher.module
         device = inputs.device.type

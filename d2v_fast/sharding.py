@@ -1,7 +1,7 @@
-"""A model spread over ranks: torch's `fully_shard` (FSDP2) of student and teacher, block by block.
+"""Sharding over ranks: torch's `fully_shard` (FSDP2) on student and teacher, block by block.
 
-Each rank keeps a share of every parameter, of its gradient, of its moments and of the teacher's copy. A block is gathered while
-it runs; what lies around the blocks, while a step runs.
+Each rank keeps a shard of every parameter, its gradient, its moments and the teacher's copy. A block is gathered while it runs;
+modules outside the blocks are gathered for the whole step.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def shard(model: Data2Vec, device: torch.device, world: int, hybrid: bool = False) -> None:
-    """Spread the parameters of a model over all ranks; make its optimizer afterwards.
+    """Shard the parameters of a model over all ranks; create its optimizer afterwards.
 
     Args:
         model: On `device`.
         device: Where it runs.
         world: Number of ranks.
-        hybrid: Spread it over the ranks of each machine, and keep a copy on each machine.
+        hybrid: Shard within each machine and replicate across machines.
 
     Raises:
         ValueError: torch cannot shard a parameter; scalars are an example.
@@ -40,7 +40,7 @@ def shard(model: Data2Vec, device: torch.device, world: int, hybrid: bool = Fals
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
 
     def along(parameter: nn.Parameter) -> Shard | None:
-        # By default the first axis, which of a token (1, 1, C) only one rank would get.
+        # The default is the first axis, which would give a token (1, 1, C) to a single rank.
         even = [axis for axis, size in enumerate(parameter.shape) if size % local == 0]
         return Shard(max(even, key=lambda axis: parameter.shape[axis])) if even and len(parameter) < local else None
 
@@ -49,7 +49,7 @@ def shard(model: Data2Vec, device: torch.device, world: int, hybrid: bool = Fals
         block: Any
         for block in dict.fromkeys(encoder.blocks):
             fully_shard(block, mesh=mesh, shard_placement_fn=along)
-            if run is not None:  # to torch another forward, before which the block is gathered too
+            if run is not None:  # a second forward, before which FSDP gathers the block too
                 block.by_halves = MethodType(run, block)
                 register_fsdp_forward_method(block, "by_halves")
         if run is not None:
@@ -63,9 +63,9 @@ def _by_halves(block: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def gathered(module: nn.Module, keep: bool) -> Iterator[None]:
-    """The parameters of the module whole and on the CPU, where `keep` says so; all ranks come here together.
+    """With `keep`, the module's parameters gathered on the CPU. A collective: every rank must call it.
 
-    Not by `unshard`: a `state_dict` would undo it.
+    `unshard` does not work here: a `state_dict` would undo it.
     """
     spread = [
         (owner, name, parameter)
@@ -74,7 +74,7 @@ def gathered(module: nn.Module, keep: bool) -> Iterator[None]:
         if hasattr(parameter, "full_tensor")
     ]
     found: dict[Tensor, nn.Parameter] = {}
-    for parameter in dict.fromkeys(parameter for *_, parameter in spread):  # one after the other, as a GPU has no room for all
+    for parameter in dict.fromkeys(parameter for *_, parameter in spread):  # one at a time, because a GPU may not hold them all
         full = whole(parameter.detach())
         if keep:
             found[parameter] = nn.Parameter(full.cpu(), parameter.requires_grad)
@@ -88,17 +88,17 @@ def gathered(module: nn.Module, keep: bool) -> Iterator[None]:
 
 
 def whole(tensor: Any) -> Tensor:
-    """A tensor that may be spread over ranks, gathered; all ranks come here together."""
+    """A possibly sharded tensor, gathered. A collective: every rank must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def own(tensor: Any) -> Tensor:
-    """This rank's share of a tensor that may be spread over ranks; the same memory."""
+    """This rank's shard of a possibly sharded tensor, sharing its memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def spread_as(tensor: Tensor, like: Any) -> Tensor:
-    """A whole tensor spread over ranks as `like` is; all ranks have the same, and nothing is sent."""
+    """A full tensor, equal on all ranks, sharded like `like` without communication."""
     if not hasattr(like, "placements") or tensor.shape != like.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor

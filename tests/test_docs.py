@@ -22,6 +22,8 @@ import d2v_fast
 from d2v_fast import cli
 from d2v_fast.config import parse
 from d2v_fast.data.text import train_tokenizer
+from d2v_fast.diagnostics import RULES
+from d2v_fast.report import CURVES
 from tests import released, test_convert
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +210,18 @@ def test_settings_of_a_page_exist(page):
             is_file = setting.endswith(".safetensors")
             if setting.partition(".")[0] in sections and not setting.startswith("encoder.config.") and not is_file:
                 assert setting in known, setting
+
+
+def test_the_guide_to_health_has_the_figures_of_the_report_and_the_alarms_of_the_monitor():
+    text = (ROOT / "docs" / "health.md").read_text()
+    tables = re.findall(r"^\| (figure|alarm) \|.*\n.*\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
+    names = {
+        head: [name for row in rows.splitlines() for name in row.split("|")[1].strip().split("; ")] for head, rows in tables[:2]
+    }
+    assert set(names["figure"]) <= {title for title, _ in CURVES.values()} and len(names["figure"]) == 13
+    meanings = [rule.meaning for rule in RULES]
+    assert all(any(name in meaning for meaning in meanings) for name in names["alarm"])
+    assert all(any(name in meaning for name in names["alarm"]) for meaning in meanings)
 
 
 def test_every_public_name_has_a_page(tmp_path):

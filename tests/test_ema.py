@@ -140,11 +140,11 @@ def change(**attributes):
 @pytest.mark.parametrize(
     "handed, named",
     [
-        (Wrapper, "first.bias: found in the teacher alone; hand over the unwrapped student"),
-        (torch.compile, "_orig_mod.first.bias: found in the student alone; hand over the unwrapped student"),
-        (change(frozen=None), "frozen: found in the teacher alone"),
-        (change(added=nn.Parameter(torch.ones(2))), "added: found in the student alone"),
-        (change(ids=None), "ids: found in the teacher alone"),
+        (Wrapper, "first.bias: found in the teacher only; pass the unwrapped student"),
+        (torch.compile, "_orig_mod.first.bias: found in the student only; pass the unwrapped student"),
+        (change(frozen=None), "frozen: found in the teacher only"),
+        (change(added=nn.Parameter(torch.ones(2))), "added: found in the student only"),
+        (change(ids=None), "ids: found in the teacher only"),
         (change(ids=torch.ones(1)), "ids: found (1,) in the student, expected (10,)"),
     ],
 )
@@ -165,7 +165,7 @@ def test_a_teacher_below_fp32_is_refused(dtype):
     student = Student()
     teacher = EMATeacher(student, 0.9999, 0.9999)
     around = nn.ModuleList([student, teacher]).to(dtype)
-    with pytest.raises(ValueError, match=f"found {dtype} in the teacher.*cast the student alone, or call teacher.float"):
+    with pytest.raises(ValueError, match=f"found {dtype} in the teacher.*cast only the student, or call teacher.float"):
         teacher.update(student)
     teacher.float().update(student)
     around.double()

@@ -1,9 +1,9 @@
-"""Attention as one more implementation of transformers.
+"""An attention implementation for transformers.
 
-On a CPU `scaled_dot_product_attention` leaves its fast path for dropout, and is slow at the lengths of data2vec, above all
-in the backward. Two matrix products around a softmax, with the fast dropout between them, are quicker; for long inputs without
-gradients they are not. On a GPU torch's own choice of flash and cuDNN kernels stays, or flash-attn is called
-where it is installed, and nobody waits for a look at the mask.
+On a CPU `scaled_dot_product_attention` has no fast path with dropout and is slow at data2vec's lengths, especially in the
+backward. Two matrix products with a softmax and the fast dropout in between are faster, except for long inputs without
+gradients. On a GPU, flash-attn is used if installed, else torch's own choice of kernels; the mask is never inspected, because
+that would synchronise with the host.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from d2v_fast.ops.dropout import dropout as fast_dropout
 
 NAME = "d2v_fast"
-LONG = 512  # positions from which the scores of all pairs no longer stay in the cache
+LONG = 512  # above this length the scores of all pairs no longer fit in the cache
 
 
 def attention(
@@ -38,10 +38,10 @@ def attention(
         module: The calling layer.
         query: (B, H, T, D); key and value likewise.
         attention_mask: Bool, True = attend, or a float bias that is added; broadcast to (B, H, T, T).
-        dropout: Share of the probabilities that is dropped.
+        dropout: Dropout probability of the attention weights.
         scaling: Factor of the scores, None = 1/√D.
-        flash: `flash_attn_func`, taken on a GPU in bf16 and fp16 where there is no mask. It knows padding by its own lengths
-            only, for which transformers waits in each layer; so padded batches are left to torch.
+        flash: `flash_attn_func`, used on a GPU in bf16 and fp16 without a mask. Padded batches go to torch: flash-attn needs
+            sequence lengths, and computing them synchronises with the host in every layer.
 
     Returns:
         (B, T, H, D) contiguous, and None in place of the probabilities.
@@ -52,11 +52,11 @@ def attention(
             return flash(*(x.transpose(1, 2) for x in (query, key, value)), dropout, scaling), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        kwargs["is_causal"] = False  # which it would take for granted of a module that does not say
+        kwargs["is_causal"] = False  # else taken as True for a module without the attribute
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2))
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        # The lowest number and not -inf: a row without any key must not become NaN.
+        # The lowest finite number rather than -inf: a row without any key must not become NaN.
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask.to(scores.dtype)
@@ -67,8 +67,8 @@ def attention(
 def padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """The mask of transformers' sdpa from a padding mask (B, T) bool, True = attend.
 
-    There it is looked at first whether it pads at all, and a GPU waited for; our batches have one only if it does. A causal
-    mask is always made: `attention` knows no other way to be causal.
+    transformers first checks whether the mask pads at all, which synchronises with the GPU; our batches have a mask only if it
+    does. Causal masks are always materialised, because `attention` has no other way to be causal.
     """
     from transformers.masking_utils import sdpa_mask
 
@@ -80,10 +80,10 @@ def padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> 
 
 
 def use_fast_attention(model: nn.Module, device: torch.device) -> str | None:
-    """Let a transformers model attend in the way that is fastest on this device.
+    """Switch a transformers model to the attention that is fastest on this device.
 
     Returns:
-        What it does, for the log; None if the model keeps what it has, as one does that is causal or whose heads share keys.
+        A description for the log; None if the model is unchanged, such as a causal one or one whose heads share keys.
     """
     from transformers import AttentionInterface, PreTrainedModel
     from transformers.masking_utils import AttentionMaskInterface
@@ -99,7 +99,7 @@ def use_fast_attention(model: nn.Module, device: torch.device) -> str | None:
 
         flash = flash_attn_func
     AttentionInterface.register(NAME, functools.partial(attention, flash=flash) if flash else attention)
-    AttentionMaskInterface.register(NAME, padding)  # without one padding would be dropped in silence
+    AttentionMaskInterface.register(NAME, padding)  # without it padding would be ignored silently
     try:
         model.set_attn_implementation(NAME)
     except ValueError:

@@ -1,8 +1,8 @@
-"""Convolutions with channels last, as transformers keep them: on a GPU by cuDNN, over speech on a CPU by matrix products.
+"""Channels-last convolutions: cuDNN or Triton on a GPU, matrix products for speech on a CPU.
 
-On a CPU all samples of a batch are put into one long waveform, each at a multiple of the stack's stride. A convolution is then
-one matrix product for each stride that its kernel is long, on views of its input and without any copy; layer norm and GELU are
-one pass over memory (`kernels/norm_gelu.cpp`). Frames that mix two samples are computed and thrown away.
+On a CPU the samples of a batch are concatenated into one long waveform, each starting at a multiple of the stack's stride. A
+convolution then takes ceil(kernel / stride) matrix products on views of its input, without a copy; layer norm and GELU are one
+pass over memory (`kernels/norm_gelu.cpp`). Frames that mix two samples are computed and discarded.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from d2v_fast.ops import native, once_differentiable, triton_conv
 
 
 def _pieces(x: Tensor, kernel: int, stride: int, written: bool = False) -> list[tuple[slice, Tensor]]:
-    """Frames (L', kernel·C) of contiguous x (L, C), in pieces of at most `stride` taps: which columns, and a view of them.
+    """Frames (L', kernel·C) of contiguous x (L, C) in pieces of at most `stride` taps: (columns, view) of each.
 
-    Of one channel there is one piece and it is a copy, unless it will be `written` to.
+    With one channel there is a single piece. It is a copy unless it will be `written` to.
     """
     length, channels = x.shape
     frames = (length - kernel) // stride + 1
-    if channels == 1 and not written:  # so short a row is better copied than read twice
+    if channels == 1 and not written:  # copying such short rows is faster than reading them twice
         return [(slice(0, kernel), x.squeeze(1).unfold(0, kernel, stride).contiguous())]
     pieces = []
     for tap in range(0, kernel, stride):
@@ -89,7 +89,7 @@ class _NormGelu(torch.autograd.Function):
 
 
 def norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """GELU of the layer norm of x (L, C), like x. The kernel takes parameters in fp32 on a CPU; all else is left to torch."""
+    """GELU of the layer norm of x (L, C), like x. The kernel needs a CPU and fp32 parameters; torch handles the rest."""
     if x.device.type == "cpu" and x.dtype in native.DTYPES and weight.dtype == bias.dtype == torch.float32:
         return _NormGelu.apply(x, weight, bias, eps)
     return F.gelu(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
@@ -108,23 +108,25 @@ class FeatureEncoder(_Module):
     conv_layers: Any
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _made, (type(self).__bases__[1],), vars(self)  # pickle finds no class that is made at run time
+        return _made, (type(self).__bases__[1],), vars(self)  # pickle cannot find a class created at run time
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        """Features (B, C, T) of waveforms (B, S); a ValueError if S is less than one frame sees."""
-        if waveforms.device.type != "cpu" or not len(waveforms):  # moved there since; what follows is for a CPU
+        """Features (B, C, T) of waveforms (B, S); a ValueError if S is shorter than one frame's receptive field."""
+        if waveforms.device.type != "cpu" or not len(waveforms):  # moved to another device since; the rest is for a CPU
             return super().forward(waveforms)
         batch, samples = waveforms.shape
         convolutions = [layer.conv for layer in self.conv_layers]
-        stride, reach = 1, 1  # of the whole stack: samples from frame to frame, and those that a frame sees
+        stride, reach = 1, 1  # of the whole stack: hop and receptive field in samples
         for conv in convolutions:
             reach += (conv.kernel_size[0] - 1) * stride
             stride *= conv.stride[0]
         if samples < reach:
-            raise ValueError(f"waveforms: found {samples} samples, expected at least {reach}, which one frame sees; pad them")
+            raise ValueError(
+                f"waveforms: found {samples} samples, expected at least {reach}, the receptive field of one frame; pad them"
+            )
         kept = (samples - reach) // stride + 1
-        read = (kept - 1) * stride + reach  # what is behind may hold anything
-        frames = -(-samples // stride)  # of each sample, those that reach into the next included
+        read = (kept - 1) * stride + reach  # the rest may hold anything
+        frames = -(-samples // stride)  # per sample, including those that reach into the next
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else convolutions[0].weight.dtype
         x = waveforms.new_zeros(batch * frames * stride + max(0, reach - stride), dtype=dtype)
         x[: batch * frames * stride].view(batch, -1)[:, :read] = waveforms[:, :read]
@@ -137,7 +139,7 @@ class FeatureEncoder(_Module):
 
 
 def use_matrix_products(extractor: Any) -> bool:
-    """Compute the features so; False, and nothing is changed, for layers of another kind or without the C++ library."""
+    """Switch a feature encoder to matrix products; False, unchanged, for other layers or without the C++ library."""
     layers = getattr(extractor, "conv_layers", [])
     if native.obstacle(torch.device("cpu")) or not layers or not all(_fits(layer) for layer in layers):
         return False
@@ -152,13 +154,13 @@ def _fast(kind: Any) -> type:
 
 
 def _made(kind: Any) -> nn.Module:
-    """An empty module of the kind, a fast one where there is the library; pickle fills it."""
+    """An empty module of the kind, fast if the library is available; pickle fills it."""
     fast: Any = kind if native.obstacle(torch.device("cpu")) else _fast(kind)
     return fast.__new__(fast)
 
 
 class ChannelsLast1d(nn.Conv1d):
-    """A convolution that reads and writes (B, T, C) in memory, as the norms and products around it do.
+    """A convolution that reads and writes (B, T, C) in memory, like the surrounding norms and products.
 
     `F.conv1d` copies such an input into another order, and cuDNN's kernels copy it back.
     """
@@ -170,7 +172,7 @@ class ChannelsLast1d(nn.Conv1d):
 
 
 class _Grouped(_Module):
-    """A convolution in groups by `triton_conv`, where that can run; cuDNN spends most of its time on changing the order."""
+    """A grouped convolution by `triton_conv` where it can run; cuDNN spends most of its time on layout transforms."""
 
     weight: Tensor
     bias: Tensor | None
@@ -196,7 +198,7 @@ class Grouped2d(_Grouped, nn.Conv2d):
 
 
 def use_channels_last(module: nn.Module) -> bool:
-    """Let convolutions keep the channels last: dense ones over one axis, and those of groups; False where there is none."""
+    """Switch dense 1-D and grouped convolutions to channels last; False if there are none."""
     changed = 0
     each: Any
     for each in module.modules():
@@ -217,7 +219,7 @@ def use_channels_last(module: nn.Module) -> bool:
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
-    """The modules of a speech model of transformers that are a convolution, its norm and GELU; none of another model."""
+    """The convolution + norm + GELU modules of a speech model of transformers; empty for other models."""
     local = getattr(getattr(model, "feature_extractor", None), "conv_layers", ())
     positional = getattr(getattr(model, "encoder", None), "pos_conv_embed", None)
     return [*local, *([] if positional is None else [positional])]

@@ -37,7 +37,7 @@ def library() -> Any:
     path = Path(__file__).with_name("libd2v_fast.so")
     if not path.exists():
         return "the C++ library is not built; `pip install .` builds it where cmake and a C++ compiler are found"
-    # torch brings its own OpenMP; a second pool of threads beside it would fight it for the cores.
+    # torch brings its own OpenMP; a second thread pool would compete with it for the cores.
     for openmp in Path(torch.__file__).parent.glob("lib/libgomp*"):
         ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
     try:
