@@ -1,10 +1,17 @@
-"""Settings that take one of some words, or name a class."""
+"""Settings that take one of some words, or name a class. Needs no torch, so that the command line starts quickly."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Norm = Literal["none", "layer", "instance", "batch", "group"]  # in the order of D2VNorm in kernels/loss.h
+TargetNorm = Literal["none", "layer", "instance"]
+Implementation = Literal["auto", "eager", "compile", "native", "triton"]
+LayerSource = Literal["ffn", "block_output", "block_input"]
+EMAScope = Literal["all", "encoder", "layers"]
+CLSReduction = Literal["mean", "sum"]
 
 
 def nearest(word: str, words: Any) -> str:
