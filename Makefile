@@ -2,16 +2,17 @@
 # make test   runs the tests
 # make mutations  inserts bugs into a copy of the code, one at a time; each must make a test fail
 # make lint   ruff and mypy
-# make docs   pages of all docstrings in build/docs
+# make docs   README, guides and API as a site in build/docs; a warning is an error
 # make bench        benchmarks the loss against its alternatives, writes $(RESULTS)
 # make bench-check  the same, and fails if a ratio fell more than 15 % below the committed one or the machine is slow
 # make bench-report prints tables and a plot from $(RESULTS), updates the tables of README and docs/speed.md
 # … ONLY="test_splicing" to select tests, RESULTS=FILE.json for another file
 # … BENCH=step      the same for whole steps, their parts and a sweep over sizes; also BENCH=ema, BENCH=monitor
-# Everything is installed into .venv; another Python: make PYTHON=python3.12 …
+# Everything is installed into .venv; another Python: make PYTHON=python3.12 …, another torch: make TORCH=torch==2.11.0 …
 
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 DEMO ?= vision/tiny-2
 RUN ?= runs/demo
@@ -22,10 +23,10 @@ MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_ben
 .PHONY: demo test test-slow mutations lint docs bench bench-check bench-report clean
 
 # torch first, pinned: this version may be available as a CPU build, while the newest one pulls gigabytes of CUDA.
-$(BIN)/.installed: setup.py CMakeLists.txt $(wildcard kernels/*)
+$(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e '.[dev,tensorboard]'
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet -e '.[dev,docs,tensorboard]'
 	touch $@
 
 demo: $(BIN)/.installed
@@ -48,7 +49,7 @@ lint: $(BIN)/.installed
 	$(BIN)/mypy
 
 docs: $(BIN)/.installed
-	$(BIN)/pdoc --docformat google --output-directory build/docs d2v_fast
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(BIN)/.installed
 	$(MEASURE) --benchmark-json=$(RESULTS)

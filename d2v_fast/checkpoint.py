@@ -25,6 +25,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -283,7 +284,10 @@ def write(folder: Path, step: int, tensors: Tensors, state: str) -> Checkpoint:
 
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk, so that they survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and sys.platform == "win32":  # opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes only what is open for writing
     try:
         os.fsync(handle)
     finally:

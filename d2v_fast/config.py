@@ -32,7 +32,7 @@ FREE = (
     *(f"train.{name}" for name in ("output", "workers", "graphs", "log_every", "export_every", "save_every", "keep_last")),
     *("train.checkpointing", "train.shard", "train.timeout_minutes"),
     *(f"train.{name}" for name in ("callbacks", "trackers", "probe_every", "probe_data")),
-    *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache"),
+    *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache", "data.stream_timeout"),
 )
 COMPARED = ("samples", "samples.number", "samples.content", "processes")  # compared on resume, in addition to the settings
 PART = re.compile(r"^several\.parts\.\w+\.")  # prefix of the settings of one of several modalities
@@ -222,9 +222,11 @@ class EMAConfig(Checked):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Checked):
-    """AdamW.
+    """The optimizer.
 
     Args:
+        kind: adamw, or lamb for large batches: the update of each tensor has the norm of the tensor times lr. On a GPU it is
+            NVIDIA apex's FusedLAMB, if apex is installed.
         lr: Peak learning rate.
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
@@ -233,6 +235,7 @@ class OptimizerConfig(Checked):
         lr_scale: Learning rate factors by parameter name pattern, such as {"*feature_extractor*": 0.1}.
     """
 
+    kind: Literal["adamw", "lamb"] = "adamw"
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
@@ -411,6 +414,8 @@ RANGES = {
     "data.views": "[1, inf)",
     "data.vocab_size": "[261, 16777216]",  # 256 bytes and 5 special tokens; tokenizers aborts when out of memory
     "data.whole_seconds": "(0, inf)",
+    "data.shuffle_buffer": "[1, inf)",
+    "data.stream_timeout": "(0, inf)",
     "ema.anneal_steps": "[0, inf)",
     "ema.end": "[0, 1]",
     "ema.start": "[0, 1]",
@@ -550,6 +555,12 @@ class Config:
                 f"mask: {type(self.mask).__name__} leaves a different number of positions visible in each view, but data2vec "
                 f"2.0 (head.kind=conv) needs equal numbers; expected mask.kind={' or '.join(SEVERAL)}"
             )
+        streamed = values.get("data.streaming") or "://" in str(values.get("data.path"))
+        if self.train.epochs is not None and streamed and not self.own_data:
+            raise ConfigError(
+                f"train.epochs={self.train.epochs:g}: the length of a stream is unknown; give train.steps instead of "
+                f"train.epochs (data.path={values['data.path']})"
+            )
         if self.train.shard and self.train.probe_every:
             raise ConfigError(
                 "train.probe_every: the probe runs the teacher on one rank, but train.shard spreads it over all of them; leave "
@@ -557,6 +568,16 @@ class Config:
             )
         if self.train.shard and self.train.precision == "fp16":
             raise ConfigError("train.precision=fp16: sharded ranks cannot agree on a gradient scale; use bf16 or fp32")
+        if self.optimizer.kind == "lamb" and self.optimizer.weight_decay == 0:
+            raise ConfigError(
+                "optimizer.kind=lamb with optimizer.weight_decay=0: tensors without weight decay are not scaled, so this is "
+                "Adam; set optimizer.weight_decay, such as 0.01, or optimizer.kind=adamw"
+            )
+        if self.optimizer.kind == "lamb" and self.train.shard:
+            raise ConfigError(
+                "optimizer.kind=lamb with train.shard: the norm of a tensor needs all of its shards, which is not implemented; "
+                "set train.shard=false or optimizer.kind=adamw"
+            )
         if self.loss.cls_weight and not conv:
             raise ConfigError(f"loss.cls_weight: found {self.loss.cls_weight}, which is for head.kind=conv; expected 0")
         if self.train.output == "" or "\0" in (self.train.output or ""):

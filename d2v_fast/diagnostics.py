@@ -454,6 +454,8 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
     from huggingface_hub.constants import HF_HOME
     from torch.utils import collect_env
 
+    from d2v_fast.train.optim import apex_obstacle  # d2v_fast.train imports this module
+
     warnings = []
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     driver = collect_env.get_nvidia_driver_version(collect_env.run)
@@ -493,9 +495,9 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
     shadow = importlib.util.find_spec("kernels")
     if shadow and shadow.origin and not _version("kernels"):
         warnings.append(f"{shadow.origin} shadows Hugging Face's package kernels and breaks transformers: rename it")
-    apex = importlib.util.find_spec("apex")
-    if apex and apex.origin and not Path(apex.origin).with_name("optimizers").exists():
-        warnings.append(f"apex {_version('apex')} is not NVIDIA's: pip uninstall apex")
+    apex = apex_obstacle()
+    if apex and importlib.util.find_spec("apex"):
+        warnings.append(apex)
 
     for package in OPTIONAL:
         if importlib.util.find_spec(package):
@@ -541,6 +543,7 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
         "gpu": "; ".join(f"{g.name}, {g.total_memory / 2**30:.0f} GiB, sm_{g.major}{g.minor}" for g in gpus) or "none",
         "driver": f"{driver or 'none'}, torch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}",
         **{f"loss on {device}": text for device, text in losses.items()},
+        "lamb on cuda": f"torch's operations: {apex}" if apex else "apex's FusedLAMB",
         "free": ", ".join(f"{size:.1f} GiB in {place}" for place, size in free.items()),
         "allocator": allocator or "the C library's; tcmalloc via LD_PRELOAD can be faster on a CPU",
         "variables": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)) or "none",

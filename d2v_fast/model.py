@@ -65,7 +65,9 @@ class Data2Vec(nn.Module):
         cls_weight: With a decoder, weight of the loss by which the first extra token (CLS) learns the mean of the targets over
             all positions; 0 for none (method 4.7).
         cls_reduction: "mean" over the views of a batch, or "sum" as in the reference code, where it grows with the batch.
-        ema_start, ema_end, ema_anneal_steps: Decay schedule of the teacher (method 1.5).
+        ema_start: First decay of the teacher (method 1.5).
+        ema_end: Decay after `ema_anneal_steps`.
+        ema_anneal_steps: Teacher updates over which the decay goes from start to end.
         ema_scope: What is averaged: "all", the "encoder" without its local features, or its "layers" (method 1.6);
             the rest is copied from the student at each step.
         ema_copied: Further name patterns of parameters to copy.

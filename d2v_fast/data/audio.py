@@ -225,6 +225,11 @@ def open_audio(
     """
     if path == "builtin":
         return builtin_speech(split)
+    if "://" in path:
+        raise DataError(
+            f"data.path={path}: recordings are not streamed, because batches need their lengths; download them, or name the "
+            "Hugging Face data set, which does"
+        )
     path = os.path.expanduser(path)
     if is_local(path):
         table = os.path.join(path, "metadata.csv") if os.path.isdir(path) else path
@@ -257,15 +262,14 @@ def open_audio(
             return replace(source, lengths=_lengths(rows, sample_rate), state=lambda: files_state(path, files))
     import datasets
 
-    recordings, file = load_media(path, name, split, datasets.Audio)
+    recordings, found = load_media(path, name, split, datasets.Audio, cache)
 
     def values(*names: str) -> list[str] | None:
-        found = [n for n in names if n in recordings.features]
-        return [str(value) for value in recordings[found[0]]] if found else None
+        present = [n for n in names if n in recordings.features]
+        return [str(value) for value in recordings[present[0]]] if present else None
 
-    names = [f"{path}[{i}]" for i in range(len(recordings))]
-    source = _source(names, file, sample_rate, values("label"), values(*SPEAKERS))
-    return replace(source, state=lambda: recordings._fingerprint)
+    source = _source(found.names, found.file, sample_rate, values("label"), values(*SPEAKERS))
+    return replace(source, state=found.state, digest=found.digest)
 
 
 def _source(

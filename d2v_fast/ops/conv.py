@@ -95,7 +95,7 @@ def norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.gelu(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
 
 
-# What mixins build on; at run time it is the class beside them.
+# The base of mixins for type checkers; at run time the other base class is the module.
 if TYPE_CHECKING:
     _Module = nn.Module
 else:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from d2v_fast.config import ConfigError
 from d2v_fast.fused import fuse
 from d2v_fast.several import Several, SeveralConfig
 from d2v_fast.train.build import (
@@ -109,6 +110,10 @@ def build_parts(
     config = replace(config, parts={name: replace(part, resume=config.resume) for name, part in config.parts.items()})
     called = Callbacks(callbacks, accelerator.is_main_process)
     found = {name: read(part, folder.inside(name).path) for name, part in config.parts.items()}
+    if streamed := [name for name, (data, _, _) in found.items() if data.stream]:
+        raise ConfigError(
+            f"several.parts.{streamed[0]}.data: is streamed, which only a run of one modality can be; use local data"
+        )
     samples = Samples.joined([samples for _, _, samples in found.values()])
     if saved:
         samples.compare(saved, config.resume_allow)
