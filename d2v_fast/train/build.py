@@ -73,13 +73,10 @@ class Run:
 
     config: Config
     settings: dict[str, Any]
-    accelerator: Accelerator
     folder: RunFolder
     checkpoints: Checkpoints
-    data: PretrainingData
     samples: Samples
     feed: Feed
-    broken: BrokenSamples
     state: State
     window: Window
     steps: int
@@ -90,6 +87,18 @@ class Run:
     stop: bool = False
     name: str = ""
     record: dict[str, float] | None = None
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.state.accelerator
+
+    @property
+    def data(self) -> PretrainingData:
+        return self.feed.data
+
+    @property
+    def broken(self) -> BrokenSamples:
+        return self.feed.broken
 
     @property
     def each(self) -> list[Run]:
@@ -193,13 +202,10 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     run = Run(
         config=config,
         settings=settings,
-        accelerator=accelerator,
         folder=folder,
         checkpoints=checkpoints,
-        data=data,
         samples=samples,
         feed=feed,
-        broken=feed.broken,
         state=state,
         window=Window(accelerator.device),
         steps=steps,
