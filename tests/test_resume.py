@@ -344,7 +344,7 @@ class TestStopSignals:
         os.killpg(run.process.pid, number)
         code, said = run.wait()
         stopped = int(last("run").name[5:])
-        assert code == 130 and f"stopped at step {stopped} of 2000" in said and "--resume run goes on" in said, said
+        assert code == 130 and f"stopped at step {stopped} of 2000" in said and "--resume run continues" in said, said
         assert stopped >= 8 and "Traceback" not in said
         code, said = train(["--resume", "run", f"train.steps={stopped + 4}", "--resume-allow", "train.steps"])
         assert code == 0 and f"resumes after step {stopped}" in said
