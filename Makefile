@@ -1,6 +1,8 @@
 # make demo   trains a tiny preset on builtin data and probes it, on the CPU
 # make test   runs the tests
 # make mutations  makes mistakes in a copy of the code, one by one, and requires that a test notices each
+# make mutants MODULE=ema.py TESTS=tests/test_ema.py   changes operators, constants and statements of a module at random, the same
+# ones each time, and lists the changes that no test notices; NUMBER=40
 # make lint   ruff
 # make docs   pages of all docstrings in build/docs
 # make bench        measures the loss beside its alternatives, writes $(RESULTS)
@@ -19,7 +21,7 @@ BENCH ?= loss
 RESULTS ?= benchmarks/results/cpu-$(BENCH).json
 MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_bench_$(BENCH).py -q --benchmark-columns=median $(if $(ONLY),-k "$(ONLY)")
 
-.PHONY: demo test test-slow mutations lint docs bench bench-check bench-report clean
+.PHONY: demo test test-slow mutations mutants lint docs bench bench-check bench-report clean
 
 # torch first and by its exact version: a CPU build of it may be at hand, the newest one brings gigabytes of CUDA.
 $(BIN)/.installed: setup.py CMakeLists.txt $(wildcard kernels/*)
@@ -41,6 +43,9 @@ test-slow: $(BIN)/.installed
 
 mutations: $(BIN)/.installed
 	$(BIN)/python -m pytest -m slow -n 2 tests/test_mutations.py
+
+mutants: $(BIN)/.installed
+	$(BIN)/python -m tests.mutants $(MODULE) $(TESTS) --number $(or $(NUMBER),40)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

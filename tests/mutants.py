@@ -1,4 +1,4 @@
-"""Mutants of a module, each of which a test should detect: `make mutants MODULE=ema.py TESTS="tests/test_ema.py"`.
+"""Mutants of a module, each of which a test should detect (`make mutants MODULE=ema.py TESTS=tests/test_ema.py`).
 
 A mutant differs from the module in one operator, constant, condition or statement. Text of messages and annotations stays as
 it is. The tests run in forks of a process that has imported torch and transformers, so a mutant takes seconds.

@@ -176,6 +176,7 @@ def test_stays_in_eval_mode_without_gradients():
     student = Student()
     teacher = EMATeacher(student)
     nn.ModuleList([teacher]).train()
+    assert teacher.train() is teacher
     assert not teacher.module.training and student.training
     assert not any(p.requires_grad for p in teacher.parameters()) and student.first.weight.requires_grad
 
