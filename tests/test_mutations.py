@@ -296,7 +296,11 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
     "a convolution with strides for one without": ("ops/conv.py", "set(each.stride) == ", ""),
     "channels last without the stride": ("ops/conv.py", "self.bias, (1, *self.stride), *along)", "self.bias, 1, *along)"),
     # Steps, runs and what a step reads
-    "Adam's betas ignored": ("train/optim.py", "        betas=tuple(config.betas),\n", ""),
+    "Adam's betas ignored": (
+        "train/optim.py",
+        "torch.optim.AdamW(described, betas=betas,",
+        "torch.optim.AdamW(described,",
+    ),
     "weight decay on vectors": ("train/optim.py", "0.0 if vector and not config.decay_1d else", "0.0 if False else"),
     "warmup starts at the initial rate": (
         "train/optim.py",
@@ -351,7 +355,11 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
         "make_order(config, data, accelerator, 0)",
     ),
     "the window of the log is not restored": ("train/build.py", '        self.window.load_state_dict(state["window"])\n', ""),
-    "order advanced by one batch a step": ("train/feed.py", "self.trained = self.taken", "self.trained += 1"),
+    "order advanced by one batch a step": (
+        "train/feed.py",
+        "self.trained, self.trained_position = self.taken,",
+        "self.trained, self.trained_position = self.trained + 1,",
+    ),
     "batches without masked positions are trained on": (
         "train/feed.py",
         "            if not empty:\n",

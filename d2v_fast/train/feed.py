@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from d2v_fast.train.guards import BrokenSamples, WorkerDied, in_main_thread
 
 log = logging.getLogger(__name__)
 
+LEAST = 1000  # samples of a stream, whose number is unknown, of which a share may be unreadable
 EMPTY = 100  # batches in a row without masked positions before the mask is blamed; with short samples, one may occur
 
 
@@ -33,6 +34,7 @@ class Feed:
         self.data, self.workers, self.broken = data, workers, broken
         self.loader = make_loader(data, order, workers, pin_memory=pin_memory)
         self.taken = self.trained = order.start  # batches taken from the loader, and used by finished steps
+        self.position = self.trained_position = getattr(order, "state", None)  # the same of a stream
         self.batches = self._batches()
 
     def take(self, number: int) -> list[Batch]:
@@ -52,16 +54,17 @@ class Feed:
 
     def trained_on(self) -> None:
         """Record that a step has used everything taken so far."""
-        self.trained = self.taken
+        self.trained, self.trained_position = self.taken, self.position
 
     def close(self) -> None:
         """Stop the workers."""
         self.batches.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.trained}  # may differ between ranks: one that skips an unreadable batch takes another
+        stream = {"stream": self.trained_position} if self.data.stream else {}
+        return {"batches": self.trained, **stream}  # may differ between ranks: one that skips an unreadable batch takes another
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         try:
             loaded = iter(self.loader)
         except OSError as error:
@@ -76,6 +79,11 @@ class Feed:
         empty, piped = 0, False
         for batch in loaded:
             self.taken += 1
+            if self.data.stream:
+                if "failed" in batch:
+                    raise DataError(batch["failed"])
+                self.position = batch.pop("stream")
+                self.broken.total = max(LEAST, self.taken * len(batch["samples"] + batch["broken"]))
             arrays = {name: torch.from_numpy(value) for name, value in batch.items() if isinstance(value, np.ndarray)}
             if arrays and not piped:
                 log.warning("/dev/shm is full, so batches come through a slower pipe; for more: docker run --shm-size=8g")
