@@ -204,7 +204,18 @@ class PretrainingData(Dataset):
         """Names of the underlying items and a digest (int64) of each. A run only resumes with the same ones."""
         return self.source.names, self.source.digests()
 
+    def finish(self, batch: Batch) -> Batch:
+        """Complete a batch of `collate`, as tensors; by default it is complete.
+
+        With a GPU this runs there, after the copy, so that workers and copy handle less: images as uint8, for instance.
+        """
+        return batch
+
     def __getitems__(self, keys: list[Key]) -> Batch:
+        return self.finish(self.unfinished(keys))
+
+    def unfinished(self, keys: list[Key]) -> Batch:
+        """The batch before `finish`."""
         epoch = keys[0][0]
         draws = Draws(self.seed, epoch, [index for _, index in keys])
         samples, loaded, broken = [], [], []
@@ -226,6 +237,19 @@ class PretrainingData(Dataset):
             batch |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
             batch["index"] = batch["mask"].flatten().nonzero().squeeze(1)
         return batch
+
+
+class Unfinished(Dataset):
+    """The batches of a data set before `finish`."""
+
+    def __init__(self, data: PretrainingData):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        return self.data.unfinished(keys)
 
 
 class EpochBatches:
@@ -325,9 +349,7 @@ def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
     return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
 
 
-def make_loader(
-    data: PretrainingData, batches: EpochBatches, workers: int, prefetch: int = 4, pin_memory: bool = False
-) -> DataLoader:
+def make_loader(data: Dataset, batches: EpochBatches, workers: int, prefetch: int = 4, pin_memory: bool = False) -> DataLoader:
     """A DataLoader over whole batches; `_share_memory` says how workers return them."""
     if workers and "fork" not in multiprocessing.get_all_start_methods():
         log.warning("train.workers=%d: this system cannot fork processes; the training process loads the data", workers)
@@ -358,6 +380,11 @@ def _share_memory(batch: Batch) -> Batch:
                 except RuntimeError:
                     batch[name] = value.numpy()
     return batch
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of a batch, on the device."""
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
 
 
 def find_files(path: str, suffixes: Sequence[str]) -> list[str]:

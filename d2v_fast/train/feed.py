@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
 
-from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
+from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, Unfinished, first_line, make_loader, to_device
 from d2v_fast.train.guards import BrokenSamples, WorkerDied, in_main_thread
 
 log = logging.getLogger(__name__)
@@ -25,15 +26,16 @@ class Feed:
         data: The data set.
         order: The samples of each batch, starting with the first batch to train on.
         workers: Number of loading processes; they start with the first batch.
-        pin_memory: Load into pinned memory.
+        device: Where batches are needed. To a GPU the next batch is copied while the step runs.
         broken: Records samples that cannot be read.
     """
 
-    def __init__(self, data: PretrainingData, order: EpochBatches, workers: int, pin_memory: bool, broken: BrokenSamples):
-        self.data, self.workers, self.broken = data, workers, broken
-        self.loader = make_loader(data, order, workers, pin_memory=pin_memory)
-        self.taken = self.trained = order.start  # batches taken from the loader, and used by finished steps
-        self.batches = self._batches()
+    def __init__(self, data: PretrainingData, order: EpochBatches, workers: int, device: torch.device, broken: BrokenSamples):
+        self.data, self.workers, self.device, self.broken = data, workers, device, broken
+        loaded = data if device.type == "cpu" else Unfinished(data)
+        self.loader = make_loader(loaded, order, workers, pin_memory=device.type == "cuda")
+        self.taken = self.trained = order.start  # batches handed over or skipped, and those used by finished steps
+        self.batches = self._ahead() if device.type == "cuda" else self._one_by_one()
 
     def take(self, number: int) -> list[Batch]:
         """The next batches.
@@ -61,7 +63,33 @@ class Feed:
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self.trained}  # may differ between ranks: one that skips an unreadable batch takes another
 
-    def _batches(self) -> Iterator[Batch]:
+    def _one_by_one(self) -> Iterator[Batch]:
+        with closing(self._batches()) as batches:
+            for self.taken, batch in batches:
+                yield batch if self.device.type == "cpu" else self._move(batch)
+
+    def _ahead(self) -> Iterator[Batch]:
+        """Each batch is copied on a second stream while the step before it runs. Only what is handed over counts as taken."""
+        stream, waiting = torch.cuda.Stream(self.device), None
+        with closing(self._batches()) as batches:
+            for number, batch in batches:
+                with torch.cuda.stream(stream):
+                    moved = number, self._move(batch), stream.record_event()
+                if waiting is not None:
+                    self.taken, batch, copied = waiting
+                    current = torch.cuda.current_stream(self.device)
+                    current.wait_event(copied)
+                    for value in batch.values():
+                        if isinstance(value, torch.Tensor):
+                            value.record_stream(current)  # otherwise its memory may be reused while the step reads it
+                    yield batch
+                waiting = moved
+
+    def _move(self, batch: Batch) -> Batch:
+        return self.data.finish(batch | to_device(batch, self.device))
+
+    def _batches(self) -> Iterator[tuple[int, Batch]]:
+        """Batches with their numbers, counted from 1."""
         try:
             loaded = iter(self.loader)
         except OSError as error:
@@ -74,8 +102,7 @@ class Feed:
         if in_main_thread() and hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         empty, piped = 0, False
-        for batch in loaded:
-            self.taken += 1
+        for number, batch in enumerate(loaded, self.taken + 1):
             arrays = {name: torch.from_numpy(value) for name, value in batch.items() if isinstance(value, np.ndarray)}
             if arrays and not piped:
                 log.warning("/dev/shm is full, so batches come through a slower pipe; for more: docker run --shm-size=8g")
@@ -91,4 +118,4 @@ class Feed:
                     f"{batch['samples'][:8]}: raise mask.prob or shorten mask.length (mask: {self.data.mask})"
                 )
             if not empty:
-                yield batch
+                yield number, batch
