@@ -6,6 +6,8 @@ import torch
 
 from benchmarks.measure import rates
 
+CPU = ("brand_raw", "arch", "l2_cache_size", "l3_cache_size")  # what is recorded of the processor
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -30,7 +32,7 @@ def seconds(request):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     """Record what the figures depend on, but not the machine's name."""
-    cpu = {key: machine_info["cpu"].get(key) for key in ("brand_raw", "arch", "l2_cache_size", "l3_cache_size")}
+    cpu = {key: machine_info["cpu"].get(key) for key in CPU}
     machine_info.clear()
     machine_info.update(cpu=cpu, threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
     machine_info["rates"] = [*config.rates, rates(config.getoption("--device"))]

@@ -131,12 +131,13 @@ def peak_extra_bytes(call: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)  # pages that the allocator holds would hide those of the call
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     call()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of this process: VmRSS, those resident now, or VmHWM, their peak."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) << 10

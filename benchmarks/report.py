@@ -240,7 +240,15 @@ def monitor_table(path: Path) -> str:
     return markdown(["run", "ms a step", "ms a line of the log", "steps a line", "monitor's share"], lines)
 
 
+def corpora_table(path: Path) -> str:
+    """What reading a corpus costs, as benchmarks/corpora.py measures it."""
+    found = [(row, row["figure"]) for row in rows(path, "corpora")]
+    lines = [[row["case"], f"{x:,.0f}" if x >= 100 else f"{x:.3g}", row["unit"], row["aim"]] for row, x in found]
+    return markdown(["what", "figure", "unit", "aim"], lines)
+
+
 TABLES = {
+    "corpora": [corpora_table],
     "test_ema": [ema_table],
     "test_loss": [loss_table, reused_loss_table],
     "test_monitor": [monitor_table],

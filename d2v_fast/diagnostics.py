@@ -216,7 +216,7 @@ class Seen(NamedTuple):
     positions: Tensor  # `position_table` of the teacher's last layer, normalised like the targets
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def _norm(tensors: Sequence[Tensor]) -> float:
     return float(whole(get_total_norm(tensors)))
 
 
@@ -261,6 +261,7 @@ class Monitor:
         self.student, self.teacher = (list(side) for side in zip(*averaged, strict=True))
         self.active: set[Rule] = set()
         self.usual: deque[float] = deque(maxlen=LINES)  # median gradient norms, one per log line
+        self.norms: list[Tensor] = []  # since the last log line
         self._reset()
         model.register_forward_hook(self._after_forward, with_kwargs=True)
         optimizer.register_step_pre_hook(self._before_update)
@@ -287,8 +288,9 @@ class Monitor:
         return [norm for norm in norms if math.isfinite(norm)]
 
     def _reset(self) -> None:
-        self.due, self.before = False, None
-        self.norms: list[Tensor] = []  # since the last log line
+        self.due = False
+        self.before: list[list[Tensor]] | None = None
+        self.norms = []
         self.batches: list[Seen] = []
 
     @torch.no_grad()
@@ -332,7 +334,7 @@ class Monitor:
         Args:
             loss: Loss of the positions over all ranks, without that of CLS, for `relative_loss`.
         """
-        seen = Seen(*zip(*self.batches, strict=True))
+        seen: Any = Seen._make(zip(*self.batches, strict=True))  # each field of all micro-batches
         target, prediction, local = (self._pooled(parts) for parts in (seen.target, seen.prediction, seen.features))
         variance = local.m2 / local.count
         share = position_share(self._summed(seen.positions))

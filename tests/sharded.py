@@ -7,6 +7,7 @@ Each case is [name, arguments of d2v-train, fused]. Writes each rank's share of 
 
 import gc
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from d2v_fast.train.loop import loop
 
 
 def main(file):
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name, arguments, fused in json.loads(Path(file).read_text()):
         run = build(parse(arguments)[0], fused)
         parameters = list(run.state.core.parameters())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import corpora, report
 from benchmarks.cases import LOSS_CASES, LOSS_CASES_2
 from benchmarks.test_bench_loss import fused, gather_first, published
 
@@ -94,6 +94,9 @@ def test_the_tables_hold_the_figures(tmp_path):
     assert "| base | 10.0 | 10.0 | 50% | 5.0 | 2.0 | 1.5 |" in report.ema_table(results(tmp_path / "ema.json", "test_ema", row))
     row = dict(case="audio/tiny", log_every=20, seconds_a_line=0.01, seconds_a_step=0.1)
     assert "| audio/tiny | 100 | 10.0 | 20 | 0.50% |" in report.monitor_table(results(tmp_path / "m.json", "test_monitor", row))
+    found = [dict(case="text", figure=x, unit="cpu-s", aim="< 1", blocks=1) for x in (0.0766, 3127.4)]
+    table = report.corpora_table(results(tmp_path / "corpora.json", "corpora", *found))
+    assert "| text | 0.0766 | cpu-s | < 1 |" in table and "| text | 3,127 | cpu-s | < 1 |" in table
     path = results(tmp_path / "sweep.json", "test_sweep", *(dict(axis=axis, seconds={"1": 0.1, "2": 0.2}) for axis in "ab"))
     report.plot(path, tmp_path / "sweep.svg")
     assert "as one size grows" in (tmp_path / "sweep.svg").read_text()
@@ -126,3 +129,16 @@ def test_the_baselines_compute_the_same_loss(case, baseline):
     index = mask.flatten().nonzero().squeeze(1)
     assert len(predictions) == len(index)
     torch.testing.assert_close(baseline(predictions, layers, index, case), fused(predictions, layers, mask, case, "eager"))
+
+
+def test_corpora_are_as_large_as_asked_for_and_costs_are_those_of_the_call(tmp_path):
+    lines = (corpora.write_text(tmp_path / "text", 50_000, 600) / "000.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["text"]) for line in lines] == [600] * (50_000 // 600)
+    manifest = corpora.write_manifest(tmp_path / "train.tsv", 20)
+    (cost,) = corpora.alone(corpora.open_manifest, manifest, warm=(manifest,))
+    assert cost.result == (20, 0) and cost.peak > corpora.MB
+    (tmp_path / "recordings").mkdir()
+    manifest.write_text(manifest.read_text().replace("\t", "\tunknown"))  # then the recordings are opened for their lengths
+    (cold,) = corpora.alone(corpora.open_manifest, manifest)
+    assert cold.result[1] >= 20
+    assert cold.seconds > cost.seconds > 0  # imports count unless there was a call before

@@ -290,6 +290,15 @@ class TestInformation:
         assert run(monkeypatch, command, "--version") is None
         assert capsys.readouterr().out == f"d2v-{command} {d2v_fast.__version__}\n"
 
+    @pytest.mark.parametrize("command", ["train --help", "doctor"])
+    def test_output_in_an_old_encoding(self, command):
+        """As Windows writes it to a pipe."""
+        name, *args = command.split()
+        code = f"import sys; sys.argv[1:] = {args}; from d2v_fast import cli; cli.{name}()"
+        environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
     def test_help_explains_the_settings_of_the_modality(self, monkeypatch, capsys):
         assert train(monkeypatch, "--config", "audio/tiny", "--help") == 0
         out = capsys.readouterr().out

@@ -159,9 +159,9 @@ cli.train()
 """
 
 
-def torchrun(*args, script=("-m", "d2v_fast.cli")):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+def torchrun(*args, script=("-m", "d2v_fast.cli"), options=("--standalone", "--nproc_per_node=2"), **variables):
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *script]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1]), **variables}
     return subprocess.Popen([*command, *args], stderr=subprocess.PIPE, text=True, env=env)
 
 
@@ -210,6 +210,65 @@ def test_two_ranks_skip_stop_and_resume_together():
     assert lines("run/log.jsonl")[-1]["skipped_steps"] == 1
     code, said = train(["--resume", "run"])
     assert code == 1 and "its run had 2 processes, this one has 1; start as many" in said
+
+
+KILLED = """
+import os
+from d2v_fast import cli
+from tests.runs import traced
+
+first, rank = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", os.environ["RANK"]
+traced(f"rank-{rank}.jsonl", kill_at=8 if first and rank == "1" else None, after="run/checkpoints/step-5")
+cli.train()
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_whose_rank_was_killed():
+    """SIGKILL of rank 1 in step 8, three steps after a checkpoint; compared with an uninterrupted run, bit for bit."""
+    Path("killed.py").write_text(KILLED)
+    more = ["train.steps=12", "train.save_every=5", "--resume=auto"]
+    whole = torchrun(*arguments("vision", "whole", *more))
+    assert whole.communicate(timeout=120)[1] and whole.returncode == 0
+    restarting = ("--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    args = arguments("vision", "run", *more)
+    process = torchrun(*args, script=("killed.py",), options=restarting, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, said
+    assert "(exitcode: -9)" in said and said.count("resumes after step 5") == 1, said
+    assert "restarted processes may fail" not in said
+    steps = [line["step"] for line in lines("rank-1.jsonl")]
+    assert steps == [*range(1, 8), *range(6, 13)]
+    assert_same("whole", "run")
+
+
+SLOW_START = """
+import time
+from d2v_fast import cli
+from d2v_fast.data.text import TextData
+
+tokenize = TextData._tokenize
+
+def slow(*args):  # only the process that holds the lock of the cache comes here
+    time.sleep(60)
+    return tokenize(*args)
+
+TextData._tokenize = slow
+cli.train()
+"""
+
+
+@pytest.mark.slow
+def test_preparing_the_data_may_take_longer_than_the_ranks_wait_for_each_other():
+    """60 s, where a collective fails after 15 s."""
+    Path("slow.py").write_text(SLOW_START)
+    begin = time.monotonic()
+    more = ["train.steps=2", "train.timeout_minutes=0.25", "data.cache=cache"]
+    process = torchrun(*arguments("text", "run", *more), script=("slow.py",))
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+    assert "waiting for another process to build" in said and time.monotonic() - begin > 60
+    assert lines("run/log.jsonl")[-1]["step"] == 2
 
 
 def vision(folder, *more):

@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModel
 
 from d2v_fast import Data2Vec, memory, sharding, wrap
 from d2v_fast.config import ConfigError, TrainConfig, parse
@@ -71,7 +72,7 @@ def test_gradients_of_checkpointed_blocks_are_the_same_bits(modality, version, f
 
 
 def torchrun(ranks, cases, *machine):
-    """Run cases, [name, arguments of d2v-train, fused] each, one after the other on so many ranks, `machine` a machine."""
+    """Run cases, [name, arguments of d2v-train, fused], one by one on `ranks`, `machine` a machine; returns the log."""
     Path("cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -79,6 +80,7 @@ def torchrun(ranks, cases, *machine):
         [*command, "-m", "tests.sharded", "cases.json", *machine], capture_output=True, text=True, timeout=500, env=env
     )
     assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def side_by_side(modality, version, fused, *more):
@@ -143,6 +145,27 @@ def test_hybrid_sharding_on_two_machines_is_the_same_run(here):
     cases[1][1][-1] = "train.shard=hybrid"
     torchrun(4, cases, "2")
     assert_the_same_run("vision", 2, False, ranks=4)
+
+
+@pytest.mark.slow
+def test_sharded_in_bf16_it_trains_as_unsharded_resumes_and_exports(here):
+    """--fused, which says what it leaves out; resumed after two of four steps with the same bits."""
+    more = ["train.precision=bf16", "train.log_every=1", "schedule.kind=constant", "schedule.warmup=0", "optimizer.lr=1e-3"]
+    args = functools.partial(test_training_2.arguments, "vision")
+    cases = [[name, [*args(name, *more), f"train.shard={s}"], True] for name, s in (("plain", "false"), ("whole", "true"))]
+    cases.append(["run", [*args("run", *more), "train.shard=true", "train.steps=2"], True])
+    cases.append(["run", ["--resume", "run", "train.steps=4", "--resume-allow", "train.steps"], True])
+    said = torchrun(2, cases)
+    assert said.count("nothing compiled, because of train.shard") == 3 and "resumes after step 2" in said
+    plain, whole, run = (test_training.records(Path(name)) for name in ("plain", "whole", "run"))
+    for a, b in zip(plain, whole, strict=True):  # bf16 has eight bits; gradients are summed in another order
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
+    assert [each["loss"] for each in whole] == [each["loss"] for each in run]
+    for part in ("student", "teacher"):
+        tensors = [load_file(f"{name}/checkpoints/step-4/{part}.safetensors") for name in ("whole", "run")]
+        assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+    output = AutoModel.from_pretrained("run/export")(torch.zeros(1, 3, 32, 32)).last_hidden_state
+    assert output.isfinite().all()
 
 
 class Count:

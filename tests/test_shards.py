@@ -95,6 +95,12 @@ def test_a_shard_that_vanishes_or_is_cut_while_it_is_read(shards):
     assert gone.startswith(f"{shards}/1.tar/00015.png: [Errno 2] No such file") and "39.png: is cut off: found 0 of" in cut
 
 
+def test_a_range_of_archives(shards):
+    assert len(open_images(f"{shards}/{{0..2}}.tar")) == 40 and len(open_images(f"{shards}/[12].tar")) == 26
+    with pytest.raises(DataError, match=r"2 of the 4 files it names do not exist: .*/3\.tar, .*/4\.tar"):
+        open_images(f"{shards}/{{1..4}}.tar")
+
+
 def test_names_that_lead_out_and_links(tmp_path, samples, caplog):
     content = samples["00000.jpg"]
     with tarfile.open(tmp_path / "a.tar", "w") as archive:

@@ -23,7 +23,7 @@ from d2v_fast.train.build import build, freeze_unused, make_encoder, make_model
 from d2v_fast.train.guards import BrokenSamples, StopRequest
 from d2v_fast.train.loop import loop
 from d2v_fast.train.optim import lr_factor, make_optimizer
-from d2v_fast.train.parallel import check_slurm
+from d2v_fast.train.parallel import check_restarts, check_slurm
 from d2v_fast.train.step import step
 
 SMALL = {
@@ -305,7 +305,7 @@ def test_training_outside_the_main_thread_runs_with_a_warning(tmp_path, caplog):
 
 
 def test_training_without_fork_and_posix_signals(tmp_path, monkeypatch, caplog):
-    for name in ("SIGHUP", "SIGCHLD"):
+    for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD"):
         monkeypatch.delattr(signal, name)
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
     assert train(config("vision", tmp_path / "run", "train.workers=2")) == 0
@@ -476,3 +476,14 @@ def test_srun_without_torchrun_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     build(config("vision", tmp_path / "run"))
+
+
+def test_restarts_that_would_not_connect_are_warned_of(monkeypatch, caplog):
+    for restarts, shared in (("0", "True"), ("3", "False")):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+        check_restarts()
+    assert not caplog.records
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    check_restarts()
+    assert "torchrun --max-restarts=3: restarted processes may fail" in caplog.text

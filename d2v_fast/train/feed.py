@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from typing import Any
 
@@ -16,6 +16,7 @@ from d2v_fast.train.guards import BrokenSamples, WorkerDied, in_main_thread
 
 log = logging.getLogger(__name__)
 
+LEAST = 1000  # samples of a stream, whose number is unknown, of which a share may be unreadable
 EMPTY = 100  # batches in a row without masked positions before the mask is blamed; with short samples, one may occur
 
 
@@ -33,8 +34,11 @@ class Feed:
     def __init__(self, data: PretrainingData, order: EpochBatches, workers: int, device: torch.device, broken: BrokenSamples):
         self.data, self.workers, self.device, self.broken = data, workers, device, broken
         loaded = data if device.type == "cpu" else Unfinished(data)
+        if data.stream:
+            order.finishes = device.type == "cpu"
         self.loader = make_loader(loaded, order, workers, pin_memory=device.type == "cuda")
         self.taken = self.trained = order.start  # batches handed over or skipped, and those used by finished steps
+        self.position = self.trained_position = getattr(order, "state", None)  # the same of a stream
         self.batches = self._ahead() if device.type == "cuda" else self._one_by_one()
 
     def take(self, number: int) -> list[Batch]:
@@ -54,29 +58,30 @@ class Feed:
 
     def trained_on(self) -> None:
         """Record that a step has used everything taken so far."""
-        self.trained = self.taken
+        self.trained, self.trained_position = self.taken, self.position
 
     def close(self) -> None:
         """Stop the workers."""
         self.batches.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.trained}  # may differ between ranks: one that skips an unreadable batch takes another
+        stream = {"stream": self.trained_position} if self.data.stream else {}
+        return {"batches": self.trained, **stream}  # may differ between ranks: one that skips an unreadable batch takes another
 
-    def _one_by_one(self) -> Iterator[Batch]:
+    def _one_by_one(self) -> Generator[Batch, None, None]:
         with closing(self._batches()) as batches:
-            for self.taken, batch in batches:
+            for self.taken, self.position, batch in batches:
                 yield batch if self.device.type == "cpu" else self._move(batch)
 
-    def _ahead(self) -> Iterator[Batch]:
+    def _ahead(self) -> Generator[Batch, None, None]:
         """Each batch is copied on a second stream while the step before it runs. Only what is handed over counts as taken."""
         stream, waiting = torch.cuda.Stream(self.device), None
         with closing(self._batches()) as batches:
-            for number, batch in batches:
+            for number, position, batch in batches:
                 with torch.cuda.stream(stream):
-                    moved = number, self._move(batch), stream.record_event()
+                    moved = number, position, self._move(batch), stream.record_event()
                 if waiting is not None:
-                    self.taken, batch, copied = waiting
+                    self.taken, self.position, batch, copied = waiting
                     current = torch.cuda.current_stream(self.device)
                     current.wait_event(copied)
                     for value in batch.values():
@@ -88,8 +93,8 @@ class Feed:
     def _move(self, batch: Batch) -> Batch:
         return self.data.finish(batch | to_device(batch, self.device))
 
-    def _batches(self) -> Iterator[tuple[int, Batch]]:
-        """Batches with their numbers, counted from 1."""
+    def _batches(self) -> Generator[tuple[int, Any, Batch], None, None]:
+        """Batches with their numbers, counted from 1, and the position after them in a stream."""
         try:
             loaded = iter(self.loader)
         except OSError as error:
@@ -102,7 +107,13 @@ class Feed:
         if in_main_thread() and hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         empty, piped = 0, False
+        position = self.position
         for number, batch in enumerate(loaded, self.taken + 1):
+            if self.data.stream:
+                if "failed" in batch:
+                    raise DataError(batch["failed"])
+                position = batch.pop("stream")
+                self.broken.total = max(LEAST, number * len(batch["samples"] + batch["broken"]))
             arrays = {name: torch.from_numpy(value) for name, value in batch.items() if isinstance(value, np.ndarray)}
             if arrays and not piped:
                 log.warning("/dev/shm is full, so batches come through a slower pipe; for more: docker run --shm-size=8g")
@@ -118,4 +129,4 @@ class Feed:
                     f"{batch['samples'][:8]}: raise mask.prob or shorten mask.length (mask: {self.data.mask})"
                 )
             if not empty:
-                yield number, batch
+                yield number, position, batch

@@ -142,7 +142,7 @@ def _describe(run: Run) -> None:
     for part in run.each:
         _describe_part(part)
     where = f"{config.train.precision} on {run.state.device}" + (f" × {world}" if world > 1 else "")
-    samples = " + ".join(f"{len(part.data)}" for part in run.each)
+    samples = " + ".join("streamed" if part.data.stream else f"{len(part.data)}" for part in run.each)
     log.info("%s samples, %d steps, %s, run in %s", samples, run.steps, where, folder)
     if run.fused:
         log.info("fused: %s", ", ".join([*run.fused, *(["AdamW"] if config.optimizer.kind == "adamw" else [])]))

@@ -49,7 +49,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool 
     # The schedule of a resumed run needs initial_lr.
     rates = {s: {"lr": config.lr * s, "initial_lr": config.lr * s} for _, s in groups}
     described = [{"params": p, "weight_decay": d, **rates[s]} for (d, s), p in groups.items()]
-    betas, eps = tuple(config.betas), config.eps
+    betas, eps = (config.betas[0], config.betas[1]), config.eps
     if config.kind == "adamw":
         return torch.optim.AdamW(described, betas=betas, eps=eps, fused=fused or None)
     if _on_gpu(model):

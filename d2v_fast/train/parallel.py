@@ -44,6 +44,8 @@ def start(train: TrainConfig) -> Accelerator:
         )
     if train.threads:  # after accelerate, which may set them too
         torch.set_num_threads(train.threads)
+    if accelerator.is_main_process:
+        check_restarts()
     if hidden and accelerator.is_main_process:
         names = ", ".join(f"{name}={value}" for name, value in hidden.items())
         log.warning("%s: ignored, a run takes its settings only from its config", names)
@@ -68,6 +70,17 @@ def check_slurm() -> None:
             f"SLURM_STEP_NUM_TASKS={tasks}: srun has started {tasks} processes, which would be {tasks} runs; for one run start "
             "torchrun once a node: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_JOB_NUM_NODES --nproc-per-node=GPUS "
             "--rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 -m d2v_fast.cli …; for runs apart unset this variable"
+        )
+
+
+def check_restarts() -> None:
+    """Warn if torchrun may restart the processes with a store that still has the addresses of the previous ones."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        log.warning(
+            "torchrun --max-restarts=%s: restarted processes may fail to connect (pytorch issue 167288); start torchrun with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --standalone or --rdzv-backend=c10d",
+            restarts,
         )
 
 

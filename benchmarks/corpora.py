@@ -1,0 +1,316 @@
+"""Measure what reading a corpus costs: CPU seconds and memory, on corpora that it makes in a temporary folder.
+
+python -m benchmarks.corpora          print a table; a quarter of an hour of CPU time, 3 GB of disk
+python -m benchmarks.corpora --full   with 1 GB of text as well, and write benchmarks/results/cpu-corpora.json
+
+Each measurement runs in a process of its own. CPU seconds (user and system, of all threads and children) count neither waiting
+nor, much, what else the machine does. They exclude imports: a tiny corpus of the same kind is read first. Memory is the peak of
+the resident size above that of a process which has imported torch and nothing else, so imports count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.measure import rates, resident
+from benchmarks.report import RESULTS, corpora_table
+
+MB = 10**6
+RATE = 16_000  # Hz of the recordings
+PHOTO, LARGE = (500, 375), (4000, 3000)  # of ImageNet's median photo, and of 12 megapixels
+
+
+class Cost(NamedTuple):
+    """Of a call: CPU seconds, peak of the memory above torch in bytes, and what it returned."""
+
+    seconds: float
+    peak: int
+    result: Any
+
+
+def alone(call: Callable[..., Any], *args: Any, warm: tuple = (), ranks: int = 1) -> list[Cost]:
+    """Run a call in `ranks` new processes at once; in each, `call(*warm)` runs first and its time is not counted."""
+    context = multiprocessing.get_context("spawn")
+    ends = []
+    for _ in range(ranks):
+        end, other = context.Pipe()
+        process = context.Process(target=_serve, args=(other, call, args, warm))
+        process.start()
+        other.close()
+        ends.append((end, process))
+    costs = [end.recv() for end, _ in ends]
+    for _, process in ends:
+        process.join()
+    return costs
+
+
+def _serve(end: Any, call: Callable[..., Any], args: tuple, warm: tuple) -> None:
+    torch.set_num_threads(1)
+    base = resident("VmRSS")
+    if warm:
+        call(*warm)
+    before = _cpu_seconds()
+    result = call(*args)
+    end.send(Cost(_cpu_seconds() - before, resident("VmHWM") - base, result))
+
+
+def _cpu_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def row(case: str, figure: float, unit: str, aim: str = "", **more: Any) -> dict[str, Any]:
+    return {"case": case, "figure": figure, "unit": unit, "aim": aim, **more}
+
+
+# Text
+
+
+def words(size: int, rng: np.random.Generator) -> Iterator[str]:
+    """Text of `size` characters in pieces of about 1 MB: 50,000 invented words, as frequent as Zipf's law has it."""
+    syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "ou")]
+    known = ["".join(rng.choice(syllables, n)) for n in rng.integers(1, 5, 50_000)]
+    share = 1 / np.arange(1, len(known) + 1)
+    share = np.cumsum(share / share.sum())
+    while size > 0:
+        piece = " ".join(known[i] for i in np.minimum(np.searchsorted(share, rng.random(150_000)), len(known) - 1))
+        yield piece[:size]
+        size -= len(piece)
+
+
+def write_text(folder: Path, size: int, document: int) -> Path:
+    """JSON lines of `size` characters in all, in documents of `document` characters, in files of at most 100 MB."""
+    folder.mkdir()
+    rng, left = np.random.default_rng(0), ""
+    for number, begin in enumerate(range(0, size, 100 * MB)):
+        with (folder / f"{number:03}.jsonl").open("w", encoding="utf-8") as file:
+            for piece in words(min(100 * MB, size - begin), rng):
+                left += piece
+                while len(left) >= document:
+                    file.write(json.dumps({"text": left[:document]}) + "\n")
+                    left = left[document:]
+    return folder
+
+
+def open_text(path: Path, tokenizer: Path, cache: Path) -> int:
+    """As a run does at its start, with batches of a hundred blocks after it; returns the number of blocks."""
+    from d2v_fast.data.text import TextData
+    from d2v_fast.masking import TokenMask
+
+    data = TextData(mask=TokenMask(), path=str(path), tokenizer=str(tokenizer), cache=str(cache))
+    for begin in range(0, 100, 10):
+        data.__getitems__([(0, i % len(data)) for i in range(begin, begin + 10)])
+    return len(data)
+
+
+def text(root: Path, full: bool) -> Iterator[dict[str, Any]]:
+    from d2v_fast.data.text import train_tokenizer
+
+    tokenizer, tiny, cache = root / "tokenizer", write_text(root / "tiny", MB, 1000), root / "cache"
+    train_tokenizer(words(5 * MB, np.random.default_rng(1)), 32_000, 512).save_pretrained(tokenizer)
+    warm = (tiny, tokenizer, root / "tiny-cache")
+    paragraphs = write_text(root / "paragraphs", 100 * MB, 600)
+    (first,) = alone(open_text, paragraphs, tokenizer, cache, warm=warm)
+    (second,) = alone(open_text, paragraphs, tokenizer, cache, warm=warm)
+    four = alone(open_text, paragraphs, tokenizer, root / "cache-4", warm=warm, ranks=4)
+    yield row("100 MB of text, first start", first.seconds, "cpu-s", blocks=first.result)
+    yield row("its peak of memory above torch", first.peak / MB, "MB", "< 150")
+    yield row("second start", second.seconds, "cpu-s", "< 0.5")
+    yield row("its peak of memory above torch", second.peak / MB, "MB", "< 150")
+    yield row("first start of 4 ranks, of that of one", sum(x.seconds for x in four) / first.seconds, "×", "≤ 1.3")
+    documents = write_text(root / "documents", 100 * MB, 400_000)
+    (long,) = alone(open_text, documents, tokenizer, cache, warm=warm)
+    yield row("250 documents of 400 KB, of paragraphs", long.seconds / first.seconds, "×", "≤ 1.3")
+    yield row("their peak of memory above torch", long.peak / MB, "MB", "< 150")
+    if full:
+        large = write_text(root / "large", 1000 * MB, 600)
+        (first,) = alone(open_text, large, tokenizer, cache, warm=warm)
+        (second,) = alone(open_text, large, tokenizer, cache, warm=warm)
+        yield row("1 GB of text, first start", first.seconds, "cpu-s", blocks=first.result)
+        yield row("its peak of memory above torch", first.peak / MB, "MB", "< 150")
+        yield row("second start", second.seconds, "cpu-s")
+        yield row("its peak of memory above torch", second.peak / MB, "MB", "< 150")
+
+
+# Images
+
+
+def write_images(folder: Path, size: tuple[int, int], count: int) -> Path:
+    """JPEGs of quality 90: smooth shapes with the noise of a camera."""
+    from PIL import Image
+
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 6, (size[1], size[0], 3)).astype(np.float32)
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        pixels = np.asarray(coarse) + np.roll(noise, number, axis=0)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:04}.jpg", quality=90)
+    return folder
+
+
+def decode_images(path: Path) -> None:
+    from PIL import Image
+
+    for file in sorted(path.iterdir()):
+        with Image.open(file) as image:
+            image.load()
+
+
+def train_images(path: Path) -> None:
+    """Batches of eight, as a loader worker of vision/beit-base makes them."""
+    from d2v_fast.data.vision import ImageData
+    from d2v_fast.masking import BlockMask
+
+    data = ImageData(mask=BlockMask(), path=str(path))
+    data.grid = (14, 14)
+    for begin in range(0, len(data), 8):
+        data.__getitems__([(0, i) for i in range(begin, min(begin + 8, len(data)))])
+
+
+def images(root: Path, full: bool) -> Iterator[dict[str, Any]]:
+    for size, count, aim in ((PHOTO, 400, "≥ 400"), (LARGE, 24, "≥ 50")):
+        name = "images of " + " × ".join(map(str, size))
+        path = write_images(root / f"{size[0]}", size, count)
+        warm = (write_images(root / f"{size[0]}-few", PHOTO, 8),)
+        weight = sum(file.stat().st_size for file in path.iterdir()) / count
+        rate = {call: count / alone(call, path, warm=warm)[0].seconds for call in (train_images, decode_images)}
+        yield row(f"{name}, decoded, cropped, jittered, masked", rate[train_images], "a cpu-s", aim, file_bytes=weight)
+        yield row("the same JPEGs only decoded", rate[decode_images], "a cpu-s")
+
+
+# Speech
+
+
+def open_manifest(path: Path) -> tuple[int, int]:
+    """Number of samples, and of files opened below the folder of the recordings."""
+    from d2v_fast.data.audio import AudioData
+    from d2v_fast.masking import SpanMask
+
+    opened = []
+    recordings = f"{path.parent}/recordings/"
+    sys.addaudithook(lambda event, args: event == "open" and str(args[0]).startswith(recordings) and opened.append(args[0]))
+    data = AudioData(mask=SpanMask(), path=str(path), cache=str(path.parent / "cache"))
+    data.contents()
+    # The recordings do not exist. Had libsndfile, which the hook does not see, been asked for a length, it would be 0.
+    return len(data), len(opened) + int((data.durations == 0).sum())
+
+
+def write_manifest(file: Path, lines: int) -> Path:
+    names = [f"{i:06}.flac\t{RATE * (2 + i % 14)}" for i in range(lines)]
+    file.write_text("\n".join([str(file.parent / "recordings"), *names]), encoding="utf-8")
+    return file
+
+
+def resume_at(epoch: int, utterances: int) -> Any:
+    """The first batch of an epoch."""
+    from d2v_fast.data import EpochBatches
+
+    lengths = np.random.default_rng(0).integers(2 * RATE, 16 * RATE, utterances)
+    order = EpochBatches(utterances, 8, lengths=lengths, start=epoch * -(-utterances // 8))
+    return next(iter(order))[0]
+
+
+def write_recordings(folder: Path, hours: int) -> Path:
+    """FLACs of an hour each: tones of a voice, four syllables a second, with noise."""
+    import soundfile
+
+    folder.mkdir()
+    rng, time = np.random.default_rng(0), np.arange(60 * RATE) / RATE
+    minute = sum(np.sin(2 * np.pi * 120 * k * time) / k for k in range(1, 12)) * np.sin(np.pi * 4 * time) ** 2
+    for number in range(hours):
+        with soundfile.SoundFile(folder / f"{number:02}.flac", "w", RATE, 1) as file:
+            for _ in range(60):
+                file.write(0.1 * minute + 0.003 * rng.normal(size=len(minute)))
+    return folder
+
+
+def read_epoch(path: Path) -> float:
+    """All batches of an epoch, as one loader worker of audio/data2vec-base makes them; returns their seconds of audio."""
+    from d2v_fast.data import EpochBatches
+    from d2v_fast.data.audio import AudioData
+    from d2v_fast.masking import SpanMask
+
+    data = AudioData(mask=SpanMask(), path=str(path), cache=str(path.parent / "cache"))
+    data.frames = lambda samples: (samples - 80) // 320  # of the convolutions of wav2vec 2.0
+    samples = 0
+    for batch in EpochBatches(len(data), 8, lengths=data.lengths).epoch(0):
+        samples += data.__getitems__([(0, int(i)) for i in batch])["source"].numel()
+    return samples / RATE
+
+
+def speech(root: Path, full: bool) -> Iterator[dict[str, Any]]:
+    few = root / "few"
+    few.mkdir()
+    lines = 50_000
+    (found,) = alone(open_manifest, write_manifest(root / "train.tsv", lines), warm=(write_manifest(few / "train.tsv", 10),))
+    yield row("manifest of 50,000 lines with lengths, start", found.seconds, "cpu-s", "< 1", samples=found.result[0])
+    yield row("recordings opened by it", found.result[1], "", "0")
+    (found,) = alone(resume_at, 400, 281_000, warm=(0, 100))
+    yield row("first batch of epoch 400 of 281,000 utterances", found.seconds, "cpu-s", "< 2")
+    hours = 12
+    path, warm = write_recordings(root / "hours", hours), (write_recordings(root / "hour", 1),)
+    (found,) = alone(read_epoch, path, warm=warm)
+    yield row("12 FLACs of an hour each, an epoch", found.result / found.seconds, "s of audio a cpu-s", "≥ 2,000")
+    yield row("peak of memory above torch of its worker", found.peak / MB, "MB", "< 500")
+    yield row("of the audio in an epoch", 100 * found.result / (3600 * hours), "%", "≥ 95")
+
+
+def machine_info(found: list[dict[str, float]]) -> dict[str, Any]:
+    """Hardware and versions, as pytest-benchmark and conftest.py record them."""
+    from cpuinfo import get_cpu_info
+
+    from benchmarks.conftest import CPU
+
+    about = get_cpu_info()
+    cpu = {key: about.get(key) for key in CPU}
+    return dict(cpu=cpu, threads=1, python=platform.python_version(), torch=torch.__version__, rates=found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="1 GB of text as well; write the result")
+    parser.add_argument("--only", choices=[each.__name__ for each in KINDS], help="one kind of data; writes nothing")
+    parser.add_argument("--folder", type=Path, help="where the corpora are made; default: a temporary folder")
+    arguments = parser.parse_args()
+    from pytest_benchmark.utils import get_commit_info
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    before, entries = rates("cpu"), []
+    for kind in KINDS:
+        if arguments.only in (None, kind.__name__):
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+                for found in kind(Path(folder), arguments.full):
+                    print(f"{found['case']}: {found['figure']:.4g} {found['unit']}", file=sys.stderr, flush=True)
+                    entries.append({"name": f"corpora[{kind.__name__}]", "extra_info": found})
+    commit = {key: value for key, value in get_commit_info().items() if key in ("id", "time", "dirty")}
+    result = {"benchmarks": entries, "machine_info": machine_info([before, rates("cpu")]), "commit_info": commit}
+    file = RESULTS / "cpu-corpora.json"
+    if arguments.full and not arguments.only:
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(corpora_table(file))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "corpora.json"
+            file.write_text(json.dumps(result), encoding="utf-8")
+            print(corpora_table(file))
+
+
+KINDS = (speech, images, text)
+
+if __name__ == "__main__":
+    main()
