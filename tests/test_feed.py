@@ -8,12 +8,15 @@ import torch
 
 from d2v_fast.config import parse
 from d2v_fast.data import EpochBatches, Unfinished
+from d2v_fast.data.streaming import StreamBatches
 from d2v_fast.data.vision import MEAN, STD, ImageData, tables
 from d2v_fast.masking import RandomMask
 from d2v_fast.train.build import build
 from d2v_fast.train.feed import Feed
 from d2v_fast.train.guards import BrokenSamples
 from d2v_fast.train.step import step
+from tests.test_data import image_data
+from tests.test_streaming import parquet
 from tests.test_training import arguments
 
 KEYS = [(0, 3), (0, 50), (0, 7)]
@@ -143,6 +146,21 @@ def test_a_batch_that_is_copied_ahead_is_not_counted(images, gpu, no_pinning):
 def test_only_with_a_gpu_are_batches_left_unfinished(images, gpu, no_pinning):
     assert feed(images, "cpu").loader.dataset is images
     assert isinstance(feed(images, "cuda").loader.dataset, Unfinished)
+
+
+def test_a_stream_that_is_copied_ahead_keeps_its_position(gpu, no_pinning, tmp_path):
+    (tmp_path / "set.parquet").write_bytes(parquet(*range(8)))
+    found = {}
+    for device in ("cpu", "cuda"):
+        data = image_data(str(tmp_path / "set.parquet"), streaming=True, shuffle_buffer=3)
+        batches = Feed(data, StreamBatches(data, 2), 0, torch.device(device), BrokenSamples(8, 0.01))
+        taken = batches.take(2)
+        batches.trained_on()
+        found[device] = batches.state_dict(), [batch["source"] for batch in taken]
+        assert batches.loader.dataset.finishes == (device == "cpu")
+    assert found["cpu"][0] == found["cuda"][0] and found["cpu"][0]["batches"] == 2
+    for one, other in zip(found["cpu"][1], found["cuda"][1], strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
 
 
 def test_a_run_has_the_same_losses_with_images_finished_after_loading(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, Unfinished, first_line, make_loader, to_device
+from d2v_fast.data.streaming import StreamBatches
 from d2v_fast.train.guards import BrokenSamples, WorkerDied, in_main_thread
 
 log = logging.getLogger(__name__)
@@ -31,10 +32,17 @@ class Feed:
         broken: Records samples that cannot be read.
     """
 
-    def __init__(self, data: PretrainingData, order: EpochBatches, workers: int, device: torch.device, broken: BrokenSamples):
+    def __init__(
+        self,
+        data: PretrainingData,
+        order: EpochBatches | StreamBatches,
+        workers: int,
+        device: torch.device,
+        broken: BrokenSamples,
+    ):
         self.data, self.workers, self.device, self.broken = data, workers, device, broken
         loaded = data if device.type == "cpu" else Unfinished(data)
-        if data.stream:
+        if isinstance(order, StreamBatches):
             order.finishes = device.type == "cpu"
         self.loader = make_loader(loaded, order, workers, pin_memory=device.type == "cuda")
         self.taken = self.trained = order.start  # batches handed over or skipped, and those used by finished steps
