@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
+from d2v_fast.data.streaming import StreamBatches
 from d2v_fast.train.guards import BrokenSamples, WorkerDied, in_main_thread
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,14 @@ class Feed:
         broken: Records samples that cannot be read.
     """
 
-    def __init__(self, data: PretrainingData, order: EpochBatches, workers: int, pin_memory: bool, broken: BrokenSamples):
+    def __init__(
+        self,
+        data: PretrainingData,
+        order: EpochBatches | StreamBatches,
+        workers: int,
+        pin_memory: bool,
+        broken: BrokenSamples,
+    ):
         self.data, self.workers, self.broken = data, workers, broken
         self.loader = make_loader(data, order, workers, pin_memory=pin_memory)
         self.taken = self.trained = order.start  # batches taken from the loader, and used by finished steps
