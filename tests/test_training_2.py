@@ -508,7 +508,7 @@ class TestPretrained:
             ("", "head.kernel=5", "does not fit this head, which starts at random; made with: head.width=32 (Error(s) in"),
             ("head", "", "does not fit this head, which starts at random (Error while deserializing header"),
             ("-head", "", "has no head.safetensors, so the decoder starts at random"),
-            ("-teacher", "", "the teacher, not saved, is a copy of the student"),
+            ("-teacher", "", "the teacher was not saved and starts as a copy of the student"),
         ],
     )
     def test_a_missing_or_unusable_part_is_reported(self, spoil, more, message, folder, caplog):

@@ -167,6 +167,8 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
 def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Callback]) -> Run:
     settings, checkpoints, saved = begin(config, fused, accelerator, folder)
     data, encoder, samples = read(config, folder.path)
+    if accelerator.num_processes > 1:
+        check_ranks(samples, str(config.data.get("path")))
     if saved:
         samples.compare(saved, config.resume_allow)
     train = config.train
@@ -234,6 +236,20 @@ def read(config: Config, folder: Path) -> tuple[PretrainingData, Encoder, Sample
     data = make_data(config, folder)  # one process per machine fills the cache; the others wait for it without a barrier
     encoder = make_encoder(config, None if config.own_data else getattr(data, "tokens", None))
     return data, encoder, _fit(data, encoder, config)
+
+
+def check_ranks(samples: Samples, path: str) -> None:
+    """Raise DataError, on all ranks, unless all of them see the same samples."""
+    from accelerate.utils import gather_object
+
+    found = [identity["samples"] for identity in gather_object([samples.identity])]
+    differ = [rank for rank, each in enumerate(found) if each != found[0]]
+    if differ:
+        counts = f"{found[0]['number']} samples on rank 0, {found[differ[0]]['number']} on rank {differ[0]}"
+        raise DataError(
+            f"data.path={path}: ranks {', '.join(map(str, differ))} see other data than rank 0 ({counts}, or samples of other "
+            "content); every machine needs the same files"
+        )
 
 
 def trained_batches(saved: Checkpoint | None, accelerator: Accelerator, part: str = "") -> int:
