@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -376,7 +376,7 @@ def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
 
 def make_loader(
     data: PretrainingData | Unfinished,
-    batches: EpochBatches | IterableDataset,
+    batches: EpochBatches | IterableDataset[Any],
     workers: int,
     prefetch: int = 4,
     pin_memory: bool = False,
@@ -388,7 +388,7 @@ def make_loader(
     streamed = isinstance(batches, IterableDataset)
     workers = min(workers, 1) if streamed else workers
     return DataLoader(
-        batches if streamed else data,
+        cast(Any, batches if streamed else data),
         **{"batch_size": None} if streamed else {"batch_sampler": batches},
         num_workers=workers,
         # Other start methods would pickle the functions that read samples, which is not possible.
@@ -623,10 +623,10 @@ def load_media(path: str, name: str | None, split: str, kind: type, cache: str |
     from d2v_fast.data.parquet import Parquet
 
     parquet = _local_parquet(path, name, split)
-    data = Parquet(path, *parquet, cache) if parquet else load_hub(path, name, split)
+    data: Any = Parquet(path, *parquet, cache) if parquet else load_hub(path, name, split)
     column = media_column(path, data.features, kind)
-    places = data.index(column) if parquet else None
-    files = None if parquet else data.select_columns([column]).cast_column(column, kind(decode=False))
+    places: Any = data.index(column) if parquet else None
+    files: Any = None if parquet else data.select_columns([column]).cast_column(column, kind(decode=False))
 
     def file(index: int) -> str | io.BytesIO:
         return media_file(data.value(index, column, places[index].tolist()) if parquet else files[index][column])

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -262,18 +262,18 @@ def open_audio(
             return replace(source, lengths=_lengths(rows, sample_rate), state=lambda: files_state(path, files))
     import datasets
 
-    recordings, found = load_media(path, name, split, datasets.Audio, cache)
+    recordings, opened = load_media(path, name, split, datasets.Audio, cache)
 
     def values(*names: str) -> list[str] | None:
         present = [n for n in names if n in recordings.features]
         return [str(value) for value in recordings[present[0]]] if present else None
 
-    source = _source(found.names, found.file, sample_rate, values("label"), values(*SPEAKERS))
-    return replace(source, state=found.state, digest=found.digest)
+    source = _source(opened.names, cast(Any, opened.file), sample_rate, values("label"), values(*SPEAKERS))
+    return replace(source, state=opened.state, digest=opened.digest)
 
 
 def _source(
-    names: list[str], file: Callable[[int], str | io.BytesIO], sample_rate: int, labels: list | None, speakers: list | None
+    names: Sequence[str], file: Callable[[int], str | io.BytesIO], sample_rate: int, labels: list | None, speakers: list | None
 ) -> Source:
     def read(i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         return read_audio(file(i), sample_rate, start, stop)

@@ -53,7 +53,9 @@ class Parquet:
     def __init__(self, path: str, files: list[str], features: Any = None, cache: str | None = None):
         import datasets
 
-        self.path, self.cache, self.files, self.metadata = path, cache, [], []
+        self.path, self.cache = path, cache
+        self.files: list[str] = []
+        self.metadata: list[Any] = []
         failed: Any = None
         with ThreadPoolExecutor(8) as pool:
             for file, found in zip(files, pool.map(_read_footer, files), strict=True):
@@ -97,7 +99,7 @@ class Parquet:
         def make(folder: Path) -> dict[str, Any]:
             with ThreadPoolExecutor(8) as pool:
                 found = list(pool.map(lambda number: self._find(number, column), range(len(self.files))))
-            (folder / PLACES).write_bytes(np.concatenate(found))
+            (folder / PLACES).write_bytes(np.concatenate(found).data)
             return {}
 
         folder, _ = kept(self.cache, "rows", [os.path.abspath(self.path), column], self.state(), make)
@@ -200,7 +202,8 @@ def _plain_values(stream: Any, chunk: Any, column: Any) -> Iterator[tuple[int, i
         page, length = _thrift(stream.read(HEADER), 0)
         # Field numbers are those of PageHeader in parquet.thrift: 5 is a data page, 8 one of version 2, 3 the size.
         first, second = page.get(5), page.get(8)
-        if not (first or second) or (first or second)[2 if first else 4] != PLAIN:
+        body: Any = first or second
+        if not body or body[2 if first else 4] != PLAIN:
             raise ValueError("is encoded")
         at, stop = at + length, at + length + page[3]
         if second:
@@ -208,7 +211,7 @@ def _plain_values(stream: Any, chunk: Any, column: Any) -> Iterator[tuple[int, i
         elif column.max_definition_level:
             stream.seek(at)
             at += 4 + struct.unpack("<i", stream.read(4))[0]
-        for _ in range((first or second)[1]):
+        for _ in range(body[1]):
             stream.seek(at)
             (size,) = struct.unpack("<i", stream.read(4))
             if size < 0 or at + 4 + size > stop:
@@ -233,7 +236,7 @@ def _thrift(data: bytes, at: int) -> tuple[dict[int, Any], int]:
             if byte < 128:
                 return value
 
-    fields, field = {}, 0
+    fields, field = dict[int, Any](), 0
     while head := data[at]:
         at += 1
         kind, step = head & 15, head >> 4

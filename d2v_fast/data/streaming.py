@@ -257,7 +257,7 @@ class Numbered(Sequence[str]):
     def __init__(self, path: str):
         self.path = path
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: Any) -> Any:
         return f"{self.path}[{index}]"
 
     def __len__(self) -> int:

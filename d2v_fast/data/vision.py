@@ -154,9 +154,10 @@ def open_images(path: str, name: str | None = None, split: str = "train", cache:
     import datasets
 
     images, source = load_media(path, name, split, datasets.Image, cache)
+    file: Any = source.file
     classes = [c for c, kind in images.features.items() if isinstance(kind, datasets.ClassLabel) or c == "label"]
     labels = [str(i) for i in images[classes[0]]] if classes else None
-    return replace(source, read=lambda i: read_image(source.file(i)), labels=labels)
+    return replace(source, read=lambda i: read_image(file(i)), labels=labels)
 
 
 def stream_images(path: str, name: str | None, split: str, buffer: int, timeout: float) -> tuple[Stream, Source]:

@@ -183,7 +183,8 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
         _shard(core, config, data, accelerator)
 
     if data.stream:
-        order, steps = stream_batches(config, data, accelerator, saved), train.steps
+        order: EpochBatches | StreamBatches = stream_batches(config, data, accelerator, saved)
+        steps = train.steps
     else:
         order = make_order(config, data, accelerator, trained_batches(saved, accelerator))
         steps_per_epoch = len(order.epoch(0)) / accelerator.num_processes / train.accumulate
@@ -260,7 +261,7 @@ def trained_batches(saved: Checkpoint | None, accelerator: Accelerator, part: st
         return int((rank["parts"][part] if part else rank)["batches"])
 
 
-def make_feed(config: Config, data: PretrainingData, order: EpochBatches, accelerator: Accelerator) -> Feed:
+def make_feed(config: Config, data: PretrainingData, order: EpochBatches | StreamBatches, accelerator: Accelerator) -> Feed:
     broken = BrokenSamples(len(data), config.train.max_broken)
     return Feed(data, order, config.train.workers, accelerator.device, broken)
 

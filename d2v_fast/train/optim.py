@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class Lamb(Optimizer):
             if p not in self.state:
                 # The step stays on the host, where it is read.
                 self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        states, grads = [self.state[p] for p in parameters], [p.grad for p in parameters]
+        states, grads = [self.state[p] for p in parameters], [cast(Tensor, p.grad) for p in parameters]
         steps, means, squares = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
         torch._foreach_add_(steps, 1)
         torch._foreach_lerp_(means, grads, 1 - betas[0])
@@ -121,7 +121,7 @@ class Lamb(Optimizer):
         torch._foreach_add_(parameters, updates, alpha=-lr)
 
 
-def _apex_lamb() -> type[Optimizer]:
+def _apex_lamb() -> Any:
     """apex's FusedLAMB, with the state of `Lamb`, so that a run resumes with or without apex."""
     from apex.optimizers import FusedLAMB
 
