@@ -1,17 +1,20 @@
-# make demo   trains a tiny preset on builtin data and probes it, on the CPU
+# make demo   trains a tiny preset on builtin data on the CPU and probes it
 # make test   runs the tests
-# make mutations  makes mistakes in a copy of the code, one by one, and requires that a test notices each
-# make lint   ruff
-# make docs   pages of all docstrings in build/docs
-# make bench        measures the loss beside its alternatives, writes $(RESULTS)
+# make mutations  inserts bugs into a copy of the code, one at a time; each must make a test fail
+# make mutants MODULE=ema.py TESTS=tests/test_ema.py   changes operators, constants and statements of a module at random, the same
+# ones each time, and lists the changes that no test notices; NUMBER=40
+# make lint   ruff and mypy
+# make docs   README, guides and API as a site in build/docs; a warning is an error
+# make bench        benchmarks the loss against its alternatives, writes $(RESULTS)
 # make bench-check  the same, and fails if a ratio fell more than 15 % below the committed one or the machine is slow
-# make bench-report the tables in Markdown and the plot from $(RESULTS), and the tables of README and docs/speed.md
-# … ONLY="test_splicing" for some tests of it, RESULTS=FILE.json for another file
-# … BENCH=step      the same of whole steps, their parts and a sweep over sizes; BENCH=ema, BENCH=monitor
-# Everything is installed into .venv; another Python: make PYTHON=python3.12 …
+# make bench-report prints tables and a plot from $(RESULTS), updates the tables of README and docs/speed.md
+# … ONLY="test_splicing" to select tests, RESULTS=FILE.json for another file
+# … BENCH=step      the same for whole steps, their parts and a sweep over sizes; also BENCH=ema, BENCH=monitor
+# Everything is installed into .venv; another Python: make PYTHON=python3.12 …, another torch: make TORCH=torch==2.11.0 …
 
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 DEMO ?= vision/tiny-2
 RUN ?= runs/demo
@@ -19,13 +22,13 @@ BENCH ?= loss
 RESULTS ?= benchmarks/results/cpu-$(BENCH).json
 MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_bench_$(BENCH).py -q --benchmark-columns=median $(if $(ONLY),-k "$(ONLY)")
 
-.PHONY: demo test test-slow mutations lint docs bench bench-check bench-report clean
+.PHONY: demo test test-slow mutations mutants lint docs bench bench-check bench-report clean
 
-# torch first and by its exact version: a CPU build of it may be at hand, the newest one brings gigabytes of CUDA.
-$(BIN)/.installed: setup.py CMakeLists.txt $(wildcard kernels/*)
+# torch first, pinned: this version may be available as a CPU build, while the newest one pulls gigabytes of CUDA.
+$(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e '.[dev,tensorboard]'
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet -e '.[dev,docs,tensorboard]'
 	touch $@
 
 demo: $(BIN)/.installed
@@ -42,12 +45,16 @@ test-slow: $(BIN)/.installed
 mutations: $(BIN)/.installed
 	$(BIN)/python -m pytest -m slow -n 2 tests/test_mutations.py
 
+mutants: $(BIN)/.installed
+	$(BIN)/python -m tests.mutants $(MODULE) $(TESTS) --number $(or $(NUMBER),40)
+
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(BIN)/.installed
-	$(BIN)/pdoc --docformat google --output-directory build/docs d2v_fast
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(BIN)/.installed
 	$(MEASURE) --benchmark-json=$(RESULTS)

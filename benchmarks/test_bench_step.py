@@ -350,7 +350,7 @@ def test_splicing(case, features, device, seconds, benchmark):
     """The same model split by its family's encoder, and run whole with its features replaced."""
     case = case.on(device)
     ways = {"in pieces": (Ours, case, ()), "whole": (Ours, case, (), features)}
-    with turns(ways, device, seconds) as (variants, times):
+    with turns(ways, device, 5 * seconds) as (variants, times):  # a few percent need more than three turns
         benchmark.extra_info.update(case=case.name, seconds=times, overhead=times["whole"] / times["in pieces"] - 1)
         benchmark.pedantic(variants["whole"], args=("seconds",), rounds=2)
 

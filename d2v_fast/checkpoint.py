@@ -25,6 +25,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -82,9 +83,10 @@ class Checkpoint:
                 raise CheckpointError(f"{file} is missing") from None
             except (OSError, TypeError, KeyError) as error:
                 raise CheckpointError(f"{file} cannot be checked: {error}") from error
-        self.state = self._json(STATE) if STATE in self.files else None
-        if not isinstance(self.state, dict) or not isinstance(self.state.get("step"), int):
+        state = self._json(STATE) if STATE in self.files else None
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
             raise CheckpointError(f"{folder}: {STATE} has no step")
+        self.state: dict[str, Any] = state
 
     @property
     def step(self) -> int:
@@ -282,7 +284,10 @@ def write(folder: Path, step: int, tensors: Tensors, state: str) -> Checkpoint:
 
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk, so that they survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and sys.platform == "win32":  # opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes only what is open for writing
     try:
         os.fsync(handle)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import logging
 import os
 import sys
@@ -31,6 +32,8 @@ def _expand_home(argument: str) -> str:
 
 def _run(name: str, command: Callable[[list[str]], int | str | None]) -> None:
     """Run a command. Errors that the user can fix are shown as one message instead of a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: Windows writes to pipes and files in its old code pages
     if "--version" in sys.argv[1:]:
         print(f"{name} {__version__}")
         sys.exit()
@@ -95,7 +98,7 @@ def _train(args: list[str]) -> int | str:
     from d2v_fast.train.guards import NotFiniteError
 
     try:
-        code = train(config, fused)
+        code: int | str = train(config, fused)
     except (CollapseError, NotFiniteError) as error:
         code = f"d2v-train: {error}"
     except (MemoryError, RuntimeError) as error:

@@ -7,7 +7,6 @@ The settings under `data` and `mask` are the arguments of the classes in `d2v_fa
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
+from d2v_fast.choices import Checked, CLSReduction, EMAScope, Implementation, LayerSource, Norm, TargetNorm, nearest
 from d2v_fast.masking import BlockMask, ExactBlockMask, RandomMask, SpanMask, TokenMask
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ FREE = (
     *(f"train.{name}" for name in ("output", "workers", "graphs", "log_every", "export_every", "save_every", "keep_last")),
     *("train.checkpointing", "train.shard", "train.timeout_minutes"),
     *(f"train.{name}" for name in ("callbacks", "trackers", "probe_every", "probe_data")),
-    *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache"),
+    *("train.max_broken", "train.max_skipped", "collapse", "data.path", "data.cache", "data.stream_timeout"),
 )
 COMPARED = ("samples", "samples.number", "samples.content", "processes")  # compared on resume, in addition to the settings
 PART = re.compile(r"^several\.parts\.\w+\.")  # prefix of the settings of one of several modalities
@@ -94,7 +94,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(Checked):
     """The encoder.
 
     Args:
@@ -128,7 +128,7 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
-class TargetsConfig:
+class TargetsConfig(Checked):
     """What the student predicts.
 
     Args:
@@ -140,14 +140,14 @@ class TargetsConfig:
     """
 
     top_k: int = 8
-    source: Literal["ffn", "block_output", "block_input"] = "ffn"
-    norm: Literal["none", "layer", "instance", "batch", "group"] = "layer"
-    target_norm: Literal["none", "layer", "instance"] = "none"
+    source: LayerSource = "ffn"
+    norm: Norm = "layer"
+    target_norm: TargetNorm = "none"
     teacher_fp32: bool = False
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Checked):
     """How predictions are scored.
 
     Args:
@@ -162,13 +162,13 @@ class LossConfig:
     beta: float = 0.0
     scale: float | Literal["auto", "mean"] = "auto"
     reduction: Literal["global", "local"] = "global"
-    impl: Literal["auto", "eager", "compile", "native", "triton"] = "auto"
+    impl: Implementation = "auto"
     cls_weight: float = 0.0
-    cls_reduction: Literal["mean", "sum"] = "mean"
+    cls_reduction: CLSReduction = "mean"
 
 
 @dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(Checked):
     """The head that maps states to predictions.
 
     `conv` selects data2vec 2.0: each sample is masked in `data.views` ways, and only the visible positions are encoded.
@@ -202,7 +202,7 @@ class HeadConfig:
 
 
 @dataclass(frozen=True)
-class EMAConfig:
+class EMAConfig(Checked):
     """How the teacher follows the student.
 
     Args:
@@ -216,15 +216,17 @@ class EMAConfig:
     start: float = 0.999
     end: float = 0.9999
     anneal_steps: int = 30_000
-    scope: Literal["all", "encoder", "layers"] = "all"
+    scope: EMAScope = "all"
     copied: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW.
+class OptimizerConfig(Checked):
+    """The optimizer.
 
     Args:
+        kind: adamw, or lamb for large batches: the update of each tensor has the norm of the tensor times lr. On a GPU it is
+            NVIDIA apex's FusedLAMB, if apex is installed.
         lr: Peak learning rate.
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
@@ -233,6 +235,7 @@ class OptimizerConfig:
         lr_scale: Learning rate factors by parameter name pattern, such as {"*feature_extractor*": 0.1}.
     """
 
+    kind: Literal["adamw", "lamb"] = "adamw"
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
@@ -242,7 +245,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Checked):
     """The learning rate schedule.
 
     Args:
@@ -261,7 +264,7 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """The training run.
 
     Args:
@@ -325,7 +328,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class CollapseConfig:
+class CollapseConfig(Checked):
     """When a run counts as collapsed. A bound of 0 disables its rule.
 
     Args:
@@ -411,6 +414,8 @@ RANGES = {
     "data.views": "[1, inf)",
     "data.vocab_size": "[261, 16777216]",  # 256 bytes and 5 special tokens; tokenizers aborts when out of memory
     "data.whole_seconds": "(0, inf)",
+    "data.shuffle_buffer": "[1, inf)",
+    "data.stream_timeout": "(0, inf)",
     "ema.anneal_steps": "[0, inf)",
     "ema.end": "[0, 1]",
     "ema.start": "[0, 1]",
@@ -532,7 +537,7 @@ class Config:
                 raise ConfigError(f"{key}: found {list(values[key])}, expected the lower number first")
         if values.get("mask.min_area", 0) > values.get("mask.max_area", 0):
             raise ConfigError(
-                f"mask.min_area: found {values['mask.min_area']}, expected at most mask.max_area={self.mask.max_area}"
+                f"mask.min_area: found {values['mask.min_area']}, expected at most mask.max_area={values['mask.max_area']}"
             )
         replaced = values.get("mask.random_prob", 0) + values.get("mask.keep_prob", 0)
         if replaced > 1:
@@ -550,6 +555,12 @@ class Config:
                 f"mask: {type(self.mask).__name__} leaves a different number of positions visible in each view, but data2vec "
                 f"2.0 (head.kind=conv) needs equal numbers; expected mask.kind={' or '.join(SEVERAL)}"
             )
+        streamed = values.get("data.streaming") or "://" in str(values.get("data.path"))
+        if self.train.epochs is not None and streamed and not self.own_data:
+            raise ConfigError(
+                f"train.epochs={self.train.epochs:g}: the length of a stream is unknown; give train.steps instead of "
+                f"train.epochs (data.path={values['data.path']})"
+            )
         if self.train.shard and self.train.probe_every:
             raise ConfigError(
                 "train.probe_every: the probe runs the teacher on one rank, but train.shard spreads it over all of them; leave "
@@ -557,6 +568,16 @@ class Config:
             )
         if self.train.shard and self.train.precision == "fp16":
             raise ConfigError("train.precision=fp16: sharded ranks cannot agree on a gradient scale; use bf16 or fp32")
+        if self.optimizer.kind == "lamb" and self.optimizer.weight_decay == 0:
+            raise ConfigError(
+                "optimizer.kind=lamb with optimizer.weight_decay=0: tensors without weight decay are not scaled, so this is "
+                "Adam; set optimizer.weight_decay, such as 0.01, or optimizer.kind=adamw"
+            )
+        if self.optimizer.kind == "lamb" and self.train.shard:
+            raise ConfigError(
+                "optimizer.kind=lamb with train.shard: the norm of a tensor needs all of its shards, which is not implemented; "
+                "set train.shard=false or optimizer.kind=adamw"
+            )
         if self.loss.cls_weight and not conv:
             raise ConfigError(f"loss.cls_weight: found {self.loss.cls_weight}, which is for head.kind=conv; expected 0")
         if self.train.output == "" or "\0" in (self.train.output or ""):
@@ -572,12 +593,6 @@ class Config:
 def presets() -> list[str]:
     """Names of the built-in presets, such as text/roberta-base."""
     return sorted(str(file.relative_to(PRESETS).with_suffix("")) for file in PRESETS.rglob("*.yaml"))
-
-
-def nearest(word: str, words: Any) -> str:
-    """ "; did you mean …?" if one of `words` is close to `word`, else ""."""
-    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def read_yaml(name: str) -> dict[str, Any]:
@@ -662,7 +677,7 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 def _drop_replaced(settings: dict[str, Any], later: dict[str, Any]) -> None:
     """Remove from `settings` whatever belongs to a mask, encoder or run length that `later` (flat keys) replaces."""
     encoder, mask = settings.get("encoder", {}), settings.get("mask", {})
-    known = MODALITIES.get(settings.get("modality"))
+    known = MODALITIES.get(settings.get("modality", ""))
     default = known and known.masks[0]
     if "mask.kind" in later and later["mask.kind"] != mask.get("kind", default):
         settings.pop("mask", None)
@@ -686,7 +701,7 @@ def _fit_data(settings: dict[str, Any], later: dict[str, Any]) -> None:
     Data settings given in `later` itself are kept.
     """
     name = os.path.expanduser(later["encoder.pretrained"])
-    modality = later.get("modality", settings.get("modality"))
+    modality: Any = later.get("modality", settings.get("modality"))
     keys = MODALITIES[modality].files if modality in MODALITIES else ()
     wanted = [key for key in keys if f"data.{key}" not in later]
     if own := later.get("data.class", settings.get("data", {}).get("class")):
@@ -772,7 +787,7 @@ def _drop_unknown_fields(encoder: dict[str, Any], model: str) -> None:
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
         if key in GROUPS and not prefix:
             flat |= _flat(value, f"{key}.")
@@ -813,7 +828,7 @@ def data_class(modality: str, own: str | None = None) -> type:
             f"modality: found {modality!r}, expected one of {', '.join(MODALITIES)}, several"
             + (nearest(str(modality), [*MODALITIES, "several"]) if modality else "; a preset without one must follow another")
         )
-    module, _, name = MODALITIES[modality].data.partition(":")
+    module, _, name = str(MODALITIES[modality].data).partition(":")
     return getattr(importlib.import_module(f"d2v_fast.data.{module}"), name)
 
 
@@ -914,7 +929,7 @@ def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Confi
             rest.append(f"{argument}={next(arguments, '')}")
         else:
             raise ConfigError(f"{argument!r}: expected key=value, such as train.steps=1000")
-    overrides = {a[2:].partition("=")[0]: a.partition("=")[2] for a in rest if "=" in a}
+    overrides: dict[str, Any] = {a[2:].partition("=")[0]: a.partition("=")[2] for a in rest if "=" in a}
     overrides.pop("print_config", None)
     if overrides.get("data.class") == "null":
         overrides["data.class"] = None
@@ -926,12 +941,12 @@ def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Confi
     if not settings and not overrides and not help_only:
         raise ConfigError(f"no settings: d2v-train --config PRESET, one of {', '.join(presets())}; see --help")
     own = overrides.get("data.class", given.get("data.class"))
-    modality = overrides.get("modality", given.get("modality", "custom" if own else "text" if help_only else None))
+    modality: Any = overrides.get("modality", given.get("modality", "custom" if own else "text" if help_only else None))
     if modality == "several":
         from d2v_fast.several import configure
 
-        config, fused, known = configure(settings, rest, "-".join(names), resume, resume_allow)
-        return _finish(config, known, run, "train.output" in overrides), fused
+        several, fused, known = configure(settings, rest, "-".join(names), resume, resume_allow)
+        return _finish(several, known, run, "train.output" in overrides), fused
     cls = data_class(modality, own)
     masks = MODALITIES[modality].masks
     kind = overrides.get("mask.kind", given.get("mask.kind", masks[0]))
@@ -971,7 +986,7 @@ def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Confi
     return _finish(config, known, run, "train.output" in overrides), fused
 
 
-def _finish(config: Config, known: list[str], run: str | None, named: bool) -> Config:
+def _finish(config: Any, known: list[str], run: str | None, named: bool) -> Config:
     """Resolve the output folder of `config`.
 
     Args:

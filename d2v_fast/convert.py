@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.data import first_line
-from d2v_fast.encoders import class_arguments
+from d2v_fast.encoders import class_arguments, model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -235,7 +235,7 @@ def load_checkpoint(file: str) -> dict[str, Any]:
                 f"{file}: holds {', '.join(sorted(strange))}, which a checkpoint has no use for and which may run code; "
                 "not loaded. If you trust the file, save its weights alone: torch.save({'model': …}, …)"
             )
-        stand_ins = [(_empty if name == "collections.defaultdict" else _Inert, name) for name in names]
+        stand_ins: list[Any] = [(_empty if name == "collections.defaultdict" else _Inert, name) for name in names]
         with safe_globals(stand_ins):
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(loaded, dict):
@@ -280,7 +280,7 @@ def _rename(state: State, rules: Rules, file: str) -> State:
 
 def _split_qkv(state: State) -> State:
     """`attn.qkv` as `attn.q`, `attn.k` and `attn.v`."""
-    split = {}
+    split: State = {}
     for key, value in state.items():
         if ".qkv." in key:
             split |= {key.replace(".qkv.", f".{name}."): part for name, part in zip("qkv", value.chunk(3), strict=True)}
@@ -289,7 +289,7 @@ def _split_qkv(state: State) -> State:
     return split
 
 
-def make_model(config: PreTrainedConfig, state: State, file: str, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+def make_model(config: PreTrainedConfig, state: State, file: str, cls: Any = None) -> PreTrainedModel:
     """A model of transformers with exactly these weights, in fp32 and eval mode.
 
     Args:
@@ -301,9 +301,7 @@ def make_model(config: PreTrainedConfig, state: State, file: str, cls: type[PreT
     Raises:
         ValueError: Weights are missing, left over or of another shape.
     """
-    from transformers import MODEL_MAPPING
-
-    cls = cls or MODEL_MAPPING[type(config)]
+    cls = cls or model_class(type(config))
     model, found = cls.from_pretrained(
         None,
         config=config,
@@ -487,8 +485,6 @@ def _vision(state: State, file: str) -> PreTrainedModel:
 
 def _version_2(state: State, ema: Any, settings: dict[str, Any], file: str, eat: bool) -> Released:
     """A model of data2vec 2.0 or EAT, pre-trained or fine-tuned; `ema` is a dict of the teacher's weights, if saved."""
-    from transformers import MODEL_MAPPING
-
     prefix = next(key for key in state if "modality_encoders." in key).partition("modality_encoders.")[0]
     if prefix not in BODIES_2:
         raise ValueError(f"{file}: has a model of data2vec 2.0 under {prefix!r}, expected {' or '.join(map(repr, BODIES_2))}")
@@ -515,7 +511,8 @@ def _version_2(state: State, ema: Any, settings: dict[str, Any], file: str, eat:
     config = {"AUDIO": _audio_2, "IMAGE": _image_2, "TEXT": _text_2}[modality](encoder, cfg, file)
     weights = _rename_2(encoder, modality, config, file)
     with torch.device("meta"):  # so that a small file cannot ask for much memory
-        model = MODEL_MAPPING[type(config)](config, **class_arguments(MODEL_MAPPING[type(config)]))
+        cls = model_class(type(config))
+        model = cls(config, **class_arguments(cls))
     _check_shapes(weights, model.state_dict(), "weights", file)
     licence = LICENCES_2["EAT" if eat else modality]
     if head := {key: value for key, value in state.items() if not key.startswith(prefix)}:
@@ -622,7 +619,7 @@ def _chosen(cfg: dict[str, Any], **names: str) -> dict[str, Any]:
     return {field: cfg[name] for field, name in names.items() if cfg.get(name) is not None}
 
 
-def _layers_2(state: State) -> dict[str, int]:
+def _layers_2(state: State) -> dict[str, Any]:
     """Fields for the blocks, the prenet's included."""
     layers = _depth(state, r"blocks\.(\d+)\.") + _depth(state, r"context_encoder\.blocks\.(\d+)\.")
     return dict(num_hidden_layers=layers, intermediate_size=len(state["blocks.0.mlp.fc1.bias"]))
@@ -698,6 +695,8 @@ def _fine_tuned_2(
 
     from d2v_fast.nets import Data2Vec2AudioForCTC, Data2Vec2VisionForImageClassification
 
+    cls: Any
+    fields: dict[str, Any]
     renamed = _rename(head, HEAD_2[modality], file)
     if len(renamed) < len(head):
         raise ValueError(f"{file}: has several heads: {', '.join(sorted(head))}")

@@ -26,9 +26,9 @@ def regression_head(hidden_size: int, layers: int, zero_init: bool = False) -> n
     return nn.Sequential(*modules)
 
 
-def _zero_init(linear: nn.Linear) -> None:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
+def _zero_init(linear: nn.Module) -> None:
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
 
 
 class ConvDecoder(nn.Module):

@@ -216,7 +216,7 @@ class Seen(NamedTuple):
     positions: Tensor  # `position_table` of the teacher's last layer, normalised like the targets
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def _norm(tensors: Sequence[Tensor]) -> float:
     return float(whole(get_total_norm(tensors)))
 
 
@@ -261,6 +261,7 @@ class Monitor:
         self.student, self.teacher = (list(side) for side in zip(*averaged, strict=True))
         self.active: set[Rule] = set()
         self.usual: deque[float] = deque(maxlen=LINES)  # median gradient norms, one per log line
+        self.norms: list[Tensor] = []  # since the last log line
         self._reset()
         model.register_forward_hook(self._after_forward, with_kwargs=True)
         optimizer.register_step_pre_hook(self._before_update)
@@ -287,8 +288,9 @@ class Monitor:
         return [norm for norm in norms if math.isfinite(norm)]
 
     def _reset(self) -> None:
-        self.due, self.before = False, None
-        self.norms: list[Tensor] = []  # since the last log line
+        self.due = False
+        self.before: list[list[Tensor]] | None = None
+        self.norms = []
         self.batches: list[Seen] = []
 
     @torch.no_grad()
@@ -332,7 +334,7 @@ class Monitor:
         Args:
             loss: Loss of the positions over all ranks, without that of CLS, for `relative_loss`.
         """
-        seen = Seen(*zip(*self.batches, strict=True))
+        seen: Any = Seen._make(zip(*self.batches, strict=True))  # each field of all micro-batches
         target, prediction, local = (self._pooled(parts) for parts in (seen.target, seen.prediction, seen.features))
         variance = local.m2 / local.count
         share = position_share(self._summed(seen.positions))
@@ -452,6 +454,8 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
     from huggingface_hub.constants import HF_HOME
     from torch.utils import collect_env
 
+    from d2v_fast.train.optim import apex_obstacle  # d2v_fast.train imports this module
+
     warnings = []
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     driver = collect_env.get_nvidia_driver_version(collect_env.run)
@@ -491,9 +495,9 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
     shadow = importlib.util.find_spec("kernels")
     if shadow and shadow.origin and not _version("kernels"):
         warnings.append(f"{shadow.origin} shadows Hugging Face's package kernels and breaks transformers: rename it")
-    apex = importlib.util.find_spec("apex")
-    if apex and apex.origin and not Path(apex.origin).with_name("optimizers").exists():
-        warnings.append(f"apex {_version('apex')} is not NVIDIA's: pip uninstall apex")
+    apex = apex_obstacle()
+    if apex and importlib.util.find_spec("apex"):
+        warnings.append(apex)
 
     for package in OPTIONAL:
         if importlib.util.find_spec(package):
@@ -539,6 +543,7 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
         "gpu": "; ".join(f"{g.name}, {g.total_memory / 2**30:.0f} GiB, sm_{g.major}{g.minor}" for g in gpus) or "none",
         "driver": f"{driver or 'none'}, torch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}",
         **{f"loss on {device}": text for device, text in losses.items()},
+        "lamb on cuda": f"torch's operations: {apex}" if apex else "apex's FusedLAMB",
         "free": ", ".join(f"{size:.1f} GiB in {place}" for place, size in free.items()),
         "allocator": allocator or "the C library's; tcmalloc via LD_PRELOAD can be faster on a CPU",
         "variables": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)) or "none",

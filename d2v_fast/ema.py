@@ -6,11 +6,15 @@ import copy
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from itertools import chain
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from d2v_fast.config import EMAConfig
 from d2v_fast.sharding import own
+
+Student = TypeVar("Student", bound=nn.Module)
 
 
 def linear_decay(step: int, start: float, end: float, anneal_steps: int) -> float:
@@ -25,7 +29,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)))
 
 
-class EMATeacher(nn.Module):
+class EMATeacher(nn.Module, Generic[Student]):
     """A copy of `student` that follows it: θ̄ ← τ(t)·θ̄ + (1 - τ(t))·θ after each successful optimizer step t = 1, 2, …
 
     The copy is fp32, in eval mode and without gradients. Trainable floating-point parameters are averaged; frozen ones, those
@@ -44,10 +48,10 @@ class EMATeacher(nn.Module):
 
     def __init__(
         self,
-        student: nn.Module,
-        start: float = 0.999,
-        end: float = 0.9999,
-        anneal_steps: int = 30_000,
+        student: Student,
+        start: float = EMAConfig.start,
+        end: float = EMAConfig.end,
+        anneal_steps: int = EMAConfig.anneal_steps,
         copied: Iterable[str] = (),
     ):
         super().__init__()
@@ -66,13 +70,13 @@ class EMATeacher(nn.Module):
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"copied: pattern {pattern!r} names no parameter, expected one of {names}")
         self.copied = frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in copied))
-        self.module = copy.deepcopy(student).float().eval().requires_grad_(False)
+        self.module: Student = copy.deepcopy(student).float().eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> EMATeacher:
+    def train(self, mode: bool = True) -> EMATeacher[Student]:
         """Stay in eval mode regardless of the surrounding module."""
         return super().train(False)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
     def decay(self, step: int) -> float:
@@ -118,8 +122,7 @@ class EMATeacher(nn.Module):
             pair[0].append(own(ours))  # both are sharded in the same way
             pair[1].append(own(theirs))
         if averaged[0]:
-            ours, theirs = averaged
-            torch._foreach_lerp_(ours, [x.to(y.dtype) for x, y in zip(theirs, ours, strict=True)], 1 - decay)
+            torch._foreach_lerp_(averaged[0], [x.to(y.dtype) for y, x in zip(*averaged, strict=True)], 1 - decay)
         if copied[0]:
             torch._foreach_copy_(*copied)
 

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 import d2v_fast
 from d2v_fast import nets, trained
 from d2v_fast.checkpoint import sync
-from d2v_fast.config import ConfigError, nearest
+from d2v_fast.choices import nearest
+from d2v_fast.config import ConfigError
 from d2v_fast.convert import EAT_NORMS, Released, from_data2vec_pytorch, from_fairseq, make_model, named
 from d2v_fast.data import first_line, is_local
 from d2v_fast.data.audio import feature_extractor
@@ -244,11 +245,12 @@ def on_hub(name: str | None) -> str | None:
     """`name` if it may be a repository on the hub, else None."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if name in (None, "builtin") or is_local(name):
+    if name is None or name == "builtin" or is_local(name):
         return None
     with suppress(HFValidationError):
         validate_repo_id(name)
         return name
+    return None
 
 
 def model_card(
@@ -280,10 +282,10 @@ def model_card(
     rows = "\n".join(
         f"| {fact} | {' '.join(str(value).split()).replace('|', chr(92) + '|')} |" for fact, value in facts.items()
     )
-    arguments = {} if loader != "AutoModel" else class_arguments(type(model))
+    options = {} if loader != "AutoModel" else class_arguments(type(model))
     if (folder / Path(inspect.getfile(type(model))).name).exists():
-        arguments["trust_remote_code"] = True  # its code is in the folder; not needed after importing d2v_fast
-    arguments = "".join(f", {argument}={value}" for argument, value in arguments.items())
+        options["trust_remote_code"] = True  # its code is in the folder; not needed after importing d2v_fast
+    arguments = "".join(f", {option}={value}" for option, value in options.items())
     use = f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained("{name}"{arguments})'
     for file, processor in (("tokenizer.json", "AutoTokenizer"), ("preprocessor_config.json", "AutoImageProcessor")):
         if (folder / file).exists():
@@ -403,7 +405,7 @@ def export_run(
     found, exported = open_run(run, checkpoint, teacher)
     facts, sections = run_sections(run, found)
     data, old = found.config.data, as_type == OLDER
-    known = {"base_model": on_hub(found.config.encoder.pretrained), "datasets": on_hub(data.get("path"))}
+    known: dict[str, Any] = {"base_model": on_hub(found.config.encoder.pretrained), "datasets": on_hub(data.get("path"))}
     if not teacher and (results := eval_results(run, found)):
         known |= {"eval_results": results, "model_name": hub or to.resolve().name}
     if found.config.own_data or found.config.modality == "spectrogram":  # the model's input does not tell
@@ -477,7 +479,8 @@ def import_checkpoint(
             )
     elif source == "eat":
         norm = next((EAT_NORMS[name] for name in EAT_NORMS if settings.get(name)), (SOUND_MEAN, SOUND_STD))
-        exported = Exported(loaded, spectrogram_extractor(*model.config.image_size, *norm), model)
+        length, bins = model.config.image_size
+        exported = Exported(loaded, spectrogram_extractor(length, bins, *norm), model)
         metadata["pipeline_tag"] = "feature-extraction" if model is model.base_model else "audio-classification"
     elif isinstance(loaded, PatchEncoder):
         inception = settings.get("imagenet_default_mean_and_std", True) is False

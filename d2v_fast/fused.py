@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 
 from d2v_fast import ops
+from d2v_fast.encoders import Encoder
 from d2v_fast.model import Data2Vec
 from d2v_fast.ops import attention, conv, native
 from d2v_fast.ops.dropout import replace_dropout
@@ -53,7 +54,7 @@ def _last_block(model: Data2Vec, device: torch.device) -> str:
     """
     if model.sparse:
         return ""
-    encoders = {"student": model.student}
+    encoders: dict[str, Encoder] = {"student": model.student}
     if {model.loss_settings["norm"], model.loss_settings["target_norm"]} <= {"none", "layer"}:
         encoders["teacher"] = model.teacher.module
     narrowed = {name: encoder for name, encoder in encoders.items() if encoder.halves is not None}
@@ -88,6 +89,8 @@ def _dropout(model: Data2Vec, device: torch.device) -> str:
 
 
 def _attention(model: Data2Vec, device: torch.device) -> str:
+    if device.type == "cuda" and model.student.reads in ("text", "audio"):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and their lengths vary from batch to batch
     found = {attention.use_fast_attention(encoder.model, device) for encoder in (model.student, model.teacher.module)}
     return f"attention {found.pop()}" if None not in found else ""
 

@@ -4,19 +4,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
+from d2v_fast.choices import Implementation, Norm, TargetNorm, one_of
 from d2v_fast.ops import loss_implementation
 from d2v_fast.ops.reference import LossStats
 
-Norm = Literal["none", "layer", "instance", "batch", "group"]
-TargetNorm = Literal["none", "layer", "instance"]
 Reduction = Literal["mean", "sum"]
 Layout = Literal["BTC", "TBC"]
-Implementation = Literal["auto", "eager", "compile", "native", "triton"]
+
+
+class LossSettings(TypedDict, total=False):
+    """The settings of `data2vec_loss`, which says what they mean."""
+
+    norm: Norm
+    target_norm: TargetNorm
+    beta: float
+    scale: float | None
+    reduction: Reduction
+    layout: Layout
+    impl: Implementation
+
+
+@overload
+def data2vec_loss(
+    predictions: Tensor,
+    teacher_layers: Sequence[Tensor],
+    mask: Tensor,
+    *,
+    padding_mask: Tensor | None = None,
+    return_stats: Literal[False] = False,
+    return_target_mean: Literal[False] = False,
+    **settings: Unpack[LossSettings],
+) -> Tensor: ...
+@overload
+def data2vec_loss(
+    predictions: Tensor,
+    teacher_layers: Sequence[Tensor],
+    mask: Tensor,
+    *,
+    padding_mask: Tensor | None = None,
+    return_stats: Literal[True],
+    return_target_mean: Literal[False] = False,
+    **settings: Unpack[LossSettings],
+) -> tuple[Tensor, LossStats]: ...
+@overload
+def data2vec_loss(
+    predictions: Tensor,
+    teacher_layers: Sequence[Tensor],
+    mask: Tensor,
+    *,
+    padding_mask: Tensor | None = None,
+    return_stats: bool = False,
+    return_target_mean: bool = False,
+    **settings: Unpack[LossSettings],
+) -> Any: ...
 
 
 def data2vec_loss(
@@ -87,16 +132,9 @@ def data2vec_loss(
     return found if len(found) > 1 else loss
 
 
-def one_of(name: str, value: Any, choices: Any) -> None:
-    """Raise a ValueError that names the nearest choice unless `value` is one of those of a Literal."""
-    if value not in get_args(choices):
-        from d2v_fast.config import nearest  # here, as it needs more than torch
-
-        hint = nearest(str(value), get_args(choices))
-        raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, get_args(choices)))}{hint}")
-
-
-def check_settings(norm, target_norm, beta, scale, reduction, layout, impl) -> None:
+def check_settings(
+    norm: str, target_norm: str, beta: float, scale: float | None, reduction: str, layout: str, impl: str
+) -> None:
     """Raise a ValueError for settings of `data2vec_loss` that fit no tensors."""
     one_of("norm", norm, Norm)
     one_of("target_norm", target_norm, TargetNorm)
@@ -110,7 +148,9 @@ def check_settings(norm, target_norm, beta, scale, reduction, layout, impl) -> N
         raise ValueError(f"scale: found {scale!r}, expected a number above 0, or None for 1/√C")
 
 
-def _check_tensors(predictions, layers, mask, scale, padding_mask) -> None:
+def _check_tensors(
+    predictions: Tensor, layers: list[Tensor], mask: Tensor, scale: float | None, padding_mask: Tensor | None
+) -> None:
     first = layers[0]
     if first.ndim != 3:
         raise ValueError(f"teacher_layers[0]: found shape {tuple(first.shape)}, expected three dimensions")
@@ -167,10 +207,10 @@ class Data2VecLoss(nn.Module):
         return_target_mean: bool = False,
     ):
         super().__init__()
-        self.settings = dict(
+        check_settings(norm, target_norm, beta, scale, reduction, layout, impl)
+        self.settings: dict[str, Any] = dict(
             norm=norm, target_norm=target_norm, beta=beta, scale=scale, reduction=reduction, layout=layout, impl=impl
         )
-        check_settings(**self.settings)
         self.settings |= dict(return_stats=return_stats, return_target_mean=return_target_mean)
 
     def forward(

@@ -10,9 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+
+from d2v_fast.choices import Checked
+
+Lengths = Sequence[int] | np.ndarray  # of the samples of a batch, (B,)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST_MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
@@ -118,7 +122,7 @@ def visible_positions(mask: np.ndarray, padding_mask: np.ndarray | None = None) 
 
 
 @dataclass(frozen=True)
-class SpanMask:
+class SpanMask(Checked):
     """Spans over time, as in wav2vec 2.0 and data2vec audio (method 2.1).
 
     Args:
@@ -148,7 +152,7 @@ class SpanMask:
     dropout: float = 0.0
     last_start: bool = True
 
-    def __call__(self, draws: Draws, size: int, lengths: Sequence[int] | None = None) -> np.ndarray:
+    def __call__(self, draws: Draws, size: int, lengths: Lengths | None = None) -> np.ndarray:
         """Mask of shape (B, size); `lengths` (B,) are the unpadded lengths."""
         batch = len(draws)
         sizes = np.full(batch, size) if lengths is None else np.asarray(lengths)
@@ -205,7 +209,7 @@ class SpanMask:
 
 
 @dataclass(frozen=True)
-class BlockMask:
+class BlockMask(Checked):
     """BEiT's blocks of patches, as in data2vec vision (method 2.2).
 
     Args:
@@ -248,12 +252,12 @@ class BlockMask:
             mask |= added & accepted[:, None, None]
             masked += new * accepted
             failures = np.where(accepted, 0, failures + active)
-        mask = mask.reshape(batch, -1)
-        return _keep_one_visible(mask, np.ones_like(mask), draws.uniform(-1, high * wide))
+        flat = mask.reshape(batch, -1)
+        return _keep_one_visible(flat, np.ones_like(flat), draws.uniform(-1, high * wide))
 
 
 @dataclass(frozen=True)
-class ExactBlockMask:
+class ExactBlockMask(Checked):
     """Blocks with equal sides on a grid, and an exact number of masked positions, as in data2vec 2.0 (method 2.5).
 
     Blocks are drawn, then single positions are added or removed at random until the count is met.
@@ -280,7 +284,7 @@ class ExactBlockMask:
         masked = size - int(size * (1 - self.prob)) if self.inverse else int(size * self.prob)
         return min(masked, size - 1)
 
-    def __call__(self, draws: Draws, grid: int | tuple[int, ...], lengths: Sequence[int] | None = None) -> np.ndarray:
+    def __call__(self, draws: Draws, grid: int | tuple[int, ...], lengths: Lengths | None = None) -> np.ndarray:
         """Mask of shape (B·views, T) over a grid of any number of axes, row-major.
 
         Args:
@@ -310,7 +314,7 @@ class ExactBlockMask:
         centres = np.floor(draws.uniform(0, counts.max(initial=0)) * sizes[:, None]).astype(np.int64)
         rows, blocks = np.nonzero(np.arange(centres.shape[1]) < counts[:, None])
         offsets = np.arange(self.length) - self.length // 2
-        sides = [sizes[rows, None]] if axes == 1 else grid
+        sides: Sequence[Any] = [sizes[rows, None]] if axes == 1 else grid
         covered = [
             np.clip(centre[:, None] + offsets, 0, side - 1)
             for centre, side in zip(np.unravel_index(centres[rows, blocks], grid), sides, strict=True)
@@ -334,7 +338,7 @@ class ExactBlockMask:
 
 
 @dataclass(frozen=True)
-class RandomMask:
+class RandomMask(Checked):
     """Single positions drawn without replacement, equally many in samples of equal length (method 2.4).
 
     Args:
@@ -343,7 +347,7 @@ class RandomMask:
 
     prob: float = 0.6
 
-    def __call__(self, draws: Draws, size: int | tuple[int, ...], lengths: Sequence[int] | None = None) -> np.ndarray:
+    def __call__(self, draws: Draws, size: int | tuple[int, ...], lengths: Lengths | None = None) -> np.ndarray:
         """Mask of shape (B, T); `size` is T or a grid with any number of axes, `lengths` (B,) are the unpadded lengths."""
         total = math.prod(size) if isinstance(size, tuple) else size
         sizes = np.full(len(draws), total) if lengths is None else np.asarray(lengths)
@@ -371,7 +375,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class TokenMask:
+class TokenMask(Checked):
     """Text masking (method 2.3): spans of `length` tokens, some of which are replaced at random or left unchanged.
 
     BERT's 80/10/10 is prob .15, length 1, random_prob .1, keep_prob .1; data2vec's is prob .35, length 4.
@@ -399,7 +403,7 @@ class TokenMask:
     loss_on: Literal["selected", "mask_token"] = "mask_token"
 
     def __call__(
-        self, draws: Draws, ids: np.ndarray, vocabulary: Vocabulary, lengths: Sequence[int] | None = None
+        self, draws: Draws, ids: np.ndarray, vocabulary: Vocabulary, lengths: Lengths | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Masked ids and mask, both (B, T), from ids (B, T) and their unpadded lengths (B,)."""
         size = ids.shape[1]

@@ -231,7 +231,7 @@ def _memory(model: Data2Vec, passes: dict[str, float], ranks: int) -> Memory:
     update = {"previous weights": total - teacher + teacher, "differences": total - teacher}
     if ranks > 1:
         always, update = ({name: value / ranks for name, value in part.items()} for part in (always, update))
-        blocks = [size(block.parameters()) for block in (*model.student.blocks, *model.teacher.module.blocks)]
+        blocks = [size(block.parameters()) for encoder in (model.student, model.teacher.module) for block in encoder.blocks]
         outside = total - sum(blocks)
         # Parameters outside the blocks with their gradients, plus two blocks, because the next one is prefetched: each as
         # received and as used, and its gradients as computed and as sent.

@@ -6,22 +6,22 @@ speech or anything else with positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from d2v_fast.choices import CLSReduction, EMAScope, Implementation, LayerSource, Norm, TargetNorm, one_of
+from d2v_fast.config import EMAConfig, HeadConfig, LossConfig, TargetsConfig
 from d2v_fast.decoders import ConvDecoder, regression_head
 from d2v_fast.ema import EMATeacher
-from d2v_fast.encoders import Encoder, LayerSource
-from d2v_fast.loss import Implementation, Norm, TargetNorm, check_settings, data2vec_loss, one_of
+from d2v_fast.encoders import Encoder
+from d2v_fast.loss import check_settings, data2vec_loss
 from d2v_fast.masking import visible_positions
 from d2v_fast.ops.reference import LossStats, errors
 from d2v_fast.predictors import Predicted, in_place, visible_only
-
-EMAScope = Literal["all", "encoder", "layers"]
-CLSReduction = Literal["mean", "sum"]
 
 
 @dataclass
@@ -65,7 +65,9 @@ class Data2Vec(nn.Module):
         cls_weight: With a decoder, weight of the loss by which the first extra token (CLS) learns the mean of the targets over
             all positions; 0 for none (method 4.7).
         cls_reduction: "mean" over the views of a batch, or "sum" as in the reference code, where it grows with the batch.
-        ema_start, ema_end, ema_anneal_steps: Decay schedule of the teacher (method 1.5).
+        ema_start: First decay of the teacher (method 1.5).
+        ema_end: Decay after `ema_anneal_steps`.
+        ema_anneal_steps: Teacher updates over which the decay goes from start to end.
         ema_scope: What is averaged: "all", the "encoder" without its local features, or its "layers" (method 1.6);
             the rest is copied from the student at each step.
         ema_copied: Further name patterns of parameters to copy.
@@ -77,24 +79,24 @@ class Data2Vec(nn.Module):
         self,
         encoder: Encoder,
         *,
-        top_k: int = 8,
-        source: LayerSource = "ffn",
-        norm: Norm = "layer",
-        target_norm: TargetNorm = "none",
-        beta: float = 0.0,
-        scale: float | Literal["auto", "mean"] = "auto",
-        head_layers: int = 1,
-        head_zero_init: bool = False,
+        top_k: int = TargetsConfig.top_k,
+        source: LayerSource = TargetsConfig.source,
+        norm: Norm = TargetsConfig.norm,
+        target_norm: TargetNorm = TargetsConfig.target_norm,
+        beta: float = LossConfig.beta,
+        scale: float | Literal["auto", "mean"] = LossConfig.scale,
+        head_layers: int = HeadConfig.layers,
+        head_zero_init: bool = HeadConfig.zero_init,
         decoder: ConvDecoder | None = None,
-        cls_weight: float = 0.0,
-        cls_reduction: CLSReduction = "mean",
-        ema_start: float = 0.999,
-        ema_end: float = 0.9999,
-        ema_anneal_steps: int = 30_000,
-        ema_scope: EMAScope = "all",
-        ema_copied: tuple[str, ...] = (),
-        teacher_fp32: bool = False,
-        impl: Implementation = "auto",
+        cls_weight: float = LossConfig.cls_weight,
+        cls_reduction: CLSReduction = LossConfig.cls_reduction,
+        ema_start: float = EMAConfig.start,
+        ema_end: float = EMAConfig.end,
+        ema_anneal_steps: int = EMAConfig.anneal_steps,
+        ema_scope: EMAScope = EMAConfig.scope,
+        ema_copied: Sequence[str] = (),
+        teacher_fp32: bool = TargetsConfig.teacher_fp32,
+        impl: Implementation = LossConfig.impl,
     ):
         super().__init__()
         one_of("source", source, LayerSource)
@@ -122,13 +124,16 @@ class Data2Vec(nn.Module):
         encoder.check_layers(top_k, source)
         self.top_k, self.source = top_k, source
         self.sparse = decoder is not None
-        self.head = decoder if self.sparse else regression_head(encoder.hidden_size, head_layers, head_zero_init)
+        head = regression_head(encoder.hidden_size, head_layers, head_zero_init) if decoder is None else decoder
+        self.head: nn.Module = head
         self.cls_weight, self.cls_reduction = cls_weight, cls_reduction
         # A teacher with the student's local features need not recompute them, except for text, where they include dropout.
         self.shares_features = ema_scope != "all" and encoder.masks_features
         self.teacher_fp32 = teacher_fp32
-        scales = {"auto": encoder.hidden_size**-0.5, "mean": 1 / encoder.hidden_size}
-        self.loss_settings = dict(norm=norm, target_norm=target_norm, beta=beta, scale=scales.get(scale, scale), impl=impl)
+        scales: dict[Any, float] = {"auto": encoder.hidden_size**-0.5, "mean": 1 / encoder.hidden_size}
+        self.loss_settings: dict[str, Any] = dict(
+            norm=norm, target_norm=target_norm, beta=beta, scale=scales.get(scale, scale), impl=impl
+        )
         check_settings(**self.loss_settings, reduction="mean", layout="BTC")
 
     def forward(
@@ -168,8 +173,8 @@ class Data2Vec(nn.Module):
             index = mask.flatten().nonzero().squeeze(1)
         features = self.student.embed(source)
         if (len(mask), mask.shape[-1]) != features.shape[:2]:
-            found, expected = (len(mask), mask.shape[-1]), tuple(features.shape[:2])
-            raise ValueError(f"mask: found {found} samples and positions, expected {expected} as of the encoder's features")
+            sizes = f"found {(len(mask), mask.shape[-1])} samples and positions, expected {tuple(features.shape[:2])}"
+            raise ValueError(f"mask: {sizes} as of the encoder's features")
         layers = self.teacher_layers(
             source if target is None else target,
             features.detach() if self.shares_features and target is None else None,
@@ -224,12 +229,13 @@ class Data2Vec(nn.Module):
         if visible is None:
             found = visible_positions(mask.cpu().numpy(), None if padding_mask is None else padding_mask.cpu().numpy())
             visible = torch.from_numpy(found).to(mask.device)
-        grid = self.student.positions(source.shape[-1])
+        positions = self.student.positions(source.shape[-1])
         # With one axis the mask gives the grid, also for modules whose inputs are neither tokens nor waveforms.
-        grid = grid if isinstance(grid, tuple) else (mask.shape[-1],)
-        return visible_only(self.student, self.head, features, mask, index, visible, grid, padding_mask)
+        grid = positions if isinstance(positions, tuple) else (mask.shape[-1],)
+        decoder = cast(ConvDecoder, self.head)
+        return visible_only(self.student, decoder, features, mask, index, visible, grid, padding_mask)
 
-    def _cls_loss(self, extra: Tensor, mean: Tensor) -> Tensor:
+    def _cls_loss(self, extra: Any, mean: Tensor) -> Tensor:
         """Weighted error of each view's first extra token against the mean target (B, C) of its sample (method 4.7)."""
         error = extra[:, 0].to(mean.dtype) - mean.repeat_interleave(len(extra) // len(mean), 0)
         values = errors(error, self.loss_settings["beta"]).sum(1) * self.loss_settings["scale"]

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -173,12 +173,13 @@ def own_sources(
                 "samples; for a probe give a label for each, self.source = Source(names, read, labels)"
             )
         names = [each.sample_name(i) for i in range(len(each))]
-        parts.append(Source(names, lambda i, each=each: each.load(int(i), np.random.default_rng(0)), list(labels)))
+        read = cast(Any, lambda i, each=each: each.load(int(i), np.random.default_rng(0)))
+        parts.append(Source(names, read, list(labels)))
 
     def collate(samples: list) -> tuple[Tensor, Tensor | None]:
         arrays = made[0].collate(samples, Draws(0, 0, range(len(samples))))
-        padding_mask = arrays.get("padding_mask")
-        return torch.as_tensor(arrays["source"]), None if padding_mask is None else torch.as_tensor(padding_mask)
+        batch = made[0].finish({name: torch.as_tensor(array) for name, array in arrays.items()})
+        return batch["source"], batch.get("padding_mask")
 
     return *_labelled(data, parts if len(parts) == 2 else _fifth(parts[0])), collate
 
@@ -227,7 +228,7 @@ def pooled_states(
                 except Exception as error:
                     log.warning("left out %s: %s", source.names[i], first_line(error))
                 else:
-                    labels.append(source.labels[i])
+                    labels.append(cast(Sequence[str], source.labels)[i])
             if samples:
                 inputs, padding_mask = collate(samples)
                 for title, found in states(inputs, padding_mask).items():
@@ -256,11 +257,13 @@ def labelled_parts(config: Config, encoder: Encoder, data: str, name: str | None
     if config.modality == "vision":
         from d2v_fast.data.vision import center_crop, open_images, to_pixels
 
-        def collate(images: list) -> tuple[torch.Tensor, None]:
-            crops = [center_crop(image, settings["image_size"]) for image in images]
+        def collate(samples: list) -> tuple[Tensor, Tensor | None]:
+            crops = [center_crop(image, settings["image_size"]) for image in samples]
             return torch.from_numpy(to_pixels(crops, settings["mean"], settings["std"])), None
 
-        open_split = open_images
+        def open_split(path: str, name: str | None = None, split: str = "train") -> Source:
+            return open_images(path, name, split)
+
     elif config.modality == "spectrogram":
         from d2v_fast.data.audio import open_audio
         from d2v_fast.data.spectrograms import WINDOW, spectrogram
@@ -268,8 +271,8 @@ def labelled_parts(config: Config, encoder: Encoder, data: str, name: str | None
         as_image = encoder.reads != "spectrogram"
         sizes = [settings[key] for key in ("target_length", "mel_bins", "mean", "std")]
 
-        def collate(spectrograms: list) -> tuple[torch.Tensor, None]:
-            source = torch.from_numpy(np.stack(spectrograms))
+        def collate(samples: list) -> tuple[Tensor, Tensor | None]:
+            source = torch.from_numpy(np.stack(samples))
             return source.unsqueeze(1) if as_image else source, None
 
         def open_split(path: str, name: str | None = None, split: str = "train") -> Source:
@@ -285,11 +288,11 @@ def labelled_parts(config: Config, encoder: Encoder, data: str, name: str | None
     else:
         from d2v_fast.data.audio import open_audio, standardize
 
-        frames = encoder.positions
+        frames: Any = encoder.positions
         longest = round(settings["max_seconds"] * settings["sample_rate"])
 
-        def collate(waves: list) -> tuple[torch.Tensor, torch.Tensor | None]:
-            waves = [(standardize(wave) if settings["normalize"] else wave)[:longest] for wave in waves]
+        def collate(samples: list) -> tuple[Tensor, Tensor | None]:
+            waves = [(standardize(wave) if settings["normalize"] else wave)[:longest] for wave in samples]
             lengths = [len(wave) for wave in waves]
             source = np.zeros((len(waves), max(lengths)), dtype=np.float32)
             for row, wave in zip(source, waves, strict=True):
@@ -345,8 +348,8 @@ def probe_cloze(config: Config, states: States, data: str, name: str | None, lim
         settings |= {"path": _split_path(data, split), "split": split}
         parts.append(_hidden_tokens(TextData(mask=mask, **settings), states, limit, split))
     (train, train_tokens), (test, test_tokens) = parts
-    frequent = np.unique(train_tokens, return_counts=True)
-    frequent = frequent[0][np.argsort(-frequent[1])[:CLOZE_TOKENS]]
+    distinct, occurrences = np.unique(train_tokens, return_counts=True)
+    frequent = distinct[np.argsort(-occurrences)[:CLOZE_TOKENS]]
     keep, keep_test = np.isin(train_tokens, frequent), np.isin(test_tokens, frequent)
     train_tokens, test_tokens = train_tokens[keep], test_tokens[keep_test]
     classes, counts = np.unique(train_tokens, return_counts=True)

@@ -193,7 +193,7 @@ def curve(runs: list[Run], key: str) -> str | None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    settings = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8, "axes.edgecolor": "#999999"}
+    settings: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8, "axes.edgecolor": "#999999"}
     settings |= {"axes.spines.top": False, "axes.spines.right": False, "xtick.color": "#555555", "ytick.color": "#555555"}
     with plt.rc_context(settings):
         figure, axis = plt.subplots(figsize=(4.4, 2.1))

@@ -13,10 +13,11 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
+from d2v_fast.choices import nearest
 from d2v_fast.config import (
     GROUPS,
     MODALITIES,
@@ -31,7 +32,6 @@ from d2v_fast.config import (
     _readable,
     check_layer,
     load_yaml,
-    nearest,
     new_parser,
     parse,
     read_yaml,
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 NAMES = tuple(name for name in MODALITIES if name != "custom")  # names of parts are their modalities
 WHOLE = ("optimizer", "schedule", "train", "collapse")  # sections of the whole run; the others belong to a part
 # Names of the linear maps and norms in blocks that compute the same, in the same order.
-LAYOUTS = {
+LAYOUTS: dict[Any, tuple[str, ...]] = {
     blocks.bert: (
         *(f"attention.self.{name}" for name in ("query", "key", "value")),
         *("attention.output.dense", "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm"),
@@ -91,7 +91,8 @@ class Several(nn.ModuleDict):
 
     def __init__(self, parts: Mapping[str, Data2Vec]):
         super().__init__(parts)
-        first = next(iter(self.values()))
+        first: Any = next(iter(self.values()))
+        part: Any
         for name, part in self.items():  # the first too, to check it
             try:
                 share_blocks(first.student, part.student)
@@ -116,7 +117,7 @@ class SeveralConfig:
     collapse: CollapseConfig
     yaml: str = ""
     name: str = "several"
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     resume_allow: list[str] = field(default_factory=list)
     modality = "several"
 
@@ -131,7 +132,7 @@ class SeveralConfig:
 
 
 def configure(
-    settings: dict[str, Any], arguments: list[str], name: str, resume: bool, resume_allow: list[str]
+    settings: dict[str, Any], arguments: list[str], name: str, resume: bool | Literal["auto"], resume_allow: list[str]
 ) -> tuple[SeveralConfig, bool, list[str]]:
     """The config of a run of several parts, whether --fused was given, and all valid settings.
 
@@ -149,7 +150,7 @@ def configure(
     given = settings.pop("several", {})
     if not isinstance(given, dict) or given.keys() - {"parts", "shares"} or not isinstance(given.get("parts", {}), dict):
         raise ConfigError(f"several: found {given}, expected parts, a mapping of {', '.join(NAMES)} to presets, and shares")
-    parts, changes, rest = dict(given.get("parts", {})), {}, []
+    parts, changes, rest = dict(given.get("parts", {})), dict[str, list[tuple[str, str]]](), []
     for argument in arguments:
         key, _, value = argument.removeprefix("--").partition("=")
         part, _, setting = key.removeprefix("several.parts.").partition(".")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ def shard(model: Data2Vec, device: torch.device, world: int, hybrid: bool = Fals
 
     for encoder in (model.student, model.teacher.module):
         run = encoder.halves
+        block: Any
         for block in dict.fromkeys(encoder.blocks):
             fully_shard(block, mesh=mesh, shard_placement_fn=along)
             if run is not None:  # a second forward, before which FSDP gathers the block too
@@ -56,7 +57,7 @@ def shard(model: Data2Vec, device: torch.device, world: int, hybrid: bool = Fals
     fully_shard(model, mesh=mesh, shard_placement_fn=along)
 
 
-def _by_halves(block: nn.Module, *args, **kwargs) -> tuple[Tensor, Tensor]:
+def _by_halves(block: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return block.by_halves(*args, **kwargs)
 
 
@@ -74,7 +75,7 @@ def gathered(module: nn.Module, keep: bool) -> Iterator[None]:
     ]
     found: dict[Tensor, nn.Parameter] = {}
     for parameter in dict.fromkeys(parameter for *_, parameter in spread):  # one at a time, because a GPU may not hold them all
-        full = parameter.detach().full_tensor()
+        full = whole(parameter.detach())
         if keep:
             found[parameter] = nn.Parameter(full.cpu(), parameter.requires_grad)
     try:
@@ -86,17 +87,17 @@ def gathered(module: nn.Module, keep: bool) -> Iterator[None]:
             setattr(owner, name, parameter)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """A possibly sharded tensor, gathered. A collective: every rank must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def own(tensor: Tensor) -> Tensor:
+def own(tensor: Any) -> Tensor:
     """This rank's shard of a possibly sharded tensor, sharing its memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def spread_as(tensor: Tensor, like: Tensor) -> Tensor:
+def spread_as(tensor: Tensor, like: Any) -> Tensor:
     """A full tensor, equal on all ranks, sharded like `like` without communication."""
     if not hasattr(like, "placements") or tensor.shape != like.shape:
         return tensor

@@ -90,7 +90,7 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
     """
     step, saved = _newest(run, checkpoint, teacher)
     weights = saved.tensors("teacher" if teacher else "student") if saved else {}
-    tokenizer = tokens = None
+    tokenizer, tokens = None, None
     if config.modality == "text" and not config.own_data:
         kept = [str(run / name) for name in ("export", TOKENIZER) if (run / name / "tokenizer.json").is_file()]
         config = replace(config, data=config.data | {"tokenizer": next(iter(kept), config.data["tokenizer"])})
@@ -98,7 +98,7 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
             raise ConfigError(f"{run}: holds no tokenizer, neither in {TOKENIZER}/ nor in export/")
         tokenizer = load_tokenizer(config.data["tokenizer"])
         size = _vocab_size(weights, run)
-        tokens = size and token_fields(tokenizer, size)
+        tokens = token_fields(tokenizer, size) if size else None
     if saved is None:
         encoder = _exported(config, run)
     else:
@@ -126,8 +126,8 @@ def _newest(run: Path, checkpoint: str | None, teacher: bool) -> tuple[int | Non
         if name not in [f"step-{step}" for step in steps]:
             available = ", ".join(f"step-{step}" for step in steps) or "none"
             raise ConfigError(f"--checkpoint {checkpoint}: not in {checkpoints.folder}; available: {available}")
-        saved = Checkpoint(checkpoints.folder / name)
-        return saved.step, saved
+        named = Checkpoint(checkpoints.folder / name)
+        return named.step, named
     exported = not teacher and any((run / "export").glob("*.safetensors"))
     step = _export_step(run) if exported else None
     saved = None

@@ -1,4 +1,4 @@
-// The C interface: picks, once, the build that fits this processor.
+// The C interface: selects the build for this processor once.
 #include "dropout.h"
 #include "loss.h"
 #include "norm_gelu.h"
@@ -55,8 +55,8 @@ Build choose() {
 
 const Build build = choose();
 
-// glibc maps what is larger than this anew for each allocation, and the first write to each of its pages can cost more than
-// the loss; pages of 2 MB cost far less.
+// glibc maps larger allocations anew each time, and the first write to each page can cost more than the loss. Pages of 2 MB
+// need far fewer faults.
 constexpr uintptr_t MAPPED = 32 << 20, LARGE_PAGE = 2 << 20;
 
 void ask_for_large_pages(void *x, uintptr_t bytes) {

@@ -1,7 +1,7 @@
 // The hash is triple32 (Wellons 2018, "Prospecting for hash functions"), a bijection of 32 bits whose every output bit flips
-// with probability ½ ± 2e-5 when an input bit does, so neighbours show no correlation. A block of positions has two keys, one
-// added before the first round and one before the second, from 64 bits of SplitMix64 (Steele, Lea, Flood 2014) over seed and
-// block: with the first alone, all masks would be windows of one sequence of 2³² values, and two of them would soon overlap.
+// with probability ½ ± 2e-5 when an input bit does, so neighbours are uncorrelated. Each block of positions has two keys, from
+// 64 bits of SplitMix64 (Steele, Lea, Flood 2014) over seed and block, added before the first and the second round. With only
+// the first key, all masks would be windows of one sequence of 2³² values and would soon overlap.
 #include "dropout.h"
 #include "vec.h"
 
@@ -9,8 +9,8 @@
 
 namespace D2V_ISA {
 
-constexpr int64_t BLOCK = 4096;    // positions that share their keys; part of the definition of the mask
-constexpr int64_t PER_THREAD = 8;  // blocks below which waking a thread takes longer than the work
+constexpr int64_t BLOCK = 4096;    // positions per key; part of the definition of the mask
+constexpr int64_t PER_THREAD = 8;  // minimum blocks per thread; below it, waking a thread takes longer than the work
 
 static uint64_t splitmix(uint64_t x) {
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
@@ -30,7 +30,7 @@ D2V_INLINE inline Mask not_less(Bits a, uint32_t b) {
 #ifdef __AVX512F__
     return a >= b;
 #else
-    return ~(Mask)((~a & b) | ((~a | b) & (a - b))) >> 31;  // the borrow of a - b; GCC compares longer vectors one by one
+    return ~(Mask)((~a & b) | ((~a | b) & (a - b))) >> 31;  // the borrow of a - b; GCC compares long vectors element by element
 #endif
 }
 

@@ -1,10 +1,10 @@
 // Norm of the top-K layers, their average, masked smooth-L1 and its gradient in one pass over memory (data2vec section 3.3;
 // formulas as in d2v_fast/ops/reference.py). Built once per instruction set, with D2V_ISA as its name.
 //
-// The work is cut into tiles: some positions × some columns. A tile adds the normalised layers up in a block that stays in
-// the cache, then scores it against all of its views. What must be known before a position can be normalised decides the cut:
-//   layer norm:    one row, so tiles are a scored position × all columns, and nothing but scored rows is read;
-//   instance norm: one sample's columns, so tiles are a sample × as many columns as the cache holds;
+// The work is split into tiles: some positions × some columns. A tile sums the normalised layers in a block that stays in the
+// cache, then scores it against all views. The statistics needed to normalise a position determine the split:
+//   layer norm:    one row, so a tile is a scored position × all columns, and only scored rows are read;
+//   instance norm: a column of one sample, so a tile is a sample × as many columns as fit in the cache;
 //   a mix of both: a sample × all columns.
 #include "loss.h"
 #include "vec.h"
@@ -24,19 +24,19 @@ static int omp_get_thread_num() { return 0; }
 namespace D2V_ISA {
 
 constexpr float EPS = 1e-5f;
-constexpr int64_t ROWS = 16;      // scored positions that a thread takes at a time under layer norm
-constexpr int TOGETHER = 8;       // rows that are added up in one pass over the block
-constexpr int64_t AHEAD = 16;     // rows that are fetched in advance: one alone cannot hide the memory's latency
-constexpr int64_t AHEAD_SCORED = 4;  // the same of predictions and gradients, whose rows of a view follow each other
-// Bytes of a thread's block. Cutting rows to make it smaller costs more than leaving the L2 cache: memory is fast in long runs.
+constexpr int64_t ROWS = 16;      // scored positions per thread and turn under layer norm
+constexpr int TOGETHER = 8;       // rows summed in one pass over the block
+constexpr int64_t AHEAD = 16;     // rows prefetched: one cannot hide the memory latency
+constexpr int64_t AHEAD_SCORED = 4;  // the same for predictions and gradients, whose rows within a view are contiguous
+// Bytes of a thread's block. Splitting rows to shrink it costs more than leaving the L2 cache: memory is fast in long runs.
 constexpr int64_t BLOCK = 1280 << 10;
-constexpr int64_t BLOCK_OF_VIEWS = 1 << 20;  // most positions are scored in one of several views, so that blocks are full
+constexpr int64_t BLOCK_OF_VIEWS = 1 << 20;  // with several views most positions are scored, so blocks are full
 constexpr int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
 typedef std::unique_ptr<float[]> Floats;
 
-// y = ((x - shift) - delta) · weight. The mean is kept in two parts: shift is near it, delta is what is missing, so that
-// neither the variance nor the difference cancels where |mean| ≫ σ.
+// y = ((x - shift) - delta) · weight. The mean is shift + delta, with shift close to it, so that neither the variance nor the
+// difference cancels if |mean| ≫ σ.
 struct Affine { float shift, delta, weight; };
 struct ColumnAffine { float *shift, *delta, *weight; };
 
@@ -45,8 +45,8 @@ template <int N> D2V_INLINE inline float total(const Vec (&s)[N]) {
     else return sum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
-// Of P rows at once: the sums of one fill the pauses of the other. The first sixteen values give the shift: as they are part of
-// the row, cancellation is bounded by n / 16. `next` is fetched on the way; m2 is Σ(x - mean)², if asked for.
+// P rows at once, to hide the latency of each other's sums. The shift is the mean of the first sixteen values; because they are
+// part of the row, cancellation is bounded by n / 16. `next` is prefetched meanwhile; m2 is Σ(x - mean)², if requested.
 template <int P, class R> void row_stats(const R *rows, const R *next, int64_t n, Affine *f, float *m2 = nullptr) {
     constexpr int SUMS = 4 / P;
     const int64_t first = std::min(n, W);
@@ -69,13 +69,13 @@ template <int P, class R> void row_stats(const R *rows, const R *next, int64_t n
     }
 }
 
-// As many rows as `count` says, at compile time.
+// Unrolled over `count` rows at compile time.
 template <int M = TOGETHER, class F> D2V_INLINE inline void with_count(int64_t count, F f) {
     if (count == M) f(std::integral_constant<int, M>());
     else if constexpr (M > 1) with_count<M - 1>(count, f);
 }
 
-// Adds up the normalised rows, at most TOGETHER; the block is begun, or added to.
+// Sums at most TOGETHER normalised rows; overwrites the block or adds to it.
 template <class R> void add_rows(const R *rows, const Affine *f, int64_t count, int64_t n, float *block, bool begin) {
     with_count(count, [&](auto m) D2V_INLINE {
         float rest = 0;
@@ -102,7 +102,7 @@ template <class R> void add_rows(const R *rows, ColumnAffine f, int64_t count, i
 }
 
 // Statistics of n columns over rows at(0) … at(rows - 1): f.shift and f.delta as above, f.weight = Σ(x - mean)².
-// The mean of the first rows is the shift; as they are part of the population, cancellation is bounded by rows / 16.
+// The shift is the mean of the first rows; because they are part of the population, cancellation is bounded by rows / 16.
 template <class At> void column_squares(At at, int64_t rows, int64_t n, ColumnAffine f) {
     const int64_t first = std::min<int64_t>(rows, 16);
     decltype(at(0)) some[TOGETHER], next[TOGETHER];
@@ -147,14 +147,14 @@ void squares_to_weights(float *squares, int64_t n, int64_t rows, int64_t n_layer
 
 // Mean and M2 of the targets and of the predictions seen so far, per column (Welford 1962).
 struct Moments {
-    std::vector<float> counts[2];  // one per column, as threads take columns of different samples
+    std::vector<float> counts[2];  // per column, because threads process columns of different samples
     Floats values;                 // (4, C)
     int64_t channels;
 
     explicit Moments(int64_t c) : counts{std::vector<float>(c), std::vector<float>(c)}, values(new float[4 * padded(c)]()), channels(c) {}
     float *field(int64_t i) { return values.get() + i * padded(channels); }
 
-    // A row of targets (which = 0) or predictions (1), `weight` times.
+    // Adds a row of targets (which = 0) or predictions (1) `weight` times.
     void add(int which, Row<float> row, float weight, int64_t c0, int64_t n) {
         std::vector<float> &count = counts[which];
         const float next = count[c0] += weight;  // columns of one tile have the same count
@@ -219,7 +219,7 @@ template <class T, bool STRIDED> class Loss {
         return {x, x + padded(n), x + 2 * padded(n)};
     }
 
-    // The normalised layers at a position, averaged. Of the `left` positions from here on the next are fetched on the way.
+    // The mean of the normalised layers at a position; prefetches the next of the `left` remaining positions.
     void average_row(const int32_t *position, int64_t left, int64_t c0, int64_t n, float *block) const {
         R rows[TOGETHER], next[TOGETHER];
         Affine f[TOGETHER];
@@ -232,7 +232,7 @@ template <class T, bool STRIDED> class Loss {
                 f[j] = {0, 0, 1};
             }
             if (a.norm == D2V_LAYER) {
-                constexpr int P = R::bytes == 4 ? 2 : 1;  // of half precision two rows at once take longer
+                constexpr int P = R::bytes == 4 ? 2 : 1;  // two rows at once are slower in half precision
                 int64_t j = 0;
                 for (; j + P <= count; j += P) row_stats<P>(rows + j, next + j, n, f + j);
                 if (j < count) row_stats<1>(rows + j, next + j, n, f + j);
@@ -242,7 +242,7 @@ template <class T, bool STRIDED> class Loss {
         }
     }
 
-    // The normalised layers at some positions, averaged into w.block.
+    // The mean of the normalised layers at some positions, into w.block.
     void average(Workspace &w, const int32_t *positions, int64_t count, int64_t left, int64_t b, int64_t c0, int64_t n) const {
         const int64_t ld = padded(n);
         float *block = w.block.get();
@@ -369,7 +369,7 @@ template <class T, bool STRIDED> class Loss {
             const int64_t p = positions[r], sample = p / T_;
             return row_of[p + (sample * (M - 1) + m) * T_];
         };
-        for (int64_t m = 0; m < M; ++m)  // the rows of a view follow each other in memory
+        for (int64_t m = 0; m < M; ++m)  // the rows of a view are contiguous
             for (int64_t r = 0; r < count; ++r) {
                 const int32_t to = row_in(m, r);
                 if (to < 0) continue;
@@ -385,7 +385,7 @@ template <class T, bool STRIDED> class Loss {
             }
     }
 
-    // Every position is written and the end moved on only if it counts: a branch on a random mask is mispredicted half the time.
+    // Every position is written, but the end advances only if it counts: branches on a random mask are often mispredicted.
     void list_positions() {
         row_of.resize(a.batch * M * T_);
         kept.resize(a.batch * T_);
@@ -420,7 +420,7 @@ template <class T, bool STRIDED> class Loss {
         if (!a.dense && masked != a.n_rows) throw std::invalid_argument("n_rows");
     }
 
-    // Gradients of rows that no tile writes.
+    // Zero gradients for rows that no tile writes.
     void zero_the_rest() const {
         if (!a.dense && !a.padding) return;
         const int64_t bytes = C * (a.prediction_dtype == D2V_FP32 ? 4 : 2);
@@ -467,14 +467,14 @@ public:
     void run() {
         list_positions();
         const double count = n_scored, divided = a.scale / (a.mean ? std::max(count, 1.0) : 1.0);
-        // In fp16 the scaled gradient would leave the normal range, and twice the error would overflow.
+        // In fp16 the scaled gradient would underflow the normal range, and twice the error would overflow.
         grad_scale = a.prediction_dtype == D2V_FP16 ? 0.25 : divided;
         *a.factor = a.prediction_dtype == D2V_FP16 ? divided * 4 : 1;
         *a.count = count;
 
         const bool by_row = (a.norm == D2V_LAYER || a.norm == D2V_NONE) && a.target_norm != D2V_INSTANCE && !a.target_mean;
         const bool by_column = a.norm != D2V_LAYER && a.norm != D2V_GROUP && a.target_norm != D2V_LAYER;
-        // Positions that enter a tile: those that are scored, or all where the target's norm or mean needs them.
+        // Positions in a tile: the scored ones, or all if the target's norm or mean needs them.
         const bool all = a.target_norm == D2V_INSTANCE || a.target_mean;
         const std::vector<int32_t> &used = all ? kept : scored;
         const std::vector<int64_t> &from = all ? kept_from : scored_from;

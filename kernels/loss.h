@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define D2V_ABI 4  // one more whenever anything declared in these headers changes; d2v_fast/ops/native.py compares
+#define D2V_ABI 4  // increment when a declaration in these headers changes; d2v_fast/ops/native.py checks it
 
 #define D2V_PUBLIC __attribute__((visibility("default")))
 
@@ -31,8 +31,8 @@ typedef struct {
 } D2VLoss;
 
 D2V_PUBLIC int d2v_abi(void);
-// Which of the builds runs here: "avx512", "avx2" or "baseline". The environment variable D2V_ISA asks for one of them; NULL
-// if there is no such build or it would not run on this processor.
+// The active build: "avx512", "avx2" or "baseline". The environment variable D2V_ISA selects one; NULL if there is no such
+// build or this processor cannot run it.
 D2V_PUBLIC const char *d2v_isa(void);
 // 0; 1 if memory ran out; 2 if n_rows are not the masked positions; 3 if no build runs.
 D2V_PUBLIC int d2v_loss(const D2VLoss *args);

@@ -12,7 +12,7 @@ static int omp_get_thread_num() { return 0; }
 
 namespace D2V_ISA {
 
-constexpr int64_t PER_THREAD = 1 << 15;  // values below which waking a thread takes longer than the work
+constexpr int64_t PER_THREAD = 1 << 15;  // minimum values per thread; below it, waking a thread takes longer than the work
 
 // e^x for x <= 0 to 1e-7: 2^n · e^r with |r| <= ln 2 / 2 and a Taylor polynomial for e^r; 0 below -87.
 D2V_INLINE inline Vec exp_negative(Vec x) {
@@ -40,7 +40,7 @@ D2V_INLINE inline Normal normal(Vec x) {
 
 constexpr int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
-// Parameters with zeros behind them, so that whole vectors can be read.
+// Zero-padded parameters, so that whole vectors can be read.
 static std::vector<float> padded_copy(const float *x, int64_t n) {
     std::vector<float> y(padded(n));
     std::copy_n(x, n, y.begin());
@@ -81,7 +81,7 @@ void backward(const T *x, const T *grad, const float *weight, const float *bias,
     const int64_t ld = padded(columns);
     const std::vector<float> w = padded_copy(weight, columns), b = padded_copy(bias, columns);
     threads = threads_for(threads, rows * columns);
-    // Of each thread: gradients of weight and bias so far, gradient of a row's normalised values, and these.
+    // Per thread: accumulated gradients of weight and bias, the gradient of a row's normalised values, and those values.
     std::vector<float> workspace(threads * 4 * ld);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; ++r) {

@@ -1,4 +1,4 @@
-// Layer norm and GELU in one pass, as they follow each convolution over speech.
+// Layer norm and GELU in one pass, as after each convolution of the speech feature encoder.
 #pragma once
 #include "loss.h"
 
@@ -6,7 +6,7 @@
 extern "C" {
 #endif
 
-// y = GELU(norm(x) · weight + bias), each row of `columns` values normalised by itself; contiguous, x and y of a D2VDtype.
+// y = GELU(norm(x) · weight + bias), each row of `columns` values normalised separately; contiguous, x and y of a D2VDtype.
 // stats (rows, 2) receives mean and 1/σ of each row; NULL if no backward follows. 0; 3 if no build runs.
 D2V_PUBLIC int d2v_norm_gelu(const void *x, const float *weight, const float *bias, void *y, float *stats, int64_t rows,
                              int64_t columns, int32_t dtype, float eps, int32_t threads);

@@ -1,15 +1,15 @@
-// Sixteen floats at a time, in the vector extension of GCC and Clang: the compiler makes one AVX-512, two AVX2 or four SSE
-// instructions of each line, so that one source serves every build.
+// Sixteen floats at a time, in the vector extension of GCC and Clang. The compiler turns each line into one AVX-512, two
+// AVX2 or four SSE instructions, so all builds share one source.
 #pragma once
 #include <cmath>
 #include <stdint.h>
 #include <string.h>
 #include <type_traits>
 #ifdef __AVX512F__
-#include <immintrin.h>  // for the conversions, of which GCC 12 makes five instructions where there is one
+#include <immintrin.h>  // for conversions: GCC 12 emits five instructions instead of one
 #endif
 
-#define D2V_INLINE __attribute__((always_inline))  // a call would put the accumulators into memory
+#define D2V_INLINE __attribute__((always_inline))  // a call would spill the accumulators
 
 namespace D2V_ISA {
 
@@ -62,7 +62,7 @@ inline float sum(Vec x) {
     return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
 }
 
-// σ; NaN if the variance overflowed, because values divided by infinity would be zeros, wrong and unnoticed.
+// σ; NaN if the variance overflowed: dividing by infinity would give zeros, a silent error.
 template <class F> inline F deviation(F variance, float eps) { return std::isinf(variance) ? NAN : std::sqrt(variance + eps); }
 
 inline Vec widen(const float *x) { Vec y; memcpy(&y, x, sizeof y); return y; }
@@ -77,7 +77,7 @@ inline Vec widen(const fp16 *x) {
     Half h;
     memcpy(&h, x, sizeof h);
     const Bits bits = extend(h), size = (bits & 0x7fff) << 13;
-    // The exponents differ by 112; a multiplication moves them and makes subnormals normal.
+    // The exponents differ by 112; a multiplication shifts them and normalises subnormals.
     const Vec scaled = as_float(size) * 0x1p112f;
     const Bits special = size | 0x7f800000;  // infinity and NaN
     return as_float(select(size >= 0x0f800000, special, as_bits(scaled)) | (bits & 0x8000) << 16);
@@ -95,7 +95,7 @@ inline void narrow(Vec x, bf16 *y) {
 inline void narrow(Vec x, fp16 *y) {
     const Bits bits = as_bits(x), size = bits & 0x7fffffff;
     const Bits normal = (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13;
-    // Adding ½ leaves a subnormal's bits, rounded, at the end of the fraction.
+    // Adding ½ leaves the rounded bits of a subnormal at the end of the fraction.
     const Bits subnormal = as_bits(as_float(size) + 0.5f) - 0x3f000000;
     const Bits special = select(size > 0x7f800000, splat_bits(0x7e00), splat_bits(0x7c00));
     const Bits finite = select(size < (113u << 23), subnormal, normal);
@@ -103,7 +103,7 @@ inline void narrow(Vec x, fp16 *y) {
     memcpy(y, &h, sizeof h);
 }
 
-template <class T> inline Vec widen(const T *x, int64_t n) {  // n < W elements, zeros behind them
+template <class T> inline Vec widen(const T *x, int64_t n) {  // n < W elements, zero-padded
     T part[W] = {};
     memcpy(part, x, n * sizeof(T));
     return widen(part);
@@ -124,7 +124,7 @@ template <class T> struct Row {
     Vec tail(int64_t i, int64_t n) const { return widen(x + i, n); }
     Vec operator()(int64_t i, int64_t, std::true_type) const { return (*this)(i); }
     Vec operator()(int64_t i, int64_t n, std::false_type) const { return tail(i, n - i); }
-    // Into the L2 cache, which waits for more lines at a time than the L1. Not inlined, GCC would take it for empty.
+    // Into the L2 cache, which allows more outstanding lines than the L1. If inlined, GCC would discard it as empty.
     D2V_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2); }
 };
 
@@ -143,15 +143,15 @@ template <class T> struct StridedRow {
     D2V_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i * stride, 0, 2); }
 };
 
-// body(i, whole) for every sixteenth column; `whole` tells, by its type, whether all sixteen exist.
+// body(i, whole) for every sixteenth column; the type of `whole` says whether all sixteen exist.
 template <class F> D2V_INLINE inline void sixteens(int64_t n, F body) {
     int64_t i = 0;
     for (; i + W <= n; i += W) body(i, std::true_type());
     if (i < n) body(i, std::false_type());
 }
 
-// body(i, x, lanes, u): x = sixteen values from column i, lanes = which of them exist, u = 0…3 names one of four
-// accumulators, so that a sum does not wait for the addition before it.
+// body(i, x, lanes, u): x = sixteen values from column i, lanes = which of them exist, u = 0…3 selects one of four
+// accumulators, so that additions do not depend on each other.
 template <class R, class F> D2V_INLINE inline void each(R row, int64_t n, F body) {
     const Mask all = first_lanes(W);
     int64_t i = 0;

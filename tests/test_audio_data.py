@@ -87,7 +87,7 @@ class TestManifests:
             ("m.csv", 'file_name,text\na.wav,"x\nb.wav,y', "m.csv: not a manifest: .*an unclosed quote"),
             ("m.jsonl", '{"file_name": 5}', "m.jsonl: row 1: file_name is 5, expected the path of a file"),
             ("m.jsonl", '{"file_name": ' + "[" * 100_000 + "]" * 100_000 + "}", "m.jsonl: not a manifest: maximum recursion"),
-            ("m.json", '{"audio_filepath": "a.wav", "offset": 2.5}', r"row 1 is a part of a.wav, from offset=2.5; .* cut"),
+            ("m.json", '{"audio_filepath": "a.wav", "offset": 2.5}', r"row 1 is a part of a.wav, from offset=2.5; .* split"),
             ("m.csv", "ID,wav,start\n1,a.wav,0\n2,a.wav,16000", r"row 2 is a part of a.wav, from start=16000"),
         ],
     )

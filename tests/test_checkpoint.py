@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -75,6 +76,32 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     written(tmp_path, 5)
     files = ["rng.safetensors", "state.json", "student.safetensors", "teacher.safetensors"]
     assert done == [*files, "manifest.json", "step-5.tmp", "rename", tmp_path.name]
+
+
+def test_files_are_flushed_on_windows(tmp_path, monkeypatch):
+    """It opens no folders, and flushes only what is open for writing."""
+    done, opened = [], {}
+    real_open, real_sync = os.open, os.fsync
+
+    def open_(path, flags, *args, **kwargs):
+        if Path(path).is_dir():
+            raise PermissionError(path)
+        handle = real_open(path, flags, *args, **kwargs)
+        opened[handle] = Path(path).name, flags
+        return handle
+
+    def fsync(handle):
+        name, flags = opened[handle]
+        if not flags & (os.O_RDWR | os.O_WRONLY):
+            raise OSError(errno.EBADF, name)
+        done.append(name)
+        real_sync(handle)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "fsync", fsync)
+    written(tmp_path, 5)
+    assert done == ["rng.safetensors", "state.json", "student.safetensors", "teacher.safetensors", "manifest.json"]
 
 
 def _die_at(number, after):
@@ -301,7 +328,7 @@ class TestHostile:
 
     @pytest.mark.parametrize("entry", [None, 5, {}, {"size": "6"}, {"size": None, "sha256": None}])
     def test_an_invalid_manifest_entry(self, entry, tmp_path):
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError, match=r"state\.json (cannot be checked: |has \d+ bytes instead of None)"):
             Checkpoint(self.altered(tmp_path, files={"state.json": entry}))
 
     def test_a_pickle_in_place_of_tensors(self, tmp_path):

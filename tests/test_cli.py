@@ -221,7 +221,7 @@ class TestMessages:
         assert f"encoder.pretrained={tmp_path}/none: " in message
         for command, args, shown in (
             ("probe", ["~/none"], "none: has no config.yaml"),
-            ("report", ["~/none"], "none: no log.jsonl"),
+            ("report", ["~/none"], "none: has no log.jsonl"),
             ("export", ["~/none", "--to=~/new"], "none"),
         ):
             assert f"{tmp_path}/{shown}" in run(monkeypatch, command, *args)
@@ -289,6 +289,15 @@ class TestInformation:
     def test_version(self, command, monkeypatch, capsys):
         assert run(monkeypatch, command, "--version") is None
         assert capsys.readouterr().out == f"d2v-{command} {d2v_fast.__version__}\n"
+
+    @pytest.mark.parametrize("command", ["train --help", "doctor"])
+    def test_output_in_an_old_encoding(self, command):
+        """As Windows writes it to a pipe."""
+        name, *args = command.split()
+        code = f"import sys; sys.argv[1:] = {args}; from d2v_fast import cli; cli.{name}()"
+        environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
     def test_help_explains_the_settings_of_the_modality(self, monkeypatch, capsys):
         assert train(monkeypatch, "--config", "audio/tiny", "--help") == 0

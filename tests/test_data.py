@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import soundfile
 import torch
 from PIL import Image, ImageEnhance
 
-from d2v_fast.data import DataError, EpochBatches, find_files, is_local, load_hub, make_loader
+from d2v_fast.data import DataError, EpochBatches, expand_braces, find_files, is_local, load_hub, make_loader
 from d2v_fast.data.audio import AudioData, count_samples, open_audio, read_audio, standardize
 from d2v_fast.data.builtin import SHAPES, WORDS, builtin_images, builtin_speech, builtin_text
 from d2v_fast.data.documents import load_documents
@@ -240,6 +241,35 @@ class TestFiles:
             (tmp_path / name).write_text("x")
         assert find_files(str(tmp_path / "a[1].wav"), (".wav",)) == [str(tmp_path / "a[1].wav")]
         assert find_files(str(tmp_path / "*"), (".wav",)) == [str(tmp_path / "a[1].wav"), str(tmp_path / "b.wav")]
+
+    @pytest.mark.parametrize(
+        "pattern",
+        [
+            *(
+                "x-{0000..0012}.tar",
+                "{a,b}{1..3}",
+                "{3..1}",
+                "{-2..2}",
+                "{08..11}",
+                "{0..90..20}",
+                "a{b,c{1..2},}d",
+                "{a,{b,c}}",
+            ),
+            *("x{}", "{a}", "{a..b", "a}b", "{{1..2}}", "{a{1..2}", "1..2", "{a{b,c}}", "{1..2..0}", "{,x}/{y}"),
+        ],
+    )
+    def test_braces_are_those_of_bash(self, pattern):
+        bash = subprocess.run(["bash", "-c", f"printf '%s\\n' {pattern}"], capture_output=True, text=True, check=True)
+        assert [name for name in expand_braces(pattern) if name] == [name for name in bash.stdout.split("\n") if name]
+
+    def test_files_by_braces(self, tmp_path):
+        for name in ("t-08.txt", "t-09.txt", "t-10.txt", "t-11.txt", "u-1.txt", "{x,y}.txt"):
+            (tmp_path / name).write_text(name)
+        assert set(load_documents(f"{tmp_path}/t-{{08..10}}.txt")) == {"t-08.txt", "t-09.txt", "t-10.txt"}
+        assert len(find_files(f"{tmp_path}/{{t-0*,t-?8,u-1}}.txt", (".txt",))) == 3  # one matches twice
+        assert list(load_documents(f"{tmp_path}/{{x,y}}.txt")) == ["{x,y}.txt"]
+        with pytest.raises(DataError, match=r"2 of the 6 files it names do not exist: .*/t-07\.txt, .*/t-12\.txt$"):
+            load_documents(f"{tmp_path}/t-{{07..12}}.txt")
 
     @pytest.mark.parametrize("name", ["a[1]", "b [x]", "c*", "d?", "e{1,2}", "f'\"", "[!g]"])
     def test_a_name_is_no_pattern(self, tmp_path, name):

@@ -1,6 +1,7 @@
 """Each command and snippet of README and docs/ runs as written, with smaller models and fewer steps."""
 
 import ast
+import graphlib
 import importlib.util
 import itertools
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
@@ -22,7 +24,10 @@ import d2v_fast
 from d2v_fast import cli
 from d2v_fast.config import parse
 from d2v_fast.data.text import train_tokenizer
+from d2v_fast.diagnostics import RULES
+from d2v_fast.report import CURVES
 from tests import released, test_convert
+from tools import site, structure
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
@@ -139,13 +144,13 @@ def run(monkeypatch, command):
         return
     if words[0] == "make":
         recipe = subprocess.run(["make", "-n", "-C", ROOT, *words[1:]], check=True, capture_output=True, text=True).stdout
-        mine = [line for line in recipe.splitlines() if re.match(r"\S+/(d2v-|pdoc)", line)]
+        mine = [line for line in recipe.splitlines() if re.search(r"\S+/(d2v-|mkdocs)", line)]
         assert mine
         for line in mine:
-            run(monkeypatch, line.removeprefix(".venv/bin/"))
+            run(monkeypatch, line.rpartition(".venv/bin/")[2])
         return
-    if words[0] == "pdoc":
-        return  # test_every_public_name_has_a_page
+    if words[:2] == ["mkdocs", "build"]:
+        return  # the lint workflow
     assert words[0].startswith("d2v-"), command
     name, args = words[0].removeprefix("d2v-"), words[1:]
     for arg, following in itertools.pairwise([*args, ""]):  # alternatives of a page share a folder
@@ -213,20 +218,62 @@ def test_settings_of_a_page_exist(page):
                 assert setting in known, setting
 
 
-def test_every_public_name_has_a_page(tmp_path):
+def test_the_guide_to_health_has_the_figures_of_the_report_and_the_alarms_of_the_monitor():
+    text = (ROOT / "docs" / "health.md").read_text()
+    tables = re.findall(r"^\| (figure|alarm) \|.*\n.*\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
+    names = {
+        head: [name for row in rows.splitlines() for name in row.split("|")[1].strip().split("; ")] for head, rows in tables[:2]
+    }
+    assert set(names["figure"]) <= {title for title, _ in CURVES.values()} and len(names["figure"]) == 13
+    meanings = [rule.meaning for rule in RULES]
+    assert all(any(name in meaning for meaning in meanings) for name in names["alarm"])
+    assert all(any(name in meaning for name in names["alarm"]) for meaning in meanings)
+
+
+def test_the_site_has_every_guide():
+    """A page that is missing from `nav` or from docs/ would also fail `make docs`, which takes longer."""
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    pages = [page for entry in nav for page in ([entry] if isinstance(entry, str) else next(iter(entry.values())))]
+    assert sorted(pages) == sorted(["index.md", "api.md", *(page.name for page in (ROOT / "docs").glob("*.md"))])
+    for link in re.findall(r"\]\((?!https:)([^)#]+)", site.home()):
+        assert (ROOT / "docs" / link).exists(), link
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
     """With a docstring, as each module has one."""
-    make = (ROOT / "Makefile").read_text()
-    command = re.search(r"^\t\$\(BIN\)/pdoc (.+)$", make, re.MULTILINE)[1].replace("build/docs", str(tmp_path))
-    subprocess.run([sys.executable, "-m", "pdoc", *command.split()], check=True, capture_output=True, cwd=ROOT)
-    page = (tmp_path / "d2v_fast.html").read_text()
+    page = site.api()
     for name in d2v_fast.__all__:
-        assert f'id="{name}"' in page, name
         member = getattr(d2v_fast, name)
         if callable(member):
+            assert re.search(rf"^::: \S+\.{name}$", page, re.MULTILINE), name
             assert member.__doc__, name
+    for module in site.MODULES:
+        assert f"::: {module}\n" in page + "\n" and importlib.import_module(module).__doc__
     tree = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "d2v_fast").rglob("*.py")}
     for module, parsed in tree.items():
         assert module == "__init__" or ast.get_docstring(parsed), module
+
+
+def test_the_picture_of_the_structure_is_current():
+    """Regenerate it with `python -m tools.structure`. A circle of imports raises here."""
+    assert structure.picture(structure.imports()) == structure.PICTURE.read_text(encoding="utf-8")
+
+
+def test_structure_of_a_small_package(tmp_path):
+    package = tmp_path / "small"
+    (package / "low").mkdir(parents=True)
+    (package / "__init__.py").write_text("from small import high\n")
+    (package / "high.py").write_text("import small.middle\nfrom small.low import x\nfrom small.low.y import z\n")
+    (package / "middle.py").write_text("from small import low\n\ndef later():\n    from small import high\n")
+    (package / "low" / "x.py").write_text("if TYPE_CHECKING:\n    from small import high\n")
+    (package / "low" / "run.py").write_text('from small import high\nif __name__ == "__main__":\n    high\n')
+    graph = structure.imports(package)
+    assert graph == {"high": {"middle", "low"}, "middle": {"low"}, "low": set(), "low.run": {"high"}}
+    assert structure.layers(graph) == {"low": 0, "middle": 1, "high": 2, "low.run": 3}
+    assert structure.reduced(graph) == {"high": {"middle"}, "middle": {"low"}, "low": set(), "low.run": {"high"}}
+    (package / "middle.py").write_text("from small import low, high\n")
+    with pytest.raises(graphlib.CycleError):
+        structure.layers(structure.imports(package))
 
 
 def test_citations_of_the_method_open():

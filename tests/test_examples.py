@@ -1,6 +1,8 @@
 """Each example runs, learns, and matches a computation in plain torch."""
 
 import importlib.util
+import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -243,3 +245,24 @@ def test_hf_kernel():
     predictions, layer, mask = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.rand(2, 5) < 0.5
     expected = (predictions - F.layer_norm(layer, (8,)))[mask].pow(2).sum() / 8**0.5
     torch.testing.assert_close(kernel.data2vec_loss(predictions, [layer], mask, reduction="sum"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    """Every cell, in a kernel of this Python."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_is_committed_without_outputs(path):
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+        if cell["cell_type"] == "markdown":
+            for link in re.findall(r"\]\(([^)#]+)", "".join(cell["source"])):
+                assert (EXAMPLES / link).exists(), link

@@ -305,8 +305,8 @@ class TestSets:
         assert [np.asarray(source.read(i)).max() for i in (0, 1)] == [10, 20]
         with pytest.raises(ValueError, match="is empty"):
             source.read(2)
-        _, file = load_media(str(tmp_path), None, "train", datasets.Audio)
-        assert [file(i).getvalue() for i in (0, 1)] == contents[:2]
+        _, files = load_media(str(tmp_path), None, "train", datasets.Audio)
+        assert [files.read(i).getvalue() for i in (0, 1)] == contents[:2]
 
     def test_paths_in_a_set(self, tmp_path):
         (tmp_path / "a.png").write_bytes(png(7))

@@ -1,19 +1,24 @@
+import ast
+import importlib
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import ViTConfig, ViTModel
 
 import d2v_fast
 from d2v_fast import wrap
 
 ROOT = Path(d2v_fast.__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def loaded_by(statement):
@@ -53,11 +58,75 @@ def test_text_files_are_utf_8_in_every_locale():
             assert "encoding=" in line or not opens_text.search(line), f"{file}:{number}: give an encoding"
 
 
-def test_presets_are_in_the_wheel():
-    assert 'package_data={"d2v_fast": ["presets/*/*.yaml"' in (ROOT / "setup.py").read_text()
-    assert len(list((ROOT / "d2v_fast" / "presets").glob("*/*.yaml"))) == len(
-        list((ROOT / "d2v_fast" / "presets").rglob("*.yaml"))
-    )
+def test_no_module_that_windows_lacks_is_imported():
+    lacking = {"fcntl", "resource", "pwd", "grp", "termios", "pty", "tty", "posix", "readline", "syslog"}
+    for file in (ROOT / "d2v_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else getattr(node, "names", [])
+            assert not lacking & {str(getattr(name, "name", name)).partition(".")[0] for name in names}, file
+
+
+def test_presets_and_guides_are_in_the_wheel():
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["d2v_fast"]
+    package = ROOT / "d2v_fast"
+    packaged = {file for pattern in patterns for file in package.glob(pattern)}
+    assert {*package.rglob("*.yaml"), *package.rglob("*.html"), *(package / "docs").glob("*.*")} <= packaged
+
+
+def test_every_command_is_installed():
+    """And answers to --version: test_cli.py."""
+    commands = PROJECT["project"]["scripts"]
+    assert list(commands) == ["d2v-train", "d2v-probe", "d2v-export", "d2v-report", "d2v-doctor"]
+    for command, target in commands.items():
+        module, _, function = target.partition(":")
+        assert getattr(importlib.import_module(module), function).__doc__.startswith(command)
+
+
+def strings(node):
+    """All strings of a parsed YAML file."""
+    if isinstance(node, dict | list):
+        return [text for value in (node.values() if isinstance(node, dict) else node) for text in strings(value)]
+    return [str(node)]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda file: file.name)
+def test_what_the_workflows_name_exists(file):
+    """Make targets, extras, commands and other workflows."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    parsed = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for text in strings(parsed):
+        for words in re.findall(r"\bmake ((?:[a-z][\w-]* ?)+)", text):
+            assert set(words.split()) <= targets, text
+        for extras in re.findall(r"\.\[([\w,-]+)\]", text):
+            assert set(extras.split(",")) <= set(PROJECT["project"]["optional-dependencies"]), text
+        for command in re.findall(r"\bd2v-[a-z]+", text):
+            assert command in PROJECT["project"]["scripts"], text
+    for job in parsed.get("jobs", {}).values():
+        for used in [job.get("uses"), *(step.get("uses") for step in job.get("steps", []))]:
+            assert used is None or (ROOT / used).exists() or re.fullmatch(r"[\w-]+/[\w-]+@(v\d+|release/v\d+)", used), used
+
+
+def test_workflows_test_the_oldest_versions_allowed():
+    floors = dict(re.findall(r"^(\w+)>=([\d.]+)$", "\n".join(PROJECT["project"]["dependencies"]), re.MULTILINE))
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
+    oldest = workflow["jobs"]["suite"]["strategy"]["matrix"]["include"][0]
+    assert PROJECT["project"]["requires-python"] == f">={oldest['python']}"
+    for name in ("torch", "transformers"):
+        assert oldest[name] == f"{name}=={floors[name]}.0"
+
+
+def test_the_container_runs_the_commands_of_the_demo():
+    """With the same settings as `make demo`."""
+    demo = subprocess.run(["make", "-n", "demo"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    commands = re.findall(r"(?<=/)d2v-.+", demo)[-2:]
+    command = re.search(r'^CMD \["sh", "-c", "(.+)"\]$', (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert command.replace("/tmp/demo", "runs/demo").split(" && ") == commands
+
+
+def test_the_version_is_stated_once():
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "d2v_fast.__version__"}
+    assert f"\nversion: {d2v_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_guides_that_the_package_names_can_be_opened():
@@ -84,6 +153,7 @@ def test_a_wheel_from_the_sdist_has_all_parts(tmp_path):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     (tmp_path / "d2v_fast/ops/libd2v_fast.so").unlink(missing_ok=True)
+    (tmp_path / "d2v_fast/ops/libother.so").write_bytes(b"of another machine")
 
     def build(what, folder):
         code = f"from setuptools import build_meta; build_meta.build_{what}({str(tmp_path)!r})"
@@ -94,6 +164,7 @@ def test_a_wheel_from_the_sdist_has_all_parts(tmp_path):
     tarfile.open(archive).extractall(tmp_path, filter="data")
     build("wheel", tmp_path / archive.name.removesuffix(".tar.gz"))
     (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"d2v_fast-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
     found = zipfile.ZipFile(wheel).namelist()
     for name in (
         "ops/libd2v_fast.so",
@@ -103,4 +174,6 @@ def test_a_wheel_from_the_sdist_has_all_parts(tmp_path):
     ):
         assert f"d2v_fast/{name}" in found
     assert any(name.endswith("licenses/LICENSE") for name in found)
+    assert [name for name in found if name.endswith(".so")] == ["d2v_fast/ops/libd2v_fast.so"]
     assert not [name for name in found if name.startswith(("tests", "examples", "kernels", "benchmarks"))]
+    assert not [name for name in found if "__pycache__" in name]

@@ -204,7 +204,9 @@ def test_encoding_visible_positions_equals_masking_attention_to_all_others(name,
     length, views = features.shape[1], 2
     visible = torch.stack([torch.randperm(length)[: length // 2].sort().values for _ in range(4)])
     mask = torch.ones(2, views, length, dtype=torch.bool).view(4, length).scatter(1, visible, False).view(2, views, length)
-    found = encoder.transform(encoder.place_visible(features, mask, visible), visible=visible, layers=2)
+    found = encoder.transform(encoder.place_visible(features, mask, visible), visible=visible, layers=2, source="block_output")
+    outputs = []
+    hooks = [each.register_forward_hook(lambda *args: outputs.append(args[2])) for each in model.get_submodule(family.blocks)]
     seen = torch.cat([torch.ones(4, family.extra, dtype=torch.bool), ~mask.view(4, length)], dim=1)
     x = x.repeat_interleave(views, 0)
     if family.shape == (12,):
@@ -219,10 +221,15 @@ def test_encoding_visible_positions_equals_masking_attention_to_all_others(name,
         monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", among_visible)
         expected = states_of(model, x)
         monkeypatch.undo()
+    for hook in hooks:
+        hook.remove()
     extra, expected = expected[:, : family.extra], expected[:, family.extra :]
     expected = expected.gather(1, visible[..., None].expand(-1, -1, 32))
     torch.testing.assert_close(found.states, expected, rtol=0, atol=1e-12)
     assert [layer.shape for layer in found.layers] == [expected.shape] * 2
+    for layer, output in zip(found.layers, outputs[-2:], strict=True):
+        output = (output[0] if isinstance(output, tuple) else output)[:, family.extra :]
+        torch.testing.assert_close(layer, output.gather(1, visible[..., None].expand(-1, -1, 32)), rtol=0, atol=1e-12)
     if family.extra:
         torch.testing.assert_close(found.extra, extra, rtol=0, atol=1e-12)
 
@@ -230,7 +237,7 @@ def test_encoding_visible_positions_equals_masking_attention_to_all_others(name,
 @pytest.mark.parametrize("name", [each for each in EACH if not FAMILIES[name_of(each)].gathers])
 def test_encoders_that_cannot_gather_say_why(name):
     encoder = wrap(plain(name))
-    why = "its blocks see fewer positions" if name == "sew" else "positions enter inside its blocks"
+    why = "its blocks see fewer positions" if name == "sew" else "positions or their number enter inside its blocks"
     with pytest.raises(ValueError, match=f"cannot encode the visible positions alone: {why}"):
         Data2Vec(encoder, top_k=2, decoder=ConvDecoder(32, 1, width=16, kernel=3, groups=4))
     with pytest.raises(ValueError, match="cannot encode the visible positions alone"):
@@ -308,9 +315,12 @@ def test_gradients_reach_all_used_parameters_and_the_teacher_is_averaged(name):
 
 
 @pytest.mark.parametrize("name", ["modernbert", "dinov3_vit", "siglip_vision_model", "audio-spectrogram-transformer"])
-def test_a_data2vec_2_step_reaches_features_and_blocks(name):
+def test_a_data2vec_2_step_reaches_all_used_parameters(name):
     family, model, x = FAMILIES[name], plain(name).float().train(), inputs(name)
     x = x if family.shape == (12,) else x.float()
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(states_of(model, x).square().sum(), list(parameters.values()), allow_unused=True)
+    used = {n for n, gradient in zip(parameters, gradients, strict=True) if gradient is not None and gradient.any()}
     encoder = wrap(model)
     grid = encoder.positions(12)
     axes = len(grid) if isinstance(grid, tuple) else 1
@@ -319,10 +329,8 @@ def test_a_data2vec_2_step_reaches_features_and_blocks(name):
     mask = (torch.arange(encoder.embed(x).shape[1]) % 3 > 0).expand(3, 2, -1)
     output = data2vec(x, mask)
     output.loss.backward()
-    assert output.loss.isfinite()
-    first = next(model.get_submodule(family.blocks)[0].parameters())
-    local = next(model.get_submodule(family.features).parameters())
-    assert first.grad.abs().sum() > 0 and local.grad.abs().sum() > 0
+    reached = {n for n, parameter in parameters.items() if parameter.grad is not None and parameter.grad.any()}
+    assert reached == used
 
 
 def test_local_and_positional_parameters():
@@ -501,7 +509,7 @@ def swin():
     "attempt, named",
     [
         (lambda: wrap(swin()), "SwinModel cannot be spliced: is hierarchical: 64 local features become 16 states"),
-        (lambda: wrap(averaging()), "without its blocks, feature 8 ends up in states [0, 1, 2, 3, 4], expected only 8"),
+        (lambda: wrap(averaging()), "without its blocks, feature 0 ends up in states [0, 1, 2, 3, 4], expected only 0"),
         (
             lambda: wrap(averaging(), features="embeddings.patch_embedding"),
             "is not local: the end of the input changes 16 of its 16",
@@ -659,7 +667,82 @@ def test_probing_runs_each_class_of_block():
     model = plain("nomic_bert")
     assert wrap(model).gathers
     model.layers[1].__class__ = Convolved
-    assert wrap(model).no_gather.startswith("positions enter inside its blocks")
+    assert wrap(model).no_gather.startswith("positions or their number enter inside its blocks")
+
+
+def blocks_that(change, which=slice(None)):
+    """DINOv2 with 3 registers and a CLS token, with blocks that run on `change(x)`; x is (B, 4 + T, 32)."""
+    model = plain("dinov2_with_registers")
+    layer = type(model.encoder.layer[0])
+
+    class Changed(layer):
+        def forward(self, x, *args, **kwargs):
+            return super().forward(change(x), *args, **kwargs)
+
+    for block in model.encoder.layer[which]:
+        block.__class__ = Changed
+    return model
+
+
+def count(x):
+    """Numbers the tokens, by (N, 32)."""
+    return torch.sin(torch.arange(x.shape[1], dtype=x.dtype)[:, None] + torch.arange(x.shape[2], dtype=x.dtype))
+
+
+ATTACKS = {
+    "number of tokens": (lambda x: x * (1 + 0.01 * x.shape[1]), slice(None)),
+    "index of a token": (lambda x: x + count(x), slice(None)),
+    "index in the last layer": (lambda x: x + count(x), slice(2, 3)),
+    "index in a middle layer": (lambda x: x + count(x), slice(1, 2)),
+    "mean over all tokens": (lambda x: x + x.mean(1, keepdim=True), slice(None)),
+    "norm over all tokens": (lambda x: x / x.std(1, keepdim=True), slice(None)),
+    "positions in the first block": (lambda x: x + count(x), slice(0, 1)),
+    "a fixed number of positions": (lambda x: x + count(x.new_zeros(1, 20, 32)), slice(0, 1)),
+    "neighbour": (lambda x: x + x.roll(1, 1), slice(None)),
+    "last token": (lambda x: x + x[:, -1:], slice(2, 3)),
+}
+HARMLESS = {
+    "nothing": lambda x: x,
+    "scale of registers": lambda x: torch.cat([2 * x[:, :4], x[:, 4:]], 1),
+    "sum of registers": lambda x: x + x[:, :4].sum(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_blocks_that_see_more_than_the_visible_positions_do_not_gather(attack):
+    encoder = wrap(blocks_that(*ATTACKS[attack]))
+    assert encoder.extra == 4
+    assert encoder.no_gather == "positions or their number enter inside its blocks, or its attention is no softmax"
+
+
+@pytest.mark.parametrize("change", HARMLESS)
+def test_blocks_that_count_their_extra_tokens_gather(change, monkeypatch):
+    model, x = blocks_that(HARMLESS[change]), inputs("dinov2_with_registers", batch=1)
+    encoder, visible = wrap(model), torch.tensor([[1, 4, 6, 7, 11]])
+    assert encoder.gathers
+    mask = torch.ones(1, 1, 16, dtype=torch.bool).scatter(2, visible[None], False)
+    found = encoder.transform(encoder.place_visible(encoder.embed(x), mask, visible), visible=visible)
+    attend, seen = nn.functional.scaled_dot_product_attention, torch.cat([torch.ones(1, 4, dtype=torch.bool), ~mask[0]], 1)
+    monkeypatch.setattr(
+        nn.functional, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None, **more: attend(q, k, v, seen, **more)
+    )
+    expected = states_of(model, x)
+    torch.testing.assert_close(found.states, expected[:, 4 + visible[0]], rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.extra, expected[:, :4], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("at", [16, 8], ids=["end", "middle"])
+def test_extra_tokens_behind_or_among_the_positions_are_refused(at):
+    model = plain("siglip_vision_model")
+
+    class WithToken(type(model.embeddings)):
+        def forward(self, *args, **kwargs):
+            x = super().forward(*args, **kwargs)
+            return torch.cat([x[:, :at], torch.ones_like(x[:, :1]), x[:, at:]], 1)
+
+    model.embeddings.__class__ = WithToken
+    with pytest.raises(ValueError, match="extra tokens come after or among the positions"):
+        wrap(model, features="embeddings.patch_embedding")
 
 
 def test_padding_is_refused_if_attention_ignores_it():

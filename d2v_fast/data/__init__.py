@@ -13,16 +13,18 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, SpanMask, TokenMask, visible_positions
 
@@ -52,6 +54,7 @@ class Source:
         part: Reads a sample from a start to a stop position, without reading the rest.
         lengths: Lengths of all samples, if a manifest lists them.
         state: Gives a fingerprint that changes whenever the content of the samples may have changed.
+        digest: Gives bytes that change with the content of a sample, if that takes less than reading its file.
     """
 
     names: Sequence[str]
@@ -63,6 +66,7 @@ class Source:
     part: Callable[[int, int, int], Any] | None = None
     lengths: np.ndarray | None = None
     state: Callable[[], str] | None = None
+    digest: Callable[[int], bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -84,7 +88,7 @@ class Source:
             parts = [self.names[i][shared:].encode(errors="surrogatepass")]
             if self.file and i % stride == 0:
                 try:
-                    parts.append(_edges(self.file(i)))
+                    parts.append(self.digest(i) if self.digest else _file_edges(self.file(i)))
                 except Exception as error:  # training reports it when it reads the sample
                     parts.append(type(error).__name__.encode())
             if more is not None:
@@ -98,16 +102,20 @@ class Source:
             return np.frombuffer(b"".join(pool.map(digest_some, range(0, count, 1000))), dtype=np.int64)
 
 
-def _edges(file: str | io.BytesIO) -> bytes:
+def _file_edges(file: str | io.BytesIO) -> bytes:
     with open(regular(file), "rb", buffering=0) if isinstance(file, str) else file as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(0)
-        head = stream.read(EDGE)
-        stream.seek(max(len(head), size - EDGE))
-        return b"%d " % size + head + stream.read(EDGE)
+        return edges(stream, 0, stream.seek(0, os.SEEK_END))
 
 
-class PretrainingData(Dataset):
+def edges(stream: Any, begin: int, end: int) -> bytes:
+    """The size of a range of a binary stream, and its first and last `EDGE` bytes."""
+    stream.seek(begin)
+    head = stream.read(min(EDGE, end - begin))
+    stream.seek(max(begin + len(head), end - EDGE))
+    return b"%d " % (end - begin) + head + stream.read(end - stream.tell())
+
+
+class PretrainingData(Dataset[Any]):
     """Base class of the data sets: maps keys (epoch, sample) to a batch. Masks and augmentations depend on the keys alone.
 
     To use your own data through `data.class`, derive a class that sets `source` and `grid`, and override methods as needed:
@@ -129,9 +137,11 @@ class PretrainingData(Dataset):
     seed: int = 0
     views: int | None = None
     mask: Any
-    lengths: np.ndarray | None = None  # per sample, for bucketing
-    grid: int | tuple[int, ...] | None = None  # positions of a sample along each axis; None if samples differ in size
+    lengths: Any = None  # np.ndarray of one per sample, for bucketing
+    grid: Any = None  # int or tuple[int, ...], positions of a sample along each axis; None if samples differ in size
     source: Source
+    stream: Any = None  # `streaming.Stream` of data whose number of samples is unknown
+    map: Callable[..., Any] = map  # how the samples of a batch are loaded
 
     def __init__(self, *, mask: Any, views: int | None = None, seed: int = 0):
         self.mask, self.views, self.seed = mask, views, seed
@@ -154,11 +164,11 @@ class PretrainingData(Dataset):
             draws: Random numbers of the samples.
             where: Arguments of the mask: a grid, or a length and the unpadded lengths (B,).
         """
-        where = [each[0] if isinstance(each, tuple) and len(each) == 1 else each for each in where]
+        sizes = [each[0] if isinstance(each, tuple) and len(each) == 1 else each for each in where]
         if self.views is None:
-            return self.mask(draws, *where)
-        where = [np.repeat(each, self.views) if isinstance(each, np.ndarray) else each for each in where]
-        mask = self.mask(replace(draws, views=self.views), *where)
+            return self.mask(draws, *sizes)
+        sizes = [np.repeat(each, self.views) if isinstance(each, np.ndarray) else each for each in sizes]
+        mask = self.mask(replace(draws, views=self.views), *sizes)
         return mask.reshape(len(draws), self.views, -1)
 
     def fit_to(self, encoder: Any) -> None:
@@ -202,18 +212,38 @@ class PretrainingData(Dataset):
 
     def contents(self) -> tuple[Sequence[str], np.ndarray]:
         """Names of the underlying items and a digest (int64) of each. A run only resumes with the same ones."""
+        if self.stream:
+            return [self.stream.path], self.stream.digest()
         return self.source.names, self.source.digests()
 
+    def finish(self, batch: Batch) -> Batch:
+        """Complete a batch of `collate`, as tensors; by default it is complete.
+
+        With a GPU this runs there, after the copy, so that workers and copy handle less: images as uint8, for instance.
+        """
+        return batch
+
     def __getitems__(self, keys: list[Key]) -> Batch:
+        return self.finish(self.unfinished(keys))
+
+    def unfinished(self, keys: list[Key]) -> Batch:
+        """The batch before `finish`."""
         epoch = keys[0][0]
         draws = Draws(self.seed, epoch, [index for _, index in keys])
-        samples, loaded, broken = [], [], []
-        for row, (_, index) in enumerate(keys):
+
+        def load(row: int) -> Any:
             try:
-                samples.append(self.load(index, draws.generator(row)))
-                loaded.append(index)
+                return self.load(keys[row][1], draws.generator(row))
             except Exception as error:
-                broken.append((index, f"{self.sample_name(index)}: {first_line(error)}"))
+                return _Broken(error)
+
+        samples, loaded, broken = [], [], []
+        for (_, index), sample in zip(keys, self.map(load, range(len(keys))), strict=True):
+            if isinstance(sample, _Broken):
+                broken.append((index, f"{self.sample_name(index)}: {first_line(sample.error)}"))
+            else:
+                samples.append(sample)
+                loaded.append(index)
         batch: Batch = {"epoch": epoch, "samples": loaded, "broken": broken}
         if samples:
             arrays = self.collate(samples, Draws(self.seed, epoch, loaded))
@@ -226,6 +256,24 @@ class PretrainingData(Dataset):
             batch |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
             batch["index"] = batch["mask"].flatten().nonzero().squeeze(1)
         return batch
+
+
+@dataclass
+class _Broken:
+    error: Exception
+
+
+class Unfinished(Dataset):
+    """The batches of a data set before `finish`."""
+
+    def __init__(self, data: PretrainingData):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        return self.data.unfinished(keys)
 
 
 class EpochBatches:
@@ -259,8 +307,9 @@ class EpochBatches:
         start: int = 0,
     ):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.rank, self.world, self.lengths = rank, world, lengths
-        self.max_batch_length, self.start = max_batch_length, start
+        self.rank, self.world, self.start = rank, world, start
+        self.lengths: Any = lengths
+        self.max_batch_length: Any = max_batch_length
 
     def __iter__(self) -> Iterator[list[Key]]:
         # All epochs have the same number of batches.
@@ -326,15 +375,21 @@ def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def make_loader(
-    data: PretrainingData, batches: EpochBatches, workers: int, prefetch: int = 4, pin_memory: bool = False
-) -> DataLoader:
-    """A DataLoader over whole batches; `_share_memory` says how workers return them."""
+    data: PretrainingData | Unfinished,
+    batches: EpochBatches | IterableDataset,
+    workers: int,
+    prefetch: int = 4,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """A DataLoader over whole batches; one worker for those of a stream (`StreamBatches`), whose threads decode."""
     if workers and "fork" not in multiprocessing.get_all_start_methods():
         log.warning("train.workers=%d: this system cannot fork processes; the training process loads the data", workers)
         workers = 0
+    streamed = isinstance(batches, IterableDataset)
+    workers = min(workers, 1) if streamed else workers
     return DataLoader(
-        data,
-        batch_sampler=batches,
+        batches if streamed else data,
+        **{"batch_size": None} if streamed else {"batch_sampler": batches},
         num_workers=workers,
         # Other start methods would pickle the functions that read samples, which is not possible.
         multiprocessing_context="fork" if workers else None,
@@ -345,7 +400,7 @@ def make_loader(
     )
 
 
-def _share_memory(batch: Batch) -> Batch:
+def _share_memory(batch: Any) -> Batch:
     """In a worker, move tensors to shared memory; if that is full, turn them into arrays, which go through a pipe.
 
     torch would move them in a background thread of the worker, and a failure there would make the run wait forever.
@@ -360,23 +415,76 @@ def _share_memory(batch: Batch) -> Batch:
     return batch
 
 
+def to_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of a batch, on the device."""
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The strings that a pattern with braces stands for, as in bash: "{a,b}", "{0000..0099}", "{0..90..10}", nested ones.
+
+    Braces without comma or range stand for themselves.
+    """
+    for opened, inner, closed in _braces(pattern):
+        if numbers := re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", inner):
+            first, last, step = int(numbers[1]), int(numbers[2]), int(numbers[3] or 1) or 1
+            padded = any(re.match(r"-?0\d", each) for each in numbers.group(1, 2))
+            width = max(map(len, numbers.group(1, 2))) if padded else 0
+            sign = 1 if first <= last else -1
+            choices = [f"{number:0{width}d}" for number in range(first, last + sign, sign * step)]
+        elif len(choices := _split_commas(inner)) == 1:
+            continue
+        rest = expand_braces(pattern[closed + 1 :])
+        return [pattern[:opened] + middle + end for choice in choices for middle in expand_braces(choice) for end in rest]
+    return [pattern]
+
+
+def _braces(pattern: str) -> Iterator[tuple[int, str, int]]:
+    """Start, content and end of the pairs of braces, outer ones before those inside."""
+    for opened, character in enumerate(pattern):
+        depth = 0
+        for i in range(opened, len(pattern) if character == "{" else opened):
+            depth += (pattern[i] == "{") - (pattern[i] == "}")
+            if depth == 0:
+                yield opened, pattern[opened + 1 : i], i
+                break
+
+
+def _split_commas(text: str) -> list[str]:
+    """Split at commas outside of braces."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "{") - (character == "}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
 def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
     """Sorted files with one of `suffixes`: those below a folder (hidden ones excepted), or those that match a path or pattern.
 
-    Other files are counted in the log.
+    Patterns may have braces (`expand_braces`), wildcards, or both. Other files are counted in the log.
 
     Raises:
-        DataError: The path does not exist, or no file has one of the suffixes.
+        DataError: The path or a member of braces does not exist, or no file has one of the suffixes.
     """
     if os.path.isdir(path):
-        found = _walk(path, set())
+        found: Iterable[str | os.DirEntry[str]] = _walk(path, set())
     elif os.path.exists(path):
         found = [path]
+    elif len(members := expand_braces(path)) > 1:
+        matches = {member: [member] if os.path.exists(member) else glob.glob(member, recursive=True) for member in members}
+        if missing := [member for member in members if not matches[member]]:
+            first = ", ".join(missing[:5]) + ", …" * (len(missing) > 5)
+            raise DataError(f"data.path={path}: {len(missing)} of the {len(members)} files it names do not exist: {first}")
+        found = {file for files in matches.values() for file in files if not os.path.isdir(file)}
     elif glob.has_magic(path):
         found = [file for file in glob.glob(path, recursive=True) if not os.path.isdir(file)]
     else:
         raise DataError(f"data.path={path}: no such file or folder")
-    kept, others = [], Counter()
+    kept, others = [], Counter[str]()
     for file in found:
         if not os.fspath(file).lower().endswith(tuple(suffixes)):
             others[os.path.splitext(file)[1].lower() or "without an extension"] += 1
@@ -393,7 +501,7 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
     return sorted(kept)
 
 
-def _walk(folder: str, seen: set[str]) -> Iterator[os.DirEntry]:
+def _walk(folder: str, seen: set[str]) -> Iterator[os.DirEntry[str]]:
     # A link to a parent folder would recurse forever.
     if (real := os.path.realpath(folder)) in seen:
         return
@@ -412,7 +520,7 @@ def _walk(folder: str, seen: set[str]) -> Iterator[os.DirEntry]:
             yield entry
 
 
-def _may_block(file: str | os.DirEntry) -> bool:
+def _may_block(file: str | os.DirEntry[str]) -> bool:
     """Whether opening the file may block forever: it exists but is not a regular file. A dangling link fails at once."""
     if isinstance(file, os.DirEntry) and file.is_file(follow_symlinks=False):  # needs no system call
         return False
@@ -451,7 +559,8 @@ def is_local(path: str) -> bool:
         return False
     # A path with an extension is a file, except for a version number as in user/corpus-2.5.
     looks_local = path.startswith((".", "/", "~")) or path.endswith(os.sep) or Path(path).suffix[1:].isalpha()
-    return os.path.exists(os.path.expanduser(path)) or glob.has_magic(path) or looks_local
+    pattern = glob.has_magic(path) or len(expand_braces(path)) > 1
+    return os.path.exists(os.path.expanduser(path)) or pattern or looks_local
 
 
 def is_saved(path: str) -> bool:
@@ -470,7 +579,7 @@ def load_hub(path: str, name: str | None, split: str) -> Any:
     """
     import datasets
 
-    try:
+    with _loading(path, name, split):
         if is_saved(path):
             found = datasets.load_from_disk(path)
             splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
@@ -482,6 +591,13 @@ def load_hub(path: str, name: str | None, split: str) -> Any:
         if is_local(path):
             return datasets.load_dataset("parquet", data_files=as_patterns(find_files(path, (".parquet",))), split="train")
         return datasets.load_dataset(path, name, split=split)
+
+
+@contextmanager
+def _loading(path: str, name: str | None, split: str) -> Iterator[None]:
+    """Turn exceptions of `datasets` into DataErrors."""
+    try:
+        yield
     except DataError:
         raise
     except Exception as error:
@@ -490,51 +606,90 @@ def load_hub(path: str, name: str | None, split: str) -> Any:
         raise DataError(f"data.path={path}: {'' if local else 'no such file or folder here, and it '}{failed}") from error
 
 
-def load_media(path: str, name: str | None, split: str, kind: type) -> tuple[Any, Callable[[int], str | io.BytesIO]]:
-    """A data set from `load_hub`, and a function that returns the undecoded file of a row, as bytes or a path.
+def load_media(path: str, name: str | None, split: str, kind: type, cache: str | None = None) -> tuple[Any, Source]:
+    """A data set, and its rows as a `Source` of undecoded files, as bytes or paths; `read` returns them too.
 
-    Files are taken from the first column of type `kind` or, failing that, from the first column of bytes or of structs
-    {bytes, path}, as in parquet files that `datasets` did not write.
+    Local parquet files are read in place (`Parquet`), everything else by `load_hub`. Files are taken from the first column of
+    type `kind` or, failing that, from the first column of bytes or of structs {bytes, path}, as in parquet files of other
+    writers.
 
     Args:
         kind: `datasets.Image` or `datasets.Audio`.
+        cache: data.cache.
 
     Raises:
         DataError: The data set cannot be loaded, or no column holds files.
     """
-    data = load_hub(path, name, split)
-    typed = [column for column, feature in data.features.items() if isinstance(feature, kind)]
-    columns = typed or [column for column, feature in data.features.items() if _holds_bytes(feature)]
-    if not columns:
-        wanted = kind.__name__.lower()
-        raise DataError(
-            f"data.path={path}: no column of type {wanted}, binary or struct<bytes, path>; found {describe_columns(data)}"
-        )
-    if len(columns) > 1:
-        log.warning("%s: columns %s may all hold files; using column %s", path, ", ".join(columns), columns[0])
-    files = data.select_columns(columns[:1]).cast_column(columns[0], kind(decode=False))
+    from d2v_fast.data.parquet import Parquet
+
+    parquet = _local_parquet(path, name, split)
+    data = Parquet(path, *parquet, cache) if parquet else load_hub(path, name, split)
+    column = media_column(path, data.features, kind)
+    places = data.index(column) if parquet else None
+    files = None if parquet else data.select_columns([column]).cast_column(column, kind(decode=False))
 
     def file(index: int) -> str | io.BytesIO:
-        entry = files[index][columns[0]] or {}
-        if entry.get("bytes"):
-            return io.BytesIO(entry["bytes"])
-        if not entry.get("path"):
-            raise ValueError("is empty")
-        if not os.path.isfile(entry["path"]):
-            raise FileNotFoundError(f"no such file: {entry['path']}")
-        return entry["path"]
+        return media_file(data.value(index, column, places[index].tolist()) if parquet else files[index][column])
 
-    return data, file
+    if parquet:
+        digest = lambda i: data.digest(i, column, places[i].tolist())  # noqa: E731
+        return data, Source(data.names, file, file=file, state=data.state, digest=digest)
+    return data, Source([f"{path}[{i}]" for i in range(len(data))], file, file=file, state=lambda: data._fingerprint)
+
+
+def media_column(path: str, features: Any, kind: type) -> str:
+    """The column of `datasets.Features` that holds the files of `load_media`.
+
+    Raises:
+        DataError: There is none.
+    """
+    typed = [column for column, feature in features.items() if isinstance(feature, kind)]
+    columns = typed or [column for column, feature in features.items() if _holds_bytes(feature)]
+    if not columns:
+        wanted = kind.__name__.lower()
+        found = ", ".join(f"{field.name} ({field.type})" for field in features.arrow_schema)
+        raise DataError(f"data.path={path}: no column of type {wanted}, binary or struct<bytes, path>; found {found}")
+    if len(columns) > 1:
+        log.warning("%s: columns %s may all hold files; using column %s", path, ", ".join(columns), columns[0])
+    return columns[0]
+
+
+def media_file(entry: Any) -> str | io.BytesIO:
+    """The path or content of a file as a table stores it: bytes, a path, or {"bytes", "path"}.
+
+    Raises:
+        ValueError: It is empty.
+        FileNotFoundError: It is a path of no file.
+    """
+    if not isinstance(entry, dict):
+        entry = {"bytes" if isinstance(entry, bytes) else "path": entry}
+    if entry.get("bytes"):
+        return io.BytesIO(entry["bytes"])
+    if not entry.get("path"):
+        raise ValueError("is empty")
+    if not os.path.isfile(entry["path"]):
+        raise FileNotFoundError(f"no such file: {entry['path']}")
+    return entry["path"]
+
+
+def _local_parquet(path: str, name: str | None, split: str) -> tuple[list[str], Any] | None:
+    """Local parquet files of a split, and their features if a README.md lists them; None for data of another kind."""
+    import datasets
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if is_saved(path) or not is_local(path):
+        return None
+    if not os.path.isdir(path):
+        return find_files(path, (".parquet",)), None
+    with _loading(path, name, split):
+        builder = datasets.load_dataset_builder(path, name)  # knows which files are of which split
+    files = (builder.config.data_files or {}).get(split)
+    return (list(files), builder.info.features) if files and isinstance(builder, Parquet) else None
 
 
 def _holds_bytes(feature: Any) -> bool:
     kind = feature.get("bytes") if isinstance(feature, dict) else feature
     return getattr(kind, "dtype", None) in ("binary", "large_binary")
-
-
-def describe_columns(data: Any) -> str:
-    """Names and types of the columns of a `datasets.Dataset`, for error messages."""
-    return ", ".join(f"{field.name} ({field.type})" for field in data.features.arrow_schema)
 
 
 def first_line(error: BaseException) -> str:

@@ -194,10 +194,10 @@ def _manifest(path: str) -> list[dict[str, Any]]:
 def _lengths(rows: list[dict[str, Any]], sample_rate: int) -> np.ndarray | None:
     """Samples of each recording, from `duration` in seconds or fairseq's `samples`; None unless every row has a valid one."""
     try:
-        found = [float(row["duration"]) * sample_rate if "duration" in row else int(row["samples"]) for row in rows]
+        values = [float(row["duration"]) * sample_rate if "duration" in row else int(row["samples"]) for row in rows]
     except (KeyError, TypeError, ValueError):
         return None
-    found = np.array(found, dtype=np.float64)
+    found = np.array(values, dtype=np.float64)
     return np.round(found).astype(np.int64) if ((found > 0) & (found < 2**48)).all() else None
 
 
@@ -225,6 +225,11 @@ def open_audio(
     """
     if path == "builtin":
         return builtin_speech(split)
+    if "://" in path:
+        raise DataError(
+            f"data.path={path}: recordings are not streamed, because batches need their lengths; download them, or name the "
+            "Hugging Face data set, which does"
+        )
     path = os.path.expanduser(path)
     if is_local(path):
         table = os.path.join(path, "metadata.csv") if os.path.isdir(path) else path
@@ -242,8 +247,8 @@ def open_audio(
             rows = [{"file_name": file} for file in found if not file.lower().endswith((".parquet", ".tar"))]
             tars = [file for file in found if file.lower().endswith(".tar")]
             if tars and not rows:
-                names, file, labels = open_tars(path, tars, SUFFIXES, cache)
-                source = _source(names, file, sample_rate, labels, [Path(each).parent.name for each in names])
+                names, member, labels = open_tars(path, tars, SUFFIXES, cache)
+                source = _source(names, member, sample_rate, labels, [Path(each).parent.name for each in names])
                 return replace(source, state=lambda: files_state(path, tars))
         if rows:
             files = [row["file_name"] for row in rows]
@@ -257,15 +262,14 @@ def open_audio(
             return replace(source, lengths=_lengths(rows, sample_rate), state=lambda: files_state(path, files))
     import datasets
 
-    recordings, file = load_media(path, name, split, datasets.Audio)
+    recordings, found = load_media(path, name, split, datasets.Audio, cache)
 
     def values(*names: str) -> list[str] | None:
-        found = [n for n in names if n in recordings.features]
-        return [str(value) for value in recordings[found[0]]] if found else None
+        present = [n for n in names if n in recordings.features]
+        return [str(value) for value in recordings[present[0]]] if present else None
 
-    names = [f"{path}[{i}]" for i in range(len(recordings))]
-    source = _source(names, file, sample_rate, values("label"), values(*SPEAKERS))
-    return replace(source, state=lambda: recordings._fingerprint)
+    source = _source(found.names, found.file, sample_rate, values("label"), values(*SPEAKERS))
+    return replace(source, state=found.state, digest=found.digest)
 
 
 def _source(
@@ -389,14 +393,14 @@ class AudioData(PretrainingData):
             self.parts[self.recording] > 1, stops - starts, np.minimum(found, self.max_samples)[self.recording]
         )
 
-    def _durations(self, where: list[str | None], cache: str | None) -> np.ndarray:
+    def _durations(self, where: list[Any], cache: str | None) -> np.ndarray:
         """Samples of each recording, cached if they have to be measured."""
         source = self.source
         if source.lengths is not None or source.state is None:
             return durations(source)
 
         def measure(folder: Path) -> dict[str, Any]:
-            (folder / LENGTHS).write_bytes(durations(source))
+            (folder / LENGTHS).write_bytes(durations(source).data)
             return {}
 
         folder, _ = kept(cache, "durations", [os.path.abspath(where[0]), *where[1:], self.sample_rate], source.state(), measure)
@@ -469,10 +473,11 @@ class AudioData(PretrainingData):
         if parts == 1:
             return self._read_whole(recording)
         first = int(self.first[np.searchsorted(self.kept, recording)])
+        part: Any = self.source.part
         for ahead in range(min(parts, 100)):
             start, stop = self._bounds(first + (index - first + ahead) % parts)
             try:
-                return self._normalized(self.source.part(recording, int(start), int(stop)))
+                return self._normalized(part(recording, int(start), int(stop)))
             except Silent as error:
                 silent = error
         raise silent
@@ -491,7 +496,7 @@ class AudioData(PretrainingData):
 
     def collate(self, samples: list[np.ndarray], draws: Draws) -> dict[str, np.ndarray]:
         lengths = np.array([len(wave) for wave in samples])
-        batch = {}
+        batch: dict[str, np.ndarray] = {}
         if self.crop:
             lengths[:] = lengths.min()
             offsets = draws.uniform(-1, 1)[:, 0]

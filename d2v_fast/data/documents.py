@@ -78,10 +78,10 @@ def find_documents(
         files = _text_files(path)
         return files_state(path, files), partial(_readable, path, files, column)
     found = load_hub(path, name, split)
-    wanted = choose_column(path, _arrow_types(found.features.arrow_schema), column)
+    wanted = choose_column(path, arrow_types(found.features.arrow_schema), column)
     rows, at_once = found.select_columns(wanted), worth_reading(found.data.nbytes, len(found))
-    texts = Documents([rows], lambda rows: (text for some in rows.iter(at_once) for text in some[wanted]))
-    return found._fingerprint, lambda max_broken: texts
+    documents = Documents([rows], lambda rows: (text for some in rows.iter(at_once) for text in some[wanted]))
+    return found._fingerprint, lambda max_broken: documents
 
 
 def load_documents(
@@ -129,7 +129,7 @@ def choose_column(path: str, types: dict[str, str], column: str | None) -> str:
 def _text_files(path: str) -> list[str]:
     """The non-empty files, all of one type."""
     found = find_files(path, SUFFIXES)
-    kinds = sorted({_suffix(file) for file in found})
+    kinds = sorted({suffix(file) for file in found})
     if len(kinds) > 1:
         raise DataError(
             f"data.path={path}: found files ending in {', '.join(kinds)}, expected one type; "
@@ -145,7 +145,7 @@ def _text_files(path: str) -> list[str]:
 
 def _readable(path: str, files: list[str], column: str | None, max_broken: float) -> Documents:
     """The documents in those files that can be read to the end."""
-    types, texts = FORMATS[_suffix(files[0])]
+    types, texts = FORMATS[suffix(files[0])]
     broken: dict[str, str] = {}
     wanted = None
     for file in files:
@@ -168,7 +168,7 @@ def _readable(path: str, files: list[str], column: str | None, max_broken: float
     return Documents([file for file in files if file not in broken], lambda file: texts(file, wanted), messages)
 
 
-def _suffix(file: str) -> str:
+def suffix(file: str) -> str:
     """The extension of the format, without that of the compression."""
     for ending in COMPRESSED:
         file = file.lower().removesuffix(ending)
@@ -285,7 +285,7 @@ def _table_texts(file: str, column: str, **dialect: Any) -> Iterator[str | None]
             yield row[index] if index < len(row) else None
 
 
-def _arrow_types(schema: Any) -> dict[str, str]:
+def arrow_types(schema: Any) -> dict[str, str]:
     import pyarrow.types as kinds
 
     def name(kind: Any) -> str:
@@ -300,7 +300,7 @@ def _parquet_types(file: str) -> dict[str, str]:
     import pyarrow.parquet
 
     with open(file, "rb") as raw:  # pyarrow rejects names that are not UTF-8
-        return _arrow_types(pyarrow.parquet.read_schema(raw))
+        return arrow_types(pyarrow.parquet.read_schema(raw))
 
 
 def _parquet_texts(file: str, column: str) -> Iterator[str | None]:
@@ -318,12 +318,13 @@ def _parquet_texts(file: str, column: str) -> Iterator[str | None]:
 
 # For each format, a function for the types of the columns and one for the texts in a column.
 JSON, CSV = (_json_types, _json_texts), (_table_types, _table_texts)
+TSV: dict[str, Any] = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
 FORMATS: dict[str, tuple[Callable[..., dict[str, str]], Callable[..., Iterator[str | None]]]] = {
     ".txt": (_line_types, _line_texts),
     ".jsonl": JSON,
     ".json": JSON,
     ".csv": CSV,
-    ".tsv": tuple(partial(read, delimiter="\t", quoting=csv.QUOTE_NONE) for read in CSV),
+    ".tsv": (partial(_table_types, **TSV), partial(_table_texts, **TSV)),
     ".parquet": (_parquet_types, _parquet_texts),
 }
 SUFFIXES = (*FORMATS, *(kind + ending for kind in FORMATS if kind != ".parquet" for ending in COMPRESSED))

@@ -8,7 +8,7 @@ import os
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -40,7 +40,10 @@ def open_tars(
     """
 
     def index(folder: Path) -> dict[str, Any]:
-        names, offsets, labels, left_out = [], [], [], []
+        names: list[str] = []
+        offsets: list[tuple[int, int, int]] = []
+        labels: list[Any] = []
+        left_out: list[str] = []
         for number, tar in enumerate(tars):
             found, classes = _members(tar, suffixes, left_out)
             names += [f"{number}/{name}" for name, _, _ in found]
@@ -49,7 +52,7 @@ def open_tars(
         labels = [] if None in labels else labels
         for file, texts in ((NAMES, names), (LABELS, labels)):
             (folder / file).write_bytes("\0".join(texts).encode(errors="surrogateescape"))
-        (folder / OFFSETS).write_bytes(np.array(offsets, dtype=np.int64))
+        (folder / OFFSETS).write_bytes(np.array(offsets, dtype=np.int64).data)
         return {"left_out": left_out}
 
     where = [os.path.abspath(path), sorted(suffixes)]
@@ -80,7 +83,7 @@ def _members(tar: str, suffixes: Sequence[str], left_out: list[str]) -> tuple[li
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
-                archive.members = []  # keeps tarfile from collecting all of them
+                archive.members = []  # type: ignore[attr-defined]  # keeps tarfile from collecting all of them
                 name, end = member.name, member.offset_data + member.size
                 wanted = name.lower().endswith((*suffixes, ".cls"))
                 if not member.isreg() or member.issparse() or not wanted or PurePosixPath(name).name.startswith("."):
@@ -90,7 +93,8 @@ def _members(tar: str, suffixes: Sequence[str], left_out: list[str]) -> tuple[li
                 elif end > length:
                     left_out.append(f"{tar}: its member {name!r} is cut off, {end - length} bytes are missing")
                 elif name.lower().endswith(".cls"):
-                    labels[_key(name)] = archive.extractfile(member).read(1000).decode(errors="replace").strip()
+                    label = cast(IO[bytes], archive.extractfile(member)).read(1000)
+                    labels[_key(name)] = label.decode(errors="replace").strip()
                 else:
                     found.append((name, member.offset_data, member.size))
             archive.fileobj.seek(archive.offset)

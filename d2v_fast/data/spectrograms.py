@@ -39,7 +39,7 @@ def _filters(bins: int) -> Tensor:
     """(FFT / 2 + 1, bins) float64, triangular filters on Kaldi's mel scale from 20 Hz."""
     from transformers.audio_utils import mel_filter_bank
 
-    scale = dict(norm=None, mel_scale="kaldi", triangularize_in_mel_space=True)
+    scale: dict[str, Any] = dict(norm=None, mel_scale="kaldi", triangularize_in_mel_space=True)
     with _no_filter_warning():
         return torch.from_numpy(mel_filter_bank(FFT // 2 + 1, bins, 20.0, RATE / 2, RATE, **scale))
 
@@ -136,11 +136,9 @@ class SpectrogramData(AudioData):
                 f"leave it at {RATE}: recordings with other rates are resampled"
             )
         seconds = ((target_length - 1) * HOP + WINDOW) / RATE
-        super().__init__(
-            **dict(mask=mask, views=views, seed=seed, path=path, name=name, split=split),
-            **dict(min_seconds=min_seconds, max_seconds=seconds, join_seconds=join_seconds, normalize=False),
-            **dict(whole_seconds=whole_seconds, cache=cache),
-        )
+        common: dict[str, Any] = dict(mask=mask, views=views, seed=seed, path=path, name=name, split=split, cache=cache)
+        common |= dict(min_seconds=min_seconds, max_seconds=seconds, join_seconds=join_seconds, whole_seconds=whole_seconds)
+        super().__init__(**common, normalize=False)
         median = float(np.median(self.lengths[self.lengths > 0])) / RATE if self.lengths.any() else seconds
         if median < seconds / 2:
             log.warning(
@@ -154,7 +152,7 @@ class SpectrogramData(AudioData):
     def fit_to(self, encoder: Any) -> None:
         config, (length, bins) = getattr(encoder.model, "config", None), self.size
         self.as_image = encoder.reads != "spectrogram"
-        wanted = {"max_length": length, "num_mel_bins": bins}
+        wanted: dict[str, Any] = {"max_length": length, "num_mel_bins": bins}
         if self.as_image:
             wanted = {"num_channels": 1, "image_size": [length, bins]}
         for field, expected in wanted.items():

@@ -17,14 +17,17 @@ import numpy as np
 import torch
 import xxhash
 
+from d2v_fast.choices import one_of
 from d2v_fast.data import DataError, PretrainingData, first_line, is_local, is_saved
 from d2v_fast.data.cache import fingerprint, kept
-from d2v_fast.data.documents import Documents, find_documents
+from d2v_fast.data.documents import Documents, arrow_types, choose_column, find_documents
+from d2v_fast.data.streaming import Stream, is_remote
 from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, TokenMask, Vocabulary
 
 log = logging.getLogger(__name__)
 
 TOKENIZER, IDS, ENDS, COUNTS = "tokenizer.json", "ids", "ends", "counts"  # files in the cache
+TeacherInput = Literal["full", "masked_only"]
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
@@ -152,7 +155,7 @@ class TextData(PretrainingData):
 
     Args:
         path: "builtin", a file, folder or pattern of text, parquet, JSON lines, CSV or TSV, the name of a Hugging Face data
-            set, or a folder written by its `save_to_disk`.
+            set, a URL (hf://datasets/…, s3://…), or a folder written by its `save_to_disk`.
         name: Configuration of the Hugging Face data set, such as wikitext-103-raw-v1.
         split: Split of the Hugging Face data set.
         column: Column of the text; detected if there is only one.
@@ -166,6 +169,9 @@ class TextData(PretrainingData):
         views: Masked views of each sample, for data2vec 2.0; null for a single mask, as in 1.0.
         seed: Seed of masks and order.
         cache: Folder for the tokens; defaults to a folder in the Hugging Face cache.
+        streaming: Read the Hugging Face data set as a stream, without downloading it first; URLs always are.
+        shuffle_buffer: Blocks of a stream to shuffle at a time.
+        stream_timeout: Seconds to wait for the remote of a stream.
         max_broken: Maximum share of unreadable files; set by `train.max_broken` in a run.
     """
 
@@ -183,17 +189,24 @@ class TextData(PretrainingData):
         vocab_size: int = 4000,
         block_size: int = 512,
         cross_documents: bool = True,
-        teacher_input: Literal["full", "masked_only"] = "full",
+        teacher_input: TeacherInput = "full",
         cache: str | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+        stream_timeout: float = 300.0,
         max_broken: float = 0.01,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
+        one_of("teacher_input", teacher_input, TeacherInput)
         self.name, self.block_size, self.teacher_input = path, block_size, teacher_input
         if views is not None and teacher_input != "full":
             raise DataError(f"data.teacher_input={teacher_input}: needs a single mask per sample; remove it or data.views")
         self.tokenizer_name, self.cross_documents = tokenizer, cross_documents
-        self._prepare(path, name, split, column, tokenizer, vocab_size, max_broken, cache)
-        self._make_blocks()
+        if streaming or is_remote(path):
+            self._stream(path, name, split, column, shuffle_buffer, stream_timeout)
+        else:
+            self._prepare(path, name, split, column, tokenizer, vocab_size, max_broken, cache)
+            self._make_blocks()
         size = max(len(self.tokenizer), int(np.flatnonzero(self.counts).max()) + 1)
         self.vocabulary = Vocabulary(
             size=size,
@@ -215,6 +228,8 @@ class TextData(PretrainingData):
         return f"{self.name}[{index}]"
 
     def contents(self) -> tuple[list[str], np.ndarray]:
+        if self.stream:
+            return [self.name], self.stream.digest([self.content, self.block_size, self.cross_documents])
         digest = fingerprint([self.content, self.block_size, self.cross_documents])
         return [self.name], np.frombuffer(bytes.fromhex(digest)[:8], dtype=np.int64)
 
@@ -241,7 +256,7 @@ class TextData(PretrainingData):
 
     def load(self, index: int, rng: np.random.Generator) -> np.ndarray:
         t = self.tokenizer
-        ids = self.ids[slice(*self._bounds(index))]
+        ids = self.stream.pending[index] if self.stream else self.ids[slice(*self._bounds(index))]
         tail = [] if self.cross_documents else [t.sep_token_id]
         return np.concatenate([[t.cls_token_id], ids, tail]).astype(np.int64)
 
@@ -280,9 +295,9 @@ class TextData(PretrainingData):
         """Load tokenizer and tokens of the corpus, from the cache if possible."""
         import tokenizers
 
-        state, read = find_documents(path, name, split, column)
-        read = functools.cache(partial(read, max_broken))
-        state = [state, max_broken, tokenizers.__version__]
+        found, find = find_documents(path, name, split, column)
+        read = functools.cache(partial(find, max_broken))
+        state = [found, max_broken, tokenizers.__version__]
         where = [os.path.abspath(os.path.expanduser(path)) if is_local(path) or is_saved(path) else path, name, split, column]
         if tokenizer == "train":
 
@@ -305,6 +320,38 @@ class TextData(PretrainingData):
         if not self.cross_documents:
             self.counts[self.tokenizer.sep_token_id] -= len(self.document_ends)
 
+    def _stream(self, path: str, name: str | None, split: str, column: str | None, buffer: int, timeout: float) -> None:
+        """Load the tokenizer and open a stream whose rows are tokenised and packed when they are read.
+
+        The blocks are those of the cached tokens, in the order of the stream.
+        """
+        if self.tokenizer_name == "train":
+            raise DataError(
+                "data.tokenizer=train: a stream has no corpus to train a tokenizer on; name a tokenizer, such as "
+                "data.tokenizer=roberta-base, or the folder of one that was trained on a sample"
+            )
+        if getattr(self.mask, "frequency_weighted", False):
+            raise DataError("mask.frequency_weighted=true: the frequencies in a stream are unknown; use false")
+        self.tokenizer = load_tokenizer(self.tokenizer_name)
+        self.blocks, self.content = 0, fingerprint(self.tokenizer.backend_tokenizer.to_str())
+        self.counts = np.ones(1 + max(self.tokenizer.get_vocab().values()), dtype=np.int64)
+        backend, separator = corpus_backend(self.tokenizer), self.tokenizer.sep_token_id
+        stream = self.stream = Stream(path, name, split, buffer, timeout)
+        wanted = choose_column(path, arrow_types(stream.features.arrow_schema), column)
+        stream.data = stream.data.select_columns([wanted])
+
+        def convert(row: dict[str, Any], rest: list[int]) -> tuple[list[list[int]], list[int]]:
+            text = row[wanted]
+            ids = backend.encode(text, add_special_tokens=False).ids if text and text.strip() else []
+            if not self.cross_documents:
+                room = self.block_size - 2
+                return [ids[i : i + room] for i in range(0, len(ids), room)], rest
+            room, ids = self.block_size - 1, [*rest, *ids, *[separator] * bool(text and text.strip())]
+            whole = len(ids) // room * room
+            return [ids[i : i + room] for i in range(0, whole, room)], ids[whole:]
+
+        stream.convert = convert
+
     def _tokenize(self, documents: Documents, folder: Path) -> dict[str, Any]:
         """Write the token ids, with a separator after each document, and the ends of the documents."""
         from tqdm import tqdm
@@ -321,14 +368,14 @@ class TextData(PretrainingData):
                     stops = end + np.cumsum([len(each) for each in found])
                     tokens = np.fromiter(itertools.chain.from_iterable(found), kind, count=int(stops[-1]) - end)
                     for file, array in ((ids, tokens), (ends, stops)):
-                        file.write(array)
-                        content.update(array)
+                        file.write(array.data)
+                        content.update(array.data)
                     counts += np.bincount(tokens, minlength=size)
                     progress.update(len(tokens))
                     end = int(stops[-1])
         if end == 0:
             raise DataError(f"data.path={self.name}: holds no text")
-        (folder / COUNTS).write_bytes(counts)
+        (folder / COUNTS).write_bytes(counts.data)
         return {"kind": kind.name, "content": content.hexdigest(), "left_out": list(documents.left_out)}
 
     def _make_blocks(self) -> None:

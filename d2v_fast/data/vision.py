@@ -6,16 +6,29 @@ import io
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from d2v_fast.data import DataError, PretrainingData, Source, find_files, is_local, load_media
+from d2v_fast.data import (
+    Batch,
+    DataError,
+    PretrainingData,
+    Source,
+    find_files,
+    is_local,
+    load_media,
+    media_column,
+    media_file,
+)
 from d2v_fast.data.builtin import builtin_images
 from d2v_fast.data.shards import open_tars
+from d2v_fast.data.streaming import Numbered, Stream, is_remote
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask
 
 Box = tuple[float, float, float, float]  # left, upper, right and lower edge
@@ -84,13 +97,13 @@ def open_image(file: str | io.BytesIO) -> Image.Image:
 
 def decode(image: Image.Image) -> Image.Image:
     """Decode an image from `open_image` to RGB and apply its EXIF orientation."""
-    sixteen_bits = ";16" in str(image.tile) and not image.mode.startswith("I")
+    sixteen_bits = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")
     image.load()
     with suppress(Exception):  # damaged metadata is no reason to reject the image
         ImageOps.exif_transpose(image, in_place=True)
     rgb = to_rgb(image)
     # Pillow keeps the upper 8 of 16 bits per colour, which leaves almost nothing if a camera filled only 12 of them.
-    if sixteen_bits and 0 < max(most for _, most in rgb.getextrema()) < 16:
+    if sixteen_bits and 0 < max(most for _, most in cast(Any, rgb.getextrema())) < 16:
         raise ValueError("is almost black: its colours fill 12 of 16 bits or fewer: save it with 8 bits")
     return rgb
 
@@ -133,18 +146,40 @@ def open_images(path: str, name: str | None = None, split: str = "train", cache:
         tars = [file for file in found if file.lower().endswith(".tar")]
         files = [file for file in found if not file.lower().endswith((".parquet", ".tar"))]
         if tars and not files:
-            names, file, labels = open_tars(path, tars, suffixes, cache)
-            return Source(names, lambda i: read_image(file(i)), labels, file=file)
+            names, member, labels = open_tars(path, tars, suffixes, cache)
+            return Source(names, lambda i: read_image(member(i)), labels, file=member)
         if files:
             labels = [Path(file).parent.name for file in files]
             return Source(files, lambda i: read_image(files[i]), labels, file=files.__getitem__)
     import datasets
 
-    images, file = load_media(path, name, split, datasets.Image)
+    images, source = load_media(path, name, split, datasets.Image, cache)
     classes = [c for c, kind in images.features.items() if isinstance(kind, datasets.ClassLabel) or c == "label"]
     labels = [str(i) for i in images[classes[0]]] if classes else None
-    names = [f"{path}[{i}]" for i in range(len(images))]
-    return Source(names, lambda i: read_image(file(i)), labels, file=file)
+    return replace(source, read=lambda i: read_image(source.file(i)), labels=labels)
+
+
+def stream_images(path: str, name: str | None, split: str, buffer: int, timeout: float) -> tuple[Stream, Source]:
+    """Images of a remote data set, and a source that reads those of the current batch.
+
+    Raises:
+        DataError: The data set cannot be read or holds no images.
+    """
+    import datasets
+
+    stream = Stream(path, name, split, buffer, timeout)
+    column = media_column(path, stream.features, datasets.Image)
+    stream.data = stream.data.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+    def convert(row: dict[str, Any], rest: list) -> tuple[list, list]:
+        entry = row[column] or {}
+        return [entry.get("bytes") or entry.get("path")], rest
+
+    def file(number: int) -> str | io.BytesIO:
+        return media_file(stream.pending[number])
+
+    stream.convert = convert
+    return stream, Source(Numbered(path), lambda number: read_image(file(number)), file=file)
 
 
 def random_box(wide: int, high: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator) -> Box:
@@ -185,17 +220,30 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return crop_to(image, size, (left, top, left + side, top + side))
 
 
-def to_pixels(images: list[Image.Image], mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """RGB images of one size → float32 (B, 3, H, W), normalised by channel."""
+def tables(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """The normalised values of the 256 levels of each channel: float32 (3, 256)."""
     levels = np.arange(256, dtype=np.float32) / np.float32(255)
     shift, factor = (np.array(x, dtype=np.float32)[:, None] for x in (mean, std))
-    tables = (levels - shift) / factor
-    pixels = np.empty((len(images), 3, *images[0].size[::-1]), dtype=np.float32)
-    for image, planes in zip(images, pixels, strict=True):
-        rgb = np.asarray(image)
-        for channel, (table, plane) in enumerate(zip(tables, planes, strict=True)):
-            np.take(table, rgb[..., channel], out=plane, mode="clip")  # the other modes copy
+    return (levels - shift) / factor
+
+
+def to_levels(images: list[Image.Image]) -> np.ndarray:
+    """RGB images of one size → uint8 (B, 3, H, W)."""
+    return np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])
+
+
+def normalize(levels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Levels uint8 (B, 3, H, W) → float32, normalised by channel."""
+    pixels = np.empty(levels.shape, dtype=np.float32)
+    for channel, table in enumerate(tables(mean, std)):
+        for plane, level in zip(pixels[:, channel], levels[:, channel], strict=True):
+            np.take(table, level, out=plane, mode="clip")  # the other modes copy
     return pixels
+
+
+def to_pixels(images: list[Image.Image], mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """RGB images of one size → float32 (B, 3, H, W), normalised by channel."""
+    return normalize(to_levels(images), mean, std)
 
 
 def image_processor(image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
@@ -218,8 +266,8 @@ class ImageData(PretrainingData):
     """Augmented images.
 
     Args:
-        path: "builtin", a folder of images, tar archives or parquet files, the name of a Hugging Face data set, or a folder
-            written by `save_to_disk`.
+        path: "builtin", a folder of images, tar archives or parquet files, a pattern such as train-{000..099}.tar, the name of
+            a Hugging Face data set, a URL (hf://datasets/…, s3://…), or a folder written by `save_to_disk`.
         name: Configuration of the Hugging Face data set.
         split: Split of the Hugging Face data set.
         image_size: Side of the crops in pixels; must match the encoder.
@@ -229,7 +277,10 @@ class ImageData(PretrainingData):
         jitter: Strength of brightness, contrast and saturation jitter, 0 for none.
         mean: Subtracted from each channel, ImageNet's by default.
         std: Each channel is divided by it, ImageNet's by default.
-        cache: Folder for the index of tar archives; defaults to a folder in the Hugging Face cache.
+        cache: Folder for the index of tar archives and parquet files; defaults to a folder in the Hugging Face cache.
+        streaming: Read the Hugging Face data set as a stream, without downloading it first; URLs always are.
+        shuffle_buffer: Samples of a stream to shuffle at a time.
+        stream_timeout: Seconds to wait for the remote of a stream.
         mask: How patches are masked.
         views: Masked views of each sample, for data2vec 2.0; null for a single mask, as in 1.0.
         seed: Seed of masks, augmentations and order.
@@ -252,11 +303,19 @@ class ImageData(PretrainingData):
         mean: tuple[float, float, float] = MEAN,
         std: tuple[float, float, float] = STD,
         cache: str | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+        stream_timeout: float = 300.0,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
-        self.image_size, self.crop_scale, self.crop_ratio = image_size, tuple(crop_scale), tuple(crop_ratio)
+        self.image_size = image_size
+        self.crop_scale, self.crop_ratio = (crop_scale[0], crop_scale[1]), (crop_ratio[0], crop_ratio[1])
         self.flip, self.jitter, self.mean, self.std = flip, jitter, tuple(mean), tuple(std)
-        self.source = open_images(path, name, split, cache)
+        self._tables: dict[torch.device, list[torch.Tensor]] = {}
+        if streaming or is_remote(path):
+            self.stream, self.source = stream_images(path, name, split, shuffle_buffer, stream_timeout)
+        else:
+            self.source = open_images(path, name, split, cache)
 
     def fit_to(self, encoder: Any) -> None:
         expected = getattr(getattr(encoder.model, "config", None), "image_size", self.image_size)
@@ -277,7 +336,7 @@ class ImageData(PretrainingData):
         return image_processor(self.image_size, self.mean, self.std)
 
     def load(self, index: int, rng: np.random.Generator) -> Image.Image:
-        choose = partial(random_box, scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)
+        choose: Any = partial(random_box, scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)
         if self.source.file:
             image = read_crop(self.source.file(index), self.image_size, choose)
         else:
@@ -288,4 +347,18 @@ class ImageData(PretrainingData):
         return color_jitter(image, self.jitter, rng) if self.jitter > 0 else image
 
     def collate(self, samples: list[Image.Image], draws: Draws) -> dict[str, np.ndarray]:
-        return {"source": to_pixels(samples, self.mean, self.std), "mask": self.make_mask(draws, self.grid)}
+        return {"source": to_levels(samples), "mask": self.make_mask(draws, self.grid)}
+
+    def finish(self, batch: Batch) -> Batch:
+        """Normalise uint8 images, by table: the bits are the same on every device."""
+        levels = batch.get("source")
+        if levels is None or levels.dtype != torch.uint8:
+            return batch
+        if levels.device.type == "cpu":
+            return batch | {"source": torch.from_numpy(normalize(levels.numpy(), self.mean, self.std))}
+        if levels.device not in self._tables:
+            flat = torch.from_numpy(tables(self.mean, self.std).flatten())
+            starts = torch.arange(0, flat.numel(), 256, dtype=torch.int32).view(-1, 1, 1)
+            self._tables[levels.device] = [x.to(levels.device, non_blocking=True) for x in (flat, starts)]
+        flat, starts = self._tables[levels.device]
+        return batch | {"source": flat.index_select(0, (levels + starts).flatten()).view(levels.shape)}

@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from d2v_fast.choices import EMAScope, LayerSource
 from d2v_fast.encoders import blocks
-
-LayerSource = Literal["ffn", "block_output", "block_input"]
 
 
 def gather(x: Tensor, visible: Tensor) -> Tensor:
@@ -72,6 +71,8 @@ class Encoder(nn.Module):
         ValueError: The blocks, the FFN or the hidden size cannot be found; the message says how to name them.
     """
 
+    model: Any  # an nn.Module whose parts are known by name alone
+    halves: blocks.Halves | None
     reads: str | None = None  # modality of the inputs; None for a custom module
     local: tuple[str, ...] = ()  # name prefixes of the parameters of the features before masking
     positional: tuple[str, ...] = ()  # name prefixes of the parameters of positions inside `contextualize`
@@ -85,13 +86,15 @@ class Encoder(nn.Module):
         self.layers_name = layers or find_layers(model)
         self.ffn_name = ffn
         config = getattr(model, "config", None)
-        self.hidden_size = hidden_size or getattr(model, "hidden_size", None) or getattr(config, "hidden_size", None)
-        if self.hidden_size is None:
+        channels = hidden_size or getattr(model, "hidden_size", None) or getattr(config, "hidden_size", None)
+        if channels is None:
             raise ValueError(f"{type(model).__name__} has neither hidden_size nor config.hidden_size: pass hidden_size=…")
+        self.hidden_size: int = channels
         if not isinstance(self.blocks, nn.ModuleList | nn.Sequential):
             found = type(self.blocks).__name__
             raise ValueError(f"layers={self.layers_name!r}: found a {found}, expected an nn.ModuleList of blocks")
-        self.halves = self._compiled_halves = None
+        self.halves = None
+        self._compiled_halves: blocks.Halves | None = None
         self.narrow = False
         if self.masks_features and not self._has(self.mask_token_name):
             self.mask_token_name = None
@@ -193,7 +196,7 @@ class Encoder(nn.Module):
             if left < layers and source != "block_input":
                 result = self._scaled(x if ffn is None or source != "ffn" else ffn, block, source)
                 if narrowed is not None:
-                    result = result.new_zeros(batch * length, result.shape[-1]).index_copy_(0, rows, result[0])
+                    result = result.new_zeros(batch * length, result.shape[-1]).index_copy_(0, cast(Tensor, rows), result[0])
                     result = result.view(batch, length, -1)
                 results.append(result[:, -length:])
         states = self._leave(x)
@@ -214,7 +217,7 @@ class Encoder(nn.Module):
         """States (B, T, C) of an unmasked input."""
         return self.encode(inputs, padding_mask).states
 
-    def positions(self, size: int) -> int | tuple[int, int]:
+    def positions(self, size: int) -> int | tuple[int, ...]:
         """Number of positions for an input of this size (tokens, samples), or the grid of patches for an image side."""
         return self.model.positions(size) if hasattr(self.model, "positions") else size
 
@@ -295,13 +298,13 @@ class Encoder(nn.Module):
         for block in self.blocks[len(self.blocks) - layers :]:
             if source == "block_input":
 
-                def keep(module, args, kwargs, block=block):
+                def keep_input(module: nn.Module, args: Any, kwargs: Any, block: nn.Module = block) -> None:
                     results[block] = args[0] if args else kwargs["hidden_states"]
 
-                hooks.append(block.register_forward_pre_hook(keep, with_kwargs=True))
+                hooks.append(block.register_forward_pre_hook(keep_input, with_kwargs=True))
             else:
 
-                def keep(module, args, output, block=block):
+                def keep(module: nn.Module, args: Any, output: Any, block: nn.Module = block) -> None:
                     results[block] = blocks.first(output)
 
                 hooks.append((self._ffn(block) if source == "ffn" else block).register_forward_hook(keep))
@@ -311,7 +314,7 @@ class Encoder(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    def not_averaged(self, scope: Literal["all", "encoder", "layers"]) -> list[str]:
+    def not_averaged(self, scope: EMAScope) -> list[str]:
         """Name patterns of the parameters that a teacher of this scope copies instead of averaging (method 1.6)."""
         prefixes = {"all": (), "encoder": self.local, "layers": self.local + self.positional}[scope]
         names = [name for name, _ in self.named_parameters()]

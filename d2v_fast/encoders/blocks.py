@@ -29,7 +29,7 @@ def take(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.flatten(0, 1)[rows].unsqueeze(0)
 
 
-def bert(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
+def bert(block: Any, x: Tensor, rows: Tensor | None = None, **arguments: Any) -> tuple[Tensor, Tensor]:
     """BERT, RoBERTa, Data2VecText and similar, with the norm after the residual or, in RoBERTa-PreLayerNorm, before."""
     x = take(block.attention(x, **arguments)[0], rows)
     ffn = block.output.dense(block.intermediate(x))
@@ -37,12 +37,12 @@ def bert(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -
     return block.output.LayerNorm(x) if hasattr(block.output, "LayerNorm") else x, ffn
 
 
-def _feed_forward(module: nn.Module, x: Tensor) -> Tensor:
+def _feed_forward(module: Any, x: Tensor) -> Tensor:
     x = module.intermediate_dropout(module.intermediate_act_fn(module.intermediate_dense(x)))
     return module.output_dense(x)
 
 
-def wave(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
+def wave(block: Any, x: Tensor, rows: Tensor | None = None, **arguments: Any) -> tuple[Tensor, Tensor]:
     """Wav2Vec2, HuBERT, Data2VecAudio: norms after the residuals."""
     x = take(x, rows) + block.dropout(take(block.attention(x, **arguments)[0], rows))
     x = block.layer_norm(x)
@@ -50,14 +50,14 @@ def wave(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -
     return block.final_layer_norm(x + block.feed_forward.output_dropout(ffn)), ffn
 
 
-def stable_wave(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
+def stable_wave(block: Any, x: Tensor, rows: Tensor | None = None, **arguments: Any) -> tuple[Tensor, Tensor]:
     """The same with `do_stable_layer_norm`: norms before attention and FFN."""
     x = take(x, rows) + block.dropout(take(block.attention(block.layer_norm(x), **arguments)[0], rows))
     ffn = _feed_forward(block.feed_forward, block.final_layer_norm(x))
     return x + block.feed_forward.output_dropout(ffn), ffn
 
 
-def vit(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
+def vit(block: Any, x: Tensor, rows: Tensor | None = None, **arguments: Any) -> tuple[Tensor, Tensor]:
     """ViT and DeiT."""
     attended = take(block.attention(block.layernorm_before(x), **arguments)[0], rows)
     x = block.dropout(attended) + take(x, rows)
@@ -65,7 +65,7 @@ def vit(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) ->
     return block.dropout(ffn) + x, ffn
 
 
-def dinov2(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
+def dinov2(block: Any, x: Tensor, rows: Tensor | None = None, **arguments: Any) -> tuple[Tensor, Tensor]:
     """DINOv2, with layer scale and stochastic depth; the FFN's result is the scaled one, as in BEiT."""
     attended = take(block.attention(block.norm1(x), **arguments)[0], rows)
     x = block.drop_path(block.layer_scale1(attended)) + take(x, rows)
@@ -73,7 +73,7 @@ def dinov2(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments)
     return block.drop_path(ffn) + x, ffn
 
 
-def beit(block: nn.Module, x: Tensor, rows: Tensor | None = None, resolution=None, **arguments) -> tuple[Tensor, Tensor]:
+def beit(block: Any, x: Tensor, rows: Tensor | None = None, resolution=None, **arguments: Any) -> tuple[Tensor, Tensor]:
     """BEiT with relative positions shared by all blocks, layer scale and stochastic depth."""
     attended = take(block.attention(block.layernorm_before(x), **arguments)[0], rows)
     x = block.drop_path(block.lambda_1 * block.dropout(attended)) + take(x, rows)
@@ -81,7 +81,7 @@ def beit(block: nn.Module, x: Tensor, rows: Tensor | None = None, resolution=Non
     return block.drop_path(block.lambda_2 * block.dropout(ffn)) + x, ffn
 
 
-def data2vec_vision(block: nn.Module, x: Tensor, rows: Tensor | None = None, **arguments) -> tuple[Tensor, Tensor]:
+def data2vec_vision(block: Any, x: Tensor, rows: Tensor | None = None, **arguments: Any) -> tuple[Tensor, Tensor]:
     """Data2VecVision, the older form of BEiT in transformers."""
     attended = take(block.attention(block.layernorm_before(x), **arguments)[0], rows)
     x = block.drop_path(attended if block.lambda_1 is None else block.lambda_1 * attended) + take(x, rows)

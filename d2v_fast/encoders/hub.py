@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from d2v_fast.choices import import_class
 from d2v_fast.data import first_line
 from d2v_fast.encoders import blocks
 from d2v_fast.encoders.base import Encoder
@@ -136,11 +137,11 @@ def _check_states(encoder: Encoder) -> None:
         )
 
 
-def model_class(config: type) -> type[nn.Module]:
+def model_class(config: type) -> Any:
     """The transformers model class for this config class; the first if there are several."""
     from transformers import MODEL_MAPPING
 
-    found = MODEL_MAPPING[config]
+    found: Any = MODEL_MAPPING[config]
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -186,13 +187,7 @@ def build_encoder(
     config = dict(config or {})
     pretrained = pretrained and os.path.expanduser(pretrained)
     if model is not None and ":" in model:
-        module, _, name = model.partition(":")
-        try:
-            cls = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"encoder.model={model!r}: {error}") from None
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):  # or a config file could name os:system
-            raise ValueError(f"encoder.model={model!r}: found {cls!r}, expected a class that derives from nn.Module")
+        cls = import_class("encoder.model", model, nn.Module, "nn.Module")
         try:
             own = cls(**config)
         except TypeError as error:
@@ -225,7 +220,7 @@ def build_encoder(
                 f"encoder.pretrained={pretrained}: neither a model folder nor available from the hub: {first_line(error)}"
             ) from error
     else:
-        hf_config = _new_config(model, config)
+        hf_config = _new_config(str(model), config)
     if type(hf_config) not in MODEL_MAPPING:
         raise ValueError(f"encoder.model={hf_config.model_type!r}: transformers has no encoder for it")
     cls = model_class(type(hf_config))
@@ -298,7 +293,7 @@ def _check_loaded(model: nn.Module, loaded: dict[str, Any], pretrained: str) -> 
         log.warning("%s; they are initialised randomly", message)
 
 
-def _complete_timm_config(model: nn.Module) -> None:
+def _complete_timm_config(model: Any) -> None:
     """Add the fields that transformers configs have, and freeze the parts that only the pooled output needs."""
     inner, config = model.timm_model, model.config
     arguments, embed = config.model_args or {}, getattr(inner, "patch_embed", None)
@@ -316,15 +311,16 @@ def _complete_timm_config(model: nn.Module) -> None:
             getattr(inner, part).requires_grad_(False)
 
 
-def _new_config(model: str | None, fields: dict[str, Any]):
+def _new_config(model: str, fields: dict[str, Any]) -> Any:
     import difflib
 
     from transformers import CONFIG_MAPPING
 
-    if (model or "").startswith("timm/"):
+    if model.startswith("timm/"):
         if importlib.util.find_spec("timm") is None:
             raise ValueError(f"encoder.model={model!r}: needs timm: pip install 'd2v-fast[timm]'")
-        return CONFIG_MAPPING["timm_wrapper"](architecture=model.removeprefix("timm/"), model_args=fields, num_labels=0)
+        wrapper: Any = CONFIG_MAPPING["timm_wrapper"]
+        return wrapper(architecture=model.removeprefix("timm/"), model_args=fields, num_labels=0)
     if model not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(model), list(CONFIG_MAPPING), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

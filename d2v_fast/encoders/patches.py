@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ class _PositionIndex:
     transformers keeps the index on the host, so each look-up in forward and backward copies it and synchronises with the GPU.
     """
 
-    def __init__(self, bias: nn.Module):
-        self.bias, self.kept = bias, {}
+    def __init__(self, bias: Any):
+        self.bias, self.kept = bias, dict[Any, Tensor]()
 
     def __call__(self, window_size: tuple[int, int]) -> Tensor:
         key = window_size, self.bias.relative_position_bias_table.device
@@ -32,8 +32,8 @@ class PatchEncoder(Encoder):
     """BEiT, ViT, DeiT, Data2VecVision: pixels → patch embeddings → extra tokens and positions → blocks → final norm."""
 
     reads = "vision"
-    local = ("embeddings",)
-    positional = ("shared_position_bias", "encoder.relative_position_bias")
+    local: tuple[str, ...] = ("embeddings",)
+    positional: tuple[str, ...] = ("shared_position_bias", "encoder.relative_position_bias")
     mask_token_name = "embeddings.mask_token"
     extra_tokens = True
 
@@ -57,10 +57,10 @@ class PatchEncoder(Encoder):
         self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None
     ) -> tuple[Tensor, int, list[dict[str, Any]]]:
         model, embeddings = self.model, self.model.embeddings
-        extra = [embeddings.cls_token]
+        tokens = [embeddings.cls_token]
         if hasattr(embeddings, "distillation_token"):
-            extra.append(embeddings.distillation_token)
-        extra = torch.cat(extra, dim=1)
+            tokens.append(embeddings.distillation_token)
+        extra = torch.cat(tokens, dim=1)
         if embeddings.position_embeddings is not None:
             extra = extra + embeddings.position_embeddings[:, : extra.shape[1]]
         count = extra.shape[1]
@@ -107,11 +107,11 @@ class PatchEncoder(Encoder):
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    return tuple(size) if isinstance(size, list | tuple) else (size, size)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 @torch.no_grad()
-def init_data2vec(encoder: PatchEncoder) -> None:
+def init_data2vec(encoder: Encoder) -> None:
     """Truncated normal, std 0.02, cut at one std; the output projections of block i are divided by √(2i) (method 3.3)."""
 
     def draw(weight: Tensor) -> None:
@@ -122,18 +122,18 @@ def init_data2vec(encoder: PatchEncoder) -> None:
             draw(parameter)
     for depth, block in enumerate(encoder.blocks, start=1):
         attention_out = [m for n, m in block.named_modules() if "att" in n and isinstance(m, nn.Linear)][-1]
-        for linear in (attention_out, encoder._ffn(block)):
+        for linear in (attention_out, cast(nn.Linear, encoder._ffn(block))):
             linear.weight.div_((2 * depth) ** 0.5)
 
 
 @torch.no_grad()
-def init_sincos(encoder: PatchEncoder) -> None:
+def init_sincos(encoder: Encoder) -> None:
     """Set the absolute positions to sines and cosines of column and row, as in MAE, and freeze them (method 4.1)."""
     positions = encoder.model.embeddings.position_embeddings
     if positions is None:
         name = type(encoder.model).__name__
         raise ValueError(f"encoder.init='sincos': {name} has no absolute positions; use encoder.init=hf or data2vec")
-    high, wide = encoder.positions(0)
+    high, wide = cast(tuple[int, int], encoder.positions(0))
     omega = 10_000 ** -(torch.arange(encoder.hidden_size // 4) / (encoder.hidden_size // 4))
     column, row = torch.arange(wide).repeat(high), torch.arange(high).repeat_interleave(wide)
     angles = [axis[:, None] * omega for axis in (column, row)]

@@ -85,7 +85,7 @@ class SplicedEncoder(Encoder):
         layers, ffn: As for `Encoder`.
     """
 
-    def __init__(self, model: nn.Module, splice: Splice, layers: str, ffn: str | None = None):
+    def __init__(self, model: Any, splice: Splice, layers: str, ffn: str | None = None):
         self.splice, self.local, self.positional = splice, splice.local, splice.positional
         self.masks_features = splice.reads != "text"  # text is masked at the token ids
         known = ("mask_token", "masked_spec_embed")
@@ -100,7 +100,7 @@ class SplicedEncoder(Encoder):
         self.ids = [i for i in range(3, min(getattr(model.config, "vocab_size", None) or 0, 200)) if i not in special]
 
     @property
-    def reads(self) -> str:
+    def reads(self) -> str:  # type: ignore[override]  # a trial changes the splice
         return self.splice.reads
 
     @property
@@ -112,7 +112,7 @@ class SplicedEncoder(Encoder):
         return self.splice.extra
 
     @property
-    def extra_tokens(self) -> bool:
+    def extra_tokens(self) -> bool:  # type: ignore[override]
         return self.extra > 0
 
     @property
@@ -261,24 +261,28 @@ class SplicedEncoder(Encoder):
         padding = None
         if padding_mask is not None:
             padding = padding_mask.new_ones(len(x), length).scatter(1, visible, padding_mask)
-        extra = torch.arange(self.extra, device=x.device).expand(len(x), -1)
-        with self.gathering(extra, visible, length, lambda hidden: torch.cat([hidden[:, : self.extra].to(x.dtype), x], dim=1)):
+        with self._gathering(x, visible, length):
             return self.run(x.new_zeros(1, 1, self.splice.width).expand(len(x), length, -1), padding)
 
     @contextmanager
-    def gathering(self, extra: Tensor, visible: Tensor, length: int, enter: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Replace the first block's input x by `enter(x)`, and gather the other arguments of all blocks at the same rows.
+    def _gathering(self, x: Tensor, visible: Tensor, length: int) -> Iterator[None]:
+        """Give the first block x (B, V, C) behind the extra tokens, and gather the other arguments of all blocks at `visible`.
 
-        The rows are the extra tokens `extra` (B, E') followed by the positions `visible` (B, V), out of `length`.
+        Args:
+            x: Placed features of the visible positions.
+            visible: (B, V) int64, out of `length`.
         """
+        extra = torch.arange(self.extra, device=x.device).expand(len(x), -1)
         rows = torch.cat([extra, visible + self.extra], dim=1)
 
         def change(number: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             first = first_path(args, kwargs)
 
             def replace(path: tuple, value: Tensor) -> Tensor:
+                if path == first and number > 0:
+                    return value
                 if path == first:
-                    return enter(value) if number == 0 else value
+                    return torch.cat([value[:, : self.extra].to(x.dtype), x], dim=1) if self.extra else x
                 axes = self.splice.axes.get((number, path))
                 if axes is None:  # a mask that was absent in the trial
                     axes = [axis for axis in (2, 3) if value.ndim == 4 and value.shape[axis] == self.extra + length]

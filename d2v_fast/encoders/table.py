@@ -165,7 +165,7 @@ def tiny(name: str) -> nn.Module:
     if count > LARGEST:
         raise ValueError(f"no small configuration is known: {count:,} parameters")
     torch.manual_seed(0)
-    model = cls(config, **class_arguments(cls))
+    model: Any = cls(config, **class_arguments(cls))
     return model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model
 
 
@@ -178,13 +178,13 @@ def attempt(name: str) -> Row:
         model = tiny(name)
     except Exception as error:  # each class of transformers has errors of its own
         return Row("", name, cls, "", _line(error), "")
-    reads = READS.get(getattr(model, "main_input_name", None), "")
+    reads = READS.get(getattr(model, "main_input_name", ""), "")
     try:
         encoder = wrap(model, ffn=FFN.get(name))
     except ValueError as error:
         return Row(reads, name, type(model).__name__, "", _line(error), "")
     way = "whole" if isinstance(encoder, SplicedEncoder) else "in pieces"
-    return Row(encoder.reads, name, type(model).__name__, way, _step(encoder), _step(encoder, views=2))
+    return Row(encoder.reads or reads, name, type(model).__name__, way, _step(encoder), _step(encoder, views=2))
 
 
 def _step(encoder: Encoder, views: int = 0) -> str:

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v_fast.encoders import blocks
-from d2v_fast.encoders.base import find_layers
+from d2v_fast.encoders.base import find_layers, gather
 from d2v_fast.encoders.spliced import (
     READS,
     Splice,
@@ -77,6 +79,22 @@ def splice(model: nn.Module, features: str | None = None, layers: str | None = N
     )
 
 
+class HideKeys(TorchDispatchMode):
+    """Leave keys out of each softmax over all keys; `hidden` (B, K) bool."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        batch, keys = self.hidden.shape
+        if op in (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default) and args[0].shape[-1] == keys:
+            # Not -inf: where nothing else is left, as in a window without visible positions, NaN would spread.
+            scores = args[0].reshape(batch, -1, keys).masked_fill(self.hidden[:, None], -1e30)
+            args = (scores.view_as(args[0]), *args[1:])
+        return op(*args, **(kwargs or {}))
+
+
 class Trial:
     """Fills in `self.splice` by trial; `self.encoder` runs the copy of the model with it.
 
@@ -86,7 +104,7 @@ class Trial:
         whole: Keep all blocks in the copy.
     """
 
-    def __init__(self, model: nn.Module, named: str | None, layers: str, ffn: str | None, whole: bool):
+    def __init__(self, model: Any, named: str | None, layers: str, ffn: str | None, whole: bool):
         self.named, self.whole, self.runs, self.splice = named, whole, False, Splice(READS[model.main_input_name])
         self.rest: tuple | None = None  # what a block returns after its hidden states, once one has run
         self.encoder = SplicedEncoder(self._copy(model, layers), self.splice, layers, ffn)
@@ -139,7 +157,7 @@ class Trial:
 
         It keeps the first block, the last one and one of each kind; the others become no-ops.
         """
-        all_blocks = model.get_submodule(layers)
+        all_blocks: Any = model.get_submodule(layers)
         kinds = [_kind_of(block) for block in all_blocks]
         self.kept = sorted({0, len(kinds) - 1, *(kinds.index(kind) for kind in kinds)})
         if self.whole:
@@ -196,7 +214,9 @@ class Trial:
             outside = [(path, m) for path, m in encoder.model.named_modules() if path == self.named]
         for shape in _shapes(self.splice.reads, encoder.model):
             self.splice.shape, self.splice.grid = shape, ()
-            seen, results, called = [], {}, set()
+            seen: list[Any] = []
+            results: dict[str, Any] = {}
+            called: set[Any] = set()
 
             def outer(path: str, output: Any, seen=seen, called=called) -> None:
                 if self.named or not called:
@@ -345,17 +365,20 @@ class Trial:
             raise Unfit("does not depend on the end of the input", 4)
 
     def _check_order(self, features: Tensor) -> None:
-        """Change one feature with the blocks skipped: its own state must change, and no extra token's."""
-        at, extra = features.shape[1] // 2, self.splice.extra
+        """Change the first, a middle and the last feature with the blocks skipped: only their own states must change."""
+        extra, last = self.splice.extra, features.shape[1] - 1
+        each = (0, last // 2) if self.splice.timed else (0, last // 2, last)  # SEW drops an odd last frame
         with self._skip_blocks():
-            changed = _differing(*self.encoder.run(torch.cat([_perturb(features, at), features])))
-        if not changed[extra + at] or changed[:extra].any() or (not self.splice.timed and changed.sum() != 1):
-            where = changed.nonzero().flatten().tolist()[:5]
-            raise Unfit(
-                f"without its blocks, feature {at} ends up in states {where}, expected only {extra + at}: extra "
-                "tokens come after the positions, or the positions are reordered",
-                5,
-            )
+            *changes, plain = self.encoder.run(torch.cat([*(_perturb(features, at) for at in each), features]))
+        for at, states in zip(each, changes, strict=True):
+            changed = _differing(states, plain)
+            if not changed[extra + at] or changed[:extra].any() or (not self.splice.timed and changed.sum() != 1):
+                where = changed.nonzero().flatten().tolist()[:5]
+                raise Unfit(
+                    f"without its blocks, feature {at} ends up in states {where}, expected only {extra + at}: extra "
+                    "tokens come after or among the positions, or the positions are reordered",
+                    5,
+                )
 
     def _check_positions(self, features: Tensor) -> None:
         """Set some positions to the same mask vector: their states must still differ."""
@@ -434,7 +457,7 @@ class Trial:
             results = [result for result in results if result.requires_grad]
             if not results:
                 return set()
-            total = sum(result.float().sum() for result in results)
+            total: Any = sum(result.float().sum() for result in results)
             found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, retain_graph=True)
             return {name for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
 
@@ -470,52 +493,36 @@ class Trial:
     def _why_no_gather(self) -> str | None:
         """Why a subset of the positions cannot be encoded alone; None if it can.
 
-        Permuting the rows shows whether everything that depends on positions moves with them. Repeating each row, which leaves
-        softmax attention unchanged, shows whether the number of rows matters. Texts are long enough for local attention to
-        matter.
+        Random positions, encoded alone and out of order, must get the states that they get among all with the others hidden
+        from attention. Texts are long enough for local attention to matter.
         """
         encoder, splice = self.encoder, self.splice
         longest = getattr(encoder.model.config, "max_position_embeddings", None) or 135
         features = encoder.embed(encoder.example(1, min(131, longest - 4)))
         length, at = features.shape[1], features.shape[1] // 2
-        with ExitStack() as stack:
-            for number, block in enumerate(self.blocks):
-                hook = block.register_forward_pre_hook(self._note_axes(number, length), with_kwargs=True)
-                stack.callback(hook.remove)
-            states = encoder.run(features)[:, splice.extra :]
         placed = encoder.placed(torch.cat([_perturb(features, at), features]))
         changed = _differing(*placed)
         if placed.shape[1] != length or changed.sum() != 1 or not changed[at]:
             return "its positions come from a convolution or similar, which would see masked content"
 
-        extra = torch.arange(splice.extra, device=features.device)[None]
-        order = torch.stack([torch.randperm(length, device=features.device) for _ in range(BATCH)])  # differs per sample
-        subset = order[:1, : length // 2]
-
-        def encoded(extra: Tensor, rows: Tensor) -> Tensor:
-            extra = extra.expand(len(rows), -1)
-            both = torch.cat([extra, rows + splice.extra], dim=1)
-            with encoder.gathering(extra, rows, length, lambda hidden: _gather_rows(hidden, both)):
-                return encoder.run(features.expand(len(rows), -1, -1))[:, extra.shape[1] :]
-
-        found = splice.axes
+        subset = torch.stack([torch.randperm(length, device=features.device)[: length // 2] for _ in range(BATCH)])
+        rows = torch.cat([torch.arange(splice.extra, device=features.device).expand(BATCH, -1), subset + splice.extra], dim=1)
+        hidden = torch.ones(BATCH, splice.extra + length, dtype=torch.bool, device=features.device).scatter(1, rows, False)
+        with ExitStack() as stack:
+            for number, block in enumerate(self.blocks):
+                hook = block.register_forward_pre_hook(self._note_axes(number, length), with_kwargs=True)
+                stack.callback(hook.remove)
+            with sdpa_kernel(SDPBackend.MATH), HideKeys(hidden):
+                expected = _gather_rows(encoder.run(features.expand(BATCH, -1, -1)), rows)
+        x, found = gather(placed[1:], subset), splice.axes
         for axes in (found, {key: value[:1] for key, value in found.items()}):  # another axis may happen to have the same size
             splice.axes = axes
             try:
-                if not _close(encoded(extra, order), _gather_rows(states.expand(BATCH, -1, -1), order)):
-                    continue
-                once = encoded(extra, subset)
+                if _close(encoder._whole(x, None, subset), expected):
+                    return None
             except Exception:  # blocks that do not run on other rows
                 continue
-            try:
-                twice = encoded(extra.repeat(1, 2), subset.repeat(1, 2))
-            except Exception:
-                if splice.extra:  # blocks with a fixed number of extra tokens
-                    return None
-                continue
-            if _close(once, twice[:, : length // 2]):
-                return None
-        return "positions enter inside its blocks, in a form that cannot be gathered"
+        return "positions or their number enter inside its blocks, or its attention is no softmax"
 
     def _note_axes(self, number: int, length: int) -> Callable:
         """Hook that records which axes of a block's arguments index positions."""
@@ -594,7 +601,7 @@ def _differing(one: Tensor, other: Tensor) -> Tensor:
     return (one - other).abs().amax(-1) > 1e-6 * other.abs().max()
 
 
-def _shapes(reads: str, model: nn.Module) -> list[tuple[int, ...]]:
+def _shapes(reads: str, model: Any) -> list[tuple[int, ...]]:
     """Input shapes, without the batch, that the model may take."""
     config = model.config
 
@@ -610,7 +617,7 @@ def _shapes(reads: str, model: nn.Module) -> list[tuple[int, ...]]:
         return [(value("num_channels", "in_channels", default=3), high, wide)]
     bins = value("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", default=80)
     longest = value("max_length", "max_source_positions", default=128)
-    spectrograms = [(longest, bins), (bins, 2 * longest), (bins, longest), (97, bins), (bins, 97)]
+    spectrograms: list[tuple[int, ...]] = [(longest, bins), (bins, 2 * longest), (bins, longest), (97, bins), (bins, 97)]
     if "feature_projection_input_dim" in config.to_dict():
         spectrograms.insert(0, (97, config.feature_projection_input_dim))
     return [(4000,), *spectrograms] if model.main_input_name == "input_values" else spectrograms

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForAudioClassification,
     AutoModelForCTC,
     AutoModelForImageClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -38,7 +40,7 @@ __all__ = [
     "save",
 ]
 
-AUTO = {
+AUTO: dict[type[PreTrainedConfig], dict[Any, type[PreTrainedModel]]] = {
     Data2Vec2VisionConfig: {
         AutoModel: Data2Vec2VisionModel,
         AutoModelForImageClassification: Data2Vec2VisionForImageClassification,
@@ -69,7 +71,7 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
     `trust_remote_code=True` loads the class from the folder. The same holds for the Auto classes of the heads, whichever of the
     models was saved. Weights of a timm model keep timm's names.
     """
-    models = AUTO.get(type(model.config), {})
+    models: dict[Any, Any] = AUTO.get(type(model.config), {})
     if type(model) not in models.values():
         timm = hasattr(model, "timm_model")
         weights = {name.removeprefix("timm_model."): value for name, value in model.state_dict().items()} if timm else None

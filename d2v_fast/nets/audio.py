@@ -9,7 +9,7 @@ This file depends only on torch and transformers (with its dependency huggingfac
 `AutoModel.from_pretrained(folder, trust_remote_code=True)` then works without d2v-fast.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -172,7 +172,7 @@ class Data2Vec2AudioModel(Data2Vec2AudioPreTrainedModel, Data2VecAudioModel):
         self.feature_projection = Data2VecAudioFeatureProjection(config)
         if config.mask_time_prob > 0 or config.mask_feature_prob > 0:  # SpecAugment in fine-tuning
             self.masked_spec_embed = nn.Parameter(torch.zeros(config.hidden_size))
-        self.encoder = Data2Vec2AudioEncoder(config)
+        self.encoder = Data2Vec2AudioEncoder(config)  # type: ignore[assignment]  # in place of transformers' own
         self.adapter = None
         self.post_init()
 
@@ -182,7 +182,7 @@ class Data2Vec2AudioModel(Data2Vec2AudioPreTrainedModel, Data2VecAudioModel):
         # Checked for each module, because transformers skips modules of custom models that hold no weights directly.
         torch_own = [self.feature_projection.projection, *(layer.conv for layer in self.encoder.pos_conv_embed.layers)]
         if any(module is own for own in torch_own):
-            module.reset_parameters()
+            cast(nn.Linear, module).reset_parameters()
         elif module is self and hasattr(self, "masked_spec_embed"):  # transformers 5.17 leaves it uninitialised
             init.uniform_(self.masked_spec_embed)
 
@@ -208,5 +208,5 @@ class Data2Vec2AudioForSequenceClassification(Data2Vec2AudioPreTrainedModel, Dat
             layers = config.num_hidden_layers + 1
             self.layer_weights = nn.Parameter(torch.full((layers,), 1 / layers))
         self.projector = nn.Linear(config.hidden_size, config.classifier_proj_size)
-        self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
+        self.classifier = nn.Linear(config.classifier_proj_size, cast(int, config.num_labels))
         self.post_init()

@@ -9,7 +9,7 @@ This file depends only on torch and transformers (with its dependency huggingfac
 `AutoModel.from_pretrained(folder, trust_remote_code=True)` then works without d2v-fast.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -96,6 +96,8 @@ class Data2Vec2VisionEmbeddings(nn.Module):
             trainable, and a table computed from the config fits any image size.
     """
 
+    position_embeddings: Tensor
+
     def __init__(self, config: Data2Vec2VisionConfig):
         super().__init__()
         if config.hidden_size % 4:
@@ -117,13 +119,13 @@ class Data2Vec2VisionPreTrainedModel(PreTrainedModel):
     config_class = Data2Vec2VisionConfig
     base_model_prefix = "data2vec2_vision"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # so in the models of transformers
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ("Data2Vec2VisionEmbeddings", "BertLayer")
+    _no_split_modules = ["Data2Vec2VisionEmbeddings", "BertLayer"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": BertLayer,
         "attentions": OutputRecorder(BertSelfAttention, index=1, layer_name="encoder"),
@@ -175,7 +177,7 @@ class Data2Vec2VisionForImageClassification(Data2Vec2VisionPreTrainedModel):
         self.num_labels = config.num_labels
         self.data2vec2_vision = Data2Vec2VisionModel(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
         self.post_init()
 
     @can_return_tuple

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 KERNELS = {"native": "d2v_fast.ops.native", "triton": "d2v_fast.ops.triton_loss"}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Everything a kernel computes in its one pass. `grad` · `factor` is the gradient: a kernel may leave scale and count to
+# Everything that a kernel computes in one pass. The gradient is `grad` · `factor`: a kernel may leave scale and count to
 # `factor`, because 1/(√C·N) would push an fp16 gradient below its normal range.
 torch.library.define(
     "d2v_fast::loss",
@@ -75,7 +75,7 @@ def once_differentiable(backward: Callable) -> Callable:
     def once(ctx, *grads):
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph, which no trace can know of
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph; unknown while tracing
             words = b'the kernels have no second derivative; impl="eager" of the loss, and a step without --fused, have one'
             later = torch._C._functions.DelayedError(words, 1)
             found = tuple(later(x.detach().requires_grad_()) if isinstance(x, Tensor) else x for x in found)
@@ -98,7 +98,7 @@ class _FusedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         grad, factor = ctx.saved_tensors
-        # Reading a number is free on a CPU, a pass over the gradient is not.
+        # Reading a scalar is free on a CPU; a pass over the gradient is not.
         on_host = not torch.compiler.is_compiling() and factor.device.type == "cpu"
         done = on_host and factor.item() * grad_loss.item() == 1
         return (grad if done else torch.ops.d2v_fast.scaled(grad, factor, grad_loss, ctx.impl), *[None] * 11)
@@ -145,9 +145,9 @@ def obstacle(kernel: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[t
     return importlib.import_module(KERNELS[kernel]).obstacle(torch.device(device))
 
 
-@torch.compiler.assume_constant_result  # a graph is made for one device and one set of dtypes
+@torch.compiler.assume_constant_result  # a graph has one device and one set of dtypes
 def choose(impl: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[torch.dtype, ...]) -> str:
-    """The implementation that `impl` stands for; "auto" is the best that works on such tensors.
+    """Resolve `impl`; "auto" is the fastest implementation that works on such tensors.
 
     Raises:
         ValueError: `impl` cannot run on such tensors.
@@ -157,7 +157,7 @@ def choose(impl: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[torch
         why = obstacle(kernel, device, dtype, layer_dtypes)
         _log_choice("eager" if why else kernel, device, f" ({kernel}: {why})" if why else "")
         return "eager" if why else kernel
-    why = impl in KERNELS and obstacle(impl, device, dtype, layer_dtypes)
+    why = obstacle(impl, device, dtype, layer_dtypes) if impl in KERNELS else None
     if why:
         raise ValueError(f"impl={impl!r} cannot run: {why}; impl='auto' falls back to 'eager'")
     return impl

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def attention(
     return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), None
 
 
-def padding(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+def padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """The mask of transformers' sdpa from a padding mask (B, T) bool, True = attend.
 
     transformers first checks whether the mask pads at all, which synchronises with the GPU; our batches have a mask only if it
@@ -74,7 +75,8 @@ def padding(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | N
     kwargs["allow_is_causal_skip"] = False
     if attention_mask is not None:
         kwargs["allow_is_bidirectional_skip"] = False
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    kwargs["attention_mask"] = attention_mask
+    return sdpa_mask(*args, **kwargs)
 
 
 def use_fast_attention(model: nn.Module, device: torch.device) -> str | None:
@@ -91,9 +93,11 @@ def use_fast_attention(model: nn.Module, device: torch.device) -> str | None:
         return None
     if any(getattr(m, "is_causal", False) or getattr(m, "num_key_value_groups", 1) > 1 for m in model.modules()):
         return None
-    flash = None
+    flash: Any = None
     if device.type == "cuda" and is_flash_attn_2_available():
-        from flash_attn import flash_attn_func as flash
+        from flash_attn import flash_attn_func
+
+        flash = flash_attn_func
     AttentionInterface.register(NAME, functools.partial(attention, flash=flash) if flash else attention)
     AttentionMaskInterface.register(NAME, padding)  # without it padding would be ignored silently
     try:

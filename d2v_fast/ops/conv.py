@@ -8,6 +8,7 @@ pass over memory (`kernels/norm_gelu.cpp`). Frames that mix two samples are comp
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -94,10 +95,19 @@ def norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.gelu(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
 
 
-class FeatureEncoder:
+# The base of mixins for type checkers; at run time the other base class is the module.
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
+
+
+class FeatureEncoder(_Module):
     """The forward of a feature encoder of transformers (Data2VecAudio, Wav2Vec2, HuBERT), by matrix products."""
 
-    def __reduce__(self):
+    conv_layers: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
         return _made, (type(self).__bases__[1],), vars(self)  # pickle cannot find a class created at run time
 
     def forward(self, waveforms: Tensor) -> Tensor:
@@ -128,24 +138,24 @@ class FeatureEncoder:
         return x.view(batch, frames, -1)[:, :kept].transpose(1, 2)
 
 
-def use_matrix_products(extractor: nn.Module) -> bool:
+def use_matrix_products(extractor: Any) -> bool:
     """Switch a feature encoder to matrix products; False, unchanged, for other layers or without the C++ library."""
     layers = getattr(extractor, "conv_layers", [])
     if native.obstacle(torch.device("cpu")) or not layers or not all(_fits(layer) for layer in layers):
         return False
     if not isinstance(extractor, FeatureEncoder):
-        extractor.__class__ = _fast(type(extractor))
+        extractor.__class__ = _fast(extractor.__class__)
     return True
 
 
 @functools.cache
-def _fast(kind: type) -> type:
+def _fast(kind: Any) -> type:
     return type(kind.__name__, (FeatureEncoder, kind), {})
 
 
-def _made(kind: type) -> nn.Module:
+def _made(kind: Any) -> nn.Module:
     """An empty module of the kind, fast if the library is available; pickle fills it."""
-    fast = kind if native.obstacle(torch.device("cpu")) else _fast(kind)
+    fast: Any = kind if native.obstacle(torch.device("cpu")) else _fast(kind)
     return fast.__new__(fast)
 
 
@@ -161,8 +171,12 @@ class ChannelsLast1d(nn.Conv1d):
         return F.conv2d(x, self.weight.unsqueeze(2), self.bias, (1, *self.stride), *along).squeeze(2)
 
 
-class _Grouped:
+class _Grouped(_Module):
     """A grouped convolution by `triton_conv` where it can run; cuDNN spends most of its time on layout transforms."""
+
+    weight: Tensor
+    bias: Tensor | None
+    groups: int
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -186,6 +200,7 @@ class Grouped2d(_Grouped, nn.Conv2d):
 def use_channels_last(module: nn.Module) -> bool:
     """Switch dense 1-D and grouped convolutions to channels last; False if there are none."""
     changed = 0
+    each: Any
     for each in module.modules():
         if type(each) not in (nn.Conv1d, nn.Conv2d) or each.padding_mode != "zeros" or isinstance(each.padding, str):
             continue

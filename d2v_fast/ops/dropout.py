@@ -1,4 +1,4 @@
-"""Dropout that costs less than the matmul before it: `kernels/dropout.cpp`, whose mask is a function of (seed, position).
+"""Dropout cheaper than the preceding matmul: `kernels/dropout.cpp`, whose mask is a function of (seed, position).
 
 On a CPU torch draws masks one number after the other. Here the numbers are hashes of positions, computed sixteen at a time, and
 as the backward can compute them again, no mask is stored.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from d2v_fast.ops import native
 
-# The seed is a tensor, so that a compiled graph draws it anew at every call.
+# The seed is a tensor, so that a compiled graph draws a new one at every call.
 torch.library.define("d2v_fast::dropout", "(Tensor x, float p, Tensor seed) -> Tensor")
 
 
@@ -64,15 +64,15 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` by `dropout`; one that works in place is left to torch."""
+    """`nn.Dropout` through `dropout`; torch handles in-place ones."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.inplace else dropout(x, self.p, self.training)
 
 
 def replace_dropout(module: nn.Module) -> int:
-    """Make every `nn.Dropout` in the module, but none of its subclasses, a `Dropout`; returns how many there were."""
+    """Turn every `nn.Dropout` in the module, but no subclass, into a `Dropout`; returns their number."""
     found = [child for child in module.modules() if type(child) is nn.Dropout]
     for child in found:
-        child.__class__ = Dropout  # the same object: its settings, hooks and all references to it stay
+        child.__class__ = Dropout  # the same object, so settings, hooks and references stay
     return len(found)

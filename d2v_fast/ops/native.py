@@ -7,13 +7,16 @@ import functools
 import os
 from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from d2v_fast.choices import Norm
+
 ABI = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-NORMS = {"none": 0, "layer": 1, "instance": 2, "batch": 3, "group": 4}
+NORMS = {name: code for code, name in enumerate(get_args(Norm))}  # D2VNorm of kernels/loss.h
 
 
 class _Loss(ctypes.Structure):
@@ -31,12 +34,12 @@ class _Loss(ctypes.Structure):
 
 
 @functools.cache
-def library() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+def library() -> Any:
+    """The library, a `ctypes.CDLL`, or as a string why there is none."""
     path = Path(__file__).with_name("libd2v_fast.so")
     if not path.exists():
         return "the C++ library is not built; `pip install .` builds it where cmake and a C++ compiler are found"
-    # torch brings its own OpenMP; a second pool of threads beside it would fight it for the cores.
+    # torch brings its own OpenMP; a second thread pool would compete with it for the cores.
     for openmp in Path(torch.__file__).parent.glob("lib/libgomp*"):
         ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
     try:

@@ -1,4 +1,4 @@
-"""The loss in plain PyTorch: the short, readable truth that every kernel is held against (method 1.2, 1.4, 1.7).
+"""The loss in plain PyTorch: the short, readable reference for every kernel (method 1.2, 1.4, 1.7).
 
 With `upcast=torch.float64` it is the oracle of the tests.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ NORM_DIMS = {"layer": (2,), "instance": (1,), "batch": (0, 1), "group": (1, 2)} 
 class Moments(NamedTuple):
     """Mean and summed squared deviation per channel; unlike sums of squares they pool over ranks without cancellation."""
 
-    count: Tensor  # ()
+    count: Tensor  # type: ignore[assignment]  # (), in place of tuple.count
     mean: Tensor  # (C,)
     m2: Tensor  # (C,)
 
@@ -49,12 +49,12 @@ class LossStats(NamedTuple):
 
 
 def inverse_std(variance: Tensor) -> Tensor:
-    """1/σ; NaN where the variance overflowed, because a factor of 0 would give targets of 0, wrong and unnoticed."""
+    """1/σ; NaN where the variance overflowed, because a factor of 0 would silently give targets of 0."""
     return (variance.masked_fill(variance.isinf(), torch.nan) + EPS).rsqrt()
 
 
 def normalize(x: Tensor, kind: str, padding_mask: Tensor | None = None) -> Tensor:
-    """Normalise x (B, T, C) without affine, biased variance, over the dimensions that `kind` names; padding is left out."""
+    """Normalise x (B, T, C) without affine, biased variance, over the dimensions of `kind`; padding is excluded."""
     if kind == "none":
         return x
     dims = NORM_DIMS[kind]
@@ -76,7 +76,7 @@ def make_targets(
     upcast: torch.dtype = torch.float32,
 ) -> Tensor:
     """Average of the normalised teacher layers, normalised again: K × (B, T, C) → (B, T, C) in `upcast` (method 1.2)."""
-    total = 0
+    total: Any = 0
     for layer in layers:
         total = total + normalize(layer.detach().to(upcast), norm, padding_mask)
     return normalize(total / len(layers), target_norm, padding_mask)
@@ -92,7 +92,7 @@ def mean_over_time(targets: Tensor, padding_mask: Tensor | None = None) -> Tenso
 
 
 def moments_of(rows: Tensor, scored: Tensor) -> Moments:
-    """Of the rows (N, C) that `scored` (N,) names; the others must be finite."""
+    """Moments of the rows (N, C) selected by `scored` (N,); the others must be finite."""
     weight = scored.unsqueeze(-1).to(rows.dtype)
     count = weight.sum()
     mean = (rows * weight).sum(0) / count.clamp(min=1)
@@ -135,12 +135,12 @@ def data2vec_loss(
         rows, scored = predictions.flatten(0, 1).to(upcast), (mask & keep).flatten()
     else:
         rows = predictions.to(upcast)
-        # size= keeps the number of rows on the host, so that a GPU is not waited for.
+        # size= keeps the number of rows on the host, which avoids a GPU sync.
         index = torch.nonzero_static(mask.flatten(), size=len(rows)).squeeze(1)
         length = mask.shape[-1]
         position = index // math.prod(mask.shape[1:]) * length + index % length  # all views of a sample share its targets
         targets, scored = targets[position], keep.flatten()[position]
-    # Fill, not multiply: what is not scored may hold anything, NaN included.
+    # Fill, not multiply: unscored rows may hold anything, NaN included.
     rows = rows.masked_fill(~scored.unsqueeze(-1), 0)
     targets = targets.masked_fill(~scored.unsqueeze(-1), 0)
     loss = errors(rows - targets, beta).sum() * scale

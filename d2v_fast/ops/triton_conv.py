@@ -1,15 +1,15 @@
-"""GPU kernels of grouped convolutions with channels last, as the decoders and the audio positions have them: stride 1, one
-output for each position. A group is a product of matrices.
+"""GPU kernels for channels-last grouped convolutions, as in the decoders and the audio positions: stride 1, one output per
+position. Each group is a matrix product.
 
-A row of the left matrix is a position, its columns are what all taps see there, K = taps · input channels of the group. It is
-not stored: `_patches` loads tiles of it from x. Groups of 24 or 48 channels waste nothing in them, because a tile may begin and
-end inside of a tap; only the output channels are padded to a power of two.
+A row of the left matrix is a position; its columns are the inputs of all taps, K = taps · input channels of the group. It is
+never stored: `_patches` loads its tiles from x. Groups of 24 or 48 channels waste nothing, because a tile may start and end
+inside a tap; only the output channels are padded to a power of two.
 
 | gradient of | is                                                                                                  |
 |-------------|-----------------------------------------------------------------------------------------------------|
-| the input   | the same convolution with the kernel turned round                                                   |
+| the input   | the same convolution with the kernel flipped                                                        |
 | the weight  | the left matrix, transposed, times the gradient; parts of the positions are summed in a fixed order |
-| the bias    | a sum, which is left to torch: a compiler joins it to what comes before                             |
+| the bias    | a sum, left to torch so that a compiler can fuse it                                                 |
 
 Shapes: x (N, H, W, C), speech and text with H = 1; M = N · H · W positions.
 """
@@ -29,14 +29,14 @@ except ImportError:
     triton = None
 
 DTYPES = (torch.bfloat16, torch.float16)
-PROGRAMS = 768  # of the weight's gradient: two waves on an H100; fixed, so that every GPU sums in one order
+PROGRAMS = 768  # for the weight gradient: two waves on an H100; fixed, so that every GPU sums in the same order
 _INTERPRETED = triton and tl.constexpr(triton_loss.INTERPRETED)
 
 
 @_jit
 def _patches(x_ptr, start, end, i, k, height, width, C: tl.constexpr, C_IN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
              TURNED: tl.constexpr):  # fmt: skip
-    """What columns k (1, K) of the kernel see at positions start + i, i (M, 1); zero beyond the sample and from `end` on."""
+    """Inputs of columns k (1, K) at positions start + i, i (M, 1); zero outside the sample and from `end` on."""
     position = start + i
     tap = k // C_IN
     down = tap // KW - KH // 2
@@ -44,21 +44,21 @@ def _patches(x_ptr, start, end, i, k, height, width, C: tl.constexpr, C_IN: tl.c
     if TURNED:
         down = -down
         right = -right
-    # Unsigned numbers are divided in fewer instructions, and what is left of 0 is beyond the end.
+    # Unsigned division takes fewer instructions, and negative positions wrap to beyond the end.
     line = tl.cast(position, tl.uint32) // tl.cast(width, tl.uint32)
     column = position - tl.cast(line, tl.int32) * width + right
     inside = tl.cast(column, tl.uint32) < tl.cast(width, tl.uint32)
     if KH > 1:
         row = tl.cast(line % tl.cast(height, tl.uint32), tl.int32) + down
         inside = inside & (tl.cast(row, tl.uint32) < tl.cast(height, tl.uint32))
-    offset = i * C + ((down * width + right) * C + k % C_IN)  # from `start`, because all of x may take more than 32 bits
+    offset = i * C + ((down * width + right) * C + k % C_IN)  # from `start`: offsets into all of x may exceed 32 bits
     x_ptr += tl.cast(start, tl.int64) * C
     return tl.load(x_ptr + offset, mask=inside & (position < end) & (k < KH * KW * C_IN), other=0)
 
 
 @_jit
 def _dot(a, b, total):
-    if _INTERPRETED:  # which multiplies the bits of bf16
+    if _INTERPRETED:  # the interpreter would multiply the bit patterns of bf16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total)
@@ -76,7 +76,7 @@ def _conv_kernel(
 ):  # fmt: skip
     K: tl.constexpr = KH * KW * C_IN
     PARTS: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
-    # Neighbours work on one set of positions, whose rows are whole only in all groups together.
+    # Neighbouring programs share positions: a full row spans all groups.
     part = tl.program_id(0) % (G * PARTS)
     group = part // PARTS
     start = tl.program_id(0) // (G * PARTS) * BLOCK_M
@@ -139,17 +139,17 @@ def _block(size: int, largest: int) -> int:
 
 
 def conv_tile(columns: int, channels: int) -> dict:
-    """Launch table of `_conv_kernel`: its stages take 72 KB of shared memory, or 96 KB, which consumer GPUs have."""
+    """Launch table of `_conv_kernel`: its stages take 72 or 96 KB of shared memory, which consumer GPUs have."""
     return dict(BLOCK_M=128, BLOCK_N=_block(channels, 128), BLOCK_K=_block(columns, 64), STAGES=3, num_warps=8)
 
 
 def weight_grad_tile(columns: int, channels: int) -> dict:
-    """Launch table of `_weight_grad_kernel`: the same tiles the other way."""
+    """Launch table of `_weight_grad_kernel`: the same tiles transposed."""
     return dict(BLOCK_M=64, BLOCK_N=_block(channels, 128), BLOCK_K=_block(columns, 128), STAGES=3, num_warps=8)
 
 
 def _matrices(weight: Tensor, groups: int, dtype: torch.dtype, turned: bool) -> Tensor:
-    """Weight (C_out, C_in / G, kh, kw) as one matrix (K, columns) a group; `turned`, its rows are output channels."""
+    """Weight (C_out, C_in / G, kh, kw) as one matrix (K, columns) per group; with `turned` its rows are output channels."""
     grouped = weight.unflatten(0, (groups, -1)).permute(0, 3, 4, *((1, 2) if turned else (2, 1)))
     return torch.empty(grouped.shape, dtype=dtype, device=weight.device).copy_(grouped)
 
@@ -160,7 +160,7 @@ torch.library.define("d2v_fast::conv_weight_grad", "(Tensor x, Tensor grad, SymI
 
 @torch.library.impl("d2v_fast::conv", "CompositeExplicitAutograd")
 def _conv(x, weight, bias, groups, turned):
-    """y of contiguous x and, `turned`, the gradient of x by that of y."""
+    """y of contiguous x, or with `turned` the gradient of x from that of y."""
     matrices = _matrices(weight, groups, x.dtype, turned)
     _, kh, kw, c_in, c_out = matrices.shape
     y = x.new_empty((*x.shape[:3], groups * c_out))
@@ -196,7 +196,7 @@ def _conv_fake(x, weight, bias, groups, turned):
 
 @torch.library.impl("d2v_fast::conv_weight_grad", "CompositeExplicitAutograd")
 def _conv_weight_grad(x, grad, kernel, groups):
-    """The gradient (C_out, C_in / G, kh, kw) of the weight in fp32, by contiguous x and gradient of y."""
+    """The gradient (C_out, C_in / G, kh, kw) of the weight in fp32, from contiguous x and gradient of y."""
     (kh, kw), c_in, c_out = kernel, x.shape[3] // groups, grad.shape[3] // groups
     columns = kh * kw * c_in
     tile = weight_grad_tile(columns, c_out)
@@ -255,7 +255,7 @@ class _Conv(torch.autograd.Function):
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-    """The convolution of stride 1 whose output has the positions of its input; an even kernel reaches further to the left.
+    """Convolution of stride 1 whose output has the positions of its input; an even kernel reaches further left.
 
     Args:
         x: (N, H, W, C_in) bf16 or fp16, copied where not contiguous; H = 1 for one axis.

@@ -1,16 +1,16 @@
-"""GPU kernels of the loss: a target is made once, in registers, scored against all of its views, and never stored.
+"""GPU kernels of the loss: each target is computed once, in registers, scored against all views, and never stored.
 
 | norm                   | kernels                                                                                       |
 |------------------------|-----------------------------------------------------------------------------------------------|
-| layer, none            | `_loss_rows_kernel`: a warp owns a position, its channels stay in registers; of the teacher   |
-|                        | nothing is read where nothing is scored                                                       |
+| layer, none            | `_loss_rows_kernel`: a warp owns a position, whose channels stay in registers; unscored       |
+|                        | teacher rows are not read                                                                     |
 | instance, T ≤ LONGEST  | `_loss_instance_kernel`: a program owns a sample × BLOCK_C channels and reads each layer once |
 | batch, group, longer T | `_channel_stats_kernel`, then `_loss_rows_kernel` with the mean and rstd of each channel;     |
 |                        | so does instance when target_norm is layer                                                    |
 | target_norm over T     | the averages of all rows are written out and become the only layer                            |
 
 `_order_kernel` comes first: it numbers the masked positions, which pairs them with the rows of the predictions.
-`_finish_kernel` comes last: it sums what each of P programs left behind in a fixed order, so two runs agree bit by bit.
+`_finish_kernel` comes last: it sums the partial results of the P programs in a fixed order, so two runs agree bit by bit.
 Shapes: K teacher layers (B, T, C); the position of a token is b · T + t; M views; N predictions (N, C), or B · T if dense.
 """
 
@@ -46,7 +46,7 @@ def _jit(function=None, **options):
 
 @_jit
 def _select(x_ptrs, k, K: tl.constexpr):
-    """x_ptrs[k] for a k known at run time only; all start at a multiple of 16 bytes."""
+    """x_ptrs[k] for a k that is only known at run time; all are 16-byte aligned."""
     address = x_ptrs[0].to(tl.int64)
     for j in tl.static_range(1, K):
         address = tl.where(k == j, x_ptrs[j].to(tl.int64), address)
@@ -120,7 +120,7 @@ def _order_kernel(
     n, n_rows, n_views, n_time,
     DENSE: tl.constexpr, BY_ROW: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Numbers the masked positions. Each program counts all others by itself: the mask is small, and one launch is saved."""
+    """Numbers the masked positions. Every program counts all positions itself: the mask is small, and it saves a launch."""
     lane = tl.arange(0, BLOCK)
     first = tl.program_id(0) * BLOCK
     i = first + lane
@@ -136,7 +136,7 @@ def _order_kernel(
             total += part
             before += tl.where(start < first, part, 0)
         order = tl.sum(before) + tl.cumsum(masked.to(tl.int32))
-        # Positions that are not masked get the rows behind the last: with too many predictions these become zero.
+        # Unmasked positions get the rows after the last one; with too many predictions these become zero.
         row = tl.where(masked, order - 1, tl.sum(total) + i - order)
     position = i // (n_views * n_time) * n_time + i % n_time
     scored = masked
@@ -209,7 +209,7 @@ def _loss_rows_kernel(
         for _ in tl.static_range(CHUNKS):
             y += (zeros,)
         layers = K
-        if not BY_ROW and BLOCK_M == 1:  # of several views hardly a tile is unused
+        if not BY_ROW and BLOCK_M == 1:  # with several views hardly any tile is unused
             layers = tl.max(tl.where(used, K, 0))
         for k in tl.range(0, layers, num_stages=STAGES):
             x_ptr = _select(x_ptrs, k, K)
@@ -218,7 +218,7 @@ def _loss_rows_kernel(
                 c = i * BLOCK_C + column
                 part = tl.load(x_ptr + offset + c * tl.cast(stride_xc, tl.int64), mask=used & (c < C), other=0).to(tl.float32)
                 if NORM == "affine":
-                    s = tl.cast(k * n_batch + batch, tl.int64) * C + c  # not BY_ROW, so that a tile is of one sample
+                    s = tl.cast(k * n_batch + batch, tl.int64) * C + c  # not BY_ROW, so a tile belongs to one sample
                     mean = tl.load(mean_ptr + s, mask=c < C, other=0)
                     part = (part - mean) * tl.load(rstd_ptr + s, mask=c < C, other=0)
                 parts += (part,)
@@ -265,7 +265,7 @@ def _loss_rows_kernel(
             share = 1 / tl.maximum(count, 1.0)
             updated = ()
             for i in tl.static_range(CHUNKS):
-                # Not BY_ROW, what is not scored may hold anything.
+                # Without BY_ROW, unscored rows may hold anything.
                 target = average[i] if BY_ROW else tl.where(weight > 0, average[i], 0.0)
                 updated += _welford(of_targets[2 * i], of_targets[2 * i + 1], target, weight, weight * share)
             of_targets = updated
@@ -335,7 +335,7 @@ def _loss_instance_kernel(
     batch = tl.program_id(1)
     n_batch = tl.num_programs(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    # One dimension until all is loaded: (BLOCK_T, 1) would be given a layout in which most threads load the same.
+    # 1-D until loaded: for (BLOCK_T, 1) Triton picks a layout in which most threads load the same element.
     time = tl.arange(0, BLOCK_T)
     exists = time < n_time
     present = exists
@@ -352,7 +352,7 @@ def _loss_instance_kernel(
         mean = tl.sum(x, 0, keep_dims=True) * share
         off = tl.where(present, x - mean, 0.0)
         y += off * _inverse_std(tl.sum(off * off, 0, keep_dims=True) * share)
-    # The mean over T is 0 but for the rounding of each `mean`, which under a large mean is the largest error.
+    # The mean over T is 0 up to the rounding of each `mean`, which is the largest error under a large mean.
     y = (y - tl.sum(y, 0, keep_dims=True) * share) * (1 / K)
 
     value = tl.zeros((BLOCK_T, 1), tl.float32)
@@ -374,7 +374,7 @@ def _loss_instance_kernel(
         _, mean, m2 = _merge(weight, y, zeros)
         tl.store(out, mean, mask=c < C)
         tl.store(out + n_batch * C, m2, mask=c < C)
-        # The predictions once more, from the L2 cache: beside y the registers would not hold what this needs.
+        # Reload the predictions from the L2 cache: together with y they would not fit in registers.
         count = tl.zeros((1, 1), tl.float32)
         mean = tl.zeros((1, BLOCK_C), tl.float32)
         m2 = mean
@@ -404,7 +404,7 @@ def _channel_stats_kernel(
     batch = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     x_ptr = _select(x_ptrs, tl.program_id(2), K) + c * tl.cast(stride_xc, tl.int64)
-    # Sums of what is left of x without the first row that a thread sees: no cancellation, for less than a running mean takes.
+    # Sums of x minus the first row of each thread: no cancellation, and cheaper than a running mean.
     first = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     total = first
     square = first
@@ -455,7 +455,7 @@ def _finish_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, MEAN: tl.constexpr, WITH_STATS: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = 4096
-    ROWS: tl.constexpr = 128  # many at a time: the loads of one turn wait for those of the turn before
+    ROWS: tl.constexpr = 128  # many at once, because the loads of one iteration wait for the previous one
     loss = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_losses, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -491,7 +491,7 @@ def _finish_kernel(
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Why these kernels cannot run on `device`, or None if they can; they offer every norm."""
+    """Why these kernels cannot run on `device`, or None if they can; they implement every norm."""
     if triton is None:
         return "the package triton is not installed"
     if device.type != "cuda" and not INTERPRETED:
@@ -505,9 +505,9 @@ def _n_processors(device: torch.device) -> int:
 
 
 def _uniform(layers: Sequence[Tensor]) -> list[Tensor]:
-    """The layers with one set of strides for all and starts at multiples of 16 bytes; copies only those that differ."""
+    """The layers with equal strides and 16-byte alignment; copies only those that differ."""
     strides = Counter(x.stride() for x in layers).most_common(1)[0][0]
-    if 0 in strides:  # of an expanded tensor, into which nothing can be copied
+    if 0 in strides:  # an expanded tensor, which cannot be copied into
         strides = torch.empty(layers[0].shape, device="meta").stride()
     differs = [x.stride() != strides or x.data_ptr() % 16 != 0 for x in layers]
     return [x.new_empty_strided(x.shape, strides).copy_(x) if d else x for x, d in zip(layers, differs, strict=True)]
@@ -519,7 +519,7 @@ def _stages(tile_bytes: int) -> int:
 
 
 def _order(mask: Tensor, padding_mask: Tensor | None, n_rows: int, dense: bool, by_row: bool) -> Tensor:
-    """Which row of the predictions belongs to which position of the contiguous mask (B, M, T); int32, see `_order_kernel`."""
+    """The prediction row of each position of the contiguous mask (B, M, T); int32, see `_order_kernel`."""
     order = torch.empty(n_rows if by_row else mask.shape, dtype=torch.int32, device=mask.device)
     if mask.numel():
         _order_kernel[(triton.cdiv(mask.numel(), 2048),)](
@@ -543,8 +543,8 @@ def _alignment(x: Tensor) -> int:
 
 
 def rows_tile(channels: int, itemsize: int, by_row: bool, affine: bool, stats: bool) -> dict:
-    """Launch table of `_loss_rows_kernel`: 16 bytes a thread and 512 a warp, as many warps a row as registers ask for."""
-    # Moments are four more numbers for each channel, the mean and rstd of a layer two.
+    """Launch table of `_loss_rows_kernel`: 16 bytes per thread, 512 per warp, and as many warps per row as registers need."""
+    # Moments take four more numbers per channel, the mean and rstd of a layer two.
     per_warp = (512 if affine and itemsize == 4 else 768) if stats else 1280
     warps = min(triton.next_power_of_2(triton.cdiv(channels, per_warp)), 8)
     full = warps * 512 // itemsize
@@ -555,12 +555,12 @@ def rows_tile(channels: int, itemsize: int, by_row: bool, affine: bool, stats: b
         BLOCK_C=block_c,
         STAGES=_stages(block_n * block_c * triton.cdiv(channels, block_c) * itemsize),
         num_warps=4 * warps,
-        maxnreg=168 if stats and by_row and warps == 1 else None,  # for a third block on a processor
+        maxnreg=168 if stats and by_row and warps == 1 else None,  # fits a third block on a multiprocessor
     )
 
 
 def instance_tile(length: int, channels: int, itemsize: int) -> dict:
-    """Launch table of `_loss_instance_kernel`: 32 elements of (T, BLOCK_C) a thread, at least 32 bytes of each row."""
+    """Launch table of `_loss_instance_kernel`: 32 elements of (T, BLOCK_C) per thread, at least 32 bytes of each row."""
     block_t = max(triton.next_power_of_2(length), 16)
     block_c = min(max(8192 // block_t, 32 // itemsize), 128, triton.next_power_of_2(channels))
     size = block_t * block_c
@@ -644,7 +644,7 @@ def loss(
     if mask.numel() == 0:
         norm, target_norm, padding_mask = "none", "none", None
     if target_norm not in ("none", "layer"):
-        # The gradient of the squared error at a prediction of 0 is -2 · target: no kernel of its own for the averages.
+        # The squared error's gradient at a prediction of 0 is -2 · target, so the averages need no extra kernel.
         zeros = torch.zeros((batch, length, channels), dtype=torch.float32, device=mask.device)
         everything = mask.new_ones((batch, length))
         grad = loss(zeros, layers, everything, padding_mask, norm, "none", 0.0, 1.0, False, False, False)[1]
@@ -686,7 +686,7 @@ def loss(
             block_n = tile["BLOCK_N"]
             n_tiles = triton.cdiv(n_rows, block_n) if by_row else batch * triton.cdiv(length, block_n)
             programs = max(n_tiles, 1)
-            if stats:  # as many as run at a time, because each leaves moments behind
+            if stats:  # as many as run concurrently, because each writes moments
                 programs = min(programs, (3 if tile["maxnreg"] else 8 // tile["num_warps"] or 1) * _n_processors(z.device))
             statistics = (z, z)
             if norm in POOLED:

@@ -8,16 +8,17 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from d2v_fast.checkpoint import Checkpoint, Checkpoints
+from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from d2v_fast.config import MODALITIES, Config, ConfigError, data_class
-from d2v_fast.data import Batch, EpochBatches, PretrainingData
+from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData
 from d2v_fast.data.own import blamed, check_batch, check_class
+from d2v_fast.data.streaming import StreamBatches
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.diagnostics import Monitor
 from d2v_fast.encoders import Encoder, build_encoder
@@ -38,6 +39,8 @@ from d2v_fast.train.step import State, make_graphs
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
+
+    from d2v_fast.several import SeveralConfig
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +73,10 @@ class Run:
 
     config: Config
     settings: dict[str, Any]
-    accelerator: Accelerator
     folder: RunFolder
     checkpoints: Checkpoints
-    data: PretrainingData
     samples: Samples
     feed: Feed
-    broken: BrokenSamples
     state: State
     window: Window
     steps: int
@@ -87,6 +87,18 @@ class Run:
     stop: bool = False
     name: str = ""
     record: dict[str, float] | None = None
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.state.accelerator
+
+    @property
+    def data(self) -> PretrainingData:
+        return self.feed.data
+
+    @property
+    def broken(self) -> BrokenSamples:
+        return self.feed.broken
 
     @property
     def each(self) -> list[Run]:
@@ -155,6 +167,8 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
 def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Callback]) -> Run:
     settings, checkpoints, saved = begin(config, fused, accelerator, folder)
     data, encoder, samples = read(config, folder.path)
+    if accelerator.num_processes > 1:
+        check_ranks(samples, str(config.data.get("path")))
     if saved:
         samples.compare(saved, config.resume_allow)
     train = config.train
@@ -168,9 +182,12 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     if train.shard:
         _shard(core, config, data, accelerator)
 
-    order = make_order(config, data, accelerator, trained_batches(saved, accelerator))
-    steps_per_epoch = len(order.epoch(0)) / accelerator.num_processes / train.accumulate
-    steps = train.steps if train.epochs is None else max(1, round(train.epochs * steps_per_epoch))
+    if data.stream:
+        order, steps = stream_batches(config, data, accelerator, saved), train.steps
+    else:
+        order = make_order(config, data, accelerator, trained_batches(saved, accelerator))
+        steps_per_epoch = len(order.epoch(0)) / accelerator.num_processes / train.accumulate
+        steps = train.steps if train.epochs is None else max(1, round(train.epochs * steps_per_epoch))
     feed = make_feed(config, data, order, accelerator)
 
     # A layer that layer-drop skips on one rank has no gradient there.
@@ -185,13 +202,10 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     run = Run(
         config=config,
         settings=settings,
-        accelerator=accelerator,
         folder=folder,
         checkpoints=checkpoints,
-        data=data,
         samples=samples,
         feed=feed,
-        broken=feed.broken,
         state=state,
         window=Window(accelerator.device),
         steps=steps,
@@ -203,7 +217,7 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
 
 
 def begin(
-    config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder
+    config: Config | SeveralConfig, fused: bool, accelerator: Accelerator, folder: RunFolder
 ) -> tuple[dict[str, Any], Checkpoints, Checkpoint | None]:
     """The settings as a checkpoint stores them, the checkpoints, and the one to resume from."""
     settings = {"modality": config.modality, "fused": fused, "processes": accelerator.num_processes, **config.settings()}
@@ -223,6 +237,20 @@ def read(config: Config, folder: Path) -> tuple[PretrainingData, Encoder, Sample
     return data, encoder, _fit(data, encoder, config)
 
 
+def check_ranks(samples: Samples, path: str) -> None:
+    """Raise DataError, on all ranks, unless all of them see the same samples."""
+    from accelerate.utils import gather_object
+
+    found = [identity["samples"] for identity in gather_object([samples.identity])]
+    differ = [rank for rank, each in enumerate(found) if each != found[0]]
+    if differ:
+        counts = f"{found[0]['number']} samples on rank 0, {found[differ[0]]['number']} on rank {differ[0]}"
+        raise DataError(
+            f"data.path={path}: ranks {', '.join(map(str, differ))} see other data than rank 0 ({counts}, or samples of other "
+            "content); every machine needs the same files"
+        )
+
+
 def trained_batches(saved: Checkpoint | None, accelerator: Accelerator, part: str = "") -> int:
     """Number of batches that this rank has trained on."""
     if not saved:
@@ -234,12 +262,12 @@ def trained_batches(saved: Checkpoint | None, accelerator: Accelerator, part: st
 
 def make_feed(config: Config, data: PretrainingData, order: EpochBatches, accelerator: Accelerator) -> Feed:
     broken = BrokenSamples(len(data), config.train.max_broken)
-    return Feed(data, order, config.train.workers, accelerator.device.type == "cuda", broken)
+    return Feed(data, order, config.train.workers, accelerator.device, broken)
 
 
 def make_updates(
-    core: torch.nn.Module, config: Config, steps: int, done: int, fused: bool
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    core: torch.nn.Module, config: Config | SeveralConfig, steps: int, done: int, fused: bool
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Optimizer and learning rate schedule after `done` of `steps` steps."""
     optimizer = make_optimizer(core, config.optimizer, fused)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
@@ -301,9 +329,8 @@ def make_core(config: Config, data: PretrainingData, encoder: Encoder, accelerat
     """Student, teacher and head. Tries a batch where that gives a better error: on several ranks and for own data classes."""
     own = config.data["class"]
     shapes = _try_collate(config, data, encoder) if own else ""
-    core = make_model(config, encoder, data.axes)
+    core = make_model(config, encoder, data.axes).to(accelerator.device)  # before the optimizer, which apex requires
     if accelerator.num_processes > 1 or own:
-        core.to(accelerator.device)
         with accelerator.autocast(), blamed(own, type(data), f"the model does not take its batch, {shapes}"):
             unused = freeze_unused(core, data)
         if unused and accelerator.is_main_process:
@@ -338,7 +365,7 @@ def _shard(core: Data2Vec, config: Config, data: PretrainingData, accelerator: A
             core.eval()
             with torch.no_grad(), accelerator.autocast():
                 core(**{key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)})
-            core.reshard()
+            cast(Any, core).reshard()  # FSDPModule's
             core.train()
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ConfigError(
@@ -372,6 +399,29 @@ def make_order(config: Config, data: PretrainingData, accelerator: Accelerator, 
         getattr(data, "max_batch_length", None),
         start=start,
     )
+
+
+def stream_batches(config: Config, data: PretrainingData, accelerator: Accelerator, saved: Checkpoint | None) -> StreamBatches:
+    """This rank's batches of a stream, starting after those it has trained on.
+
+    Raises:
+        CheckpointError: The run had another number of processes.
+    """
+    rank, world, train = accelerator.process_index, accelerator.num_processes, config.train
+    state = None
+    if saved:
+        with saved.reading():
+            ranks = saved.state["ranks"]
+            state = ranks[rank]["stream"] if world == len(ranks) else None
+        if world != len(ranks):
+            raise CheckpointError(
+                f"{saved.folder}: its run had {len(ranks)} processes, this one has {world}; each reads its part of a "
+                f"stream: start {len(ranks)}"
+            )
+    if accelerator.is_main_process:
+        log.info("%s is streamed: the order of its samples depends on the number of ranks, here %d", config.data["path"], world)
+    start = trained_batches(saved, accelerator)
+    return StreamBatches(data, train.batch_size, train.seed, rank, world, train.workers, start, state)
 
 
 def learns_tokens(config: Config) -> bool:
@@ -424,7 +474,7 @@ def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encode
 
     fields, name = dict(config.encoder.config), config.encoder.model
     if tokens and config.encoder.pretrained is None and name in CONFIG_MAPPING:
-        known = CONFIG_MAPPING[name]()
+        known = CONFIG_MAPPING[str(name)]()
         if not hasattr(known, "vocab_size"):
             raise ConfigError(f"encoder.model={name}: has no vocabulary, so it cannot read text; roberta and bert do")
         fields = {field: value for field, value in tokens.items() if hasattr(known, field)} | fields
@@ -485,7 +535,7 @@ def _start_from_pretrained(model: Data2Vec, config: Config) -> None:
 
     encoder = config.encoder.pretrained and Path(config.encoder.pretrained).expanduser()
     required, made = config.head.pretrained is not None, {}
-    file = (Path(config.head.pretrained).expanduser() if required else encoder or Path()) / HEAD
+    file = (Path(config.head.pretrained).expanduser() if config.head.pretrained is not None else encoder or Path()) / HEAD
     if required or (encoder and file.is_file()):
         try:
             with safe_open(file, "pt") as opened:
@@ -522,6 +572,11 @@ def _in_one_line(error: Exception) -> str:
 
 def first_batch(data: PretrainingData) -> Batch | None:
     """A batch of up to two readable samples with something to score; None if there is none, which the first step reports."""
+    if data.stream:  # tells before the first step if the remote does not answer
+        batch = next(iter(StreamBatches(data, 2, buffer=2)))
+        if "failed" in batch:
+            raise DataError(batch["failed"])
+        return batch if len(batch.get("index", ())) else None
     batches = (data.__getitems__([(0, i) for i in range(at, min(at + 2, len(data)))]) for at in range(0, len(data), 2))
     return next((batch for batch in itertools.islice(batches, EMPTY) if len(batch.get("index", ()))), None)
 

@@ -88,15 +88,16 @@ class RunFolder:
 def new_folder(name: str) -> Path:
     """Create a folder in runs/ for a run without train.output. Runs that start in the same second get different ones."""
     base = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
-        folder = Path(base + suffix)
+    folder, number = Path(base), 1
+    while True:
         try:
             folder.mkdir(parents=True)
+            return folder
         except FileExistsError:
-            continue
+            number += 1
+            folder = Path(f"{base}-{number}")
         except OSError as error:
             raise cannot_write(folder, error) from error
-        return folder
 
 
 def cannot_write(folder: Path, error: OSError) -> ConfigError:

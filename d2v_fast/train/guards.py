@@ -140,8 +140,9 @@ class StopRequest:
     ECHO = 1.0  # seconds; torchrun forwards a Ctrl-C that the terminal has already sent to its ranks
 
     def __enter__(self) -> StopRequest:
-        self.asked, self.since = False, None
-        self.before = {}
+        self.asked = False
+        self.since: float | None = None
+        self.before: dict[int, Any] = {}
         if not in_main_thread():
             log.warning("not in the main thread: SIGTERM and Ctrl-C do not save the run, only train.save_every does")
             return self

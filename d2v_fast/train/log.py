@@ -46,7 +46,8 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, step: int = 0, board: bool = True):
-        self.folder, self.step, self.wants_board, self.board = folder, step, board, None
+        self.folder, self.step, self.wants_board = folder, step, board
+        self.board: Any = None
 
     def __enter__(self) -> RunLog:
         if self.folder is not None:
@@ -103,13 +104,14 @@ class Trackers(Callback):
         for name in names:
             if importlib.util.find_spec(name) is None:
                 raise ConfigError(f"train.trackers={name}: is not installed; pip install {name}, or leave it out")
-        self.names, self.trackers = names, {}
+        self.names = names
+        self.trackers: dict[str, Any] = {}
 
     def on_start(self, run: Run) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         folder, name, done = run.folder.path, run.folder.path.resolve().name, run.state.done
-        arguments = {
+        arguments: dict[str, tuple[Any, ...]] = {
             # On resume, remove points after the checkpoint.
             "tensorboard": ("tensorboard", folder, {"purge_step": done + 1 if done else None}),
             "wandb": (PROJECT, {"name": name, "dir": str(folder)}),
@@ -268,7 +270,7 @@ def make_record(state: State, window: Window, broken: BrokenSamples, epoch: int,
         **({"cls_loss": cls_loss} if state.core.cls_weight else {}),
         **state.monitor.figures(loss - cls_loss),
         "grad_norm": float(grad_norm),
-        "lr": state.scheduler.get_last_lr()[0],
+        "lr": float(state.scheduler.get_last_lr()[0]),
         "ema_decay": state.core.teacher.decay(state.core.teacher.step),
         "samples_per_s": window.samples * state.world / seconds,
         "data_wait": window.seconds_waited / seconds,

@@ -142,10 +142,10 @@ def _describe(run: Run) -> None:
     for part in run.each:
         _describe_part(part)
     where = f"{config.train.precision} on {run.state.device}" + (f" × {world}" if world > 1 else "")
-    samples = " + ".join(f"{len(part.data)}" for part in run.each)
+    samples = " + ".join("streamed" if part.data.stream else f"{len(part.data)}" for part in run.each)
     log.info("%s samples, %d steps, %s, run in %s", samples, run.steps, where, folder)
     if run.fused:
-        log.info("fused: %s", ", ".join([*run.fused, "AdamW"]))
+        log.info("fused: %s", ", ".join([*run.fused, *(["AdamW"] if config.optimizer.kind == "adamw" else [])]))
     if done := run.state.done:
         log.info("resumes after step %d%s", done, "; nothing is left to train" * (done >= run.steps))
 
@@ -180,7 +180,7 @@ def _conclude(run: Run, stopped: bool) -> int:
         log.warning("stopped before the first step; there is nothing to resume")
     elif stopped:
         log.warning(
-            "stopped at step %d of %d; the student so far is in %s; d2v-train --resume %s goes on",
+            "stopped at step %d of %d; the student so far is in %s; d2v-train --resume %s continues",
             *(done, run.steps, students, folder),
         )
     return INTERRUPTED if stopped else 0

@@ -1,18 +1,37 @@
-"""The optimizer, and the learning rate as a function of the step."""
+"""The optimizers, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
 import math
+from collections.abc import Callable
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from d2v_fast.config import ConfigError, OptimizerConfig, ScheduleConfig
 
+log = logging.getLogger(__name__)
 
-def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:
-    """AdamW without weight decay on vectors, learning rates scaled by name (method 4.8); `fused` = one pass per tensor."""
+
+def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool = False) -> Optimizer:
+    """AdamW or LAMB without weight decay on vectors, learning rates scaled by name (method 4.8).
+
+    Args:
+        model: On the device where it is trained.
+        config: The settings.
+        fused: AdamW in one pass per tensor. LAMB is NVIDIA apex's on a GPU, if apex is installed.
+
+    Raises:
+        ConfigError: A pattern of `lr_scale` matches no parameter.
+    """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     unused = set(config.lr_scale)
     for name, parameter in model.named_parameters():
@@ -29,12 +48,123 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool 
         raise ConfigError(f"optimizer.lr_scale: {sorted(unused)} match no parameter, such as {name}")
     # The schedule of a resumed run needs initial_lr.
     rates = {s: {"lr": config.lr * s, "initial_lr": config.lr * s} for _, s in groups}
-    return torch.optim.AdamW(
-        [{"params": p, "weight_decay": d, **rates[s]} for (d, s), p in groups.items()],
-        betas=tuple(config.betas),
-        eps=config.eps,
-        fused=fused or None,
-    )
+    described = [{"params": p, "weight_decay": d, **rates[s]} for (d, s), p in groups.items()]
+    betas, eps = (config.betas[0], config.betas[1]), config.eps
+    if config.kind == "adamw":
+        return torch.optim.AdamW(described, betas=betas, eps=eps, fused=fused or None)
+    if _on_gpu(model):
+        obstacle = apex_obstacle()
+        if not obstacle:
+            log.info("LAMB by apex's FusedLAMB")
+            # Its own clipping is off: train.clip_norm clips.
+            return _apex_lamb()(described, betas=betas, eps=eps, max_grad_norm=math.inf)
+        log.info("LAMB by torch's operations: %s", obstacle)
+    return Lamb(described, betas=betas, eps=eps)
+
+
+def _on_gpu(model: torch.nn.Module) -> bool:
+    return all(parameter.is_cuda for parameter in model.parameters())
+
+
+class Lamb(Optimizer):
+    """LAMB (You et al. 2019, algorithm 2): AdamW's update of each tensor, scaled to the norm of the tensor.
+
+    As in the authors' training of BERT, tensors without weight decay are not scaled. A tensor of zeros is not scaled either.
+    The state of a parameter has AdamW's form: `step`, `exp_avg`, `exp_avg_sq`.
+
+    Args:
+        params: Parameters or groups, each with `lr` and `weight_decay`.
+        betas: Decay rates of the moments.
+        eps: Added to the root of the second moment.
+    """
+
+    def __init__(self, params: Any, betas: tuple[float, float], eps: float):
+        super().__init__(params, {"betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of all parameters with gradients; returns the result of `closure`."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for group in self.param_groups:
+            if parameters := [p for p in group["params"] if p.grad is not None]:
+                self._update(parameters, **group)
+        return result
+
+    def _update(
+        self, parameters: list[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float, **_: Any
+    ) -> None:
+        for p in parameters:
+            if p not in self.state:
+                # The step stays on the host, where it is read.
+                self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        states, grads = [self.state[p] for p in parameters], [p.grad for p in parameters]
+        steps, means, squares = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
+        torch._foreach_add_(steps, 1)
+        torch._foreach_lerp_(means, grads, 1 - betas[0])
+        torch._foreach_mul_(squares, betas[1])
+        torch._foreach_addcmul_(squares, grads, grads, 1 - betas[1])
+
+        corrections = [[1 - beta ** int(step) for step in steps] for beta in betas]
+        roots = torch._foreach_div(squares, corrections[1])
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, eps)
+        updates = torch._foreach_div(means, corrections[0])
+        torch._foreach_div_(updates, roots)
+        if weight_decay:
+            torch._foreach_add_(updates, parameters, alpha=weight_decay)
+            weights, lengths = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, updates))
+            ratios = torch.where((weights > 0) & (lengths > 0), weights / lengths, 1.0)
+            torch._foreach_mul_(updates, list(ratios.unbind()))
+        torch._foreach_add_(parameters, updates, alpha=-lr)
+
+
+def _apex_lamb() -> type[Optimizer]:
+    """apex's FusedLAMB, with the state of `Lamb`, so that a run resumes with or without apex."""
+    from apex.optimizers import FusedLAMB
+
+    class ApexLamb(FusedLAMB):
+        """apex counts steps by group, and not in the state."""
+
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            result = super().step(closure)
+            for group in self.param_groups:
+                step = torch.tensor(float(group["step"]))
+                for parameter in group["params"]:
+                    if parameter in self.state:
+                        self.state[parameter]["step"] = step
+            return result
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:
+                group["step"] = max((int(self.state[p]["step"]) for p in group["params"] if p in self.state), default=0)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            Optimizer.zero_grad(self, set_to_none)
+
+    return ApexLamb
+
+
+def apex_obstacle() -> str:
+    """Why NVIDIA apex cannot be used, or "". The package named apex on PyPI is another one; it is never imported."""
+    found = importlib.util.find_spec("apex")
+    if found is None:
+        return "apex is not installed"
+    if not found.origin or not Path(found.origin).with_name("optimizers").exists():
+        try:
+            version = f" {importlib.metadata.version('apex')}"
+        except importlib.metadata.PackageNotFoundError:
+            version = ""
+        return f"apex{version} is not NVIDIA's: pip uninstall apex"
+    try:
+        importlib.import_module("apex.optimizers")
+        importlib.import_module("amp_C")  # its kernels, which a build may leave out
+    except Exception as error:
+        return f"apex cannot be imported: {error}"
+    return ""
 
 
 def warmup_steps(steps: int, config: ScheduleConfig) -> float:

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from d2v_fast.train.folder import STEP
 from d2v_fast.train.parallel import from_main
 
 if TYPE_CHECKING:
+    from d2v_fast.several import SeveralConfig
     from d2v_fast.train.build import Run
 
 
@@ -37,7 +38,7 @@ class Samples:
     def __init__(self, number: int, names: Sequence[str], digests: np.ndarray):
         self.names, self.digests = names, torch.from_numpy(digests.copy())
         content = hashlib.sha256(digests.tobytes()).hexdigest()
-        self.identity = {"samples": {"number": number, "content": content}}
+        self.identity: dict[str, dict[str, Any]] = {"samples": {"number": number, "content": content}}
 
     @classmethod
     def joined(cls, parts: Sequence[Samples]) -> Samples:
@@ -71,7 +72,7 @@ def newest(checkpoints: Checkpoints, main: bool) -> Checkpoint:
     return Checkpoint(from_main(None))
 
 
-def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config) -> None:
+def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config | SeveralConfig) -> None:
     """Raise CheckpointError for settings that must not differ.
 
     Settings that did not exist when the checkpoint was written are ignored if they have their default. A different number of
@@ -142,7 +143,7 @@ def save(run: Run) -> None:
         "samples": {"digests": run.samples.digests},
         "rng": {f"{i}.{kind}": states[kind] for i, (_, states) in enumerate(ranks) for kind in states},
     }
-    values = {
+    written: dict[str, Any] = {
         **run.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "settings": run.settings,
@@ -150,10 +151,10 @@ def save(run: Run) -> None:
         "ranks": [rank for rank, _ in ranks],
     }
     if callbacks := run.callbacks.state_dict():
-        values["callbacks"] = callbacks
+        written["callbacks"] = callbacks
     run.checkpoints.wait()
     run.callbacks.written(run)  # for the previous checkpoint
-    run.checkpoints.save(state.done, tensors, values)
+    run.checkpoints.save(state.done, tensors, written)
     run.callbacks.awaited = state.done
     if run.changed:  # config.yaml takes over allowed changes once a checkpoint has them
         run.checkpoints.wait()
@@ -191,14 +192,14 @@ def restore(run: Run, saved: Checkpoint) -> None:
 
 def generator_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """States of this process's random number generators: Python's and numpy's as JSON values, torch's as tensors."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     tensors = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
     return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}, tensors
 
 
-def load_generator_states(numbers: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+def load_generator_states(numbers: dict[str, Any], tensors: dict[str, Any], device: torch.device) -> None:
     """Restore the result of `generator_states`."""
     version, keys, gauss = numbers["python"]
     random.setstate((version, tuple(keys), gauss))

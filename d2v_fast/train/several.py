@@ -12,10 +12,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from d2v_fast.config import ConfigError
 from d2v_fast.fused import fuse
 from d2v_fast.several import Several, SeveralConfig
 from d2v_fast.train.build import (
@@ -66,7 +67,7 @@ class SeveralRun(Run):
     parts: dict[str, Run] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.turns = turns(self.config.shares, self.steps, self.config.train.seed)
+        self.turns = turns(cast(Any, self.config).shares, self.steps, self.config.train.seed)
         each = self.turns[:, None] == np.arange(len(self.parts))
         self.numbers = np.cumsum(each, axis=0)[np.arange(self.steps), self.turns]  # number of each step among those of its part
         self.last = each.sum(axis=0)
@@ -109,6 +110,10 @@ def build_parts(
     config = replace(config, parts={name: replace(part, resume=config.resume) for name, part in config.parts.items()})
     called = Callbacks(callbacks, accelerator.is_main_process)
     found = {name: read(part, folder.inside(name).path) for name, part in config.parts.items()}
+    if streamed := [name for name, (data, _, _) in found.items() if data.stream]:
+        raise ConfigError(
+            f"several.parts.{streamed[0]}.data: is streamed, which only a run of one modality can be; use local data"
+        )
     samples = Samples.joined([samples for _, _, samples in found.values()])
     if saved:
         samples.compare(saved, config.resume_allow)
@@ -133,13 +138,10 @@ def build_parts(
         parts[name] = Run(
             config=part,
             settings=settings,
-            accelerator=accelerator,
             folder=inside,
             checkpoints=checkpoints,
-            data=data,
             samples=own,
             feed=feed,
-            broken=feed.broken,
             state=state,
             window=Window(accelerator.device),
             steps=steps,
@@ -148,7 +150,8 @@ def build_parts(
             name=name,
         )
     first = next(iter(parts.values()))
-    whole = {"config": config, "folder": folder, "samples": samples, "state": replace(first.state, core=core), "name": ""}
+    state = replace(first.state, core=cast(Any, core))
+    whole = {"config": config, "folder": folder, "samples": samples, "state": state, "name": ""}
     run = SeveralRun(**vars(first) | whole, parts=parts)
     seed_or_restore(run, saved)
     if accelerator.is_main_process:

@@ -1,0 +1,73 @@
+"""Settings that take one of some words, or name a class. Needs no torch, so that the command line starts quickly."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Norm = Literal["none", "layer", "instance", "batch", "group"]  # in the order of D2VNorm in kernels/loss.h
+TargetNorm = Literal["none", "layer", "instance"]
+Implementation = Literal["auto", "eager", "compile", "native", "triton"]
+LayerSource = Literal["ffn", "block_output", "block_input"]
+EMAScope = Literal["all", "encoder", "layers"]
+CLSReduction = Literal["mean", "sum"]
+
+
+def nearest(word: str, words: Any) -> str:
+    """ "; did you mean …?" or an empty string."""
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def one_of(name: str, value: Any, choices: Any) -> None:
+    """Raise a ValueError that names the nearest choice unless `value` is one of those of a Literal."""
+    if value not in get_args(choices):
+        hint = nearest(str(value), get_args(choices))
+        raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, get_args(choices)))}{hint}")
+
+
+def import_class(setting: str, name: str, base: type, public: str, error: type[ValueError] = ValueError) -> Any:
+    """The class that a setting names as "package.module:Class".
+
+    Args:
+        setting: For messages.
+        name: Its value.
+        base: What the class must derive from. Otherwise a config from someone else could call os:system.
+        public: The name of `base` for messages.
+        error: What to raise.
+
+    Raises:
+        ValueError: The class cannot be imported, or does not derive from `base`; of type `error`.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as cause:
+        reason = " ".join(str(cause).split())
+        raise error(
+            f"{setting}={name}: cannot be imported: {reason}; expected package.module:Class, where the module is installed or "
+            "in the current folder"
+        ) from cause
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise error(f"{setting}={name}: found {cls!r}, expected a class that derives from {public}")
+    return cls
+
+
+class Checked:
+    """Base class of dataclasses whose words are checked at construction.
+
+    Raises:
+        ValueError: A field holds a string that its Literal does not name.
+    """
+
+    def __post_init__(self) -> None:
+        for name, choices in _choices(type(self)).items():
+            if isinstance(value := getattr(self, name), str):
+                one_of(name, value, choices)
+
+
+def _choices(cls: Any) -> dict[str, Any]:
+    """The Literal of each field that has one, alone or among other types."""
+    hints = {name: (hint, *get_args(hint)) for name, hint in get_type_hints(cls).items()}
+    return {name: kind for name, kinds in hints.items() for kind in kinds if get_origin(kind) is Literal}

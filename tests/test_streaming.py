@@ -1,0 +1,348 @@
+"""Streams from memory, from files and from servers of any manners, against the same data read locally."""
+
+import functools
+import http.server
+import io
+import itertools
+import json
+import socket
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from d2v_fast.config import ConfigError, parse
+from d2v_fast.data import DataError, make_loader, streaming
+from d2v_fast.data.audio import open_audio
+from d2v_fast.data.streaming import StreamBatches
+from d2v_fast.data.text import TextData
+from d2v_fast.masking import TokenMask
+from tests import runs
+from tests.test_data import image_data, paragraphs, text_data
+from tests.test_shards import picture
+
+
+def content(i):
+    file = io.BytesIO()
+    picture(i).save(file, "PNG")
+    return file.getvalue()
+
+
+def parquet(*numbers):
+    file = io.BytesIO()
+    pq.write_table(pa.table({"image": [content(i) for i in numbers], "id": list(numbers)}), file, row_group_size=4)
+    return file.getvalue()
+
+
+@pytest.fixture
+def images():
+    """24 images in three files in memory."""
+    memory = fsspec.filesystem("memory")
+    for i in range(3):
+        memory.pipe(f"/set/{i}.parquet", parquet(*range(8 * i, 8 * i + 8)))
+    yield "memory://set/{0..2}.parquet"
+    memory.rm("/set", recursive=True)
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """Forty documents of 1 to 39 words in two files, and a tokenizer."""
+    rng = np.random.default_rng(0)
+    lines = [paragraphs(1, int(n), seed=i)[0] for i, n in enumerate(rng.integers(1, 40, 40))]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/0.txt").write_text("\n".join([*lines[:20], "", "  "]))
+    (tmp_path / "text/1.txt").write_text("\n".join(lines[20:]))
+    text_data(str(tmp_path / "text"), cache=str(tmp_path)).tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "text"), {"tokenizer": str(tmp_path / "tokenizer"), "cache": str(tmp_path)}
+
+
+def taken(data, count, state=None, **settings):
+    """(epoch, number, content) of the next samples, and the states after each."""
+    settings = {"seed": 0, "rank": 0, "world": 1, "buffer": data.stream.buffer} | settings
+    found = list(itertools.islice(data.stream.samples(state=state, **settings), count))
+    return [sample for sample, _ in found], [json.loads(json.dumps(state)) for _, state in found]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key] for key, value in one.items()
+    )
+
+
+class TestText:
+    @pytest.mark.parametrize("cross_documents", [True, False])
+    def test_blocks_are_those_of_the_cached_tokens(self, corpus, cross_documents):
+        path, settings = corpus
+        settings = settings | {"block_size": 12, "cross_documents": cross_documents}
+        local, stream = text_data(path, **settings), text_data(path, streaming=True, shuffle_buffer=1, **settings)
+        expected = sorted(tuple(local.load(i, None)) for i in range(len(local)))
+        samples = sorted(taken(stream, len(local) + 3)[0], key=lambda sample: sample[1])  # as they were read
+        stream.stream.pending = {number: ids for _, number, ids in samples}
+        found = [tuple(stream.load(number, None)) for _, number, _ in samples]
+        epochs = [epoch for epoch, *_ in samples]
+        if cross_documents:  # files are read in another order, which moves the cuts
+            order = np.concatenate([block[1:] for block in found[: len(local)]])
+            documents = np.split(order, np.flatnonzero(order == stream.tokenizer.sep_token_id) + 1)
+            whole = {tuple(part) for part in np.split(local.ids, local.document_ends)}
+            assert {tuple(each) for each in documents[:-1]} < whole and len(documents) > 38
+            assert all(len(block) == 12 and block[0] == stream.tokenizer.cls_token_id for block in found)
+        else:
+            assert sorted(found[: len(local)]) == expected and epochs == [0] * len(local) + [1] * 3
+
+    def test_a_batch(self, corpus):
+        path, settings = corpus
+        data = text_data(path, streaming=True, **settings)
+        batch = next(iter(make_loader(data, StreamBatches(data, 4), 0)))
+        assert batch["source"].shape == (4, 16) and batch["mask"].any() and not batch["broken"]
+
+    def test_what_it_needs(self, corpus):
+        path, settings = corpus
+        with pytest.raises(DataError, match=r"data.tokenizer=train: a stream has no corpus .*data.tokenizer=roberta-base"):
+            text_data(path, streaming=True)
+        with pytest.raises(DataError, match=r"mask.frequency_weighted=true"):
+            TextData(path=path, mask=TokenMask(0.3, 2, frequency_weighted=True), streaming=True, **settings)
+        with pytest.raises(DataError, match=r"found label \(int64\)|has no text column"):
+            fsspec.filesystem("memory").pipe("/n/a.parquet", parquet(1))
+            text_data("memory://n/a.parquet", **settings)
+
+
+class TestImages:
+    def test_each_image_once_an_epoch_in_another_order(self, images):
+        data = image_data(images, shuffle_buffer=6)
+        samples, _ = taken(data, 48)
+        of_bytes = {content(i): i for i in range(24)}
+        numbers = [of_bytes[bytes(each)] for *_, each in samples]
+        assert sorted(numbers[:24]) == sorted(numbers[24:]) == list(range(24)) != numbers[:24] != numbers[24:]
+        assert [epoch for epoch, *_ in samples] == [0] * 24 + [1] * 24
+        assert sorted(number for _, number, _ in samples) == list(range(48))
+        assert taken(data, 48, seed=1)[0] != samples == taken(data, 48)[0]
+
+    def test_pixels_are_those_of_the_files(self, images, tmp_path):
+        """With the number of a sample in place of its index, all augmentations are the same."""
+        for i in range(24):
+            (tmp_path / f"{i:02d}.png").write_bytes(content(i))
+        local, data = image_data(str(tmp_path)), image_data(images, shuffle_buffer=5)
+        of_bytes = {content(i): i for i in range(24)}
+        samples, _ = taken(data, 24)
+        for epoch, number, found in samples:
+            data.stream.pending = {number: found}
+            local.source.file = lambda index, i=of_bytes[bytes(found)]: str(tmp_path / f"{i:02d}.png")
+            assert same(data.__getitems__([(epoch, number)]), local.__getitems__([(epoch, number)]))
+
+    @pytest.mark.parametrize("world", [2, 3])
+    def test_ranks_share_the_samples(self, images, world):
+        data = image_data(images, shuffle_buffer=4)
+        ranks = [taken(data, 24 // world, rank=rank, world=world)[0] for rank in range(world)]
+        assert sorted(bytes(each) for samples in ranks for *_, each in samples) == sorted(content(i) for i in range(24))
+        assert sorted(number for samples in ranks for _, number, _ in samples) == list(range(24))
+
+    def test_broken_samples_are_named(self):
+        file = io.BytesIO()
+        pq.write_table(pa.table({"image": [content(0), b"rubbish", None]}), file)
+        fsspec.filesystem("memory").pipe("/broken/a.parquet", file.getvalue())
+        data = image_data("memory://broken/a.parquet")
+        batch = next(iter(StreamBatches(data, 3)))
+        assert len(batch["samples"]) == 1 and sorted(message for _, message in batch["broken"]) == [
+            "memory://broken/a.parquet[1]: is not an image in one of the formats " + ", ".join(data_formats()),
+            "memory://broken/a.parquet[2]: is empty",
+        ]
+
+    def test_a_worker_with_threads_gives_the_same(self, images):
+        data = image_data(images)
+        alone = list(itertools.islice(make_loader(data, StreamBatches(data, 5), 0), 6))
+        batches = iter(make_loader(data, StreamBatches(data, 5, threads=3), 3))
+        assert all(same(one, other) for one, other in zip(alone, itertools.islice(batches, 6), strict=True))
+
+
+def data_formats():
+    from d2v_fast.data.vision import FORMATS
+
+    return FORMATS
+
+
+class TestResume:
+    @pytest.mark.parametrize("buffer", [1, 7, 100])
+    @pytest.mark.parametrize("world", [1, 2])
+    def test_is_exact_after_each_sample(self, images, buffer, world):
+        data = image_data(images, shuffle_buffer=buffer)
+        settings = {"rank": world - 1, "world": world}
+        samples, states = taken(data, 60, **settings)
+        for i in (0, 5, 6, 7, 11, 23, 24, 40):
+            assert taken(data, 12, states[i], **settings)[0] == samples[i + 1 : i + 13]
+
+    @pytest.mark.parametrize("cross_documents", [True, False])
+    def test_of_text_with_leftovers(self, corpus, cross_documents):
+        path, settings = corpus
+        settings = settings | {"cross_documents": cross_documents, "block_size": 9}
+        data = text_data(path, streaming=True, shuffle_buffer=10, **settings)
+        samples, states = taken(data, 400)
+        assert samples[-1][0] > 0
+        for i in (0, 9, 10, 33, 100, 200):
+            assert taken(data, 40, states[i])[0] == samples[i + 1 : i + 41]
+
+    def test_a_run(self, images, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for i in range(3):
+            (tmp_path / f"{i}.parquet").write_bytes(parquet(*range(8 * i, 8 * i + 8)))
+        stream = ["data.path=file://" + str(tmp_path / "{0..2}.parquet"), "data.shuffle_buffer=5", "train.save_every=3"]
+        steps = ["train.steps=8", "train.workers=1", "train.max_broken=0"]
+        code, said = runs.train(runs.arguments("vision", "whole", *stream, *steps), before=functools.partial(runs.traced, "a"))
+        assert (
+            code == 0
+            and "the order of its samples depends on the number of ranks, here 1" in said
+            and "streamed samples" in said
+        )
+        kill = functools.partial(runs.traced, "b", 5, "cut/checkpoints/step-3")
+        assert runs.train(runs.arguments("vision", "cut", *stream, *steps), before=kill)[0] == -9
+        args = runs.arguments("vision", "cut", *stream, *steps, "--resume")
+        assert runs.train(args, before=functools.partial(runs.traced, "c"))[0] == 0
+        whole, cut = (Path(name).read_text().splitlines() for name in "ac")
+        assert len(whole) == 8 and cut == whole[3:]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves one file with ranges, in the manner of its server."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.respond(body=False)
+
+    def do_GET(self):
+        self.respond(body=True)
+
+    def respond(self, body):
+        server, begin, end = self.server, 0, len(self.server.content)
+        server.requests += 1
+        if asked := self.headers.get("Range"):
+            first, last = asked.removeprefix("bytes=").split("-")
+            begin, end = int(first), min(end, int(last) + 1 if last else end)
+        self.send_response(206 if asked else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(server.content)}")
+        self.send_header("Content-Length", str(end - begin))
+        self.end_headers()
+        if body:
+            server.manner(self, server.content[begin:end])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Starts a server, which writes what is asked by a function of the handler and the content; returns it and its URL."""
+    monkeypatch.setattr("datasets.config.STREAMING_READ_RETRY_INTERVAL", 0.05)
+    monkeypatch.setattr("datasets.config.STREAMING_OPEN_RETRY_INTERVAL", 0.05)
+    monkeypatch.setattr("datasets.config.STREAMING_READ_MAX_RETRIES", 2)
+    monkeypatch.setattr("datasets.config.STREAMING_OPEN_MAX_RETRIES", 2)
+    monkeypatch.setattr(streaming, "PAUSE", 0.05)
+    started = []
+
+    def start(manner):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.content, server.manner, server.requests = parquet(*range(40)), manner, 0
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        started.append(server)
+        return server, f"http://127.0.0.1:{server.server_port}/a.parquet"
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+def whole(handler, body):
+    handler.wfile.write(body)
+
+
+class TestServers:
+    def test_that_answers(self, serve):
+        _, url = serve(whole)
+        samples, _ = taken(image_data(url, shuffle_buffer=3, stream_timeout=20), 40)
+        assert sorted(bytes(each) for *_, each in samples) == sorted(content(i) for i in range(40))
+
+    def test_that_is_slow(self, serve):
+        def slow(handler, body):
+            time.sleep(2)
+            whole(handler, body)
+
+        server, url = serve(whole)
+        data = image_data(url, stream_timeout=0.5)
+        server.manner = slow
+        message = rf"data.path={url}: the remote has not answered within data.stream_timeout=0.5 seconds; check"
+        (batch,) = StreamBatches(data, 4)
+        assert batch["failed"].startswith(message.replace("\\", ""))
+        with pytest.raises(DataError, match=message):
+            image_data(url, stream_timeout=0.5)
+
+    def test_that_drops_the_connection(self, serve, caplog):
+        def drop(handler, body):
+            if server.requests % 3 == 0:
+                handler.wfile.write(body[: len(body) // 2])
+                handler.connection.shutdown(socket.SHUT_RDWR)
+            else:
+                whole(handler, body)
+
+        server, url = serve(whole)
+        data = image_data(url, shuffle_buffer=3, stream_timeout=20)
+        server.manner = drop
+        samples, _ = taken(data, 40)
+        assert sorted(bytes(each) for *_, each in samples) == sorted(content(i) for i in range(40))
+
+    def test_that_fails_for_good(self, serve, caplog):
+        server, url = serve(whole)
+        data = image_data(url, stream_timeout=20)
+        server.manner = lambda handler, body: handler.connection.shutdown(socket.SHUT_RDWR)
+        (batch,) = StreamBatches(data, 4)
+        assert batch["failed"].startswith(f"data.path={url}: cannot be read, after 3 retries: ")
+        assert "trying again" in caplog.text
+
+    def test_that_is_not_there(self, serve):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{free.getsockname()[1]}/a.parquet"
+        with pytest.raises(DataError, match=rf"data.path={url}: cannot be streamed .*"):
+            image_data(url, stream_timeout=20)
+
+    def test_without_the_file(self):
+        with pytest.raises(DataError, match=r"data.path=memory://nothing/\*.parquet: cannot be streamed"):
+            image_data("memory://nothing/*.parquet")
+
+
+class TestSettings:
+    def test_epochs_are_refused(self):
+        for more in (["data.path=s3://bucket/a.parquet"], ["data.path=user/name", "data.streaming=true"]):
+            with pytest.raises(ConfigError, match=r"train.epochs=2: the length of a stream is unknown; give train.steps"):
+                parse(["--config", "vision/tiny", "train.epochs=2", *more])
+
+    def test_recordings_are_refused(self):
+        with pytest.raises(DataError, match=r"recordings are not streamed, because .*; download them"):
+            open_audio("hf://datasets/user/name")
+
+    def test_names(self, monkeypatch):
+        asked = []
+
+        def load(*args, **settings):
+            asked.append((args, settings.get("revision"), settings.get("data_files")))
+            raise OSError("offline")
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        for path in ("hf://datasets/user/name@v1", "user/name", "hf://datasets/u/n/x-{0..1}.jsonl.gz", "s3://b/a.tar"):
+            with pytest.raises(DataError, match=r"cannot be streamed .*: offline"):
+                image_data(path, streaming=True)
+        assert asked == [
+            (("user/name", None), "v1", None),
+            (("user/name", None), None, None),
+            (("json",), None, ["hf://datasets/u/n/x-0.jsonl.gz", "hf://datasets/u/n/x-1.jsonl.gz"]),
+            (("webdataset",), None, ["s3://b/a.tar"]),
+        ]
+        with pytest.raises(DataError, match=r"s3://b/folder: a stream needs files of one type, of \.parquet, "):
+            image_data("s3://b/folder")
