@@ -1,9 +1,17 @@
-"""Settings that take one of some words."""
+"""Settings that take one of some words, or name a class. Needs no torch, so that the command line starts quickly."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Norm = Literal["none", "layer", "instance", "batch", "group"]  # in the order of D2VNorm in kernels/loss.h
+TargetNorm = Literal["none", "layer", "instance"]
+Implementation = Literal["auto", "eager", "compile", "native", "triton"]
+LayerSource = Literal["ffn", "block_output", "block_input"]
+EMAScope = Literal["all", "encoder", "layers"]
+CLSReduction = Literal["mean", "sum"]
 
 
 def nearest(word: str, words: Any) -> str:
@@ -17,6 +25,33 @@ def one_of(name: str, value: Any, choices: Any) -> None:
     if value not in get_args(choices):
         hint = nearest(str(value), get_args(choices))
         raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, get_args(choices)))}{hint}")
+
+
+def import_class(setting: str, name: str, base: type, public: str, error: type[ValueError] = ValueError) -> Any:
+    """The class that a setting names as "package.module:Class".
+
+    Args:
+        setting: For messages.
+        name: Its value.
+        base: What the class must derive from. Otherwise a config from someone else could call os:system.
+        public: The name of `base` for messages.
+        error: What to raise.
+
+    Raises:
+        ValueError: The class cannot be imported, or does not derive from `base`; of type `error`.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as cause:
+        reason = " ".join(str(cause).split())
+        raise error(
+            f"{setting}={name}: cannot be imported: {reason}; expected package.module:Class, where the module is installed or "
+            "in the current folder"
+        ) from cause
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise error(f"{setting}={name}: found {cls!r}, expected a class that derives from {public}")
+    return cls
 
 
 class Checked:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
-from d2v_fast.choices import Checked, nearest
+from d2v_fast.choices import Checked, CLSReduction, EMAScope, Implementation, LayerSource, Norm, TargetNorm, nearest
 from d2v_fast.masking import BlockMask, ExactBlockMask, RandomMask, SpanMask, TokenMask
 
 if TYPE_CHECKING:
@@ -140,9 +140,9 @@ class TargetsConfig(Checked):
     """
 
     top_k: int = 8
-    source: Literal["ffn", "block_output", "block_input"] = "ffn"
-    norm: Literal["none", "layer", "instance", "batch", "group"] = "layer"
-    target_norm: Literal["none", "layer", "instance"] = "none"
+    source: LayerSource = "ffn"
+    norm: Norm = "layer"
+    target_norm: TargetNorm = "none"
     teacher_fp32: bool = False
 
 
@@ -162,9 +162,9 @@ class LossConfig(Checked):
     beta: float = 0.0
     scale: float | Literal["auto", "mean"] = "auto"
     reduction: Literal["global", "local"] = "global"
-    impl: Literal["auto", "eager", "compile", "native", "triton"] = "auto"
+    impl: Implementation = "auto"
     cls_weight: float = 0.0
-    cls_reduction: Literal["mean", "sum"] = "mean"
+    cls_reduction: CLSReduction = "mean"
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class EMAConfig(Checked):
     start: float = 0.999
     end: float = 0.9999
     anneal_steps: int = 30_000
-    scope: Literal["all", "encoder", "layers"] = "all"
+    scope: EMAScope = "all"
     copied: list[str] = field(default_factory=list)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from d2v_fast.config import EMAConfig
 from d2v_fast.sharding import own
 
 Student = TypeVar("Student", bound=nn.Module)
@@ -48,9 +49,9 @@ class EMATeacher(nn.Module, Generic[Student]):
     def __init__(
         self,
         student: Student,
-        start: float = 0.999,
-        end: float = 0.9999,
-        anneal_steps: int = 30_000,
+        start: float = EMAConfig.start,
+        end: float = EMAConfig.end,
+        anneal_steps: int = EMAConfig.anneal_steps,
         copied: Iterable[str] = (),
     ):
         super().__init__()

@@ -9,15 +9,12 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.choices import one_of
+from d2v_fast.choices import Implementation, Norm, TargetNorm, one_of
 from d2v_fast.ops import loss_implementation
 from d2v_fast.ops.reference import LossStats
 
-Norm = Literal["none", "layer", "instance", "batch", "group"]
-TargetNorm = Literal["none", "layer", "instance"]
 Reduction = Literal["mean", "sum"]
 Layout = Literal["BTC", "TBC"]
-Implementation = Literal["auto", "eager", "compile", "native", "triton"]
 
 
 class LossSettings(TypedDict, total=False):

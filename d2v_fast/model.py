@@ -6,23 +6,22 @@ speech or anything else with positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.choices import one_of
+from d2v_fast.choices import CLSReduction, EMAScope, Implementation, LayerSource, Norm, TargetNorm, one_of
+from d2v_fast.config import EMAConfig, HeadConfig, LossConfig, TargetsConfig
 from d2v_fast.decoders import ConvDecoder, regression_head
 from d2v_fast.ema import EMATeacher
-from d2v_fast.encoders import Encoder, LayerSource
-from d2v_fast.loss import Implementation, Norm, TargetNorm, check_settings, data2vec_loss
+from d2v_fast.encoders import Encoder
+from d2v_fast.loss import check_settings, data2vec_loss
 from d2v_fast.masking import visible_positions
 from d2v_fast.ops.reference import LossStats, errors
 from d2v_fast.predictors import Predicted, in_place, visible_only
-
-EMAScope = Literal["all", "encoder", "layers"]
-CLSReduction = Literal["mean", "sum"]
 
 
 @dataclass
@@ -80,24 +79,24 @@ class Data2Vec(nn.Module):
         self,
         encoder: Encoder,
         *,
-        top_k: int = 8,
-        source: LayerSource = "ffn",
-        norm: Norm = "layer",
-        target_norm: TargetNorm = "none",
-        beta: float = 0.0,
-        scale: float | Literal["auto", "mean"] = "auto",
-        head_layers: int = 1,
-        head_zero_init: bool = False,
+        top_k: int = TargetsConfig.top_k,
+        source: LayerSource = TargetsConfig.source,
+        norm: Norm = TargetsConfig.norm,
+        target_norm: TargetNorm = TargetsConfig.target_norm,
+        beta: float = LossConfig.beta,
+        scale: float | Literal["auto", "mean"] = LossConfig.scale,
+        head_layers: int = HeadConfig.layers,
+        head_zero_init: bool = HeadConfig.zero_init,
         decoder: ConvDecoder | None = None,
-        cls_weight: float = 0.0,
-        cls_reduction: CLSReduction = "mean",
-        ema_start: float = 0.999,
-        ema_end: float = 0.9999,
-        ema_anneal_steps: int = 30_000,
-        ema_scope: EMAScope = "all",
-        ema_copied: tuple[str, ...] = (),
-        teacher_fp32: bool = False,
-        impl: Implementation = "auto",
+        cls_weight: float = LossConfig.cls_weight,
+        cls_reduction: CLSReduction = LossConfig.cls_reduction,
+        ema_start: float = EMAConfig.start,
+        ema_end: float = EMAConfig.end,
+        ema_anneal_steps: int = EMAConfig.anneal_steps,
+        ema_scope: EMAScope = EMAConfig.scope,
+        ema_copied: Sequence[str] = (),
+        teacher_fp32: bool = TargetsConfig.teacher_fp32,
+        impl: Implementation = LossConfig.impl,
     ):
         super().__init__()
         one_of("source", source, LayerSource)

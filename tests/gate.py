@@ -1,14 +1,15 @@
 """The correctness gate of the fused loss: cases, results of an implementation, and the allowed error."""
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from d2v_fast import data2vec_loss
+from d2v_fast.choices import Norm
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-NORMS = ("none", "layer", "instance", "batch", "group")
+NORMS = get_args(Norm)
 ZERO = 1e-12  # smallest norm to divide by: layers of 1e-30 give targets whose moments are rounding noise
 
 

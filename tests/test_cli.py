@@ -221,7 +221,7 @@ class TestMessages:
         assert f"encoder.pretrained={tmp_path}/none: " in message
         for command, args, shown in (
             ("probe", ["~/none"], "none: has no config.yaml"),
-            ("report", ["~/none"], "none: no log.jsonl"),
+            ("report", ["~/none"], "none: has no log.jsonl"),
             ("export", ["~/none", "--to=~/new"], "none"),
         ):
             assert f"{tmp_path}/{shown}" in run(monkeypatch, command, *args)

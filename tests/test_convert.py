@@ -456,7 +456,7 @@ class TestData2VecPytorch:
         settings = ["--config", "text/tiny", "encoder.pretrained=out", "head.pretrained=out", "head.layers=2"]
         config, _ = parse(settings)
         model = make_model(config, make_encoder(config)).eval()
-        assert "the teacher, not saved, is a copy of the student" in caplog.text
+        assert "the teacher was not saved and starts as a copy of the student" in caplog.text
         encoder, head = roberta
         ids, states = torch.randint(5, 60, (2, 10)), torch.randn(3, C)
         with torch.no_grad():

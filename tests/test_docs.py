@@ -40,6 +40,9 @@ ELSEWHERE = {
     "make bench": "by hand: it takes the machine for itself",
     "pip install .": "test_package.py builds the wheel",
     "torchrun": "test_training.py and test_resume.py train on two ranks",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun": "test_resume.py kills a rank",
+    "sbatch": "test_resume.py runs job.sh with stand-ins for srun and scontrol",
+    "accelerate launch": "by hand, with two processes on a CPU",
 }
 NO_TIMM = "timm" if importlib.util.find_spec("timm") is None else "\0"  # tests/test_timm.py runs it where it is installed
 STEPS = ["train.steps=2", "train.epochs=null", "train.batch_size=2", "train.workers=0", "train.log_every=1"]
@@ -172,11 +175,11 @@ def test_page_runs(page, shop, monkeypatch, caplog):
     assert blocks or page in ("docs/method.md", "docs/speed.md")
     sys.path.insert(0, str(Path.cwd()))
     for kind, text in blocks:
-        if file := re.match(r"# (\w+\.\w+)\n", text):
+        if file := re.match(r"(?:#!.+\n)?# (\w+\.\w+)\n", text):
             Path(file[1]).write_text(text)
             sys.modules.pop(Path(file[1]).stem, None)  # of another page
             importlib.invalidate_caches()
-        if kind == "sh":
+        if kind == "sh" and not file:
             for line in text.splitlines():
                 for command in filter(None, line.split("&&")):
                     run(monkeypatch, command.strip())
@@ -184,7 +187,7 @@ def test_page_runs(page, shop, monkeypatch, caplog):
             if NO_TIMM not in text:
                 exec(compile(text, page, "exec"), names)
         else:
-            assert kind == "yaml" and file
+            assert kind in ("sh", "yaml") and file
 
 
 @pytest.mark.parametrize("page", PAGES)

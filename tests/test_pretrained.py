@@ -83,13 +83,13 @@ class TestText:
         assert settings("mine.yaml", "encoder.pretrained=text").data["tokenizer"] == "text"
 
     def test_a_new_vocabulary_is_refused(self, text):
-        with pytest.raises(ConfigError, match=r"data\.tokenizer=train: .* encoder\.pretrained=text has learned another one"):
+        with pytest.raises(ConfigError, match=r"data\.tokenizer=train: .* encoder\.pretrained=text was trained with another"):
             make_data(settings("text/tiny", "encoder.pretrained=text", "data.tokenizer=train"))
 
     def test_without_a_tokenizer(self, text, capsys):
         RobertaModel.from_pretrained("text").save_pretrained("bare")
         config = settings("text/tiny", "encoder.pretrained=bare")
-        assert "encoder.pretrained=bare: has no usable tokenizer: holds a model but no vocabulary" in capsys.readouterr().err
+        assert "encoder.pretrained=bare: has no usable tokenizer: holds a model but no tokenizer vocabulary" in capsys.readouterr().err
         with pytest.raises(ConfigError, match=r"name the tokenizer that the encoder was trained with"):
             make_data(config)
 
@@ -208,7 +208,7 @@ class TestReleased:
         os.remove("out/teacher.safetensors")
         model = self.model()
         assert "has no head.safetensors, so the decoder starts at random" in caplog.text
-        assert "the teacher, not saved, is a copy of the student" in caplog.text
+        assert "the teacher was not saved and starts as a copy of the student" in caplog.text
         for ours, theirs in zip(model.teacher.module.parameters(), model.student.parameters(), strict=True):
             assert torch.equal(ours, theirs)
 

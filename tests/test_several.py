@@ -294,6 +294,9 @@ def test_callbacks_get_the_part(tmp_path):
     assert all(line["extra"] == 1 for part in ("vision", "audio") for line in records(tmp_path / "run" / part))
     with pytest.raises(ConfigError, match=r"train.probe_every: is for a run of one modality"):
         build(config(tmp_path / "other", "train.probe_every=3"))
+    for name in ("shard", "checkpointing"):
+        with pytest.raises(ConfigError, match=rf"train.{name}: is for a run of one modality; leave it out when several share"):
+            build(config(tmp_path / "other", f"train.{name}=true"))
 
 
 def test_text_too(tmp_path):

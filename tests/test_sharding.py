@@ -232,6 +232,10 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
         vision(tmp_path / "run", "train.shard=true", "train.precision=fp16")
     with pytest.raises(ConfigError, match=r"train.shard: found all, expected true or false or one of hybrid"):
         vision(tmp_path / "run", "train.shard=all")
+    with pytest.raises(
+        ConfigError, match=r"train.probe_every: the probe runs the teacher on one rank, but train.shard spreads"
+    ):
+        vision(tmp_path / "run", "train.shard=true", "train.probe_every=2")
     one = "train.shard=true: there is only one process; start several with torchrun .* or set train.shard=f"
     with pytest.raises(ConfigError, match=one):
         build(vision(tmp_path / "run", "train.shard=true"))

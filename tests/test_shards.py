@@ -1,5 +1,6 @@
 """Files in tar archives against the same files in a folder."""
 
+import functools
 import io
 import os
 import tarfile
@@ -12,6 +13,9 @@ from PIL import Image
 from d2v_fast.data import DataError
 from d2v_fast.data.audio import open_audio
 from d2v_fast.data.vision import open_images
+from d2v_fast.train.build import check_ranks
+from d2v_fast.train.save import Samples
+from tests import runs
 from tests.test_audio_data import noise
 from tests.test_data import audio_data, image_data, write_wave
 
@@ -99,6 +103,43 @@ def test_a_range_of_archives(shards):
     assert len(open_images(f"{shards}/{{0..2}}.tar")) == 40 and len(open_images(f"{shards}/[12].tar")) == 26
     with pytest.raises(DataError, match=r"2 of the 4 files it names do not exist: .*/3\.tar, .*/4\.tar"):
         open_images(f"{shards}/{{1..4}}.tar")
+
+
+def vanish(path):
+    """Remove a file at the second step."""
+    from d2v_fast.train import loop
+
+    step = loop.step
+
+    def vanishing_step(state, batches):
+        if state.done == 1:
+            os.remove(path)
+        return step(state, batches)
+
+    loop.step = vanishing_step
+
+
+def test_a_shard_that_vanishes_during_a_run(shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = runs.arguments("vision", "run", f"data.path={shards}", "train.steps=40", "train.batch_size=4")
+    code, said = runs.train(args, before=functools.partial(vanish, str(shards / "1.tar")))
+    assert code == 1 and "Traceback" not in said and "of 40 samples cannot be read, more than train.max_broken=0.01" in said
+    assert f"{shards}/1.tar/" in said and "No such file" in said
+    assert list((tmp_path / "run/checkpoints").glob("step-*")), said  # the steps before are kept
+
+
+def test_ranks_that_see_other_data(monkeypatch):
+    samples = [Samples(number, ["a"], np.array([value])) for number, value in ((3, 1), (3, 1), (2, 1), (3, 2))]
+    for others, ranks in (([1], None), ([1, 2, 3], "2, 3")):
+        gathered = [samples[i].identity for i in (0, *others)]
+        monkeypatch.setattr("accelerate.utils.gather_object", lambda own, gathered=gathered: gathered)
+        if ranks is None:
+            check_ranks(samples[0], "x")
+        else:
+            with pytest.raises(
+                DataError, match=rf"data.path=x: ranks {ranks} see other data .*3 samples on rank 0, 2 on rank 2"
+            ):
+                check_ranks(samples[0], "x")
 
 
 def test_names_that_lead_out_and_links(tmp_path, samples, caplog):

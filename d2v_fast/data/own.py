@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import traceback
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from d2v_fast.choices import import_class
 from d2v_fast.data import Batch, DataError, PretrainingData, first_line
 from d2v_fast.decoders import CONVOLUTIONS
 
@@ -25,17 +25,7 @@ def own_class(name: str) -> type[PretrainingData]:
     Raises:
         DataError: The class cannot be imported, or is not a data set.
     """
-    module, _, attribute = name.partition(":")
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise DataError(
-            f"data.class={name}: cannot be imported: {first_line(error)}; expected package.module:Class, of a module that is "
-            "installed or in the current folder"
-        ) from error
-    # Security: a config from a third party must not be able to call os:system.
-    if not (isinstance(cls, type) and issubclass(cls, PretrainingData)):
-        raise DataError(f"data.class={name}: found {cls!r}, expected a class that derives from d2v_fast.data.PretrainingData")
+    cls = import_class("data.class", name, PretrainingData, "d2v_fast.data.PretrainingData", DataError)
     arguments = inspect.signature(cls).parameters
     missing = {"mask", "views", "seed"} - arguments.keys()
     if missing and not any(each.kind == each.VAR_KEYWORD for each in arguments.values()):

@@ -16,7 +16,8 @@ pieces; others run whole with their local features replaced (`spliced`). A custo
     model = Data2Vec(encoder, top_k=4)
 """
 
-from d2v_fast.encoders.base import Encoded, Encoder, LayerSource
+from d2v_fast.choices import LayerSource
+from d2v_fast.encoders.base import Encoded, Encoder
 from d2v_fast.encoders.hub import build_encoder, class_arguments, describe, example, model_class, off_by, wrap
 from d2v_fast.encoders.patches import PatchEncoder
 from d2v_fast.encoders.spliced import SplicedEncoder

@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from d2v_fast.choices import EMAScope, LayerSource
 from d2v_fast.encoders import blocks
-
-LayerSource = Literal["ffn", "block_output", "block_input"]
 
 
 def gather(x: Tensor, visible: Tensor) -> Tensor:
@@ -315,7 +314,7 @@ class Encoder(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    def not_averaged(self, scope: Literal["all", "encoder", "layers"]) -> list[str]:
+    def not_averaged(self, scope: EMAScope) -> list[str]:
         """Name patterns of the parameters that a teacher of this scope copies instead of averaging (method 1.6)."""
         prefixes = {"all": (), "encoder": self.local, "layers": self.local + self.positional}[scope]
         names = [name for name, _ in self.named_parameters()]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from d2v_fast.choices import import_class
 from d2v_fast.data import first_line
 from d2v_fast.encoders import blocks
 from d2v_fast.encoders.base import Encoder
@@ -186,13 +187,7 @@ def build_encoder(
     config = dict(config or {})
     pretrained = pretrained and os.path.expanduser(pretrained)
     if model is not None and ":" in model:
-        module, _, name = model.partition(":")
-        try:
-            cls = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"encoder.model={model!r}: {error}") from None
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):  # or a config file could name os:system
-            raise ValueError(f"encoder.model={model!r}: found {cls!r}, expected a class that derives from nn.Module")
+        cls = import_class("encoder.model", model, nn.Module, "nn.Module")
         try:
             own = cls(**config)
         except TypeError as error:

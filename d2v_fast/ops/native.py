@@ -7,14 +7,16 @@ import functools
 import os
 from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from d2v_fast.choices import Norm
+
 ABI = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-NORMS = {"none": 0, "layer": 1, "instance": 2, "batch": 3, "group": 4}
+NORMS = {name: code for code, name in enumerate(get_args(Norm))}  # D2VNorm of kernels/loss.h
 
 
 class _Loss(ctypes.Structure):

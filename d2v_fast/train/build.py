@@ -73,13 +73,10 @@ class Run:
 
     config: Config
     settings: dict[str, Any]
-    accelerator: Accelerator
     folder: RunFolder
     checkpoints: Checkpoints
-    data: PretrainingData
     samples: Samples
     feed: Feed
-    broken: BrokenSamples
     state: State
     window: Window
     steps: int
@@ -90,6 +87,18 @@ class Run:
     stop: bool = False
     name: str = ""
     record: dict[str, float] | None = None
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.state.accelerator
+
+    @property
+    def data(self) -> PretrainingData:
+        return self.feed.data
+
+    @property
+    def broken(self) -> BrokenSamples:
+        return self.feed.broken
 
     @property
     def each(self) -> list[Run]:
@@ -158,6 +167,8 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
 def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Callback]) -> Run:
     settings, checkpoints, saved = begin(config, fused, accelerator, folder)
     data, encoder, samples = read(config, folder.path)
+    if accelerator.num_processes > 1:
+        check_ranks(samples, str(config.data.get("path")))
     if saved:
         samples.compare(saved, config.resume_allow)
     train = config.train
@@ -191,13 +202,10 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     run = Run(
         config=config,
         settings=settings,
-        accelerator=accelerator,
         folder=folder,
         checkpoints=checkpoints,
-        data=data,
         samples=samples,
         feed=feed,
-        broken=feed.broken,
         state=state,
         window=Window(accelerator.device),
         steps=steps,
@@ -229,6 +237,20 @@ def read(config: Config, folder: Path) -> tuple[PretrainingData, Encoder, Sample
     return data, encoder, _fit(data, encoder, config)
 
 
+def check_ranks(samples: Samples, path: str) -> None:
+    """Raise DataError, on all ranks, unless all of them see the same samples."""
+    from accelerate.utils import gather_object
+
+    found = [identity["samples"] for identity in gather_object([samples.identity])]
+    differ = [rank for rank, each in enumerate(found) if each != found[0]]
+    if differ:
+        counts = f"{found[0]['number']} samples on rank 0, {found[differ[0]]['number']} on rank {differ[0]}"
+        raise DataError(
+            f"data.path={path}: ranks {', '.join(map(str, differ))} see other data than rank 0 ({counts}, or samples of other "
+            "content); every machine needs the same files"
+        )
+
+
 def trained_batches(saved: Checkpoint | None, accelerator: Accelerator, part: str = "") -> int:
     """Number of batches that this rank has trained on."""
     if not saved:
@@ -240,7 +262,7 @@ def trained_batches(saved: Checkpoint | None, accelerator: Accelerator, part: st
 
 def make_feed(config: Config, data: PretrainingData, order: EpochBatches, accelerator: Accelerator) -> Feed:
     broken = BrokenSamples(len(data), config.train.max_broken)
-    return Feed(data, order, config.train.workers, accelerator.device.type == "cuda", broken)
+    return Feed(data, order, config.train.workers, accelerator.device, broken)
 
 
 def make_updates(

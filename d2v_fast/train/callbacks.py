@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import numbers
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from d2v_fast.choices import import_class
 from d2v_fast.data import first_line
 
 if TYPE_CHECKING:
@@ -135,17 +135,7 @@ def make_callback(entry: str | dict[str, Any]) -> Callback:
             f"train.callbacks: found {entry}, expected package.module:Class or, with arguments, "
             "{class_path: package.module:Class, init_args: {...}}"
         )
-    module, _, attribute = name.partition(":")
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CallbackError(
-            f"train.callbacks: {name}: cannot be imported: {first_line(error)}; expected package.module:Class, where the "
-            "module is installed or in the current folder"
-        ) from error
-    # Otherwise a config from someone else could call os:system.
-    if not (isinstance(cls, type) and issubclass(cls, Callback)):
-        raise CallbackError(f"train.callbacks: {name}: found {cls!r}, expected a class that derives from d2v_fast.Callback")
+    cls = import_class("train.callbacks", name, Callback, "d2v_fast.Callback", CallbackError)
     with _blamed(name, cls, "__init__"):
         return cls(**arguments)
 

@@ -180,7 +180,7 @@ def _conclude(run: Run, stopped: bool) -> int:
         log.warning("stopped before the first step; there is nothing to resume")
     elif stopped:
         log.warning(
-            "stopped at step %d of %d; the student so far is in %s; d2v-train --resume %s goes on",
+            "stopped at step %d of %d; the student so far is in %s; d2v-train --resume %s continues",
             *(done, run.steps, students, folder),
         )
     return INTERRUPTED if stopped else 0

@@ -138,13 +138,10 @@ def build_parts(
         parts[name] = Run(
             config=part,
             settings=settings,
-            accelerator=accelerator,
             folder=inside,
             checkpoints=checkpoints,
-            data=data,
             samples=own,
             feed=feed,
-            broken=feed.broken,
             state=state,
             window=Window(accelerator.device),
             steps=steps,
