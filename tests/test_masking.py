@@ -338,3 +338,11 @@ def test_views_are_of_their_own_and_the_first_is_that_of_a_single_view():
     again = list(every_mask(Draws(3, 5, [9], 3)))
     for several, fewer in zip(four, again, strict=True):
         assert (several.reshape(2, 4, -1)[1, :3] == fewer).all()
+
+
+def test_defaults_are_the_published_settings():
+    """Those of data2vec for speech, text and images, and of data2vec 2.0 for images (method 2)."""
+    spans, tokens, blocks, exact = SpanMask(), TokenMask(), BlockMask(), ExactBlockMask()
+    assert (spans.prob, spans.length) == (0.65, 10) and (tokens.prob, tokens.length) == (0.35, 4)
+    assert (blocks.count, blocks.min_area, blocks.min_aspect) == (120, 16, 0.3)
+    assert (exact.prob, exact.length, exact.adjust, exact.inverse) == (0.8, 3, 0.07, True)
