@@ -263,7 +263,7 @@ class _Broken:
     error: Exception
 
 
-class Unfinished(Dataset):
+class Unfinished(Dataset[Any]):
     """The batches of a data set before `finish`."""
 
     def __init__(self, data: PretrainingData):
