@@ -1,6 +1,8 @@
 # make demo   trains a tiny preset on builtin data on the CPU and probes it
 # make test   runs the tests
 # make mutations  inserts bugs into a copy of the code, one at a time; each must make a test fail
+# make mutants MODULE=ema.py TESTS=tests/test_ema.py   changes operators, constants and statements of a module at random, the same
+# ones each time, and lists the changes that no test notices; NUMBER=40
 # make lint   ruff and mypy
 # make docs   README, guides and API as a site in build/docs; a warning is an error
 # make bench        benchmarks the loss against its alternatives, writes $(RESULTS)
@@ -20,7 +22,7 @@ BENCH ?= loss
 RESULTS ?= benchmarks/results/cpu-$(BENCH).json
 MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_bench_$(BENCH).py -q --benchmark-columns=median $(if $(ONLY),-k "$(ONLY)")
 
-.PHONY: demo test test-slow mutations lint docs bench bench-check bench-report clean
+.PHONY: demo test test-slow mutations mutants lint docs bench bench-check bench-report clean
 
 # torch first, pinned: this version may be available as a CPU build, while the newest one pulls gigabytes of CUDA.
 $(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
@@ -42,6 +44,9 @@ test-slow: $(BIN)/.installed
 
 mutations: $(BIN)/.installed
 	$(BIN)/python -m pytest -m slow -n 2 tests/test_mutations.py
+
+mutants: $(BIN)/.installed
+	$(BIN)/python -m tests.mutants $(MODULE) $(TESTS) --number $(or $(NUMBER),40)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -89,6 +89,8 @@ def _dropout(model: Data2Vec, device: torch.device) -> str:
 
 
 def _attention(model: Data2Vec, device: torch.device) -> str:
+    if device.type == "cuda" and model.student.reads in ("text", "audio"):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and their lengths vary from batch to batch
     found = {attention.use_fast_attention(encoder.model, device) for encoder in (model.student, model.teacher.module)}
     return f"attention {found.pop()}" if None not in found else ""
 

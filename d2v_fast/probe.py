@@ -178,8 +178,8 @@ def own_sources(
 
     def collate(samples: list) -> tuple[Tensor, Tensor | None]:
         arrays = made[0].collate(samples, Draws(0, 0, range(len(samples))))
-        padding_mask = arrays.get("padding_mask")
-        return torch.as_tensor(arrays["source"]), None if padding_mask is None else torch.as_tensor(padding_mask)
+        batch = made[0].finish({name: torch.as_tensor(array) for name, array in arrays.items()})
+        return batch["source"], batch.get("padding_mask")
 
     return *_labelled(data, parts if len(parts) == 2 else _fifth(parts[0])), collate
 

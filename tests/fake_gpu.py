@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from d2v_fast import Data2Vec, encoders, train
 from d2v_fast.config import parse
+from d2v_fast.data import to_device
 from d2v_fast.diagnostics import Monitor
 from d2v_fast.fused import PARTS, fuse
 from d2v_fast.ops import triton_loss
@@ -110,7 +111,7 @@ def trainer(modality: str, kind: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = parse(arguments(modality, folder, "loss.impl=triton", "train.device=cpu"))[0]
         run = build(config)
-        batch = run.feed.take(1)[0]
+        batch = run.data.unfinished([(0, i) for i in range(4)])  # as the feed copies it to a GPU
     state = run.state
     if kind == "fused":
         fuse_for_gpu(state.core)
@@ -122,7 +123,8 @@ def trainer(modality: str, kind: str) -> None:
     isfinite, torch.isfinite = torch.isfinite, lambda x: True
     try:
         with MODE, NoCopies():
-            on_device = {k: MODE.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            on_host = {k: MODE.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            on_device = run.data.finish(on_host | to_device(on_host, state.device))
             window = Window(state.device)
             for due in (True, False):
                 state.monitor.due = due

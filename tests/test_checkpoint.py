@@ -328,7 +328,7 @@ class TestHostile:
 
     @pytest.mark.parametrize("entry", [None, 5, {}, {"size": "6"}, {"size": None, "sha256": None}])
     def test_an_invalid_manifest_entry(self, entry, tmp_path):
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError, match=r"state\.json (cannot be checked: |has \d+ bytes instead of None)"):
             Checkpoint(self.altered(tmp_path, files={"state.json": entry}))
 
     def test_a_pickle_in_place_of_tensors(self, tmp_path):

@@ -172,10 +172,24 @@ def test_a_teacher_below_fp32_is_refused(dtype):
     teacher.update(student)
 
 
+def test_the_defaults_are_the_published_schedule_of_speech():
+    teacher = EMATeacher(Student())
+    assert (teacher.start, teacher.end, teacher.anneal_steps) == (0.999, 0.9999, 30_000)
+
+
+def test_a_decay_of_0_copies():
+    student = Student()
+    teacher = EMATeacher(student, 0, 0)
+    drift(student, 0)
+    teacher.update(student)
+    torch.testing.assert_close(teacher.module.first.weight, student.first.weight)
+
+
 def test_stays_in_eval_mode_without_gradients():
     student = Student()
     teacher = EMATeacher(student)
     nn.ModuleList([teacher]).train()
+    assert teacher.train() is teacher
     assert not teacher.module.training and student.training
     assert not any(p.requires_grad for p in teacher.parameters()) and student.first.weight.requires_grad
 

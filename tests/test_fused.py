@@ -344,3 +344,13 @@ def test_long_inputs_without_gradients_are_left_to_torch(length, explicit, monke
     assert len(calls) == explicit
     expected = nn.functional.scaled_dot_product_attention(query, query, query).transpose(1, 2)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, kept", [("roberta", False), ("wav2vec2", False), ("vit", True)])
+def test_attention_that_plans_for_each_shape_is_off_where_lengths_vary(name, kept):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        fuse(Data2Vec(models.make(name), top_k=2), torch.device("cuda"), ["attention"])
+        assert torch.backends.cuda.cudnn_sdp_enabled() is kept
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)

@@ -1,4 +1,4 @@
-"""Mutations of the data2vec 2.0 code, each of which must fail a test (`make mutations`, 20 minutes)."""
+"""Mutations of the model, of steps and of runs, each of which must fail a test (`make mutations`, half an hour)."""
 
 import os
 import shutil
@@ -295,14 +295,127 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
     "groups forgotten": ("ops/conv.py", "weight, self.bias, self.groups)", "weight, self.bias, 1)"),
     "a convolution with strides for one without": ("ops/conv.py", "set(each.stride) == ", ""),
     "channels last without the stride": ("ops/conv.py", "self.bias, (1, *self.stride), *along)", "self.bias, 1, *along)"),
+    # Steps, runs and what a step reads
+    "Adam's betas ignored": (
+        "train/optim.py",
+        "torch.optim.AdamW(described, betas=betas,",
+        "torch.optim.AdamW(described,",
+    ),
+    "weight decay on vectors": ("train/optim.py", "0.0 if vector and not config.decay_1d else", "0.0 if False else"),
+    "warmup starts at the initial rate": (
+        "train/optim.py",
+        "(1 - config.initial) * (step + 1) / (warmup + 1)",
+        "(1 - config.initial) * step / warmup",
+    ),
+    "the schedule ignores lr_scale": (
+        "train/optim.py",
+        '"initial_lr": config.lr * s}',
+        '"initial_lr": config.lr}',
+    ),
+    "EMA before the optimizer": (
+        "train/step.py",
+        "        state.optimizer.step()\n        if not state.accelerator.optimizer_step_was_skipped:\n"
+        "            state.core.update_teacher()\n",
+        "        state.core.update_teacher()\n        state.optimizer.step()\n",
+    ),
+    "a skipped step updates the teacher": (
+        "train/step.py",
+        "        state.skipped.add(state.done + 1,",
+        "        state.core.update_teacher()\n        state.skipped.add(state.done + 1,",
+    ),
+    "gradients are summed over micro-batches": ("train/step.py", "share = output.loss / parts", "share = output.loss"),
+    "targets of one micro-batch": (
+        "train/step.py",
+        'sum(len(batch["index"]) for batch in micro_batches)',
+        'len(micro_batches[-1]["index"])',
+    ),
+    "loss of the last micro-batch": ("train/step.py", "loss += share", "loss = share"),
+    "gradients of the previous step": ("train/step.py", "    state.optimizer.zero_grad(set_to_none=True)\n", ""),
+    "no clipping": ("train/step.py", "state.clip_norm or math.inf", "math.inf"),
+    "skipped steps in a row counted over the run": ("train/step.py", "        state.skipped.forget()\n", ""),
+    "schedule waits during skipped steps": (
+        "train/step.py",
+        "    state.scheduler.step()\n",
+        "    if finite:\n        state.scheduler.step()\n",
+    ),
+    "an infinite loss with a finite gradient is a step": (
+        "train/step.py",
+        "torch.isfinite(grad_norm) & torch.isfinite(loss)",
+        "torch.isfinite(grad_norm)",
+    ),
+    "schedule one step late after a resume": ("train/build.py", "last_epoch=done - 1", "last_epoch=done - 2 if done else -1"),
+    "epochs without accumulation": (
+        "train/build.py",
+        "/ accelerator.num_processes / train.accumulate",
+        "/ accelerator.num_processes",
+    ),
+    "a resumed run starts its order anew": (
+        "train/build.py",
+        "make_order(config, data, accelerator, trained_batches(saved, accelerator))",
+        "make_order(config, data, accelerator, 0)",
+    ),
+    "the window of the log is not restored": ("train/build.py", '        self.window.load_state_dict(state["window"])\n', ""),
+    "order advanced by one batch a step": (
+        "train/feed.py",
+        "self.trained, self.trained_position = self.taken,",
+        "self.trained, self.trained_position = self.trained + 1,",
+    ),
+    "batches without masked positions are trained on": (
+        "train/feed.py",
+        "            if not empty:\n",
+        "            if True:\n",
+    ),
+    "one skipped step more is tolerated": (
+        "train/guards.py",
+        "if len(self.suspects) < self.limit:",
+        "if len(self.suspects) <= self.limit:",
+    ),
+    "a broken sample is reported in every epoch": ("train/guards.py", "if index not in self.seen:", "if True:"),
+    "skipped steps forgotten by a resume": ("train/guards.py", 'int(state["skipped"])', "0"),
+    "random numbers start anew after a resume": ("train/save.py", '    torch.set_rng_state(tensors["cpu"])\n', ""),
+    "the teacher is exported": (
+        "train/save.py",
+        'student, target = run.state.core.student, run.folder.path / "export"',
+        'student, target = run.state.core.teacher.module, run.folder.path / "export"',
+    ),
+    "samples of the last micro-batch in the log": (
+        "train/loop.py",
+        'sum(len(batch["samples"]) for batch in batches)',
+        'len(batches[-1]["samples"])',
+    ),
+    "checkpoints of every step": (
+        "train/loop.py",
+        "state.done // train.save_every > run.saved // train.save_every",
+        "state.done > run.saved",
+    ),
+    "precision ignored": (
+        "train/parallel.py",
+        '{"fp32": "no"}.get(train.precision, train.precision)',
+        '"no"',
+    ),
+    "crops by the nearest pixel": ("data/vision.py", "BICUBIC", "NEAREST"),
+    "audio cropped at its start": (
+        "data/audio.py",
+        "start = rng.integers(0, max(0, len(wave) - self.max_samples) + 1)",
+        "start = 0",
+    ),
+    "no dropout of the embeddings": ("encoders/patches.py", "x = embeddings.dropout(x)", "pass"),
+    "the teacher sees the student's padding": (
+        "model.py",
+        "padding_mask if target_padding_mask is None else target_padding_mask",
+        "padding_mask",
+    ),
 }
 
 
 def files_for(file):
-    """The tests that must fail: those of views for masks and data, those of the model for the rest."""
+    """The tests of which one must fail: those of the mutated file, or else those of the model."""
+    if file.startswith("train/"):
+        return ["tests/test_training.py", "tests/test_resume.py"]
     if file.startswith("data/"):
-        return ["tests/test_views.py"]
+        return ["tests/test_views.py", "tests/test_data.py"]
     own = {
+        "model.py": ["tests/test_model_2.py", "tests/test_model.py"],
         "ops/reference.py": ["tests/test_loss.py", "tests/test_model_2.py"],
         "masking.py": ["tests/test_views.py", "tests/test_masking.py"],
         "graphs.py": ["tests/test_graphs.py"],

@@ -89,7 +89,8 @@ class TestText:
     def test_without_a_tokenizer(self, text, capsys):
         RobertaModel.from_pretrained("text").save_pretrained("bare")
         config = settings("text/tiny", "encoder.pretrained=bare")
-        assert "encoder.pretrained=bare: has no usable tokenizer: holds a model but no tokenizer vocabulary" in capsys.readouterr().err
+        message = "encoder.pretrained=bare: has no usable tokenizer: holds a model but no tokenizer vocabulary"
+        assert message in capsys.readouterr().err
         with pytest.raises(ConfigError, match=r"name the tokenizer that the encoder was trained with"):
             make_data(config)
 

@@ -182,7 +182,7 @@ def test_ranks_resume_from_different_batch_counts():
     process = torchrun("--resume", "run", "train.steps=16", "--resume-allow", "train.steps")
     assert "resumes after step 8" in process.communicate(timeout=120)[1] and process.returncode == 0
     ranks = Checkpoint(last("whole")).state["ranks"]
-    assert ranks[0]["batches"] != ranks[1]["batches"] or ranks[0]["batches"] > 16
+    assert ranks[0]["batches"] != ranks[1]["batches"]
     assert_same("whole", "run")
     assert lines("run/log.jsonl")[-1]["broken_samples"] == 2
 
@@ -344,7 +344,7 @@ class TestStopSignals:
         os.killpg(run.process.pid, number)
         code, said = run.wait()
         stopped = int(last("run").name[5:])
-        assert code == 130 and f"stopped at step {stopped} of 2000" in said and "--resume run goes on" in said, said
+        assert code == 130 and f"stopped at step {stopped} of 2000" in said and "--resume run continues" in said, said
         assert stopped >= 8 and "Traceback" not in said
         code, said = train(["--resume", "run", f"train.steps={stopped + 4}", "--resume-allow", "train.steps"])
         assert code == 0 and f"resumes after step {stopped}" in said
@@ -366,6 +366,7 @@ class TestStopSignals:
         run.until(lambda: logged("run"))
         for _ in range(3):
             run.send(signal.SIGINT)
+            time.sleep(0.05)  # one signal would be delivered for several that are pending
         assert run.wait()[0] == 130
 
 
@@ -385,7 +386,8 @@ def check_after_a_kill(run):
             assert load_file(file)
     *whole, _ = Path(run, "log.jsonl").read_text().split("\n")
     assert all(json.loads(line) for line in whole)
-    assert not finished or Checkpoint(last(run)).step == max(finished)
+    for step in finished:
+        assert Checkpoint(Path(run, "checkpoints", f"step-{step}")).step == step
     return max(finished, default=0)
 
 

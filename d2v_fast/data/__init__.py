@@ -216,7 +216,18 @@ class PretrainingData(Dataset[Any]):
             return [self.stream.path], self.stream.digest()
         return self.source.names, self.source.digests()
 
+    def finish(self, batch: Batch) -> Batch:
+        """Complete a batch of `collate`, as tensors; by default it is complete.
+
+        With a GPU this runs there, after the copy, so that workers and copy handle less: images as uint8, for instance.
+        """
+        return batch
+
     def __getitems__(self, keys: list[Key]) -> Batch:
+        return self.finish(self.unfinished(keys))
+
+    def unfinished(self, keys: list[Key]) -> Batch:
+        """The batch before `finish`."""
         epoch = keys[0][0]
         draws = Draws(self.seed, epoch, [index for _, index in keys])
 
@@ -250,6 +261,19 @@ class PretrainingData(Dataset[Any]):
 @dataclass
 class _Broken:
     error: Exception
+
+
+class Unfinished(Dataset):
+    """The batches of a data set before `finish`."""
+
+    def __init__(self, data: PretrainingData):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        return self.data.unfinished(keys)
 
 
 class EpochBatches:
@@ -351,8 +375,16 @@ def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def make_loader(
+<<<<<<< HEAD
     data: PretrainingData,
     batches: EpochBatches | IterableDataset[Any],
+||||||| 1fe1510
+    data: PretrainingData,
+    batches: EpochBatches | IterableDataset,
+=======
+    data: PretrainingData | Unfinished,
+    batches: EpochBatches | IterableDataset,
+>>>>>>> main
     workers: int,
     prefetch: int = 4,
     pin_memory: bool = False,
@@ -389,6 +421,11 @@ def _share_memory(batch: Any) -> Batch:
                 except RuntimeError:
                     batch[name] = value.numpy()
     return batch
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of a batch, on the device."""
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -230,6 +230,7 @@ class StreamBatches(IterableDataset):
     ):
         self.data, self.batch_size, self.seed, self.rank, self.world = data, batch_size, seed, rank, world
         self.threads, self.start, self.state, self.buffer = threads, start, state, buffer or data.stream.buffer
+        self.finishes = True  # whether batches are finished here, and not on a GPU
 
     def __iter__(self) -> Iterator[Batch]:
         data, stream = self.data, self.data.stream
@@ -240,7 +241,8 @@ class StreamBatches(IterableDataset):
             while True:
                 taken = list(itertools.islice(samples, self.batch_size))
                 stream.pending = {number: content for (_, number, content), _ in taken}
-                batch = data.__getitems__([(epoch, number) for (epoch, number, _), _ in taken])
+                load = data.__getitems__ if self.finishes else data.unfinished
+                batch = load([(epoch, number) for (epoch, number, _), _ in taken])
                 yield batch | {"stream": taken[-1][1]}
         except DataError as error:  # as text, which crosses processes without a traceback
             yield {"failed": str(error)}

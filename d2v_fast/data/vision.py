@@ -12,9 +12,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from d2v_fast.data import DataError, PretrainingData, Source, find_files, is_local, load_media, media_column, media_file
+from d2v_fast.data import (
+    Batch,
+    DataError,
+    PretrainingData,
+    Source,
+    find_files,
+    is_local,
+    load_media,
+    media_column,
+    media_file,
+)
 from d2v_fast.data.builtin import builtin_images
 from d2v_fast.data.shards import open_tars
 from d2v_fast.data.streaming import Numbered, Stream, is_remote
@@ -210,17 +221,30 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return crop_to(image, size, (left, top, left + side, top + side))
 
 
-def to_pixels(images: list[Image.Image], mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """RGB images of one size → float32 (B, 3, H, W), normalised by channel."""
+def tables(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """The normalised values of the 256 levels of each channel: float32 (3, 256)."""
     levels = np.arange(256, dtype=np.float32) / np.float32(255)
     shift, factor = (np.array(x, dtype=np.float32)[:, None] for x in (mean, std))
-    tables = (levels - shift) / factor
-    pixels = np.empty((len(images), 3, *images[0].size[::-1]), dtype=np.float32)
-    for image, planes in zip(images, pixels, strict=True):
-        rgb = np.asarray(image)
-        for channel, (table, plane) in enumerate(zip(tables, planes, strict=True)):
-            np.take(table, rgb[..., channel], out=plane, mode="clip")  # the other modes copy
+    return (levels - shift) / factor
+
+
+def to_levels(images: list[Image.Image]) -> np.ndarray:
+    """RGB images of one size → uint8 (B, 3, H, W)."""
+    return np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])
+
+
+def normalize(levels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Levels uint8 (B, 3, H, W) → float32, normalised by channel."""
+    pixels = np.empty(levels.shape, dtype=np.float32)
+    for channel, table in enumerate(tables(mean, std)):
+        for plane, level in zip(pixels[:, channel], levels[:, channel], strict=True):
+            np.take(table, level, out=plane, mode="clip")  # the other modes copy
     return pixels
+
+
+def to_pixels(images: list[Image.Image], mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """RGB images of one size → float32 (B, 3, H, W), normalised by channel."""
+    return normalize(to_levels(images), mean, std)
 
 
 def image_processor(image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
@@ -288,6 +312,7 @@ class ImageData(PretrainingData):
         self.image_size = image_size
         self.crop_scale, self.crop_ratio = (crop_scale[0], crop_scale[1]), (crop_ratio[0], crop_ratio[1])
         self.flip, self.jitter, self.mean, self.std = flip, jitter, tuple(mean), tuple(std)
+        self._tables: dict[torch.device, list[torch.Tensor]] = {}
         if streaming or is_remote(path):
             self.stream, self.source = stream_images(path, name, split, shuffle_buffer, stream_timeout)
         else:
@@ -323,4 +348,18 @@ class ImageData(PretrainingData):
         return color_jitter(image, self.jitter, rng) if self.jitter > 0 else image
 
     def collate(self, samples: list[Image.Image], draws: Draws) -> dict[str, np.ndarray]:
-        return {"source": to_pixels(samples, self.mean, self.std), "mask": self.make_mask(draws, self.grid)}
+        return {"source": to_levels(samples), "mask": self.make_mask(draws, self.grid)}
+
+    def finish(self, batch: Batch) -> Batch:
+        """Normalise uint8 images, by table: the bits are the same on every device."""
+        levels = batch.get("source")
+        if levels is None or levels.dtype != torch.uint8:
+            return batch
+        if levels.device.type == "cpu":
+            return batch | {"source": torch.from_numpy(normalize(levels.numpy(), self.mean, self.std))}
+        if levels.device not in self._tables:
+            flat = torch.from_numpy(tables(self.mean, self.std).flatten())
+            starts = torch.arange(0, flat.numel(), 256, dtype=torch.int32).view(-1, 1, 1)
+            self._tables[levels.device] = [x.to(levels.device, non_blocking=True) for x in (flat, starts)]
+        flat, starts = self._tables[levels.device]
+        return batch | {"source": flat.index_select(0, (levels + starts).flatten()).view(levels.shape)}

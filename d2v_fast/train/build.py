@@ -263,7 +263,7 @@ def trained_batches(saved: Checkpoint | None, accelerator: Accelerator, part: st
 
 def make_feed(config: Config, data: PretrainingData, order: EpochBatches | StreamBatches, accelerator: Accelerator) -> Feed:
     broken = BrokenSamples(len(data), config.train.max_broken)
-    return Feed(data, order, config.train.workers, accelerator.device.type == "cuda", broken)
+    return Feed(data, order, config.train.workers, accelerator.device, broken)
 
 
 def make_updates(

@@ -5,13 +5,21 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
 
+<<<<<<< HEAD
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
 from d2v_fast.data.streaming import StreamBatches
+||||||| 1fe1510
+from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
+=======
+from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, Unfinished, first_line, make_loader, to_device
+from d2v_fast.data.streaming import StreamBatches
+>>>>>>> main
 from d2v_fast.train.guards import BrokenSamples, WorkerDied, in_main_thread
 
 log = logging.getLogger(__name__)
@@ -27,10 +35,11 @@ class Feed:
         data: The data set.
         order: The samples of each batch, starting with the first batch to train on.
         workers: Number of loading processes; they start with the first batch.
-        pin_memory: Load into pinned memory.
+        device: Where batches are needed. To a GPU the next batch is copied while the step runs.
         broken: Records samples that cannot be read.
     """
 
+<<<<<<< HEAD
     def __init__(
         self,
         data: PretrainingData,
@@ -42,8 +51,29 @@ class Feed:
         self.data, self.workers, self.broken = data, workers, broken
         self.loader = make_loader(data, order, workers, pin_memory=pin_memory)
         self.taken = self.trained = order.start  # batches taken from the loader, and used by finished steps
+||||||| 1fe1510
+    def __init__(self, data: PretrainingData, order: EpochBatches, workers: int, pin_memory: bool, broken: BrokenSamples):
+        self.data, self.workers, self.broken = data, workers, broken
+        self.loader = make_loader(data, order, workers, pin_memory=pin_memory)
+        self.taken = self.trained = order.start  # batches taken from the loader, and used by finished steps
+=======
+    def __init__(
+        self,
+        data: PretrainingData,
+        order: EpochBatches | StreamBatches,
+        workers: int,
+        device: torch.device,
+        broken: BrokenSamples,
+    ):
+        self.data, self.workers, self.device, self.broken = data, workers, device, broken
+        loaded = data if device.type == "cpu" else Unfinished(data)
+        if isinstance(order, StreamBatches):
+            order.finishes = device.type == "cpu"
+        self.loader = make_loader(loaded, order, workers, pin_memory=device.type == "cuda")
+        self.taken = self.trained = order.start  # batches handed over or skipped, and those used by finished steps
+>>>>>>> main
         self.position = self.trained_position = getattr(order, "state", None)  # the same of a stream
-        self.batches = self._batches()
+        self.batches = self._ahead() if device.type == "cuda" else self._one_by_one()
 
     def take(self, number: int) -> list[Batch]:
         """The next batches.
@@ -72,7 +102,33 @@ class Feed:
         stream = {"stream": self.trained_position} if self.data.stream else {}
         return {"batches": self.trained, **stream}  # may differ between ranks: one that skips an unreadable batch takes another
 
-    def _batches(self) -> Generator[Batch, None, None]:
+    def _one_by_one(self) -> Generator[Batch, None, None]:
+        with closing(self._batches()) as batches:
+            for self.taken, self.position, batch in batches:
+                yield batch if self.device.type == "cpu" else self._move(batch)
+
+    def _ahead(self) -> Generator[Batch, None, None]:
+        """Each batch is copied on a second stream while the step before it runs. Only what is handed over counts as taken."""
+        stream, waiting = torch.cuda.Stream(self.device), None
+        with closing(self._batches()) as batches:
+            for number, position, batch in batches:
+                with torch.cuda.stream(stream):
+                    moved = number, position, self._move(batch), stream.record_event()
+                if waiting is not None:
+                    self.taken, self.position, batch, copied = waiting
+                    current = torch.cuda.current_stream(self.device)
+                    current.wait_event(copied)
+                    for value in batch.values():
+                        if isinstance(value, torch.Tensor):
+                            value.record_stream(current)  # otherwise its memory may be reused while the step reads it
+                    yield batch
+                waiting = moved
+
+    def _move(self, batch: Batch) -> Batch:
+        return self.data.finish(batch | to_device(batch, self.device))
+
+    def _batches(self) -> Generator[tuple[int, Any, Batch], None, None]:
+        """Batches with their numbers, counted from 1, and the position after them in a stream."""
         try:
             loaded = iter(self.loader)
         except OSError as error:
@@ -85,13 +141,13 @@ class Feed:
         if in_main_thread() and hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         empty, piped = 0, False
-        for batch in loaded:
-            self.taken += 1
+        position = self.position
+        for number, batch in enumerate(loaded, self.taken + 1):
             if self.data.stream:
                 if "failed" in batch:
                     raise DataError(batch["failed"])
-                self.position = batch.pop("stream")
-                self.broken.total = max(LEAST, self.taken * len(batch["samples"] + batch["broken"]))
+                position = batch.pop("stream")
+                self.broken.total = max(LEAST, number * len(batch["samples"] + batch["broken"]))
             arrays = {name: torch.from_numpy(value) for name, value in batch.items() if isinstance(value, np.ndarray)}
             if arrays and not piped:
                 log.warning("/dev/shm is full, so batches come through a slower pipe; for more: docker run --shm-size=8g")
@@ -107,4 +163,4 @@ class Feed:
                     f"{batch['samples'][:8]}: raise mask.prob or shorten mask.length (mask: {self.data.mask})"
                 )
             if not empty:
-                yield batch
+                yield number, position, batch

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2v_fast.checkpoint import Tensors
 from d2v_fast.config import TrainConfig
-from d2v_fast.data import Batch
+from d2v_fast.data import Batch, to_device
 from d2v_fast.diagnostics import Monitor
 from d2v_fast.graphs import Graphs
 from d2v_fast.model import Data2Vec
@@ -172,11 +172,6 @@ def _finite(state: State, loss: Tensor, grad_norm: Tensor) -> bool:
     if state.world > 1:  # the gradient is the same on all ranks, the loss is not
         finite = state.accelerator.reduce(finite.float(), "sum") == state.world
     return bool(finite)
-
-
-def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a batch."""
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
 
 
 def make_graphs(state: State, train: TrainConfig) -> Graphs | None:

@@ -1,0 +1,179 @@
+"""Batches on their way to the device: images as uint8 until there, the next batch copied while a step runs."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from d2v_fast.config import parse
+from d2v_fast.data import EpochBatches, Unfinished
+from d2v_fast.data.streaming import StreamBatches
+from d2v_fast.data.vision import MEAN, STD, ImageData, tables
+from d2v_fast.masking import RandomMask
+from d2v_fast.train.build import build
+from d2v_fast.train.feed import Feed
+from d2v_fast.train.guards import BrokenSamples
+from d2v_fast.train.step import step
+from tests.test_data import image_data
+from tests.test_streaming import parquet
+from tests.test_training import arguments
+
+KEYS = [(0, 3), (0, 50), (0, 7)]
+
+
+@pytest.fixture
+def images():
+    data = ImageData(mask=RandomMask(0.5), image_size=16)
+    data.grid = (4, 4)
+    return data
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is not on the CPU."""
+
+    device = torch.device("cuda", 0)
+
+    def to(self, *args, **kwargs):
+        return self
+
+
+def test_images_are_normalised_on_the_device_to_the_same_bits(images, monkeypatch):
+    levels, plain = images.unfinished(KEYS), images.__getitems__(KEYS)
+    assert levels["source"].dtype == torch.uint8 and plain["source"].dtype == torch.float32
+    expected = (levels["source"].float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    assert torch.equal(plain["source"], expected)
+    images._tables[Elsewhere.device] = [
+        torch.from_numpy(tables(MEAN, STD).flatten()),
+        torch.tensor([0, 256, 512])[:, None, None],
+    ]
+    found = images.finish(levels | {"source": levels["source"].as_subclass(Elsewhere)})["source"]
+    assert torch.equal(found.as_subclass(torch.Tensor), expected) and torch.equal(levels["mask"], plain["mask"])
+
+
+def test_every_level_and_channel_has_its_place_in_the_table():
+    found = tables(MEAN, STD)
+    assert found.dtype == np.float32 and found.shape == (3, 256)
+    exact = (np.arange(256) / 255 - np.array(MEAN)[:, None]) / np.array(STD)[:, None]
+    assert np.abs(found - exact).max() < 1e-6
+
+
+def test_a_class_of_ones_own_may_give_floats(images):
+    batch = {"source": torch.rand(2, 3, 4, 4)}
+    assert images.finish(batch) is batch
+    assert images.finish({"broken": [(0, "x")]}) == {"broken": [(0, "x")]}
+
+
+class Stream:
+    """Records what happens on which stream, in order."""
+
+    def __init__(self, events, name):
+        self.events, self.name = events, name
+
+    def record_event(self):
+        self.events.append(f"{self.name} recorded")
+        return f"{self.name} event"
+
+    def wait_event(self, event):
+        self.events.append(f"{self.name} waits for {event}")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of which only streams exist: tensors stay on the CPU."""
+    events = []
+    main, side = Stream(events, "main"), Stream(events, "side")
+    active = [main]
+
+    @contextmanager
+    def stream(entered):
+        active.append(entered)
+        yield
+        active.pop()
+
+    def move(batch, device):
+        assert device.type == "cuda"
+        events.append(f"{active[-1].name} copies {batch['samples'][0]}")
+        return {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: active[-1])
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, used: events.append(f"recorded for {used.name}"))
+    monkeypatch.setattr("d2v_fast.train.feed.to_device", move)
+    return events
+
+
+def feed(data, device, start=0):
+    order = EpochBatches(len(data), 2, seed=0, start=start)
+    return Feed(data, order, 0, torch.device(device), BrokenSamples(len(data), 0.01))
+
+
+@pytest.fixture
+def no_pinning(monkeypatch):
+    import d2v_fast.train.feed as module
+
+    make = module.make_loader
+    monkeypatch.setattr(module, "make_loader", lambda data, order, workers, pin_memory: make(data, order, workers))
+
+
+def test_the_next_batch_is_copied_on_a_second_stream(images, gpu, no_pinning):
+    batches = feed(images, "cuda")
+    first, second, third = (
+        [index for _, index in keys] for _, keys in zip(range(3), batches.loader.batch_sampler, strict=False)
+    )
+    taken = batches.take(1)[0]
+    tensors = sum(isinstance(value, torch.Tensor) for value in taken.values())
+    handed = ["main waits for side event", *["recorded for main"] * tensors]
+    copy = [[f"side copies {each[0]}", "side recorded"] for each in (first, second, third)]
+    assert taken["samples"] == first and gpu == [*copy[0], *copy[1], *handed]
+    del gpu[:]
+    assert batches.take(1)[0]["samples"] == second and gpu == [*copy[2], *handed]
+
+
+def test_a_batch_that_is_copied_ahead_is_not_counted(images, gpu, no_pinning):
+    plain, ahead = feed(images, "cpu"), feed(images, "cuda")
+    for number in (1, 2, 1):
+        expected, found = plain.take(number), ahead.take(number)
+        assert [batch["samples"] for batch in found] == [batch["samples"] for batch in expected]
+        plain.trained_on(), ahead.trained_on()
+        assert ahead.state_dict() == plain.state_dict()
+    assert ahead.state_dict() == {"batches": 4}
+    resumed = feed(images, "cuda", start=4)
+    assert resumed.take(1)[0]["samples"] == ahead.take(1)[0]["samples"]
+
+
+def test_only_with_a_gpu_are_batches_left_unfinished(images, gpu, no_pinning):
+    assert feed(images, "cpu").loader.dataset is images
+    assert isinstance(feed(images, "cuda").loader.dataset, Unfinished)
+
+
+def test_a_stream_that_is_copied_ahead_keeps_its_position(gpu, no_pinning, tmp_path):
+    (tmp_path / "set.parquet").write_bytes(parquet(*range(8)))
+    found = {}
+    for device in ("cpu", "cuda"):
+        data = image_data(str(tmp_path / "set.parquet"), streaming=True, shuffle_buffer=3)
+        batches = Feed(data, StreamBatches(data, 2), 0, torch.device(device), BrokenSamples(8, 0.01))
+        taken = batches.take(2)
+        batches.trained_on()
+        found[device] = batches.state_dict(), [batch["source"] for batch in taken]
+        assert batches.loader.dataset.finishes == (device == "cpu")
+    assert found["cpu"][0] == found["cuda"][0] and found["cpu"][0]["batches"] == 2
+    for one, other in zip(found["cpu"][1], found["cuda"][1], strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
+
+
+def test_a_run_has_the_same_losses_with_images_finished_after_loading(tmp_path, monkeypatch):
+    found = []
+    for name in ("one", "other"):
+        trainer = build(parse(arguments("vision", tmp_path / name))[0])
+        if name == "other":  # as for a device that is neither CPU nor CUDA
+            monkeypatch.setattr("d2v_fast.train.feed.to_device", lambda batch, device: {})
+            trainer.feed = feed_like(trainer)
+        found.append([float(step(trainer.state, trainer.feed.take(1)).loss) for _ in range(3)])
+    assert found[0] == found[1]
+
+
+def feed_like(trainer):
+    order = trainer.feed.loader.batch_sampler
+    return Feed(trainer.data, order, 0, torch.device("meta"), trainer.broken)
