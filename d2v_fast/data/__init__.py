@@ -263,7 +263,7 @@ class _Broken:
     error: Exception
 
 
-class Unfinished(Dataset):
+class Unfinished(Dataset[Any]):
     """The batches of a data set before `finish`."""
 
     def __init__(self, data: PretrainingData):
@@ -375,16 +375,8 @@ def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def make_loader(
-<<<<<<< HEAD
-    data: PretrainingData,
-    batches: EpochBatches | IterableDataset[Any],
-||||||| 1fe1510
-    data: PretrainingData,
-    batches: EpochBatches | IterableDataset,
-=======
     data: PretrainingData | Unfinished,
-    batches: EpochBatches | IterableDataset,
->>>>>>> main
+    batches: EpochBatches | IterableDataset[Any],
     workers: int,
     prefetch: int = 4,
     pin_memory: bool = False,

@@ -11,15 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-<<<<<<< HEAD
-from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
-from d2v_fast.data.streaming import StreamBatches
-||||||| 1fe1510
-from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, first_line, make_loader
-=======
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData, Unfinished, first_line, make_loader, to_device
 from d2v_fast.data.streaming import StreamBatches
->>>>>>> main
 from d2v_fast.train.guards import BrokenSamples, WorkerDied, in_main_thread
 
 log = logging.getLogger(__name__)
@@ -39,24 +32,6 @@ class Feed:
         broken: Records samples that cannot be read.
     """
 
-<<<<<<< HEAD
-    def __init__(
-        self,
-        data: PretrainingData,
-        order: EpochBatches | StreamBatches,
-        workers: int,
-        pin_memory: bool,
-        broken: BrokenSamples,
-    ):
-        self.data, self.workers, self.broken = data, workers, broken
-        self.loader = make_loader(data, order, workers, pin_memory=pin_memory)
-        self.taken = self.trained = order.start  # batches taken from the loader, and used by finished steps
-||||||| 1fe1510
-    def __init__(self, data: PretrainingData, order: EpochBatches, workers: int, pin_memory: bool, broken: BrokenSamples):
-        self.data, self.workers, self.broken = data, workers, broken
-        self.loader = make_loader(data, order, workers, pin_memory=pin_memory)
-        self.taken = self.trained = order.start  # batches taken from the loader, and used by finished steps
-=======
     def __init__(
         self,
         data: PretrainingData,
@@ -71,7 +46,6 @@ class Feed:
             order.finishes = device.type == "cpu"
         self.loader = make_loader(loaded, order, workers, pin_memory=device.type == "cuda")
         self.taken = self.trained = order.start  # batches handed over or skipped, and those used by finished steps
->>>>>>> main
         self.position = self.trained_position = getattr(order, "state", None)  # the same of a stream
         self.batches = self._ahead() if device.type == "cuda" else self._one_by_one()
 
