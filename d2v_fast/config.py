@@ -379,6 +379,7 @@ SECTIONS = {
 GROUPS = {*SECTIONS, "mask", "data"}
 DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)}
 DEFAULTS |= {"data.class": None, "data.views": None, "data.whole_seconds": 60.0}
+DEFAULTS |= {"data.streaming": False, "data.shuffle_buffer": 1000}
 
 # The valid interval of a number, or of each number in a list or mapping. A round bracket excludes the bound.
 RANGES = {

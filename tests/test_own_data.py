@@ -376,7 +376,7 @@ class TestRefusals:
         [
             (
                 "mine:Feilds",
-                r"cannot be imported: module 'mine' has no attribute 'Feilds'; expected package.module:Class, of a",
+                r"cannot be imported: module 'mine' has no attribute 'Feilds'; expected package.module:Class, where",
             ),
             ("nowhere:Fields", r"cannot be imported: No module named 'nowhere'; expected package.module:Class"),
             ("Fields", r"cannot be imported: No module named 'Fields'; expected package.module:Class"),

@@ -366,7 +366,7 @@ class TestStopSignals:
         run.until(lambda: logged("run"))
         for _ in range(3):
             run.send(signal.SIGINT)
-            time.sleep(0.05)  # one signal would be delivered for several that are pending
+            time.sleep(0.01)  # one signal would be delivered for several that are pending
         assert run.wait()[0] == 130
 
 

@@ -286,7 +286,7 @@ class TestRuns:
         assert table[0, 2].tolist() == [0.0] * 8 + [1.0] * 8 + [0.0] * 8 + [1.0] * 8
         # Patches are row by row of mel, eight rows of four columns of time: the first half tells the column.
         assert torch.equal(table[0, 2, :16], table[0, 2 + 4, :16]) and not torch.equal(table[0, 2, 16:], table[0, 2 + 4, 16:])
-        with pytest.raises(ValueError, match=r"encoder\.init='sincos': is for ViT"):
+        with pytest.raises(ValueError, match=r"encoder\.init='sincos': only for ViT"):
             build_encoder("wav2vec2", config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2), init="sincos")
 
     def test_pretrained_ast_brings_its_spectrograms(self):

@@ -113,6 +113,8 @@ def _steps(run: Run) -> bool:
         # Keep what was learned, whatever ended the run. One rank alone cannot gather a sharded model.
         if state.done and (together or not train.shard):
             _export(run)
+        if together:  # else torchrun would end the first rank during the export, once another has exited with an error
+            run.accelerator.wait_for_everyone()
     return stopped
 
 
