@@ -103,7 +103,29 @@ def test_results_of_beit_are_scaled(timm):
     torch.testing.assert_close(found, (seen[0] * block.gamma_2)[:, 1:], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name, why", [("samvit_base_patch16", "its last states have the shape"), ("resnet18", "cannot")])
+def test_samvit_without_its_neck(timm):
+    """Its blocks keep a grid (B, H, W, C) and attend within windows."""
+    config = SMALL | dict(neck_chans=0, window_size=3, global_attn_indexes=(1,))
+    torch.manual_seed(0)
+    encoder = build_encoder("timm/samvit_base_patch16", config=config).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    plain = timm.create_model("samvit_base_patch16", num_classes=0, **config).double().eval()
+    plain.load_state_dict(encoder.model.timm_model.state_dict())
+    seen = []
+    plain.blocks[1].register_forward_hook(lambda m, args, output: seen.append(output.flatten(1, 2)))
+    expected = plain.forward_features(x).flatten(2).transpose(1, 2)
+    found = encoder.transform(encoder.embed(x), layers=2, source="block_output")
+    torch.testing.assert_close(found.states, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.layers[0], seen[0], rtol=0, atol=1e-12)
+    assert not encoder.gathers and encoder.positions(32) == (4, 4)
+    model = Data2Vec(encoder.float(), top_k=2)
+    model(x.float(), torch.rand(2, 16) < 0.5).loss.backward()
+    assert all(p.grad is not None for p in encoder.model.timm_model.patch_embed.parameters())
+
+
+@pytest.mark.parametrize(
+    "name, why", [("samvit_base_patch16", "its blocks have 48 channels, its last states 256"), ("resnet18", "cannot")]
+)
 def test_what_does_not_fit_is_explained(timm, name, why):
     config = SMALL if "vit" in name else {}
     with pytest.raises(ValueError, match=why):

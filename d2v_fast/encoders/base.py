@@ -175,7 +175,7 @@ class Encoder(nn.Module):
                     f"{type(self.model).__name__}: {layers - len(captured)} of the last {layers} blocks gave no result; "
                     "call them as modules, and set ffn=… if the FFN's output is not that of the last Linear"
                 )
-            results = [self._scaled(result[:, -length:], block, source) for block, result in captured.items()]
+            results = [self._scaled(blocks.flat(result)[:, -length:], block, source) for block, result in captured.items()]
             extra_states, states = states[:, :-length], states[:, -length:]
             states = states if rows is None else states.flatten(0, 1)[rows]
             return Encoded(states, results, extra_states if extra_states.shape[1] else None)

@@ -24,6 +24,11 @@ def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def flat(x: Tensor) -> Tensor:
+    """x (B, T, C); the result of a block that keeps a grid (B, H, W, C) is flattened."""
+    return x.flatten(1, 2) if x.ndim == 4 else x
+
+
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
     """x (B, T, C) at `rows`, as a batch of one sample."""
     return x if rows is None else x.flatten(0, 1)[rows].unsqueeze(0)

@@ -204,7 +204,7 @@ class SplicedEncoder(Encoder):
         config = self.model.config
         augments = getattr(config, "apply_spec_augment", None)
         if not augments:
-            return self.model(**arguments).last_hidden_state
+            return self._in_rows(self.model(**arguments).last_hidden_state)
         try:
             config.apply_spec_augment = False  # or the model would mask its input in train mode
             return self.model(**arguments).last_hidden_state
@@ -230,12 +230,19 @@ class SplicedEncoder(Encoder):
 
     def placed(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Input of the first block at the positions, (B, T, C)."""
-        return self.until(f"{self.layers_name}.0", lambda: self.run(features, padding_mask), inputs=True)[:, self.extra :]
+        x = self.until(f"{self.layers_name}.0", lambda: self.run(features, padding_mask), inputs=True)
+        return blocks.flat(x)[:, self.extra :]
 
     def kind(self) -> dict[str, Any]:
         """Device and dtype of the model."""
         parameter = next(self.model.parameters())
         return dict(device=parameter.device, dtype=parameter.dtype)
+
+    def _in_rows(self, states: Tensor) -> Tensor:
+        """States (B, T, C), also of a model that returns (B, H, W, C) or (B, C, H, W)."""
+        if states.ndim == 4 and states.shape[1] == self.hidden_size:
+            return states.flatten(2).transpose(1, 2)
+        return blocks.flat(states) if states.shape[-1] == self.hidden_size else states
 
     def _features_of(self, output: Any) -> Tensor:
         x, grid = blocks.first(output).permute(self.splice.order), self.splice.grid

@@ -143,6 +143,9 @@ class Trial:
                 self.splice.stem = self._find_stem([before for before, _ in seen[:number]])
                 self._inspect(inputs[:1], states.shape[1], results)
                 return []
+        width = results.get("", (self.encoder.hidden_size,))[-1]
+        if width != self.encoder.hidden_size:
+            raise Unfit(f"its blocks have {width} channels, its last states {self.encoder.hidden_size}", FINAL)
         grids = [blocks.first(output) for _, output in seen]
         most = max((grid.shape[2:].numel() for grid in grids if isinstance(grid, Tensor) and grid.ndim == 4), default=0)
         if most > states.shape[1] and all(error.rank < 3 for _, error in failures):
@@ -224,7 +227,7 @@ class Trial:
 
             def inner(path: str, output: Any, results=results) -> None:
                 results.pop(path, None)
-                results[path] = tuple(blocks.first(output).shape)
+                results[path] = tuple(blocks.flat(blocks.first(output)).shape)
 
             with ExitStack() as stack:
                 for hook, modules in ((outer, outside), (inner, last)):
