@@ -7,6 +7,7 @@ python -m d2v_fast.encoders.table modernbert swin     tries these alone
 
 from __future__ import annotations
 
+import argparse
 import logging
 import re
 import sys
@@ -252,8 +253,15 @@ def report(found: list[Row]) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    from transformers import CONFIG_MAPPING
+
+    parser = argparse.ArgumentParser(prog="python -m d2v_fast.encoders.table", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("arguments", nargs="*", metavar="TYPE|PAGE.md", help="model types to try, default all; pages to update")
+    arguments = parser.parse_args(arguments).arguments
     files = [Path(argument) for argument in arguments if argument.endswith(".md")]
     chosen = [argument for argument in arguments if not argument.endswith(".md")] or names()
+    if unknown := sorted(set(chosen) - set(CONFIG_MAPPING)):
+        parser.error(f"not a model type of transformers: {', '.join(unknown)}")
     text = report([attempt(name) for name in chosen])
     for file in files:
         page = file.read_text(encoding="utf-8")
