@@ -318,7 +318,7 @@ class TestServers:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{free.getsockname()[1]}/a.parquet"
-        with pytest.raises(DataError, match=rf"data.path={url}: cannot be streamed .*"):
+        with pytest.raises(DataError, match=rf"data.path={url}: cannot be streamed .*; check these, and the connection"):
             image_data(url, stream_timeout=20)
 
     def test_without_the_file(self):
@@ -345,7 +345,7 @@ class TestSettings:
 
         monkeypatch.setattr(datasets, "load_dataset", load)
         for path in ("hf://datasets/user/name@v1", "user/name", "hf://datasets/u/n/x-{0..1}.jsonl.gz", "s3://b/a.tar"):
-            with pytest.raises(DataError, match=r"cannot be streamed .*: offline"):
+            with pytest.raises(DataError, match=r"cannot be streamed .*: offline; check these"):
                 image_data(path, streaming=True)
         assert asked == [
             (("user/name", None), "v1", None),

@@ -311,4 +311,5 @@ def _load(path: str, name: str | None, split: str) -> Any:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"data.path={path}: cannot be streamed (name={name}, split={split}): {first_line(error)}") from error
+        failed = f"data.path={path}: cannot be streamed (name={name}, split={split}): {first_line(error)}"
+        raise DataError(f"{failed}; check these, and the connection to the remote") from error
