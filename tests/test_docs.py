@@ -143,8 +143,9 @@ def run(monkeypatch, command):
     if NO_TIMM in command or any(command.startswith(known) for known in ELSEWHERE):
         return
     if words[0] == "make":
-        recipe = subprocess.run(["make", "-n", "-C", ROOT, *words[1:]], check=True, capture_output=True, text=True).stdout
-        mine = [line for line in recipe.splitlines() if re.search(r"\S+/(d2v-|mkdocs)", line)]
+        command = ["make", "-n", "--no-print-directory", "-C", ROOT, *words[1:]]
+        recipe = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        mine = [line for line in recipe.splitlines() if re.search(r"bin/(d2v-|mkdocs)", line)]
         assert mine
         for line in mine:
             run(monkeypatch, line.rpartition(".venv/bin/")[2])
