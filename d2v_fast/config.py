@@ -329,7 +329,7 @@ class TrainConfig(Checked):
 
     output: str | None = None
     steps: PositiveInt = 100_000
-    epochs: PositiveFloat | None = None
+    epochs: Annotated[float | None, Range("(0, inf)")] = None
     batch_size: PositiveInt = 16
     accumulate: PositiveInt = 1
     clip_norm: NonNegativeFloat = 0.0
@@ -386,7 +386,7 @@ class CollapseConfig(Checked):
     decay: ClosedUnitInterval = 0.999999
     update: NonNegativeFloat = 1e-5
     gradient: NonNegativeFloat = 1000.0
-    after: NonNegativeInt | None = None
+    after: Annotated[int | None, Range("[0, inf)")] = None
     action: Literal["warn", "stop", "off"] = "warn"
 
 
@@ -812,17 +812,27 @@ def new_parser(modality: str, modalities: tuple[str, ...], sections: Iterable[st
     parser.add_argument("--fused", action="store_true", help="Use fused kernels and bf16, or stop with the reason.")
     parser.add_argument("--modality", type=Literal[modalities], default=modality, help="Modality of the data.")
     for name in sections:
-        parser.add_class_arguments(SECTIONS[name], name)
+        add_settings(parser, SECTIONS[name], name)
     return parser
+
+
+def add_settings(parser: ArgumentParser, cls: type, section: str, skip: Iterable[str] = ()) -> None:
+    """Add the arguments of a class as settings of a section, with their ranges in the help."""
+    parser.add_class_arguments(cls, section, skip=set(skip))
+    expected = {f"{section}.{name}": str(found) for name, found in ranges(cls).items()}
+    for action in parser._actions:
+        if action.help and action.dest in expected:
+            words = expected[action.dest]
+            action.help += f" {words[0].upper()}{words[1:]}."
 
 
 def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
     parser = new_parser(modality, tuple(MODALITIES), SECTIONS)
     help = 'Your own data set, "package.module:Class", usually with modality=custom.'
     parser.add_argument("--data.class", type=str | None, default=own, help=help)
-    parser.add_class_arguments(data_class(modality, own), "data", skip=NO_SETTINGS)
+    add_settings(parser, data_class(modality, own), "data", NO_SETTINGS)
     parser.add_argument("--mask.kind", type=Literal[MODALITIES[modality].masks], default=kind, help="How positions are masked.")
-    parser.add_class_arguments(MASKS[kind], "mask")
+    add_settings(parser, MASKS[kind], "mask")
     return parser
 
 

@@ -232,6 +232,7 @@ def test_help_lists_the_settings_of_the_class(monkeypatch, capsys):
     assert "--data.speed SPEED Of the waves. (type: float, default: 1.0)" in said
     assert "Positions along each axis, each of two samples. (required" in said
     assert "--data.views VIEWS Masked views of each sample" in said and "image_size" not in said
+    assert "null for a single mask, as in 1.0. At least 1. (type: int | null, default: null)" in said
     assert "--mask.kind {random,exact,span,block}" in said
 
 

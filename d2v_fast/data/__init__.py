@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from d2v_fast.choices import PositiveInt
+from d2v_fast.choices import Range
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, SpanMask, TokenMask, visible_positions
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class PretrainingData(Dataset[Any]):
     stream: Any = None  # `streaming.Stream` of data whose number of samples is unknown
     map: Callable[..., Any] = map  # how the samples of a batch are loaded
 
-    def __init__(self, *, mask: Any, views: PositiveInt | None = None, seed: int = 0):
+    def __init__(self, *, mask: Any, views: Annotated[int | None, Range("[1, inf)")] = None, seed: int = 0):
         self.mask, self.views, self.seed = mask, views, seed
 
     def __len__(self) -> int:

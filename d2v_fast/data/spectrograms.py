@@ -10,13 +10,13 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2v_fast.choices import Finite, NonNegativeFloat, PositiveFloat, PositiveInt
+from d2v_fast.choices import Finite, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from d2v_fast.data import DataError
 from d2v_fast.data.audio import AudioData
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask
@@ -116,7 +116,7 @@ class SpectrogramData(AudioData):
         self,
         *,
         mask: ExactBlockMask | RandomMask | BlockMask,
-        views: PositiveInt | None = None,
+        views: Annotated[int | None, Range("[1, inf)")] = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,

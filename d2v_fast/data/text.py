@@ -179,7 +179,7 @@ class TextData(PretrainingData):
         self,
         *,
         mask: TokenMask | RandomMask | ExactBlockMask,
-        views: PositiveInt | None = None,
+        views: Annotated[int | None, Range("[1, inf)")] = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,

@@ -292,7 +292,7 @@ class ImageData(PretrainingData):
         self,
         *,
         mask: BlockMask | RandomMask | ExactBlockMask,
-        views: PositiveInt | None = None,
+        views: Annotated[int | None, Range("[1, inf)")] = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,
