@@ -26,6 +26,7 @@ from d2v_fast import model as model_module
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.fused import PARTS, fuse
 from d2v_fast.graphs import Graphs
+from d2v_fast.ops.triton_adam import AdamWOnePass
 from tests import released
 
 DECAY = 0.9998
@@ -117,6 +118,8 @@ class Today(Variant):
 class Ours(Variant):
     """Our model in bf16 autocast with sdpa, fused AdamW and foreach EMA; `parts` selects parts of --fused to add.
 
+    "one pass" among them is `optimizer.one_pass`.
+
     With `features`, the path of its local feature module, the model runs whole.
     """
 
@@ -129,7 +132,10 @@ class Ours(Variant):
         self.model = Data2Vec(encoder, decoder=decoder, **settings).to(device).train()
         self.used = [part for part in parts if part in PARTS and fuse(self.model, torch.device(device), [part])]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        if device == "cuda" and "one pass" in parts:
+            self.optimizer = AdamWOnePass(parameters, self.model, lr=1e-4)
+        else:
+            self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         self.batch = case.batch_of(encoder, device)
         self.graphs = Graphs(self.forward_backward, parameters) if device == "cuda" and "graphs" in parts else None
         self.clock = defaultdict(float)
@@ -334,10 +340,11 @@ def test_parts(case, device, seconds, benchmark):
     case = case.on(device)
     pairs = {}
     whole = Worker(Ours, case, device, ALL)
-    used = whole("used_parts")
+    used = [*whole("used_parts"), *(["one pass"] if device == "cuda" else [])]  # the last is not in ALL
     whole.close()
     for part in used:
-        without = {"all": (Ours, case, ALL), "without": (Ours, case, tuple(p for p in PARTS if p != part))}
+        every = tuple(dict.fromkeys((*ALL, part)))
+        without = {"all": (Ours, case, every), "without": (Ours, case, tuple(p for p in every if p != part))}
         with turns(without, device, seconds / 3) as (variants, times):
             pairs[part] = times
             if part == used[-1]:
