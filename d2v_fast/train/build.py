@@ -31,7 +31,7 @@ from d2v_fast.train.folder import HEAD, TEACHER, TOKENIZER, RunFolder
 from d2v_fast.train.guards import BrokenSamples, SkippedSteps
 from d2v_fast.train.log import Trackers, Window
 from d2v_fast.train.online_probe import OnlineProbe
-from d2v_fast.train.optim import lr_factor, make_optimizer, warmup_steps
+from d2v_fast.train.optim import lr_factor, make_optimizer, one_pass_obstacle, warmup_steps
 from d2v_fast.train.parallel import start
 from d2v_fast.train.save import Samples, compare_settings, newest, restore, share
 from d2v_fast.train.step import State, make_graphs
@@ -194,6 +194,8 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     # A layer that layer-drop skips on one rank has no gradient there.
     accelerator.ddp_handler.find_unused_parameters = getattr(getattr(encoder.model, "config", None), "layerdrop", 0) > 0
     optimizer, scheduler = make_updates(core, config, steps, saved.step if saved else 0, fused)
+    if core.teacher.moved_by_optimizer:
+        words.append("optimizer and teacher in one pass, not yet measured")
     # FSDP averages gradients itself; evaluation_mode leaves out DistributedDataParallel.
     model, optimizer = accelerator.prepare_model(core, evaluation_mode=bool(train.shard)), accelerator.prepare(optimizer)
     run = make_run(
@@ -272,7 +274,11 @@ def make_updates(
     core: torch.nn.Module, config: Config | SeveralConfig, steps: int, done: int, fused: bool
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Optimizer and learning rate schedule after `done` of `steps` steps."""
-    optimizer = make_optimizer(core, config.optimizer, fused)
+    one_pass = config.optimizer.one_pass
+    if one_pass and (why := one_pass_obstacle(core, config.optimizer, config.train, fused)):
+        log.warning("optimizer.one_pass: the teacher is moved separately: %s", why)
+        one_pass = False
+    optimizer = make_optimizer(core, config.optimizer, fused, one_pass)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step, steps, config.schedule), last_epoch=done - 1
     )
