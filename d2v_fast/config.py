@@ -379,7 +379,7 @@ SECTIONS = {
 GROUPS = {*SECTIONS, "mask", "data"}
 DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)}
 DEFAULTS |= {"data.class": None, "data.views": None, "data.whole_seconds": 60.0}
-DEFAULTS |= {"data.streaming": False, "data.shuffle_buffer": 1000}
+DEFAULTS |= {"data.streaming": False, "data.shuffle_buffer": 1000, "data.length_multiple": 1}
 
 # The valid interval of a number, or of each number in a list or mapping. A round bracket excludes the bound.
 RANGES = {
@@ -405,6 +405,7 @@ RANGES = {
     "data.image_size": "[1, inf)",
     "data.jitter": "[0, inf)",
     "data.join_seconds": "[0, inf)",
+    "data.length_multiple": "[1, 1024]",
     "data.max_seconds": "(0, 86400]",
     "data.mean": "(-inf, inf)",
     "data.mel_bins": "[1, inf)",

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MULTIPLES = {"text": 8, "audio": 32}  # data.length_multiple on a GPU
+
 
 @dataclass
 class Run:
@@ -150,7 +152,7 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
     accelerator = start(config.train)
     folder = RunFolder(config, accelerator.is_main_process)
     try:
-        config = replace(config, resume=folder.resume)
+        config = set_length_multiple(replace(config, resume=folder.resume), accelerator.device)
         if config.parts:
             for name in ("checkpointing", "shard"):
                 if getattr(config.train, name):
@@ -215,6 +217,16 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     )
     seed_or_restore(run, saved)
     return run
+
+
+def set_length_multiple(config: Any, device: torch.device) -> Any:
+    """The config, or that of several parts, with a number for data.length_multiple if that is null."""
+    if config.parts:
+        return replace(config, parts={name: set_length_multiple(part, device) for name, part in config.parts.items()})
+    if config.own_data or config.data.get("length_multiple", 1) is not None:
+        return config
+    varying = device.type == "cuda" and not config.data.get("cross_documents")  # packed blocks have one length
+    return replace(config, data=config.data | {"length_multiple": MULTIPLES[config.modality] if varying else 1})
 
 
 def begin(
