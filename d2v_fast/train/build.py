@@ -175,8 +175,10 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
         samples.compare(saved, config.resume_allow)
     train = config.train
     core = make_core(config, data, encoder, accelerator)
-    parts = [name for name in PARTS if not (train.shard and name in COMPILED)]
-    words = fuse(core, accelerator.device, parts) if fused else []
+    left_out = set(COMPILED) if train.shard else set()
+    if config.data["class"] or config.data.get("teacher_input") == "masked_only":
+        left_out.add("padding")  # may be anywhere
+    words = fuse(core, accelerator.device, [part for part in PARTS if part not in left_out]) if fused else []
     if fused and train.shard:
         words.append("nothing compiled, because of train.shard")
     if train.checkpointing:
