@@ -25,7 +25,7 @@ def fuse(model: Data2Vec, device: torch.device, parts: Iterable[str] | None = No
     Args:
         model: Student, teacher and head.
         device: Device on which they will run.
-        parts: Names of `PARTS`; all of them by default.
+        parts: Names of `PARTS`; all of them by default. "padding" needs masks whose padding is on the right.
 
     Raises:
         ValueError: No fused loss runs on this device, or `loss.impl` names a different one; the message says why.

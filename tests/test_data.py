@@ -21,6 +21,7 @@ from d2v_fast.data.documents import load_documents
 from d2v_fast.data.text import TextData
 from d2v_fast.data.vision import ImageData, center_crop, color_jitter, crop_to, open_images, random_box, to_pixels
 from d2v_fast.masking import BlockMask, RandomMask, SpanMask, TokenMask
+from d2v_fast.train.build import MULTIPLES
 
 RATE = 16_000
 WORDLIST = "alpha beta gamma delta dog runs over under épsilon 日本 ñandú naïve".split()
@@ -133,11 +134,12 @@ class TestEpochBatches:
     def test_little_is_padding(self):
         lengths = np.random.default_rng(0).lognormal(4.5, 0.9, 20_000).clip(4, 512).astype(int)
 
-        def padding(batches):
-            return 1 - lengths.sum() / sum(lengths[batch].max() * len(batch) for batch in batches)
+        def padding(batches, multiple=1):
+            return 1 - lengths.sum() / sum(-(-lengths[batch].max() // multiple) * multiple * len(batch) for batch in batches)
 
         assert padding(EpochBatches(20_000, 8).epoch(0)) > 0.4
         assert padding(EpochBatches(20_000, 8, lengths=lengths).epoch(0)) < 0.02
+        assert padding(EpochBatches(20_000, 8, lengths=lengths).epoch(0), MULTIPLES["text"]) < 0.05
 
     def test_similar_lengths_share_a_batch(self):
         lengths = np.random.default_rng(0).integers(1, 1000, 200)
