@@ -408,7 +408,7 @@ SECTIONS = {
 GROUPS = {*SECTIONS, "mask", "data"}
 DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)}
 DEFAULTS |= {"data.class": None, "data.views": None, "data.whole_seconds": 60.0}
-DEFAULTS |= {"data.streaming": False, "data.shuffle_buffer": 1000}
+DEFAULTS |= {"data.streaming": False, "data.shuffle_buffer": 1000, "data.length_multiple": 1}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import get_type_hints
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig
 
@@ -15,7 +16,7 @@ import d2v_fast.nets  # noqa: F401  the presets of data2vec 2.0 name its models
 from d2v_fast.choices import ranges
 from d2v_fast.compat import is_arxyzan, translate_arxyzan
 from d2v_fast.config import MASKS, MODALITIES, NO_SETTINGS, PRESETS, SECTIONS, ConfigError, data_class, parse, presets
-from d2v_fast.train.build import make_encoder
+from d2v_fast.train.build import make_encoder, set_length_multiple
 
 VISION = ["modality=vision", "encoder.model=beit"]
 TEXT = ["modality=text", "encoder.model=roberta"]
@@ -181,6 +182,35 @@ class TestSettings:
         assert parse([*VISION, "--fused"])[1] is True
 
 
+class TestLengthMultiple:
+    """Null becomes what suits the device, so that a checkpoint knows it."""
+
+    @pytest.mark.parametrize(
+        "args, cpu, cuda",
+        [
+            ([*TEXT, "data.cross_documents=false"], 1, 8),
+            ([*TEXT, "data.cross_documents=false", "data.length_multiple=5"], 5, 5),
+            (TEXT, 1, 1),  # packed
+            (AUDIO, 1, 32),
+            ([*AUDIO, "data.crop=false", "data.length_multiple=1"], 1, 1),
+            (VISION, None, None),
+            (SPECTROGRAM, None, None),
+        ],
+    )
+    def test_null(self, args, cpu, cuda):
+        config = parse(args)[0]
+        for device, expected in (("cpu", cpu), ("mps", cpu), ("cuda", cuda)):
+            assert set_length_multiple(config, torch.device(device)).settings().get("data.length_multiple") == expected
+
+    def test_of_several_parts(self):
+        config = set_length_multiple(parse(["--config", "several/tiny-2"])[0], torch.device("cuda"))
+        assert config.settings()["several.parts.audio.data.length_multiple"] == 32
+
+    def test_own_data_keep_theirs(self):
+        config = dataclasses.replace(parse(AUDIO)[0], own_data=True)
+        assert set_length_multiple(config, torch.device("cuda")).data["length_multiple"] is None
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         "args, message",
@@ -297,6 +327,8 @@ BOUNDS = [
     ("data.block_size", 2, 1),
     ("data.vocab_size", 261, 260),
     ("data.vocab_size", 2**24, 2**24 + 1),
+    ("data.length_multiple", 1, 0),
+    ("data.length_multiple", 1024, 1025),
     ("data.max_seconds", 86_400, 1e300),
     ("data.sample_rate", 1, 0),
     ("data.max_seconds", 0.1, 0),

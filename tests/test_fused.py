@@ -105,6 +105,122 @@ def test_attention_that_cannot_be_replaced_is_left():
     assert attention.use_fast_attention(models.Handwritten(), CPU) is None
 
 
+def attend_in_turn(query, key, value, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None):
+    """What torch's operator for sequences of different lengths computes, in plain torch: (rows, H, D), one after the other."""
+    assert cu_q is cu_k and cu_q.dtype == torch.int32 and cu_q[0] == 0 and cu_q[-1] == len(query)
+    assert query.is_contiguous() and key.is_contiguous() and value.is_contiguous()
+    sizes = cu_q.diff().tolist()
+    assert max(sizes) <= max_q == max_k and dropout == 0 and not causal and not debug
+    attended = []
+    for q, k, v in zip(*(x.split(sizes) for x in (query, key, value)), strict=True):
+        weights = torch.einsum("qhd,khd->hqk", q, k) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        attended.append(torch.einsum("hqk,khd->qhd", weights.softmax(-1), v))
+    return torch.cat(attended), None, None, None, None
+
+
+@pytest.fixture
+def segmented(monkeypatch):
+    """A GPU of the right kind, with a stand-in for torch's operator; counts its calls."""
+    calls = []
+
+    def attend(*args, **kwargs):
+        calls.append(args)
+        return attend_in_turn(*args, **kwargs)
+
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(attention, "_has_kernel", lambda query: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attend)
+    return calls
+
+
+def on_the_right(lengths, longest):
+    return torch.arange(longest) >= torch.tensor(lengths)[:, None]
+
+
+@pytest.mark.parametrize("name", [*models.TEXTS, *models.WAVES])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_attention_in_segments_is_attention(name, kernel, segmented, monkeypatch):
+    monkeypatch.setattr(attention, "_has_kernel", lambda query: kernel)
+    encoder = models.make(name).double().eval()
+    ours = copy.deepcopy(encoder)
+    assert attention.use_fast_attention(ours.model, CPU) and attention.use_segments(ours.model, torch.device("cuda"))
+    inputs = models.inputs(name, batch=3)
+    features = encoder.embed(inputs if name in models.TEXTS else inputs.double()).detach()
+    length = features.shape[1]
+    padding = on_the_right([length, 1, length - 4], length)
+    expected, found = (e.contextualize(features, padding)[~padding] for e in (encoder, ours))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert len(segmented) == (len(ours.blocks) if kernel else 0)
+    for states in (expected, found):
+        (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+    for a, b in zip(ours.parameters(), encoder.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        assert a.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-7, atol=1e-9)
+    whole = torch.zeros_like(padding)
+    torch.testing.assert_close(ours.contextualize(features, whole), encoder.contextualize(features), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours.contextualize(features), encoder.contextualize(features), rtol=1e-9, atol=1e-9)
+
+
+def test_boundaries_of_segments():
+    found = attention.segments(attention_mask=~on_the_right([3, 1, 5], 5))
+    assert found.tolist() == [0, 3, 5, 6, 10, 15, 15] and found.dtype == torch.int32
+
+
+@pytest.mark.parametrize("padding", [[True, False, False], [False, True, False]])
+def test_padding_elsewhere_is_an_error(padding):
+    with pytest.raises(RuntimeError, match="padding must be on the right"):
+        attention.segments(attention_mask=~torch.tensor([padding]))
+
+
+@pytest.mark.parametrize("name", ["roberta", "wav2vec2"])
+@pytest.mark.parametrize("norm", ["layer", "instance"])
+def test_a_step_in_segments_is_the_same(name, norm, segmented):
+    plain, fused = (Data2Vec(models.make(name), top_k=2, norm=norm, impl="eager").train() for _ in range(2))
+    fused.load_state_dict(plain.state_dict())
+    done = fuse(fused, torch.device("cuda"), ["last block", "attention", "padding"])
+    assert done[-1] == "attention without padding"
+    inputs = models.inputs(name)
+    positions = plain.student.embed(inputs).shape[1]
+    padding = on_the_right([positions, positions - 4], positions)
+    mask = (torch.rand(2, positions) < 0.5) & ~padding
+    target = inputs if name in models.TEXTS else None
+    for _ in range(2):
+        same_step(plain, fused, source=inputs, mask=mask, target=target, padding_mask=padding)
+    assert len(segmented) == 2 * 6
+
+
+def test_segments_compile_without_a_break(monkeypatch):
+    """On the meta device, with torch's own operator and its gradient."""
+    monkeypatch.setattr(attention, "_has_kernel", lambda query: True)
+    torch._dynamo.reset()
+    compiled = torch.compile(attention.attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (12, 20):
+        layers = [torch.empty(3, length, 2, 16, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        boundaries = torch.empty(7, device="meta", dtype=torch.int32)
+        output, _ = compiled(nn.Module(), *(x.transpose(1, 2) for x in layers), boundaries, dropout=0.1)
+        assert output.shape == (3, length, 2, 16) and output.is_contiguous()
+        output.sum().backward()
+        assert all(x.grad.shape == x.shape for x in layers)
+
+
+@pytest.mark.parametrize("teacher_input, used", [("full", True), ("masked_only", False)])
+def test_padding_that_may_be_anywhere_is_masked(teacher_input, used, tmp_path, monkeypatch):
+    parts = []
+    monkeypatch.setattr("d2v_fast.train.build.fuse", lambda model, device, names: parts.extend(names) or [])
+    build(parse([*arguments("text", tmp_path), f"data.teacher_input={teacher_input}"])[0], fused=True)
+    assert ("padding" in parts) is used and "attention" in parts
+
+
+@pytest.mark.parametrize("capability, available", [((7, 5), True), ((9, 0), False)])
+def test_without_the_kernels_padding_is_masked(capability, available, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model = Data2Vec(models.make("roberta"), top_k=2)
+    assert fuse(model, torch.device("cuda"), ["attention", "padding"]) == ["attention sdpa"]
+    assert model.student.model.config._attn_implementation == attention.NAME
+
+
 SMALL = models.COMMON | dict(vocab_size=60, max_position_embeddings=40)
 
 

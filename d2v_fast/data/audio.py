@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -329,6 +330,8 @@ class AudioData(PretrainingData):
         whole_seconds: Longer recordings are split into equal parts of at most max_seconds; each part is a sample and is read
             without the rest.
         crop: Crop a batch to its shortest recording, as the authors do; otherwise recordings are padded.
+        length_multiple: Frames of a batch are a multiple of this: crops are cut further, padded recordings are padded further.
+            null = 32 on a GPU, so that few shapes occur, else 1.
         join_seconds: Join recordings of one speaker until they are this long, for data sets of short clips; 0 disables it.
         normalize: Normalise each recording, or part of a long one, to zero mean and unit variance before cropping.
         batch_seconds: Fill batches up to this many seconds instead of up to train.batch_size samples.
@@ -354,6 +357,7 @@ class AudioData(PretrainingData):
         max_seconds: Annotated[float, Range("(0, 86400]")] = 20.0,
         whole_seconds: PositiveFloat = 60.0,
         crop: bool = True,
+        length_multiple: Annotated[int | None, Range("[1, 1024]")] = None,
         join_seconds: NonNegativeFloat = 0.0,
         normalize: bool = True,
         batch_seconds: Annotated[float | None, Range("(0, inf)")] = None,
@@ -364,6 +368,7 @@ class AudioData(PretrainingData):
         super().__init__(mask=mask, views=views, seed=seed)
         self.name, self.sample_rate = path, sample_rate
         self.max_samples, self.crop, self.normalize = round(max_seconds * sample_rate), crop, normalize
+        self.length_multiple = length_multiple or 1
         self.join_samples = round(join_seconds * sample_rate)
         self.max_batch_length = None if batch_seconds is None else batch_seconds * sample_rate
         self.channel_mask = SpanMask(channel_prob, channel_length) if channel_prob > 0 else None
@@ -496,22 +501,32 @@ class AudioData(PretrainingData):
     def _normalized(self, wave: np.ndarray) -> np.ndarray:
         return standardize(wave) if self.normalize else wave
 
+    def _rounded(self, samples: int) -> int:
+        """Length of a batch whose shortest crop, or longest recording, has so many samples; the same for the same frames."""
+        frames, multiple = self.frames(samples), self.length_multiple
+        if multiple == 1 or (self.crop and frames < multiple):
+            return samples
+        if self.crop:
+            return bisect_left(range(samples), frames // multiple * multiple, key=self.frames)
+        return bisect_right(range(2**40), -(-frames // multiple) * multiple, key=self.frames) - 1
+
     def collate(self, samples: list[np.ndarray], draws: Draws) -> dict[str, np.ndarray]:
         lengths = np.array([len(wave) for wave in samples])
         batch: dict[str, np.ndarray] = {}
         if self.crop:
-            lengths[:] = lengths.min()
+            lengths[:] = self._rounded(int(lengths.min()))
             offsets = draws.uniform(-1, 1)[:, 0]
             starts = [int(u * (len(wave) - lengths[0] + 1)) for u, wave in zip(offsets, samples, strict=True)]
             source = np.stack([wave[a : a + lengths[0]] for a, wave in zip(starts, samples, strict=True)])
         else:
-            source = np.zeros((len(samples), lengths.max()), dtype=np.float32)
+            source = np.zeros((len(samples), self._rounded(int(lengths.max()))), dtype=np.float32)
             for row, wave in zip(source, samples, strict=True):
                 row[: len(wave)] = wave
         batch["source"] = source.astype(np.float32)
         frames = np.array([self.frames(int(n)) for n in lengths])
-        batch["mask"] = self.make_mask(draws, int(frames.max()), frames)
-        padding_mask = np.arange(frames.max()) >= frames[:, None]
+        longest = self.frames(source.shape[1])
+        batch["mask"] = self.make_mask(draws, longest, frames)
+        padding_mask = np.arange(longest) >= frames[:, None]
         if padding_mask.any():
             batch["padding_mask"] = padding_mask
         if self.channel_mask is not None:

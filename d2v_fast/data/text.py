@@ -164,6 +164,8 @@ class TextData(PretrainingData):
         vocab_size: Vocabulary size of a trained tokenizer.
         block_size: Tokens per sample, including <s>.
         cross_documents: Pack blocks across documents, separated by </s>; otherwise each document (row) starts a new block.
+        length_multiple: Pad batches of shorter blocks to a multiple of this, at most to block_size. null = 8 on a GPU unless
+            cross_documents packs the blocks, else 1.
         teacher_input: "full", or "masked_only" as in the reference code, whose teacher sees only the masked tokens.
         mask: How blocks are masked.
         views: Masked views of each sample, for data2vec 2.0; null for a single mask, as in 1.0.
@@ -190,6 +192,7 @@ class TextData(PretrainingData):
         vocab_size: Annotated[int, Range("[261, 16777216]")] = 4000,
         block_size: Annotated[int, Range("[2, inf)")] = 512,
         cross_documents: bool = True,
+        length_multiple: Annotated[int | None, Range("[1, 1024]")] = None,
         teacher_input: TeacherInput = "full",
         cache: str | None = None,
         streaming: bool = False,
@@ -203,6 +206,7 @@ class TextData(PretrainingData):
         if views is not None and teacher_input != "full":
             raise DataError(f"data.teacher_input={teacher_input}: needs a single mask per sample; remove it or data.views")
         self.tokenizer_name, self.cross_documents = tokenizer, cross_documents
+        self.length_multiple = length_multiple or 1
         if streaming or is_remote(path):
             self._stream(path, name, split, column, shuffle_buffer, stream_timeout)
         else:
@@ -264,7 +268,8 @@ class TextData(PretrainingData):
     def collate(self, samples: list[np.ndarray], draws: Draws) -> dict[str, np.ndarray]:
         pad = self.tokenizer.pad_token_id
         lengths = np.array([len(ids) for ids in samples])
-        target = np.full((len(samples), lengths.max()), pad, dtype=np.int64)
+        length = min(-(-lengths.max() // self.length_multiple) * self.length_multiple, self.block_size)
+        target = np.full((len(samples), length), pad, dtype=np.int64)
         for row, ids in zip(target, samples, strict=True):
             row[: len(ids)] = ids
         if isinstance(self.mask, TokenMask):

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MULTIPLES = {"text": 8, "audio": 32}  # data.length_multiple on a GPU
+
 
 @dataclass
 class Run:
@@ -150,7 +152,7 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
     accelerator = start(config.train)
     folder = RunFolder(config, accelerator.is_main_process)
     try:
-        config = replace(config, resume=folder.resume)
+        config = set_length_multiple(replace(config, resume=folder.resume), accelerator.device)
         if config.parts:
             for name in ("checkpointing", "shard"):
                 if getattr(config.train, name):
@@ -173,8 +175,10 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
         samples.compare(saved, config.resume_allow)
     train = config.train
     core = make_core(config, data, encoder, accelerator)
-    parts = [name for name in PARTS if not (train.shard and name in COMPILED)]
-    words = fuse(core, accelerator.device, parts) if fused else []
+    left_out = set(COMPILED) if train.shard else set()
+    if config.data["class"] or config.data.get("teacher_input") == "masked_only":
+        left_out.add("padding")  # may be anywhere
+    words = fuse(core, accelerator.device, [part for part in PARTS if part not in left_out]) if fused else []
     if fused and train.shard:
         words.append("nothing compiled, because of train.shard")
     if train.checkpointing:
@@ -219,6 +223,16 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
         run.fused.append("CUDA graphs of passes with repeated shapes")
     seed_or_restore(run, saved)
     return run
+
+
+def set_length_multiple(config: Any, device: torch.device) -> Any:
+    """The config, or that of several parts, with a number for data.length_multiple if that is null."""
+    if config.parts:
+        return replace(config, parts={name: set_length_multiple(part, device) for name, part in config.parts.items()})
+    if config.own_data or config.data.get("length_multiple", 1) is not None:
+        return config
+    varying = device.type == "cuda" and not config.data.get("cross_documents")  # packed blocks have one length
+    return replace(config, data=config.data | {"length_multiple": MULTIPLES[config.modality] if varying else 1})
 
 
 def begin(
