@@ -41,7 +41,7 @@ ELSEWHERE = {
     "torchrun": "test_training.py and test_resume.py train on two ranks",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun": "test_resume.py kills a rank",
     "sbatch": "test_resume.py runs job.sh with stand-ins for srun and scontrol",
-    "accelerate launch": "by hand, with two processes on a CPU",
+    "accelerate launch": "test_resume.py starts two processes on a CPU",
 }
 NO_TIMM = "timm" if importlib.util.find_spec("timm") is None else "\0"  # tests/test_timm.py runs it where it is installed
 STEPS = ["train.steps=2", "train.epochs=null", "train.batch_size=2", "train.workers=0", "train.log_every=1"]

@@ -187,22 +187,31 @@ class TestResume:
         for i in (0, 9, 10, 33, 100, 200):
             assert taken(data, 40, states[i])[0] == samples[i + 1 : i + 41]
 
-    def test_a_run(self, images, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("kind", ["images", "parquet", "jsonl"])
+    def test_a_run(self, kind, corpus, tmp_path, monkeypatch):
+        """Of images in three files; of text in two, which is given by name."""
         monkeypatch.chdir(tmp_path)
-        for i in range(3):
-            (tmp_path / f"{i}.parquet").write_bytes(parquet(*range(8 * i, 8 * i + 8)))
-        stream = ["data.path=file://" + str(tmp_path / "{0..2}.parquet"), "data.shuffle_buffer=5", "train.save_every=3"]
-        steps = ["train.steps=8", "train.workers=1", "train.max_broken=0"]
-        code, said = runs.train(runs.arguments("vision", "whole", *stream, *steps), before=functools.partial(runs.traced, "a"))
-        assert (
-            code == 0
-            and "the order of its samples depends on the number of ranks, here 1" in said
-            and "streamed samples" in said
-        )
+        if kind == "images":
+            for i in range(3):
+                (tmp_path / f"{i}.parquet").write_bytes(parquet(*range(8 * i, 8 * i + 8)))
+            stream = ["data.path=file://" + str(tmp_path / "{0..2}.parquet"), "train.max_broken=0"]
+        else:
+            for name in "01":
+                lines = Path(f"text/{name}.txt").read_text().splitlines()
+                if kind == "parquet":
+                    pq.write_table(pa.table({"id": range(len(lines)), "text": lines}), f"{name}.parquet")
+                else:
+                    Path(f"{name}.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+            stream = [f"data.path=./[01].{kind}", "data.streaming=true", "data.tokenizer=tokenizer", "data.block_size=16"]
+        arguments = functools.partial(runs.arguments, "vision" if kind == "images" else "text")
+        stream += ["data.shuffle_buffer=5", "train.save_every=3", "train.steps=8", "train.workers=1"]
+        code, said = runs.train(arguments("whole", *stream), before=functools.partial(runs.traced, "a"))
+        assert code == 0, said
+        assert "the order of its samples depends on the number of ranks, here 1" in said and "streamed samples" in said
         kill = functools.partial(runs.traced, "b", 5, "cut/checkpoints/step-3")
-        assert runs.train(runs.arguments("vision", "cut", *stream, *steps), before=kill)[0] == -9
-        args = runs.arguments("vision", "cut", *stream, *steps, "--resume")
-        assert runs.train(args, before=functools.partial(runs.traced, "c"))[0] == 0
+        assert runs.train(arguments("cut", *stream), before=kill)[0] == -9
+        code, said = runs.train(arguments("cut", *stream, "--resume"), before=functools.partial(runs.traced, "c"))
+        assert code == 0, said
         whole, cut = (Path(name).read_text().splitlines() for name in "ac")
         assert len(whole) == 8 and cut == whole[3:]
 

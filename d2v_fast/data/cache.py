@@ -23,7 +23,7 @@ from d2v_fast.data import DataError
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # to be raised whenever the contents of entries change
+VERSION = 2  # to be raised whenever the contents of entries change
 ENTRY = "entry.json"
 
 
@@ -122,7 +122,7 @@ def _fill(folder: Path, expected: dict[str, Any], make: Callable[[Path], dict[st
         os.replace(temporary, folder)
         return json.loads(json.dumps(made))
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if full or str(error.filename).startswith(str(folder)):
             raise _cannot_write(folder, error) from error
         raise  # from reading the data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -401,6 +402,8 @@ def _shard(core: Data2Vec, config: Config, data: PretrainingData, accelerator: A
             f"{what} with encoder.config.layerdrop={dropped}: a block is gathered from all ranks, so no rank may skip it; set "
             "encoder.config.layerdrop=0 or train.shard=false"
         )
+    if mode == "hybrid":
+        check_machines(world)
     core.to(device)
     batch = first_batch(data)
     try:
@@ -416,6 +419,19 @@ def _shard(core: Data2Vec, config: Config, data: PretrainingData, accelerator: A
             f"{what}: {name} cannot be sharded by its blocks: {_in_one_line(error)}; blocks must be called as modules, and "
             "nothing outside them may read their weights; set train.shard=false, with train.checkpointing=true to save memory"
         ) from error
+
+
+def check_machines(world: int) -> None:
+    """Raise ConfigError, on all ranks, unless all machines have the same number of them."""
+    from accelerate.utils import gather_object
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    found = dict(gather_object([(os.environ.get("GROUP_RANK", "0"), local)]))
+    if len(set(found.values())) > 1:
+        raise ConfigError(
+            f"train.shard=hybrid: the machines have {', '.join(map(str, found.values()))} ranks; start the same number on "
+            "each, or use train.shard=true"
+        )
 
 
 def _try_collate(config: Config, data: PretrainingData, encoder: Encoder) -> str:
