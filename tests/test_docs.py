@@ -36,6 +36,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ELSEWHERE = {
     "make test": ".ci/run",
     "make lint": ".ci/run",
+    "make gpu": "test_make_gpu.py starts its commands without a GPU",
     "make bench": "by hand: it takes the machine for itself",
     "pip install .": "test_package.py builds the wheel",
     "torchrun": "test_training.py and test_resume.py train on two ranks",
