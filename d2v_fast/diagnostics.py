@@ -209,6 +209,7 @@ class Monitor:
     def _after_forward(self, model: Data2Vec, args: tuple, inputs: dict[str, Any], output: Data2VecOutput) -> None:
         if not self.due:
             return
+        assert output.stats is not None, "a logged step computes them"
         mask, padding, index = inputs["mask"], inputs.get("padding_mask"), inputs.get("index")
         batch, length = output.features.shape[:2]
         padding = mask.new_zeros(batch, length) if padding is None else padding

@@ -3,11 +3,8 @@
 As in tests/test_triton_loss.py each of the two works in a process of its own; tests/gpu/test_conv.py has these cases on a GPU.
 """
 
-import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -16,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import kernels
 from tests import test_triton_loss
 from tests.gate import BF16, FP16, FP32, relative
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-interpreted, compiler, recorded = test_triton_loss.interpreted, test_triton_loss.compiler, test_triton_loss.recorded
-KERNELS = ("_conv_kernel", "_weight_grad_kernel")
+interpreted, compiler = test_triton_loss.interpreted, test_triton_loss.compiler
 
 
 class Case(NamedTuple):
@@ -162,12 +159,14 @@ def _launches_of_a_step(needed: str) -> list[str]:
 
     x, weight, bias, grad = inputs(Case((1, 9), 32, 32, (1, 3), 2))
     dict(x=x, weight=weight, bias=bias)[needed].requires_grad_()
-    with recorded(triton_conv, KERNELS) as launches:
+    with kernels.recorded() as launches:
         triton_conv.conv(x, weight, bias, 2).backward(grad)
-    return [kernel.__name__ for kernel, _ in launches]
+    return [launch.kernel.__name__ for launch in launches]
 
 
-@pytest.mark.parametrize("needed, launches", [("x", KERNELS[:1]), ("weight", KERNELS[1:]), ("bias", ())])
+@pytest.mark.parametrize(
+    "needed, launches", [("x", kernels.CONV_KERNELS[:1]), ("weight", kernels.CONV_KERNELS[1:]), ("bias", ())]
+)
 def test_only_gradients_that_are_needed(interpreted, needed, launches):
     assert interpreted(_launches_of_a_step, needed) == ["_conv_kernel", *launches]
 
@@ -279,67 +278,15 @@ assert "not installed" in triton_conv.obstacle(torch.device("cuda"), torch.bfloa
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-RECIPES = {
-    "image decoder, base": Case((14, 14), 768, 768, (3, 3), 16),
-    "image decoder, large": Case((14, 14), 1024, 1024, (3, 3), 16),
-    "image decoder, huge": Case((16, 16), 1280, 1280, (3, 3), 16),
-    "audio decoder, first": Case((1, 249), 768, 384, (1, 7), 16, dtype=FP16),
-    "audio decoder": Case((1, 249), 384, 384, (1, 7), 16),
-    "audio positions, base": Case((1, 249), 768, 768, (1, 19), 16),
-}
-
-
-def _launches(case: Case) -> list:
-    """(kernel, arguments) of everything that this case launches, without running it."""
-    from d2v_fast.ops import triton_conv
-
-    x, weight, bias, grad = inputs(case)
-    with recorded(triton_conv, KERNELS) as launches:
-        torch.ops.d2v_fast.conv(x, weight, bias, case.groups, False)
-        torch.ops.d2v_fast.conv(grad, weight, None, case.groups, True)
-        torch.ops.d2v_fast.conv_weight_grad(x, grad, case.kernel, case.groups)
-    return launches
-
-
-def compile_offline(arch: int) -> list[dict]:
-    """Compile every kernel of the recipes for sm_`arch` without a GPU.
-
-    Returns:
-        For each: case, kernel, registers a thread, spilled bytes, shared memory in bytes, and the widths in bytes of the
-        copies from global to shared memory.
-    """
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    table = []
-    for name, case in RECIPES.items():
-        for kernel, arguments in _launches(case):
-            compiled = test_triton_loss._compile(kernel, arguments, arch)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(compiled.asm["cubin"])
-                file.flush()
-                command = [cuobjdump, "--dump-resource-usage", file.name]
-                usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            copies = re.findall(r"cp\.async\.c\w\.shared\.global .*?, (0x\w+)", compiled.asm["ptx"])
-            table.append(
-                dict(
-                    case=name,
-                    kernel=kernel.__name__,
-                    turned=arguments.get("TURNED"),
-                    registers=int(re.search(r"REG:(\d+)", usage)[1]),
-                    spills=int(re.search(r"STACK:(\d+)", usage)[1]),
-                    shared=compiled.metadata.shared,
-                    copies={int(copy, 16) for copy in copies},
-                    wgmma="wgmma" in compiled.asm["ptx"],
-                )
-            )
-    return table
+RECIPES = {name: Case(*shape[:5], dtype=shape.dtype) for name, shape in kernels.CONVOLUTIONS.items()}
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiles_without_spills(compiler, arch):
-    table = compiler(compile_offline, arch)
+    table = compiler(kernels.offline, arch, kernels.CONVOLUTIONS)
     for row in table:
         print(*row.values(), sep=" | ")
-    assert {row["kernel"] for row in table} == set(KERNELS)
+    assert {row["kernel"] for row in table} == set(kernels.CONV_KERNELS)
     assert [row for row in table if row["spills"] or row["shared"] > 99 * 1024] == []
     assert {width for row in table for width in row["copies"]} == {16} and all(row["copies"] for row in table)
     assert arch != 90 or all(row["wgmma"] for row in table)
