@@ -25,7 +25,7 @@ from d2v_fast import nets, trained
 from d2v_fast.checkpoint import sync
 from d2v_fast.choices import nearest
 from d2v_fast.config import ConfigError
-from d2v_fast.convert import EAT_NORMS, Released, from_data2vec_pytorch, from_fairseq, make_model, named
+from d2v_fast.convert import EAT_NORMS, Released, error_context, from_data2vec_pytorch, from_fairseq, make_model
 from d2v_fast.data import first_line, is_local
 from d2v_fast.data.audio import feature_extractor
 from d2v_fast.data.spectrograms import MEAN as SOUND_MEAN
@@ -469,7 +469,7 @@ def import_checkpoint(
         model, head = from_data2vec_pytorch(file, encoder)
         released = Released(model, {}, decoder=head)
     model, settings = released.model, released.settings
-    with named(file, "its settings make no model"):
+    with error_context(file, "its settings do not form a model"):
         loaded = wrap(model.base_model)
     if isinstance(loaded, TokenEncoder):
         exported = Exported(loaded, tokenizer and load_tokenizer(tokenizer), model)

@@ -278,7 +278,7 @@ class TestFairseq:
 
     def test_an_unknown_number_of_heads_is_assumed_with_a_warning(self, caplog):
         assert from_fairseq(save(text_state())).model.config.num_attention_heads == 1
-        assert "does not say how many attention heads it has; taken to be 1" in caplog.text
+        assert "does not give its number of attention heads; assuming 1" in caplog.text
 
     @pytest.mark.parametrize(
         "state, cfg, message",
@@ -482,7 +482,7 @@ class TestData2VecPytorch:
     def test_other_files_and_encoders_are_refused(self, roberta):
         with pytest.raises(ValueError, match="expected 'data2vec', 'encoder' and 'optimizer'"):
             from_data2vec_pytorch(save(text_state()), "config")
-        with pytest.raises(ValueError, match=r"neither a folder with config\.json nor to be had"):
+        with pytest.raises(ValueError, match=r"neither a folder with config\.json nor a model on the hub"):
             from_data2vec_pytorch("20.pt", "nowhere")
         with pytest.raises(ValueError, match="needs --encoder"):
             import_checkpoint("20.pt", "out", "data2vec-pytorch")

@@ -219,14 +219,14 @@ class TestPreTrained:
     def test_settings_that_hold_themselves(self):
         original = make("image")
         original.cfg["model"]["own"] = original.cfg
-        with pytest.raises(ValueError, match=r"^checkpoint\.pt: its weights and settings make no model: RecursionError"):
+        with pytest.raises(ValueError, match=r"^checkpoint\.pt: its weights and settings do not form a model: RecursionError"):
             from_fairseq(save(original))
 
     def test_the_number_of_heads_is_assumed_with_a_warning_without_settings(self, caplog):
         original = make("image", embed_dim=128, num_heads=2, norm_eps=1e-6)
         original.cfg = None
         model = from_fairseq(save(original)).model
-        assert "does not say how many attention heads it has; taken to be 2" in caplog.text
+        assert "does not give its number of attention heads; assuming 2" in caplog.text
         with torch.no_grad():
             source = SOURCES["image"].double()
             close(states(model, source), original.double().extract(source))

@@ -152,7 +152,7 @@ POSITIONS = "modality_encoders.IMAGE.fixed_positional_encoder.positions"
     "original, change, found",
     [
         (lambda: make("image"), {}, "its patches have 3 channels, EAT's have 1"),
-        (lambda: make("audio"), {}, "has an encoder of AUDIO, EAT's is one of IMAGE"),
+        (lambda: make("audio"), {}, "has an encoder of AUDIO, but EAT's is one of IMAGE"),
         (lambda: eat(max_length=3), {}, "are not the sines and cosines of 4 × 8 patches"),
         (eat, {POSITIONS: torch.randn(1, 48, 32)}, "are not the sines and cosines of 4 × 8 patches"),
         (lambda: eat(target_length=72), {}, r"image_size=\[72, 128\]: not a multiple of patch_size=16"),
@@ -164,8 +164,8 @@ def test_refused(original, change, found):
 
 
 def test_each_command_points_to_the_other():
-    with pytest.raises(ValueError, match="a model of EAT is read by --from eat"):
+    with pytest.raises(ValueError, match="for a model of EAT, use --from eat"):
         from_fairseq(save(eat()))
     torch.save({"model": {"patch_embed.proj.weight": torch.ones(1)}}, "other.pt")
-    with pytest.raises(ValueError, match="no model of EAT; --from fairseq"):
+    with pytest.raises(ValueError, match="not a model of EAT; try --from fairseq"):
         from_fairseq("other.pt", eat=True)
