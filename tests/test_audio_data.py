@@ -134,7 +134,7 @@ class TestLengths:
         (tmp_path / name).write_text("\n".join(rows[name]))
         opened = []
         monkeypatch.setattr("d2v_fast.data.audio._open", lambda file: opened.append(file))
-        monkeypatch.setattr("d2v_fast.data.regular", lambda file: opened.append(file))
+        monkeypatch.setattr("d2v_fast.data.check_regular", lambda file: opened.append(file))
         loaded = audio_data(str(tmp_path / name))
         names, digests = loaded.contents()
         assert loaded.lengths.tolist() == [4000, 4001, 4002, 4003, 4004] and len(names) == len(set(digests)) == 5

@@ -344,5 +344,5 @@ class TestSettings:
             (("json",), None, ["hf://datasets/u/n/x-0.jsonl.gz", "hf://datasets/u/n/x-1.jsonl.gz"]),
             (("webdataset",), None, ["s3://b/a.tar"]),
         ]
-        with pytest.raises(DataError, match=r"s3://b/folder: a stream needs files of one type, of \.parquet, "):
+        with pytest.raises(DataError, match=r"s3://b/folder: a stream needs files of one type among \.parquet, "):
             image_data("s3://b/folder")

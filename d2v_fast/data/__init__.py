@@ -103,7 +103,7 @@ class Source:
 
 
 def _file_edges(file: str | io.BytesIO) -> bytes:
-    with open(regular(file), "rb", buffering=0) if isinstance(file, str) else file as stream:
+    with open(check_regular(file), "rb", buffering=0) if isinstance(file, str) else file as stream:
         return edges(stream, 0, stream.seek(0, os.SEEK_END))
 
 
@@ -527,8 +527,8 @@ def _may_block(file: str | os.DirEntry[str]) -> bool:
     return os.path.exists(file) and not os.path.isfile(file)
 
 
-def regular(file: str) -> str:
-    """Return the path of a regular file, which can be opened without waiting for another process.
+def check_regular(file: str) -> str:
+    """Return `file` if it is a regular file, which can be opened without waiting for another process.
 
     Raises:
         FileNotFoundError: The file does not exist.

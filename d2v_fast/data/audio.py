@@ -16,9 +16,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from d2v_fast.data import DataError, PretrainingData, Source, find_files, first_line, is_local, load_media, regular
+from d2v_fast.data import DataError, PretrainingData, Source, check_regular, find_files, first_line, is_local, load_media
 from d2v_fast.data.builtin import builtin_speech
-from d2v_fast.data.cache import files_state, kept
+from d2v_fast.data.cache import cached, files_state
 from d2v_fast.data.shards import open_tars
 from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, SpanMask
 
@@ -129,9 +129,9 @@ def _open(file: str | io.BytesIO) -> Any:
     import soundfile
 
     # The name as bytes: soundfile encodes strings strictly, and not every file name is UTF-8.
-    recording = soundfile.SoundFile(os.fsencode(regular(file)) if isinstance(file, str) else file)
+    recording = soundfile.SoundFile(os.fsencode(check_regular(file)) if isinstance(file, str) else file)
     if recording.frames == 0 and recording.format in ("WAV", "WAVEX"):
-        # The recorder was killed before it wrote the lengths. With a RIFF length of 8 libsndfile reads to the end of the file.
+        # The recorder was killed before it wrote the lengths. With a RIFF length of 8, libsndfile reads to the end of the file.
         with open(file, "rb") if isinstance(file, str) else file as stream:
             stream.seek(0)
             content = bytearray(stream.read(4 * MAX_VALUES))
@@ -403,7 +403,8 @@ class AudioData(PretrainingData):
             (folder / LENGTHS).write_bytes(durations(source).data)
             return {}
 
-        folder, _ = kept(cache, "durations", [os.path.abspath(where[0]), *where[1:], self.sample_rate], source.state(), measure)
+        key = [os.path.abspath(where[0]), *where[1:], self.sample_rate]
+        folder, _ = cached(cache, "durations", key, source.state(), measure)
         return np.fromfile(folder / LENGTHS, np.int64)
 
     def __len__(self) -> int:

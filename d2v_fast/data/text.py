@@ -19,7 +19,7 @@ import xxhash
 
 from d2v_fast.choices import one_of
 from d2v_fast.data import DataError, PretrainingData, first_line, is_local, is_saved
-from d2v_fast.data.cache import fingerprint, kept
+from d2v_fast.data.cache import cached, fingerprint
 from d2v_fast.data.documents import Documents, arrow_types, choose_column, find_documents
 from d2v_fast.data.streaming import Stream, is_remote
 from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, TokenMask, Vocabulary
@@ -305,12 +305,12 @@ class TextData(PretrainingData):
                 (folder / TOKENIZER).write_text(_train(iter(read()), vocab_size).to_str(), encoding="utf-8")
                 return {}
 
-            folder, _ = kept(cache, "tokenizer", [*where, vocab_size], state, train)
+            folder, _ = cached(cache, "tokenizer", [*where, vocab_size], state, train)
             self.tokenizer = _wrap(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER)), self.block_size)
         else:
             self.tokenizer = load_tokenizer(tokenizer)
         digest = fingerprint([self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.all_special_tokens])
-        folder, made = kept(cache, "tokens", [*where, digest], state, lambda folder: self._tokenize(read(), folder))
+        folder, made = cached(cache, "tokens", [*where, digest], state, lambda folder: self._tokenize(read(), folder))
         for message in made["left_out"]:
             log.warning("left out: %s", message)
         self.content = made["content"]

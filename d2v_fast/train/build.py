@@ -17,7 +17,7 @@ from torch import Tensor
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from d2v_fast.config import MODALITIES, Config, ConfigError, data_class
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData
-from d2v_fast.data.own import blamed, check_batch, check_class
+from d2v_fast.data.own import check_batch, check_class, error_context
 from d2v_fast.data.streaming import StreamBatches
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.diagnostics import Monitor
@@ -321,7 +321,7 @@ def seed_or_restore(run: Run, saved: Checkpoint | None) -> None:
 
 def _fit(data: PretrainingData, encoder: Encoder, config: Config) -> Samples:
     """Fit the data to the encoder; returns the identity of the samples."""
-    with blamed(config.data["class"], type(data), "fit_to or contents fails"):
+    with error_context(config.data["class"], type(data), "fit_to or contents fails"):
         data.fit_to(encoder)
         return Samples(len(data), *data.contents())
 
@@ -332,7 +332,7 @@ def make_core(config: Config, data: PretrainingData, encoder: Encoder, accelerat
     shapes = _try_collate(config, data, encoder) if own else ""
     core = make_model(config, encoder, data.axes).to(accelerator.device)  # before the optimizer, which apex requires
     if accelerator.num_processes > 1 or own:
-        with accelerator.autocast(), blamed(own, type(data), f"the model does not take its batch, {shapes}"):
+        with accelerator.autocast(), error_context(own, type(data), f"the model does not accept its batch, {shapes}"):
             unused = freeze_unused(core, data)
         if unused and accelerator.is_main_process:
             log.info("frozen because no gradient reaches them: %s", ", ".join(unused))
@@ -380,7 +380,7 @@ def _try_collate(config: Config, data: PretrainingData, encoder: Encoder) -> str
     own = config.data["class"]
     if data.grid is not None:
         data.check_mask()
-    with blamed(own, type(data), "collate fails on its first samples"):
+    with error_context(own, type(data), "collate fails on its first samples"):
         batch = first_batch(data)
     if batch is None:  # the first step raises the reason
         return ""
@@ -453,7 +453,7 @@ def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
     if config.modality == "text" and not config.own_data:
         data["max_broken"] = config.train.max_broken
     cls = data_class(config.modality, own)
-    with blamed(own, cls, "cannot be made"):
+    with error_context(own, cls, "cannot be created"):
         made = cls(mask=config.mask, seed=config.train.seed, **data)
     if own:
         check_class(own, made)
