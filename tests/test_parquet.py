@@ -69,7 +69,7 @@ def test_every_value(tmp_path, settings, placed, make):
     assert data["id"] == list(range(100)) and data.names[92] == f"{tmp_path}/b.parquet[2]"
 
 
-def test_missing_values_are_pyarrows(tmp_path):
+def test_missing_values_are_read_by_pyarrow(tmp_path):
     values = [None if i in (3, 50) else value for i, value in enumerate(blobs(90))]
     for version in ("1.0", "2.0"):
         pq.write_table(pa.table({"image": pa.array(values)}), tmp_path / "a.parquet", **PLAIN, data_page_version=version)
