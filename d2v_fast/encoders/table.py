@@ -103,7 +103,7 @@ FFN = {"mobilebert": "output.bottleneck.dense"}  # where it is to be named
 
 
 class Row(NamedTuple):
-    """What came of a model type: what it reads, how it is run, and why 1.0 and 2.0 refuse it ("" where they work)."""
+    """Result for a model type: what it reads, how it is run, and why 1.0 and 2.0 reject it ("" if they work)."""
 
     reads: str
     name: str
@@ -146,7 +146,7 @@ def names() -> list[str]:
 
 
 def tiny(name: str) -> nn.Module:
-    """A model of this type, small and with random weights; of one with a decoder, its encoder."""
+    """A small model of this type with random weights; the encoder alone if it has a decoder."""
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[name]
@@ -189,7 +189,7 @@ def attempt(name: str) -> Row:
 
 
 def _step(encoder: Encoder, views: int = 0) -> str:
-    """Why a step does not work; nothing if it does."""
+    """Why a step fails, or "" if it works."""
     try:
         inputs = torch.randn(2, 2000) if encoder.reads == "audio" else example(encoder, 2, 16)
         length, decoder = encoder.embed(inputs).shape[1], None

@@ -82,7 +82,7 @@ class Feed:
                 yield batch if self.device.type == "cpu" else self._move(batch)
 
     def _ahead(self) -> Generator[Batch, None, None]:
-        """Each batch is copied on a second stream while the step before it runs. Only what is handed over counts as taken."""
+        """Each batch is copied on a second stream while the step before it runs. Only what was handed out counts as taken."""
         stream, waiting = torch.cuda.Stream(self.device), None
         with closing(self._batches()) as batches:
             for number, position, batch in batches:
