@@ -310,7 +310,7 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
     config, step = found.config, found.step
     records = [line for line in read_lines(run / "log.jsonl") if step is None or line["step"] <= step]
     last = step or (records[-1]["step"] if records else "unknown")
-    data, train, targets, parent = public(config.data), config.train, config.targets, trained.whole_of(run)
+    data, train, targets, parent = public(config.data), config.train, config.targets, trained.parent_run(run)
     start = f", from {public(config.encoder.pretrained)}" if config.encoder.pretrained else ""
     mask, version = type(config.mask).__name__, ""
     if config.head.kind == "conv":

@@ -58,8 +58,8 @@ WORDS = "the cat sat on a mat while one dog ran over two hills and some birds fl
 
 
 @pytest.fixture
-def shop(here):
-    """A folder with all that the pages speak of, small."""
+def workspace(here):
+    """A folder with small versions of all files that the pages mention."""
     rng = np.random.default_rng(0)
     for folder in ("photos", "imagenet/train", "labelled/train", "labelled/test", "cifar/train", "cifar/test"):
         for i in range(12):
@@ -100,7 +100,7 @@ def shop(here):
 
 
 def given():
-    """Names that README uses and a reader has."""
+    """Names that the code in README assumes."""
     from transformers import AutoModel
 
     ids, mask = torch.randint(5, 200, (2, 20)), torch.rand(2, 20) < 0.5
@@ -164,7 +164,7 @@ def run(monkeypatch, command):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page_runs(page, shop, monkeypatch, caplog):
+def test_page_runs(page, workspace, monkeypatch, caplog):
     names = {"__name__": "page"}
     if page in ("README.md", "docs/training.md", "docs/after-training.md"):
         names |= given()

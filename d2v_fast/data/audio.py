@@ -63,7 +63,7 @@ def read_audio(file: str | io.BytesIO, sample_rate: int, start: int = 0, stop: i
         rate, most = recording.samplerate, _most_frames(recording, sample_rate)
         if stop is not None:
             begin, end = (round(each * rate / sample_rate) for each in (start, stop))
-            _go_to(recording, begin)
+            _seek(recording, begin)
             wave = recording.read(min(end - begin, most), dtype="float32", always_2d=True)
         else:
             # A header can claim any length, and a few kilobytes of FLAC can hold hours of silence.
@@ -90,7 +90,7 @@ def count_samples(file: str | io.BytesIO, sample_rate: int) -> int:
     """The length at `sample_rate`: from the header or, if that claims implausibly many, from decoding."""
     with _open(file) as recording:
         frames, rate, most = recording.frames, recording.samplerate, _most_frames(recording, sample_rate)
-        plausible = frames <= most or _reaches(recording, frames)
+        plausible = frames <= most or _has_last_frame(recording, frames)
     if not plausible:
         if not isinstance(file, str):
             file.seek(0)
@@ -99,7 +99,7 @@ def count_samples(file: str | io.BytesIO, sample_rate: int) -> int:
     return round(frames * sample_rate / rate)
 
 
-def _reaches(recording: Any, frames: int) -> bool:
+def _has_last_frame(recording: Any, frames: int) -> bool:
     """Whether the last frame that the header claims can be read."""
     import soundfile
 
@@ -110,7 +110,7 @@ def _reaches(recording: Any, frames: int) -> bool:
         return False
 
 
-def _go_to(recording: Any, frame: int) -> None:
+def _seek(recording: Any, frame: int) -> None:
     import soundfile
 
     try:

@@ -212,7 +212,7 @@ class TextData(PretrainingData):
             size=size,
             mask_id=self.tokenizer.mask_token_id,
             special=np.isin(np.arange(size), self.tokenizer.all_special_ids),
-            continues=_continues(self.tokenizer, size),
+            continues=_continuations(self.tokenizer, size),
             counts=np.pad(self.counts, (0, size))[:size],
         )
 
@@ -417,7 +417,7 @@ class TextData(PretrainingData):
         return begin, begin + int(self.lengths[index]) - 2
 
 
-def _continues(tokenizer: Any, size: int) -> np.ndarray:
+def _continuations(tokenizer: Any, size: int) -> np.ndarray:
     """Which ids continue a word, judged by the prefix that each family of tokenizers puts on tokens."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
     tokens += [""] * (size - len(tokens))

@@ -33,7 +33,7 @@ from d2v_fast.train.log import Trackers, Window
 from d2v_fast.train.online_probe import OnlineProbe
 from d2v_fast.train.optim import lr_factor, make_optimizer, warmup_steps
 from d2v_fast.train.parallel import start
-from d2v_fast.train.save import Samples, compare_settings, newest, restore, share
+from d2v_fast.train.save import Samples, compare_settings, newest, rank_state, restore
 from d2v_fast.train.step import State, make_graphs
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def trained_batches(saved: Checkpoint | None, accelerator: Accelerator, part: st
     if not saved:
         return 0
     with saved.reading():
-        rank = share(saved.state["ranks"], accelerator.process_index, accelerator.num_processes)
+        rank = rank_state(saved.state["ranks"], accelerator.process_index, accelerator.num_processes)
         return int((rank["parts"][part] if part else rank)["batches"])
 
 
@@ -425,7 +425,7 @@ def stream_batches(config: Config, data: PretrainingData, accelerator: Accelerat
     return StreamBatches(data, train.batch_size, train.seed, rank, world, train.workers, start, state)
 
 
-def learns_tokens(config: Config) -> bool:
+def trains_tokenizer(config: Config) -> bool:
     """Whether a tokenizer is trained for the run."""
     return config.data.get("tokenizer") == "train" and not config.own_data
 
@@ -443,9 +443,9 @@ def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
     """
     data = dict(config.data)
     own = data.pop("class")
-    if config.resume and folder is not None and learns_tokens(config) and (folder / TOKENIZER).exists():
+    if config.resume and folder is not None and trains_tokenizer(config) and (folder / TOKENIZER).exists():
         data["tokenizer"] = str(folder / TOKENIZER)
-    elif learns_tokens(config) and config.encoder.pretrained:
+    elif trains_tokenizer(config) and config.encoder.pretrained:
         raise ConfigError(
             f"data.tokenizer=train: makes a new vocabulary, but encoder.pretrained={config.encoder.pretrained} was trained "
             "with another one; leave data.tokenizer out, or name the tokenizer that the encoder was trained with"
