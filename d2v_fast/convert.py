@@ -234,7 +234,7 @@ def load_checkpoint(file: str) -> dict[str, Any]:
         if disallowed:
             raise ValueError(
                 f"{file}: holds {', '.join(sorted(disallowed))}, which no checkpoint needs and which may run code; "
-                "not loaded. If you trust the file, save its weights alone: torch.save({'model': …}, …)"
+                "not loaded. If you trust the file, save only its weights: torch.save({'model': …}, …)"
             )
         stand_ins: list[Any] = [(_empty if name == "collections.defaultdict" else _Inert, name) for name in names]
         with safe_globals(stand_ins):

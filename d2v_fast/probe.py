@@ -37,7 +37,7 @@ from d2v_fast.train.build import make_data
 log = logging.getLogger(__name__)
 
 NEIGHBOURS = 20
-CLS = ", CLS"  # title suffix of results from the CLS token alone
+CLS = ", CLS"  # title suffix of results from the CLS token only
 BESIDE = ", beside"  # title suffix of results from the tokens to the left and right of a hidden one
 CLOZE_TOKENS = 300  # the cloze probe classifies this many of the most frequent tokens
 CLOZE_L2 = 0.03  # per token; with less, it overfits the states of an untrained encoder

@@ -1,4 +1,4 @@
-"""data2vec 2.0 as it was released: its modules under their original names, written from method 4 alone.
+"""data2vec 2.0 as it was released: its modules under their original names, written from method 4 only.
 
 The independent reference of several tests. It uses nothing from d2v_fast, does not try to be fast, has no dropout and no
 training; masks and noise are arguments. With `changed=EAT` the image model is EAT, on spectrograms (frames, 128 mel bins).

@@ -29,7 +29,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def opened(tmp_path, corpus):
-    """Opens the corpus with a cache of its own."""
+    """Opens the corpus with a separate cache."""
 
     def open_it(**kwargs):
         settings = {"block_size": 16, "vocab_size": 300, "cache": str(tmp_path / "kept")} | kwargs

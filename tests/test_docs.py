@@ -138,7 +138,7 @@ def smaller_model(config):
 
 
 def run(monkeypatch, command):
-    """One command line; what `make` would do is asked of it and done."""
+    """Run one command line; for `make`, the commands that it would run."""
     words = shlex.split(command, comments=True)
     if NO_TIMM in command or any(command.startswith(known) for known in ELSEWHERE):
         return

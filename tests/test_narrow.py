@@ -1,4 +1,4 @@
-"""The last block at the scored positions alone: the same loss, gradient and targets, and no work on the other positions."""
+"""The last block at the scored positions only: the same loss, gradient and targets, and no work on the other positions."""
 
 import copy
 
@@ -79,14 +79,14 @@ def test_the_ffn_sees_the_scored_rows_alone(name):
 
 
 def test_what_runs_in_between_sees_all_positions():
-    """Narrowing is asked for by each call: a probe or an export in the middle of training is not touched by it."""
+    """Each call requests narrowing, so it does not affect a probe or an export in the middle of training."""
     _, (model, _) = both("beit")
     student, x = model.student.eval(), models.inputs("beit")
     assert torch.equal(student(x), models.make("beit").eval()(x)) and student(x).shape == (2, 16, 32)
 
 
 def test_an_error_in_forward_restores_the_model(monkeypatch):
-    """Else what runs next, an export or a probe, would get rows alone."""
+    """Otherwise the next call, of an export or a probe, would return only rows."""
     encoder = narrowed(models.make("roberta").eval())
     expected = encoder(x := models.inputs("roberta"))
 

@@ -106,7 +106,7 @@ def test_nested_folders_splits_and_no_copy(tmp_path, monkeypatch):
     assert len(open_images(str(tmp_path / "set"), split="test", cache=str(tmp_path / "kept"))) == 4
     assert len(open_images(str(tmp_path / "set/data/*/*.parquet"), cache=str(tmp_path / "kept"))) == 12
     written = [os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(tmp_path / "hf") for name in names]
-    assert sum(written) == 0  # nothing but a lock
+    assert sum(written) == 0  # only a lock file
     with pytest.raises(DataError, match="split=valid"):
         open_images(str(tmp_path / "set"), split="valid")
 

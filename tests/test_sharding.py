@@ -112,7 +112,7 @@ def assert_the_same_run(modality, version, fused, ranks=2):
 
 @pytest.mark.parametrize("three", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sharded_on_two_ranks_it_is_the_same_run_and_goes_on_with_one_and_with_three(three, here):
-    """A step is six micro-batches: 2 ranks × 3, then 1 × 6, then 3 × 2; beside one process that never stops."""
+    """A step is six micro-batches: 2 ranks × 3, then 1 × 6, then 3 × 2; compared with one uninterrupted process."""
     more = ["schedule.kind=constant", "schedule.warmup=0", "train.clip_norm=1", "train.batch_size=2", "optimizer.lr=1e-3"]
     args = test_training.arguments("vision", "run", *more, "train.steps=2", "train.accumulate=3")
     args += ["train.log_every=1", "train.shard=true"]
@@ -220,7 +220,7 @@ def ranks(*counts):
 def test_another_number_of_ranks_has_an_equal_share_of_what_was():
     saved = ranks(12, 12)
     assert rank_state(saved, 1, 2) is saved[1]
-    assert rank_state(ranks(12, 13), 0, 5)["batches"] == 5  # the step that one rank took more for is not done again
+    assert rank_state(ranks(12, 13), 0, 5)["batches"] == 5  # the extra batches of one rank are not repeated
     found = rank_state(ranks(12, 14), 2, 4)
     assert found["broken"] == [[7, "a.png"], [12, "12.png"], [14, "14.png"]]
     assert found["window"] == {"loss": 13.0, "cls_loss": 0.0, "steps": 4, "samples": 5.0, "waited": 1.0, "seconds": 2.0}
@@ -348,7 +348,7 @@ COUNTED = {
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name[0] in "VX")) for name in COUNTED])
 def test_the_doctors_memory_estimate_equals_the_peak_of_a_step(name, checkpointing):
-    """Counted in a whole step, backward and update included, of tensors without numbers; the doctor has run a forward alone."""
+    """Counted in a whole step on fake tensors, with backward and update; the doctor runs only a forward pass."""
     config, _ = parse(["--config", *COUNTED[name].split()])
     doctor = memory.estimate(config)["train.checkpointing" if checkpointing else "neither"]
     model = memory.model_on_meta(config)

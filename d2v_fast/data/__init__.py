@@ -116,7 +116,7 @@ def edges(stream: Any, begin: int, end: int) -> bytes:
 
 
 class PretrainingData(Dataset[Any]):
-    """Base class of the data sets: maps keys (epoch, sample) to a batch. Masks and augmentations depend on the keys alone.
+    """Base class of the data sets: maps keys (epoch, sample) to a batch. Masks and augmentations depend only on the keys.
 
     To use your own data through `data.class`, derive a class that sets `source` and `grid`, and override methods as needed:
 

@@ -134,7 +134,7 @@ class Stream:
 
 
 class _Window:
-    """Consecutive samples of one epoch; where it ends depends on the data alone, not on when they are read."""
+    """Consecutive samples of one epoch; where it ends depends only on the data, not on when they are read."""
 
     def __init__(self, reader: _Reader, buffer: int):
         self.reader, self.buffer, self.size, self.closed = reader, buffer, 0, False
