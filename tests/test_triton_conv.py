@@ -1,6 +1,6 @@
 """The Triton convolution without a GPU: interpreted and compared with float64, and compiled for three GPUs.
 
-As in tests/test_triton_loss.py, each of the two runs in a separate process; tests/gpu/test_conv.py runs these cases on a GPU.
+As in tests/test_triton_loss.py each of the two works in a process of its own; tests/gpu/test_conv.py has these cases on a GPU.
 """
 
 import re
@@ -305,7 +305,7 @@ def compile_offline(arch: int) -> list[dict]:
     """Compile every kernel of the recipes for sm_`arch` without a GPU.
 
     Returns:
-        For each: case, kernel, registers per thread, spilled bytes, shared memory in bytes, and the widths in bytes of the
+        For each: case, kernel, registers a thread, spilled bytes, shared memory in bytes, and the widths in bytes of the
         copies from global to shared memory.
     """
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -270,7 +270,7 @@ RECIPES = {
     "text, large": Case(channels=1024, length=512, k=10, dtype=BF16, dtype_z=BF16),
     "vision, huge": Case(channels=1280, length=257, k=10, dtype=BF16, dtype_z=BF16),
     "audio, fp32": Case("instance", channels=768, length=780, k=8),
-    "C only a multiple of 8": Case(channels=312, length=65, k=2, dtype=BF16, dtype_z=BF16),
+    "C a multiple of 8 alone": Case(channels=312, length=65, k=2, dtype=BF16, dtype_z=BF16),
     "C not a multiple of 8": Case(channels=100, length=64, k=2, dtype=FP16, dtype_z=FP16),
 }
 TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int32: "*i32", torch.bool: "*i1"}
@@ -278,7 +278,7 @@ TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int32: "*i32", torch
 
 @contextmanager
 def recorded(module, kernels):
-    """Record (kernel, arguments) of these kernels of the module in a list instead of running them."""
+    """A list of (kernel, arguments) that grows instead of these kernels of the module running."""
     launches = []
 
     class Recorder:
@@ -306,7 +306,7 @@ def _launches(case: Case, stats: bool) -> list:
 
 
 def _compile(kernel, arguments: dict, arch: int):
-    """Compile a launch as the JIT would on a GPU of compute capability `arch` / 10."""
+    """What the JIT would make of this launch on a GPU of compute capability `arch` / 10."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -334,8 +334,8 @@ def compile_offline(arch: int) -> list[dict]:
     """Compile every kernel of the recipes for sm_`arch` without a GPU.
 
     Returns:
-        For each: case, kernel, dtype, stats, warps, registers per thread, spilled bytes, shared memory in bytes, and the
-        number of global loads by width in bits.
+        For each: case, kernel, dtype, stats, warps, registers a thread, spilled bytes, shared memory in bytes, and how many
+        global loads of which width in bits the code has.
     """
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     table, seen = [], set()

@@ -103,7 +103,7 @@ FFN = {"mobilebert": "output.bottleneck.dense"}  # where it is to be named
 
 
 class Row(NamedTuple):
-    """Result for a model type: what it reads, how it is run, and why 1.0 and 2.0 reject it ("" if they work)."""
+    """What came of a model type: what it reads, how it is run, and why 1.0 and 2.0 refuse it ("" where they work)."""
 
     reads: str
     name: str
