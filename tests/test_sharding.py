@@ -348,7 +348,7 @@ COUNTED = {
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name[0] in "VX")) for name in COUNTED])
 def test_the_doctors_memory_estimate_equals_the_peak_of_a_step(name, checkpointing):
-    """Counted in a whole step on fake tensors, with backward and update; the doctor runs only a forward pass."""
+    """Counted in a whole step, backward and update included, of tensors without numbers; the doctor has run a forward alone."""
     config, _ = parse(["--config", *COUNTED[name].split()])
     doctor = memory.estimate(config)["train.checkpointing" if checkpointing else "neither"]
     model = memory.model_on_meta(config)

@@ -386,9 +386,9 @@ def test_compiles_without_spills(compiler, arch):
     for row in table:
         print(*row.values(), sep=" | ")
     assert {row["kernel"] for row in table} == set(KERNELS)
-    # ptxas spills up to four words outside the loop to fit one more block; more would mean that a tile is too large.
+    # ptxas trades up to four words outside the loop for one more block; any more would mean too large a tile.
     assert [row for row in table if row["spills"] > 16] == []
-    # The teacher, by far the largest input, is read 16 bytes at a time.
+    # The teacher, and nothing else is that large, is read 16 bytes at a time.
     for row in table:
         if row["kernel"] in TEACHER_KERNELS and row["case"] != "C not a multiple of 8":
             assert row["loads"].get(128, 0) > 0, row

@@ -146,7 +146,7 @@ def names() -> list[str]:
 
 
 def tiny(name: str) -> nn.Module:
-    """A small model of this type with random weights; the encoder alone if it has a decoder."""
+    """A model of this type, small and with random weights; of one with a decoder, its encoder."""
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[name]
@@ -189,7 +189,7 @@ def attempt(name: str) -> Row:
 
 
 def _step(encoder: Encoder, views: int = 0) -> str:
-    """Why a step fails, or "" if it works."""
+    """Why a step does not work; nothing if it does."""
     try:
         inputs = torch.randn(2, 2000) if encoder.reads == "audio" else example(encoder, 2, 16)
         length, decoder = encoder.embed(inputs).shape[1], None
