@@ -1,4 +1,4 @@
-"""Settings that are one of several words, or name a class. Needs no torch, so that the command line starts quickly."""
+"""Settings that take one of some words, or name a class. Needs no torch, so that the command line starts quickly."""
 
 from __future__ import annotations
 

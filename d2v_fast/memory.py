@@ -156,7 +156,7 @@ def model_on_meta(config: Config) -> Data2Vec:
 
 
 @contextmanager
-def on_fake_tensors(model: Data2Vec, batch: dict[str, Tensor], precision: str) -> Iterator[dict[str, Tensor]]:
+def without_numbers(model: Data2Vec, batch: dict[str, Tensor], precision: str) -> Iterator[dict[str, Tensor]]:
     """Turn the model into fake tensors on which passes run as on a GPU, and yield the batch as fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -186,7 +186,7 @@ def activations(config: Config, checkpointing: bool) -> tuple[Data2Vec, dict[str
     if checkpointing:
         model.student.checkpoint_blocks()
     batch = example(config, model.student)
-    with on_fake_tensors(model, batch, config.train.precision) as inputs:
+    with without_numbers(model, batch, config.train.precision) as inputs:
         saved = Saved([*model.parameters(), *model.buffers()])
         with saved.counting():
             layers, predictions = student_pass(model, inputs)
@@ -201,7 +201,7 @@ def size(tensors: Iterable[Tensor]) -> float:
     return float(sum(x.numel() * x.element_size() for x in tensors))
 
 
-def estimate(config: Config, ranks: int = 1) -> dict[str, Memory]:
+def need(config: Config, ranks: int = 1) -> dict[str, Memory]:
     """Memory per GPU, by the settings that change it: as configured, with checkpointing, sharded, and both.
 
     Args:
@@ -269,4 +269,4 @@ def main(args: list[str]) -> None:
     config, _ = parse(rest)
     plural = "s" * (known.gpus > 1)
     print(f"{config.name}: {config.train.precision}, {known.gpus} GPU{plural}; within 10 %, without CUDA and NCCL")
-    print(table(estimate(config, known.gpus), known.gpu_memory))
+    print(table(need(config, known.gpus), known.gpu_memory))

@@ -26,7 +26,7 @@ from d2v_fast.config import ConfigError, TrainConfig, parse
 from d2v_fast.train import build as building
 from d2v_fast.train import parallel, train
 from d2v_fast.train.build import build
-from d2v_fast.train.save import rank_state
+from d2v_fast.train.save import share
 from d2v_fast.train.step import forward_backward, to_device
 from tests import models, test_training, test_training_2
 
@@ -219,9 +219,9 @@ def ranks(*counts):
 
 def test_another_number_of_ranks_has_an_equal_share_of_what_was():
     saved = ranks(12, 12)
-    assert rank_state(saved, 1, 2) is saved[1]
-    assert rank_state(ranks(12, 13), 0, 5)["batches"] == 5  # the extra batches of one rank are not repeated
-    found = rank_state(ranks(12, 14), 2, 4)
+    assert share(saved, 1, 2) is saved[1]
+    assert share(ranks(12, 13), 0, 5)["batches"] == 5  # the step that one rank took more for is not done again
+    found = share(ranks(12, 14), 2, 4)
     assert found["broken"] == [[7, "a.png"], [12, "12.png"], [14, "14.png"]]
     assert found["window"] == {"loss": 13.0, "cls_loss": 0.0, "steps": 4, "samples": 5.0, "waited": 1.0, "seconds": 2.0}
 
@@ -350,11 +350,11 @@ COUNTED = {
 def test_the_doctors_memory_estimate_equals_the_peak_of_a_step(name, checkpointing):
     """Counted in a whole step, backward and update included, of tensors without numbers; the doctor has run a forward alone."""
     config, _ = parse(["--config", *COUNTED[name].split()])
-    doctor = memory.estimate(config)["train.checkpointing" if checkpointing else "neither"]
+    doctor = memory.need(config)["train.checkpointing" if checkpointing else "neither"]
     model = memory.model_on_meta(config)
     if checkpointing:
         model.student.checkpoint_blocks()
-    with memory.on_fake_tensors(model, memory.example(config, model.student), config.train.precision) as inputs:
+    with memory.without_numbers(model, memory.example(config, model.student), config.train.precision) as inputs:
         trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)  # as DistributedDataParallel has them from the start

@@ -33,7 +33,7 @@ from d2v_fast.train.log import Trackers, Window
 from d2v_fast.train.online_probe import OnlineProbe
 from d2v_fast.train.optim import lr_factor, make_optimizer, warmup_steps
 from d2v_fast.train.parallel import start
-from d2v_fast.train.save import Samples, compare_settings, newest, rank_state, restore
+from d2v_fast.train.save import Samples, compare_settings, newest, restore, share
 from d2v_fast.train.step import State, make_graphs
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def trained_batches(saved: Checkpoint | None, accelerator: Accelerator, part: st
     if not saved:
         return 0
     with saved.reading():
-        rank = rank_state(saved.state["ranks"], accelerator.process_index, accelerator.num_processes)
+        rank = share(saved.state["ranks"], accelerator.process_index, accelerator.num_processes)
         return int((rank["parts"][part] if part else rank)["batches"])
 
 

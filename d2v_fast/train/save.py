@@ -96,7 +96,7 @@ def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config
     saved.compare("settings", settings, (*FREE, *free, *kept, *config.resume_allow, *new))
 
 
-def rank_state(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+def share(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
     """The saved state for one rank. If the number of ranks has changed, each gets an equal share of the work of all.
 
     Args:
@@ -111,7 +111,7 @@ def rank_state(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, 
         return ranks[rank]
     if "parts" in ranks[0]:
         parts = {name: [each["parts"][name] for each in ranks] for name in ranks[0]["parts"]}
-        return {"parts": {name: rank_state(part, rank, world) for name, part in parts.items()}}
+        return {"parts": {name: share(part, rank, world) for name, part in parts.items()}}
     windows = [each["window"] for each in ranks]
     window = {key: sum(each[key] for each in windows) / len(windows) for key in windows[0]}
     return {
@@ -181,7 +181,7 @@ def restore(run: Run, saved: Checkpoint) -> None:
         run.accelerator.scaler.load_state_dict(saved.state["scaler"])
     run.load_state_dict(saved.state)
     number, world, ranks = run.accelerator.process_index, run.accelerator.num_processes, saved.state["ranks"]
-    rank = rank_state(ranks, number, world)
+    rank = share(ranks, number, world)
     run.load_rank_state_dict(rank)
     run.callbacks.load_state_dict(saved.state.get("callbacks", []))
     if world == len(ranks):
