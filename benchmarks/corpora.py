@@ -3,9 +3,9 @@
 python -m benchmarks.corpora          print a table; a quarter of an hour of CPU time, 3 GB of disk
 python -m benchmarks.corpora --full   with 1 GB of text as well, and write benchmarks/results/cpu-corpora.json
 
-Each measurement runs in a separate process. CPU seconds (user and system, of all threads and children) exclude waiting, and other
-load changes them little. They exclude imports: a tiny corpus of the same kind is read first. Memory is the peak resident size
-minus that of a process that has only imported torch, so other imports count.
+Each measurement runs in a separate process. CPU seconds (user and system, of all threads and children) exclude waiting, and
+other load changes them little. They exclude imports: a tiny corpus of the same kind is read first. Memory is the peak resident
+size minus that of a process that has only imported torch, so other imports count.
 """
 
 from __future__ import annotations

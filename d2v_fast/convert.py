@@ -773,9 +773,7 @@ def from_data2vec_pytorch(file: str, encoder: str) -> tuple[PreTrainedModel, Sta
         config = AutoConfig.from_pretrained(encoder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--encoder {encoder}: neither a folder with config.json nor a model on the hub: {reason}"
-        ) from error
+        raise ValueError(f"--encoder {encoder}: neither a folder with config.json nor a model on the hub: {reason}") from error
     prefix = "regression_head."
     with error_context(file, "its weights do not form a model"):
         head = {k.removeprefix(prefix): v for k, v in checkpoint["data2vec"].items() if k.startswith(prefix)}

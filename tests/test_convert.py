@@ -415,7 +415,7 @@ class TestPickles:
 
     def test_other_files_are_refused(self):
         open("a.pt", "w").write("text")
-        with pytest.raises(ValueError, match=r"a\.pt: not a file that torch\.save"):
+        with pytest.raises(ValueError, match=r"a\.pt: not a file written by torch\.save"):
             load_checkpoint("a.pt")
         torch.save([1], "b.pt")
         with pytest.raises(ValueError, match=r"b\.pt: found a list"):
