@@ -152,7 +152,7 @@ class TestDisk:
 
     def test_a_file_in_place_of_the_folder(self, opened, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(DataError, match=r"data.cache=.*/file: cannot be written: .* name another folder"):
+        with pytest.raises(DataError, match=r"data.cache=.*/file: cannot be written: .* set another folder"):
             opened(cache=str(tmp_path / "file"))
 
     def test_an_error_of_the_data_is_not_the_caches(self, tmp_path):
