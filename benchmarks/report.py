@@ -253,7 +253,7 @@ def monitor_table(path: Path) -> str:
 
 
 def corpora_table(path: Path) -> str:
-    """What reading a corpus costs, as benchmarks/corpora.py measures it."""
+    """The cost of reading a corpus, measured by benchmarks/corpora.py."""
     found = [(row, row["figure"]) for row in rows(path, "corpora")]
     lines = [[row["case"], f"{x:,.0f}" if x >= 100 else f"{x:.3g}", row["unit"], row["aim"]] for row, x in found]
     return markdown(["what", "figure", "unit", "aim"], lines)

@@ -358,7 +358,7 @@ EXTENSIONS = {"avx2": "AVX2", "avx512_f": "AVX-512", "avx512_bf16": "AVX512-BF16
 
 
 def environment(folder: str | Path = ".") -> dict[str, Any]:
-    """Facts for a bug report, as name → text; "warnings" lists what is slow or wrong on this machine, and the remedy.
+    """Facts for a bug report, as name → text; "warnings" lists problems of this machine, with remedies.
 
     Args:
         folder: Output folder of a run, which need not exist yet; its disk's free space is checked.

@@ -377,7 +377,7 @@ class TestImages:
             assert found.flags.c_contiguous and np.array_equal(found[0], expected.transpose(2, 0, 1))
 
     def test_jitter_scales_brightness(self):
-        grey = Image.new("RGB", (4, 4), (100, 100, 100))  # contrast and saturation leave a grey plane as it is
+        grey = Image.new("RGB", (4, 4), (100, 100, 100))  # contrast and saturation do not change a grey plane
         rng = np.random.default_rng(0)
         values = [np.asarray(color_jitter(grey, 0.4, rng)).mean() for _ in range(300)]
         assert 59 <= min(values) < 65 and 135 < max(values) <= 140

@@ -58,8 +58,8 @@ WORDS = "the cat sat on a mat while one dog ran over two hills and some birds fl
 
 
 @pytest.fixture
-def shop(here):
-    """A folder with all that the pages speak of, small."""
+def workspace(here):
+    """A folder with small versions of all files that the pages mention."""
     rng = np.random.default_rng(0)
     for folder in ("photos", "imagenet/train", "labelled/train", "labelled/test", "cifar/train", "cifar/test"):
         for i in range(12):
@@ -100,7 +100,7 @@ def shop(here):
 
 
 def given():
-    """Names that README uses and a reader has."""
+    """Names that the code in README assumes."""
     from transformers import AutoModel
 
     ids, mask = torch.randint(5, 200, (2, 20)), torch.rand(2, 20) < 0.5
@@ -138,7 +138,7 @@ def smaller_model(config):
 
 
 def run(monkeypatch, command):
-    """One command line; what `make` would do is asked of it and done."""
+    """Run one command line; for `make`, the commands that it would run."""
     words = shlex.split(command, comments=True)
     if NO_TIMM in command or any(command.startswith(known) for known in ELSEWHERE):
         return
@@ -165,7 +165,7 @@ def run(monkeypatch, command):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page_runs(page, shop, monkeypatch, caplog):
+def test_page_runs(page, workspace, monkeypatch, caplog):
     names = {"__name__": "page"}
     if page in ("README.md", "docs/training.md", "docs/after-training.md"):
         names |= given()

@@ -20,7 +20,7 @@ import xxhash
 
 from d2v_fast.choices import PositiveFloat, PositiveInt, Range, one_of
 from d2v_fast.data import DataError, PretrainingData, first_line, is_local, is_saved
-from d2v_fast.data.cache import fingerprint, kept
+from d2v_fast.data.cache import cached, fingerprint
 from d2v_fast.data.documents import Documents, arrow_types, choose_column, find_documents
 from d2v_fast.data.streaming import Stream, is_remote
 from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, TokenMask, Vocabulary
@@ -239,7 +239,7 @@ class TextData(PretrainingData):
             size=size,
             mask_id=self.tokenizer.mask_token_id,
             special=np.isin(np.arange(size), self.tokenizer.all_special_ids),
-            continues=_continues(self.tokenizer, size),
+            continues=_continuations(self.tokenizer, size),
             counts=np.pad(self.counts, (0, size))[:size],
         )
 
@@ -333,12 +333,12 @@ class TextData(PretrainingData):
                 (folder / TOKENIZER).write_text(_train(iter(read()), vocab_size).to_str(), encoding="utf-8")
                 return {}
 
-            folder, _ = kept(cache, "tokenizer", [*where, vocab_size], state, train)
+            folder, _ = cached(cache, "tokenizer", [*where, vocab_size], state, train)
             self.tokenizer = _wrap(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER)), self.block_size)
         else:
             self.tokenizer = load_tokenizer(tokenizer)
         digest = fingerprint([self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.all_special_tokens])
-        folder, made = kept(cache, "tokens", [*where, digest], state, lambda folder: self._tokenize(read(), folder))
+        folder, made = cached(cache, "tokens", [*where, digest], state, lambda folder: self._tokenize(read(), folder))
         for message in made["left_out"]:
             log.warning("left out: %s", message)
         self.content = made["content"]
@@ -449,7 +449,7 @@ class TextData(PretrainingData):
         return begin, begin + int(cast(np.ndarray, self.lengths)[index]) - 2
 
 
-def _continues(tokenizer: Any, size: int) -> np.ndarray:
+def _continuations(tokenizer: Any, size: int) -> np.ndarray:
     """Which ids continue a word, judged by the prefix that each family of tokenizers puts on tokens."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
     tokens += [""] * (size - len(tokens))

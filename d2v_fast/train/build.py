@@ -18,7 +18,7 @@ from torch import Tensor
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from d2v_fast.config import MODALITIES, Config, ConfigError, data_class
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData
-from d2v_fast.data.own import blamed, check_batch, check_class
+from d2v_fast.data.own import check_batch, check_class, error_context
 from d2v_fast.data.streaming import StreamBatches
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.diagnostics import Monitor
@@ -365,7 +365,7 @@ def seed_or_restore(run: Run, saved: Checkpoint | None) -> None:
 
 def _fit(data: PretrainingData, encoder: Encoder, config: Config) -> Samples:
     """Fit the data to the encoder; returns the identity of the samples."""
-    with blamed(config.data["class"], type(data), "fit_to or contents fails"):
+    with error_context(config.data["class"], type(data), "fit_to or contents fails"):
         data.fit_to(encoder)
         return Samples(len(data), *data.contents())
 
@@ -376,7 +376,7 @@ def make_core(config: Config, data: PretrainingData, encoder: Encoder, accelerat
     shapes = _try_collate(config, data, encoder) if own else ""
     core = make_model(config, encoder, data.axes).to(accelerator.device)  # before the optimizer, which apex requires
     if accelerator.num_processes > 1 or own:
-        with accelerator.autocast(), blamed(own, type(data), f"the model does not take its batch, {shapes}"):
+        with accelerator.autocast(), error_context(own, type(data), f"the model does not accept its batch, {shapes}"):
             unused = freeze_unused(core, data)
         if unused and accelerator.is_main_process:
             log.info("frozen because no gradient reaches them: %s", ", ".join(unused))
@@ -438,7 +438,7 @@ def _try_collate(config: Config, data: PretrainingData, encoder: Encoder) -> str
     """Check a first batch of your own data class; returns its dtypes and shapes in words."""
     own = config.data["class"]
     data.check_mask()
-    with blamed(own, type(data), "collate fails on its first samples"):
+    with error_context(own, type(data), "collate fails on its first samples"):
         batch = first_batch(data)
     if batch is None:  # the first step raises the reason
         return ""
@@ -483,7 +483,7 @@ def stream_batches(config: Config, data: PretrainingData, accelerator: Accelerat
     return StreamBatches(data, train.batch_size, train.seed, rank, world, train.workers, start, state)
 
 
-def learns_tokens(config: Config) -> bool:
+def trains_tokenizer(config: Config) -> bool:
     """Whether a tokenizer is trained for the run."""
     return config.is_text and config.data["tokenizer"] == "train"
 
@@ -501,9 +501,9 @@ def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
     """
     data = dict(config.data)
     own = data.pop("class")
-    if config.resume and folder is not None and learns_tokens(config) and (folder / TOKENIZER).exists():
+    if config.resume and folder is not None and trains_tokenizer(config) and (folder / TOKENIZER).exists():
         data["tokenizer"] = str(folder / TOKENIZER)
-    elif learns_tokens(config) and config.encoder.pretrained:
+    elif trains_tokenizer(config) and config.encoder.pretrained:
         raise ConfigError(
             f"data.tokenizer=train: makes a new vocabulary, but encoder.pretrained={config.encoder.pretrained} was trained "
             "with another one; leave data.tokenizer out, or name the tokenizer that the encoder was trained with"
@@ -511,7 +511,7 @@ def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
     if config.is_text:
         data["max_broken"] = config.train.max_broken
     cls = data_class(config.modality, own)
-    with blamed(own, cls, "cannot be made"):
+    with error_context(own, cls, "cannot be created"):
         made = cls(mask=config.mask, seed=config.train.seed, **data)
     if own:
         check_class(own, made)
