@@ -331,7 +331,7 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
     ),
     "loss of the last micro-batch": ("train/step.py", "loss += share", "loss = share"),
     "gradients of the previous step": ("train/step.py", "    state.optimizer.zero_grad(set_to_none=True)\n", ""),
-    "no clipping": ("train/step.py", "state.clip_norm or math.inf", "math.inf"),
+    "no clipping": ("train/step.py", "if state.clip_norm:", "if False:"),
     "skipped steps in a row counted over the run": ("train/step.py", "        state.skipped.forget()\n", ""),
     "schedule waits during skipped steps": (
         "train/step.py",

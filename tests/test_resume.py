@@ -502,7 +502,7 @@ def _full_from_step_5_to_8(mounted):
 
     from d2v_fast.train import loop
 
-    take, hard = loop._take, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    take, hard = loop._next_batches, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
     def taking(run, part):
         run.checkpoints.wait()
@@ -520,7 +520,7 @@ def _full_from_step_5_to_8(mounted):
             resource.setrlimit(resource.RLIMIT_FSIZE, (64 if 4 <= done < 8 else hard, hard))
         return take(run, part)
 
-    loop._take = taking
+    loop._next_batches = taking
 
 
 def test_a_full_disk_does_not_end_the_training(small_disk):

@@ -138,7 +138,7 @@ def assert_the_same_run(modality, version, fused, ranks=2):
 
 @pytest.mark.parametrize("three", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sharded_on_two_ranks_it_is_the_same_run_and_goes_on_with_one_and_with_three(three, here):
-    """A step is six micro-batches: 2 ranks × 3, then 1 × 6, then 3 × 2; beside one process that never stops."""
+    """A step is six micro-batches: 2 ranks × 3, then 1 × 6, then 3 × 2; compared with one uninterrupted process."""
     more = ["schedule.kind=constant", "schedule.warmup=0", "train.clip_norm=1", "train.batch_size=2", "optimizer.lr=1e-3"]
     args = test_training.arguments("vision", "run", *more, "train.steps=2", "train.accumulate=3")
     args += ["train.log_every=1", "train.shard=true"]

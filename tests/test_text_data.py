@@ -9,16 +9,20 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
+from d2v_fast import Data2Vec, build_encoder
 from d2v_fast.checkpoint import CheckpointError
 from d2v_fast.config import parse
 from d2v_fast.data import DataError, documents, text
 from d2v_fast.data.documents import load_documents
 from d2v_fast.data.text import TextData, can_cut, corpus_backend, load_tokenizer, train_tokenizer
+from d2v_fast.decoders import ConvDecoder
 from d2v_fast.export import Exported
-from d2v_fast.masking import TokenMask
+from d2v_fast.masking import RandomMask, TokenMask
 from d2v_fast.train.build import build, make_data, make_encoder
 from d2v_fast.train.loop import loop
+from tests import models
 from tests.test_cli import TEXT
 
 ODD = ["one\x85two", "a\u2028b\u2029c", "x\x0cy\x0bz\x1cw\x1dv\x1eu", "plain"]  # str.splitlines() makes more of each
@@ -429,6 +433,36 @@ def test_a_run_resumes_on_the_same_text_only(tmp_path):
         build(parse(more)[0])
     file.write_text(before)
     assert loop(build(parse(more)[0])) == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_resumes_with_the_same_multiple_only(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(sentences()))
+    loop(build(parse([*TEXT, "data.path=a.txt", "data.cross_documents=false", "train.output=run"])[0]))
+    more = ["--resume", "run", "train.steps=3", "--resume-allow", "train.steps"]
+    with pytest.raises(CheckpointError, match=r"data\.length_multiple: was 1, is 8"):
+        build(parse([*more, "data.length_multiple=8"])[0])
+    assert loop(build(parse(more)[0])) == 0
+
+
+@pytest.mark.parametrize("views", [None, 2])
+def test_padding_to_a_multiple_changes_no_loss(tmp_path, views):
+    (tmp_path / "a.txt").write_text("\n".join(words[: 20 + 7 * i] for i, words in enumerate(sentences(6))))
+    losses, lengths = [], []
+    for multiple in (1, 16):
+        mask = RandomMask(0.5) if views else TokenMask(0.3, 1)
+        settings = dict(block_size=40, vocab_size=300, cross_documents=False, length_multiple=multiple)
+        data = TextData(path=str(tmp_path / "a.txt"), mask=mask, views=views, **settings)
+        torch.manual_seed(0)
+        own = {name: data.tokens[name] for name in ("vocab_size", "pad_token_id")} | {"max_position_embeddings": 64}
+        encoder = build_encoder("roberta", config=models.CONFIGS["roberta"] | own)
+        decoder = ConvDecoder(32, width=32, groups=4, noise=0.0) if views else None
+        model = Data2Vec(encoder, top_k=2, norm="instance", decoder=decoder, impl="eager").double()
+        batch = data.__getitems__([(0, i) for i in range(3)])
+        lengths.append(batch["mask"].shape[-1])
+        losses.append(model(**{name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}).loss.item())
+    assert lengths[0] % 16 and lengths[1] == -(-lengths[0] // 16) * 16
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_folders_written_by_save_to_disk(tmp_path):

@@ -12,15 +12,15 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
 import xxhash
 
-from d2v_fast.choices import one_of
+from d2v_fast.choices import PositiveFloat, PositiveInt, Range, one_of
 from d2v_fast.data import DataError, PretrainingData, first_line, is_local, is_saved
-from d2v_fast.data.cache import fingerprint, kept
+from d2v_fast.data.cache import cached, fingerprint
 from d2v_fast.data.documents import Documents, arrow_types, choose_column, find_documents
 from d2v_fast.data.streaming import Stream, is_remote
 from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, TokenMask, Vocabulary
@@ -186,6 +186,8 @@ class TextData(PretrainingData):
         vocab_size: Vocabulary size of a trained tokenizer.
         block_size: Tokens per sample, including <s>.
         cross_documents: Pack blocks across documents, separated by </s>; otherwise each document (row) starts a new block.
+        length_multiple: Pad batches of shorter blocks to a multiple of this, at most to block_size. null = 8 on a GPU unless
+            cross_documents packs the blocks, else 1.
         teacher_input: "full", or "masked_only" as in the reference code, whose teacher sees only the masked tokens.
         mask: How blocks are masked.
         views: Masked views of each sample, for data2vec 2.0; null for a single mask, as in 1.0.
@@ -201,21 +203,23 @@ class TextData(PretrainingData):
         self,
         *,
         mask: TokenMask | RandomMask | ExactBlockMask,
-        views: int | None = None,
+        views: Annotated[int | None, Range("[1, inf)")] = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,
         split: str = "train",
         column: str | None = None,
         tokenizer: str = "train",
-        vocab_size: int = 4000,
-        block_size: int = 512,
+        # At least 256 bytes and 5 special tokens; tokenizers aborts when out of memory.
+        vocab_size: Annotated[int, Range("[261, 16777216]")] = 4000,
+        block_size: Annotated[int, Range("[2, inf)")] = 512,
         cross_documents: bool = True,
+        length_multiple: Annotated[int | None, Range("[1, 1024]")] = None,
         teacher_input: TeacherInput = "full",
         cache: str | None = None,
         streaming: bool = False,
-        shuffle_buffer: int = 1000,
-        stream_timeout: float = 300.0,
+        shuffle_buffer: PositiveInt = 1000,
+        stream_timeout: PositiveFloat = 300.0,
         max_broken: float = 0.01,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
@@ -224,6 +228,7 @@ class TextData(PretrainingData):
         if views is not None and teacher_input != "full":
             raise DataError(f"data.teacher_input={teacher_input}: needs a single mask per sample; remove it or data.views")
         self.tokenizer_name, self.cross_documents = tokenizer, cross_documents
+        self.length_multiple = length_multiple or 1
         if streaming or is_remote(path):
             self._stream(path, name, split, column, shuffle_buffer, stream_timeout)
         else:
@@ -234,7 +239,7 @@ class TextData(PretrainingData):
             size=size,
             mask_id=self.tokenizer.mask_token_id,
             special=np.isin(np.arange(size), self.tokenizer.all_special_ids),
-            continues=_continues(self.tokenizer, size),
+            continues=_continuations(self.tokenizer, size),
             counts=np.pad(self.counts, (0, size))[:size],
         )
 
@@ -285,7 +290,8 @@ class TextData(PretrainingData):
     def collate(self, samples: list[np.ndarray], draws: Draws) -> dict[str, np.ndarray]:
         pad = self.tokenizer.pad_token_id
         lengths = np.array([len(ids) for ids in samples])
-        target = np.full((len(samples), lengths.max()), pad, dtype=np.int64)
+        length = min(-(-lengths.max() // self.length_multiple) * self.length_multiple, self.block_size)
+        target = np.full((len(samples), length), pad, dtype=np.int64)
         for row, ids in zip(target, samples, strict=True):
             row[: len(ids)] = ids
         if isinstance(self.mask, TokenMask):
@@ -327,12 +333,12 @@ class TextData(PretrainingData):
                 (folder / TOKENIZER).write_text(_train(iter(read()), vocab_size).to_str(), encoding="utf-8")
                 return {}
 
-            folder, _ = kept(cache, "tokenizer", [*where, vocab_size], state, train)
+            folder, _ = cached(cache, "tokenizer", [*where, vocab_size], state, train)
             self.tokenizer = _wrap(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER)), self.block_size)
         else:
             self.tokenizer = load_tokenizer(tokenizer)
         digest = fingerprint([self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.all_special_tokens])
-        folder, made = kept(cache, "tokens", [*where, digest], state, lambda folder: self._tokenize(read(), folder))
+        folder, made = cached(cache, "tokens", [*where, digest], state, lambda folder: self._tokenize(read(), folder))
         for message in made["left_out"]:
             log.warning("left out: %s", message)
         self.content = made["content"]
@@ -419,10 +425,10 @@ class TextData(PretrainingData):
         last = np.cumsum(-(-tokens // room))  # last block of each document, plus one
         self.first_blocks = np.concatenate([[0], last])
         self.blocks = int(last[-1])
-        self.lengths = np.full(self.blocks, self.block_size, dtype=np.int32)
+        lengths = self.lengths = np.full(self.blocks, self.block_size, dtype=np.int32)
         filled = tokens > 0
-        self.lengths[last[filled] - 1] = (tokens[filled] - 1) % room + 3
-        mean = self.lengths.mean()
+        lengths[last[filled] - 1] = (tokens[filled] - 1) % room + 3
+        mean = lengths.mean()
         if mean < 0.5 * self.block_size:
             log.warning(
                 "blocks have %.0f tokens on average, but block_size is %d: if the rows of %s are paragraphs rather than "
@@ -440,10 +446,10 @@ class TextData(PretrainingData):
         document = int(np.searchsorted(self.first_blocks, index, side="right")) - 1
         begin = int(self.document_ends[document - 1]) if document else 0
         begin += (index - int(self.first_blocks[document])) * (self.block_size - 2)
-        return begin, begin + int(self.lengths[index]) - 2
+        return begin, begin + int(cast(np.ndarray, self.lengths)[index]) - 2
 
 
-def _continues(tokenizer: Any, size: int) -> np.ndarray:
+def _continuations(tokenizer: Any, size: int) -> np.ndarray:
     """Which ids continue a word, judged by the prefix that each family of tokenizers puts on tokens."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
     tokens += [""] * (size - len(tokens))
