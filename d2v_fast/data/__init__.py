@@ -198,9 +198,10 @@ class PretrainingData(Dataset[Any]):
                 f"about 60 % of them, mask.count={round(0.6 * total)}"
             )
         longest = max(self.grid) if isinstance(self.grid, tuple) else self.grid
-        if kind is ExactBlockMask and self.mask.length > longest:
+        if kind in (ExactBlockMask, SpanMask) and self.mask.length > longest:
+            one = "block" if kind is ExactBlockMask else "span"
             raise DataError(
-                f"mask.length={self.mask.length}: one block would cover the whole grid {self.grid}; expected at most {longest}"
+                f"mask.length={self.mask.length}: one {one} would cover the whole grid {self.grid}; expected at most {longest}"
             )
 
     def processor(self, encoder: Any) -> Any:

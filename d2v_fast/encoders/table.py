@@ -107,6 +107,7 @@ HYBRID = dict.fromkeys(("img_size", "patch_size"))  # patches of a ResNet's feat
 SMALL_TIMM = dict(img_size=32, patch_size=8, embed_dim=48, num_heads=4, depth=3)
 MORE_TIMM: dict[str, dict[str, Any]] = {
     "samvit_*": dict(neck_chans=0, window_size=3),
+    "vit_*_sapiens2": dict(num_kv_heads=2),
     **dict.fromkeys(("tnt_*", "tnt_*_legacy_*"), dict.fromkeys(SMALL_TIMM)),
     **dict.fromkeys((f"vit_*_{stem}_*" for stem in ("r", "r26", "r50", "resnet26d", "resnet50d")), HYBRID),
 }
@@ -205,7 +206,7 @@ def family(name: str) -> str:
     """The name of a timm model with stars in place of sizes."""
 
     def starred(part: str) -> str:
-        size = part in SIZES.split() or re.fullmatch(r"([a-qs-z]|patch|window)?\d\w*", part)
+        size = part in SIZES.split() or re.fullmatch(r"(?!r\d|reg\d)([a-z]{0,3}|patch|window)\d\w*", part)
         return "*" if size else re.sub(r"^reg\d$", "reg*", part)
 
     first, *rest = name.split("_")
@@ -241,6 +242,8 @@ def attempt_timm(title: str, name: str) -> Row | None:
             if not fields:
                 return Row("", title, "", "", _line(error), "")
             fields = {field: value for field, value in fields.items() if unknown and field != unknown[1]}
+    if (count := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
+        return Row("", title, "", "", f"no small configuration is known: {count:,} parameters", "")
     if not any(hasattr(module, "num_heads") or hasattr(module, "heads") for module in model.modules()):
         return None
     try:
