@@ -72,7 +72,7 @@ def share_blocks(first: Encoder, other: Encoder) -> None:
     for key in SAME:
         expected, found = getattr(first.model.config, key), getattr(other.model.config, key)
         if found != expected:
-            raise ConfigError(f"encoder.config.{key}: found {found}, expected {expected}, as the first part has it")
+            raise ConfigError(f"encoder.config.{key}: found {found}, expected {expected}, as in the first part")
     for ours, theirs in zip(first.blocks, other.blocks, strict=True):
         for mine, its in zip(LAYOUTS[first.halves], LAYOUTS[other.halves], strict=True):
             source, target = ours.get_submodule(mine), theirs.get_submodule(its)

@@ -389,7 +389,7 @@ class TestErrors:
         [
             (
                 "hidden_size=32",
-                "several.parts.audio: encoder.config.hidden_size: found 32, expected 16, as the first part has it",
+                "several.parts.audio: encoder.config.hidden_size: found 32, expected 16, as in the first part",
             ),
             ("num_hidden_layers=2", "encoder.config.num_hidden_layers: found 2, expected 3"),
             ("num_attention_heads=4", "encoder.config.num_attention_heads: found 4, expected 2"),

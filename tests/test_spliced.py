@@ -726,7 +726,7 @@ def blocks_that(change, which=slice(None)):
 
 
 def count(x):
-    """Numbers the tokens, by (N, 32)."""
+    """(N, 32), values that depend on the index of a token."""
     return torch.sin(torch.arange(x.shape[1], dtype=x.dtype)[:, None] + torch.arange(x.shape[2], dtype=x.dtype))
 
 
