@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 TOKENIZER, IDS, ENDS, COUNTS = "tokenizer.json", "ids", "ends", "counts"  # files in the cache
 TeacherInput = Literal["full", "masked_only"]
 CUT = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")  # where a text may be cut, see `can_cut`
-PIECE = 2**14  # least characters of a piece that is cut off
+PIECE = 2**14  # minimum characters of a piece that is cut off
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
@@ -151,7 +151,7 @@ def _batches(texts: Iterable[str], cut: bool, rows: int = 1000, characters: int 
 
 
 def can_cut(backend: Any) -> bool:
-    """Whether cutting a text at `CUT`, before a space between two ASCII letters, provably leaves its tokens as they are.
+    """Whether cutting a text at `CUT`, before a space between two ASCII letters, provably leaves its tokens unchanged.
 
     True for two families, which always end a word there and encode each word on its own: byte-level tokenizers with GPT-2's
     pattern, such as RoBERTa's, and BERT's, whose normalizer changes characters one by one and drops combining marks. Added
