@@ -133,7 +133,7 @@ class Launch(NamedTuple):
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Record launches in a list instead of running the kernels."""
+    """A list of launches that grows instead of the kernels running."""
     launches: list[Launch] = []
 
     class Recorder:
@@ -153,7 +153,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def compiled(launch: Launch, arch: int) -> Any:
-    """Compile a launch as the JIT would on a GPU of compute capability `arch` / 10."""
+    """What the JIT would make of this launch on a GPU of compute capability `arch` / 10."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -209,7 +209,7 @@ def instructions(code: str) -> tuple[int, int]:
 
 
 def described(made: Any) -> dict[str, Any]:
-    """Resources of a compiled kernel.
+    """What a compiled kernel is made of.
 
     Sizes are bytes, registers per thread. `loads` counts the global loads by width in bits, `copies` are the widths in bytes of
     asynchronous copies to shared memory.
