@@ -28,7 +28,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +242,7 @@ class Checkpoints:
         others = [other for other in _finished(self.folder) if _step(other) != step]
         older = [other for other in others if _step(other) < step and other not in self.damaged]
         for other in set(others) - set(older[max(0, len(older) + 1 - self.keep_last) :]):
-            shutil.rmtree(other, ignore_errors=True)
+            _remove(other)
         self.damaged = []
 
 
@@ -269,7 +269,7 @@ def write(folder: Path, step: int, tensors: Tensors, state: str) -> Checkpoint:
         (temporary / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1), encoding="utf-8")
         sync(temporary / MANIFEST)
         sync(temporary)
-        shutil.rmtree(target, ignore_errors=True)  # a damaged checkpoint of the same step
+        _remove(target)  # a damaged checkpoint of the same step
         os.replace(temporary, target)
         sync(folder)
     except BaseException:
@@ -280,6 +280,12 @@ def write(folder: Path, step: int, tensors: Tensors, state: str) -> Checkpoint:
     except CheckpointError:
         shutil.rmtree(target, ignore_errors=True)
         raise
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint. It is renamed first, so that a process killed meanwhile leaves no incomplete folder named step-N."""
+    with suppress(OSError):
+        shutil.rmtree(folder.rename(folder.with_suffix(".old.tmp")))
 
 
 def sync(path: Path) -> None:

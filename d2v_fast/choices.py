@@ -1,10 +1,12 @@
-"""Settings that take one of some words, or name a class. Needs no torch, so that the command line starts quickly."""
+"""Settings with a choice of words, a range, or the name of a class. Needs no torch, so that the command line starts quickly."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 Norm = Literal["none", "layer", "instance", "batch", "group"]  # in the order of D2VNorm in kernels/loss.h
 TargetNorm = Literal["none", "layer", "instance"]
@@ -12,6 +14,53 @@ Implementation = Literal["auto", "eager", "compile", "native", "triton"]
 LayerSource = Literal["ffn", "block_output", "block_input"]
 EMAScope = Literal["all", "encoder", "layers"]
 CLSReduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The valid interval of a number, in the annotation of its type; in that of a list or mapping, of each number in it.
+
+    Args:
+        interval: Such as [0, 1). A round bracket excludes the bound.
+    """
+
+    interval: str
+
+    def __contains__(self, number: float) -> bool:
+        low, high = (float(bound) for bound in self.interval[1:-1].split(","))
+        above = low <= number if self.interval[0] == "[" else low < number
+        return above and (number <= high if self.interval[-1] == "]" else number < high)
+
+    def __str__(self) -> str:
+        """What is expected, in words."""
+        low = self.interval[1:].partition(",")[0]
+        if self.interval.endswith("inf)"):
+            return {"[": f"at least {low}", "(": "a number" if low == "-inf" else f"a number above {low}"}[self.interval[0]]
+        return f"a number in {self.interval}"
+
+
+PositiveInt = Annotated[int, Range("[1, inf)")]
+NonNegativeInt = Annotated[int, Range("[0, inf)")]
+PositiveFloat = Annotated[float, Range("(0, inf)")]
+Finite = Annotated[float, Range("(-inf, inf)")]
+NonNegativeFloat = Annotated[float, Range("[0, inf)")]
+ClosedUnitInterval = Annotated[float, Range("[0, 1]")]
+OpenUnitInterval = Annotated[float, Range("(0, 1)")]
+
+
+def ranges(cls: type) -> dict[str, Range]:
+    """The ranges of the arguments of a class, including those that it passes on to its parents."""
+    hints: dict[str, Any] = {}
+    bases: Any = reversed(cls.__mro__)
+    for base in bases:
+        with suppress(NameError):  # an annotation may name what only a type checker imports
+            hints |= get_type_hints(base.__init__, include_extras=True)
+    return {name: found for name, hint in hints.items() if (found := _range(hint))}
+
+
+def _range(hint: Any) -> Range | None:
+    found = (part if isinstance(part, Range) else _range(part) for part in get_args(hint))
+    return next(filter(None, found), None)
 
 
 def nearest(word: str, words: Any) -> str:

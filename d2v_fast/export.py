@@ -24,7 +24,7 @@ import d2v_fast
 from d2v_fast import nets, trained
 from d2v_fast.checkpoint import sync
 from d2v_fast.choices import nearest
-from d2v_fast.config import ConfigError
+from d2v_fast.config import MODALITIES, ConfigError
 from d2v_fast.convert import EAT_NORMS, Released, from_data2vec_pytorch, from_fairseq, make_model, named
 from d2v_fast.data import first_line, is_local
 from d2v_fast.data.audio import feature_extractor
@@ -34,6 +34,7 @@ from d2v_fast.data.spectrograms import spectrogram_extractor
 from d2v_fast.data.text import limit_length, load_tokenizer
 from d2v_fast.data.vision import MEAN, STD, image_processor
 from d2v_fast.encoders import Encoder, PatchEncoder, TokenEncoder, class_arguments, example, off_by, wrap
+from d2v_fast.figures import FIGURES
 from d2v_fast.report import read_lines, read_probes
 from d2v_fast.train.folder import HEAD, TEACHER
 from d2v_fast.trained import Trained, check_utf8
@@ -55,14 +56,8 @@ PIPELINES = {  # hub task by auto class; otherwise feature-extraction
     "AutoModelForAudioClassification": "audio-classification",
     "AutoModelForSequenceClassification": "text-classification",
 }
-PROBED = {  # hub task by modality of the probed model
-    "vision": "image-classification",
-    "audio": "audio-classification",
-    "spectrogram": "audio-classification",
-    "text": "fill-mask",
-}
 MEASURES = {"knn": "k-NN accuracy", "linear": "linear accuracy", "accuracy": "linear cloze accuracy", "nats": "cloze in nats"}
-LOGGED = ("step", "loss", "target_std", "prediction_std", "feature_std", "lr", "ema_decay")
+LOGGED = ("step", *(name for name, figure in FIGURES.items() if figure.card))
 
 
 class Exported:
@@ -349,7 +344,7 @@ def eval_results(run: Path, found: Trained) -> list[Any]:
 
     return [
         EvalResult(
-            task_type=PROBED.get(found.config.modality, "feature-extraction"),
+            task_type=MODALITIES[found.config.modality].task,
             dataset_type=on_hub(probe["data"]) or public(probe["data"]),
             dataset_name=" ".join(filter(None, (public(probe["data"]), probe["name"]))),
             dataset_config=probe["name"],

@@ -461,7 +461,7 @@ def main(args: list[str]) -> None:
     batch_size = options.batch_size or (32 if config.modality == "text" else 64)
     states = States({"untrained": found.untrained(), "trained": found.encoder}, device, options.precision, batch_size)
     log.info("probing on %s, %s on %s", " ".join(filter(None, (data, options.name))), options.precision, device)
-    probe = probe_cloze if config.modality == "text" and not config.own_data else probe_labels
+    probe = probe_cloze if config.is_text else probe_labels
     results = probe(found.config, states, data, options.name, options.limit)
     columns = list(next(iter(results.values())))
     print(f"{'':20}" + "".join(f"{column:>12}" for column in columns))

@@ -91,7 +91,7 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
     step, saved = _newest(run, checkpoint, teacher)
     weights = saved.tensors("teacher" if teacher else "student") if saved else {}
     tokenizer, tokens = None, None
-    if config.modality == "text" and not config.own_data:
+    if config.is_text:
         kept = [str(run / name) for name in ("export", TOKENIZER) if (run / name / "tokenizer.json").is_file()]
         config = replace(config, data=config.data | {"tokenizer": next(iter(kept), config.data["tokenizer"])})
         if config.data["tokenizer"] == "train":

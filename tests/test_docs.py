@@ -22,10 +22,9 @@ from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 import d2v_fast
 from d2v_fast import cli
-from d2v_fast.config import parse
+from d2v_fast.config import CollapseConfig, parse
 from d2v_fast.data.text import train_tokenizer
-from d2v_fast.diagnostics import RULES
-from d2v_fast.report import CURVES
+from d2v_fast.figures import FIGURES, RULES
 from tests import released, test_convert
 from tools import site, structure
 
@@ -143,8 +142,9 @@ def run(monkeypatch, command):
     if NO_TIMM in command or any(command.startswith(known) for known in ELSEWHERE):
         return
     if words[0] == "make":
-        recipe = subprocess.run(["make", "-n", "-C", ROOT, *words[1:]], check=True, capture_output=True, text=True).stdout
-        mine = [line for line in recipe.splitlines() if re.search(r"\S+/(d2v-|mkdocs)", line)]
+        command = ["make", "-n", "--no-print-directory", "-C", ROOT, *words[1:]]
+        recipe = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        mine = [line for line in recipe.splitlines() if re.search(r"bin/(d2v-|mkdocs)", line)]
         assert mine
         for line in mine:
             run(monkeypatch, line.rpartition(".venv/bin/")[2])
@@ -224,8 +224,12 @@ def test_the_guide_to_health_has_the_figures_of_the_report_and_the_alarms_of_the
     names = {
         head: [name for row in rows.splitlines() for name in row.split("|")[1].strip().split("; ")] for head, rows in tables[:2]
     }
-    assert set(names["figure"]) <= {title for title, _ in CURVES.values()} and len(names["figure"]) == 13
-    meanings = [rule.meaning for rule in RULES]
+    titles = {figure.title: figure for figure in FIGURES.values()}
+    assert set(names["figure"]) <= titles.keys() and len(names["figure"]) == 13
+    for _, title, *_, bound, _ in (re.split(r" *\| *", row) for row in tables[2][1].splitlines()):
+        rule, (setting, value) = titles[title].rule, bound.strip("`").split("=")
+        assert (setting, float(value)) == (f"collapse.{rule.bound}", getattr(CollapseConfig, rule.bound))
+    meanings = [rule.meaning for rule in RULES.values()]
     assert all(any(name in meaning for meaning in meanings) for name in names["alarm"])
     assert all(any(name in meaning for name in names["alarm"]) for meaning in meanings)
 

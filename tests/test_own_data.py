@@ -232,7 +232,34 @@ def test_help_lists_the_settings_of_the_class(monkeypatch, capsys):
     assert "--data.speed SPEED Of the waves. (type: float, default: 1.0)" in said
     assert "Positions along each axis, each of two samples. (required" in said
     assert "--data.views VIEWS Masked views of each sample" in said and "image_size" not in said
+    assert "null for a single mask, as in 1.0. At least 1. (type: int | null, default: null)" in said
     assert "--mask.kind {random,exact,span,block}" in said
+
+
+BOUNDED = """
+from typing import Annotated
+
+from d2v_fast.choices import PositiveInt, Range
+
+
+class Bounded(Fields):
+    def __init__(self, *, flip: PositiveInt = 1, share: Annotated[float, Range("[0, 0.5]")] = 0.5, **common):
+        super().__init__(**common)
+"""
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("flip=0", "data.flip: found 0, expected at least 1"),  # images have a data.flip too, of at most 1
+        ("share=0.6", "data.share: found 0.6, expected a number in [0, 0.5]"),
+        ("share=x", "data.share: found x, expected a number"),
+        ("views=0", "data.views: found 0, expected at least 1"),
+    ],
+)
+def test_settings_of_the_class_have_its_bounds(setting, message):
+    bounded = arguments("plane", *ONE, "data.class=mine:Bounded", "data.flip=7")
+    assert refused(*bounded, f"data.{setting}", code=BOUNDED) == message
 
 
 def test_a_preset_keeps_only_settings_of_the_class(capsys):

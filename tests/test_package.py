@@ -117,8 +117,9 @@ def test_workflows_test_the_oldest_versions_allowed():
 
 def test_the_container_runs_the_commands_of_the_demo():
     """With the same settings as `make demo`."""
-    demo = subprocess.run(["make", "-n", "demo"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    commands = re.findall(r"(?<=/)d2v-.+", demo)[-2:]
+    make = ["make", "-n", "--no-print-directory", "demo"]
+    demo = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    commands = re.findall(r"(?<=bin/)d2v-.+", demo)[-2:]
     command = re.search(r'^CMD \["sh", "-c", "(.+)"\]$', (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)[1]
     assert command.replace("/tmp/demo", "runs/demo").split(" && ") == commands
 

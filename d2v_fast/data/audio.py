@@ -13,10 +13,11 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 
+from d2v_fast.choices import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from d2v_fast.data import DataError, PretrainingData, Source, find_files, first_line, is_local, load_media, regular
 from d2v_fast.data.builtin import builtin_speech
 from d2v_fast.data.cache import files_state, kept
@@ -346,22 +347,22 @@ class AudioData(PretrainingData):
         self,
         *,
         mask: SpanMask | RandomMask | ExactBlockMask,
-        views: int | None = None,
+        views: Annotated[int | None, Range("[1, inf)")] = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,
         split: str = "train",
-        sample_rate: int = 16_000,
-        min_seconds: float = 2.0,
-        max_seconds: float = 20.0,
-        whole_seconds: float = 60.0,
+        sample_rate: PositiveInt = 16_000,
+        min_seconds: NonNegativeFloat = 2.0,
+        max_seconds: Annotated[float, Range("(0, 86400]")] = 20.0,
+        whole_seconds: PositiveFloat = 60.0,
         crop: bool = True,
-        length_multiple: int | None = None,
-        join_seconds: float = 0.0,
+        length_multiple: Annotated[int | None, Range("[1, 1024]")] = None,
+        join_seconds: NonNegativeFloat = 0.0,
         normalize: bool = True,
-        batch_seconds: float | None = None,
-        channel_prob: float = 0.0,
-        channel_length: int = 10,
+        batch_seconds: Annotated[float | None, Range("(0, inf)")] = None,
+        channel_prob: Annotated[float, Range("[0, 1)")] = 0.0,
+        channel_length: PositiveInt = 10,
         cache: str | None = None,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
@@ -442,7 +443,8 @@ class AudioData(PretrainingData):
                 f"encoder.model: {type(encoder.model).__name__} needs a method positions(samples) that returns "
                 "the number of frames"
             )
-        shortest = int(self.lengths[self.lengths > 0].min(initial=self.max_samples))
+        lengths = cast(np.ndarray, self.lengths)
+        shortest = int(lengths[lengths > 0].min(initial=self.max_samples))
         if self.frames(shortest) < 2:
             raise DataError(
                 f"data.path={self.name}: the shortest recording, {shortest / self.sample_rate:.4f} s, gives "

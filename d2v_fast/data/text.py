@@ -11,13 +11,13 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
 import xxhash
 
-from d2v_fast.choices import one_of
+from d2v_fast.choices import PositiveFloat, PositiveInt, Range, one_of
 from d2v_fast.data import DataError, PretrainingData, first_line, is_local, is_saved
 from d2v_fast.data.cache import fingerprint, kept
 from d2v_fast.data.documents import Documents, arrow_types, choose_column, find_documents
@@ -181,22 +181,23 @@ class TextData(PretrainingData):
         self,
         *,
         mask: TokenMask | RandomMask | ExactBlockMask,
-        views: int | None = None,
+        views: Annotated[int | None, Range("[1, inf)")] = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,
         split: str = "train",
         column: str | None = None,
         tokenizer: str = "train",
-        vocab_size: int = 4000,
-        block_size: int = 512,
+        # At least 256 bytes and 5 special tokens; tokenizers aborts when out of memory.
+        vocab_size: Annotated[int, Range("[261, 16777216]")] = 4000,
+        block_size: Annotated[int, Range("[2, inf)")] = 512,
         cross_documents: bool = True,
-        length_multiple: int | None = None,
+        length_multiple: Annotated[int | None, Range("[1, 1024]")] = None,
         teacher_input: TeacherInput = "full",
         cache: str | None = None,
         streaming: bool = False,
-        shuffle_buffer: int = 1000,
-        stream_timeout: float = 300.0,
+        shuffle_buffer: PositiveInt = 1000,
+        stream_timeout: PositiveFloat = 300.0,
         max_broken: float = 0.01,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
@@ -398,10 +399,10 @@ class TextData(PretrainingData):
         last = np.cumsum(-(-tokens // room))  # last block of each document, plus one
         self.first_blocks = np.concatenate([[0], last])
         self.blocks = int(last[-1])
-        self.lengths = np.full(self.blocks, self.block_size, dtype=np.int32)
+        lengths = self.lengths = np.full(self.blocks, self.block_size, dtype=np.int32)
         filled = tokens > 0
-        self.lengths[last[filled] - 1] = (tokens[filled] - 1) % room + 3
-        mean = self.lengths.mean()
+        lengths[last[filled] - 1] = (tokens[filled] - 1) % room + 3
+        mean = lengths.mean()
         if mean < 0.5 * self.block_size:
             log.warning(
                 "blocks have %.0f tokens on average, but block_size is %d: if the rows of %s are paragraphs rather than "
@@ -419,7 +420,7 @@ class TextData(PretrainingData):
         document = int(np.searchsorted(self.first_blocks, index, side="right")) - 1
         begin = int(self.document_ends[document - 1]) if document else 0
         begin += (index - int(self.first_blocks[document])) * (self.block_size - 2)
-        return begin, begin + int(self.lengths[index]) - 2
+        return begin, begin + int(cast(np.ndarray, self.lengths)[index]) - 2
 
 
 def _continues(tokenizer: Any, size: int) -> np.ndarray:

@@ -9,12 +9,13 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from d2v_fast.choices import ClosedUnitInterval, Finite, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from d2v_fast.data import (
     Batch,
     DataError,
@@ -291,22 +292,22 @@ class ImageData(PretrainingData):
         self,
         *,
         mask: BlockMask | RandomMask | ExactBlockMask,
-        views: int | None = None,
+        views: Annotated[int | None, Range("[1, inf)")] = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,
         split: str = "train",
-        image_size: int = 224,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        jitter: float = 0.4,
-        mean: tuple[float, float, float] = MEAN,
-        std: tuple[float, float, float] = STD,
+        image_size: PositiveInt = 224,
+        crop_scale: Annotated[tuple[float, float], Range("(0, 1]")] = (0.08, 1.0),
+        crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3),
+        flip: ClosedUnitInterval = 0.5,
+        jitter: NonNegativeFloat = 0.4,
+        mean: tuple[Finite, Finite, Finite] = MEAN,
+        std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = STD,
         cache: str | None = None,
         streaming: bool = False,
-        shuffle_buffer: int = 1000,
-        stream_timeout: float = 300.0,
+        shuffle_buffer: PositiveInt = 1000,
+        stream_timeout: PositiveFloat = 300.0,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
         self.image_size = image_size

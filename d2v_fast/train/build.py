@@ -200,23 +200,25 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     optimizer, scheduler = make_updates(core, config, steps, saved.step if saved else 0, fused)
     # FSDP averages gradients itself; evaluation_mode leaves out DistributedDataParallel.
     model, optimizer = accelerator.prepare_model(core, evaluation_mode=bool(train.shard)), accelerator.prepare(optimizer)
-    state = make_state(config, core, model, optimizer, scheduler, accelerator, steps, folder, data, settings)
-    if fused and (graphs := make_graphs(state, train)):
-        state.graphs = graphs
-        words.append("CUDA graphs of passes with repeated shapes")
-    run = Run(
-        config=config,
+    run = make_run(
+        config,
+        folder,
+        samples,
+        feed,
+        core,
         settings=settings,
-        folder=folder,
         checkpoints=checkpoints,
-        samples=samples,
-        feed=feed,
-        state=state,
-        window=Window(accelerator.device),
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        accelerator=accelerator,
         steps=steps,
         fused=words,
         callbacks=Callbacks(callbacks, accelerator.is_main_process),
     )
+    if fused and (graphs := make_graphs(run.state, train)):
+        run.state.graphs = graphs
+        run.fused.append("CUDA graphs of passes with repeated shapes")
     seed_or_restore(run, saved)
     return run
 
@@ -290,33 +292,54 @@ def make_updates(
     )
 
 
-def make_state(
+def make_run(
     config: Config,
+    folder: RunFolder,
+    samples: Samples,
+    feed: Feed,
     core: Data2Vec,
+    name: str = "",
+    *,
+    settings: dict[str, Any],
+    checkpoints: Checkpoints,
     model: torch.nn.Module,
     optimizer: AcceleratedOptimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     accelerator: Accelerator,
     steps: int,
-    folder: RunFolder,
-    data: PretrainingData,
-    settings: dict[str, Any],
-) -> State:
-    """The state of a step, with its monitor and its counter of skipped steps."""
+    fused: list[str],
+    callbacks: Callbacks,
+) -> Run:
+    """A run, or its part `name`, with the state of a step. The keywords are what parts share."""
     train, main = config.train, accelerator.is_main_process
     rank = None if accelerator.num_processes == 1 else accelerator.process_index
     watched = folder.path if main else None
     warmup = warmup_steps(steps, config.schedule)
-    return State(
+    state = State(
         core=core,
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
         accelerator=accelerator,
         monitor=Monitor(core, optimizer.optimizer, config.collapse, steps, warmup, accelerator, watched),
-        skipped=SkippedSteps(train.max_skipped, data.sample_name, folder.path, rank, settings),
+        skipped=SkippedSteps(train.max_skipped, feed.data.sample_name, folder.path, rank, settings),
+        arguments={"part": name} if name else {},
         reduction=config.loss.reduction,
         clip_norm=train.clip_norm,
+    )
+    return Run(
+        config=config,
+        settings=settings,
+        folder=folder,
+        checkpoints=checkpoints,
+        samples=samples,
+        feed=feed,
+        state=state,
+        window=Window(accelerator.device),
+        steps=steps,
+        fused=fused,
+        callbacks=callbacks,
+        name=name,
     )
 
 
@@ -392,8 +415,7 @@ def _shard(core: Data2Vec, config: Config, data: PretrainingData, accelerator: A
 def _try_collate(config: Config, data: PretrainingData, encoder: Encoder) -> str:
     """Check a first batch of your own data class; returns its dtypes and shapes in words."""
     own = config.data["class"]
-    if data.grid is not None:
-        data.check_mask()
+    data.check_mask()
     with blamed(own, type(data), "collate fails on its first samples"):
         batch = first_batch(data)
     if batch is None:  # the first step raises the reason
@@ -441,7 +463,7 @@ def stream_batches(config: Config, data: PretrainingData, accelerator: Accelerat
 
 def learns_tokens(config: Config) -> bool:
     """Whether a tokenizer is trained for the run."""
-    return config.data.get("tokenizer") == "train" and not config.own_data
+    return config.is_text and config.data["tokenizer"] == "train"
 
 
 def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
@@ -464,7 +486,7 @@ def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
             f"data.tokenizer=train: makes a new vocabulary, but encoder.pretrained={config.encoder.pretrained} was trained "
             "with another one; leave data.tokenizer out, or name the tokenizer that the encoder was trained with"
         )
-    if config.modality == "text" and not config.own_data:
+    if config.is_text:
         data["max_broken"] = config.train.max_broken
     cls = data_class(config.modality, own)
     with blamed(own, cls, "cannot be made"):

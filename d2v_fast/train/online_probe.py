@@ -40,7 +40,7 @@ class OnlineProbe(Callback):
     def __init__(self, config: Config):
         self.every, self.data = config.train.probe_every, config.train.probe_data
         self.last: float = 0  # step
-        if config.modality == "text" and not config.own_data:
+        if config.is_text:
             raise ConfigError("train.probe_every: text has no labels; d2v-probe RUN evaluates a run of text")
         if self.data is None and not config.own_data and config.data["path"] != "builtin":
             raise ConfigError(
