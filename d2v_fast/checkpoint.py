@@ -293,7 +293,7 @@ def sync(path: Path) -> None:
     folder = path.is_dir()
     if folder and sys.platform == "win32":  # opens no folders
         return
-    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes only what is open for writing
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes only files open for writing
     try:
         os.fsync(handle)
     finally:

@@ -70,7 +70,7 @@ def nearest(word: str, words: Any) -> str:
 
 
 def one_of(name: str, value: Any, choices: Any) -> None:
-    """Raise a ValueError that names the nearest choice unless `value` is one of those of a Literal."""
+    """Raise a ValueError that names the nearest choice unless `value` is one of the choices of a Literal."""
     if value not in get_args(choices):
         hint = nearest(str(value), get_args(choices))
         raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, get_args(choices)))}{hint}")
@@ -82,7 +82,7 @@ def import_class(setting: str, name: str, base: type, public: str, error: type[V
     Args:
         setting: For messages.
         name: Its value.
-        base: What the class must derive from. Otherwise a config from someone else could call os:system.
+        base: Required base class. Without it, someone else's config could call os:system.
         public: The name of `base` for messages.
         error: What to raise.
 
@@ -104,10 +104,10 @@ def import_class(setting: str, name: str, base: type, public: str, error: type[V
 
 
 class Checked:
-    """Base class of dataclasses whose words are checked at construction.
+    """Base class of dataclasses that checks fields with a Literal type at construction.
 
     Raises:
-        ValueError: A field holds a string that its Literal does not name.
+        ValueError: A field holds a string that is not in its Literal.
     """
 
     def __post_init__(self) -> None:
@@ -117,6 +117,6 @@ class Checked:
 
 
 def _choices(cls: Any) -> dict[str, Any]:
-    """The Literal of each field that has one, alone or among other types."""
+    """The Literal of each field that has one, alone or in a union."""
     hints = {name: (hint, *get_args(hint)) for name, hint in get_type_hints(cls).items()}
     return {name: kind for name, kinds in hints.items() for kind in kinds if get_origin(kind) is Literal}

@@ -260,6 +260,7 @@ class OptimizerConfig(Checked):
         weight_decay: Decoupled weight decay.
         decay_1d: Apply weight decay to biases, norms and other vectors too, as fairseq does.
         lr_scale: Learning rate factors by parameter name pattern, such as {"*feature_extractor*": 0.1}.
+        one_pass: With --fused on a GPU, AdamW moves the teacher too, in one pass over memory; not yet measured.
     """
 
     kind: Literal["adamw", "lamb"] = "adamw"
@@ -269,6 +270,7 @@ class OptimizerConfig(Checked):
     weight_decay: NonNegativeFloat = 0.01
     decay_1d: bool = False
     lr_scale: dict[str, NonNegativeFloat] = field(default_factory=dict)
+    one_pass: bool = False
 
 
 @dataclass(frozen=True)

@@ -127,4 +127,4 @@ class ConvDecoder(nn.Module):
             y = F.gelu(F.layer_norm(y, y.shape[-1:])).movedim(-1, 1)
             x = x + y if self.residual and x.shape == y.shape else y
         x = x.flatten(2).transpose(1, 2)
-        return self.projection(x if rows is None else x.flatten(0, 1)[rows])
+        return self.projection(x if rows is None else x.flatten(0, 1).index_select(0, rows))

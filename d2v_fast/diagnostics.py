@@ -209,6 +209,7 @@ class Monitor:
     def _after_forward(self, model: Data2Vec, args: tuple, inputs: dict[str, Any], output: Data2VecOutput) -> None:
         if not self.due:
             return
+        assert output.stats is not None, "a logged step computes them"
         mask, padding, index = inputs["mask"], inputs.get("padding_mask"), inputs.get("index")
         batch, length = output.features.shape[:2]
         padding = mask.new_zeros(batch, length) if padding is None else padding
@@ -357,7 +358,7 @@ EXTENSIONS = {"avx2": "AVX2", "avx512_f": "AVX-512", "avx512_bf16": "AVX512-BF16
 
 
 def environment(folder: str | Path = ".") -> dict[str, Any]:
-    """Facts for a bug report, as name → text; "warnings" lists what is slow or wrong on this machine, and the remedy.
+    """Facts for a bug report, as name → text; "warnings" lists problems of this machine, with remedies.
 
     Args:
         folder: Output folder of a run, which need not exist yet; its disk's free space is checked.

@@ -25,7 +25,7 @@ from d2v_fast import nets, trained
 from d2v_fast.checkpoint import sync
 from d2v_fast.choices import nearest
 from d2v_fast.config import MODALITIES, ConfigError
-from d2v_fast.convert import EAT_NORMS, Released, from_data2vec_pytorch, from_fairseq, make_model, named
+from d2v_fast.convert import EAT_NORMS, Released, error_context, from_data2vec_pytorch, from_fairseq, make_model
 from d2v_fast.data import first_line, is_local
 from d2v_fast.data.audio import feature_extractor
 from d2v_fast.data.spectrograms import MEAN as SOUND_MEAN
@@ -305,7 +305,7 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
     config, step = found.config, found.step
     records = [line for line in read_lines(run / "log.jsonl") if step is None or line["step"] <= step]
     last = step or (records[-1]["step"] if records else "unknown")
-    data, train, targets, parent = public(config.data), config.train, config.targets, trained.whole_of(run)
+    data, train, targets, parent = public(config.data), config.train, config.targets, trained.parent_run(run)
     start = f", from {public(config.encoder.pretrained)}" if config.encoder.pretrained else ""
     mask, version = type(config.mask).__name__, ""
     if config.head.kind == "conv":
@@ -464,7 +464,7 @@ def import_checkpoint(
         model, head = from_data2vec_pytorch(file, encoder)
         released = Released(model, {}, decoder=head)
     model, settings = released.model, released.settings
-    with named(file, "its settings make no model"):
+    with error_context(file, "its settings do not form a model"):
         loaded = wrap(model.base_model)
     if isinstance(loaded, TokenEncoder):
         exported = Exported(loaded, tokenizer and load_tokenizer(tokenizer), model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -45,12 +46,19 @@ class Draws:
     def __len__(self) -> int:
         return len(self.samples) * self.views
 
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        """Of each sample, (B,) uint64."""
+        key = np.asarray(self.samples, dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            for part in (self.seed, self.epoch):
+                key = _splitmix(key + np.uint64(part % 2**64) * _GOLDEN + _GOLDEN)
+        return key
+
     def uniform(self, stream: int, *shape: int) -> np.ndarray:
         """Float64 in [0, 1), shape (B·views, *shape); different streams are independent."""
         with np.errstate(over="ignore"):
-            key = np.asarray(self.samples, dtype=np.uint64)
-            for part in (self.seed, self.epoch, stream):
-                key = _splitmix(key + np.uint64(part % 2**64) * _GOLDEN + _GOLDEN)
+            key = _splitmix(self._keys + np.uint64(stream % 2**64) * _GOLDEN + _GOLDEN)
             later = np.arange(1, self.views, dtype=np.uint64) * _GOLDEN
             key = np.concatenate([key[:, None], _splitmix(~key[:, None] + later)], axis=1).ravel()
             counter = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * _GOLDEN
@@ -253,6 +261,8 @@ class BlockMask(Checked):
             masked += new * accepted
             failures = np.where(accepted, 0, failures + active)
         flat = mask.reshape(batch, -1)
+        if masked.max(initial=0) < high * wide:
+            return flat
         return _keep_one_visible(flat, np.ones_like(flat), draws.uniform(-1, high * wide))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints are atomic: complete or absent, whatever interrupts a save. Nothing unverified is read."""
+"""Checkpoints are atomic: an interrupted save leaves none. Nothing unverified is read."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Settings: what is accepted, what they become, and what the user is told."""
+"""Settings: what is accepted, how it is resolved, and what is reported to the user."""
 
 import dataclasses
 import inspect
@@ -37,7 +37,7 @@ def refused(*args):
 
 
 def with_its_base(name):
-    """Arguments for a preset; one that completes another says so in its first lines."""
+    """Arguments for a preset; a preset that needs another one names it in its first lines."""
     text = (PRESETS / f"{name}.yaml").read_text()
     if "modality:" in text:
         return ["--config", name]

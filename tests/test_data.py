@@ -377,22 +377,23 @@ class TestImages:
             assert found.flags.c_contiguous and np.array_equal(found[0], expected.transpose(2, 0, 1))
 
     def test_jitter_scales_brightness(self):
-        grey = Image.new("RGB", (4, 4), (100, 100, 100))  # contrast and saturation leave a grey plane as it is
+        grey = Image.new("RGB", (4, 4), (100, 100, 100))  # contrast and saturation do not change a grey plane
         rng = np.random.default_rng(0)
         values = [np.asarray(color_jitter(grey, 0.4, rng)).mean() for _ in range(300)]
         assert 59 <= min(values) < 65 and 135 < max(values) <= 140
         assert np.mean(values) == pytest.approx(100, abs=5)
 
-    def test_jitter_comes_in_any_order(self, monkeypatch):
-        orders, order = set(), []
-        for name in ("Brightness", "Contrast", "Color"):
-            enhancer = getattr(ImageEnhance, name)
-            monkeypatch.setattr(ImageEnhance, name, lambda image, e=enhancer, name=name: order.append(name) or e(image))
-        rng = np.random.default_rng(0)
-        for _ in range(60):
-            color_jitter(Image.new("RGB", (2, 2)), 0.4, rng)
+    @pytest.mark.parametrize("strength", [0.4, 1.5])
+    def test_jitter_is_that_of_pillow_in_any_order(self, strength):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+        enhancers, orders = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color], set()
+        for seed in range(100):
+            rng, expected = np.random.default_rng(seed), image
+            order = rng.permutation(3).tolist()
+            for i in order:
+                expected = enhancers[i](expected).enhance(rng.uniform(max(0, 1 - strength), 1 + strength))
+            assert color_jitter(image, strength, np.random.default_rng(seed)).tobytes() == expected.tobytes()
             orders.add(tuple(order))
-            order.clear()
         assert len(orders) == 6
 
     @pytest.mark.parametrize("flip", [0.0, 1.0])

@@ -36,12 +36,13 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ELSEWHERE = {
     "make test": ".ci/run",
     "make lint": ".ci/run",
+    "make gpu": "test_make_gpu.py starts its commands without a GPU",
     "make bench": "by hand: it takes the machine for itself",
     "pip install .": "test_package.py builds the wheel",
     "torchrun": "test_training.py and test_resume.py train on two ranks",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun": "test_resume.py kills a rank",
     "sbatch": "test_resume.py runs job.sh with stand-ins for srun and scontrol",
-    "accelerate launch": "by hand, with two processes on a CPU",
+    "accelerate launch": "test_resume.py starts two processes on a CPU",
 }
 NO_TIMM = "timm" if importlib.util.find_spec("timm") is None else "\0"  # tests/test_timm.py runs it where it is installed
 STEPS = ["train.steps=2", "train.epochs=null", "train.batch_size=2", "train.workers=0", "train.log_every=1"]
@@ -57,8 +58,8 @@ WORDS = "the cat sat on a mat while one dog ran over two hills and some birds fl
 
 
 @pytest.fixture
-def shop(here):
-    """A folder with all that the pages speak of, small."""
+def workspace(here):
+    """A folder with small versions of all files that the pages mention."""
     rng = np.random.default_rng(0)
     for folder in ("photos", "imagenet/train", "labelled/train", "labelled/test", "cifar/train", "cifar/test"):
         for i in range(12):
@@ -99,7 +100,7 @@ def shop(here):
 
 
 def given():
-    """Names that README uses and a reader has."""
+    """Names that the code in README assumes."""
     from transformers import AutoModel
 
     ids, mask = torch.randint(5, 200, (2, 20)), torch.rand(2, 20) < 0.5
@@ -137,7 +138,7 @@ def smaller_model(config):
 
 
 def run(monkeypatch, command):
-    """One command line; what `make` would do is asked of it and done."""
+    """Run one command line; for `make`, the commands that it would run."""
     words = shlex.split(command, comments=True)
     if NO_TIMM in command or any(command.startswith(known) for known in ELSEWHERE):
         return
@@ -164,7 +165,7 @@ def run(monkeypatch, command):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page_runs(page, shop, monkeypatch, caplog):
+def test_page_runs(page, workspace, monkeypatch, caplog):
     names = {"__name__": "page"}
     if page in ("README.md", "docs/training.md", "docs/after-training.md"):
         names |= given()

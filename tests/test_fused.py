@@ -60,7 +60,7 @@ def test_fused_and_plain_run_agree(modality, steps, precision, tolerance, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("modality", ["text", "vision"])
 def test_with_dropout_the_mean_curve_is_the_same(modality, tmp_path):
-    """Masks of dropout differ, so means over three seeds are compared, by their own spread."""
+    """Dropout masks differ, so means over three seeds are compared, relative to their spread."""
     rate = "encoder.config.hidden_dropout_prob=0.1 encoder.config.attention_probs_dropout_prob=0.1".split()
     curves = []
     for fused in (False, True):
@@ -242,7 +242,7 @@ def test_other_models_attend_as_before(kind, config, expected):
     torch.testing.assert_close(model(ids).last_hidden_state, before, rtol=1e-4, atol=1e-5)
 
 
-def test_a_query_without_any_key_gives_numbers():
+def test_a_query_without_keys_gives_finite_values():
     query = torch.randn(1, 2, 3, 4, requires_grad=True)
     output, _ = attention.attention(nn.Module(), query, query, query, torch.zeros(1, 1, 3, 3, dtype=torch.bool))
     output.sum().backward()
@@ -251,18 +251,18 @@ def test_a_query_without_any_key_gives_numbers():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Counts what is compiled; by a backend that is quick, as the graphs are the question and not their code."""
+    """Counts compiled graphs, with a fast backend because only their number matters."""
     import torch._dynamo
     import torch._functorch.config
     from torch._dynamo.utils import counters
 
-    config, kept = torch._dynamo.config, torch._functorch.config
+    config, functorch = torch._dynamo.config, torch._functorch.config
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(attention, "LONG", 4)  # the teacher attends through torch, as both do on a GPU
     torch._dynamo.reset()
     counters.clear()
-    # Both put back what is set meanwhile.
-    with config.patch(recompile_limit=config.recompile_limit), kept.patch(RECOMPUTED):
+    # Both restore on exit what is set meanwhile.
+    with config.patch(recompile_limit=config.recompile_limit), functorch.patch(RECOMPUTED):
         yield counters
     torch._dynamo.reset()
 
@@ -271,7 +271,7 @@ RECOMPUTED = {f"ban_recompute_{what}": True for what in ("materialized_backward"
 
 
 def both_ways(name, source="ffn"):
-    """A plain model, and the same as a GPU has it: blocks compiled, the last one narrowed, our attention."""
+    """A plain model, and the same model fused as on a GPU: blocks compiled, the last one narrowed, our attention."""
     plain, fused = (Data2Vec(models.make(name), top_k=2, source=source, impl="eager").train() for _ in range(2))
     fused.load_state_dict(plain.state_dict())
     assert fuse(fused, torch.device("cuda"), ["last block", "attention", "compile"])[-1].startswith("6 blocks")
@@ -294,14 +294,14 @@ def same_step(plain, fused, **batch):
 
 @pytest.mark.parametrize("name", models.CONFIGS)
 @pytest.mark.parametrize("source", ["ffn", "block_output", "block_input"])
-def test_compiled_blocks_hand_out_the_same(name, source, compiled):
+def test_compiled_blocks_return_the_same(name, source, compiled):
     plain, fused = both_ways(name, source)
     inputs = models.inputs(name)
     mask = torch.rand(plain.student.embed(inputs).shape[:2]) < 0.5
     for _ in range(2):
         same_step(plain, fused, source=inputs, mask=mask, target=inputs if name in models.TEXTS else None)
     assert not compiled["graph_break"]
-    # Of blocks six: of student and teacher plain ones, tapped ones and the narrowed last. Of convolutions each its own, twice.
+    # Six of blocks: plain, tapped and the narrowed last one, each of student and teacher. Two of each convolution.
     assert compiled["stats"]["unique_graphs"] <= 6 + 2 * len(conv.layers(plain.student.model))
 
 
@@ -345,7 +345,7 @@ def test_a_compiled_decoder_predicts_the_same(name, grid, compiled):
 
 
 def with_dropout(name, parts, bf16=True):
-    """A model of four blocks as a GPU has it, and its step, which always draws the same masks."""
+    """A model of four blocks fused as on a GPU, and its step, which always draws the same masks."""
     torch.manual_seed(0)
     config = {field: 0.1 if "drop" in field else value for field, value in models.CONFIGS[name].items()}
     config |= dict(layerdrop=0.0) if name in models.WAVES else {}
@@ -363,36 +363,36 @@ def with_dropout(name, parts, bf16=True):
     return model, step
 
 
-def kept_for_backward(model, step):
-    """Bytes beside the weights."""
+def saved_for_backward(model, step):
+    """Bytes that autograd saves, without the weights."""
     torch._dynamo.reset()
     step().backward()  # compiles
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
+    saved = {}
 
-    def keep(tensor):
+    def save(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = step()  # whose graph holds the storages, so that no address comes twice
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        loss = step()  # its graph keeps the storages alive, so no address repeats
     loss.backward()
-    return sum(size for address, size in kept.items() if address not in weights)
+    return sum(size for address, size in saved.items() if address not in weights)
 
 
 @pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
-def test_a_compiled_model_keeps_less_for_the_backward(name, compiled, monkeypatch):
+def test_a_compiled_model_saves_less_for_the_backward(name, compiled, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile.func, backend="aot_eager_decomp_partition"))
     parts = ["last block", "attention", "compile"]
-    plain, compiling, recomputing = (kept_for_backward(*with_dropout(name, p)) for p in ([], parts, [*parts, "recompute"]))
+    plain, compiling, recomputing = (saved_for_backward(*with_dropout(name, p)) for p in ([], parts, [*parts, "recompute"]))
     assert recomputing < 0.6 * plain
     assert recomputing < 0.9 * compiling
 
 
-@pytest.mark.slow  # as it compiles for real: that is where dropout gets its own random numbers
+@pytest.mark.slow  # compiles with inductor, where dropout draws its own random numbers
 @pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
-def test_what_is_computed_again_is_the_same(name, compiled, monkeypatch):
+def test_recomputation_gives_the_same_gradients(name, compiled, monkeypatch):
     monkeypatch.setattr(torch, "compile", torch.compile.func)
     gradients = []
     for parts in (["compile"], ["compile", "recompute"]):
@@ -409,7 +409,7 @@ def test_on_a_cpu_nothing_is_compiled():
     assert model.student.blocks[0]._compiled_call_impl is None
 
 
-def test_what_fuse_puts_in():
+def test_what_fuse_replaces():
     model = Data2Vec(models.make("data2vec-audio"), top_k=2)
     done = fuse(model, CPU)
     for encoder in (model.student, model.teacher.module):
@@ -425,7 +425,7 @@ def test_statistics_over_time_need_all_of_the_teacher():
     assert "last block of student at scored positions" in done
 
 
-def test_without_a_fused_loss_it_stops_and_says_why(monkeypatch):
+def test_without_a_fused_loss_the_error_says_why(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: "the C++ library is not built")
     with pytest.raises(ValueError, match="--fused: the native loss cannot run: the C\\+\\+ library is not built"):
         fuse(Data2Vec(models.make("roberta"), top_k=2), CPU)
@@ -436,7 +436,7 @@ def test_two_settings_that_contradict_each_other_are_named():
         fuse(Data2Vec(models.make("roberta"), top_k=2, impl="eager"), CPU)
 
 
-def test_fused_means_bf16_unless_told_otherwise():
+def test_fused_means_bf16_unless_set_otherwise():
     given = ["--config", "audio/tiny", "--fused"]
     assert parse(given)[0].train.precision == "bf16"
     assert parse([*given, "train.precision=fp32"])[0].train.precision == "fp32"

@@ -437,7 +437,7 @@ class TestRefusals:
             ("source, grid = Source([], None), 3", r"has no samples$"),
             (
                 "def __init__(self, **common):\n        open('nowhere')",
-                r"cannot be made: FileNotFoundError: .* 'nowhere' \(mine.py, line \d+\)$",
+                r"cannot be created: FileNotFoundError: .* 'nowhere' \(mine.py, line \d+\)$",
             ),
             (
                 "source, grid, __len__ = Source(['a'], None), 3, lambda self: 5\n    def fit_to(self, encoder):\n        1 / 0",
@@ -462,11 +462,11 @@ class TestRefusals:
             ),
             (
                 "source, grid = Source(['a'], lambda i: np.zeros((2, 8, 12))), (4, 6)",
-                r"the model does not take its batch, source torch.float64 \(1, 2, 8, 12\), mask torch.bool \(1, 24\), .*: Run",
+                r".* not accept its batch, source torch.float64 \(1, 2, 8, 12\), mask torch.bool \(1, 24\), .*: Run",
             ),
             (
                 "source, grid = Source(['a'], lambda i: np.zeros((2, 8, 12), dtype=np.float32)), (4, 5)",
-                r"the model does not take its batch, .*: ValueError: mask: found \(1, 20\) samples and positions, expected \(1",
+                r".* not accept its batch, .*: ValueError: mask: found \(1, 20\) samples and positions, expected \(1",
             ),
         ],
     )
@@ -542,8 +542,8 @@ class Ids(PretrainingData):
         model = ["data.class=mine:Ids", "encoder.model=roberta", *(f"encoder.config.{field}" for field in fields)]
         said = refused(*model, *ONE, *SMALL, "train.output=run", code=code)
         assert said == (
-            "data.class=mine:Ids: collate returns no target, but RobertaModel has no mask vector; give it masked ids as source "
-            "and the unmasked ones as target"
+            "data.class=mine:Ids: collate returns no target, but RobertaModel has no mask vector; return the masked ids as "
+            "source and the unmasked ones as target"
         )
 
 

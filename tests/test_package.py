@@ -41,7 +41,7 @@ def test_the_package_loads_nothing_before_it_is_used():
 
 
 def test_loss_teacher_and_model_need_torch_alone():
-    """The parts that run on a bare GPU machine do not ask for the libraries of the data and the loop."""
+    """The parts that run on a bare GPU machine do not import the libraries of the data and the loop."""
     heavy = {"transformers", "datasets", "accelerate", "jsonargparse", "soundfile", "sklearn", "PIL"}
     assert not loaded_by("from d2v_fast import Data2Vec, Data2VecLoss, EMATeacher, data2vec_loss") & heavy
 

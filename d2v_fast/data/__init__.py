@@ -104,7 +104,7 @@ class Source:
 
 
 def _file_edges(file: str | io.BytesIO) -> bytes:
-    with open(regular(file), "rb", buffering=0) if isinstance(file, str) else file as stream:
+    with open(check_regular(file), "rb", buffering=0) if isinstance(file, str) else file as stream:
         return edges(stream, 0, stream.seek(0, os.SEEK_END))
 
 
@@ -117,7 +117,7 @@ def edges(stream: Any, begin: int, end: int) -> bytes:
 
 
 class PretrainingData(Dataset[Any]):
-    """Base class of the data sets: maps keys (epoch, sample) to a batch. Masks and augmentations depend on the keys alone.
+    """Base class of the data sets: maps keys (epoch, sample) to a batch. Masks and augmentations depend only on the keys.
 
     To use your own data through `data.class`, derive a class that sets `source` and `grid`, and override methods as needed:
 
@@ -531,8 +531,8 @@ def _may_block(file: str | os.DirEntry[str]) -> bool:
     return os.path.exists(file) and not os.path.isfile(file)
 
 
-def regular(file: str) -> str:
-    """Return the path of a regular file, which can be opened without waiting for another process.
+def check_regular(file: str) -> str:
+    """Return `file` if it is a regular file, which can be opened without waiting for another process.
 
     Raises:
         FileNotFoundError: The file does not exist.

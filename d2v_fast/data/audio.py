@@ -18,9 +18,9 @@ from typing import Annotated, Any, cast
 import numpy as np
 
 from d2v_fast.choices import NonNegativeFloat, PositiveFloat, PositiveInt, Range
-from d2v_fast.data import DataError, PretrainingData, Source, find_files, first_line, is_local, load_media, regular
+from d2v_fast.data import DataError, PretrainingData, Source, check_regular, find_files, first_line, is_local, load_media
 from d2v_fast.data.builtin import builtin_speech
-from d2v_fast.data.cache import files_state, kept
+from d2v_fast.data.cache import cached, files_state
 from d2v_fast.data.shards import open_tars
 from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, SpanMask
 
@@ -65,7 +65,7 @@ def read_audio(file: str | io.BytesIO, sample_rate: int, start: int = 0, stop: i
         rate, most = recording.samplerate, _most_frames(recording, sample_rate)
         if stop is not None:
             begin, end = (round(each * rate / sample_rate) for each in (start, stop))
-            _go_to(recording, begin)
+            _seek(recording, begin)
             wave = recording.read(min(end - begin, most), dtype="float32", always_2d=True)
         else:
             # A header can claim any length, and a few kilobytes of FLAC can hold hours of silence.
@@ -92,7 +92,7 @@ def count_samples(file: str | io.BytesIO, sample_rate: int) -> int:
     """The length at `sample_rate`: from the header or, if that claims implausibly many, from decoding."""
     with _open(file) as recording:
         frames, rate, most = recording.frames, recording.samplerate, _most_frames(recording, sample_rate)
-        plausible = frames <= most or _reaches(recording, frames)
+        plausible = frames <= most or _has_last_frame(recording, frames)
     if not plausible:
         if not isinstance(file, str):
             file.seek(0)
@@ -101,7 +101,7 @@ def count_samples(file: str | io.BytesIO, sample_rate: int) -> int:
     return round(frames * sample_rate / rate)
 
 
-def _reaches(recording: Any, frames: int) -> bool:
+def _has_last_frame(recording: Any, frames: int) -> bool:
     """Whether the last frame that the header claims can be read."""
     import soundfile
 
@@ -112,7 +112,7 @@ def _reaches(recording: Any, frames: int) -> bool:
         return False
 
 
-def _go_to(recording: Any, frame: int) -> None:
+def _seek(recording: Any, frame: int) -> None:
     import soundfile
 
     try:
@@ -131,9 +131,9 @@ def _open(file: str | io.BytesIO) -> Any:
     import soundfile
 
     # The name as bytes: soundfile encodes strings strictly, and not every file name is UTF-8.
-    recording = soundfile.SoundFile(os.fsencode(regular(file)) if isinstance(file, str) else file)
+    recording = soundfile.SoundFile(os.fsencode(check_regular(file)) if isinstance(file, str) else file)
     if recording.frames == 0 and recording.format in ("WAV", "WAVEX"):
-        # The recorder was killed before it wrote the lengths. With a RIFF length of 8 libsndfile reads to the end of the file.
+        # The recorder was killed before it wrote the lengths. With a RIFF length of 8, libsndfile reads to the end of the file.
         with open(file, "rb") if isinstance(file, str) else file as stream:
             stream.seek(0)
             content = bytearray(stream.read(4 * MAX_VALUES))
@@ -409,7 +409,8 @@ class AudioData(PretrainingData):
             (folder / LENGTHS).write_bytes(durations(source).data)
             return {}
 
-        folder, _ = kept(cache, "durations", [os.path.abspath(where[0]), *where[1:], self.sample_rate], source.state(), measure)
+        key = [os.path.abspath(where[0]), *where[1:], self.sample_rate]
+        folder, _ = cached(cache, "durations", key, source.state(), measure)
         return np.fromfile(folder / LENGTHS, np.int64)
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """Sounds as log-mel spectrograms: recordings (see `data.audio`) → filter banks of one size → patch mask.
 
-The filter banks are those of Kaldi, as AST (Gong, Chung, Glass 2021) and EAT (Chen et al. 2024) take them.
+The filter banks are Kaldi's, as used by AST (Gong, Chung, Glass 2021) and EAT (Chen et al. 2024).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def spectrogram(wave: np.ndarray, length: int, bins: int, mean: float, std: floa
 
 
 def spectrogram_extractor(length: int, bins: int, mean: float, std: float) -> Any:
-    """A feature extractor of transformers that does the same as `spectrogram`."""
+    """A transformers feature extractor equivalent to `spectrogram`."""
     from transformers import ASTFeatureExtractor
 
     with _no_filter_warning():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import json
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ import xxhash
 
 from d2v_fast.choices import PositiveFloat, PositiveInt, Range, one_of
 from d2v_fast.data import DataError, PretrainingData, first_line, is_local, is_saved
-from d2v_fast.data.cache import fingerprint, kept
+from d2v_fast.data.cache import cached, fingerprint
 from d2v_fast.data.documents import Documents, arrow_types, choose_column, find_documents
 from d2v_fast.data.streaming import Stream, is_remote
 from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, TokenMask, Vocabulary
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 TOKENIZER, IDS, ENDS, COUNTS = "tokenizer.json", "ids", "ends", "counts"  # files in the cache
 TeacherInput = Literal["full", "masked_only"]
+CUT = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")  # where a text may be cut, see `can_cut`
+PIECE = 2**14  # least characters of a piece that is cut off
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
@@ -129,17 +132,36 @@ def limit_length(tokenizer: Any, encoder: Any) -> Any:
     return tokenizer
 
 
-def _batches(texts: Iterable[str], rows: int = 1000, characters: int = 2**20) -> Iterator[list[str]]:
-    """Group texts into lists to encode at once."""
-    batch: list[str] = []
+def _batches(texts: Iterable[str], cut: bool, rows: int = 1000, characters: int = 2**18) -> Iterator[list[tuple[str, bool]]]:
+    """Group texts into lists to encode at once: pieces of texts, and whether a piece is the last one of its text."""
+    batch: list[tuple[str, bool]] = []
     size = 0
     for text in texts:
-        batch.append(text)
-        size += len(text)
-        if len(batch) == rows or size >= characters:
-            yield batch
-            batch, size = [], 0
+        begin = 0
+        while begin < len(text):
+            found = CUT.search(text, begin + PIECE) if cut else None
+            end = found.start() if found else len(text)
+            batch.append((text[begin:end], end == len(text)))
+            size += end - begin
+            begin = end
+            if len(batch) == rows or size >= characters:
+                yield batch
+                batch, size = [], 0
     yield batch
+
+
+def can_cut(backend: Any) -> bool:
+    """Whether cutting a text at `CUT`, before a space between two ASCII letters, provably leaves its tokens as they are.
+
+    True for two families, which always end a word there and encode each word on its own: byte-level tokenizers with GPT-2's
+    pattern, such as RoBERTa's, and BERT's, whose normalizer changes characters one by one and drops combining marks. Added
+    tokens that are not special are ruled out, because they may contain a space.
+    """
+    found = json.loads(backend.to_str())
+    splitter, normalizer = found["pre_tokenizer"] or {}, found["normalizer"]
+    words = splitter.get("type") == "ByteLevel" and splitter["use_regex"] and normalizer is None
+    words |= splitter.get("type") == "BertPreTokenizer" and normalizer is not None and normalizer["type"] == "BertNormalizer"
+    return words and backend.encode_special_tokens and all(token["special"] for token in found["added_tokens"])
 
 
 def token_fields(tokenizer: Any, vocab_size: int) -> dict[str, int]:
@@ -217,7 +239,7 @@ class TextData(PretrainingData):
             size=size,
             mask_id=self.tokenizer.mask_token_id,
             special=np.isin(np.arange(size), self.tokenizer.all_special_ids),
-            continues=_continues(self.tokenizer, size),
+            continues=_continuations(self.tokenizer, size),
             counts=np.pad(self.counts, (0, size))[:size],
         )
 
@@ -311,12 +333,12 @@ class TextData(PretrainingData):
                 (folder / TOKENIZER).write_text(_train(iter(read()), vocab_size).to_str(), encoding="utf-8")
                 return {}
 
-            folder, _ = kept(cache, "tokenizer", [*where, vocab_size], state, train)
+            folder, _ = cached(cache, "tokenizer", [*where, vocab_size], state, train)
             self.tokenizer = _wrap(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER)), self.block_size)
         else:
             self.tokenizer = load_tokenizer(tokenizer)
         digest = fingerprint([self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.all_special_tokens])
-        folder, made = kept(cache, "tokens", [*where, digest], state, lambda folder: self._tokenize(read(), folder))
+        folder, made = cached(cache, "tokens", [*where, digest], state, lambda folder: self._tokenize(read(), folder))
         for message in made["left_out"]:
             log.warning("left out: %s", message)
         self.content = made["content"]
@@ -365,15 +387,19 @@ class TextData(PretrainingData):
         backend, separator = corpus_backend(self.tokenizer), self.tokenizer.sep_token_id
         size = 1 + max(self.tokenizer.get_vocab().values())
         kind = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
-        counts, end, content = np.zeros(size, dtype=np.int64), 0, xxhash.xxh3_128()
+        counts, end, contents = np.zeros(size, dtype=np.int64), 0, [xxhash.xxh3_128(), xxhash.xxh3_128()]
         texts = (text for text in documents if text.strip())
         with (folder / IDS).open("wb") as ids, (folder / ENDS).open("wb") as ends:
             with tqdm(desc=f"tokens of {self.name}", unit="", unit_scale=True, leave=False, delay=2, disable=None) as progress:
-                for batch in filter(None, _batches(texts)):
-                    found = [[*each.ids, separator] for each in backend.encode_batch_fast(batch, add_special_tokens=False)]
+                for batch in filter(None, _batches(texts, can_cut(backend))):
+                    pieces, last = zip(*batch, strict=True)
+                    found = [
+                        [*each.ids, *[separator] * is_last]
+                        for each, is_last in zip(backend.encode_batch_fast(pieces, add_special_tokens=False), last, strict=True)
+                    ]
                     stops = end + np.cumsum([len(each) for each in found])
                     tokens = np.fromiter(itertools.chain.from_iterable(found), kind, count=int(stops[-1]) - end)
-                    for file, array in ((ids, tokens), (ends, stops)):
+                    for file, content, array in zip((ids, ends), contents, (tokens, stops[np.array(last)]), strict=True):
                         file.write(array.data)
                         content.update(array.data)
                     counts += np.bincount(tokens, minlength=size)
@@ -382,7 +408,7 @@ class TextData(PretrainingData):
         if end == 0:
             raise DataError(f"data.path={self.name}: holds no text")
         (folder / COUNTS).write_bytes(counts.data)
-        return {"kind": kind.name, "content": content.hexdigest(), "left_out": list(documents.left_out)}
+        return {"kind": kind.name, "content": [x.hexdigest() for x in contents], "left_out": list(documents.left_out)}
 
     def _make_blocks(self) -> None:
         """Count the blocks, and prepare what `_bounds` needs to locate them."""
@@ -423,7 +449,7 @@ class TextData(PretrainingData):
         return begin, begin + int(cast(np.ndarray, self.lengths)[index]) - 2
 
 
-def _continues(tokenizer: Any, size: int) -> np.ndarray:
+def _continuations(tokenizer: Any, size: int) -> np.ndarray:
     """Which ids continue a word, judged by the prefix that each family of tokenizers puts on tokens."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
     tokens += [""] * (size - len(tokens))

@@ -48,7 +48,7 @@ class Feed:
         self.loader = make_loader(loaded, order, workers, pin_memory=device.type == "cuda")
         self.taken = self.trained = order.start  # batches handed over or skipped, and those used by finished steps
         self.position = self.trained_position = getattr(order, "state", None)  # the same of a stream
-        self.batches = self._ahead() if device.type == "cuda" else self._one_by_one()
+        self.batches = self._prefetched() if device.type == "cuda" else self._synchronous()
 
     def take(self, number: int) -> list[Batch]:
         """The next batches.
@@ -77,12 +77,12 @@ class Feed:
         stream = {"stream": self.trained_position} if self.data.stream else {}
         return {"batches": self.trained, **stream}  # may differ between ranks: one that skips an unreadable batch takes another
 
-    def _one_by_one(self) -> Generator[Batch, None, None]:
+    def _synchronous(self) -> Generator[Batch, None, None]:
         with closing(self._batches()) as batches:
             for self.taken, self.position, batch in batches:
                 yield batch if self.device.type == "cpu" else self._move(batch)
 
-    def _ahead(self) -> Generator[Batch, None, None]:
+    def _prefetched(self) -> Generator[Batch, None, None]:
         """Each batch is loaded and copied by a thread, on a second stream, while the step before it runs.
 
         Only what is handed over counts as taken.

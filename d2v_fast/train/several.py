@@ -1,7 +1,7 @@
 """A run of several modalities. Its parts are runs that share blocks, optimizer and checkpoints, and take turns.
 
 A step draws all its micro-batches, on all ranks, from one part. So the loss is over positions of one kind, any shares are
-possible, a step costs the same as in a run of that modality alone, and ranks need no coordination.
+possible, a step costs the same as in a run of that modality only, and ranks need no coordination.
 
     RUN/config.yaml, checkpoints/, environment.json     of all parts
     RUN/vision/config.yaml, log.jsonl, export/, …       as for a run of images alone, for d2v-probe, d2v-export and d2v-report
