@@ -298,7 +298,11 @@ def bert(folder):
 
 
 PARTS = [*WORDS, *"don't you'LL é e\u0301 \u0301x 中文 ß İ ﬁ 12a … ! <mask> a<s> [MASK]".split()]
-PARTS += ["x 's", "a\u200bb", "\u00a0x", "  a", "\n", "\t b", " ", "a\n c", "\u2028", "\x00", "\U0001f600"]
+PARTS += ["x 's", "a\u200bb", "\u00a0x", "  a", "   ", "\n", "\t b", " ", "a\n c", "\u2028", "\x00", "\U0001f600"]
+
+
+def spaced(folder):
+    return train_tokenizer(iter(["a    b  c   d \n  e dog runs"] * 50 + sentences()), 400, 512)  # has tokens of several spaces
 
 
 class TestPieces:
@@ -307,7 +311,7 @@ class TestPieces:
     def document(self, words, seed=0):
         return "".join(np.random.default_rng(seed).choice([part + " " * (i % 4 != 3) for i, part in enumerate(PARTS)], words))
 
-    @pytest.mark.parametrize("family", [bytewise, bert])
+    @pytest.mark.parametrize("family", [spaced, bert])
     def test_tokens_are_those_of_whole_documents(self, family, tmp_path, monkeypatch):
         documents = [self.document(4000), "dog", self.document(300, seed=1)]
         (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": each}) for each in documents))
