@@ -1,4 +1,4 @@
-"""The last block at the scored positions alone: the same loss, gradient and targets, and no work on the other positions."""
+"""The last block at the scored positions only: the same loss, gradient and targets, and no work on the other positions."""
 
 import copy
 
@@ -115,7 +115,7 @@ def test_what_runs_in_between_sees_all_positions():
 
 
 def test_an_error_in_forward_restores_the_model(monkeypatch):
-    """Else what runs next, an export or a probe, would get rows alone."""
+    """Otherwise the next call, of an export or a probe, would return only rows."""
     encoder = narrowed(models.make("roberta").eval())
     expected = encoder(x := models.inputs("roberta"))
 

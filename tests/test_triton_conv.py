@@ -1,4 +1,4 @@
-"""The grouped convolution on a GPU without one: interpreted against float64, and compiled for three GPUs.
+"""The Triton convolution without a GPU: interpreted and compared with float64, and compiled for three GPUs.
 
 As in tests/test_triton_loss.py each of the two works in a process of its own; tests/gpu/test_conv.py has these cases on a GPU.
 """
@@ -46,14 +46,14 @@ CASES = [
     Case((1, 3), 64, 32, (1, 8), 16, bias=False),
     Case((1, 1), 32, 32, (1, 3), 2, batch=5),
     Case((1, 70), 128, 64, (1, 1), 1),
-    # Images: grids of unequal sides, samples that begin and end inside of a tile.
+    # Images: grids of unequal sides, samples that begin and end inside a tile.
     Case((5, 4), 96, 96, (3, 3), 2, batch=3),
     Case((7, 3), 64, 128, (3, 3), 1, dtype=FP16, dtype_weight=FP16),
     Case((3, 9), 96, 48, (4, 4), 4, dtype_weight=BF16),
     Case((2, 2), 48, 48, (5, 5), 1, dtype=FP16),
     Case((6, 5), 64, 64, (3, 5), 16, batch=1),
     Case((4, 6), 64, 96, (2, 3), 2, dtype=FP16, bias=False),
-    # More output channels than a tile has; channels that fill no vector.
+    # More output channels than a tile holds; channels that do not fill a vector.
     Case((3, 4), 16, 160, (3, 3), 1),
     Case((4, 4), 10, 15, (3, 3), 5),
 ]
@@ -70,7 +70,7 @@ def inputs(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | No
 
 
 def expected(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    """The same from torch; the weight counts as it is in the dtype of x."""
+    """The reference in plain torch."""
     height, width = x.shape[1:3]
     y = F.conv2d(x.movedim(-1, 1), weight, bias, padding=[side // 2 for side in weight.shape[2:]], groups=groups)
     return y[:, :, :height, :width].movedim(1, -1)
@@ -93,7 +93,7 @@ def outcome(case: Case, device: str = "cpu", exact: bool = False) -> dict[str, T
 
 
 def gate(case: Case, device: str = "cpu", rounding: float = 0.5, sums: float = 1e-5) -> list[str]:
-    """What is further from float64 than `rounding` units in the last place of its dtype, and sums in fp32, allow."""
+    """Errors against float64 above `rounding` units in the last place plus `sums` for fp32 accumulation, as text."""
     wrong = []
     truth = outcome(case, device, exact=True)
     for name, value in outcome(case, device).items():
@@ -125,7 +125,7 @@ def _splits(programs: int) -> list[Tensor]:
 
 
 def test_the_weight_gradient_in_parts(interpreted):
-    """Over so many programs that the last has few positions or none; twice the same bits."""
+    """Split over so many programs that the last one gets few positions or none; a second call gives the same bits."""
     whole, _ = interpreted(_splits, 1)
     parts = [interpreted(_splits, programs) for programs in (4, 8, 14, 1000)]
     assert not torch.equal(parts[0][0], whole)

@@ -1,7 +1,7 @@
-"""The GPU kernels of the loss without a GPU: run by Triton's interpreter against float64, and compiled for three GPUs.
+"""The Triton loss without a GPU: interpreted and compared with float64, and compiled for three GPUs.
 
-Triton decides at import whether it interprets, so each of the two works in a process of its own (`interpreted`, `compiler`);
-this module itself never runs a kernel. tests/gpu/test_loss.py holds the same cases against real ones.
+Triton decides at import whether it interprets, so each of the two runs in a separate process (`interpreted`, `compiler`); this
+module itself never runs a kernel. tests/gpu/test_loss.py runs the same cases on a GPU.
 """
 
 import os
@@ -30,7 +30,7 @@ def _turn(values, i):
 
 
 def _cases():
-    """Every norm × target norm × form; the other settings in cycles of coprime lengths, so that pairs meet."""
+    """Every norm × target norm × form; the other settings cycle with coprime lengths, so that pairs of values meet."""
     dtypes = ((FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, BF16), (FP16, FP16), (BF16, FP32))
     for i, (norm, target_norm, dense) in enumerate(product(NORMS[:4], NORMS[:3], (False, True))):
         dtype, dtype_z = _turn(dtypes, i)
@@ -88,15 +88,15 @@ CASES = [
     Case("instance", masked=1.0, padded=True, batch=3),
     Case("layer", masked=1.0, padded=True, batch=5, length=13),  # the last sample is nearly all padding
     Case("instance", masked=0.05, length=90, beta=1.0),
-    # What would cancel in one pass; more positions than the registers of a program hold; the norm no recipe has.
+    # Values that cancel in a single pass; more positions than a program's registers hold; the norm that no recipe uses.
     *(Case(norm, location=300.0, length=60, channels=24) for norm in NORMS),
     Case("none", location=300.0, length=100, k=1, dense=True, padded=True),
     *(Case(norm, location_z=300.0, channels=20) for norm in ("layer", "instance")),
     Case("instance", length=1030, channels=8, k=1, padded=True),
     Case("group", "instance", padded=True),
-    # Several views: every norm × target norm, with every number of views, padding, and a mask whose memory is there once.
+    # Several views: every norm × target norm, with every number of views, padding, and a mask stored once for all views.
     *_views(),
-    # Squares that vanish beside epsilon, and that overflow.
+    # Squares that vanish next to epsilon, and squares that overflow.
     *(Case(norm, channels=24, magnitude=magnitude) for norm in NORMS for magnitude in (1e-30, 1e17, 1e19, 1e25, 1e37)),
     *(Case("none", target_norm, channels=24, magnitude=1e25) for target_norm in NORMS[1:3]),
     *(Case(beta=beta, channels=24, magnitude_z=magnitude) for beta in (0.0, 1.0) for magnitude in (1e-30, 1e18)),
@@ -127,7 +127,7 @@ def test_against_float64(interpreted, case):
 
 
 def _wrong_number_of_rows(norm: str, n_rows: int) -> list[Tensor]:
-    """The operator with `n_rows` predictions for 12 masked positions; what lies behind them is NaN to read, 7 to write."""
+    """Run with `n_rows` predictions for 12 masked positions; the memory after them holds NaN (input) or 7 (output)."""
     from d2v_fast.ops import triton_loss
 
     layers = [torch.randn(2, 9, 20) for _ in range(2)]
@@ -148,8 +148,8 @@ def test_a_wrong_number_of_rows_stays_in_bounds(interpreted, norm, n_rows):
     assert (grad[12:18] == 0).all()
 
 
-def _beside_nan(case: Case) -> list[Tensor]:
-    """Loss, gradient and moments where the teacher is NaN at each position that is masked in no view."""
+def _nan_where_unmasked(case: Case) -> list[Tensor]:
+    """Loss, gradient and moments with a teacher that is NaN at each position that no view masks."""
     from d2v_fast import data2vec_loss
 
     z, layers, mask, _ = inputs(case)
@@ -162,8 +162,8 @@ def _beside_nan(case: Case) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("case", [Case(dense=True), Case(), Case(views=2)], ids=str)
-def test_what_is_not_scored_may_hold_anything(interpreted, case):
-    assert all(x.isfinite().all() for x in interpreted(_beside_nan, case))
+def test_unscored_positions_may_hold_anything(interpreted, case):
+    assert all(x.isfinite().all() for x in interpreted(_nan_where_unmasked, case))
 
 
 def _finish(losses: Tensor, counts: Tensor, moments: Tensor) -> tuple[Tensor, ...]:
@@ -177,7 +177,7 @@ def _finish(losses: Tensor, counts: Tensor, moments: Tensor) -> tuple[Tensor, ..
 
 
 def test_many_partial_results(interpreted):
-    """More than the last kernel takes at once, some of them of no row, with means far from 0 and from each other."""
+    """More than the last kernel reads at once, some of them of no rows, with means far from 0 and from each other."""
     losses, counts, moments = torch.rand(2500), torch.randint(0, 5, (1300,)).float(), torch.rand(4, 1300, 40)
     moments[0] += 300
     loss, factor, count, (*found,) = interpreted(_finish, losses, counts, moments)

@@ -71,7 +71,7 @@ class Encoder(nn.Module):
         ValueError: The blocks, the FFN or the hidden size cannot be found; the message says how to name them.
     """
 
-    model: Any  # an nn.Module whose parts are known by name alone
+    model: Any  # an nn.Module whose parts are known only by name
     halves: blocks.Halves | None
     reads: str | None = None  # modality of the inputs; None for a custom module
     local: tuple[str, ...] = ()  # name prefixes of the parameters of the features before masking
