@@ -274,7 +274,7 @@ def kernel_figure(row: dict, name: str) -> str:
 
 
 def kernels_table(path: Path, everything: bool = False) -> str:
-    """What the GPU kernels are made of, as benchmarks/kernels.py compiles them; one figure if it is the same for all GPUs."""
+    """Resources of the GPU kernels, as benchmarks/kernels.py compiles them; one figure if it is the same for all GPUs."""
     kernels: dict[tuple, dict[int, dict]] = {}
     for row in rows(path, "kernels"):
         small = row["kernel"] in KERNELS_SMALL or row["turned"] or (row["stats"] and row["case"] != "text")
