@@ -13,8 +13,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -36,7 +36,8 @@ LOSS_KERNELS = (
     "_scale_kernel",
 )
 CONV_KERNELS = ("_conv_kernel", "_weight_grad_kernel")
-TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int32: "*i32", torch.bool: "*i1"}
+TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.float64: "*fp64"}
+TYPES |= {torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64"}
 Call = Callable[[], Callable[[], object]]
 
 
@@ -132,8 +133,8 @@ class Launch(NamedTuple):
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """A list of launches that grows instead of the kernels running."""
+def recorded(module: Any, names: Iterable[str]) -> Iterator[list[Launch]]:
+    """A list of launches that grows instead of these kernels of the module running."""
     launches: list[Launch] = []
 
     class Recorder:
@@ -141,15 +142,22 @@ def recorded() -> Iterator[list[Launch]]:
             self.kernel = kernel
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            names = self.kernel.arg_names
-            return lambda *a, **k: launches.append(Launch(self.kernel, dict(zip(names, a, strict=False)) | k))
+            given = self.kernel.arg_names
+            return lambda *a, **k: launches.append(Launch(self.kernel, dict(zip(given, a, strict=False)) | k))
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton_loss, "obstacle", lambda device: None))
-        for module, names in ((triton_loss, LOSS_KERNELS), (triton_conv, CONV_KERNELS)):
-            recorders = {name: Recorder(getattr(module, name)) for name in names}
-            stack.enter_context(mock.patch.multiple(module, **recorders))
+    with mock.patch.multiple(module, **{name: Recorder(getattr(module, name)) for name in names}):
         yield launches
+
+
+def launches(shape: LossShape | ConvShape, stats: bool = False) -> list[Launch]:
+    """Everything that a call and its backward launch."""
+    with (
+        mock.patch.object(triton_loss, "obstacle", lambda device: None),
+        recorded(triton_loss, LOSS_KERNELS) as loss,
+        recorded(triton_conv, CONV_KERNELS) as conv,
+    ):
+        shape.call(stats)()()
+    return loss + conv
 
 
 def compiled(launch: Launch, arch: int) -> Any:
@@ -237,9 +245,7 @@ def offline(arch: int, shapes: dict[str, LossShape] | dict[str, ConvShape]) -> l
     table, seen = [], set()
     for name, shape in shapes.items():
         for stats in (False, True) if isinstance(shape, LossShape) else (False,):
-            with recorded() as launches:
-                shape.call(stats)()()
-            for launch in launches:
+            for launch in launches(shape, stats):
                 made = compiled(launch, arch)
                 if made.hash in seen:
                     continue

@@ -268,6 +268,11 @@ KERNELS_SHOWN = (
 KERNELS_SMALL = ("_order_kernel", "_channel_stats_kernel", "_target_mean_kernel", "_finish_kernel", "_scale_kernel")
 
 
+def kernel_figure(row: dict, name: str) -> str:
+    """A figure as text; a dash for a loop that is unrolled and for a kernel that is not compiled for a GPU."""
+    return "–" if name not in row or (name == "loop" and not row[name]) else str(row[name])
+
+
 def kernels_table(path: Path, everything: bool = False) -> str:
     """Resources of the GPU kernels, as benchmarks/kernels.py compiles them; one figure if it is the same for all GPUs."""
     kernels: dict[tuple, dict[int, dict]] = {}
@@ -279,7 +284,7 @@ def kernels_table(path: Path, everything: bool = False) -> str:
     architectures = sorted({arch for found in kernels.values() for arch in found})
     lines = []
     for (case, kernel, stats, turned), found in kernels.items():
-        values = [[str(found[arch][name]) if arch in found else "–" for arch in architectures] for name in KERNEL_FIGURES]
+        values = [[kernel_figure(found.get(arch, {}), name) for arch in architectures] for name in KERNEL_FIGURES]
         cells = [each[0] if len(set(each)) == 1 else " / ".join(each) for each in values]
         lines.append([f"{case}{', statistics' * stats}{', input gradient' * turned}", kernel, *cells])
     return markdown(["recipe", "kernel", *KERNEL_FIGURES.values()], lines)

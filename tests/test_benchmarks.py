@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import corpora, report
+from benchmarks import corpora, kernels, report
 from benchmarks.cases import LOSS_CASES, LOSS_CASES_2
 from benchmarks.test_bench_loss import fused, gather_first, published, replayed
 
@@ -102,6 +102,54 @@ def test_the_tables_hold_the_figures(tmp_path):
     path = results(tmp_path / "sweep.json", "test_sweep", *(dict(axis=axis, seconds={"1": 0.1, "2": 0.2}) for axis in "ab"))
     report.plot(path, tmp_path / "sweep.svg")
     assert "as one size grows" in (tmp_path / "sweep.svg").read_text()
+
+
+def kernel_row(**figures):
+    about = dict(case="text", kernel="_loss_rows_kernel", dtype="bfloat16", stats=False, turned=False, arch=80)
+    figures = dict(warps=4, registers=64, shared=12288, spills=0, instructions=900, loop=219) | figures
+    return about | figures
+
+
+def test_a_kernel_has_one_line_for_all_gpus(tmp_path):
+    found = [kernel_row(), kernel_row(arch=90, loop=0), kernel_row(arch=100, registers=72), kernel_row(kernel="_scale_kernel")]
+    path = results(tmp_path / "kernels.json", "kernels", *found, gpu="three GPUs, not run")
+    table = report.kernels_table(path)
+    assert "| text | loss_rows | 4 | 64 / 64 / 72 | 12288 | 0 | 219 / – / 219 |" in table and "scale" not in table
+    assert "| text | scale | 4 / – / – |" in report.kernels_table(path, everything=True)
+    assert report.machine(path) == "three GPUs, not run; torch 2.13.0; commit 0123456"
+
+
+def test_changes_of_kernels_are_named():
+    old = [kernel_row(), kernel_row(arch=90), kernel_row(case="gone")]
+    new = [kernel_row(loop=180, spills=8), kernel_row(arch=90), kernel_row(case="new")]
+    assert kernels.changes(new, old) == ["text, _loss_rows_kernel, sm_80: spills 0 → 8, loop 219 → 180"]
+
+
+def test_the_committed_kernels_are_those_of_the_recipes():
+    found = report.rows(report.RESULTS / "kernels.json", "kernels")
+    assert {row["arch"] for row in found} == set(kernels.ARCHITECTURES)
+    assert {row["case"] for row in found} == {*kernels.LOSSES, *kernels.CONVOLUTIONS}
+    assert {row["kernel"] for row in found} == {*kernels.LOSS_KERNELS, *kernels.CONV_KERNELS}
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x37c] ;
+.L_x_1:
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+.L_x_2:
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/                   FADD R4, R4, R5 ;
+        /*0040*/              @!P0 BRA `(.L_x_2) ;
+        /*0050*/              @P1 BRA `(.L_x_1) ;
+        /*0060*/                   EXIT ;
+.L_x_3:
+        /*0070*/                   BRA `(.L_x_3);
+"""
+
+
+def test_instructions_of_the_first_inner_loop_that_loads():
+    assert kernels.instructions(SASS) == (8, 3)
+    assert kernels.instructions(SASS.replace("LDG.E.128", "LDS.128")) == (8, 0)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])

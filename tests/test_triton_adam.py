@@ -4,16 +4,13 @@ As in tests/test_triton_loss.py each of the two works in a process of its own; t
 """
 
 import copy
-import re
-import subprocess
-import tempfile
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import kernels
 from d2v_fast import Data2Vec, build_encoder
 from d2v_fast.config import Config, OptimizerConfig, TrainConfig, parse
 from d2v_fast.train.build import build
@@ -22,9 +19,9 @@ from d2v_fast.train.optim import make_optimizer, one_pass_obstacle
 from tests import models, test_triton_loss
 from tests.test_training import arguments, records
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-interpreted, compiler, recorded = test_triton_loss.interpreted, test_triton_loss.compiler, test_triton_loss.recorded
+interpreted, compiler = test_triton_loss.interpreted, test_triton_loss.compiler
 KERNELS = ("_begin_kernel", "_adamw_kernel")
 SETTINGS = OptimizerConfig(lr=2e-2, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.3, lr_scale={"*bias": 0.5, "head.*": 2.0})
 
@@ -322,7 +319,7 @@ def launches() -> list:
     model = make()
     optimizer = make_optimizer(model, SETTINGS, fused=True, one_pass=True)
     found = []
-    with recorded(triton_adam, KERNELS) as launched:
+    with kernels.recorded(triton_adam, KERNELS) as launched:
         for gate in (False, True):
             if gate:
                 optimizer.found_inf = torch.tensor(0.0)
@@ -342,28 +339,8 @@ def test_two_launches_a_step(interpreted):
 
 
 def compile_offline(arch: int) -> list[dict]:
-    """Registers, spills, shared memory and widths of global loads of both kernels, without and with a gate."""
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    table = []
-    with mock.patch.dict(test_triton_loss.TYPES, {torch.int64: "*i64", torch.float64: "*fp64"}):
-        for kernel, given in launches():
-            compiled = test_triton_loss._compile(kernel, given, arch)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(compiled.asm["cubin"])
-                file.flush()
-                command = [cuobjdump, "--dump-resource-usage", file.name]
-                usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            widths = re.findall(r"ld\.global\S*?\.v(\d)\.b32", compiled.asm["ptx"])
-            table.append(
-                dict(
-                    kernel=kernel.__name__,
-                    registers=int(re.search(r"REG:(\d+)", usage)[1]),
-                    spills=int(re.search(r"STACK:(\d+)", usage)[1]),
-                    shared=compiled.metadata.shared,
-                    wide=sum(int(width) == 4 for width in widths),
-                )
-            )
-    return table
+    """What both kernels are made of, without and with a gate."""
+    return [dict(kernel=each.kernel.__name__) | kernels.described(kernels.compiled(each, arch)) for each in launches()]
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -371,4 +348,6 @@ def test_compiles_without_spills(compiler, arch):
     for row in compiler(compile_offline, arch):
         print(*row.values(), sep=" | ")
         assert row["spills"] == 0 and row["registers"] <= 128 and row["shared"] <= 4096
-        assert row["kernel"] == "_begin_kernel" or row["wide"] >= 5  # weight, gradient, moments and teacher, 16 bytes at a time
+        assert (
+            row["kernel"] == "_begin_kernel" or row["loads"].get(128, 0) >= 5
+        )  # weight, gradient, moments and teacher, 16 bytes at a time

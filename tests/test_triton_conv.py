@@ -159,7 +159,7 @@ def _launches_of_a_step(needed: str) -> list[str]:
 
     x, weight, bias, grad = inputs(Case((1, 9), 32, 32, (1, 3), 2))
     dict(x=x, weight=weight, bias=bias)[needed].requires_grad_()
-    with kernels.recorded() as launches:
+    with kernels.recorded(triton_conv, kernels.CONV_KERNELS) as launches:
         triton_conv.conv(x, weight, bias, 2).backward(grad)
     return [launch.kernel.__name__ for launch in launches]
 
