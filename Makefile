@@ -1,8 +1,8 @@
 # make demo   trains a tiny preset on builtin data on the CPU and probes it
 # make test   runs the tests
 # make mutations  inserts bugs into a copy of the code, one at a time; each must make a test fail
-# make mutants MODULE=ema.py TESTS=tests/test_ema.py   changes operators, constants and statements of a module at random, the same
-# ones each time, and lists the changes that no test notices; NUMBER=40
+# make mutants MODULE=ema.py TESTS=tests/test_ema.py   makes random but reproducible changes to operators, constants and statements
+# of a module, and lists those that no test detects; NUMBER=40
 # make lint   ruff and mypy
 # make docs   README, guides and API as a site in build/docs; a warning is an error
 # make bench        benchmarks the loss against its alternatives, writes $(RESULTS)
@@ -10,6 +10,8 @@
 # make bench-report prints tables and a plot from $(RESULTS), updates the tables of README and docs/speed.md
 # … ONLY="test_splicing" to select tests, RESULTS=FILE.json for another file
 # … BENCH=step      the same for whole steps, their parts and a sweep over sizes; also BENCH=ema, BENCH=monitor
+# make gpu          on a machine with a GPU: tests, compute-sanitizer if installed, 10 minutes of benchmarks, results and tables;
+#                   FULL=1 for all cases, DRY=1 for a dry run without a GPU
 # Everything is installed into .venv; another Python: make PYTHON=python3.12 …, another torch: make TORCH=torch==2.11.0 …
 
 PYTHON ?= python3
@@ -22,7 +24,7 @@ BENCH ?= loss
 RESULTS ?= benchmarks/results/cpu-$(BENCH).json
 MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_bench_$(BENCH).py -q --benchmark-columns=median $(if $(ONLY),-k "$(ONLY)")
 
-.PHONY: demo test test-slow mutations mutants lint docs bench bench-check bench-report clean
+.PHONY: demo test test-slow mutations mutants lint docs bench bench-check bench-report gpu clean
 
 # torch first, pinned: this version may be available as a CPU build, while the newest one pulls gigabytes of CUDA.
 $(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
@@ -66,6 +68,9 @@ bench-check: $(BIN)/.installed
 
 bench-report: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.report $(RESULTS) --plot $(RESULTS:.json=.svg) --update README.md docs/speed.md
+
+gpu: $(BIN)/.installed
+	$(BIN)/python -m benchmarks.gpu $(if $(FULL),--full) $(if $(DRY),--dry)
 
 clean:
 	rm -rf $(VENV) build *.egg-info d2v_fast/ops/*.so

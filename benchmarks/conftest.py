@@ -1,4 +1,5 @@
 import platform
+import shutil
 import subprocess
 
 import pytest
@@ -37,11 +38,13 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(cpu=cpu, threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
     machine_info["rates"] = [*config.rates, rates(config.getoption("--device"))]
     if config.getoption("--device") == "cuda":
+        import transformers
         import triton
 
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        machine_info.update(gpu=torch.cuda.get_device_name(), driver=driver, triton=triton.__version__)
+        found = shutil.which("nvidia-smi") and subprocess.run(query, capture_output=True, text=True).stdout.split()
+        machine_info.update(gpu=torch.cuda.get_device_name(), driver=found[0] if found else "unknown")
+        machine_info.update(triton=triton.__version__, transformers=transformers.__version__)
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):

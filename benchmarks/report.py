@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+UNMEASURED = "Not yet measured."
 BASELINES = {  # variants compared with "fused", by test
     "test_ema": ("state dict loop", "in-place loop", "foreach mul + add"),
     "test_loss": ("published", "published, compile", "gather first", "gather first, compile", "eager", "compile"),
@@ -27,10 +28,21 @@ TOLERANCE = 0.15
 SLOW = 0.75  # of the best rate seen on the same hardware; below it, something else was running
 
 
+def read(path: Path) -> dict:
+    """The contents of a result file.
+
+    Raises:
+        SystemExit: The file comes from a dry run, whose times mean nothing.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["machine_info"].get("dry_run"):
+        sys.exit(f"{path}: of a dry run, which measures nothing; make gpu on a machine with a GPU measures")
+    return found
+
+
 def rows(path: Path, test: str) -> list[dict]:
     """The recorded results of a test, one dict per case."""
-    entries = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
-    return [entry["extra_info"] for entry in entries if entry["name"].partition("[")[0] == test]
+    return [entry["extra_info"] for entry in read(path)["benchmarks"] if entry["name"].partition("[")[0] == test]
 
 
 def ratios(row: dict, test: str, seconds: str = "seconds") -> dict[str, float]:
@@ -63,8 +75,8 @@ def found_rates(about: dict) -> dict[str, float]:
 
 def slow_rates(path: Path) -> list[str]:
     """Rates of a run far below the best of all committed runs on the same hardware, as text."""
-    about = json.loads(path.read_text(encoding="utf-8"))["machine_info"]
-    others = [json.loads(file.read_text(encoding="utf-8"))["machine_info"] for file in RESULTS.glob("*.json")]
+    about = read(path)["machine_info"]
+    others = [read(file)["machine_info"] for file in RESULTS.glob("*.json")]
     same = [rates for other in others if hardware(other) == hardware(about) for rates in other.get("rates", [])]
     best = {name: max((rates[name] for rates in same), default=0.0) for name in found_rates(about)}
     return [
@@ -76,7 +88,7 @@ def slow_rates(path: Path) -> list[str]:
 
 def machine(path: Path) -> str:
     """What produced a file: hardware, its rates and whether they are unusually low, versions, commit."""
-    info = json.loads(path.read_text(encoding="utf-8"))
+    info = read(path)
     about = info["machine_info"]
     parts = [hardware(about)]
     if rates := found_rates(about):
@@ -241,14 +253,45 @@ def monitor_table(path: Path) -> str:
 
 
 def corpora_table(path: Path) -> str:
-    """What reading a corpus costs, as benchmarks/corpora.py measures it."""
+    """The cost of reading a corpus, measured by benchmarks/corpora.py."""
     found = [(row, row["figure"]) for row in rows(path, "corpora")]
     lines = [[row["case"], f"{x:,.0f}" if x >= 100 else f"{x:.3g}", row["unit"], row["aim"]] for row, x in found]
     return markdown(["what", "figure", "unit", "aim"], lines)
 
 
+# The kernels of a page's table: the large ones of the published recipes.
+KERNELS_SHOWN = (
+    *("text", "text, large", "vision", "vision, huge", "audio", "audio, 5 s"),
+    *("vision, 16 views", "audio, 8 views", "text, 8 views", "text, 8 views, layer"),
+    *("image decoder, base", "audio decoder", "audio positions, base"),
+)
+KERNELS_SMALL = ("_order_kernel", "_channel_stats_kernel", "_target_mean_kernel", "_finish_kernel", "_scale_kernel")
+
+
+def kernels_table(path: Path, everything: bool = False) -> str:
+    """What the GPU kernels are made of, as benchmarks/kernels.py compiles them; one figure if it is the same for all GPUs."""
+    kernels: dict[tuple, dict[int, dict]] = {}
+    for row in rows(path, "kernels"):
+        small = row["kernel"] in KERNELS_SMALL or row["turned"] or (row["stats"] and row["case"] != "text")
+        if everything or (row["case"] in KERNELS_SHOWN and not small):
+            key = row["case"], row["kernel"].strip("_").removesuffix("_kernel"), row["stats"], row["turned"]
+            kernels.setdefault(key, {})[row["arch"]] = row
+    architectures = sorted({arch for found in kernels.values() for arch in found})
+    lines = []
+    for (case, kernel, stats, turned), found in kernels.items():
+        values = [[str(found[arch][name]) if arch in found else "–" for arch in architectures] for name in KERNEL_FIGURES]
+        cells = [each[0] if len(set(each)) == 1 else " / ".join(each) for each in values]
+        lines.append([f"{case}{', statistics' * stats}{', input gradient' * turned}", kernel, *cells])
+    return markdown(["recipe", "kernel", *KERNEL_FIGURES.values()], lines)
+
+
+KERNEL_FIGURES = dict(
+    warps="warps", registers="registers", shared="shared memory, B", spills="spills, B", loop="instructions a loop"
+)
+
 TABLES = {
     "corpora": [corpora_table],
+    "kernels": [kernels_table],
     "test_ema": [ema_table],
     "test_loss": [loss_table, reused_loss_table],
     "test_monitor": [monitor_table],
@@ -262,14 +305,15 @@ NAMED["machine"] = machine
 
 
 def updated(page: str) -> str:
-    """The page with each table regenerated from the file that its first marker names.
+    """The page with each table regenerated from the file that its first marker names; `UNMEASURED` where there is none.
 
     Raises:
         KeyError: A marker names an unknown table.
     """
 
     def table(mark: re.Match) -> str:
-        return f"{mark[1]}\n{NAMED[mark[3]](RESULTS / mark[2])}\n{mark[4]}"
+        make, path = NAMED[mark[3]], RESULTS / mark[2]
+        return f"{mark[1]}\n{make(path) if path.exists() else UNMEASURED}\n{mark[4]}"
 
     return re.sub(r"(<!-- (\S+\.json) (\w+) -->)\n.*?(<!-- end -->)", table, page, flags=re.DOTALL)
 

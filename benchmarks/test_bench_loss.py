@@ -68,7 +68,7 @@ def test_loss(case, dtype, device, seconds, benchmark):
     gc.collect()
     needed = case.needed_bytes(dtype)
     inputs = [case.tensors(dtype, device, seed) for seed in range(2 + COLD // needed)]
-    inputs = [(*tensors, tensors[2].flatten().nonzero().squeeze(1)) for tensors in inputs]
+    inputs = [(*tensors, torch.nonzero_static(tensors[2].flatten(), size=case.scored).squeeze(1)) for tensors in inputs]
     compiled = {plain: torch.compile(plain, dynamic=False) for plain in (gather_first, published)}
 
     def step(loss, inputs):
@@ -155,11 +155,12 @@ def copy_rows(inputs, case):
 
 
 def replayed(run, turns):
-    """The same work as CUDA graphs, one per input, without launch overhead."""
+    """The same work as CUDA graphs, one per input, without launch overhead. Each call of `run` uses the next of its inputs."""
     graphs = []
-    for _ in range(turns):
+    for _ in range(turns):  # all before the first is captured: a call in between would skip every second input
         run()
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    for _ in range(turns):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()

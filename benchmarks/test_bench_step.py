@@ -336,20 +336,18 @@ def test_step_2(case, baseline, device, seconds, benchmark):
 
 @pytest.mark.parametrize("case", [*STEP_CASES, *STEP_CASES_2], ids=lambda case: case.name)
 def test_parts(case, device, seconds, benchmark):
-    """Worth of each part of --fused that applies here: the full step compared with a step without that part, in pairs."""
+    """Worth of each part of --fused that applies here: the full step compared with a step without that part."""
     case = case.on(device)
-    pairs = {}
     whole = Worker(Ours, case, device, ALL)
-    used = [*whole("used_parts"), *(["one pass"] if device == "cuda" else [])]  # the last is not in ALL
+    used, parts = whole("used_parts"), ALL
     whole.close()
-    for part in used:
-        every = tuple(dict.fromkeys((*ALL, part)))
-        without = {"all": (Ours, case, every), "without": (Ours, case, tuple(p for p in every if p != part))}
-        with turns(without, device, seconds / 3) as (variants, times):
-            pairs[part] = times
-            if part == used[-1]:
-                benchmark.pedantic(variants["all"], args=("seconds",), rounds=2)
-    benchmark.extra_info.update(case=case.name, parts=pairs)
+    if device == "cuda":
+        used, parts = [*used, "one pass"], (*ALL, "one pass")  # a setting, not a part of --fused
+    steps = {"all": (Ours, case, parts), **{part: (Ours, case, tuple(p for p in parts if p != part)) for part in used}}
+    with turns(steps, device, 2 * seconds) as (variants, times):
+        pairs = {part: {"all": times["all"], "without": times[part]} for part in used}
+        benchmark.extra_info.update(case=case.name, parts=pairs)
+        benchmark.pedantic(variants["all"], args=("seconds",), rounds=2)
 
 
 @pytest.mark.parametrize("case, features", SPLICED_CASES, ids=lambda each: getattr(each, "name", ""))

@@ -1,5 +1,7 @@
+import itertools
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import torch
 
 from benchmarks import corpora, report
 from benchmarks.cases import LOSS_CASES, LOSS_CASES_2
-from benchmarks.test_bench_loss import fused, gather_first, published
+from benchmarks.test_bench_loss import fused, gather_first, published, replayed
 
 
 def results(path, test, *infos, **about):
@@ -73,7 +75,7 @@ def test_the_tables_hold_the_figures(tmp_path):
     assert "| text | fp32 | 1 | 10 | 50% | 100% | 0.0 MB | 4.0 | 3.0 | 20.0 | 5.0 |" in report.loss_table(path)
     assert "| text | fp32 | 0.5 | 20 | 4.0 | 3.0 | 20.0 | 5.0 |" in report.reused_loss_table(path)
     row = loss_row()
-    row["seconds"]["fused, graph"] = row["seconds"]["fused"] / 2  # of a GPU: its own time, beside ratios as they are launched
+    row["seconds"]["fused, graph"] = row["seconds"]["fused"] / 2  # on a GPU: the time without launches; ratios include them
     graphed = report.loss_table(results(tmp_path / "gpu.json", "test_loss", row | {"norm": "instance"}))
     assert "| text | fp32 | 0.5 | 20 | 100% | – | 0.0 MB | 4.0 | 3.0 | 20.0 | 5.0 |" in graphed
     assert report.machine(path) == "a processor, 2 threads; torch 2.13.0; commit 0123456"
@@ -106,6 +108,50 @@ def test_the_tables_hold_the_figures(tmp_path):
 def test_the_tables_of_a_page_are_those_of_the_results(page):
     text = (Path(__file__).parents[1] / page).read_text()
     assert "<!-- end -->" in text and report.updated(text) == text
+
+
+def test_a_table_without_results_says_so():
+    page = "a\n<!-- gpu-none.json loss -->\n| old |\n<!-- end -->\nb"
+    assert report.updated(page) == "a\n<!-- gpu-none.json loss -->\nNot yet measured.\n<!-- end -->\nb"
+
+
+def test_a_dry_run_gives_no_table(tmp_path, monkeypatch):
+    path = results(tmp_path / "dry.json", "test_loss", loss_row(), dry_run=True)
+    for read in (report.loss_table, report.machine, report.slow_rates, lambda path: report.regressions(path, path)):
+        with pytest.raises(SystemExit, match=r"dry\.json: of a dry run"):
+            read(path)
+    monkeypatch.setattr(sys, "argv", ["report", str(path), "--plot", str(tmp_path / "dry.svg")])
+    with pytest.raises(SystemExit, match="of a dry run"):
+        report.main()
+    assert not (tmp_path / "dry.svg").exists()
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+def test_each_input_is_captured_in_one_graph(turns, monkeypatch):
+    """A stand-in records which inputs are used while a graph is captured, and uses them again when it is replayed."""
+    used, capturing = [], []
+
+    class Graph:
+        def replay(self):
+            used.append(self.inputs)
+
+    @contextmanager
+    def capture(graph):
+        del used[:]
+        yield
+        (graph.inputs,) = used
+        capturing.append(graph.inputs)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    inputs = itertools.cycle(range(turns))
+    replay = replayed(lambda: used.append(next(inputs)), turns)
+    assert sorted(capturing) == list(range(turns))
+    del used[:]
+    for _ in range(2 * turns):
+        replay()
+    assert used == 2 * capturing
 
 
 def test_a_slow_run_is_marked_and_not_compared(tmp_path, monkeypatch, capsys):

@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.gpu import build_fake_gpu
 from tests import models
 from tests.gate import NORMS
 
@@ -36,10 +36,7 @@ MISTAKES = {  # deliberate mistakes and the expected error
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    library = tmp_path_factory.mktemp("fake_gpu") / "fake_gpu.so"
-    root, source = Path(torch.__file__).parent, Path(__file__).with_name("fake_gpu.cpp")
-    link = ["-I", root / "include", "-L", root / "lib", "-lc10", "-ltorch_cpu"]
-    subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", source, "-o", library, *link], check=True)
+    library = build_fake_gpu(tmp_path_factory.mktemp("fake_gpu") / "fake_gpu.so")
     command = [sys.executable, "-m", "tests.fake_gpu", library, *CASES, *MISTAKES]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(run.stdout.splitlines()[-1])

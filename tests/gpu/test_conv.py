@@ -5,10 +5,10 @@ import torch
 
 from d2v_fast.ops import triton_conv
 from tests.gate import FP16
-from tests.gpu import nothing_waits
+from tests.gpu import ABSENT, DEVICE, needs_gpu, nothing_waits
 from tests.test_triton_conv import CASES, RECIPES, Case, expected, gate, inputs, outcome
 
-if not torch.cuda.is_available():
+if ABSENT:
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 REAL = [
@@ -20,18 +20,18 @@ REAL = [
 
 @pytest.mark.parametrize("case", [*CASES, *REAL], ids=str)
 def test_against_float64(case):
-    assert gate(case, "cuda", sums=1e-4) == []  # the sums of a tensor core are cut, not rounded
+    assert gate(case, DEVICE, sums=1e-4) == []  # the sums of a tensor core are cut, not rounded
 
 
 @pytest.mark.parametrize("case", REAL[:4], ids=str)
 def test_two_runs_agree_bit_by_bit(case):
-    first, second = outcome(case, "cuda"), outcome(case, "cuda")
+    first, second = outcome(case, DEVICE), outcome(case, DEVICE)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
 
 def _step(case: Case, conv=triton_conv.conv):
-    x, weight, bias, grad = inputs(case, "cuda")
+    x, weight, bias, grad = inputs(case, DEVICE)
     leaves = [leaf.requires_grad_() for leaf in (x, weight, bias)]
     return leaves, lambda: conv(x, weight, bias, case.groups).backward(grad)
 
@@ -44,6 +44,7 @@ def test_kernels_do_not_synchronise(case):
         step()
 
 
+@needs_gpu
 @pytest.mark.parametrize("case", REAL[:4], ids=str)
 def test_inside_a_compiled_step(case):
     leaves, step = _step(case)
@@ -55,8 +56,9 @@ def test_inside_a_compiled_step(case):
         torch.testing.assert_close(compiled.grad, leaf.grad, rtol=tolerance, atol=tolerance)
 
 
+@needs_gpu
 def test_inside_a_graph():
-    x, weight, bias, grad = inputs(REAL[0], "cuda")
+    x, weight, bias, grad = inputs(REAL[0], DEVICE)
     leaves = [leaf.requires_grad_() for leaf in (x, weight, bias)]
 
     def step():
@@ -72,6 +74,7 @@ def test_inside_a_graph():
         assert torch.equal(one, other)
 
 
+@needs_gpu
 def test_another_grid_or_batch_compiles_nothing():
     kernels = triton_conv._conv_kernel, triton_conv._weight_grad_kernel
     counts = set()
@@ -81,12 +84,13 @@ def test_another_grid_or_batch_compiles_nothing():
     assert len(counts) == 1
 
 
+@needs_gpu
 def test_more_than_32_bits_of_elements():
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
         pytest.skip("needs 40 GB")
     case = Case((1, 2048), 96, 96, (1, 7), 2, batch=1)
-    _, weight, bias, _ = inputs(case, "cuda")
-    x = torch.zeros(11000, 1, 2048, 96, dtype=case.dtype, device="cuda")
+    _, weight, bias, _ = inputs(case, DEVICE)
+    x = torch.zeros(11000, 1, 2048, 96, dtype=case.dtype, device=DEVICE)
     x[-2:].normal_()
     x.requires_grad_()
     weight.requires_grad_()

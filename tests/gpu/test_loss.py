@@ -7,10 +7,10 @@ import torch
 
 from d2v_fast import data2vec_loss
 from tests.gate import BF16, FP16, FP32, NORMS, Case, gate, inputs, outcome
-from tests.gpu import nothing_waits
+from tests.gpu import ABSENT, DEVICE, needs_gpu, nothing_waits
 from tests.test_triton_loss import CASES
 
-if not torch.cuda.is_available():
+if ABSENT:
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 HOT = [
@@ -46,15 +46,16 @@ VIEWS = [
         NORMS, NORMS[:3], (FP32, BF16), ((196, False, 16), (300, True, 8), (1100, True, 2), (50, False, 1))
     )
 ]
+MORE = [pytest.param(case, marks=pytest.mark.slow) for case in (*REAL, *WIDE, *VIEWS)]  # minutes to compile
 
 
-@pytest.mark.parametrize("case", [*HOT, *CASES, *REAL, *WIDE, *VIEWS], ids=str)
+@pytest.mark.parametrize("case", [*HOT, *CASES, *MORE], ids=str)
 def test_against_float64(case):
-    assert gate(case, "triton", "cuda") == []
+    assert gate(case, "triton", DEVICE) == []
 
 
 def _step(case, run=data2vec_loss):
-    z, layers, mask, padding = inputs(case, "cuda")
+    z, layers, mask, padding = inputs(case, DEVICE)
     z.requires_grad_()
     settings = dict(norm=case.norm, target_norm=case.target_norm, beta=case.beta, padding_mask=padding)
     return z, lambda: run(z, layers, mask, impl="triton", **settings).backward()
@@ -62,7 +63,7 @@ def _step(case, run=data2vec_loss):
 
 @pytest.mark.parametrize("case", HOT, ids=str)
 def test_two_runs_agree_bit_by_bit(case):
-    first, second = outcome(case, "triton", "cuda"), outcome(case, "triton", "cuda")
+    first, second = outcome(case, "triton", DEVICE), outcome(case, "triton", DEVICE)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -77,6 +78,7 @@ def test_kernels_do_not_synchronise(norm, target_norm, form):
         step()
 
 
+@needs_gpu
 @pytest.mark.parametrize("case", HOT, ids=str)
 def test_captured_in_a_graph(case):
     z, step = _step(case)
@@ -90,6 +92,7 @@ def test_captured_in_a_graph(case):
     assert torch.equal(z.grad, expected)
 
 
+@needs_gpu
 @pytest.mark.parametrize("case", HOT, ids=str)
 def test_inside_a_compiled_step(case):
     z, step = _step(case)
@@ -99,6 +102,7 @@ def test_inside_a_compiled_step(case):
     torch.testing.assert_close(compiled_z.grad, z.grad)
 
 
+@needs_gpu
 @pytest.mark.parametrize("views", [0, 8])
 @pytest.mark.parametrize("norm", ["layer", "instance"])
 def test_another_length_or_number_of_rows_compiles_nothing(norm, views):
@@ -116,8 +120,9 @@ def test_another_length_or_number_of_rows_compiles_nothing(norm, views):
     assert len(counts) == 1
 
 
+@needs_gpu
 def test_auto_takes_it(caplog):
-    _, layers, mask, _ = inputs(Case(), "cuda")
+    _, layers, mask, _ = inputs(Case(), DEVICE)
     with caplog.at_level("INFO", "d2v_fast.ops"):
-        data2vec_loss(torch.zeros(int(mask.sum()), 64, device="cuda"), layers, mask)
+        data2vec_loss(torch.zeros(int(mask.sum()), 64, device=DEVICE), layers, mask)
     assert not caplog.messages or "triton" in caplog.text

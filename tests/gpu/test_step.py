@@ -7,12 +7,12 @@ from d2v_fast import Data2Vec
 from d2v_fast.fused import PARTS, fuse
 from d2v_fast.graphs import Graphs
 from tests import models
-from tests.gpu import nothing_waits
+from tests.gpu import ABSENT, DEVICE, needs_gpu, nothing_waits
 
-if not torch.cuda.is_available():
+if ABSENT:
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-GPU = torch.device("cuda")
+GPU = torch.device(DEVICE)
 NAMES = ["roberta", "beit", "wav2vec2"]
 
 
@@ -37,7 +37,7 @@ def make_step(name, parts=(), replay=False):
     targets = batch.pop("num_targets")
 
     def run(inputs, precision):
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
             output = model(**inputs, num_targets=targets)
         output.loss.backward()
         return (output.loss.detach(),)
@@ -75,6 +75,7 @@ def test_a_fused_step_does_not_synchronise(name):
         step("bf16")
 
 
+@needs_gpu
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("parts", [(), PARTS], ids=["plain", "fused"])
 def test_replayed_passes_train_the_same(name, parts):
