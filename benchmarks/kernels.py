@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from d2v_fast.ops import loss_implementation, triton_conv, triton_loss
+from d2v_fast.ops import loss_implementation, triton_adam, triton_conv, triton_loss
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 ARCHITECTURES = (80, 90, 100)  # A100, H100, B200
@@ -36,7 +36,10 @@ LOSS_KERNELS = (
     "_scale_kernel",
 )
 CONV_KERNELS = ("_conv_kernel", "_weight_grad_kernel")
+ADAM_KERNELS = ("_begin_kernel", "_adamw_kernel")
 TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int32: "*i32", torch.bool: "*i1"}
+TYPES |= {torch.int64: "*i64", torch.float64: "*fp64"}
+MODULES = {triton_loss: LOSS_KERNELS, triton_conv: CONV_KERNELS, triton_adam: ADAM_KERNELS}
 Call = Callable[[], Callable[[], object]]
 
 
@@ -146,7 +149,7 @@ def recorded() -> Iterator[list[Launch]]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton_loss, "obstacle", lambda device: None))
-        for module, names in ((triton_loss, LOSS_KERNELS), (triton_conv, CONV_KERNELS)):
+        for module, names in MODULES.items():
             recorders = {name: Recorder(getattr(module, name)) for name in names}
             stack.enter_context(mock.patch.multiple(module, **recorders))
         yield launches

@@ -4,16 +4,13 @@ As in tests/test_triton_loss.py each of the two works in a process of its own; t
 """
 
 import copy
-import re
-import subprocess
-import tempfile
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import kernels
 from d2v_fast import Data2Vec, build_encoder
 from d2v_fast.config import Config, OptimizerConfig, TrainConfig, parse
 from d2v_fast.train.build import build
@@ -22,10 +19,9 @@ from d2v_fast.train.optim import make_optimizer, one_pass_obstacle
 from tests import models, test_triton_loss
 from tests.test_training import arguments, records
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-interpreted, compiler, recorded = test_triton_loss.interpreted, test_triton_loss.compiler, test_triton_loss.recorded
-KERNELS = ("_begin_kernel", "_adamw_kernel")
+interpreted, compiler = test_triton_loss.interpreted, test_triton_loss.compiler
 SETTINGS = OptimizerConfig(lr=2e-2, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.3, lr_scale={"*bias": 0.5, "head.*": 2.0})
 
 
@@ -334,21 +330,18 @@ def test_a_run_resumes_either_way(interpreted, tmp_path):
         assert losses == pytest.approx(whole, rel=1e-4)
 
 
-def launches() -> list:
-    from d2v_fast.ops import triton_adam
-
+def launches() -> list[kernels.Launch]:
+    """Of a step without a gate, and of one with it."""
     model = make()
     optimizer = make_optimizer(model, SETTINGS, fused=True, one_pass=True)
-    found = []
-    with recorded(triton_adam, KERNELS) as launched:
+    with kernels.recorded() as launched:
         for gate in (False, True):
             if gate:
                 optimizer.found_inf = torch.tensor(0.0)
             for p in model.parameters():
                 p.grad = torch.ones_like(p) if p.requires_grad else None
             optimizer.step()
-        found = list(launched)
-    return found
+    return launched
 
 
 def names_of_launches() -> list[str]:
@@ -356,37 +349,16 @@ def names_of_launches() -> list[str]:
 
 
 def test_two_launches_a_step(interpreted):
-    assert interpreted(names_of_launches) == 2 * list(KERNELS)
+    assert interpreted(names_of_launches) == 2 * list(kernels.ADAM_KERNELS)
 
 
 def compile_offline(arch: int) -> list[dict]:
-    """Registers, spills, shared memory and widths of global loads of both kernels, without and with a gate."""
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    table = []
-    with mock.patch.dict(test_triton_loss.TYPES, {torch.int64: "*i64", torch.float64: "*fp64"}):
-        for kernel, given in launches():
-            compiled = test_triton_loss._compile(kernel, given, arch)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(compiled.asm["cubin"])
-                file.flush()
-                command = [cuobjdump, "--dump-resource-usage", file.name]
-                usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            widths = re.findall(r"ld\.global\S*?\.v(\d)\.b32", compiled.asm["ptx"])
-            table.append(
-                dict(
-                    kernel=kernel.__name__,
-                    registers=int(re.search(r"REG:(\d+)", usage)[1]),
-                    spills=int(re.search(r"STACK:(\d+)", usage)[1]),
-                    shared=compiled.metadata.shared,
-                    wide=sum(int(width) == 4 for width in widths),
-                )
-            )
-    return table
+    return [dict(kernel=each.kernel.__name__) | kernels.described(kernels.compiled(each, arch)) for each in launches()]
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", kernels.ARCHITECTURES)
 def test_compiles_without_spills(compiler, arch):
     for row in compiler(compile_offline, arch):
         print(*row.values(), sep=" | ")
         assert row["spills"] == 0 and row["registers"] <= 128 and row["shared"] <= 4096
-        assert row["kernel"] == "_begin_kernel" or row["wide"] >= 5  # weight, gradient, moments and teacher, 16 bytes at a time
+        assert row["kernel"] == "_begin_kernel" or row["loads"][128] >= 5  # weight, gradient, moments and teacher
