@@ -172,7 +172,7 @@ def decode_images(path: Path) -> None:
 
 
 def crop_images(path: Path) -> None:
-    """What `train_images` needs of Pillow at least: decoding at the scale of the same crops, and resizing them."""
+    """The part of `train_images` that Pillow must do: decode at the scale of the same crops, and resize them."""
     from PIL import Image
 
     from d2v_fast.data.vision import random_box

@@ -53,7 +53,7 @@ def tests(full: bool, dry: bool) -> dict[str, list[str]]:
     commands = {"tests/gpu": pytest("tests/gpu", *chosen, *shown, dry=dry)}
     if sanitizer := shutil.which("compute-sanitizer"):
         kernels = pytest("tests/gpu/test_loss.py", "tests/gpu/test_conv.py", "-k", "two_runs", *shown[: int(dry)], dry=dry)
-        # Without torch's cache each tensor is an allocation of its own, and its bounds are known.
+        # Without torch's cache each tensor is a separate allocation, and its bounds are known.
         uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
         commands["compute-sanitizer"] = [*uncached, sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *kernels]
     return commands
@@ -62,7 +62,7 @@ def tests(full: bool, dry: bool) -> dict[str, list[str]]:
 def benchmark(name: str, chosen: str, result: Path, dry: bool) -> list[str]:
     """The command that writes the cases of a benchmark that -k `chosen` selects to `result`."""
     options = ["--device", "cuda", "--benchmark-columns=median", f"--benchmark-json={result}", *["--seconds", "0"][: 2 * dry]]
-    # With warnings as errors, a run without any result would end before it says why.
+    # With warnings as errors, a run without results would end before it gives the reason.
     options += ["-W", "ignore:Not saving anything", "-k", chosen]
     return pytest(f"benchmarks/test_bench_{name}.py", *options, dry=dry)
 

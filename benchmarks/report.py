@@ -269,7 +269,7 @@ KERNELS_SMALL = ("_order_kernel", "_channel_stats_kernel", "_target_mean_kernel"
 
 
 def kernels_table(path: Path, everything: bool = False) -> str:
-    """What the GPU kernels are made of, as benchmarks/kernels.py compiles them; one figure if it is the same for all GPUs."""
+    """Resources of the GPU kernels, as benchmarks/kernels.py compiles them; one figure if it is the same for all GPUs."""
     kernels: dict[tuple, dict[int, dict]] = {}
     for row in rows(path, "kernels"):
         small = row["kernel"] in KERNELS_SMALL or row["turned"] or (row["stats"] and row["case"] != "text")

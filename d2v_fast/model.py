@@ -176,7 +176,7 @@ class Data2Vec(nn.Module):
         features = self.student.embed(source)
         if (len(mask), mask.shape[-1]) != features.shape[:2]:
             sizes = f"found {(len(mask), mask.shape[-1])} samples and positions, expected {tuple(features.shape[:2])}"
-            raise ValueError(f"mask: {sizes} as of the encoder's features")
+            raise ValueError(f"mask: {sizes} as of the encoder's features; let its positions(size) return as many")
         layers = self.teacher_layers(
             source if target is None else target,
             features.detach() if self.shares_features and target is None else None,

@@ -138,7 +138,7 @@ class TestRuns:
             *TEXT[-2:],
             f"data.path={corpus}",
         ]
-        assert "Name it with layers=" in train(monkeypatch, *args)
+        assert "Name it with encoder.layers=" in train(monkeypatch, *args)
         args += ["encoder.layers=layers", "encoder.ffn=down"]
         assert train(monkeypatch, *args) in (0, None)
         assert "3 layers" in train(monkeypatch, *args, "targets.top_k=4")

@@ -625,6 +625,10 @@ class TestAudio:
         with pytest.raises(DataError, match=r"the shortest recording, 0.0100 s, gives 0 frames"):
             audio_data(str(tmp_path), min_seconds=0)
 
+    def test_spans_longer_than_a_recording(self, waves):
+        with pytest.raises(DataError, match=r"mask.length=60: one span would cover the 49 frames of data.max_seconds"):
+            audio_data(str(waves), max_seconds=1, mask=SpanMask(length=60))
+
     def test_a_recording_shorter_than_its_header_says_spoils_no_batch(self, waves, monkeypatch):
         data = audio_data(waves)
         read = data.source.read

@@ -305,15 +305,40 @@ class NoBlocks(nn.Module):
 
 
 @pytest.mark.parametrize(
+    "layout, found",
+    [
+        (lambda x: x.transpose(1, 2), r"\(2, 32, 5\)"),
+        (lambda x: x.transpose(1, 2).unsqueeze(2), r"\(2, 32, 1, 5\)"),
+        (lambda x: (x,), "tuple"),
+    ],
+)
+def test_features_of_an_own_module_in_another_layout_are_refused(layout, found):
+    class Other(Handwritten):
+        def embed(self, inputs):
+            return layout(super().embed(inputs))
+
+    message = rf"Other.embed: found {found}, expected \(batch, positions, hidden_size = 32\); x.flatten\(2\).transpose\(1, 2\)"
+    with pytest.raises(ValueError, match=message):
+        Data2Vec(wrap(Other(), layers="blocks"), top_k=1)(torch.randn(2, 5, 6), torch.ones(2, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
     "attempt, named",
     [
         (lambda: wrap(NoBlocks()), "cannot find the transformer layers of NoBlocks"),
         (lambda: wrap(nn.Linear(2, 2)), "Linear is neither"),
-        (lambda: Encoder(NoBlocks(), layers="blocks"), "'blocks': NoBlocks has no attribute 'blocks'"),
+        (
+            lambda: Encoder(NoBlocks(), layers="blocks"),
+            "encoder.layers=blocks: 'blocks': NoBlocks has no attribute 'blocks'; its",
+        ),
+        (
+            lambda: build_encoder("swin", config=dict(num_attention_heads=3)),
+            "object is not subscriptable; set other fields of SwinConfig",
+        ),
         (lambda: Encoder(NoBlocks(), layers="only"), "found a Linear, expected an nn.ModuleList"),
         (lambda: Data2Vec(make("roberta"), top_k=4), "top_k: found 4, but RobertaModel has 3 layers"),
         (lambda: Data2Vec(make("roberta"), top_k=0), "top_k: found 0"),
-        (lambda: Data2Vec(Encoder(Handwritten(), layers="blocks", ffn="mpl.2"), top_k=1), "ffn='mpl.2': not in Block"),
+        (lambda: Data2Vec(Encoder(Handwritten(), layers="blocks", ffn="mpl.2"), top_k=1), "encoder.ffn=mpl.2: not in Block"),
         (lambda: build_encoder("robreta"), "did you mean 'roberta'"),
         (lambda: build_encoder("roberta", config=dict(hiden_size=3)), "did you mean 'hidden_size'"),
         (lambda: build_encoder("roberta", config=dict(hidden_act="foo")), "encoder.config={'hidden_act': 'foo'}: RobertaModel"),

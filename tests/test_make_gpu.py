@@ -207,7 +207,7 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.mark.slow
 def test_a_dry_run_from_end_to_end(tmp_path, monkeypatch):
-    """With a stand-in for compute-sanitizer, which runs what it is given."""
+    """With a stand-in for compute-sanitizer that runs its command."""
     (tmp_path / "compute-sanitizer").write_text('#!/bin/sh\nshift 4\nexec "$@"\n')
     (tmp_path / "compute-sanitizer").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

@@ -108,7 +108,7 @@ def test_the_backward_of_the_rows_needs_no_sort(name):
 
 
 def test_what_runs_in_between_sees_all_positions():
-    """Narrowing is asked for by each call: a probe or an export in the middle of training is not touched by it."""
+    """Each call requests narrowing, so it does not affect a probe or an export in the middle of training."""
     _, (model, _) = both("beit")
     student, x = model.student.eval(), models.inputs("beit")
     assert torch.equal(student(x), models.make("beit").eval()(x)) and student(x).shape == (2, 16, 32)

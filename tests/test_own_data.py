@@ -494,6 +494,7 @@ class TestRefusals:
                 ["mask.kind=span"],
                 r"mask: SpanMask needs one axis, but the grid of the data is \(4, 6\); use mask.kind=random",
             ),
+            ("line", ["mask.kind=span", "mask.length=13"], r"mask.length=13: one span would cover the whole grid \(12,\); exp"),
             ("plane", ["mask.kind=block"], r"mask.count=120: a sample has 24 positions, .* about 60 % of them, mask.count=14"),
             (
                 "plane",

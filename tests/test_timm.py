@@ -9,7 +9,7 @@ from torch import nn
 from d2v_fast import Data2Vec, build_encoder
 from d2v_fast.config import parse
 from d2v_fast.decoders import ConvDecoder
-from d2v_fast.encoders import SplicedEncoder
+from d2v_fast.encoders import SplicedEncoder, table
 from d2v_fast.export import export_run
 from d2v_fast.train import train
 
@@ -145,3 +145,18 @@ def test_a_run_whose_export_loads_in_timm(timm, tmp_path):
     theirs = timm.create_model(f"local-dir:{to}", pretrained=True, num_classes=0).eval()
     assert type(theirs) is type(encoder.model.timm_model)
     torch.testing.assert_close(theirs.forward_features(x)[:, 1:], encoder(x), rtol=0, atol=1e-6)
+
+
+def test_the_table(timm, capsys):
+    table.main(["--timm", "vit_tiny_patch16_224", "samvit_base_patch16", "swin_tiny_patch4_window7_224", "resnet18"])
+    text = capsys.readouterr().out
+    assert f"Tried with timm {timm.__version__} and torch" in text
+    assert "3 families, of which 2 work with data2vec 1.0 and 1 of them with 2.0" in text and "resnet" not in text
+    assert "| `vit_tiny_patch16_224` | VisionTransformer | yes | yes |" in text
+    assert (
+        "| `samvit_base_patch16` | VisionTransformerSAM | yes | no: positions or their number enter inside its blocks" in text
+    )
+    assert "| `swin_tiny_patch4_window7_224` | SwinTransformer | no: has no list of blocks with attention" in text
+    families = table.families()
+    assert families["eva02_*"] == "eva02_tiny_patch14_224" and families["deit3_*"] == "deit3_small_patch16_224"
+    assert "resnet18" not in families and len(families) > 100

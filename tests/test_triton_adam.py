@@ -89,7 +89,7 @@ def expected(model: Data2Vec, steps: int) -> dict[str, Tensor]:
 
 
 def against_float64(scope: str, device: str = "cpu") -> list[str]:
-    """Tensors that are further from float64 than rounding explains."""
+    """Tensors whose error against float64 is larger than rounding."""
     model = make(scope, device)
     truth = expected(model, 4)
     optimizer = make_optimizer(model, SETTINGS, fused=True, one_pass=True)
@@ -201,7 +201,7 @@ def test_a_teacher_that_does_not_move(interpreted):
 
 
 def one_step(offset: int, size: int) -> list[Tensor]:
-    """Weight, moments, teacher and bf16 copy after a step, in memory that starts `offset` elements late; what is behind it."""
+    """Weight, moments, teacher and bf16 copy after a step, in memory at an offset of `offset` elements; what follows it."""
     from d2v_fast.ops.triton_adam import OnePass, Slot
 
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """The Triton convolution without a GPU: interpreted and compared with float64, and compiled for three GPUs.
 
-As in tests/test_triton_loss.py each of the two works in a process of its own; tests/gpu/test_conv.py has these cases on a GPU.
+As in tests/test_triton_loss.py, each of the two runs in a separate process; tests/gpu/test_conv.py runs these cases on a GPU.
 """
 
 import subprocess

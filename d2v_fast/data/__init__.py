@@ -201,9 +201,10 @@ class PretrainingData(Dataset[Any]):
                 f"mask.count={self.mask.count}: a sample has {total} positions, and some must stay visible; the recipe masks "
                 f"about 60 % of them, mask.count={round(0.6 * total)}"
             )
-        if kind is ExactBlockMask and self.mask.length > max(sides):
+        if kind in (ExactBlockMask, SpanMask) and self.mask.length > max(sides):
+            one = "block" if kind is ExactBlockMask else "span"
             raise DataError(
-                f"mask.length={self.mask.length}: one block would cover the whole grid {self.grid}; "
+                f"mask.length={self.mask.length}: one {one} would cover the whole grid {self.grid}; "
                 f"expected at most {max(sides)}"
             )
 

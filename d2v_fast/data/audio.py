@@ -452,6 +452,11 @@ class AudioData(PretrainingData):
                 f"{self.frames(shortest)} frames of the encoder, but at least 2 are needed, one masked and one visible: "
                 "raise data.min_seconds or data.max_seconds"
             )
+        longest = self.frames(self.max_samples)
+        if isinstance(self.mask, SpanMask) and self.mask.length > longest:
+            raise DataError(
+                f"mask.length={self.mask.length}: one span would cover the {longest} frames of data.max_seconds; expected less"
+            )
 
     def processor(self, encoder: Any) -> Any:
         return feature_extractor(encoder, self.sample_rate, self.normalize)

@@ -23,7 +23,7 @@ from d2v_fast.data import DataError
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # to be raised whenever the contents of entries change
+VERSION = 2  # raise it whenever the contents of entries change
 ENTRY = "entry.json"
 
 

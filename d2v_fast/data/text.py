@@ -151,7 +151,7 @@ def _batches(texts: Iterable[str], cut: bool, rows: int = 1000, characters: int 
 
 
 def can_cut(backend: Any) -> bool:
-    """Whether cutting a text at `CUT`, before a space between two ASCII letters, provably leaves its tokens as they are.
+    """Whether cutting a text at `CUT`, before a space between two ASCII letters, provably leaves its tokens unchanged.
 
     True for two families, which always end a word there and encode each word on its own: byte-level tokenizers with GPT-2's
     pattern, such as RoBERTa's, and BERT's, whose normalizer changes characters one by one and drops combining marks. Added

@@ -34,7 +34,7 @@ def find_layers(model: nn.Module) -> str:
             return name
     raise ValueError(
         f"cannot find the transformer layers of {type(model).__name__}: no nn.ModuleList has "
-        f"config.num_hidden_layers = {wanted} blocks with attention inside. Name it with layers=… "
+        f"config.num_hidden_layers = {wanted} blocks with attention inside. Name it with encoder.layers=… "
         f"(found: {', '.join(f'{name} of {len(m)}' for name, m in lists.items()) or 'no nn.ModuleList'})"
     )
 
@@ -88,11 +88,16 @@ class Encoder(nn.Module):
         config = getattr(model, "config", None)
         channels = hidden_size or getattr(model, "hidden_size", None) or getattr(config, "hidden_size", None)
         if channels is None:
-            raise ValueError(f"{type(model).__name__} has neither hidden_size nor config.hidden_size: pass hidden_size=…")
+            raise ValueError(f"{type(model).__name__} has neither hidden_size nor config.hidden_size: give it one")
         self.hidden_size: int = channels
-        if not isinstance(self.blocks, nn.ModuleList | nn.Sequential):
-            found = type(self.blocks).__name__
-            raise ValueError(f"layers={self.layers_name!r}: found a {found}, expected an nn.ModuleList of blocks")
+        try:
+            listed = self.blocks
+        except ValueError as error:
+            names = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+            raise ValueError(f"encoder.layers={self.layers_name}: {error}; its lists of modules: {names}") from error
+        if not isinstance(listed, nn.ModuleList | nn.Sequential):
+            found = type(listed).__name__
+            raise ValueError(f"encoder.layers={self.layers_name}: found a {found}, expected an nn.ModuleList of blocks")
         self.halves = None
         self._compiled_halves: blocks.Halves | None = None
         self.narrow = False
@@ -103,8 +108,19 @@ class Encoder(nn.Module):
     # From inputs to states
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Local features (B, T, C), before masking and without context."""
-        return self.model.embed(inputs)
+        """Local features (B, T, C), before masking and without context.
+
+        Raises:
+            ValueError: The model's `embed` returns another layout.
+        """
+        features = self.model.embed(inputs)
+        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        if not isinstance(found, tuple) or len(found) != 3 or found[-1] != self.hidden_size:
+            raise ValueError(
+                f"{type(self.model).__name__}.embed: found {found}, expected (batch, positions, hidden_size = "
+                f"{self.hidden_size}); x.flatten(2).transpose(1, 2) turns (B, C, H, W) and (B, C, T) into that"
+            )
+        return features
 
     def mask_features(self, features: Tensor, mask: Tensor) -> Tensor:
         """Put the learned mask vector at masked positions; features (B, T, C), mask (B, T) bool."""
@@ -173,7 +189,7 @@ class Encoder(nn.Module):
             if len(captured) < layers:
                 raise ValueError(
                     f"{type(self.model).__name__}: {layers - len(captured)} of the last {layers} blocks gave no result; "
-                    "call them as modules, and set ffn=… if the FFN's output is not that of the last Linear"
+                    "call them as modules, and set encoder.ffn=… if the FFN's output is not that of the last Linear"
                 )
             results = [self._scaled(blocks.flat(result)[:, -length:], block, source) for block, result in captured.items()]
             extra_states, states = states[:, :-length], states[:, -length:]
@@ -352,8 +368,8 @@ class Encoder(nn.Module):
                 return block.get_submodule(self.ffn_name)
             except AttributeError:
                 names = [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]
-                raise ValueError(f"ffn={self.ffn_name!r}: not in {type(block).__name__}; its Linears: {names}") from None
+                raise ValueError(f"encoder.ffn={self.ffn_name}: not in {type(block).__name__}; its Linears: {names}") from None
         linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
         if not linears:
-            raise ValueError(f"{type(block).__name__} has no nn.Linear: name the FFN's output with ffn=…")
+            raise ValueError(f"{type(block).__name__} has no nn.Linear: name the FFN's output with encoder.ffn=…")
         return linears[-1]

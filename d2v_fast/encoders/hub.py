@@ -251,9 +251,11 @@ def build_encoder(
     except (OSError, SafetensorError) as error:
         raise ValueError(f"encoder.pretrained={pretrained}: its weights cannot be read: {first_line(error)}") from error
     except (ArithmeticError, AssertionError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        setting = f"encoder.config={config}" if attention in ("sdpa", "eager") else f"encoder.attention={attention}"
+        setting, remedy = f"encoder.config={config}", f"set other fields of {type(hf_config).__name__}"
+        if attention not in ("sdpa", "eager"):
+            setting, remedy = f"encoder.attention={attention}", "leave it out"
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"{setting}: {cls.__name__} cannot be built with it: {reason}") from error
+        raise ValueError(f"{setting}: {cls.__name__} cannot be built with it: {reason}; {remedy}") from error
     if pretrained is not None:
         _check_loaded(hf_model, loaded, pretrained)
     if hasattr(hf_model, "timm_model"):

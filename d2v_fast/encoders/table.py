@@ -76,7 +76,7 @@ SMALL: dict[str, Any] = {
     "max_source_positions": 40,
     "max_target_positions": 40,
 }
-# What a model asks for beyond that; None leaves a field as it is.
+# Further fields that a model needs; None leaves a field unchanged.
 _SWIN = dict(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4, hidden_size=None)
 _DEBERTA = dict(relative_attention=True, pos_att_type=["c2p", "p2c"])
 MORE: dict[str, dict[str, Any]] = {
@@ -100,13 +100,14 @@ MORE: dict[str, dict[str, Any]] = {
     "vit_mae": dict(mask_ratio=0.0),
     "xmod": dict(languages=("en_XX",), default_language="en_XX"),
 }
-FFN = {"mobilebert": "output.bottleneck.dense"}  # where it is to be named
+FFN = {"mobilebert": "output.bottleneck.dense"}  # of models whose FFN must be named
 
-# The same for timm: arguments that are given where a model takes them, and what else one needs.
+# The same for timm: arguments for the models that accept them, and further ones that a family needs.
 HYBRID = dict.fromkeys(("img_size", "patch_size"))  # patches of a ResNet's features
 SMALL_TIMM = dict(img_size=32, patch_size=8, embed_dim=48, num_heads=4, depth=3)
 MORE_TIMM: dict[str, dict[str, Any]] = {
     "samvit_*": dict(neck_chans=0, window_size=3),
+    "vit_*_sapiens2": dict(num_kv_heads=2),
     **dict.fromkeys(("tnt_*", "tnt_*_legacy_*"), dict.fromkeys(SMALL_TIMM)),
     **dict.fromkeys((f"vit_*_{stem}_*" for stem in ("r", "r26", "r50", "resnet26d", "resnet50d")), HYBRID),
 }
@@ -116,7 +117,7 @@ betwixt m base b plus so150m so150m2 intern300m so400m l large large2 xl xlarge 
 
 
 class Row(NamedTuple):
-    """What came of a model type: what it reads, how it is run, and why 1.0 and 2.0 refuse it ("" where they work)."""
+    """Result for a model type: what it reads, how it is run, and why 1.0 and 2.0 reject it ("" if they work)."""
 
     reads: str
     name: str
@@ -159,7 +160,7 @@ def names() -> list[str]:
 
 
 def tiny(name: str) -> nn.Module:
-    """A model of this type, small and with random weights; of one with a decoder, its encoder."""
+    """A small model of this type with random weights; the encoder alone if it has a decoder."""
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[name]
@@ -190,7 +191,7 @@ def attempt(name: str) -> Row:
     cls = model_class(CONFIG_MAPPING[name]).__name__
     try:
         model = tiny(name)
-    except Exception as error:  # each class of transformers has errors of its own
+    except Exception as error:  # model classes raise all kinds of errors
         return Row("", name, cls, "", _line(error), "")
     reads = READS.get(getattr(model, "main_input_name", ""), "")
     try:
@@ -205,7 +206,7 @@ def family(name: str) -> str:
     """The name of a timm model with stars in place of sizes."""
 
     def starred(part: str) -> str:
-        size = part in SIZES.split() or re.fullmatch(r"([a-qs-z]|patch|window)?\d\w*", part)
+        size = part in SIZES.split() or re.fullmatch(r"(?!r\d|reg\d)([a-z]{0,3}|patch|window)\d\w*", part)
         return "*" if size else re.sub(r"^reg\d$", "reg*", part)
 
     first, *rest = name.split("_")
@@ -236,11 +237,13 @@ def attempt_timm(title: str, name: str) -> Row | None:
     while model is None:
         try:
             model = timm.create_model(name, num_classes=0, **fields)
-        except Exception as error:  # each class of timm has errors of its own
+        except Exception as error:  # model classes raise all kinds of errors
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if not fields:
                 return Row("", title, "", "", _line(error), "")
             fields = {field: value for field, value in fields.items() if unknown and field != unknown[1]}
+    if (count := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
+        return Row("", title, "", "", f"no small configuration is known: {count:,} parameters", "")
     if not any(hasattr(module, "num_heads") or hasattr(module, "heads") for module in model.modules()):
         return None
     try:
@@ -251,7 +254,7 @@ def attempt_timm(title: str, name: str) -> Row | None:
 
 
 def _step(encoder: Encoder, views: int = 0) -> str:
-    """Why a step does not work; nothing if it does."""
+    """Why a step fails, or "" if it works."""
     try:
         inputs = torch.randn(2, 2000) if encoder.reads == "audio" else example(encoder, 2, 16)
         length, decoder = encoder.embed(inputs).shape[1], None
@@ -269,13 +272,13 @@ def _step(encoder: Encoder, views: int = 0) -> str:
             output = model(torch.where(mask, inputs.flip(1), inputs), mask, inputs)
         output.loss.backward()
         model.update_teacher()
-    except Exception as error:  # each class of transformers has errors of its own
+    except Exception as error:  # model classes raise all kinds of errors
         return _line(error)
     return "" if output.loss.isfinite() else "the loss is not finite"
 
 
 def _line(error: Exception) -> str:
-    """The reason alone, in one line, fit for a table."""
+    """The reason on one line, for a table cell."""
     text = " ".join(str(error).split()).partition("; ")[0] or type(error).__name__
     text = re.sub(r"^(encoder: )?\w+ cannot (be spliced|encode the visible positions alone)( at [\w.]+)?: ", "", text)
     text = re.sub(r"^cannot find the transformer layers of .*", "has no list of blocks with attention that is found", text)

@@ -161,7 +161,7 @@ class Trial:
         """A copy in eval mode, with noise added to all weights so that zero-initialised ones have an effect too.
 
         It keeps the first block, the last one and one of each kind. The others become no-ops with the weights of the first of
-        their kind; `_restore_blocks` finds out whether they compute the same.
+        their kind; `_restore_blocks` checks that they compute the same.
         """
         all_blocks: Any = model.get_submodule(layers)
         kinds = [_kind_of(block) for block in all_blocks]
@@ -265,10 +265,10 @@ class Trial:
         self.rest = output[1:] if isinstance(output, tuple) else None
 
     def _restore_blocks(self) -> bool:
-        """Make blocks of the no-ops that do not compute what the block of their kind does; return whether there are any.
+        """Turn no-ops that do not compute the same as the block of their kind back into blocks; return whether there were any.
 
-        Blocks of one class may differ by layer index alone, or by the arguments that the model gives them, as for local and
-        global attention. Each no-op runs once, on the input of the block of its kind and its own other arguments.
+        Blocks of one class may differ only by layer index, or by the arguments that the model passes to them, as for local and
+        global attention. Each no-op runs once, on the input of the block of its kind, with its own other arguments.
         """
         calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
 
@@ -288,7 +288,7 @@ class Trial:
             block: Any = self.blocks[number]
             try:
                 return blocks.first(type(block).forward(block, *args, **kwargs))
-            except Exception:  # such as blocks that need more from those before them
+            except Exception:  # such as blocks that need more results of earlier blocks
                 return None
 
         expected = {kind: result(kind, kind) for kind in self.like.values()}

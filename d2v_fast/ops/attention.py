@@ -153,7 +153,7 @@ def use_fast_attention(model: nn.Module, device: torch.device) -> str | None:
 
 
 def use_segments(model: nn.Module, device: torch.device) -> bool:
-    """Give a model with this attention `segments` as its masks, if torch has the kernels for this device; whether it did so."""
+    """Give a model with this attention `segments` as its masks if torch has the kernels for this device; returns whether."""
     available = device.type == "cuda" and torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
     config: Any = getattr(model, "config", None)
     if not available or torch.cuda.get_device_capability(device) < (8, 0) or config._attn_implementation != NAME:

@@ -33,7 +33,7 @@ BLOCK, CHUNK = 1024, 8192
 
 
 class Slot(NamedTuple):
-    """The memory that belongs to a weight: contiguous, of its shape, fp32 if nothing else is said.
+    """The memory that belongs to a weight: contiguous, of its shape, fp32 by default.
 
     Attributes:
         group: Number of its parameter group.
@@ -284,7 +284,7 @@ class AdamWOnePass(torch.optim.AdamW):
         ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of AdamW; takes the state of one that is not fused too, which counts steps on the host."""
+        """As in AdamW; also accepts the state of an unfused AdamW, which counts steps on the host."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             group["fused"] = True
