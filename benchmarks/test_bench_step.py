@@ -116,9 +116,8 @@ class Today(Variant):
 
 
 class Ours(Variant):
-    """Our model in bf16 autocast with sdpa, fused AdamW and foreach EMA; `parts` selects parts of --fused to add.
-
-    "one pass" among them is `optimizer.one_pass`.
+    """Our model in bf16 autocast with sdpa, fused AdamW and foreach EMA; `parts` selects parts of --fused to add, and
+    "one pass" is `optimizer.one_pass`.
 
     With `features`, the path of its local feature module, the model runs whole.
     """

@@ -31,7 +31,7 @@ from d2v_fast.config import parse
 from d2v_fast.data import to_device
 from d2v_fast.diagnostics import Monitor
 from d2v_fast.fused import PARTS, fuse
-from d2v_fast.ops import triton_loss
+from d2v_fast.ops import triton_adam, triton_loss
 from d2v_fast.train.build import build
 from d2v_fast.train.log import Window
 from d2v_fast.train.optim import make_optimizer
@@ -63,7 +63,8 @@ class NoCopies(TorchDispatchMode):
         self.segmented += function is torch.ops.aten._flash_attention_forward.default
         devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim}
         devices |= {torch.device(kwargs["device"]).type} if kwargs.get("device") else set()
-        if devices == {"cpu", "cuda"} and not kwargs.get("non_blocking"):
+        waits = not kwargs.get("non_blocking", function is torch.ops.aten.copy_.default and args[2:] == (True,))
+        if devices == {"cpu", "cuda"} and waits:
             raise AssertionError(f"{function} copies from the host")
         return function(*args, **kwargs)
 
@@ -127,7 +128,14 @@ def trainer(modality: str, kind: str) -> None:
         fuse_for_gpu(state.core)
     state.device = torch.device("cuda")
     move(state.core)
-    state.optimizer = run.accelerator.prepare(make_optimizer(state.core, config.optimizer, fused=True))
+    if kind == "one pass":
+        for name in ("_begin_kernel", "_adamw_kernel"):
+            setattr(triton_adam, name, Launch())
+        triton_adam._address = lambda x: 0 if x is None else 16
+        torch.Tensor.pin_memory = lambda x: x
+        torch.cuda.device_of = lambda tensor: MODE
+    made = make_optimizer(state.core, config.optimizer, fused=True, one_pass=kind == "one pass")
+    state.optimizer = run.accelerator.prepare(made)
     state.scheduler = torch.optim.lr_scheduler.LambdaLR(state.optimizer.optimizer, lambda step: 1.0)
     state.monitor = Monitor(state.core, state.optimizer.optimizer, config.collapse, 4, 0, run.accelerator, None)
     isfinite, torch.isfinite = torch.isfinite, lambda x: True
@@ -145,18 +153,20 @@ def trainer(modality: str, kind: str) -> None:
     assert outcome.loss.device.type == outcome.grad_norm.device.type == "cuda" and state.core.teacher.step == 2
 
 
+class Launch:
+    """In place of a kernel; does nothing."""
+
+    def __getitem__(self, grid):
+        assert all(isinstance(size, int) and size > 0 for size in grid), grid
+        return self.launch
+
+    def launch(self, *args, **settings):
+        tensors = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(x, torch.Tensor)]
+        assert all(tensor.device.type == "cuda" for tensor in tensors)
+
+
 def loss(norm: str, target_norm: str, kind: str) -> None:
     """The host side of the Triton loss; the kernel launches do nothing."""
-
-    class Launch:
-        def __getitem__(self, grid):
-            assert all(isinstance(size, int) and size > 0 for size in grid), grid
-            return self.launch
-
-        def launch(self, *args, **settings):
-            tensors = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(x, torch.Tensor)]
-            assert all(tensor.device.type == "cuda" for tensor in tensors)
-
     for name in [name for name in vars(triton_loss) if name.endswith("_kernel")]:
         setattr(triton_loss, name, Launch())
     triton_loss._uniform = list  # reads addresses

@@ -23,7 +23,7 @@ FLASH = [
 CASES = [
     *(f"{name} {precision} {kind}" for name, precision, kind in product(models.CONFIGS, ("fp32", "bf16"), ("plain", "fused"))),
     *(f"{name} {precision} {kind}" for name, precision, kind in FLASH),
-    *(f"trainer {modality} {kind}" for modality, kind in product(("text", "vision", "audio"), ("plain", "fused"))),
+    *(f"trainer {modality} {kind}" for modality, kind in product(("text", "vision", "audio"), ("plain", "fused", "one pass"))),
     *(f"loss {norm} {target} {kind}" for norm, target, kind in product(NORMS, NORMS[:3], ("rows", "dense", "views"))),
 ]
 MISTAKES = {  # deliberate mistakes and the expected error

@@ -40,12 +40,12 @@ def make(scope="all", device="cpu", start=0.9):
 
 
 def gradients(model: nn.Module, step: int) -> dict[str, Tensor | None]:
-    """Gradients of a step; tensors of the first block have none in step 2, as with layer-drop."""
+    """Gradients of a step; tensors of a block have none in steps 0 and 2, as with layer-drop."""
     generator = torch.Generator().manual_seed(step)
     found = {}
     for name, p in model.named_parameters():
         grad = torch.randn(p.shape, generator=generator).to(p.device) * 10.0 ** (step - 3)
-        found[name] = None if not p.requires_grad or (step == 2 and ".0." in name) else grad
+        found[name] = None if not p.requires_grad or (step == 0 and ".1." in name) or (step == 2 and ".0." in name) else grad
     return found
 
 
@@ -121,8 +121,7 @@ def in_turn(first: bool, then: bool, device: str = "cpu") -> tuple[dict, dict, d
         other = make_optimizer(parts, SETTINGS, fused=one_pass, one_pass=one_pass)  # torch's counts steps on the host
         if state:
             other.load_state_dict(copy.deepcopy(state))
-            for group in other.param_groups:
-                group["fused"] = one_pass or None
+            assert not one_pass or all(group["fused"] for group in other.param_groups)
         train(parts, other, steps)
         state = other.state_dict()
     return whole.state_dict(), optimizer.state_dict()["state"], parts.state_dict(), state["state"]
@@ -168,6 +167,25 @@ def test_a_skipped_step_changes_nothing(interpreted):
     assert all(torch.equal(x, state_taken[i][key]) for i, kept in state_plain.items() for key, x in kept.items())
     assert not torch.equal(plain["student.model.long"], weights["student.model.long"])
     assert not torch.equal(plain["teacher.module.model.long"], weights["teacher.module.model.long"])
+
+
+def reloaded() -> list[list[Tensor]]:
+    """Weights after step 2, and after going back to step 1 with new moments in other memory."""
+    model = make()
+    optimizer = make_optimizer(model, SETTINGS, fused=True, one_pass=True)
+    train(model, optimizer, range(1))
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    found = []
+    for _ in range(2):
+        train(model, optimizer, range(1, 2))
+        found.append([p.detach().clone() for p in model.parameters()])
+        model.load_state_dict(before[0])
+        optimizer.load_state_dict(before[1])
+    return found
+
+
+def test_a_state_loaded_between_steps(interpreted):
+    assert all(map(torch.equal, *interpreted(reloaded)))
 
 
 def frozen() -> tuple[Tensor, Tensor]:
@@ -313,12 +331,12 @@ def test_a_run_resumes_either_way(interpreted, tmp_path):
         assert losses == pytest.approx(whole, rel=1e-4)
 
 
-def launches() -> list:
+def launches() -> list[kernels.Launch]:
+    """Of a step without a gate, and of one with it."""
     from d2v_fast.ops import triton_adam
 
     model = make()
     optimizer = make_optimizer(model, SETTINGS, fused=True, one_pass=True)
-    found = []
     with kernels.recorded(triton_adam, KERNELS) as launched:
         for gate in (False, True):
             if gate:
@@ -326,8 +344,7 @@ def launches() -> list:
             for p in model.parameters():
                 p.grad = torch.ones_like(p) if p.requires_grad else None
             optimizer.step()
-        found = list(launched)
-    return found
+    return launched
 
 
 def names_of_launches() -> list[str]:
@@ -343,11 +360,9 @@ def compile_offline(arch: int) -> list[dict]:
     return [dict(kernel=each.kernel.__name__) | kernels.described(kernels.compiled(each, arch)) for each in launches()]
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", kernels.ARCHITECTURES)
 def test_compiles_without_spills(compiler, arch):
     for row in compiler(compile_offline, arch):
         print(*row.values(), sep=" | ")
         assert row["spills"] == 0 and row["registers"] <= 128 and row["shared"] <= 4096
-        assert (
-            row["kernel"] == "_begin_kernel" or row["loads"].get(128, 0) >= 5
-        )  # weight, gradient, moments and teacher, 16 bytes at a time
+        assert row["kernel"] == "_begin_kernel" or row["loads"][128] >= 5  # weight, gradient, moments and teacher

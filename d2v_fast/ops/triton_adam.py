@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -184,10 +185,12 @@ class OnePass:
             [*map(_address, (s.parameter, s.exp_avg, s.exp_avg_sq, s.teacher, s.copy, s.step)), s.parameter.numel(), s.group]
             for s in slots
         ]
-        programs = torch.tensor([triton.cdiv(slot.parameter.numel(), CHUNK) for slot in slots])
+        programs = [triton.cdiv(slot.parameter.numel(), CHUNK) for slot in slots]
+        rows_of = [row for row, count in enumerate(programs) for _ in range(count)]
+        first = [0, *accumulate(programs)][:-1]
         device = slots[0].parameter.device
-        self.table = torch.tensor(rows).to(device)
-        self.programs = [x.int().to(device) for x in (torch.repeat_interleave(programs), programs.cumsum(0) - programs)]
+        tables = [torch.tensor(rows), *(torch.tensor(x, dtype=torch.int32) for x in (rows_of, first))]
+        self.table, *self.programs = (_pinned(x, device).to(device, non_blocking=True) for x in tables)
         self.grads = torch.zeros(len(slots), dtype=torch.int64, device=device)
         self.numbers = torch.zeros(1 + max(slot.group for slot in slots), 8, dtype=torch.float64, device=device)
         self.scalars = torch.zeros(len(slots), 2, device=device)
@@ -204,13 +207,13 @@ class OnePass:
         addresses = [_address(grad) for grad in grads]
         if addresses != self.addresses:
             self.addresses = addresses
-            _copy(self.grads, torch.tensor(addresses))
+            self.grads.copy_(_pinned(torch.tensor(addresses), self.grads.device), non_blocking=True)
         numbers = []
         for group in groups:
             betas = group["betas"]
             logs = (math.log(beta) if beta else -math.inf for beta in betas)
             numbers.append([group["lr"], group["weight_decay"], *logs, *(1 - beta for beta in betas), group["eps"], share])
-        _copy(self.numbers, torch.tensor(numbers, dtype=torch.float64))
+        self.numbers.copy_(_pinned(torch.tensor(numbers, dtype=torch.float64), self.numbers.device), non_blocking=True)
 
     def launch(self, skip: Tensor | None = None) -> None:
         """Update everything, unless `skip` () fp32, on the device, is not 0."""
@@ -229,9 +232,9 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    # torch keeps pinned memory until the copy is done.
-    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+def _pinned(x: Tensor, device: torch.device) -> Tensor:
+    """x in memory that can be copied to `device` without waiting; torch does not reuse it before the copy is done."""
+    return x.pin_memory() if device.type == "cuda" else x
 
 
 class AdamWOnePass(torch.optim.AdamW):

@@ -4,23 +4,23 @@ import pytest
 import torch
 
 from d2v_fast.train.optim import make_optimizer
-from tests.gpu import nothing_waits
+from tests.gpu import ABSENT, DEVICE, needs_gpu, nothing_waits
 from tests.test_triton_adam import SETTINGS, against_float64, close, gradients, in_turn, make, train
 
-if not torch.cuda.is_available():
+if ABSENT:
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 
 @pytest.mark.parametrize("scope", ["all", "encoder", "layers"])
 def test_against_float64(scope):
-    assert against_float64(scope, "cuda") == []
+    assert against_float64(scope, DEVICE) == []
 
 
 @pytest.mark.parametrize("first, then", [(True, True), (True, False), (False, True)])
 def test_the_state_is_that_of_torch(first, then):
-    expected, kept, found, state = in_turn(first, then, "cuda")
+    expected, kept, found, state = in_turn(first, then, DEVICE)
     for number, tensors in kept.items():
-        assert all(close(state[number][key].to("cuda"), x) for key, x in tensors.items()), number
+        assert all(close(state[number][key].to(DEVICE), x) for key, x in tensors.items()), number
     assert [name for name, x in expected.items() if x.is_floating_point() and not close(found[name], x)] == []
 
 
@@ -32,7 +32,7 @@ def step_of(model, optimizer):
 
 
 def test_two_runs_agree_bit_by_bit():
-    both = [make(device="cuda") for _ in range(2)]
+    both = [make(device=DEVICE) for _ in range(2)]
     for model in both:
         train(model, make_optimizer(model, SETTINGS, fused=True, one_pass=True), range(4))
     for one, other in zip(*(model.parameters() for model in both), strict=True):
@@ -40,18 +40,19 @@ def test_two_runs_agree_bit_by_bit():
 
 
 def test_a_step_does_not_synchronise():
-    model = make(device="cuda")
+    model = make(device=DEVICE)
     optimizer = make_optimizer(model, SETTINGS, fused=True, one_pass=True)
     step_of(model, optimizer)
-    optimizer.found_inf = torch.zeros((), device="cuda")
+    optimizer.found_inf = torch.zeros((), device=DEVICE)
     with nothing_waits():
         optimizer.step()
         model.update_teacher()
 
 
+@needs_gpu
 def test_inside_a_graph():
     """Three replayed launches, each with its own learning rate, against three steps."""
-    plain, replayed = make(device="cuda"), make(device="cuda")
+    plain, replayed = make(device=DEVICE), make(device=DEVICE)
     optimizers = [make_optimizer(model, SETTINGS, fused=True, one_pass=True) for model in (plain, replayed)]
     for model, optimizer in zip((plain, replayed), optimizers, strict=True):
         step_of(model, optimizer)
