@@ -1,8 +1,8 @@
 # make demo   trains a tiny preset on builtin data on the CPU and probes it
 # make test   runs the tests
 # make mutations  inserts bugs into a copy of the code, one at a time; each must make a test fail
-# make mutants MODULE=ema.py TESTS=tests/test_ema.py   changes operators, constants and statements of a module at random, the same
-# ones each time, and lists the changes that no test notices; NUMBER=40
+# make mutants MODULE=ema.py TESTS=tests/test_ema.py   makes random but reproducible changes to operators, constants and statements
+# of a module, and lists those that no test detects; NUMBER=40
 # make lint   ruff and mypy
 # make docs   README, guides and API as a site in build/docs; a warning is an error
 # make bench        benchmarks the loss against its alternatives, writes $(RESULTS)

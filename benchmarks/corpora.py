@@ -1,11 +1,11 @@
-"""Measure what reading a corpus costs: CPU seconds and memory, on corpora that it makes in a temporary folder.
+"""Measure the cost of reading a corpus, in CPU seconds and memory, on synthetic corpora in a temporary folder.
 
 python -m benchmarks.corpora          print a table; a quarter of an hour of CPU time, 3 GB of disk
 python -m benchmarks.corpora --full   with 1 GB of text as well, and write benchmarks/results/cpu-corpora.json
 
-Each measurement runs in a process of its own. CPU seconds (user and system, of all threads and children) count neither waiting
-nor, much, what else the machine does. They exclude imports: a tiny corpus of the same kind is read first. Memory is the peak of
-the resident size above that of a process which has imported torch and nothing else, so imports count.
+Each measurement runs in a separate process. CPU seconds (user and system, of all threads and children) exclude waiting, and
+other load changes them little. They exclude imports: a tiny corpus of the same kind is read first. Memory is the peak resident
+size minus that of a process that has only imported torch, so other imports count.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from benchmarks.report import RESULTS, corpora_table
 
 MB = 10**6
 RATE = 16_000  # Hz of the recordings
-PHOTO, LARGE = (500, 375), (4000, 3000)  # of ImageNet's median photo, and of 12 megapixels
+TURNS = 3  # of each measurement of images, in turn; the median counts
+PHOTO, LARGE = (500, 375), (4000, 3000)  # the median photo of ImageNet, and 12 megapixels
 
 
 class Cost(NamedTuple):
-    """Of a call: CPU seconds, peak of the memory above torch in bytes, and what it returned."""
+    """CPU seconds of a call, its peak memory above torch in bytes, and its result."""
 
     seconds: float
     peak: int
@@ -80,7 +81,7 @@ def row(case: str, figure: float, unit: str, aim: str = "", **more: Any) -> dict
 
 
 def words(size: int, rng: np.random.Generator) -> Iterator[str]:
-    """Text of `size` characters in pieces of about 1 MB: 50,000 invented words, as frequent as Zipf's law has it."""
+    """Text of `size` characters in pieces of about 1 MB: 50,000 invented words with Zipf frequencies."""
     syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "ou")]
     known = ["".join(rng.choice(syllables, n)) for n in rng.integers(1, 5, 50_000)]
     share = 1 / np.arange(1, len(known) + 1)
@@ -92,7 +93,7 @@ def words(size: int, rng: np.random.Generator) -> Iterator[str]:
 
 
 def write_text(folder: Path, size: int, document: int) -> Path:
-    """JSON lines of `size` characters in all, in documents of `document` characters, in files of at most 100 MB."""
+    """JSON lines of `size` characters in total, in documents of `document` characters, in files of at most 100 MB."""
     folder.mkdir()
     rng, left = np.random.default_rng(0), ""
     for number, begin in enumerate(range(0, size, 100 * MB)):
@@ -106,7 +107,7 @@ def write_text(folder: Path, size: int, document: int) -> Path:
 
 
 def open_text(path: Path, tokenizer: Path, cache: Path) -> int:
-    """As a run does at its start, with batches of a hundred blocks after it; returns the number of blocks."""
+    """Open a corpus as a run does and read a hundred blocks; returns the number of blocks."""
     from d2v_fast.data.text import TextData
     from d2v_fast.masking import TokenMask
 
@@ -170,6 +171,22 @@ def decode_images(path: Path) -> None:
             image.load()
 
 
+def crop_images(path: Path) -> None:
+    """What `train_images` needs of Pillow at least: decoding at the scale of the same crops, and resizing them."""
+    from PIL import Image
+
+    from d2v_fast.data.vision import random_box
+    from d2v_fast.masking import Draws
+
+    for number, file in enumerate(sorted(path.iterdir())):
+        with Image.open(file) as image:
+            box = random_box(*image.size, (0.08, 1.0), (3 / 4, 4 / 3), Draws(0, 0, [number]).generator(0))
+            shrink = next((s for s in (8, 4, 2) if min(box[2] - box[0], box[3] - box[1]) >= s * 224), 1)
+            image.draft(None, (image.width // shrink, image.height // shrink))
+            left, top, right, bottom = (edge / shrink for edge in box)
+            image.resize((224, 224), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+
+
 def train_images(path: Path) -> None:
     """Batches of eight, as a loader worker of vision/beit-base makes them."""
     from d2v_fast.data.vision import ImageData
@@ -187,9 +204,12 @@ def images(root: Path, full: bool) -> Iterator[dict[str, Any]]:
         path = write_images(root / f"{size[0]}", size, count)
         warm = (write_images(root / f"{size[0]}-few", PHOTO, 8),)
         weight = sum(file.stat().st_size for file in path.iterdir()) / count
-        rate = {call: count / alone(call, path, warm=warm)[0].seconds for call in (train_images, decode_images)}
-        yield row(f"{name}, decoded, cropped, jittered, masked", rate[train_images], "a cpu-s", aim, file_bytes=weight)
-        yield row("the same JPEGs only decoded", rate[decode_images], "a cpu-s")
+        calls = (train_images, crop_images, decode_images)
+        turns = [[count / alone(call, path, warm=warm)[0].seconds for call in calls] for _ in range(TURNS)]
+        trained, cropped, decoded = np.median(turns, axis=0).tolist()
+        yield row(f"{name}, decoded, cropped, jittered, masked", trained, "a cpu-s", aim, file_bytes=weight)
+        yield row("the same crops by Pillow alone: decoded, resized", cropped, "a cpu-s")
+        yield row("the same JPEGs only decoded", decoded, "a cpu-s")
 
 
 # Speech
@@ -205,7 +225,7 @@ def open_manifest(path: Path) -> tuple[int, int]:
     sys.addaudithook(lambda event, args: event == "open" and str(args[0]).startswith(recordings) and opened.append(args[0]))
     data = AudioData(mask=SpanMask(), path=str(path), cache=str(path.parent / "cache"))
     data.contents()
-    # The recordings do not exist. Had libsndfile, which the hook does not see, been asked for a length, it would be 0.
+    # The recordings do not exist, so a length read by libsndfile, which the hook does not see, would be 0.
     return len(data), len(opened) + int((data.durations == 0).sum())
 
 

@@ -253,14 +253,45 @@ def monitor_table(path: Path) -> str:
 
 
 def corpora_table(path: Path) -> str:
-    """What reading a corpus costs, as benchmarks/corpora.py measures it."""
+    """The cost of reading a corpus, measured by benchmarks/corpora.py."""
     found = [(row, row["figure"]) for row in rows(path, "corpora")]
     lines = [[row["case"], f"{x:,.0f}" if x >= 100 else f"{x:.3g}", row["unit"], row["aim"]] for row, x in found]
     return markdown(["what", "figure", "unit", "aim"], lines)
 
 
+# The kernels of a page's table: the large ones of the published recipes.
+KERNELS_SHOWN = (
+    *("text", "text, large", "vision", "vision, huge", "audio", "audio, 5 s"),
+    *("vision, 16 views", "audio, 8 views", "text, 8 views", "text, 8 views, layer"),
+    *("image decoder, base", "audio decoder", "audio positions, base"),
+)
+KERNELS_SMALL = ("_order_kernel", "_channel_stats_kernel", "_target_mean_kernel", "_finish_kernel", "_scale_kernel")
+
+
+def kernels_table(path: Path, everything: bool = False) -> str:
+    """What the GPU kernels are made of, as benchmarks/kernels.py compiles them; one figure if it is the same for all GPUs."""
+    kernels: dict[tuple, dict[int, dict]] = {}
+    for row in rows(path, "kernels"):
+        small = row["kernel"] in KERNELS_SMALL or row["turned"] or (row["stats"] and row["case"] != "text")
+        if everything or (row["case"] in KERNELS_SHOWN and not small):
+            key = row["case"], row["kernel"].strip("_").removesuffix("_kernel"), row["stats"], row["turned"]
+            kernels.setdefault(key, {})[row["arch"]] = row
+    architectures = sorted({arch for found in kernels.values() for arch in found})
+    lines = []
+    for (case, kernel, stats, turned), found in kernels.items():
+        values = [[str(found[arch][name]) if arch in found else "–" for arch in architectures] for name in KERNEL_FIGURES]
+        cells = [each[0] if len(set(each)) == 1 else " / ".join(each) for each in values]
+        lines.append([f"{case}{', statistics' * stats}{', input gradient' * turned}", kernel, *cells])
+    return markdown(["recipe", "kernel", *KERNEL_FIGURES.values()], lines)
+
+
+KERNEL_FIGURES = dict(
+    warps="warps", registers="registers", shared="shared memory, B", spills="spills, B", loop="instructions a loop"
+)
+
 TABLES = {
     "corpora": [corpora_table],
+    "kernels": [kernels_table],
     "test_ema": [ema_table],
     "test_loss": [loss_table, reused_loss_table],
     "test_monitor": [monitor_table],

@@ -26,6 +26,7 @@ from d2v_fast import model as model_module
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.fused import PARTS, fuse
 from d2v_fast.graphs import Graphs
+from d2v_fast.ops.triton_adam import AdamWOnePass
 from tests import released
 
 DECAY = 0.9998
@@ -117,6 +118,8 @@ class Today(Variant):
 class Ours(Variant):
     """Our model in bf16 autocast with sdpa, fused AdamW and foreach EMA; `parts` selects parts of --fused to add.
 
+    "one pass" among them is `optimizer.one_pass`.
+
     With `features`, the path of its local feature module, the model runs whole.
     """
 
@@ -129,7 +132,10 @@ class Ours(Variant):
         self.model = Data2Vec(encoder, decoder=decoder, **settings).to(device).train()
         self.used = [part for part in parts if part in PARTS and fuse(self.model, torch.device(device), [part])]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        if device == "cuda" and "one pass" in parts:
+            self.optimizer = AdamWOnePass(parameters, self.model, lr=1e-4)
+        else:
+            self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         self.batch = case.batch_of(encoder, device)
         self.graphs = Graphs(self.forward_backward, parameters) if device == "cuda" and "graphs" in parts else None
         self.clock = defaultdict(float)
@@ -330,19 +336,18 @@ def test_step_2(case, baseline, device, seconds, benchmark):
 
 @pytest.mark.parametrize("case", [*STEP_CASES, *STEP_CASES_2], ids=lambda case: case.name)
 def test_parts(case, device, seconds, benchmark):
-    """Worth of each part of --fused that applies here: the full step compared with a step without that part, in pairs."""
+    """Worth of each part of --fused that applies here: the full step compared with a step without that part."""
     case = case.on(device)
-    pairs = {}
     whole = Worker(Ours, case, device, ALL)
-    used = whole("used_parts")
+    used, parts = whole("used_parts"), ALL
     whole.close()
-    for part in used:
-        without = {"all": (Ours, case, ALL), "without": (Ours, case, tuple(p for p in PARTS if p != part))}
-        with turns(without, device, seconds / 3) as (variants, times):
-            pairs[part] = times
-            if part == used[-1]:
-                benchmark.pedantic(variants["all"], args=("seconds",), rounds=2)
-    benchmark.extra_info.update(case=case.name, parts=pairs)
+    if device == "cuda":
+        used, parts = [*used, "one pass"], (*ALL, "one pass")  # a setting, not a part of --fused
+    steps = {"all": (Ours, case, parts), **{part: (Ours, case, tuple(p for p in parts if p != part)) for part in used}}
+    with turns(steps, device, 2 * seconds) as (variants, times):
+        pairs = {part: {"all": times["all"], "without": times[part]} for part in used}
+        benchmark.extra_info.update(case=case.name, parts=pairs)
+        benchmark.pedantic(variants["all"], args=("seconds",), rounds=2)
 
 
 @pytest.mark.parametrize("case, features", SPLICED_CASES, ids=lambda each: getattr(each, "name", ""))

@@ -28,7 +28,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +242,7 @@ class Checkpoints:
         others = [other for other in _finished(self.folder) if _step(other) != step]
         older = [other for other in others if _step(other) < step and other not in self.damaged]
         for other in set(others) - set(older[max(0, len(older) + 1 - self.keep_last) :]):
-            shutil.rmtree(other, ignore_errors=True)
+            _remove(other)
         self.damaged = []
 
 
@@ -269,7 +269,7 @@ def write(folder: Path, step: int, tensors: Tensors, state: str) -> Checkpoint:
         (temporary / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1), encoding="utf-8")
         sync(temporary / MANIFEST)
         sync(temporary)
-        shutil.rmtree(target, ignore_errors=True)  # a damaged checkpoint of the same step
+        _remove(target)  # a damaged checkpoint of the same step
         os.replace(temporary, target)
         sync(folder)
     except BaseException:
@@ -282,12 +282,18 @@ def write(folder: Path, step: int, tensors: Tensors, state: str) -> Checkpoint:
         raise
 
 
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint. It is renamed first, so that a process killed meanwhile leaves no incomplete folder named step-N."""
+    with suppress(OSError):
+        shutil.rmtree(folder.rename(folder.with_suffix(".old.tmp")))
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk, so that they survive a power cut."""
     folder = path.is_dir()
     if folder and sys.platform == "win32":  # opens no folders
         return
-    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes only what is open for writing
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes only files open for writing
     try:
         os.fsync(handle)
     finally:

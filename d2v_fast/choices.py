@@ -1,10 +1,12 @@
-"""Settings that take one of some words, or name a class. Needs no torch, so that the command line starts quickly."""
+"""Settings with a choice of words, a range, or the name of a class. Needs no torch, so that the command line starts quickly."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 Norm = Literal["none", "layer", "instance", "batch", "group"]  # in the order of D2VNorm in kernels/loss.h
 TargetNorm = Literal["none", "layer", "instance"]
@@ -14,6 +16,53 @@ EMAScope = Literal["all", "encoder", "layers"]
 CLSReduction = Literal["mean", "sum"]
 
 
+@dataclass(frozen=True)
+class Range:
+    """The valid interval of a number, in the annotation of its type; in that of a list or mapping, of each number in it.
+
+    Args:
+        interval: Such as [0, 1). A round bracket excludes the bound.
+    """
+
+    interval: str
+
+    def __contains__(self, number: float) -> bool:
+        low, high = (float(bound) for bound in self.interval[1:-1].split(","))
+        above = low <= number if self.interval[0] == "[" else low < number
+        return above and (number <= high if self.interval[-1] == "]" else number < high)
+
+    def __str__(self) -> str:
+        """What is expected, in words."""
+        low = self.interval[1:].partition(",")[0]
+        if self.interval.endswith("inf)"):
+            return {"[": f"at least {low}", "(": "a number" if low == "-inf" else f"a number above {low}"}[self.interval[0]]
+        return f"a number in {self.interval}"
+
+
+PositiveInt = Annotated[int, Range("[1, inf)")]
+NonNegativeInt = Annotated[int, Range("[0, inf)")]
+PositiveFloat = Annotated[float, Range("(0, inf)")]
+Finite = Annotated[float, Range("(-inf, inf)")]
+NonNegativeFloat = Annotated[float, Range("[0, inf)")]
+ClosedUnitInterval = Annotated[float, Range("[0, 1]")]
+OpenUnitInterval = Annotated[float, Range("(0, 1)")]
+
+
+def ranges(cls: type) -> dict[str, Range]:
+    """The ranges of the arguments of a class, including those that it passes on to its parents."""
+    hints: dict[str, Any] = {}
+    bases: Any = reversed(cls.__mro__)
+    for base in bases:
+        with suppress(NameError):  # an annotation may name what only a type checker imports
+            hints |= get_type_hints(base.__init__, include_extras=True)
+    return {name: found for name, hint in hints.items() if (found := _range(hint))}
+
+
+def _range(hint: Any) -> Range | None:
+    found = (part if isinstance(part, Range) else _range(part) for part in get_args(hint))
+    return next(filter(None, found), None)
+
+
 def nearest(word: str, words: Any) -> str:
     """ "; did you mean …?" or an empty string."""
     found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
@@ -21,7 +70,7 @@ def nearest(word: str, words: Any) -> str:
 
 
 def one_of(name: str, value: Any, choices: Any) -> None:
-    """Raise a ValueError that names the nearest choice unless `value` is one of those of a Literal."""
+    """Raise a ValueError that names the nearest choice unless `value` is one of the choices of a Literal."""
     if value not in get_args(choices):
         hint = nearest(str(value), get_args(choices))
         raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, get_args(choices)))}{hint}")
@@ -33,7 +82,7 @@ def import_class(setting: str, name: str, base: type, public: str, error: type[V
     Args:
         setting: For messages.
         name: Its value.
-        base: What the class must derive from. Otherwise a config from someone else could call os:system.
+        base: Required base class. Without it, someone else's config could call os:system.
         public: The name of `base` for messages.
         error: What to raise.
 
@@ -55,10 +104,10 @@ def import_class(setting: str, name: str, base: type, public: str, error: type[V
 
 
 class Checked:
-    """Base class of dataclasses whose words are checked at construction.
+    """Base class of dataclasses that checks fields with a Literal type at construction.
 
     Raises:
-        ValueError: A field holds a string that its Literal does not name.
+        ValueError: A field holds a string that is not in its Literal.
     """
 
     def __post_init__(self) -> None:
@@ -68,6 +117,6 @@ class Checked:
 
 
 def _choices(cls: Any) -> dict[str, Any]:
-    """The Literal of each field that has one, alone or among other types."""
+    """The Literal of each field that has one, alone or in a union."""
     hints = {name: (hint, *get_args(hint)) for name, hint in get_type_hints(cls).items()}
     return {name: kind for name, kinds in hints.items() for kind in kinds if get_origin(kind) is Literal}

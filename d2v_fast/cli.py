@@ -25,7 +25,7 @@ class _Formatter(logging.Formatter):
 
 
 def _expand_home(argument: str) -> str:
-    """Expand a leading ~ in a path or in the value of key=path, which a shell leaves as it is."""
+    """Expand a leading ~ in a path or in the value of key=path, which a shell does not expand."""
     key, equals, value = argument.partition("=")
     return os.path.expanduser(key) + equals + os.path.expanduser(value)
 
@@ -85,7 +85,7 @@ def report() -> None:
 
 
 def doctor() -> None:
-    """d2v-doctor: what a bug report needs, and what is slow or wrong on this machine."""
+    """d2v-doctor: facts for a bug report, and problems of this machine."""
     _run("d2v-doctor", _main_of("diagnostics", "doctor"))
 
 

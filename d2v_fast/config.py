@@ -16,9 +16,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from d2v_fast.choices import Checked, CLSReduction, EMAScope, Implementation, LayerSource, Norm, TargetNorm, nearest
+from d2v_fast.choices import (
+    Checked,
+    ClosedUnitInterval,
+    CLSReduction,
+    EMAScope,
+    Implementation,
+    LayerSource,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Norm,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    TargetNorm,
+    nearest,
+    ranges,
+)
 from d2v_fast.masking import BlockMask, ExactBlockMask, RandomMask, SpanMask, TokenMask
 
 if TYPE_CHECKING:
@@ -47,6 +63,7 @@ class Modality:
         masks: The mask kinds it accepts, the default first.
         axes: Number of axes of its positions.
         reads: Accepted values of `Encoder.reads`.
+        task: The hub's name of what a model of it is probed on.
         files: Data settings found in the files of a pretrained encoder, mapped to their names in those files.
     """
 
@@ -54,22 +71,31 @@ class Modality:
     masks: tuple[str, ...]
     axes: int = 1
     reads: tuple[str, ...] = ()
+    task: str = "feature-extraction"
     files: dict[str, str] = field(default_factory=dict)
 
 
 MODALITIES = {
-    "text": Modality("text:TextData", ("token", "random", "exact"), reads=("text",), files={"tokenizer": "tokenizer"}),
+    "text": Modality(
+        "text:TextData",
+        ("token", "random", "exact"),
+        reads=("text",),
+        task="fill-mask",
+        files={"tokenizer": "tokenizer"},
+    ),
     "vision": Modality(
         "vision:ImageData",
         ("block", "random", "exact"),
         axes=2,
         reads=("vision",),
+        task="image-classification",
         files={"image_size": "image_size", "mean": "image_mean", "std": "image_std"},
     ),
     "audio": Modality(
         "audio:AudioData",
         ("span", "random", "exact"),
         reads=("audio",),
+        task="audio-classification",
         files={"sample_rate": "sampling_rate", "normalize": "do_normalize"},
     ),
     "spectrogram": Modality(
@@ -77,6 +103,7 @@ MODALITIES = {
         ("exact", "random", "block"),
         axes=2,
         reads=("spectrogram", "vision"),
+        task="audio-classification",
         files={
             **{"sample_rate": "sampling_rate", "target_length": "max_length", "mel_bins": "num_mel_bins"},
             **{"mean": "mean", "std": "std"},
@@ -121,7 +148,7 @@ class EncoderConfig(Checked):
     init: Literal["hf", "data2vec", "sincos"] = "hf"
     layers: str | None = None
     ffn: str | None = None
-    feature_grad_mult: float = 1.0
+    feature_grad_mult: NonNegativeFloat = 1.0
     attention: str = "sdpa"
     features: str | None = None
     bidirectional: bool = False
@@ -139,7 +166,7 @@ class TargetsConfig(Checked):
         teacher_fp32: Run the teacher in fp32 under mixed precision.
     """
 
-    top_k: int = 8
+    top_k: PositiveInt = 8
     source: LayerSource = "ffn"
     norm: Norm = "layer"
     target_norm: TargetNorm = "none"
@@ -159,11 +186,11 @@ class LossConfig(Checked):
         cls_reduction: mean over the views of a batch, or their sum as in the reference code.
     """
 
-    beta: float = 0.0
-    scale: float | Literal["auto", "mean"] = "auto"
+    beta: NonNegativeFloat = 0.0
+    scale: PositiveFloat | Literal["auto", "mean"] = "auto"
     reduction: Literal["global", "local"] = "global"
     impl: Implementation = "auto"
-    cls_weight: float = 0.0
+    cls_weight: NonNegativeFloat = 0.0
     cls_reduction: CLSReduction = "mean"
 
 
@@ -189,16 +216,16 @@ class HeadConfig(Checked):
     """
 
     kind: Literal["linear", "conv"] = "linear"
-    layers: int = 1
+    layers: NonNegativeInt = 1
     zero_init: bool = False
     pretrained: str | None = None
-    width: int = 384
-    kernel: int = 7
-    groups: int = 16
+    width: PositiveInt = 384
+    kernel: PositiveInt = 7
+    groups: PositiveInt = 16
     residual: bool = True
-    projection_layers: int = 1
-    dropout: float = 0.0
-    noise: float = 0.01
+    projection_layers: PositiveInt = 1
+    dropout: Annotated[float, Range("[0, 1)")] = 0.0
+    noise: NonNegativeFloat = 0.01
 
 
 @dataclass(frozen=True)
@@ -213,9 +240,9 @@ class EMAConfig(Checked):
         copied: Name patterns of further parameters to copy.
     """
 
-    start: float = 0.999
-    end: float = 0.9999
-    anneal_steps: int = 30_000
+    start: ClosedUnitInterval = 0.999
+    end: ClosedUnitInterval = 0.9999
+    anneal_steps: NonNegativeInt = 30_000
     scope: EMAScope = "all"
     copied: list[str] = field(default_factory=list)
 
@@ -233,15 +260,17 @@ class OptimizerConfig(Checked):
         weight_decay: Decoupled weight decay.
         decay_1d: Apply weight decay to biases, norms and other vectors too, as fairseq does.
         lr_scale: Learning rate factors by parameter name pattern, such as {"*feature_extractor*": 0.1}.
+        one_pass: With --fused on a GPU, AdamW moves the teacher too, in one pass over memory; not yet measured.
     """
 
     kind: Literal["adamw", "lamb"] = "adamw"
-    lr: float = 5e-4
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    weight_decay: float = 0.01
+    lr: PositiveFloat = 5e-4
+    betas: Annotated[tuple[float, float], Range("[0, 1)")] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-6
+    weight_decay: NonNegativeFloat = 0.01
     decay_1d: bool = False
-    lr_scale: dict[str, float] = field(default_factory=dict)
+    lr_scale: dict[str, NonNegativeFloat] = field(default_factory=dict)
+    one_pass: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,10 +286,10 @@ class ScheduleConfig(Checked):
     """
 
     kind: Literal["cosine", "linear", "constant", "tri_stage"] = "cosine"
-    warmup: float = 0.03
-    hold: float = 0.9
-    final: float = 0.0
-    initial: float = 0.0
+    warmup: NonNegativeFloat = 0.03
+    hold: ClosedUnitInterval = 0.9
+    final: NonNegativeFloat = 0.0
+    initial: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True)
@@ -301,29 +330,29 @@ class TrainConfig(Checked):
     """
 
     output: str | None = None
-    steps: int = 100_000
-    epochs: float | None = None
-    batch_size: int = 16
-    accumulate: int = 1
-    clip_norm: float = 0.0
+    steps: PositiveInt = 100_000
+    epochs: Annotated[float | None, Range("(0, inf)")] = None
+    batch_size: PositiveInt = 16
+    accumulate: PositiveInt = 1
+    clip_norm: NonNegativeFloat = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     graphs: bool = True
     checkpointing: bool = False
     shard: bool | Literal["hybrid"] = False
-    timeout_minutes: float = 30.0
-    seed: int = 0
-    workers: int = 2
-    threads: int = 0
-    log_every: int = 50
-    export_every: int = 0
-    save_every: int = 1000
-    keep_last: int = 2
-    max_broken: float = 0.01
-    max_skipped: int = 20
+    timeout_minutes: Annotated[float, Range("(0, 100000]")] = 30.0
+    seed: Annotated[int, Range("[0, 9223372036854775807]")] = 0
+    workers: Annotated[int, Range("[0, 1024]")] = 2
+    threads: Annotated[int, Range("[0, 1024]")] = 0  # far more crash the thread pool
+    log_every: PositiveInt = 50
+    export_every: NonNegativeInt = 0
+    save_every: NonNegativeInt = 1000
+    keep_last: PositiveInt = 2
+    max_broken: ClosedUnitInterval = 0.01
+    max_skipped: PositiveInt = 20
     callbacks: list[str | dict[str, Any]] = field(default_factory=list)
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
-    probe_every: int = 0
+    probe_every: NonNegativeInt = 0
     probe_data: str | None = None
 
 
@@ -348,18 +377,18 @@ class CollapseConfig(Checked):
         action: What to do when a rule is broken.
     """
 
-    distinct: float = 0.5
-    target_std: float = 0.1
-    prediction_std: float = 0.01
-    rank: float = 4.0
-    variation: float = 0.2
-    divergence: float = 2.0
-    leak: float = 0.1
-    distance: float = 1e-6
-    decay: float = 0.999999
-    update: float = 1e-5
-    gradient: float = 1000.0
-    after: int | None = None
+    distinct: ClosedUnitInterval = 0.5
+    target_std: NonNegativeFloat = 0.1
+    prediction_std: NonNegativeFloat = 0.01
+    rank: NonNegativeFloat = 4.0
+    variation: NonNegativeFloat = 0.2
+    divergence: NonNegativeFloat = 2.0
+    leak: NonNegativeFloat = 0.1
+    distance: NonNegativeFloat = 1e-6
+    decay: ClosedUnitInterval = 0.999999
+    update: NonNegativeFloat = 1e-5
+    gradient: NonNegativeFloat = 1000.0
+    after: Annotated[int | None, Range("[0, inf)")] = None
     action: Literal["warn", "stop", "off"] = "warn"
 
 
@@ -379,111 +408,7 @@ SECTIONS = {
 GROUPS = {*SECTIONS, "mask", "data"}
 DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)}
 DEFAULTS |= {"data.class": None, "data.views": None, "data.whole_seconds": 60.0}
-DEFAULTS |= {"data.streaming": False, "data.shuffle_buffer": 1000}
-
-# The valid interval of a number, or of each number in a list or mapping. A round bracket excludes the bound.
-RANGES = {
-    "collapse.after": "[0, inf)",
-    "collapse.decay": "[0, 1]",
-    "collapse.distance": "[0, inf)",
-    "collapse.distinct": "[0, 1]",
-    "collapse.divergence": "[0, inf)",
-    "collapse.gradient": "[0, inf)",
-    "collapse.leak": "[0, inf)",
-    "collapse.prediction_std": "[0, inf)",
-    "collapse.rank": "[0, inf)",
-    "collapse.target_std": "[0, inf)",
-    "collapse.update": "[0, inf)",
-    "collapse.variation": "[0, inf)",
-    "data.batch_seconds": "(0, inf)",
-    "data.block_size": "[2, inf)",
-    "data.channel_length": "[1, inf)",
-    "data.channel_prob": "[0, 1)",
-    "data.crop_ratio": "(0, inf)",
-    "data.crop_scale": "(0, 1]",
-    "data.flip": "[0, 1]",
-    "data.image_size": "[1, inf)",
-    "data.jitter": "[0, inf)",
-    "data.join_seconds": "[0, inf)",
-    "data.max_seconds": "(0, 86400]",
-    "data.mean": "(-inf, inf)",
-    "data.mel_bins": "[1, inf)",
-    "data.min_seconds": "[0, inf)",
-    "data.sample_rate": "[1, inf)",
-    "data.std": "(0, inf)",
-    "data.target_length": "[1, inf)",
-    "data.views": "[1, inf)",
-    "data.vocab_size": "[261, 16777216]",  # 256 bytes and 5 special tokens; tokenizers aborts when out of memory
-    "data.whole_seconds": "(0, inf)",
-    "data.shuffle_buffer": "[1, inf)",
-    "data.stream_timeout": "(0, inf)",
-    "ema.anneal_steps": "[0, inf)",
-    "ema.end": "[0, 1]",
-    "ema.start": "[0, 1]",
-    "encoder.feature_grad_mult": "[0, inf)",
-    "head.dropout": "[0, 1)",
-    "head.groups": "[1, inf)",
-    "head.kernel": "[1, inf)",
-    "head.layers": "[0, inf)",
-    "head.noise": "[0, inf)",
-    "head.projection_layers": "[1, inf)",
-    "head.width": "[1, inf)",
-    "loss.beta": "[0, inf)",
-    "loss.cls_weight": "[0, inf)",
-    "loss.scale": "(0, inf)",
-    "mask.adjust": "[-1, 1]",
-    "mask.count": "[1, inf)",
-    "mask.dropout": "[0, 1)",
-    "mask.keep_prob": "[0, 1]",
-    "mask.length": "[1, inf)",
-    "mask.length_other": "[0, inf)",
-    "mask.length_std": "[0, inf)",
-    "mask.max_area": "[1, inf)",
-    "mask.min_area": "[1, inf)",
-    "mask.min_aspect": "(0, 1]",
-    "mask.min_space": "[0, inf)",
-    "mask.min_spans": "[0, inf)",
-    "mask.prob": "(0, 1)",
-    "mask.random_prob": "[0, 1]",
-    "optimizer.betas": "[0, 1)",
-    "optimizer.eps": "(0, inf)",
-    "optimizer.lr": "(0, inf)",
-    "optimizer.lr_scale": "[0, inf)",
-    "optimizer.weight_decay": "[0, inf)",
-    "schedule.final": "[0, inf)",
-    "schedule.hold": "[0, 1]",
-    "schedule.initial": "[0, inf)",
-    "schedule.warmup": "[0, inf)",
-    "targets.top_k": "[1, inf)",
-    "train.accumulate": "[1, inf)",
-    "train.batch_size": "[1, inf)",
-    "train.clip_norm": "[0, inf)",
-    "train.epochs": "(0, inf)",
-    "train.export_every": "[0, inf)",
-    "train.keep_last": "[1, inf)",
-    "train.log_every": "[1, inf)",
-    "train.max_broken": "[0, 1]",
-    "train.max_skipped": "[1, inf)",
-    "train.probe_every": "[0, inf)",
-    "train.save_every": "[0, inf)",
-    "train.seed": "[0, 9223372036854775807]",
-    "train.steps": "[1, inf)",
-    "train.timeout_minutes": "(0, 100000]",
-    "train.threads": "[0, 1024]",  # far more crash the thread pool
-    "train.workers": "[0, 1024]",
-}
-
-
-def _inside(value: float, interval: str) -> bool:
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    return (low <= value if interval[0] == "[" else low < value) and (value <= high if interval[-1] == "]" else value < high)
-
-
-def _in_words(interval: str) -> str:
-    low = interval[1:].partition(",")[0]
-    if interval.endswith("inf)"):
-        return {"[": f"at least {low}", "(": "a number" if low == "-inf" else f"a number above {low}"}[interval[0]]
-    return f"a number in {interval}"
+DEFAULTS |= {"data.streaming": False, "data.shuffle_buffer": 1000, "data.length_multiple": 1}
 
 
 @dataclass(frozen=True)
@@ -512,10 +437,20 @@ class Config:
     resume: bool | Literal["auto"] = False  # auto = resume if there is a checkpoint
     resume_allow: list[str] = field(default_factory=list)
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the samples are blocks of tokens from our own text data set."""
+        return self.modality == "text" and not self.own_data
+
     def settings(self) -> dict[str, Any]:
         """All settings by their dotted keys."""
         values = {f"{section}.{k}": v for section in (*SECTIONS, "mask") for k, v in vars(getattr(self, section)).items()}
         return values | {f"data.{k}": v for k, v in self.data.items()}
+
+    def ranges(self) -> dict[str, Range]:
+        """The ranges of the settings by their dotted keys."""
+        classes = {**SECTIONS, "mask": type(self.mask), "data": data_class(self.modality, self.data["class"])}
+        return {f"{section}.{name}": found for section, cls in classes.items() for name, found in ranges(cls).items()}
 
     def check(self) -> None:
         """Raise ConfigError for invalid values."""
@@ -525,14 +460,14 @@ class Config:
                 raise ConfigError(
                     f"{key}: found {value!r}, which is not UTF-8, so config.yaml cannot hold it; rename or link it"
                 )
-        if self.own_data:  # its settings may share a name with ours and have another range
-            values = {key: value for key, value in values.items() if not key.startswith("data.") or key == "data.views"}
-        for key, interval in RANGES.items():
+        for key, expected in self.ranges().items():
             value = values.get(key)
             numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
             for number in numbers:
-                if isinstance(number, int | float) and not _inside(number, interval):
-                    raise ConfigError(f"{key}: found {number}, expected {_in_words(interval)}")
+                if isinstance(number, int | float) and number not in expected:
+                    raise ConfigError(f"{key}: found {number}, expected {expected}")
+        if self.own_data:  # its settings may share a name with ours and mean something else
+            values = {key: value for key, value in values.items() if not key.startswith("data.") or key == "data.views"}
         for key in ("data.crop_scale", "data.crop_ratio"):
             if key in values and values[key][0] > values[key][1]:
                 raise ConfigError(f"{key}: found {list(values[key])}, expected the lower number first")
@@ -879,17 +814,27 @@ def new_parser(modality: str, modalities: tuple[str, ...], sections: Iterable[st
     parser.add_argument("--fused", action="store_true", help="Use fused kernels and bf16, or stop with the reason.")
     parser.add_argument("--modality", type=Literal[modalities], default=modality, help="Modality of the data.")
     for name in sections:
-        parser.add_class_arguments(SECTIONS[name], name)
+        add_settings(parser, SECTIONS[name], name)
     return parser
+
+
+def add_settings(parser: ArgumentParser, cls: type, section: str, skip: Iterable[str] = ()) -> None:
+    """Add the arguments of a class as settings of a section, with their ranges in the help."""
+    parser.add_class_arguments(cls, section, skip=set(skip))
+    expected = {f"{section}.{name}": str(found) for name, found in ranges(cls).items()}
+    for action in parser._actions:
+        if action.help and action.dest in expected:
+            words = expected[action.dest]
+            action.help += f" {words[0].upper()}{words[1:]}."
 
 
 def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
     parser = new_parser(modality, tuple(MODALITIES), SECTIONS)
     help = 'Your own data set, "package.module:Class", usually with modality=custom.'
     parser.add_argument("--data.class", type=str | None, default=own, help=help)
-    parser.add_class_arguments(data_class(modality, own), "data", skip=NO_SETTINGS)
+    add_settings(parser, data_class(modality, own), "data", NO_SETTINGS)
     parser.add_argument("--mask.kind", type=Literal[MODALITIES[modality].masks], default=kind, help="How positions are masked.")
-    parser.add_class_arguments(MASKS[kind], "mask")
+    add_settings(parser, MASKS[kind], "mask")
     return parser
 
 
@@ -1051,6 +996,8 @@ def _readable(message: str, given: dict[str, Any], parser: ArgumentParser) -> st
 def _type_in_words(hint: Any) -> tuple[str, list[str]]:
     """Describe a type in words; returns the description and the choices it contains."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind is Annotated:
+        return _type_in_words(inner[0])
     if kind is Literal:
         return f"one of {', '.join(inner)}", list(inner)
     if kind in (Union, UnionType):

@@ -1,6 +1,6 @@
-"""Checkpoints of fairseq, EAT, the paper's vision code and arxyzan/data2vec-pytorch as Hugging Face models (method 6).
+"""Convert checkpoints of fairseq, EAT, the paper's vision code and arxyzan/data2vec-pytorch to transformers (method 6).
 
-None of these projects needs to be installed. The weights are renamed, never changed; a key that no rule knows is an error.
+None of these projects needs to be installed. Weights are renamed, never changed; a key that matches no rule is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
-Rules = list[tuple[str, str | None]]  # a pattern of the whole key and what it becomes, None = left out; the first counts
+Rules = list[tuple[str, str | None]]  # pattern of the whole key, and its replacement or None to drop it; the first match wins
 
 AUDIO: Rules = [
     (r"feature_extractor\.conv_layers\.(\d+)\.0\.(.+)", r"feature_extractor.conv_layers.\1.conv.\2"),
@@ -60,14 +60,14 @@ TEXT: Rules = [
     *BERT,
     (r"(regression_head|lm_head)\..+|(.+\.)?version|embed_positions\._float_tensor", None),
 ]
-BLOCK_2: Rules = [  # data2vec 2.0: blocks after those of timm
+BLOCK_2: Rules = [  # data2vec 2.0, whose blocks follow timm's
     (r"blocks\.(\d+)\.attn\.([qkv])\.(.+)", r"layers.\1.self_attn.\2_proj.\3"),
     (r"blocks\.(\d+)\.attn\.proj\.(.+)", r"layers.\1.self_attn.out_proj.\2"),
     (r"blocks\.(\d+)\.norm1\.(.+)", r"layers.\1.self_attn_layer_norm.\2"),
     (r"blocks\.(\d+)\.mlp\.(fc[12])\.(.+)", r"layers.\1.\2.\3"),
     (r"blocks\.(\d+)\.norm2\.(.+)", r"layers.\1.final_layer_norm.\2"),
 ]
-# What a modality encoder of 2.0 has, first under the names of v1 where there are such, then under those of transformers.
+# Rules for a modality encoder of 2.0: first to the names of v1 where it has the module, from these to those of transformers.
 NAMES_2: dict[str, tuple[Rules, Rules]] = {
     "IMAGE": (
         [
@@ -75,7 +75,7 @@ NAMES_2: dict[str, tuple[Rules, Rules]] = {
             (r"local_encoder\.proj\.(.+)", r"embeddings.patch_embeddings.projection.\1"),
             (r"extra_tokens", "embeddings.cls_token"),
             (r"context_encoder\.norm\.(.+)", r"embeddings.layernorm.\1"),
-            (r"fixed_positional_encoder\.positions|alibi_scale", None),  # checked to be what the model computes, or not used
+            (r"fixed_positional_encoder\.positions|alibi_scale", None),  # checked against what the model computes, or unused
         ],
         [*BERT, (r"embeddings\..+", r"\g<0>")],
     ),
@@ -98,39 +98,39 @@ DECODER_2: Rules = [
     (r"proj\.(\d+\..+)", r"projection.\1"),
     (r"proj\.(weight|bias)", r"projection.0.\1"),
 ]
-HEAD_2: dict[str, Rules] = {  # of fine-tuned models
+HEAD_2: dict[str, Rules] = {  # heads of fine-tuned models
     "IMAGE": [(r"fc_norm\.(.+)", r"norm.\1"), (r"head\.(.+)", r"classifier.\1")],
     "AUDIO": [(r"w2v_encoder\.proj\.(.+)", r"lm_head.\1")],
     "TEXT": [(r"classification_heads\.\w+\.((?:dense|out_proj)\..+)", r"classifier.\1")],
 }
-# Where the weights and the settings of pre-training are in a checkpoint, fine-tuned models included.
+# Prefixes of the weights and of the pre-training settings in a checkpoint; all but the first are those of fine-tuned models.
 BODIES_2 = ("", "model.", "w2v_encoder.w2v_model.")
 RUNS_2 = ("model.", "model.pretrained_model_args.model.", "model.w2v_args.model.")
-# Settings of 2.0 that no published model changes, the value that the models here compute, and what another one means;
-# "own." are those of the modality.
+# Settings of 2.0 that no published model changes: modalities, name ("own." for settings of the modality), the only supported
+# value, and what any other value means.
 ONLY_2: list[tuple[str, str, Any, str]] = [
-    ("AUDIO IMAGE TEXT", "layer_norm_first", False, "its blocks normalise before attention and FFN, those here afterwards"),
-    ("AUDIO IMAGE TEXT", "own.learned_alibi", False, "its bias on attention is a table that was learned"),
-    ("AUDIO IMAGE TEXT", "own.decoder.add_positions_masked", False, "its decoder is told positions"),
-    ("AUDIO IMAGE TEXT", "own.decoder.add_positions_all", False, "its decoder is told positions"),
-    ("IMAGE", "own.use_alibi_encoder", False, "its attention has a bias by distance on the grid"),
+    ("AUDIO IMAGE TEXT", "layer_norm_first", False, "its blocks normalise before attention and FFN, ours after them"),
+    ("AUDIO IMAGE TEXT", "own.learned_alibi", False, "its attention bias is a learned table"),
+    ("AUDIO IMAGE TEXT", "own.decoder.add_positions_masked", False, "its decoder adds positions"),
+    ("AUDIO IMAGE TEXT", "own.decoder.add_positions_all", False, "its decoder adds positions"),
+    ("IMAGE", "own.use_alibi_encoder", False, "its attention has a bias that depends on the distance in the grid"),
     ("IMAGE", "own.transformer_decoder", False, "its decoder is a transformer"),
     ("IMAGE", "own.enc_dec_transformer", False, "its decoder is a transformer"),
-    ("IMAGE", "own.num_extra_tokens", 1, "the models here have one extra token, CLS"),
-    ("AUDIO", "own.num_extra_tokens", 0, "its blocks see extra tokens, those here only frames"),
-    ("AUDIO", "own.extractor_mode", "layer_norm", "its convolutions have norms of another kind"),
-    ("AUDIO", "own.conv_pos_pre_ln", False, "its positional convolutions have a norm in front"),
-    ("AUDIO TEXT", "norm_eps", 1e-5, "the models here have one epsilon for all norms"),
-    ("TEXT", "own.use_alibi_encoder", False, "its attention has a bias by distance, RoBERTa's none"),
-    ("TEXT", "own.prenet_depth", 0, "its prenet comes with a norm that RoBERTa does not have"),
-    ("TEXT", "own.num_extra_tokens", 0, "its blocks see extra tokens, RoBERTa's only those of the text"),
+    ("IMAGE", "own.num_extra_tokens", 1, "our models have one extra token, CLS"),
+    ("AUDIO", "own.num_extra_tokens", 0, "its blocks see extra tokens, ours only frames"),
+    ("AUDIO", "own.extractor_mode", "layer_norm", "its convolutions use a different norm"),
+    ("AUDIO", "own.conv_pos_pre_ln", False, "a norm precedes its positional convolutions"),
+    ("AUDIO TEXT", "norm_eps", 1e-5, "our models use one epsilon for all norms"),
+    ("TEXT", "own.use_alibi_encoder", False, "its attention has a distance bias, RoBERTa's does not"),
+    ("TEXT", "own.prenet_depth", 0, "its prenet has a norm that RoBERTa lacks"),
+    ("TEXT", "own.num_extra_tokens", 0, "its blocks see extra tokens, RoBERTa's only the text"),
     ("TEXT", "own.no_scale_embedding", True, "its embeddings are scaled"),
 ]
-POOLING_2 = {"mean_pooling": "mean", "1": "mean", "cls_token": "cls", "2": "cls"}  # enumerations are read as their numbers
+POOLING_2 = {"mean_pooling": "mean", "1": "mean", "cls_token": "cls", "2": "cls"}  # a pickled enum is read as its number
 # Licences of the weights that the authors of 2.0 and of EAT released, as the hub writes them.
 LICENCES_2 = {"AUDIO": "mit", "IMAGE": "cc-by-nc-4.0", "TEXT": "mit", "EAT": "mit"}
-EAT_SIZE = 1024, 128  # frames, where its settings do not tell, and mel bins, which they never do
-# Mean and std of its spectrograms, of AudioSet or by the setting of a fine-tuning that says so: ESC-50, Speech Commands.
+EAT_SIZE = 1024, 128  # default number of frames; number of mel bins, which its settings never give
+# Mean and std of the spectrograms where they are not AudioSet's, by the setting that selects them: ESC-50, Speech Commands.
 EAT_NORMS = {"task.esc50_eval": (-6.627, 5.359), "task.spcv2_eval": (-6.846, 5.565)}
 VISION: Rules = [  # names of BEiT, as in the code of the paper
     (r"cls_token|mask_token", r"embeddings.\g<0>"),
@@ -157,7 +157,7 @@ VISION_PORT: Rules = [  # names of the fairseq port
     (r"encoder\.(.+)", r"\1"),
     (r"final_proj\..+", None),
 ]
-# What the settings in a checkpoint may be made of. Each is replaced by an object without behaviour.
+# Classes that pickled settings may refer to. Each is replaced by an inert object.
 HARMLESS = re.compile(
     r"argparse\.Namespace|(omegaconf|fairseq|(examples\.)?data2vec)\.[\w.]+|typing\.\w+|collections\.defaultdict"
     r"|builtins\.(bool|int|float|str|list|tuple|dict|object|NoneType)|pathlib\.\w*Path|torch\.torch_version\.TorchVersion"
@@ -167,16 +167,17 @@ HARMLESS = re.compile(
 
 @dataclass
 class Released:
-    """What a checkpoint of fairseq holds.
+    """Contents of a fairseq checkpoint.
 
     Attributes:
         model: In fp32 and eval mode: the student, or a fine-tuned model with its head.
         settings: Arguments of the run under flat, dotted names, such as model.average_top_k_layers; empty if there are none.
-        decoder: Of a pre-trained data2vec 2.0: weights of `ConvDecoder` in fp32.
-        decoder_settings: Of the same: arguments of `ConvDecoder` beside `hidden_size`.
-        teacher: Of the same, if it was saved: weights in fp32 under the names of the student's `state_dict`. What a teacher of
-            2.0 does not own is the student's (method 1.6).
-        licence: Of the weights that the authors of 2.0 released, as the hub writes it; weights of your own have yours.
+        decoder: Weights of `ConvDecoder` in fp32, for a pre-trained data2vec 2.0.
+        decoder_settings: Arguments of that `ConvDecoder`, except `hidden_size`.
+        teacher: Weights of its teacher in fp32, if saved, under the names of the student's `state_dict`. What a teacher of 2.0
+            does not own is the student's (method 1.6).
+        licence: Hub identifier of the licence under which the authors of 2.0 and EAT released their weights. It does not apply
+            to weights that you trained yourself.
     """
 
     model: PreTrainedModel
@@ -188,7 +189,7 @@ class Released:
 
 
 class _Inert:
-    """Stands in for whatever class an object was pickled from: holds its arguments and state and runs nothing."""
+    """Stand-in for the class of a pickled object: holds its arguments and state, and runs no code."""
 
     def __new__(cls, *args: Any) -> Any:
         inert = object.__new__(cls)
@@ -207,8 +208,8 @@ def _empty(*args: Any) -> dict:
 
 
 @contextmanager
-def named(file: str, what: str) -> Iterator[None]:
-    """Turn whatever is raised into a ValueError that begins with the file; those that do already pass."""
+def error_context(file: str, what: str) -> Iterator[None]:
+    """Turn any error into a ValueError that starts with the file name; errors that already do pass unchanged."""
     try:
         yield
     except Exception as error:  # a damaged file can raise anything
@@ -218,22 +219,22 @@ def named(file: str, what: str) -> Iterator[None]:
 
 
 def load_checkpoint(file: str) -> dict[str, Any]:
-    """What `torch.save` wrote, tensors on the CPU and memory-mapped, without running any code that it may hold.
+    """Load a file written by `torch.save` without running code from it; tensors are on the CPU and memory-mapped.
 
     Raises:
-        ValueError: Not such a file, or it holds objects that a checkpoint of these projects has no use for.
+        ValueError: Not such a file, or it holds objects that no checkpoint of these projects needs.
     """
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
     if not zipfile.is_zipfile(file):
-        raise ValueError(f"{file}: not a file that torch.save of torch 1.6 or later wrote")
-    with named(file, "cannot be read as a checkpoint"):
+        raise ValueError(f"{file}: not a file written by torch.save (torch 1.6 or later)")
+    with error_context(file, "cannot be read as a checkpoint"):
         names = get_unsafe_globals_in_checkpoint(file)
-        strange = [name for name in names if not HARMLESS.fullmatch(name)]
-        if strange:
+        disallowed = [name for name in names if not HARMLESS.fullmatch(name)]
+        if disallowed:
             raise ValueError(
-                f"{file}: holds {', '.join(sorted(strange))}, which a checkpoint has no use for and which may run code; "
-                "not loaded. If you trust the file, save its weights alone: torch.save({'model': …}, …)"
+                f"{file}: holds {', '.join(sorted(disallowed))}, which no checkpoint needs and which may run code; "
+                "not loaded. If you trust the file, save only its weights: torch.save({'model': …}, …)"
             )
         stand_ins: list[Any] = [(_empty if name == "collections.defaultdict" else _Inert, name) for name in names]
         with safe_globals(stand_ins):
@@ -244,11 +245,11 @@ def load_checkpoint(file: str) -> dict[str, Any]:
 
 
 def _settings(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The arguments of a run as flat, dotted keys, whether they are a dict, a Namespace or a DictConfig."""
+    """The arguments of a run, a dict, Namespace or DictConfig, with flat dotted keys."""
     if isinstance(value, _Inert):
         value = value.state
         if isinstance(value, dict):
-            value = value.get("_content", value.get("_val", value))  # of omegaconf: a container or a value
+            value = value.get("_content", value.get("_val", value))  # omegaconf's containers and values
         return _settings(value, prefix)
     if not isinstance(value, dict):
         return {prefix[:-1]: value}
@@ -256,10 +257,10 @@ def _settings(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _rename(state: State, rules: Rules, file: str) -> State:
-    """`state` under the names that `rules` give.
+    """Rename the keys of `state` by `rules`.
 
     Raises:
-        ValueError: A key that no rule knows.
+        ValueError: A key matches no rule.
     """
     renamed, unknown = {}, []
     for key, value in state.items():
@@ -272,8 +273,8 @@ def _rename(state: State, rules: Rules, file: str) -> State:
             unknown.append(key)
     if unknown:
         raise ValueError(
-            f"{file}: holds {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}, which the classes of transformers "
-            "for data2vec have no place for: another architecture, or a fine-tuned model"
+            f"{file}: holds {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}, which the data2vec classes of "
+            "transformers do not have: another architecture, or a fine-tuned model"
         )
     return renamed
 
@@ -305,48 +306,48 @@ def make_model(config: PreTrainedConfig, state: State, file: str, cls: Any = Non
     model, found = cls.from_pretrained(
         None,
         config=config,
-        # Copied, as they may be mapped from a file that somebody replaces.
+        # Copied, because they may be mapped from a file that is later replaced.
         state_dict={k: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in state.items()},
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # to name them below
+        ignore_mismatched_sizes=True,  # they are reported below
         **class_arguments(cls),
     )
     wrong = {kind: sorted(map(str, found[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
-    # Heads and poolers that pre-training does not use are left behind.
+    # Heads and poolers that pre-training does not use are dropped.
     wrong["unexpected"] = [key for key in wrong["unexpected"] if not key.startswith(("pooler.", "lm_head."))]
     if any(wrong.values()):
-        told = "; ".join(f"{kind}: {', '.join(keys[:5])}" for kind, keys in wrong.items() if keys)
-        raise ValueError(f"{file}: its weights are not those of {cls.__name__}: {told}")
+        details = "; ".join(f"{kind}: {', '.join(keys[:5])}" for kind, keys in wrong.items() if keys)
+        raise ValueError(f"{file}: its weights are not those of {cls.__name__}: {details}")
     return model.eval()
 
 
 def from_fairseq(file: str, eat: bool = False) -> Released:
-    """What is in a checkpoint of fairseq, of EAT, or of the vision code of the paper.
+    """Load a checkpoint of fairseq, EAT, or the paper's vision code.
 
     v1 audio → Data2VecAudioModel, v1 text → Data2VecTextModel, v1 vision → Data2VecVisionModel; v2 audio, text and images →
-    Data2Vec2AudioModel, RobertaModel and Data2Vec2VisionModel, fine-tuned ones with their head. The student is taken, as
-    fine-tuning does (method 1.6). EAT (Chen et al. 2024) is v2 of images, on spectrograms (frames, 128 mel bins) of one
-    channel.
+    Data2Vec2AudioModel, RobertaModel and Data2Vec2VisionModel. Fine-tuned models keep their head. The weights are the
+    student's, as in fine-tuning (method 1.6). EAT (Chen et al. 2024) is the image model of v2 on single-channel spectrograms
+    (frames, 128 mel bins).
 
     Args:
         file: The checkpoint.
-        eat: Whether it is one of EAT.
+        eat: Whether it is a checkpoint of EAT.
 
     Raises:
-        ValueError: Not such a checkpoint, or a model that there is no class for; the message says why.
+        ValueError: Not such a checkpoint, or there is no class for its model; the message says why.
     """
     checkpoint = load_checkpoint(file)
     if not isinstance(checkpoint.get("model"), dict):
         raise ValueError(f"{file}: holds {list(checkpoint)[:8]}, expected 'model' as in a checkpoint of fairseq")
-    with named(file, "its weights and settings make no model"):
+    with error_context(file, "its weights and settings do not form a model"):
         settings = _settings(checkpoint.get("cfg") or checkpoint.get("args") or {})
-        # The teacher is a dict of its own among the weights.
+        # The teacher is a separate dict among the weights.
         state = {k: v for k, v in checkpoint["model"].items() if isinstance(v, Tensor) and "_ema." not in k}
         _check_whole(state, file)
         if any("modality_encoders." in k for k in state):
             return _version_2(state, checkpoint["model"].get("_ema"), settings, file, eat)
         if eat:
-            raise ValueError(f"{file}: has no modality_encoders.IMAGE, so it is no model of EAT; --from fairseq may read it")
+            raise ValueError(f"{file}: has no modality_encoders.IMAGE, so it is not a model of EAT; try --from fairseq")
         if "encoder.sentence_encoder.embed_tokens.weight" in state:
             stripped = {k.removeprefix("encoder.").removeprefix("sentence_encoder."): v for k, v in state.items()}
             return Released(_text(stripped, settings, file), settings)
@@ -354,7 +355,7 @@ def from_fairseq(file: str, eat: bool = False) -> Released:
             return Released(_audio(state, settings, file), settings)
         if "patch_embed.proj.weight" in state or "patch_embed.conv.weight" in state:
             return Released(_vision(state, file), settings)
-    raise ValueError(f"{file}: not a pre-trained data2vec model of audio, text or vision, its weights begin {list(state)[:3]}")
+    raise ValueError(f"{file}: not a pre-trained data2vec model of audio, text or vision; it starts with {list(state)[:3]}")
 
 
 def _heads(settings: dict[str, Any], hidden_size: int, file: str) -> int:
@@ -363,12 +364,12 @@ def _heads(settings: dict[str, Any], hidden_size: int, file: str) -> int:
             if settings.get(name):
                 return int(settings[name])
     heads = max(1, hidden_size // 64)
-    log.warning("%s: does not say how many attention heads it has; taken to be %d, 64 channels each", file, heads)
+    log.warning("%s: does not give its number of attention heads; assuming %d, with 64 channels each", file, heads)
     return heads
 
 
 def _depth(state: State, pattern: str) -> int:
-    """How many layers there are; counted, as one name with a large number would ask for as many."""
+    """Number of layers. They are counted, because a single name with a large index could otherwise demand that many."""
     return len({m[1] for key in state if (m := re.match(pattern, key))})
 
 
@@ -399,12 +400,12 @@ def _audio(state: State, settings: dict[str, Any], file: str) -> PreTrainedModel
 
 
 def _convolutions(state: State, prefix: str, layers: str | None, file: str) -> dict[str, Any]:
-    """Fields for the convolutions over a waveform; only the settings know their strides."""
+    """Config fields of the convolutions over a waveform; their strides are only in the settings."""
     count = _depth(state, rf"{re.escape(prefix)}\.conv_layers\.(\d+)\.0\.")
     kernels = [state[f"{prefix}.conv_layers.{i}.0.weight"] for i in range(count)]
     strides = _strides(layers, file) if layers else [5, *[2] * 6]
     if len(strides) != len(kernels):
-        raise ValueError(f"{file}: has {len(kernels)} convolutions, but its settings {len(strides)}: {layers}")
+        raise ValueError(f"{file}: has {len(kernels)} convolutions, but its settings list {len(strides)}: {layers}")
     return dict(
         conv_dim=[w.shape[0] for w in kernels],
         conv_kernel=[w.shape[2] for w in kernels],
@@ -415,7 +416,7 @@ def _convolutions(state: State, prefix: str, layers: str | None, file: str) -> d
 
 
 def _strides(layers: str, file: str) -> list[int]:
-    """Strides of "[(512, 10, 5)] + [(512, 3, 2)] * 4", which fairseq evaluates as Python; here only this form is read."""
+    """Strides of "[(512, 10, 5)] + [(512, 3, 2)] * 4", which fairseq evaluates as Python; only this form is accepted here."""
     term = r"\s*(\[[\s\d,()]*\])\s*(?:\*\s*(\d\d?))?\s*"
     if not re.fullmatch(rf"{term}(?:\+{term})*", layers):
         raise ValueError(f"{file}: conv_feature_layers={layers!r}: expected a sum of lists of (width, kernel, stride)")
@@ -429,11 +430,11 @@ def _text(state: State, settings: dict[str, Any], file: str) -> PreTrainedModel:
     fields["num_hidden_layers"] = _depth(state, r"layers\.(\d+)\.")
     fields["intermediate_size"] = len(state["layers.0.fc1.bias"])
     fields["num_attention_heads"] = _heads(settings, fields["hidden_size"], file)
-    return make_model(AutoConfig.for_model("data2vec-text", **fields), _one_type(_rename(state, TEXT, file)), file)
+    return make_model(AutoConfig.for_model("data2vec-text", **fields), _add_token_type(_rename(state, TEXT, file)), file)
 
 
 def _roberta(state: State, prefix: str) -> dict[str, Any]:
-    """Fields of RoBERTa's configuration, those of its blocks excepted."""
+    """Config fields of RoBERTa, except those of its blocks."""
     vocab_size, hidden_size = state[f"{prefix}embed_tokens.weight"].shape
     return dict(
         vocab_size=vocab_size,
@@ -447,8 +448,8 @@ def _roberta(state: State, prefix: str) -> dict[str, Any]:
     )
 
 
-def _one_type(state: State) -> State:
-    """RoBERTa's embedding of segments, which fairseq's does not have: one segment, nothing added."""
+def _add_token_type(state: State) -> State:
+    """Add the token-type embedding that RoBERTa has in transformers but not in fairseq: one type, zeros."""
     hidden_size = state["embeddings.word_embeddings.weight"].shape[1]
     return state | {"embeddings.token_type_embeddings.weight": torch.zeros(1, hidden_size)}
 
@@ -465,7 +466,7 @@ def _vision(state: State, file: str) -> PreTrainedModel:
         raise ValueError(
             f"{file}: has no relative-position bias shared by all layers, so it is not a pre-trained data2vec model"
         )
-    side = (math.isqrt(len(table) - 3) + 1) // 2  # (2·side - 1)² distances and three of the extra token
+    side = (math.isqrt(len(table) - 3) + 1) // 2  # (2·side - 1)² distances and three for the extra token
     fields = dict(
         hidden_size=len(projection),
         num_hidden_layers=_depth(state, r"blocks\.(\d+)\."),
@@ -484,7 +485,7 @@ def _vision(state: State, file: str) -> PreTrainedModel:
 
 
 def _version_2(state: State, ema: Any, settings: dict[str, Any], file: str, eat: bool) -> Released:
-    """A model of data2vec 2.0 or EAT, pre-trained or fine-tuned; `ema` is a dict of the teacher's weights, if saved."""
+    """Build a model of data2vec 2.0 or EAT, pre-trained or fine-tuned; `ema` holds the teacher's weights, if saved."""
     prefix = next(key for key in state if "modality_encoders." in key).partition("modality_encoders.")[0]
     if prefix not in BODIES_2:
         raise ValueError(f"{file}: has a model of data2vec 2.0 under {prefix!r}, expected {' or '.join(map(repr, BODIES_2))}")
@@ -498,19 +499,19 @@ def _version_2(state: State, ema: Any, settings: dict[str, Any], file: str, eat:
     (modality,) = modalities
     cfg = _settings_2(settings, modality, file)
     if eat and modality != "IMAGE":
-        raise ValueError(f"{file}: has an encoder of {modality}, EAT's is one of IMAGE; take --from fairseq")
+        raise ValueError(f"{file}: has an encoder of {modality}, but EAT's is one of IMAGE; use --from fairseq")
     if eat:
         settings = {"model.prediction_mode": "cls_token"} | settings  # its default
         lengths = (settings.get("model.target_length"), cfg.get("own.target_length"), settings.get("task.target_length"))
         cfg["spectrogram"] = [int(next(filter(None, lengths), EAT_SIZE[0])), EAT_SIZE[1]]
     body = {key.removeprefix(f"modality_encoders.{modality}."): value for key, value in body.items()}
-    # Both predict in pre-training and have no place here.
+    # Both are prediction heads of pre-training that are not needed here.
     body = {key: value for key, value in body.items() if not key.startswith(("shared_decoder.", "recon_proj."))}
     decoder = {key.removeprefix("decoder."): value for key, value in body.items() if key.startswith("decoder.")}
     encoder = {key: value for key, value in body.items() if not key.startswith("decoder.")}
     config = {"AUDIO": _audio_2, "IMAGE": _image_2, "TEXT": _text_2}[modality](encoder, cfg, file)
     weights = _rename_2(encoder, modality, config, file)
-    with torch.device("meta"):  # so that a small file cannot ask for much memory
+    with torch.device("meta"):  # otherwise a small file could demand much memory
         cls = model_class(type(config))
         model = cls(config, **class_arguments(cls))
     _check_shapes(weights, model.state_dict(), "weights", file)
@@ -529,7 +530,7 @@ def _version_2(state: State, ema: Any, settings: dict[str, Any], file: str, eat:
 
 
 def _check_whole(state: State, file: str) -> None:
-    """Refuse a small file that asks for a large model: tensors that repeat what they hold."""
+    """Raise ValueError for expanded tensors, with which a small file could demand a large model."""
     for key, value in state.items():
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(f"{file}: {key} has shape {list(value.shape)}, but the file holds fewer numbers")
@@ -543,34 +544,34 @@ def _check_shapes(found: State, expected: State, what: str, file: str) -> None:
 
 
 def _settings_2(settings: dict[str, Any], modality: str, file: str) -> dict[str, Any]:
-    """Settings of the model, those of its modality as "own.…".
+    """Settings of the model; the names of those of its modality start with "own.".
 
     Raises:
-        ValueError: One that asks for another architecture.
+        ValueError: A setting selects an unsupported architecture.
     """
     run = next((run for run in RUNS_2 if any(key.startswith(f"{run}modalities.") for key in settings)), RUNS_2[0])
-    mine = f"{run}modalities.{modality.lower()}."
+    prefix = f"{run}modalities.{modality.lower()}."
     cfg = {key.removeprefix(run): value for key, value in settings.items() if key.startswith(run)}
-    cfg |= {f"own.{key.removeprefix(mine)}": value for key, value in settings.items() if key.startswith(mine)}
+    cfg |= {f"own.{key.removeprefix(prefix)}": value for key, value in settings.items() if key.startswith(prefix)}
     for where, key, expected, why in ONLY_2:
         found = cfg.get(key)
         if isinstance(expected, float) and found is not None:
             found = float(found)  # PyYAML reads 1e-6 as a string
         if modality in where.split() and found not in (None, expected):
-            name = f"{mine}{key.removeprefix('own.')}" if key.startswith("own.") else f"{run}{key}"
+            name = f"{prefix}{key.removeprefix('own.')}" if key.startswith("own.") else f"{run}{key}"
             raise ValueError(f"{file}: {name}: found {found!r}, expected {expected!r}: {why}")
     return cfg
 
 
 def _shift(state: State, name: str, by: int) -> State:
-    """`name.3.…` as `name.4.…`, by 1."""
+    """Add `by` to the index i of keys `name.i.…`."""
     pattern = re.compile(rf"{name}\.(\d+)\.(.+)")
     return {f"{name}.{int(m[1]) + by}.{m[2]}" if (m := pattern.fullmatch(key)) else key: v for key, v in state.items()}
 
 
 def _rename_2(state: State, modality: str, config: PreTrainedConfig, file: str) -> State:
-    """The weights of a modality's encoder and of the blocks under the names of the model that computes them."""
-    # With the norm after the residual nothing stands between the prenet's blocks and the others: they are one stack.
+    """Rename the weights of a modality's encoder and of the blocks to those of the transformers model."""
+    # In a post-norm model nothing separates the prenet's blocks from the others, so all form one stack.
     state = _shift(state, "blocks", _depth(state, r"context_encoder\.blocks\.(\d+)\."))
     state = {re.sub(r"^context_encoder\.blocks\.", "blocks.", key): value for key, value in state.items()}
     state = _shift(state, "relative_positional_encoder", -1)  # its first layer transposes
@@ -580,11 +581,11 @@ def _rename_2(state: State, modality: str, config: PreTrainedConfig, file: str) 
         state = state | _alibi_scale(state.pop("alibi_scale", None), config, file)
     first, second = NAMES_2[modality]
     state = _rename(_rename(_split_qkv(state), first, file), second, file)
-    return _one_type(state) if modality == "TEXT" else state
+    return _add_token_type(state) if modality == "TEXT" else state
 
 
 def _check_positions(positions: Tensor, config: PreTrainedConfig, file: str) -> None:
-    """Refuse other positions than Data2Vec2VisionModel computes; those of EAT may go on for longer recordings."""
+    """Raise ValueError unless Data2Vec2VisionModel computes these positions; EAT's may extend to longer recordings."""
     from d2v_fast.nets.vision import sincos
 
     eat, channels = isinstance(config.image_size, list), config.hidden_size
@@ -594,7 +595,7 @@ def _check_positions(positions: Tensor, config: PreTrainedConfig, file: str) -> 
     same = used.shape == (1, high * wide, channels) and channels % 4 == 0
     if not (same and (used[0] - sincos(high, wide, channels)).abs().max() <= rounding):
         grid = f"{high} × {wide} patches (frames, mel bins)" if eat else "a square of patches"
-        hint = "" if eat or config.num_channels > 1 else "; a model of EAT is read by --from eat"
+        hint = "" if eat or config.num_channels > 1 else "; for a model of EAT, use --from eat"
         raise ValueError(
             f"{file}: fixed_positional_encoder.positions are not the sines and cosines of {grid}, column first, "
             f"which Data2Vec2VisionModel computes{hint}"
@@ -602,7 +603,7 @@ def _check_positions(positions: Tensor, config: PreTrainedConfig, file: str) -> 
 
 
 def _alibi_scale(scale: Tensor | None, config: PreTrainedConfig, file: str) -> State:
-    """(rows, 1, heads, 1, 1); older versions left the first axis out, and one scale may serve all heads."""
+    """Scale of ALiBi (rows, 1, heads, 1, 1). Older versions omit the first axis, and heads may share one scale."""
     if not config.use_alibi:
         return {}
     heads = config.num_attention_heads
@@ -614,13 +615,13 @@ def _alibi_scale(scale: Tensor | None, config: PreTrainedConfig, file: str) -> S
     return {"alibi_scale": scale.expand(-1, -1, heads, -1, -1)}
 
 
-def _chosen(cfg: dict[str, Any], **names: str) -> dict[str, Any]:
-    """These settings under other names, those that there are."""
+def _pick(cfg: dict[str, Any], **names: str) -> dict[str, Any]:
+    """The settings that are present, renamed by field=setting."""
     return {field: cfg[name] for field, name in names.items() if cfg.get(name) is not None}
 
 
 def _layers_2(state: State) -> dict[str, Any]:
-    """Fields for the blocks, the prenet's included."""
+    """Config fields of the blocks, including the prenet's."""
     layers = _depth(state, r"blocks\.(\d+)\.") + _depth(state, r"context_encoder\.blocks\.(\d+)\.")
     return dict(num_hidden_layers=layers, intermediate_size=len(state["blocks.0.mlp.fc1.bias"]))
 
@@ -630,15 +631,15 @@ def _image_2(state: State, cfg: dict[str, Any], file: str) -> PreTrainedConfig:
 
     if "local_encoder.0.proj.weight" in state:
         raise ValueError(
-            f"{file}: modalities.image.embed_dim is not the width of the blocks, so that a Linear follows the patches; "
+            f"{file}: modalities.image.embed_dim is not the width of the blocks, so a Linear follows the patches; "
             "Data2Vec2VisionModel has none"
         )
     if "fixed_positional_encoder.positions" not in state:
-        raise ValueError(f"{file}: has no fixed_positional_encoder.positions, but Data2Vec2VisionModel computes such ones")
+        raise ValueError(f"{file}: has no fixed_positional_encoder.positions, but Data2Vec2VisionModel adds them")
     projection, positions = state["local_encoder.proj.weight"], state["fixed_positional_encoder.positions"]
     size = cfg.get("spectrogram", math.isqrt(positions.shape[1]) * projection.shape[2])
     if "spectrogram" in cfg and projection.shape[1] != 1:
-        raise ValueError(f"{file}: its patches have {projection.shape[1]} channels, EAT's have 1; take --from fairseq")
+        raise ValueError(f"{file}: its patches have {projection.shape[1]} channels, EAT's have 1; use --from fairseq")
     return Data2Vec2VisionConfig(
         hidden_size=len(projection),
         num_attention_heads=_heads(cfg, len(projection), file),
@@ -647,7 +648,7 @@ def _image_2(state: State, cfg: dict[str, Any], file: str) -> PreTrainedConfig:
         image_size=size,
         layer_norm_eps=float(cfg.get("norm_eps", 1e-6)),
         **_layers_2(state),
-        **_chosen(cfg, hidden_dropout_prob="encoder_dropout", attention_probs_dropout_prob="attention_dropout"),
+        **_pick(cfg, hidden_dropout_prob="encoder_dropout", attention_probs_dropout_prob="attention_dropout"),
     )
 
 
@@ -656,7 +657,7 @@ def _audio_2(state: State, cfg: dict[str, Any], file: str) -> PreTrainedConfig:
 
     position = state["relative_positional_encoder.1.0.weight"]
     scale = state.get("alibi_scale")
-    fields = _chosen(
+    fields = _pick(
         cfg,
         hidden_dropout="encoder_dropout",
         attention_dropout="attention_dropout",
@@ -683,14 +684,14 @@ def _text_2(state: State, cfg: dict[str, Any], file: str) -> PreTrainedConfig:
     from transformers import RobertaConfig
 
     fields = _roberta(state, "local_encoder.") | _layers_2(state)
-    fields |= _chosen(cfg, hidden_dropout_prob="encoder_dropout", attention_probs_dropout_prob="attention_dropout")
+    fields |= _pick(cfg, hidden_dropout_prob="encoder_dropout", attention_probs_dropout_prob="attention_dropout")
     return RobertaConfig(num_attention_heads=_heads(cfg, fields["hidden_size"], file), **fields)
 
 
 def _fine_tuned_2(
     config: PreTrainedConfig, weights: State, head: State, modality: str, settings: dict[str, Any], file: str
 ) -> PreTrainedModel:
-    """A model with the head of a classifier of images or texts, or of CTC."""
+    """A fine-tuned model with its head: a classifier of images or texts, or CTC."""
     from transformers import RobertaForSequenceClassification
 
     from d2v_fast.nets import Data2Vec2AudioForCTC, Data2Vec2VisionForImageClassification
@@ -709,7 +710,7 @@ def _fine_tuned_2(
         if fields["pooling"] is None:
             raise ValueError(f"{file}: model.prediction_mode: found {mode}, expected one of {', '.join(POOLING_2)}")
         if "norm.weight" not in renamed:
-            raise ValueError(f"{file}: has no fc_norm, but {cls.__name__} normalises what it classifies (method 5.3)")
+            raise ValueError(f"{file}: has no fc_norm, but {cls.__name__} normalises the input of its classifier (method 5.3)")
     else:
         cls, fields = RobertaForSequenceClassification, {"num_labels": len(renamed["classifier.out_proj.weight"])}
     config.update(fields)
@@ -731,7 +732,7 @@ def _decoder_2(state: State, hidden_size: int, axes: int, cfg: dict[str, Any], f
         groups=hidden_size // first.shape[1],
         residual=bool(cfg.get("own.decoder.decoder_residual", True)),
         projection_layers=_depth(state, r"projection\.(\d+)\."),
-        **_chosen(cfg, dropout="own.decoder.input_dropout", noise="own.mask_noise_std"),
+        **_pick(cfg, dropout="own.decoder.input_dropout", noise="own.mask_noise_std"),
     )
     with torch.device("meta"):
         expected = ConvDecoder(hidden_size, **settings).state_dict()
@@ -740,14 +741,14 @@ def _decoder_2(state: State, hidden_size: int, axes: int, cfg: dict[str, Any], f
 
 
 def _teacher_2(student: State, ema: Any, modality: str, file: str) -> State:
-    """Weights of a whole teacher under the original names: what it does not own is the student's (method 1.6, 6.2)."""
+    """Weights of a complete teacher under the original names: what it does not own is the student's (method 1.6, 6.2)."""
     if not isinstance(ema, dict) or not all(isinstance(value, Tensor) for value in ema.values()):
-        raise ValueError(f"{file}: _ema: found something else than the teacher's weights")
+        raise ValueError(f"{file}: _ema: is not a dict of the teacher's weights")
     names = {key: key.removeprefix(f"modality_encoders.{modality}.") for key in ema}
-    # A teacher of the blocks alone calls them 0, 1, ….
+    # A teacher of only the blocks names them 0, 1, ….
     own = {f"blocks.{name}" if re.match(r"\d", name) else name: ema[key] for key, name in names.items()}
-    if strange := sorted(own.keys() - student.keys()):
-        raise ValueError(f"{file}: _ema: the teacher has {', '.join(strange[:5])}, the student has not")
+    if unknown := sorted(own.keys() - student.keys()):
+        raise ValueError(f"{file}: _ema: the teacher has {', '.join(unknown[:5])}, which the student lacks")
     return student | own
 
 
@@ -772,12 +773,10 @@ def from_data2vec_pytorch(file: str, encoder: str) -> tuple[PreTrainedModel, Sta
         config = AutoConfig.from_pretrained(encoder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--encoder {encoder}: neither a folder with config.json nor to be had from the hub: {reason}"
-        ) from error
+        raise ValueError(f"--encoder {encoder}: neither a folder with config.json nor a model on the hub: {reason}") from error
     prefix = "regression_head."
-    with named(file, "its weights make no model"):
+    with error_context(file, "its weights do not form a model"):
         head = {k.removeprefix(prefix): v for k, v in checkpoint["data2vec"].items() if k.startswith(prefix)}
-        # A single Linear there is a Sequential of one here.
+        # A plain Linear there is a Sequential of one Linear here.
         head = {f"0.{name}" if name in ("weight", "bias") else name: value for name, value in head.items()}
         return make_model(config, checkpoint["encoder"], file), head

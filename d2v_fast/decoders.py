@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_fast.config import HeadConfig
+
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -57,15 +59,15 @@ class ConvDecoder(nn.Module):
         self,
         hidden_size: int,
         axes: int = 1,
-        width: int = 384,
-        kernel: int = 7,
+        width: int = HeadConfig.width,
+        kernel: int = HeadConfig.kernel,
         layers: int = 4,
-        groups: int = 16,
-        residual: bool = True,
-        projection_layers: int = 1,
-        dropout: float = 0.0,
-        noise: float = 0.01,
-        zero_init: bool = False,
+        groups: int = HeadConfig.groups,
+        residual: bool = HeadConfig.residual,
+        projection_layers: int = HeadConfig.projection_layers,
+        dropout: float = HeadConfig.dropout,
+        noise: float = HeadConfig.noise,
+        zero_init: bool = HeadConfig.zero_init,
     ):
         super().__init__()
         if axes not in CONVOLUTIONS:
@@ -125,4 +127,4 @@ class ConvDecoder(nn.Module):
             y = F.gelu(F.layer_norm(y, y.shape[-1:])).movedim(-1, 1)
             x = x + y if self.residual and x.shape == y.shape else y
         x = x.flatten(2).transpose(1, 2)
-        return self.projection(x if rows is None else x.flatten(0, 1)[rows])
+        return self.projection(x if rows is None else x.flatten(0, 1).index_select(0, rows))

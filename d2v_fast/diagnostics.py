@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from d2v_fast import __version__, ops
 from d2v_fast.config import CollapseConfig
 from d2v_fast.data import PretrainingData
+from d2v_fast.figures import RULES
 from d2v_fast.model import Data2Vec, Data2VecOutput
 from d2v_fast.ops import native
 from d2v_fast.ops.reference import Moments, make_targets, moments_of
@@ -116,95 +117,6 @@ def constant_loss(target: Moments, beta: float, scale: float) -> Tensor:
     return scale * (below + above).sum()
 
 
-class Rule(NamedTuple):
-    """A logged figure and the CollapseConfig bound that it is checked against."""
-
-    figure: str
-    bound: str
-    least: bool  # whether the bound is a minimum, else a maximum
-    meaning: str
-    remedy: str
-    unless: tuple[str, ...] = ()  # bounds whose breach already explains this figure
-    at_once: bool = False  # checked from the first step, even before `collapse.after`
-
-    def broken(self, record: dict[str, Any], config: CollapseConfig) -> bool:
-        """Whether a log line breaks the rule; a missing figure does not."""
-        value, bound = record.get(self.figure, math.nan), getattr(config, self.bound)
-        return bound > 0 and (value < bound if self.least else value > bound)
-
-
-SLOWER = "a lower optimizer.lr, a longer schedule.warmup or clipping by train.clip_norm"
-FEW = "states shrink to a few directions"
-RULES = (
-    Rule(
-        "distinct_samples",
-        "distinct",
-        True,
-        "many samples are the same",
-        "check the data for duplicate files and for files with the same content",
-        at_once=True,
-    ),
-    Rule("target_std", "target_std", True, "targets are becoming constant", f"try a higher ema.start, {SLOWER}"),
-    Rule("prediction_std", "prediction_std", True, "predictions are becoming constant", f"try {SLOWER}"),
-    Rule("teacher_rank", "rank", True, f"the teacher's {FEW}", f"try a higher ema.start, {SLOWER}"),
-    Rule("student_rank", "rank", True, f"the student's {FEW}", f"try {SLOWER}"),
-    Rule(
-        "feature_variation",
-        "variation",
-        True,
-        "the local features hardly differ, the stem is dead or dying",
-        "check the data (silence? one colour?), try head.zero_init=true or a lower stem learning rate by optimizer.lr_scale",
-    ),
-    Rule(
-        "relative_loss",
-        "divergence",
-        False,
-        "predictions are worse than a constant, the run diverges",
-        f"try {SLOWER}",
-        unless=("target_std", "update"),
-    ),
-    Rule(
-        "content_loss",
-        "leak",
-        True,
-        "the loss is suspiciously low, as if the student saw what it predicts",
-        "check that the mask reaches the student and that samples are not nearly identical, try a higher mask.prob",
-        unless=("target_std",),
-    ),
-    Rule(
-        "teacher_distance",
-        "distance",
-        True,
-        "the teacher is a copy of the student",
-        "try a higher ema.start and ema.end",
-        unless=("update",),
-    ),
-    Rule(
-        "teacher_decay",
-        "decay",
-        False,
-        "the teacher stands still",
-        "try a lower ema.start and ema.end; if they are below 1, check that the teacher is updated after each step",
-        unless=("update",),
-    ),
-    Rule(
-        "update_share",
-        "update",
-        True,
-        "the student hardly moves",
-        "try a higher optimizer.lr; if it is high enough, check loss.scale and whether the gradient exploded before",
-    ),
-    Rule(
-        "gradient_peak",
-        "gradient",
-        False,
-        "the gradient explodes",
-        f"check the data for samples without content (silence, one colour), try {SLOWER}",
-        at_once=True,
-    ),
-)
-
-
 class Seen(NamedTuple):
     """What the figures need from a micro-batch."""
 
@@ -259,7 +171,7 @@ class Monitor:
             if ours.requires_grad and name not in model.teacher.copied
         ]
         self.student, self.teacher = (list(side) for side in zip(*averaged, strict=True))
-        self.active: set[Rule] = set()
+        self.active: set[str] = set()  # figures whose rule has warned and is still broken
         self.usual: deque[float] = deque(maxlen=LINES)  # median gradient norms, one per log line
         self.norms: list[Tensor] = []  # since the last log line
         self._reset()
@@ -269,13 +181,13 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """State for a resumed run: rules that have warned and are still broken, and gradient norms."""
         return {
-            "broken": [[rule.figure, rule.bound] for rule in RULES if rule in self.active],
+            "broken": [[name, rule.bound] for name, rule in RULES.items() if name in self.active],
             "norms": self._finite_norms(),
             "usual": list(self.usual),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.active = {rule for rule in RULES if [rule.figure, rule.bound] in state.get("broken", ())}
+        self.active = {name for name, rule in RULES.items() if [name, rule.bound] in state.get("broken", ())}
         self.norms = [torch.tensor(norm, device=self.accelerator.device) for norm in state.get("norms", ())]
         self.usual.extend(state.get("usual", ()))
 
@@ -297,6 +209,7 @@ class Monitor:
     def _after_forward(self, model: Data2Vec, args: tuple, inputs: dict[str, Any], output: Data2VecOutput) -> None:
         if not self.due:
             return
+        assert output.stats is not None, "a logged step computes them"
         mask, padding, index = inputs["mask"], inputs.get("padding_mask"), inputs.get("index")
         batch, length = output.features.shape[:2]
         padding = mask.new_zeros(batch, length) if padding is None else padding
@@ -410,19 +323,19 @@ class Monitor:
         """
         if self.config.action == "off":
             return []
-        alarms = []
-        broken = {rule.bound for rule in RULES if rule.broken(record, self.config)}
-        for rule in RULES:
+        alarms, values = [], {name: record.get(name, math.nan) for name in RULES}
+        broken = {rule.bound for name, rule in RULES.items() if rule.broken(values[name], self.config)}
+        for name, rule in RULES.items():
             if (record["step"] <= self.after and not rule.at_once) or not broken.isdisjoint(rule.unless):
                 continue
-            value, bound = record.get(rule.figure, math.nan), getattr(self.config, rule.bound)
-            if rule.broken(record, self.config) and rule not in self.active:
-                self.active.add(rule)
+            value, bound = values[name], getattr(self.config, rule.bound)
+            if rule.broken(value, self.config) and name not in self.active:
+                self.active.add(name)
                 side = "below" if rule.least else "above"
-                limit = f"{rule.figure} {value:.4g} is {side} collapse.{rule.bound}={bound:g}"
+                limit = f"{name} {value:.4g} is {side} collapse.{rule.bound}={bound:g}"
                 alarms.append(f"{rule.meaning}: {limit}; {rule.remedy}")
             elif value > CLEAR * bound if rule.least else value < bound / CLEAR:
-                self.active.discard(rule)
+                self.active.discard(name)
         if alarms:
             self._raise(record["step"], alarms)
         return alarms
@@ -445,7 +358,7 @@ EXTENSIONS = {"avx2": "AVX2", "avx512_f": "AVX-512", "avx512_bf16": "AVX512-BF16
 
 
 def environment(folder: str | Path = ".") -> dict[str, Any]:
-    """Facts for a bug report, as name → text; "warnings" lists what is slow or wrong on this machine, and the remedy.
+    """Facts for a bug report, as name → text; "warnings" lists problems of this machine, with remedies.
 
     Args:
         folder: Output folder of a run, which need not exist yet; its disk's free space is checked.

@@ -64,6 +64,7 @@ class EMATeacher(nn.Module, Generic[Student]):
             raise ValueError(f"copied: found {copied!r}, expected a list of patterns: [{copied!r}]")
         self.start, self.end, self.anneal_steps = start, end, anneal_steps
         self.step = 0
+        self.moved_by_optimizer = False  # its step averages the parameters, in the pass that updates them
         names = [name for name, _ in student.named_parameters()]
         copied = list(copied)
         for pattern in copied:
@@ -93,10 +94,19 @@ class EMATeacher(nn.Module, Generic[Student]):
         """
         decay = self.decay(self.step + 1)
         if decay < 1:
-            self._follow(student, decay)
+            averaged, copied = self.pairs(student)
+            if averaged[0] and not self.moved_by_optimizer:
+                torch._foreach_lerp_(averaged[0], [x.to(y.dtype) for y, x in zip(*averaged, strict=True)], 1 - decay)
+            if copied[0]:
+                torch._foreach_copy_(*copied)
         self.step += 1
 
-    def _follow(self, student: nn.Module, decay: float) -> None:
+    def pairs(self, student: nn.Module) -> tuple[tuple[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]:
+        """Tensors of the teacher, and those of the student that they follow: the averaged ones, and the copied ones.
+
+        Raises:
+            ValueError: As `update`.
+        """
         targets, sources = _tensors(self.module), _tensors(student)
         for name in sorted(targets.keys() ^ sources.keys()):
             raise ValueError(
@@ -121,10 +131,7 @@ class EMATeacher(nn.Module, Generic[Student]):
             pair = averaged if follows else copied
             pair[0].append(own(ours))  # both are sharded in the same way
             pair[1].append(own(theirs))
-        if averaged[0]:
-            torch._foreach_lerp_(averaged[0], [x.to(y.dtype) for y, x in zip(*averaged, strict=True)], 1 - decay)
-        if copied[0]:
-            torch._foreach_copy_(*copied)
+        return averaged, copied
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.step)

@@ -24,8 +24,8 @@ import d2v_fast
 from d2v_fast import nets, trained
 from d2v_fast.checkpoint import sync
 from d2v_fast.choices import nearest
-from d2v_fast.config import ConfigError
-from d2v_fast.convert import EAT_NORMS, Released, from_data2vec_pytorch, from_fairseq, make_model, named
+from d2v_fast.config import MODALITIES, ConfigError
+from d2v_fast.convert import EAT_NORMS, Released, error_context, from_data2vec_pytorch, from_fairseq, make_model
 from d2v_fast.data import first_line, is_local
 from d2v_fast.data.audio import feature_extractor
 from d2v_fast.data.spectrograms import MEAN as SOUND_MEAN
@@ -34,6 +34,7 @@ from d2v_fast.data.spectrograms import spectrogram_extractor
 from d2v_fast.data.text import limit_length, load_tokenizer
 from d2v_fast.data.vision import MEAN, STD, image_processor
 from d2v_fast.encoders import Encoder, PatchEncoder, TokenEncoder, class_arguments, example, off_by, wrap
+from d2v_fast.figures import FIGURES
 from d2v_fast.report import read_lines, read_probes
 from d2v_fast.train.folder import HEAD, TEACHER
 from d2v_fast.trained import Trained, check_utf8
@@ -55,14 +56,8 @@ PIPELINES = {  # hub task by auto class; otherwise feature-extraction
     "AutoModelForAudioClassification": "audio-classification",
     "AutoModelForSequenceClassification": "text-classification",
 }
-PROBED = {  # hub task by modality of the probed model
-    "vision": "image-classification",
-    "audio": "audio-classification",
-    "spectrogram": "audio-classification",
-    "text": "fill-mask",
-}
 MEASURES = {"knn": "k-NN accuracy", "linear": "linear accuracy", "accuracy": "linear cloze accuracy", "nats": "cloze in nats"}
-LOGGED = ("step", "loss", "target_std", "prediction_std", "feature_std", "lr", "ema_decay")
+LOGGED = ("step", *(name for name, figure in FIGURES.items() if figure.card))
 
 
 class Exported:
@@ -310,7 +305,7 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
     config, step = found.config, found.step
     records = [line for line in read_lines(run / "log.jsonl") if step is None or line["step"] <= step]
     last = step or (records[-1]["step"] if records else "unknown")
-    data, train, targets, parent = public(config.data), config.train, config.targets, trained.whole_of(run)
+    data, train, targets, parent = public(config.data), config.train, config.targets, trained.parent_run(run)
     start = f", from {public(config.encoder.pretrained)}" if config.encoder.pretrained else ""
     mask, version = type(config.mask).__name__, ""
     if config.head.kind == "conv":
@@ -349,7 +344,7 @@ def eval_results(run: Path, found: Trained) -> list[Any]:
 
     return [
         EvalResult(
-            task_type=PROBED.get(found.config.modality, "feature-extraction"),
+            task_type=MODALITIES[found.config.modality].task,
             dataset_type=on_hub(probe["data"]) or public(probe["data"]),
             dataset_name=" ".join(filter(None, (public(probe["data"]), probe["name"]))),
             dataset_config=probe["name"],
@@ -469,7 +464,7 @@ def import_checkpoint(
         model, head = from_data2vec_pytorch(file, encoder)
         released = Released(model, {}, decoder=head)
     model, settings = released.model, released.settings
-    with named(file, "its settings make no model"):
+    with error_context(file, "its settings do not form a model"):
         loaded = wrap(model.base_model)
     if isinstance(loaded, TokenEncoder):
         exported = Exported(loaded, tokenizer and load_tokenizer(tokenizer), model)

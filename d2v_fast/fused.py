@@ -25,7 +25,7 @@ def fuse(model: Data2Vec, device: torch.device, parts: Iterable[str] | None = No
     Args:
         model: Student, teacher and head.
         device: Device on which they will run.
-        parts: Names of `PARTS`; all of them by default.
+        parts: Names of `PARTS`; all of them by default. "padding" needs masks whose padding is on the right.
 
     Raises:
         ValueError: No fused loss runs on this device, or `loss.impl` names a different one; the message says why.
@@ -95,6 +95,16 @@ def _attention(model: Data2Vec, device: torch.device) -> str:
     return f"attention {found.pop()}" if None not in found else ""
 
 
+def _padding(model: Data2Vec, device: torch.device) -> str:
+    """Attend in segments instead of with a padding mask, which must have all padding on the right.
+
+    Only for blocks that are known to pass the mask on unchanged. Images, cropped speech and packed text have no padding.
+    """
+    encoders = [each for each in (model.student, model.teacher.module) if each.halves and each.reads in ("text", "audio")]
+    used = [attention.use_segments(encoder.model, device) for encoder in encoders]
+    return "attention without padding" if any(used) else ""
+
+
 def _compile(model: Data2Vec, device: torch.device) -> str:
     """On a GPU, compile the blocks, the norms of convolutions and the decoder, to fuse the work between matrix products.
 
@@ -143,6 +153,7 @@ PARTS = {
     "convolutions": _convolutions,
     "dropout": _dropout,
     "attention": _attention,
+    "padding": _padding,
     "compile": _compile,
     "recompute": _recompute,
 }

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from d2v_fast.choices import Checked
+from d2v_fast.choices import Checked, ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt, Range
 
 Lengths = Sequence[int] | np.ndarray  # of the samples of a batch, (B,)
 
@@ -45,12 +46,19 @@ class Draws:
     def __len__(self) -> int:
         return len(self.samples) * self.views
 
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        """Of each sample, (B,) uint64."""
+        key = np.asarray(self.samples, dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            for part in (self.seed, self.epoch):
+                key = _splitmix(key + np.uint64(part % 2**64) * _GOLDEN + _GOLDEN)
+        return key
+
     def uniform(self, stream: int, *shape: int) -> np.ndarray:
         """Float64 in [0, 1), shape (B·views, *shape); different streams are independent."""
         with np.errstate(over="ignore"):
-            key = np.asarray(self.samples, dtype=np.uint64)
-            for part in (self.seed, self.epoch, stream):
-                key = _splitmix(key + np.uint64(part % 2**64) * _GOLDEN + _GOLDEN)
+            key = _splitmix(self._keys + np.uint64(stream % 2**64) * _GOLDEN + _GOLDEN)
             later = np.arange(1, self.views, dtype=np.uint64) * _GOLDEN
             key = np.concatenate([key[:, None], _splitmix(~key[:, None] + later)], axis=1).ravel()
             counter = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * _GOLDEN
@@ -141,15 +149,15 @@ class SpanMask(Checked):
             last frame.
     """
 
-    prob: float = 0.65
-    length: int = 10
+    prob: OpenUnitInterval = 0.65
+    length: PositiveInt = 10
     length_kind: Literal["static", "uniform", "normal", "poisson"] = "static"
-    length_other: float = 0.0
-    min_spans: int = 1
+    length_other: NonNegativeFloat = 0.0
+    min_spans: NonNegativeInt = 1
     overlap: bool = True
-    min_space: int = 0
+    min_space: NonNegativeInt = 0
     same_count: Literal["none", "min", "max"] = "none"
-    dropout: float = 0.0
+    dropout: Annotated[float, Range("[0, 1)")] = 0.0
     last_start: bool = True
 
     def __call__(self, draws: Draws, size: int, lengths: Lengths | None = None) -> np.ndarray:
@@ -219,10 +227,10 @@ class BlockMask(Checked):
         min_aspect: Aspect ratios are log-uniform between this and its inverse.
     """
 
-    count: int = 120
-    min_area: int = 16
-    max_area: int = 196
-    min_aspect: float = 0.3
+    count: PositiveInt = 120
+    min_area: PositiveInt = 16
+    max_area: PositiveInt = 196
+    min_aspect: Annotated[float, Range("(0, 1]")] = 0.3
 
     def __call__(self, draws: Draws, grid: tuple[int, int]) -> np.ndarray:
         """Mask of shape (B, H·W) over a grid of (H, W) patches, row-major."""
@@ -253,6 +261,8 @@ class BlockMask(Checked):
             masked += new * accepted
             failures = np.where(accepted, 0, failures + active)
         flat = mask.reshape(batch, -1)
+        if masked.max(initial=0) < high * wide:
+            return flat
         return _keep_one_visible(flat, np.ones_like(flat), draws.uniform(-1, high * wide))
 
 
@@ -271,11 +281,11 @@ class ExactBlockMask(Checked):
         overlap: Whether blocks may overlap; if not, they are tiles of the grid.
     """
 
-    prob: float = 0.8
-    length: int = 3
-    adjust: float = 0.07
+    prob: OpenUnitInterval = 0.8
+    length: PositiveInt = 3
+    adjust: Annotated[float, Range("[-1, 1]")] = 0.07
     inverse: bool = True
-    dropout: float = 0.0
+    dropout: Annotated[float, Range("[0, 1)")] = 0.0
     overlap: bool = True
 
     def count(self, size: int) -> int:
@@ -345,7 +355,7 @@ class RandomMask(Checked):
         prob: Share of masked positions; floor(T·(1 - prob)), and at least one, stay visible.
     """
 
-    prob: float = 0.6
+    prob: OpenUnitInterval = 0.6
 
     def __call__(self, draws: Draws, size: int | tuple[int, ...], lengths: Lengths | None = None) -> np.ndarray:
         """Mask of shape (B, T); `size` is T or a grid with any number of axes, `lengths` (B,) are the unpadded lengths."""
@@ -392,11 +402,11 @@ class TokenMask(Checked):
         loss_on: Score all "selected" tokens, or only those that became the "mask_token", as the reference does.
     """
 
-    prob: float = 0.35
-    length: int = 4
-    length_std: float = 0.0
-    random_prob: float = 0.0
-    keep_prob: float = 0.0
+    prob: OpenUnitInterval = 0.35
+    length: PositiveInt = 4
+    length_std: NonNegativeFloat = 0.0
+    random_prob: ClosedUnitInterval = 0.0
+    keep_prob: ClosedUnitInterval = 0.0
     whole_words: bool = False
     keep_special: bool = False
     frequency_weighted: bool = False

@@ -30,7 +30,7 @@ class Data2VecOutput:
 
     Attributes:
         loss: Scalar; the sum over scored positions divided by `num_targets` where given, else by their number.
-        stats: Moments of targets and predictions at the scored positions, on the device.
+        stats: Moments of targets and predictions at the scored positions, on the device; None if not asked for.
         features: Local features (B, T, C) of the student, detached.
         states: Of the student at the masked positions, or with a decoder at the visible ones; (rows, C), detached.
         teacher_states: Result of the teacher's last layer (B, T, C); in place only masked positions count.
@@ -38,7 +38,7 @@ class Data2VecOutput:
     """
 
     loss: Tensor
-    stats: LossStats
+    stats: LossStats | None
     features: Tensor
     states: Tensor
     teacher_states: Tensor
@@ -148,6 +148,7 @@ class Data2Vec(nn.Module):
         target_padding_mask: Tensor | None = None,
         channel_mask: Tensor | None = None,
         num_targets: Tensor | float | None = None,
+        stats: bool = True,
     ) -> Data2VecOutput:
         """One pass of student and teacher.
 
@@ -162,6 +163,7 @@ class Data2Vec(nn.Module):
             channel_mask: (B, C) bool, channels set to zero for the student.
             num_targets: Scored positions that the loss is divided by, e.g. those of all micro-batches of all ranks,
                 divided by the ranks (method 1.4).
+            stats: Compute the moments. On a GPU they take registers, which slows the loss down.
 
         Raises:
             ValueError: A mask that does not fit the model, or views with different numbers of visible positions.
@@ -186,16 +188,18 @@ class Data2Vec(nn.Module):
         if channel_mask is not None:
             student_features = student_features.masked_fill(channel_mask.unsqueeze(1), 0)
         predicted = self.predict(source, student_features, mask, index, visible, padding_mask)
-        loss, stats, *mean = data2vec_loss(
+        found = data2vec_loss(
             predicted.predictions,
             layers,
             mask,
             padding_mask=padding_mask,
             reduction="mean" if num_targets is None else "sum",
-            return_stats=True,
+            return_stats=stats,
             return_target_mean=bool(self.cls_weight),
             **self.loss_settings,
         )
+        loss, *mean = found if isinstance(found, tuple) else (found,)
+        moments = mean.pop(0) if stats else None
         cls_loss = None
         if self.cls_weight:
             cls_loss = self._cls_loss(predicted.extra, *mean)
@@ -207,7 +211,7 @@ class Data2Vec(nn.Module):
             cls_loss = None if cls_loss is None else cls_loss / num_targets
         return Data2VecOutput(
             loss,
-            stats,
+            moments,
             features.detach(),
             predicted.states.detach(),
             layers[-1],

@@ -37,7 +37,7 @@ from d2v_fast.train.build import make_data
 log = logging.getLogger(__name__)
 
 NEIGHBOURS = 20
-CLS = ", CLS"  # title suffix of results from the CLS token alone
+CLS = ", CLS"  # title suffix of results from the CLS token only
 BESIDE = ", beside"  # title suffix of results from the tokens to the left and right of a hidden one
 CLOZE_TOKENS = 300  # the cloze probe classifies this many of the most frequent tokens
 CLOZE_L2 = 0.03  # per token; with less, it overfits the states of an untrained encoder
@@ -132,7 +132,7 @@ def split_sources(open_split: Callable[..., Source], data: str, name: str | None
     elif is_local(data) and all((Path(data) / split).is_dir() for split in ("train", "test")):
         parts = [open_split(str(Path(data) / split)) for split in ("train", "test")]
     elif is_local(data):
-        parts = _fifth(open_split(data))
+        parts = _hold_out_fifth(open_split(data))
     else:
         parts = [open_split(data, name, split) for split in ("train", "test")]
     return _labelled(data, parts)
@@ -181,7 +181,7 @@ def own_sources(
         batch = made[0].finish({name: torch.as_tensor(array) for name, array in arrays.items()})
         return batch["source"], batch.get("padding_mask")
 
-    return *_labelled(data, parts if len(parts) == 2 else _fifth(parts[0])), collate
+    return *_labelled(data, parts if len(parts) == 2 else _hold_out_fifth(parts[0])), collate
 
 
 def _labelled(data: str, parts: Sequence[Source]) -> tuple[Source, Source]:
@@ -191,7 +191,7 @@ def _labelled(data: str, parts: Sequence[Source]) -> tuple[Source, Source]:
     return parts[0], parts[1]
 
 
-def _fifth(whole: Source) -> list[Source]:
+def _hold_out_fifth(whole: Source) -> list[Source]:
     order = np.random.default_rng(0).permutation(len(whole))
     fifth = len(order) // 5
     return [_subset(whole, order[fifth:]), _subset(whole, order[:fifth])]
@@ -402,7 +402,7 @@ def _hidden_tokens(data: Any, states: States, limit: int, what: str) -> tuple[di
     return {title: _finite(found) for title, found in rows.items()}, np.concatenate(tokens)
 
 
-def _keep(file: Path, probe: dict[str, Any]) -> None:
+def _save_result(file: Path, probe: dict[str, Any]) -> None:
     """Write results to probe.json, replacing those of the same data, name, limit and step."""
     key = ("data", "name", "limit", "step")
     others = [other for other in read_probes(file) if any(other[k] != probe[k] for k in key)]
@@ -461,7 +461,7 @@ def main(args: list[str]) -> None:
     batch_size = options.batch_size or (32 if config.modality == "text" else 64)
     states = States({"untrained": found.untrained(), "trained": found.encoder}, device, options.precision, batch_size)
     log.info("probing on %s, %s on %s", " ".join(filter(None, (data, options.name))), options.precision, device)
-    probe = probe_cloze if config.modality == "text" and not config.own_data else probe_labels
+    probe = probe_cloze if config.is_text else probe_labels
     results = probe(found.config, states, data, options.name, options.limit)
     columns = list(next(iter(results.values())))
     print(f"{'':20}" + "".join(f"{column:>12}" for column in columns))
@@ -469,6 +469,6 @@ def main(args: list[str]) -> None:
         print(f"{title:20}" + "".join(f"{measure(column, row[column]):>12}" for column in columns))
     key = {"data": data, "name": options.name, "limit": options.limit, "step": found.step}
     try:
-        _keep(file, {**key, "results": results})
+        _save_result(file, {**key, "results": results})
     except OSError as error:
         raise ConfigError(f"{file}: these results could not be written to it: {error.strerror}") from error

@@ -16,34 +16,11 @@ import numpy as np
 
 from d2v_fast import __version__
 from d2v_fast.config import ConfigError, load_yaml
+from d2v_fast.figures import FIGURES
 
 POINTS = 400  # per curve; longer curves are binned and drawn as mean and range
 COLORS = ("#2563b0", "#d9730d", "#2a8a4a", "#8b45b5", "#c0304f", "#12808f", "#7a6a1f", "#555555")
-CURVES = {
-    "loss": ("Loss", "May rise while the student learns, as targets get richer."),
-    "relative_loss": ("Loss relative to a constant", "1 is the loss of predicting each channel's mean; 0 is perfect."),
-    "position_share": ("Position share of the targets", "Share of their variance that position alone explains."),
-    "content_loss": ("Loss relative to position", "1 is the loss of predicting each position's mean."),
-    "target_std": ("Std of targets", "Falls towards 0 when the teacher's output becomes constant."),
-    "prediction_std": ("Std of predictions", "Should be below that of the targets, but far from 0."),
-    "feature_std": ("Std of local features", "Of the stem's output, the input of the transformer."),
-    "feature_variation": ("Variation of local features", "Std relative to root mean square; near 0 the stem is dead."),
-    "student_rank": ("Effective rank, student", "Number of directions that the states use; 1 means constant."),
-    "teacher_rank": ("Effective rank, teacher", "The same for the teacher's states, which are predicted."),
-    "teacher_distance": ("Distance between teacher and student", "Of their weights, relative to the norm of the student's."),
-    "grad_norm": ("Gradient norm", "Before clipping."),
-    "gradient_peak": ("Gradient peak", "Largest norm since the last point, as a multiple of the usual norm before."),
-    "update_norm": ("Update norm", "Change of the weights in one step."),
-    "update_share": ("Relative update", "The same relative to the norm of the weights, scaled to the peak learning rate."),
-    "lr": ("Learning rate", ""),
-    "ema_decay": ("Teacher decay", "As scheduled."),
-    "teacher_decay": ("Measured teacher decay", "Share of its distance to the student that the teacher keeps in one step."),
-    "probe_knn": ("k-NN on the teacher", "Accuracy on the labelled samples of train.probe_data."),
-    "samples_per_s": ("Samples per second", ""),
-    "data_wait": ("Waiting for data", "Share of the time; near 0 is good."),
-}
 LARGEST = 1e39  # larger than any fp32 value
-LOGARITHMIC = {"grad_norm", "gradient_peak", "update_norm", "update_share"}
 
 
 @dataclass
@@ -209,7 +186,7 @@ def curve(runs: list[Run], key: str) -> str | None:
             for step, _ in run.alarms:
                 axis.axvline(step, color=run.color, linewidth=0.8, linestyle=":")
         values = [line[key] for run in runs for line in run.log if key in line]
-        if key in LOGARITHMIC and any(0 < value < np.inf for value in values):  # a log axis needs a positive value
+        if FIGURES[key].logarithmic and any(0 < value < np.inf for value in values):  # a log axis needs a positive value
             axis.set_yscale("log")
         axis.grid(axis="y", color="#e5e5e5", linewidth=0.6)
         axis.set_axisbelow(True)
@@ -224,7 +201,7 @@ def page(runs: list[Run]) -> str:
     from jinja2 import Environment, PackageLoader
 
     template = Environment(loader=PackageLoader("d2v_fast", "."), autoescape=True).get_template("report.html")
-    figures = [(*CURVES[key], svg) for key in CURVES if (svg := curve(runs, key))]
+    figures = [(figure.title, figure.hint, svg) for key, figure in FIGURES.items() if (svg := curve(runs, key))]
     tables = {}
     for name in ("config", "environment"):
         found = [getattr(run, name) for run in runs]

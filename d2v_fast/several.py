@@ -72,7 +72,7 @@ def share_blocks(first: Encoder, other: Encoder) -> None:
     for key in SAME:
         expected, found = getattr(first.model.config, key), getattr(other.model.config, key)
         if found != expected:
-            raise ConfigError(f"encoder.config.{key}: found {found}, expected {expected}, as the first part has it")
+            raise ConfigError(f"encoder.config.{key}: found {found}, expected {expected}, as in the first part")
     for ours, theirs in zip(first.blocks, other.blocks, strict=True):
         for mine, its in zip(LAYOUTS[first.halves], LAYOUTS[other.halves], strict=True):
             source, target = ours.get_submodule(mine), theirs.get_submodule(its)
@@ -164,13 +164,17 @@ def configure(
     shows_help = {"-h", "--help"} & set(rest)
     if not shows_help:
         _check_parts(parts, changes)
-    shares = given.get("shares") or dict.fromkeys(parts, 1 / max(1, len(parts)))
+    shares = given.get("shares")
+    if shares is None:
+        shares = dict.fromkeys(parts, 1 / max(1, len(parts)))
 
+    overrides = {a[2:].partition("=")[0]: a.partition("=")[2] for a in rest if "=" in a}
+    if "several.parts" in overrides:
+        raise ConfigError(f"several.parts: found {overrides['several.parts']}; set each part, several.parts.NAME=PRESET")
     parser = new_parser("several", ("several",), WHOLE)
     parser.add_argument("--several.parts", type=dict[str, Any], help="A preset, file or settings for each modality.")
     parser.add_argument("--several.shares", type=dict[str, float], help="Share of steps per modality; default is equal.")
     known = [action.dest for action in parser._actions]
-    overrides = {a[2:].partition("=")[0]: a.partition("=")[2] for a in rest if "=" in a}
     for key in [*_flat(settings), *overrides]:
         if key not in known and not key.startswith(("optimizer.lr_scale.", "several.shares.")):
             where = f"; it is of one part, several.parts.{next(iter(parts), 'vision')}.{key}"
@@ -183,7 +187,9 @@ def configure(
             ["--config", json.dumps(whole, default=str), *(argument for argument in rest if argument not in asks)]
         )
     except argparse.ArgumentError as error:
-        raise ConfigError(_readable(str(error), flat, parser)) from None
+        message = _readable(str(error), flat, parser)
+        remedy = f"; {_remedy(dict.fromkeys(parts, 1))}" if message.startswith("several.shares") else ""
+        raise ConfigError(message + remedy) from None
     if namespace.fused and "train.precision" not in flat:
         namespace.train.precision = "bf16"
     values = namespace.as_dict()
@@ -244,15 +250,24 @@ def _check_parts(parts: dict[str, Any], changes: dict[str, list]) -> None:
 
 
 def _check_shares(shares: dict[str, float], parts: dict[str, Any]) -> None:
-    for name in sorted(shares.keys() ^ parts.keys()):
-        found = "has no share" if name in parts else "is no part of the run"
-        raise ConfigError(f"several.shares: {name} {found}; expected shares of {', '.join(parts)}")
-    total, words = sum(shares.values()), ", ".join(f"{name} {share:g}" for name, share in shares.items())
-    if min(shares.values()) <= 0:
-        raise ConfigError(f"several.shares: found {words}, expected numbers above 0; leave out what is not to be trained")
+    found = f"several.shares: found {', '.join(f'{name} {share:g}' for name, share in shares.items()) or 'none'}"
+    for name in sorted(shares.keys() - parts.keys()):
+        raise ConfigError(f"{found}, but {name} is no part of the run; leave it out, or add several.parts.{name}=PRESET")
+    for name in sorted(parts.keys() - shares.keys()):
+        raise ConfigError(f"{found}, but {name} has no share; {_remedy(dict.fromkeys(parts, 1))}")
+    if not all(0 < share < math.inf for share in shares.values()):
+        raise ConfigError(f"{found}, expected numbers above 0; leave out what is not to be trained")
+    total = sum(shares.values())
     if not math.isclose(total, 1, abs_tol=1e-6):
-        right = ", ".join(f"{name} {share / total:.4g}" for name, share in shares.items())
-        raise ConfigError(f"several.shares: found {words}, which sum to {total:g}, expected 1, such as {right}")
+        raise ConfigError(f"{found}, which sum to {total:g}, expected 1; {_remedy(shares)}")
+
+
+def _remedy(shares: Mapping[str, float]) -> str:
+    """Settings with the proportions of `shares` that sum to 1."""
+    right = {name: round(share / sum(shares.values()), 4) for name, share in shares.items()}
+    last = list(right)[-1]
+    right[last] = round(1 - sum(right.values()) + right[last], 4)
+    return "set " + " ".join(f"several.shares.{name}={share:g}" for name, share in right.items())
 
 
 def _part(name: str, base: Any, whole: dict[str, Any], changes: list[tuple[str, str]]) -> Config:

@@ -64,7 +64,7 @@ def read_config(run: Path) -> Config:
     return config
 
 
-def whole_of(run: Path) -> Path | None:
+def parent_run(run: Path) -> Path | None:
     """The folder of the multi-modality run that `run` is a part of, if any."""
     parent = run.resolve().parent
     try:
@@ -91,7 +91,7 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
     step, saved = _newest(run, checkpoint, teacher)
     weights = saved.tensors("teacher" if teacher else "student") if saved else {}
     tokenizer, tokens = None, None
-    if config.modality == "text" and not config.own_data:
+    if config.is_text:
         kept = [str(run / name) for name in ("export", TOKENIZER) if (run / name / "tokenizer.json").is_file()]
         config = replace(config, data=config.data | {"tokenizer": next(iter(kept), config.data["tokenizer"])})
         if config.data["tokenizer"] == "train":
@@ -103,7 +103,7 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
         encoder = _exported(config, run)
     else:
         encoder = make_encoder(config, tokens)
-        part = f"{run.resolve().name}." if whole_of(run) else ""
+        part = f"{run.resolve().name}." if parent_run(run) else ""
         prefix = f"{part}teacher.module." if teacher else f"{part}student."
         state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         try:
@@ -119,7 +119,7 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
 
 def _newest(run: Path, checkpoint: str | None, teacher: bool) -> tuple[int | None, Checkpoint | None]:
     """The step of the weights to load, and their checkpoint, or None for export/."""
-    checkpoints = Checkpoints((whole_of(run) or run) / "checkpoints", keep_last=1)
+    checkpoints = Checkpoints((parent_run(run) or run) / "checkpoints", keep_last=1)
     steps = checkpoints.steps()
     if checkpoint is not None:
         name = Path(checkpoint).name

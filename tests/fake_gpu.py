@@ -42,6 +42,8 @@ MODE = FakeTensorMode()
 torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: 0
 torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
+torch.cuda.get_device_capability = lambda *args: (9, 0)
+torch.backends.cuda.is_flash_attention_available = lambda: True
 triton_loss.obstacle = lambda device: None
 encoders.hub._check_states = lambda encoder: None  # transformers would cache results from it, computed on real tensors
 # transformers takes fake tensors for tracing and would skip the checks that read values.
@@ -49,10 +51,16 @@ transformers.masking_utils.is_tracing = lambda *args: False
 
 
 class NoCopies(TorchDispatchMode):
-    """Refuse blocking copies from the host, including indices; non-blocking copies and Python scalars are allowed."""
+    """Refuse blocking copies from the host, including indices; non-blocking copies and Python scalars are allowed.
+
+    Counts the calls of the attention that takes lengths.
+    """
+
+    segmented = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        self.segmented += function is torch.ops.aten._flash_attention_forward.default
         devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim}
         devices |= {torch.device(kwargs["device"]).type} if kwargs.get("device") else set()
         if devices == {"cpu", "cuda"} and not kwargs.get("non_blocking"):
@@ -91,7 +99,7 @@ def step(name: str, precision: str, kind: str) -> None:
         del on_device["index"]
     move(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with MODE, NoCopies():
+    with MODE, NoCopies() as watched:
         optimizer = torch.optim.AdamW(parameters, fused=True)
         for _ in range(2):
             with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
@@ -103,6 +111,8 @@ def step(name: str, precision: str, kind: str) -> None:
             model.update_teacher()
     # Each block of student and teacher, two steps; only without padding, in bf16 and without an attention bias.
     assert len(flash) == (12 if (precision, kind) == ("bf16", "flash") and not hasattr(encoder.blocks[0], "lambda_2") else 0)
+    in_segments = precision == "bf16" and kind in ("fused", "flash padded") and not image
+    assert watched.segmented == (12 if in_segments else 0)
     assert output.loss.device.type == "cuda" and all(p.device.type == "cuda" for p in model.state_dict().values() if p.ndim)
 
 

@@ -1,9 +1,9 @@
-"""data2vec 2.0 as it was released: its modules under their original names, written from method 4 alone.
+"""data2vec 2.0 as it was released: its modules under their original names, written from method 4 only.
 
 The independent reference of several tests. It uses nothing from d2v_fast, does not try to be fast, has no dropout and no
-training; masks and noise are arguments. With `changed=EAT` the image model is EAT, on
-spectrograms (frames, 128 mel bins). Everything runs in the dtype of the weights; `model.double()` for
-float64, where the fixed positions keep the fp32 values that checkpoints have. Post-LN only, as in all published configurations.
+training; masks and noise are arguments. With `changed=EAT` the image model is EAT, on spectrograms (frames, 128 mel bins).
+Everything runs in the dtype of the weights; `model.double()` gives float64, where the fixed positions keep the fp32 values of
+checkpoints. Post-LN only, as in all published configurations.
 
     student = make("image", seed=0).double()                  # cfg in student.cfg; make("audio", dict(prenet_depth=2), depth=3)
     teacher = make_teacher(student)                           # other weights where the original's teacher has its own

@@ -1,6 +1,6 @@
-"""Runs several cases on the ranks started by torchrun, with DistributedDataParallel or sharded.
+"""Run several cases on the ranks started by torchrun, with DistributedDataParallel or sharded.
 
-    torchrun -m tests.sharded CASES.json [RANKS OF A MACHINE]
+    torchrun -m tests.sharded CASES.json [RANKS PER MACHINE]
 
 Each case is [name, arguments of d2v-train, fused]. Writes each rank's share of weights and optimizer to NAME/share-RANK.json.
 """

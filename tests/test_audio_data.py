@@ -1,4 +1,4 @@
-"""Recordings and their lists as other tools leave them, what is left out of them, and what a run remembers of them."""
+"""Recordings and manifests as other tools write them, which recordings are left out, and how a run identifies them."""
 
 import csv
 import io
@@ -39,12 +39,12 @@ def clips(tmp_path):
 
 @pytest.fixture
 def busy_pipe():
-    """Makes FIFOs with a writer that gives nothing: a test fails, and does not hang, where one is opened."""
+    """Makes FIFOs with a writer that writes nothing: code that opens one fails its test instead of blocking."""
 
     def write_nothing(path):
         with suppress(FileNotFoundError):  # until the test's folder is removed
             while True:
-                os.close(os.open(path, os.O_WRONLY))  # which makes no file, as open(path, "wb") would
+                os.close(os.open(path, os.O_WRONLY))  # unlike open(path, "wb"), creates no file
 
     def make(path):
         os.mkfifo(path)
@@ -122,7 +122,7 @@ class TestManifests:
 
 
 class TestLengths:
-    """That a manifest says, so that no file is opened before training reads it."""
+    """Lengths in manifests, so that no file is opened before training reads it."""
 
     @pytest.mark.parametrize("name", ["fairseq.tsv", "nemo.json", "table.csv"])
     def test_no_file_is_opened(self, tmp_path, clips, name, monkeypatch):
@@ -134,14 +134,14 @@ class TestLengths:
         (tmp_path / name).write_text("\n".join(rows[name]))
         opened = []
         monkeypatch.setattr("d2v_fast.data.audio._open", lambda file: opened.append(file))
-        monkeypatch.setattr("d2v_fast.data.regular", lambda file: opened.append(file))
+        monkeypatch.setattr("d2v_fast.data.check_regular", lambda file: opened.append(file))
         loaded = audio_data(str(tmp_path / name))
         names, digests = loaded.contents()
         assert loaded.lengths.tolist() == [4000, 4001, 4002, 4003, 4004] and len(names) == len(set(digests)) == 5
         assert opened == []
 
     @pytest.mark.parametrize("value", ["", "-1", "nan", "inf", "long", "0"])
-    def test_lengths_that_are_none(self, tmp_path, clips, value):
+    def test_unusable_lengths(self, tmp_path, clips, value):
         (tmp_path / "m.csv").write_text(f"file_name,duration\n{clips[0]},0.5\n{clips[1]},{value}\n")
         assert audio_data(str(tmp_path / "m.csv")).lengths.tolist() == [4000, 4000]  # by their headers
 
@@ -160,7 +160,7 @@ class TestLengths:
         write_wave(tmp_path / "clips" / "5.wav", noise())
         assert len(audio_data(str(tmp_path))) == 6 and len(calls) == 6
 
-    def test_of_a_set_they_are_kept_too(self, tmp_path, clips, monkeypatch):
+    def test_lengths_of_a_dataset_are_cached(self, tmp_path, clips, monkeypatch):
         import datasets
 
         rows = [{"bytes": (tmp_path / file).read_bytes(), "path": None} for file in clips]
@@ -175,23 +175,23 @@ class TestLong:
     """Recordings that are read in parts."""
 
     @pytest.fixture(params=["wav", "flac", "ogg", "mp3"])
-    def hour(self, request, tmp_path):
-        """Well, eleven seconds and a bit, whose pitch rises."""
+    def long(self, request, tmp_path):
+        """11.3 seconds with rising pitch."""
         t = np.arange(int(11.3 * RATE)) / RATE
         write_wave(tmp_path / f"a.{request.param}", 0.5 * np.sin(2 * np.pi * (200 + 40 * t) * t))
         return tmp_path / f"a.{request.param}"
 
-    def test_every_part_is_a_sample(self, hour):
-        found = audio_data(str(hour), whole_seconds=5, normalize=False)
+    def test_every_part_is_a_sample(self, long):
+        found = audio_data(str(long), whole_seconds=5, normalize=False)
         assert len(found) == 12 and np.ptp(found.lengths) <= 1 and found.lengths.sum() == found.durations[0]
-        whole = read_audio(str(hour), RATE)
+        whole = read_audio(str(long), RATE)
         parts = np.concatenate([found.load(i, np.random.default_rng(0)) for i in range(12)])
         assert len(parts) == pytest.approx(len(whole), abs=12)
-        assert np.abs(parts - whole[: len(parts)]).max() < 1e-4  # also of what the lossy formats decode
-        assert found.sample_name(3) == f"{hour} from 2.8 s to 3.8 s"
+        assert np.abs(parts - whole[: len(parts)]).max() < 1e-4  # of lossy formats too
+        assert found.sample_name(3) == f"{long} from 2.8 s to 3.8 s"
 
-    def test_a_part_is_normalised_by_itself(self, hour):
-        wave = audio_data(str(hour), whole_seconds=5).load(7, np.random.default_rng(0))
+    def test_a_part_is_normalised_by_itself(self, long):
+        wave = audio_data(str(long), whole_seconds=5).load(7, np.random.default_rng(0))
         assert wave.mean() == pytest.approx(0, abs=1e-3) and wave.var() == pytest.approx(1, abs=1e-2)
 
     def test_another_rate(self, tmp_path):
@@ -212,8 +212,8 @@ class TestLong:
         parts = [found.load(i, np.random.default_rng(0)) for i in range(len(found))]
         assert len(parts) > 4 and np.array_equal(np.concatenate(parts), whole[: sum(map(len, parts))])
 
-    def test_shorter_ones_are_read_whole(self, hour):
-        assert len(audio_data(str(hour), whole_seconds=12)) == len(audio_data(str(hour))) == 1
+    def test_shorter_ones_are_read_whole(self, long):
+        assert len(audio_data(str(long), whole_seconds=12)) == len(audio_data(str(long))) == 1
 
     def test_little_of_it_is_read(self, tmp_path, monkeypatch):
         import soundfile
@@ -252,7 +252,7 @@ class TestLong:
 
 
 class TestHeaders:
-    """Lengths that a header does not know, or knows wrongly: the samples are read all the same."""
+    """Headers with a missing or wrong length: all samples are read anyway."""
 
     def check(self, content, suffix, tmp_path, expected):
         (tmp_path / f"a.{suffix}").write_bytes(content)
@@ -324,7 +324,7 @@ class TestLeftOut:
         os.symlink("nowhere", "nothing.wav")
         with socket.socket(socket.AF_UNIX) as listener, caplog.at_level("INFO"):
             listener.bind("socket.wav")
-            # A link to nothing does no harm; reading says what is wrong with it.
+            # A dangling link is listed, and fails when it is read.
             assert [os.path.basename(file) for file in find_files(".", (".wav",))] == [f"{i}.wav" for i in range(5)] + [
                 "nothing.wav"
             ]
@@ -357,7 +357,7 @@ class TestLeftOut:
 
 
 def test_names_that_are_not_utf8(tmp_path, monkeypatch):
-    """From the list to the last message, and on."""
+    """From the list of files to the last message, and after a resume."""
     monkeypatch.chdir(tmp_path)
     for i in range(3):
         write_wave(f"waves/{i}.wav", noise(seed=i))
@@ -392,7 +392,7 @@ def test_parquet_that_datasets_did_not_write(tmp_path, clips, column):
 
 
 class TestDigests:
-    """What tells whether the samples of a run that resumes are still the same."""
+    """Digests, by which a resumed run checks that its samples are the same."""
 
     def changed(self, before, after):
         return np.flatnonzero(before != after).tolist()
@@ -433,7 +433,7 @@ class TestDigests:
         shutil.copytree(tmp_path / "clips", tmp_path / "another disk" / "recordings")
         assert self.changed(before, audio_data(str(tmp_path / "another disk")).contents()[1]) == []
 
-    def test_who_is_joined_with_whom(self, tmp_path, clips):
+    def test_speakers_of_joined_clips(self, tmp_path, clips):
         def digests(speakers, **kwargs):
             rows = [f"{file},{speaker}\n" for file, speaker in zip(clips, speakers, strict=True)]
             (tmp_path / "metadata.csv").write_text("file_name,speaker\n" + "".join(rows))
@@ -449,7 +449,7 @@ class TestDigests:
         write_wave(tmp_path / clips[0], noise(0.3))
         assert self.changed(before, audio_data(str(tmp_path), join_seconds=1.0).contents()[1]) == [0]
 
-    def test_of_many_some_are_read(self, tmp_path, monkeypatch):
+    def test_only_some_of_many_are_read(self, tmp_path, monkeypatch):
         monkeypatch.setattr(data, "COMPARED", 100)
         read = []
         source = Source([f"a/{i}" for i in range(250)], None, file=lambda i: read.append(i) or io.BytesIO(b"%d" % i))

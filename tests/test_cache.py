@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from d2v_fast.data import DataError, cache
-from d2v_fast.data.cache import kept
+from d2v_fast.data.cache import cached
 from d2v_fast.data.text import TextData
 from d2v_fast.masking import TokenMask
 from tests.test_data import paragraphs
@@ -29,7 +29,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def opened(tmp_path, corpus):
-    """Opens the corpus with a cache of its own."""
+    """Opens the corpus with a separate cache."""
 
     def open_it(**kwargs):
         settings = {"block_size": 16, "vocab_size": 300, "cache": str(tmp_path / "kept")} | kwargs
@@ -146,18 +146,18 @@ class TestDisk:
             return open("/dev/full", "wb") if self.name == "ids" else open_path(self, *how, **more)
 
         monkeypatch.setattr(Path, "open", full)
-        with pytest.raises(DataError, match=r"data.cache=.*/kept: cannot be written: No space left on device; .* make room"):
+        with pytest.raises(DataError, match=r"data.cache=.*/kept: cannot be written: No space left on device; .* free some"):
             opened()
         assert not list((tmp_path / "kept").glob("tokens*.tmp"))
 
     def test_a_file_in_place_of_the_folder(self, opened, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(DataError, match=r"data.cache=.*/file: cannot be written: .* name another folder"):
+        with pytest.raises(DataError, match=r"data.cache=.*/file: cannot be written: .* set another folder"):
             opened(cache=str(tmp_path / "file"))
 
     def test_an_error_of_the_data_is_not_the_caches(self, tmp_path):
         with pytest.raises(FileNotFoundError):
-            kept(str(tmp_path), "x", 1, 1, lambda folder: open(tmp_path / "gone"))
+            cached(str(tmp_path), "x", 1, 1, lambda folder: open(tmp_path / "gone"))
 
 
 class TestProcesses:
@@ -178,7 +178,7 @@ class TestProcesses:
 
         def task():
             ready.wait(20)
-            folder, made = kept(str(tmp_path / "kept"), "x", 1, 1, make)
+            folder, made = cached(str(tmp_path / "kept"), "x", 1, 1, make)
             (tmp_path / f"done-{os.getpid()}").write_text(f"{made['answer']} {len((folder / 'part').read_text())}")
 
         for process in self.start(task, 4):
@@ -194,11 +194,11 @@ class TestProcesses:
             begun.set()
             signal.pause()
 
-        (process,) = self.start(lambda: kept(str(tmp_path), "x", 1, 1, stuck))
+        (process,) = self.start(lambda: cached(str(tmp_path), "x", 1, 1, stuck))
         assert begun.wait(20)
         process.kill()
         process.join(20)
-        folder, made = kept(str(tmp_path), "x", 1, 1, lambda folder: {"files": len(list(folder.iterdir()))})
+        folder, made = cached(str(tmp_path), "x", 1, 1, lambda folder: {"files": len(list(folder.iterdir()))})
         assert made == {"files": 0} and not (folder / "part").exists()
 
 

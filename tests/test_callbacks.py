@@ -282,7 +282,7 @@ class TestProbe:
         for i in range(8):
             Image.new("RGB", (32, 32), (i * 20, 0, 0)).save(f"photos/a/{i}.png")
         own = ["data.path=photos", "train.probe_every=2", "train.batch_size=2"]
-        with pytest.raises(ConfigError, match=r"train\.probe_data: missing; the run learns from photos"):
+        with pytest.raises(ConfigError, match=r"train\.probe_data: missing; the run trains on photos"):
             build(config("vision", "run", *own))
         with pytest.raises(DataError, match=r"train\.probe_data=photos: a probe needs labels of at least two classes"):
             train(config("vision", "run", *own, "train.probe_data=photos"))

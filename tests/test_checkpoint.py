@@ -1,4 +1,4 @@
-"""Checkpoints are atomic: complete or absent, whatever interrupts a save. Nothing unverified is read."""
+"""Checkpoints are atomic: an interrupted save leaves none. Nothing unverified is read."""
 
 import errno
 import json
@@ -114,14 +114,15 @@ def _die_at(number, after):
             count += 1
             if count == number and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = function(*args, **kwargs)
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return touch
 
-    disk = {os: ("fsync", "replace"), Path: ("mkdir", "write_text"), checkpoint: ("save_file",), checkpoint.shutil: ("rmtree",)}
+    disk = {os: ("fsync", "replace", "rename", "unlink"), Path: ("mkdir", "write_text"), checkpoint: ("save_file",)}
     for place, name in ((place, name) for place, names in disk.items() for name in names):
         setattr(place, name, counted(getattr(place, name)))
 
@@ -146,6 +147,7 @@ def test_killed_at_any_point_of_a_save_one_intact_checkpoint_remains(tmp_path):
             codes.append(process.exitcode)
             found = Checkpoints(folder, 1).newest()
             seen.add((found.step, *names(folder)))
+            assert all(Checkpoint(folder / name).step for name in names(folder) if not name.endswith(".tmp"))
             assert torch.equal(found.tensors("student")["a.weight"], torch.full((1000,), float(found.step)))
             written(folder, 3)  # the next save cleans up
             assert not list(folder.glob("*.tmp"))

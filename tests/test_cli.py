@@ -315,7 +315,7 @@ class TestInformation:
 
 
 def test_the_installed_command(images):
-    """In a process of its own: exit code, nothing but messages on stderr."""
+    """In a separate process: the exit code, and only messages on stderr."""
     open("images/broken.png", "w").write("no image")
     command = [sys.executable, "-m", "d2v_fast.cli", *VISION, "data.path=images", "train.workers=1", "train.batch_size=13"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}

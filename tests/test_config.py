@@ -1,19 +1,22 @@
-"""Settings: what is accepted, what they become, and what the user is told."""
+"""Settings: what is accepted, how it is resolved, and what is reported to the user."""
 
 import dataclasses
 import inspect
 import os
 import re
+from typing import get_type_hints
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig
 
 import d2v_fast.nets  # noqa: F401  the presets of data2vec 2.0 name its models
+from d2v_fast.choices import ranges
 from d2v_fast.compat import is_arxyzan, translate_arxyzan
-from d2v_fast.config import MASKS, MODALITIES, PRESETS, RANGES, SECTIONS, ConfigError, data_class, parse, presets
-from d2v_fast.train.build import make_encoder
+from d2v_fast.config import MASKS, MODALITIES, NO_SETTINGS, PRESETS, SECTIONS, ConfigError, data_class, parse, presets
+from d2v_fast.train.build import make_encoder, set_length_multiple
 
 VISION = ["modality=vision", "encoder.model=beit"]
 TEXT = ["modality=text", "encoder.model=roberta"]
@@ -34,7 +37,7 @@ def refused(*args):
 
 
 def with_its_base(name):
-    """Arguments for a preset; one that completes another says so in its first lines."""
+    """Arguments for a preset; a preset that needs another one names it in its first lines."""
     text = (PRESETS / f"{name}.yaml").read_text()
     if "modality:" in text:
         return ["--config", name]
@@ -52,14 +55,12 @@ class TestPresets:
         config, fused = parse(args)
         assert not fused and config.modality == name.split("/")[0]
         if config.parts:
-            assert all(part.modality == key for key, part in config.parts.items())
             return
         fields = config.encoder.config
         model = AutoConfig.for_model(config.encoder.model, **fields)
         unknown = set(fields) - set(inspect.signature(type(model)).parameters)
         assert not unknown
         assert config.targets.top_k <= model.num_hidden_layers
-        assert config.mask.__class__ in [MASKS[kind] for kind in MODALITIES[config.modality].masks]
         if config.modality == "vision":
             assert config.data["image_size"] == model.image_size
         if config.modality == "spectrogram":
@@ -181,6 +182,35 @@ class TestSettings:
         assert parse([*VISION, "--fused"])[1] is True
 
 
+class TestLengthMultiple:
+    """Null becomes what suits the device, so that a checkpoint knows it."""
+
+    @pytest.mark.parametrize(
+        "args, cpu, cuda",
+        [
+            ([*TEXT, "data.cross_documents=false"], 1, 8),
+            ([*TEXT, "data.cross_documents=false", "data.length_multiple=5"], 5, 5),
+            (TEXT, 1, 1),  # packed
+            (AUDIO, 1, 32),
+            ([*AUDIO, "data.crop=false", "data.length_multiple=1"], 1, 1),
+            (VISION, None, None),
+            (SPECTROGRAM, None, None),
+        ],
+    )
+    def test_null(self, args, cpu, cuda):
+        config = parse(args)[0]
+        for device, expected in (("cpu", cpu), ("mps", cpu), ("cuda", cuda)):
+            assert set_length_multiple(config, torch.device(device)).settings().get("data.length_multiple") == expected
+
+    def test_of_several_parts(self):
+        config = set_length_multiple(parse(["--config", "several/tiny-2"])[0], torch.device("cuda"))
+        assert config.settings()["several.parts.audio.data.length_multiple"] == 32
+
+    def test_own_data_keep_theirs(self):
+        config = dataclasses.replace(parse(AUDIO)[0], own_data=True)
+        assert set_length_multiple(config, torch.device("cuda")).data["length_multiple"] is None
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         "args, message",
@@ -263,7 +293,7 @@ def parameters():
             yield f"{section}.{field.name}", VISION
 
 
-# Independent of RANGES: the last value that makes sense, and the first that does not.
+# Independent of the annotations: the last value that makes sense, and the first that does not.
 BOUNDS = [
     ("mask.prob", 0.99, 1),
     ("mask.prob", 0.01, 0),
@@ -297,6 +327,8 @@ BOUNDS = [
     ("data.block_size", 2, 1),
     ("data.vocab_size", 261, 260),
     ("data.vocab_size", 2**24, 2**24 + 1),
+    ("data.length_multiple", 1, 0),
+    ("data.length_multiple", 1024, 1025),
     ("data.max_seconds", 86_400, 1e300),
     ("data.sample_rate", 1, 0),
     ("data.max_seconds", 0.1, 0),
@@ -329,8 +361,11 @@ class TestRanges:
         for args, settings in together.items():
             parse([*args, *settings])
 
-    def test_each_range_is_of_a_setting(self):
-        assert set(RANGES) <= {key for key, _ in parameters()}
+    @pytest.mark.parametrize("cls", [*SECTIONS.values(), *MASKS.values(), *map(data_class, list(MODALITIES)[:4])])
+    def test_each_number_has_one(self, cls):
+        hints = get_type_hints(cls.__init__)
+        numbers = {name for name, hint in hints.items() if re.search(r"\b(int|float)\b", str(hint))}
+        assert numbers <= ranges(cls).keys() | NO_SETTINGS
 
 
 ARXYZAN = {

@@ -179,7 +179,7 @@ def test_norm_and_gelu_against_float64(dtype, rows, columns, location):
     for name, a, b, c in zip(("y", "x", "weight", "bias"), exact, torchs, ours, strict=True):
         assert c.dtype == b.dtype and c.shape == b.shape
         rounding = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-        # One column is constant after the norm: its gradient is rounding alone.
+        # One column is constant after the norm: its gradient is only rounding.
         if columns > 1 or name != "x":
             assert relative(c, a) <= 2 * relative(b, a) + rounding * (1 + location / 10), name
 

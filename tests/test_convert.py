@@ -1,4 +1,4 @@
-"""Checkpoints of other projects: what is loaded computes what the original blocks do, written here once more after method 3."""
+"""Checkpoints of other projects: loaded models compute the same as the original blocks, transcribed here from method 3."""
 
 import argparse
 import os
@@ -24,7 +24,7 @@ from tests.models import CONFIGS
 C, HEADS, FFN, LAYERS = 32, 4, 48, 3
 CONVS = "[(16, 10, 5)] + [(16, 3, 2)] * 2 + [(16,2,2)]"
 STRIDES = [5, 2, 2, 2]
-# Each checkpoint names its heads where its version of fairseq keeps them. 32 // 64 would be none.
+# Each checkpoint gives its number of heads where its version of fairseq keeps it.
 AUDIO = {
     "model": {"encoder_attention_heads": HEADS, "conv_feature_layers": CONVS, "layer_norm_first": False},
     "task": {"normalize": True},
@@ -239,18 +239,17 @@ class TestFairseq:
         assert released.model.config.num_attention_heads == HEADS and released.settings["normalize"] is False
 
     def test_settings_of_omegaconf(self, monkeypatch):
-        """The shape that its objects have in a pickle, under its names; it is not installed here."""
-
+        """omegaconf's objects as they appear in a pickle; it is not installed here."""
         monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
 
-        def pretend(module, name):
+        def fake_class(module, name):
             cls = type(name, (), {"__module__": module})
             made = types.ModuleType(module)
             setattr(made, name, cls)
             monkeypatch.setitem(sys.modules, module, made)
             return cls
 
-        config, node = pretend("omegaconf.dictconfig", "DictConfig"), pretend("omegaconf.nodes", "AnyNode")
+        config, node = fake_class("omegaconf.dictconfig", "DictConfig"), fake_class("omegaconf.nodes", "AnyNode")
 
         def wrapped(value, parent=None):
             made = (config if isinstance(value, dict) else node)()
@@ -264,7 +263,7 @@ class TestFairseq:
         released = from_fairseq(file)
         assert released.model.config.num_attention_heads == HEADS and released.settings["task.normalize"] is True
 
-    def test_what_is_missing_or_too_much_is_named(self):
+    def test_missing_and_unknown_weights_are_named(self):
         state = text_state()
         extra = state | {"encoder.sentence_encoder.layer_norm.weight": torch.ones(C)}
         with pytest.raises(ValueError, match=r"holds encoder\.sentence_encoder\.layer_norm\.weight|holds layer_norm\.weight"):
@@ -278,7 +277,7 @@ class TestFairseq:
 
     def test_an_unknown_number_of_heads_is_assumed_with_a_warning(self, caplog):
         assert from_fairseq(save(text_state())).model.config.num_attention_heads == 1
-        assert "does not say how many attention heads it has; taken to be 1" in caplog.text
+        assert "does not give its number of attention heads; assuming 1" in caplog.text
 
     @pytest.mark.parametrize(
         "state, cfg, message",
@@ -330,11 +329,9 @@ class TestCommand:
 
     def test_text_with_and_without_a_tokenizer(self, export):
         file = save(text_state(), TEXT)
-        told = export("--from", "fairseq", file, "--to", "out")
-        assert (
-            told.startswith('out: AutoModel.from_pretrained("out") has the weights of checkpoint.pt')
-            and "--tokenizer NAME" in told
-        )
+        output = export("--from", "fairseq", file, "--to", "out")
+        assert output.startswith('out: AutoModel.from_pretrained("out") has the weights of checkpoint.pt')
+        assert "--tokenizer NAME" in output
         vocabulary = {word: i for i, word in enumerate(("<s>", "<pad>", "</s>", "<mask>", "yes"))}
         words = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer(WordLevel(vocabulary, "<pad>")),
@@ -371,7 +368,7 @@ class TestPickles:
         assert not os.path.exists("struck")
 
     def test_classes_of_fairseq_are_not_imported(self, monkeypatch):
-        """Even one that is installed, and runs when it is made, stays a name."""
+        """Not even one that is installed and runs code when it is unpickled."""
         module = types.ModuleType("fairseq.meters")
 
         class Meter:
@@ -390,7 +387,7 @@ class TestPickles:
 
     @pytest.mark.parametrize("pickled", [b"", b".", b"N.", b"\x80\x02h\x05.", b"\x80\x02K\x01K\x02\x86R.", b"(" * 9 + b"}s."])
     def test_damaged_ones(self, pickled):
-        """Also such as torch itself does not expect."""
+        """Some of them raise errors that torch does not expect."""
         with zipfile.ZipFile("damaged.pt", "w") as archive:
             archive.writestr("archive/data.pkl", pickled)
             archive.writestr("archive/version", "3")
@@ -399,7 +396,7 @@ class TestPickles:
 
     @pytest.mark.parametrize("value", [torch.tensor(1.0), torch.zeros(0), torch.zeros(1).expand(10**15), torch.zeros(3, 3)])
     @pytest.mark.parametrize("key", ["embed_tokens.weight", "embed_positions.weight", "layers.0.fc1.bias"])
-    def test_weights_of_no_use(self, key, value):
+    def test_unusable_weights(self, key, value):
         state = text_state() | {f"encoder.sentence_encoder.{key}": value}
         with pytest.raises(ValueError, match=r"^checkpoint\.pt: "):
             import_checkpoint(save(state, TEXT), "out", "fairseq")
@@ -411,14 +408,14 @@ class TestPickles:
             from_fairseq(save(state, TEXT))
 
     @pytest.mark.parametrize("heads", ["many", -1, 0.1, 7, [1]])
-    def test_settings_of_no_use(self, heads):
+    def test_unusable_settings(self, heads):
         cfg = {"model": {"encoder_attention_heads": heads}}
         with pytest.raises(ValueError, match=r"^checkpoint\.pt: "):
             import_checkpoint(save(text_state(), cfg), "out", "fairseq")
 
-    def test_what_is_no_checkpoint(self):
+    def test_other_files_are_refused(self):
         open("a.pt", "w").write("text")
-        with pytest.raises(ValueError, match=r"a\.pt: not a file that torch\.save"):
+        with pytest.raises(ValueError, match=r"a\.pt: not a file written by torch\.save"):
             load_checkpoint("a.pt")
         torch.save([1], "b.pt")
         with pytest.raises(ValueError, match=r"b\.pt: found a list"):
@@ -482,7 +479,7 @@ class TestData2VecPytorch:
     def test_other_files_and_encoders_are_refused(self, roberta):
         with pytest.raises(ValueError, match="expected 'data2vec', 'encoder' and 'optimizer'"):
             from_data2vec_pytorch(save(text_state()), "config")
-        with pytest.raises(ValueError, match=r"neither a folder with config\.json nor to be had"):
+        with pytest.raises(ValueError, match=r"neither a folder with config\.json nor a model on the hub"):
             from_data2vec_pytorch("20.pt", "nowhere")
         with pytest.raises(ValueError, match="needs --encoder"):
             import_checkpoint("20.pt", "out", "data2vec-pytorch")

@@ -1,4 +1,4 @@
-"""Checkpoints of data2vec 2.0: what is loaded computes what tests/released.py does, the modules as released."""
+"""Checkpoints of data2vec 2.0: loaded models compute the same as tests/released.py, the modules as released."""
 
 import sys
 import types
@@ -16,7 +16,7 @@ from d2v_fast.train.build import make_encoder, make_model
 from tests.released import CTC, MODALITIES, PAD, ImageClassifier, TextClassifier, checkpoint, make, make_teacher, sincos
 
 HEADS, LAYERS = dict(learned_alibi_scale_per_head=False), dict(learned_alibi_scale_per_layer=True)
-CASES = {  # modality, changed settings of it, changed settings of the model
+CASES = {  # modality, changed settings of the modality, changed settings of the model
     "image": ("image", {}, {}),
     "image without prenet, 6 × 6 patches of 2 channels": ("image", dict(prenet_depth=0, input_size=24, in_chans=2), {}),
     "audio": ("audio", {}, {}),
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("here")
 
 @pytest.fixture(params=CASES)
 def case(request):
-    """A released model and something that it takes."""
+    """A released model and an input for it."""
     modality, changed, model = CASES[request.param]
     source = SOURCES[modality].double()
     if "in_chans" in changed:
@@ -194,9 +194,9 @@ class TestPreTrained:
 
     @pytest.mark.parametrize("package", ["examples.data2vec", "data2vec"])
     def test_enumerations(self, monkeypatch, package):
-        """As fairseq and omegaconf pickle them, by class and number, with the types of lists; not installed here."""
+        """Enums as fairseq and omegaconf pickle them, by class and number, and typing.List; neither is installed here."""
 
-        def pretend(module, name):
+        def fake_class(module, name):
             made = types.ModuleType(module)
             cls = type(name, (), {"__module__": module})
             setattr(made, name, cls)
@@ -205,7 +205,7 @@ class TestPreTrained:
 
         for name in ("examples", "examples.data2vec", "data2vec", f"{package}.data", "omegaconf"):
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-        modality, node = pretend(f"{package}.data.modality", "Modality"), pretend("omegaconf.nodes", "EnumNode")
+        modality, node = fake_class(f"{package}.data.modality", "Modality"), fake_class("omegaconf.nodes", "EnumNode")
         modality.__new__ = lambda cls, *number: object.__new__(cls)
         modality.__reduce__ = lambda self: (modality, (2,))
         value = node()
@@ -216,17 +216,17 @@ class TestPreTrained:
         settings = from_fairseq(file).settings
         assert (settings["model.supported_modality"], settings["model.type"]) == (2, 2)
 
-    def test_settings_that_hold_themselves(self):
+    def test_recursive_settings(self):
         original = make("image")
         original.cfg["model"]["own"] = original.cfg
-        with pytest.raises(ValueError, match=r"^checkpoint\.pt: its weights and settings make no model: RecursionError"):
+        with pytest.raises(ValueError, match=r"^checkpoint\.pt: its weights and settings do not form a model: RecursionError"):
             from_fairseq(save(original))
 
     def test_the_number_of_heads_is_assumed_with_a_warning_without_settings(self, caplog):
         original = make("image", embed_dim=128, num_heads=2, norm_eps=1e-6)
         original.cfg = None
         model = from_fairseq(save(original)).model
-        assert "does not say how many attention heads it has; taken to be 2" in caplog.text
+        assert "does not give its number of attention heads; assuming 2" in caplog.text
         with torch.no_grad():
             source = SOURCES["image"].double()
             close(states(model, source), original.double().extract(source))
@@ -236,7 +236,7 @@ class TestPreTrained:
         assert found == {"image": "cc-by-nc-4.0", "audio": "mit", "text": "mit"}
 
     def test_decoder_settings_of_the_run(self):
-        """What weights do not tell."""
+        """Those that do not follow from the weights."""
         changed = dict(mask_noise_std=0.03, decoder=dict(input_dropout=0.2, decoder_residual=False))
         found = from_fairseq(save(make("audio", changed))).decoder_settings
         assert (found["noise"], found["dropout"], found["residual"]) == (0.03, 0.2, False)
@@ -246,7 +246,7 @@ class TestPreTrained:
         assert {"noise", "dropout"}.isdisjoint(from_fairseq(save(original)).decoder_settings)
 
 
-# Of d2v-train, beside its preset for the base size.
+# Settings of d2v-train: the preset of the base size, and changes to it.
 RECIPES = {
     "image": [
         "vision/v2-base",
@@ -264,7 +264,7 @@ RECIPES = {
 class TestTraining:
     @pytest.mark.parametrize("modality", SOURCES)
     def test_training_resumes_with_the_same_loss(self, modality):
-        """As the original would, from student, decoder and teacher, after d2v-export has put them into a folder."""
+        """Student, decoder and teacher from the folder that d2v-export writes give the loss of the original."""
         original = make(modality)
         teacher = make_teacher(original)
         assert import_checkpoint(save(original, teacher), "out", "fairseq") == 0
@@ -280,7 +280,7 @@ class TestTraining:
             _, results = teacher.run_blocks(teacher.encoder.contextualize(features))
             expected = original.losses(*original.student(source, mask), original.targets(results), mask)
             found = model(source, mask)
-        size, fp32 = expected["sample_size"], dict(rtol=1e-6, atol=0)  # in which the loss is taken
+        size, fp32 = expected["sample_size"], dict(rtol=1e-6, atol=0)  # the loss is computed in fp32
         regression = found.loss - (found.cls_loss or 0)
         torch.testing.assert_close(regression, expected["regression"] / size, **fp32)
         if modality == "image":
@@ -361,7 +361,7 @@ class TestRefused:
         ],
     )  # fmt: skip
     def test_settings_of_another_architecture(self, modality, changed, model, key, found):
-        """Named with file, key, what was found and why not."""
+        """The error names the file, the key, the value found and the reason."""
         with pytest.raises(ValueError, match=rf"^checkpoint\.pt: model\.{key}: found {found}, expected \S+: \w+"):
             from_fairseq(save(make(modality, changed, **model)))
 
@@ -387,7 +387,7 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"^checkpoint\.pt: has encoders of VIDEO, expected one of IMAGE, AUDIO, TEXT"):
             from_fairseq("checkpoint.pt")
 
-    def test_an_unknown_place(self):
+    def test_an_unknown_prefix(self):
         torch.save({"model": {"student.modality_encoders.IMAGE.extra_tokens": torch.ones(1)}}, "checkpoint.pt")
         with pytest.raises(ValueError, match=r"^checkpoint\.pt: has a model of data2vec 2\.0 under 'student\.'"):
             from_fairseq("checkpoint.pt")
@@ -418,8 +418,8 @@ class TestRefused:
 
 class TestHostile:
     @pytest.mark.parametrize("modality", SOURCES)
-    def test_weights_of_no_use(self, modality):
-        """Any weight outside of the blocks, and the first and last of them."""
+    def test_unusable_weights(self, modality):
+        """Every weight outside the blocks, and some inside."""
         original = make(modality)
         keys = [key for key in original.state_dict() if ".blocks.0.attn" in key or "fc1.bias" in key or "blocks." not in key]
         for key in keys:
@@ -438,13 +438,13 @@ class TestHostile:
             with pytest.raises(ValueError, match=r"^checkpoint\.pt: "):
                 from_fairseq("checkpoint.pt")
 
-    def test_a_small_file_that_asks_for_much_memory(self):
+    def test_a_small_file_that_demands_much_memory(self):
         huge = torch.zeros(1, 1, 1).expand(1, 10**8, 10**7)
         change = {"modality_encoders.IMAGE.fixed_positional_encoder.positions": huge}
         with pytest.raises(ValueError, match=r"^checkpoint\.pt: .*positions has shape .* the file holds fewer numbers"):
             from_fairseq(save(make("image"), change=change))
 
-        # Without numbers, but with a length: refused before a table of this length is made.
+        # An empty tensor with a large size: refused before a table of this size is allocated.
         change = {"modality_encoders.TEXT.local_encoder.embed_positions.weight": torch.zeros(10**5, 0)}
         with pytest.raises(
             ValueError, match=r"^checkpoint\.pt: weights: embeddings\.position_embeddings\.weight: found \[100000, 0\]"
@@ -460,7 +460,7 @@ class TestHostile:
         "teacher",
         [[1], {"blocks.0.norm1.weight": 1}, {"x": torch.ones(1)}, {"blocks.0.norm1.weight": torch.ones(3)}, {1: torch.ones(3)}],
     )
-    def test_teachers_of_no_use(self, teacher):
+    def test_unusable_teachers(self, teacher):
         with pytest.raises(ValueError, match=r"^checkpoint\.pt: "):
             from_fairseq(save(make("image"), change={"_ema": teacher}))
 
@@ -475,7 +475,7 @@ class TestHostile:
             (7, {}),
         ],
     )
-    def test_settings_of_no_use(self, changed, model):
+    def test_unusable_settings(self, changed, model):
         original = make("audio")
         original.cfg["model"] |= model
         if isinstance(changed, dict):

@@ -1,4 +1,4 @@
-"""Checkpoints of EAT: what is loaded computes what tests/released.py does, the image model of 2.0 on spectrograms."""
+"""Checkpoints of EAT: loaded models compute the same as tests/released.py, the image model of 2.0 on spectrograms."""
 
 import json
 
@@ -69,14 +69,14 @@ def test_decoder_runs_over_time_and_mel():
     close(decoder(x, (4, 8)), original.double().encoder.decoder(x))
 
 
-def test_length_where_only_the_task_tells():
+def test_length_from_the_task():
     original = eat()
     del original.cfg["model"]["modalities"]["image"]["target_length"]
     original.cfg["task"]["target_length"] = 32
     assert load(original).model.config.image_size == [32, 128]
 
 
-def test_published_size_where_nothing_tells():
+def test_published_size_without_settings():
     original = eat(target_length=1024, max_length=768)
     for settings in (original.cfg["model"]["modalities"]["image"], original.cfg["task"]):
         settings.pop("target_length", None)
@@ -84,7 +84,7 @@ def test_published_size_where_nothing_tells():
 
 
 def test_training_resumes_with_the_same_loss():
-    """As the original would, after d2v-export has put student, decoder and teacher into a folder."""
+    """Student, decoder and teacher from the folder that d2v-export writes give the loss of the original."""
     original = eat()
     teacher = make_teacher(original)
     assert import_checkpoint(save(original, teacher), "out", "eat") == 0
@@ -103,7 +103,7 @@ def test_training_resumes_with_the_same_loss():
         _, results = teacher.run_blocks(teacher.encoder.contextualize(teacher.encoder.local_features(SOUND)))
         expected = original.losses(*original.student(SOUND, mask), original.targets(results), mask)
         found = model(SOUND, mask)
-    size, fp32 = expected["sample_size"], dict(rtol=1e-6, atol=0)  # in which the loss is taken
+    size, fp32 = expected["sample_size"], dict(rtol=1e-6, atol=0)  # the loss is computed in fp32
     torch.testing.assert_close(found.loss - found.cls_loss, expected["regression"] / size, **fp32)
     torch.testing.assert_close(found.cls_loss.double(), expected["cls"] / size, **fp32)
 
@@ -113,7 +113,7 @@ def test_training_resumes_with_the_same_loss():
 )
 @torch.no_grad()
 def test_fine_tuned(task, mean, std):
-    """They classify what CLS says, and are normalised as their data."""
+    """They classify by CLS, and their inputs are normalised as in fine-tuning."""
     original = ImageClassifier(eat(), 5)
     original.cfg |= {"task": task}
     original.cfg["model"] |= {"prediction_mode": "PredictionMode.CLS_TOKEN", "target_length": 48}
@@ -152,7 +152,7 @@ POSITIONS = "modality_encoders.IMAGE.fixed_positional_encoder.positions"
     "original, change, found",
     [
         (lambda: make("image"), {}, "its patches have 3 channels, EAT's have 1"),
-        (lambda: make("audio"), {}, "has an encoder of AUDIO, EAT's is one of IMAGE"),
+        (lambda: make("audio"), {}, "has an encoder of AUDIO, but EAT's is one of IMAGE"),
         (lambda: eat(max_length=3), {}, "are not the sines and cosines of 4 × 8 patches"),
         (eat, {POSITIONS: torch.randn(1, 48, 32)}, "are not the sines and cosines of 4 × 8 patches"),
         (lambda: eat(target_length=72), {}, r"image_size=\[72, 128\]: not a multiple of patch_size=16"),
@@ -164,8 +164,8 @@ def test_refused(original, change, found):
 
 
 def test_each_command_points_to_the_other():
-    with pytest.raises(ValueError, match="a model of EAT is read by --from eat"):
+    with pytest.raises(ValueError, match="for a model of EAT, use --from eat"):
         from_fairseq(save(eat()))
     torch.save({"model": {"patch_embed.proj.weight": torch.ones(1)}}, "other.pt")
-    with pytest.raises(ValueError, match="no model of EAT; --from fairseq"):
+    with pytest.raises(ValueError, match="not a model of EAT; try --from fairseq"):
         from_fairseq("other.pt", eat=True)

@@ -21,6 +21,7 @@ from d2v_fast.data.documents import load_documents
 from d2v_fast.data.text import TextData
 from d2v_fast.data.vision import ImageData, center_crop, color_jitter, crop_to, open_images, random_box, to_pixels
 from d2v_fast.masking import BlockMask, RandomMask, SpanMask, TokenMask
+from d2v_fast.train.build import MULTIPLES
 
 RATE = 16_000
 WORDLIST = "alpha beta gamma delta dog runs over under épsilon 日本 ñandú naïve".split()
@@ -133,11 +134,12 @@ class TestEpochBatches:
     def test_little_is_padding(self):
         lengths = np.random.default_rng(0).lognormal(4.5, 0.9, 20_000).clip(4, 512).astype(int)
 
-        def padding(batches):
-            return 1 - lengths.sum() / sum(lengths[batch].max() * len(batch) for batch in batches)
+        def padding(batches, multiple=1):
+            return 1 - lengths.sum() / sum(-(-lengths[batch].max() // multiple) * multiple * len(batch) for batch in batches)
 
         assert padding(EpochBatches(20_000, 8).epoch(0)) > 0.4
         assert padding(EpochBatches(20_000, 8, lengths=lengths).epoch(0)) < 0.02
+        assert padding(EpochBatches(20_000, 8, lengths=lengths).epoch(0), MULTIPLES["text"]) < 0.05
 
     def test_similar_lengths_share_a_batch(self):
         lengths = np.random.default_rng(0).integers(1, 1000, 200)
@@ -375,22 +377,23 @@ class TestImages:
             assert found.flags.c_contiguous and np.array_equal(found[0], expected.transpose(2, 0, 1))
 
     def test_jitter_scales_brightness(self):
-        grey = Image.new("RGB", (4, 4), (100, 100, 100))  # contrast and saturation leave a grey plane as it is
+        grey = Image.new("RGB", (4, 4), (100, 100, 100))  # contrast and saturation do not change a grey plane
         rng = np.random.default_rng(0)
         values = [np.asarray(color_jitter(grey, 0.4, rng)).mean() for _ in range(300)]
         assert 59 <= min(values) < 65 and 135 < max(values) <= 140
         assert np.mean(values) == pytest.approx(100, abs=5)
 
-    def test_jitter_comes_in_any_order(self, monkeypatch):
-        orders, order = set(), []
-        for name in ("Brightness", "Contrast", "Color"):
-            enhancer = getattr(ImageEnhance, name)
-            monkeypatch.setattr(ImageEnhance, name, lambda image, e=enhancer, name=name: order.append(name) or e(image))
-        rng = np.random.default_rng(0)
-        for _ in range(60):
-            color_jitter(Image.new("RGB", (2, 2)), 0.4, rng)
+    @pytest.mark.parametrize("strength", [0.4, 1.5])
+    def test_jitter_is_that_of_pillow_in_any_order(self, strength):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+        enhancers, orders = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color], set()
+        for seed in range(100):
+            rng, expected = np.random.default_rng(seed), image
+            order = rng.permutation(3).tolist()
+            for i in order:
+                expected = enhancers[i](expected).enhance(rng.uniform(max(0, 1 - strength), 1 + strength))
+            assert color_jitter(image, strength, np.random.default_rng(seed)).tobytes() == expected.tobytes()
             orders.add(tuple(order))
-            order.clear()
         assert len(orders) == 6
 
     @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -590,6 +593,27 @@ class TestAudio:
             assert not padding[: (n - 400) // 320 + 1].any()
             assert row[:n].mean() == pytest.approx(0, abs=1e-4) and row[:n].var() == pytest.approx(1, abs=1e-2)
 
+    @pytest.mark.parametrize("crop, frames", [(True, [8, 12, 16, 3]), (False, [12, 16, 16, 4])])
+    def test_frames_of_a_batch_are_a_multiple(self, tmp_path, crop, frames):
+        """Of 4: cut from 11, 15 and 16 frames if cropped, else padded; 3 frames cannot be cut."""
+        lengths = [400 + 320 * (n - 1) + 17 for n in (11, 15, 16, 3)]
+        for i, n in enumerate(lengths):
+            write_wave(tmp_path / f"{i}.wav", 0.1 * np.random.default_rng(i).normal(size=n))
+        data = audio_data(str(tmp_path), crop=crop, length_multiple=4)
+        assert audio_data(str(tmp_path), crop=crop).__getitems__([(0, 0)])["source"].shape[1] == lengths[0]
+        for i, wanted in enumerate(frames):
+            other = lengths.index(max(lengths) if crop else min(lengths))  # decides nothing about the length
+            batch = data.__getitems__([(0, i), (0, other)])
+            wave, row, seen = data.load(i, np.random.default_rng(0)), batch["source"][0].numpy(), (lengths[i] - 400) // 320 + 1
+            assert batch["mask"].shape == (2, wanted)
+            shortest = 400 + 320 * (wanted - 1)
+            assert len(row) == (lengths[i] if wanted == 3 else shortest if crop else shortest + 319)
+            if crop:
+                assert "padding_mask" not in batch and any(np.array_equal(row, wave[a:][: len(row)]) for a in range(len(wave)))
+            else:
+                assert np.array_equal(row[: len(wave)], wave) and not row[len(wave) :].any()
+                assert batch["padding_mask"][0].tolist() == [False] * seen + [True] * (wanted - seen)
+
     def test_short_recordings(self, tmp_path, caplog):
         for i, seconds in enumerate((0.01, 0.3, 0.5)):
             write_wave(tmp_path / f"{i}.wav", np.ones(int(seconds * RATE)))
@@ -695,6 +719,22 @@ class TestText:
             if not rest[0]:
                 rest.pop(0)
         assert rest == []
+
+    @pytest.mark.parametrize("multiple, longest", [(4, 16), (5, 16), (16, 16), (64, 16)])
+    def test_blocks_are_padded_to_a_multiple(self, texts, multiple, longest):
+        plain, data = (text_data(texts[0], cross_documents=False, length_multiple=n) for n in (None, multiple))
+        found = set()
+        for i in range(len(data)):
+            before, batch = (each.__getitems__([(3, i)]) for each in (plain, data))
+            length = int(data.lengths[i])
+            found.add(batch["source"].shape[1])
+            assert batch["source"].shape[1] == min(longest, -(-length // multiple) * multiple)
+            for name in ("source", "target", "mask"):
+                assert torch.equal(batch[name][:, :length], before[name]), name
+            assert batch["target"][:, length:].eq(data.tokenizer.pad_token_id).all() and not batch["mask"][:, length:].any()
+            padding = batch.get("padding_mask", torch.zeros_like(batch["mask"]))
+            assert padding[0].tolist() == [False] * length + [True] * (batch["source"].shape[1] - length)
+        assert len(found) == len({min(longest, -(-n // multiple) * multiple) for n in data.lengths})
 
     def test_unicode_survives(self, tmp_path):
         long = " ".join([*paragraphs(1, 500), "😀 ümlaut\u200bzero-width ﷽"])

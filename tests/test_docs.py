@@ -22,10 +22,9 @@ from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 import d2v_fast
 from d2v_fast import cli
-from d2v_fast.config import parse
+from d2v_fast.config import CollapseConfig, parse
 from d2v_fast.data.text import train_tokenizer
-from d2v_fast.diagnostics import RULES
-from d2v_fast.report import CURVES
+from d2v_fast.figures import FIGURES, RULES
 from tests import released, test_convert
 from tools import site, structure
 
@@ -43,7 +42,7 @@ ELSEWHERE = {
     "torchrun": "test_training.py and test_resume.py train on two ranks",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun": "test_resume.py kills a rank",
     "sbatch": "test_resume.py runs job.sh with stand-ins for srun and scontrol",
-    "accelerate launch": "by hand, with two processes on a CPU",
+    "accelerate launch": "test_resume.py starts two processes on a CPU",
 }
 NO_TIMM = "timm" if importlib.util.find_spec("timm") is None else "\0"  # tests/test_timm.py runs it where it is installed
 STEPS = ["train.steps=2", "train.epochs=null", "train.batch_size=2", "train.workers=0", "train.log_every=1"]
@@ -59,8 +58,8 @@ WORDS = "the cat sat on a mat while one dog ran over two hills and some birds fl
 
 
 @pytest.fixture
-def shop(here):
-    """A folder with all that the pages speak of, small."""
+def workspace(here):
+    """A folder with small versions of all files that the pages mention."""
     rng = np.random.default_rng(0)
     for folder in ("photos", "imagenet/train", "labelled/train", "labelled/test", "cifar/train", "cifar/test"):
         for i in range(12):
@@ -101,7 +100,7 @@ def shop(here):
 
 
 def given():
-    """Names that README uses and a reader has."""
+    """Names that the code in README assumes."""
     from transformers import AutoModel
 
     ids, mask = torch.randint(5, 200, (2, 20)), torch.rand(2, 20) < 0.5
@@ -139,13 +138,14 @@ def smaller_model(config):
 
 
 def run(monkeypatch, command):
-    """One command line; what `make` would do is asked of it and done."""
+    """Run one command line; for `make`, the commands that it would run."""
     words = shlex.split(command, comments=True)
     if NO_TIMM in command or any(command.startswith(known) for known in ELSEWHERE):
         return
     if words[0] == "make":
-        recipe = subprocess.run(["make", "-n", "-C", ROOT, *words[1:]], check=True, capture_output=True, text=True).stdout
-        mine = [line for line in recipe.splitlines() if re.search(r"\S+/(d2v-|mkdocs)", line)]
+        command = ["make", "-n", "--no-print-directory", "-C", ROOT, *words[1:]]
+        recipe = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        mine = [line for line in recipe.splitlines() if re.search(r"bin/(d2v-|mkdocs)", line)]
         assert mine
         for line in mine:
             run(monkeypatch, line.rpartition(".venv/bin/")[2])
@@ -165,7 +165,7 @@ def run(monkeypatch, command):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page_runs(page, shop, monkeypatch, caplog):
+def test_page_runs(page, workspace, monkeypatch, caplog):
     names = {"__name__": "page"}
     if page in ("README.md", "docs/training.md", "docs/after-training.md"):
         names |= given()
@@ -225,8 +225,12 @@ def test_the_guide_to_health_has_the_figures_of_the_report_and_the_alarms_of_the
     names = {
         head: [name for row in rows.splitlines() for name in row.split("|")[1].strip().split("; ")] for head, rows in tables[:2]
     }
-    assert set(names["figure"]) <= {title for title, _ in CURVES.values()} and len(names["figure"]) == 13
-    meanings = [rule.meaning for rule in RULES]
+    titles = {figure.title: figure for figure in FIGURES.values()}
+    assert set(names["figure"]) <= titles.keys() and len(names["figure"]) == 13
+    for _, title, *_, bound, _ in (re.split(r" *\| *", row) for row in tables[2][1].splitlines()):
+        rule, (setting, value) = titles[title].rule, bound.strip("`").split("=")
+        assert (setting, float(value)) == (f"collapse.{rule.bound}", getattr(CollapseConfig, rule.bound))
+    meanings = [rule.meaning for rule in RULES.values()]
     assert all(any(name in meaning for meaning in meanings) for name in names["alarm"])
     assert all(any(name in meaning for name in names["alarm"]) for meaning in meanings)
 

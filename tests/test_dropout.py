@@ -1,4 +1,4 @@
-"""The fast dropout against a second transcription of its hash, against statistics, and inside whatever wraps a module."""
+"""The fast dropout against a second transcription of its hash, against statistics, and inside wrappers of modules."""
 
 import copy
 import os

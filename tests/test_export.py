@@ -1,4 +1,4 @@
-"""d2v-export: what AutoModel loads in a fresh process computes what the encoder did in training."""
+"""d2v-export: a model loaded by AutoModel in a fresh process computes the same as the encoder in training."""
 
 import json
 import os
@@ -52,7 +52,7 @@ for line in sys.argv[1:]:
 
 
 def test_a_fresh_process_loads_what_was_trained(runs, monkeypatch):
-    """Student and teacher of each modality, by what their model cards say."""
+    """Student and teacher of each modality, with the code in their model cards."""
     expected = {}
     for modality, run in runs.items():
         for role in ("student", "teacher"):
@@ -61,8 +61,8 @@ def test_a_fresh_process_loads_what_was_trained(runs, monkeypatch):
             torch.save(run.inputs, f"{folder}/inputs.pt")
             expected[folder] = getattr(run, role)
         assert not torch.equal(run.student, run.teacher)
-    said = subprocess.run([sys.executable, "-c", RELOAD, *expected], check=True, capture_output=True, text=True).stderr
-    assert "UNEXPECTED" not in said and "MISSING" not in said, said  # as the model card has it, no weight is amiss
+    output = subprocess.run([sys.executable, "-c", RELOAD, *expected], check=True, capture_output=True, text=True).stderr
+    assert "UNEXPECTED" not in output and "MISSING" not in output, output
     for folder, states in expected.items():
         found = torch.load(f"{folder}/states.pt")[:, -states.shape[1] :]
         torch.testing.assert_close(found, states, rtol=0, atol=1e-6)
@@ -101,7 +101,7 @@ class TestArchitectures:
         assert "but bert is another architecture" in export(monkeypatch, run, "--to", "out", "--as", "bert")
 
     def test_another_result_is_noticed(self, tmp_path):
-        """Should a version of transformers compute something else than the encoder does."""
+        """As with a version of transformers that computes something else."""
         encoder = make("roberta")
         leave = encoder._leave
         encoder._leave = lambda x: leave(x) + 1e-4
@@ -148,7 +148,7 @@ class TestInputs:
                 torch.testing.assert_close(states[: len(alone)], alone, rtol=1e-3, atol=1e-3)  # another eps in the norm
 
 
-def test_the_card_tells_of_the_run(runs):
+def test_the_card_describes_the_run(runs):
     run = runs["text"].folder
     key = {"data": "/home/me/corpus", "name": None, "limit": 500}
     scores = [{"untrained": {"accuracy": 0.0384}, "trained": {"accuracy": accuracy}} for accuracy in (0.1912, 0.7777)]
@@ -207,14 +207,14 @@ class TestForTheHub:
             (run / "probe.json").unlink()
         (model,) = self.head()["model-index"]
         assert model["name"] == "out"
-        (result,) = model["results"]  # that of step 2, and nothing of the encoder before it was trained
+        (result,) = model["results"]  # of step 2 only, without the untrained encoder
         assert result["task"] == {"type": "image-classification"}
         assert result["dataset"] == {"name": "cifar10", "type": "cifar10", "split": "test"}
         assert [(each["type"], each["value"], each["name"]) for each in result["metrics"]] == [
             ("accuracy", 0.5, "k-NN accuracy, frozen"),
             ("accuracy", 0.625, "linear accuracy, frozen"),
         ]
-        assert "model-index" not in self.head("teacher")  # which was not probed
+        assert "model-index" not in self.head("teacher")  # the teacher was not probed
 
     def test_what_the_user_says(self, runs, monkeypatch):
         assert not export(monkeypatch, runs["vision"].folder, "--to", "out", "--license", "mit", "--language", "de", "en")
@@ -240,7 +240,7 @@ class TestForTheHub:
         assert not {"datasets", "base_model"} & self.head(tmp_path / "place" / "out").keys()
 
     def changed(self, folder, tmp_path, settings):
-        """A copy of a run with other settings, of whom one that is exported asks nothing."""
+        """A copy of a run with other settings, which need not fit its weights."""
         shutil.copytree(folder, tmp_path / "run")
         config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
         for key, value in settings.items():
@@ -253,7 +253,7 @@ class TestForTheHub:
 
 
 class TestPushToHub:
-    """With a stand-in of the hub's API."""
+    """With a stand-in for the hub's API."""
 
     @pytest.fixture
     def hub(self, monkeypatch):
@@ -322,11 +322,11 @@ def test_a_log_that_a_killed_run_left(runs, tmp_path):
         log.write(lines[0] + '\n{"step": 2, "loss": null, "lr": 0.5}\n{"step": 3, "loss": 7777}\n{"step": 4, "lo')
     export_run(tmp_path / "run", "out")
     card = open("out/README.md").read()
-    assert "| steps | 2 of 4" in card and "| 2 |  |" in card and "7777" not in card, "of steps after these weights"
+    assert "| steps | 2 of 4" in card and "| 2 |  |" in card and "7777" not in card, "steps after these weights"
 
 
 def test_the_snippets_of_data2vec_pytorch(runs, monkeypatch):
-    """What its README does with a model: assign it into a classifier, and load the encoder of a checkpoint."""
+    """As in its README: assign the model to a classifier, and load the encoder of a checkpoint."""
     from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaModel
 
     run = runs["text"]
@@ -382,7 +382,7 @@ class TestMessages:
 
 class TestWeights:
     def test_of_a_run_that_was_killed(self, runs, tmp_path):
-        """Without export/: the same files come out."""
+        """Without export/, the files are the same."""
         for modality, run in runs.items():
             shutil.copytree(run.folder, tmp_path / modality, ignore=shutil.ignore_patterns("export"))
             for folder, out in ((run.folder, "from-export"), (tmp_path / modality, "from-checkpoint")):
@@ -405,7 +405,7 @@ class TestWeights:
 
 
 class TestWhole:
-    """A folder is written whole or not at all."""
+    """A folder is written completely or not at all."""
 
     def test_what_a_killed_process_left_is_replaced(self, runs):
         Path("out/.unfinished").mkdir(parents=True)
@@ -440,7 +440,7 @@ class TestWhole:
         assert os.path.exists("config.json") and 'from_pretrained("out"' in Path("README.md").read_text()
 
     def test_names_that_are_not_utf8(self, runs):
-        """Neither safetensors nor tokenizers take them."""
+        """Neither safetensors nor tokenizers support them."""
         name = os.fsdecode(b"caf\xe9")
         os.symlink(runs["vision"].folder, name)
         for run, to in ((runs["vision"].folder, f"{name}-out"), (name, "out")):
@@ -448,7 +448,7 @@ class TestWhole:
                 export_run(run, to)
         assert os.listdir() == [name]
 
-    def test_files_of_others_are_not_touched(self, runs):
+    def test_other_files_are_not_touched(self, runs):
         Path("out").mkdir()
         Path("out/mine").touch()
         with pytest.raises(ConfigError, match="--to out: already exists"):
@@ -456,7 +456,7 @@ class TestWhole:
         assert os.listdir("out") == ["mine"]
 
 
-def test_the_command_in_a_process_of_its_own(runs):
+def test_the_command_in_a_separate_process(runs):
     command = [sys.executable, "-c", "from d2v_fast.cli import export; export()", runs["vision"].folder, "--to", "out"]
     env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=env)

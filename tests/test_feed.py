@@ -1,5 +1,6 @@
 """Batches on their way to the device: images as uint8 until there, the next batch copied while a step runs."""
 
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -69,6 +70,7 @@ class Stream:
 
     def __init__(self, events, name):
         self.events, self.name = events, name
+        self.device = "its GPU"
 
     def record_event(self):
         self.events.append(f"{self.name} recorded")
@@ -83,22 +85,26 @@ def gpu(monkeypatch):
     """A GPU of which only streams exist: tensors stay on the CPU."""
     events = []
     main, side = Stream(events, "main"), Stream(events, "side")
-    active = [main]
+    thread = threading.local()  # the current stream is a property of a thread
+
+    def current(device=None):
+        return getattr(thread, "stream", main)
 
     @contextmanager
     def stream(entered):
-        active.append(entered)
+        thread.stream = entered
         yield
-        active.pop()
+        del thread.stream
 
     def move(batch, device):
         assert device.type == "cuda"
-        events.append(f"{active[-1].name} copies {batch['samples'][0]}")
+        events.append(f"{current().name} copies {batch['samples'][0]}")
         return {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: active[-1])
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: events.append(f"thread on {device}"))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, used: events.append(f"recorded for {used.name}"))
     monkeypatch.setattr("d2v_fast.train.feed.to_device", move)
     return events
@@ -117,18 +123,37 @@ def no_pinning(monkeypatch):
     monkeypatch.setattr(module, "make_loader", lambda data, order, workers, pin_memory: make(data, order, workers))
 
 
-def test_the_next_batch_is_copied_on_a_second_stream(images, gpu, no_pinning):
+def test_batches_are_copied_on_a_second_stream(images, gpu, no_pinning):
     batches = feed(images, "cuda")
-    first, second, third = (
-        [index for _, index in keys] for _, keys in zip(range(3), batches.loader.batch_sampler, strict=False)
-    )
-    taken = batches.take(1)[0]
-    tensors = sum(isinstance(value, torch.Tensor) for value in taken.values())
+    expected = [[index for _, index in keys] for _, keys in zip(range(3), batches.loader.batch_sampler, strict=False)]
+    first, second = batches.take(2)
+    batches.close()
+    assert [first["samples"], second["samples"]] == expected[:2]
+    tensors = sum(isinstance(value, torch.Tensor) for value in first.values())
+    copies = [event for each in expected for event in (f"side copies {each[0]}", "side recorded")]
     handed = ["main waits for side event", *["recorded for main"] * tensors]
-    copy = [[f"side copies {each[0]}", "side recorded"] for each in (first, second, third)]
-    assert taken["samples"] == first and gpu == [*copy[0], *copy[1], *handed]
-    del gpu[:]
-    assert batches.take(1)[0]["samples"] == second and gpu == [*copy[2], *handed]
+    assert [event for event in gpu if event.startswith("side")] == copies
+    assert [event for event in gpu if event in handed] == 2 * handed
+    assert gpu.index(handed[0]) > gpu.index("side recorded") and "thread on its GPU" in gpu
+
+
+def test_a_batch_is_handed_over_before_the_next_has_arrived(images, gpu, no_pinning, monkeypatch):
+    arrived, asked, load = [], threading.Event(), images.unfinished
+
+    def slow(keys):
+        if arrived:
+            asked.wait(5)
+        arrived.append([index for _, index in keys])
+        return load(keys)
+
+    monkeypatch.setattr(images, "unfinished", slow)
+    batches = feed(images, "cuda")
+    (batch,) = batches.take(1)
+    assert arrived == [batch["samples"]]
+    asked.set()
+    (batch,) = batches.take(1)
+    assert arrived[1] == batch["samples"]
+    batches.close()
 
 
 def test_a_batch_that_is_copied_ahead_is_not_counted(images, gpu, no_pinning):

@@ -60,7 +60,7 @@ def test_fused_and_plain_run_agree(modality, steps, precision, tolerance, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("modality", ["text", "vision"])
 def test_with_dropout_the_mean_curve_is_the_same(modality, tmp_path):
-    """Masks of dropout differ, so means over three seeds are compared, by their own spread."""
+    """Dropout masks differ, so means over three seeds are compared, relative to their spread."""
     rate = "encoder.config.hidden_dropout_prob=0.1 encoder.config.attention_probs_dropout_prob=0.1".split()
     curves = []
     for fused in (False, True):
@@ -105,6 +105,122 @@ def test_attention_that_cannot_be_replaced_is_left():
     assert attention.use_fast_attention(models.Handwritten(), CPU) is None
 
 
+def attend_in_turn(query, key, value, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None):
+    """What torch's operator for sequences of different lengths computes, in plain torch: (rows, H, D), one after the other."""
+    assert cu_q is cu_k and cu_q.dtype == torch.int32 and cu_q[0] == 0 and cu_q[-1] == len(query)
+    assert query.is_contiguous() and key.is_contiguous() and value.is_contiguous()
+    sizes = cu_q.diff().tolist()
+    assert max(sizes) <= max_q == max_k and dropout == 0 and not causal and not debug
+    attended = []
+    for q, k, v in zip(*(x.split(sizes) for x in (query, key, value)), strict=True):
+        weights = torch.einsum("qhd,khd->hqk", q, k) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        attended.append(torch.einsum("hqk,khd->qhd", weights.softmax(-1), v))
+    return torch.cat(attended), None, None, None, None
+
+
+@pytest.fixture
+def segmented(monkeypatch):
+    """A GPU of the right kind, with a stand-in for torch's operator; counts its calls."""
+    calls = []
+
+    def attend(*args, **kwargs):
+        calls.append(args)
+        return attend_in_turn(*args, **kwargs)
+
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(attention, "_has_kernel", lambda query: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attend)
+    return calls
+
+
+def on_the_right(lengths, longest):
+    return torch.arange(longest) >= torch.tensor(lengths)[:, None]
+
+
+@pytest.mark.parametrize("name", [*models.TEXTS, *models.WAVES])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_attention_in_segments_is_attention(name, kernel, segmented, monkeypatch):
+    monkeypatch.setattr(attention, "_has_kernel", lambda query: kernel)
+    encoder = models.make(name).double().eval()
+    ours = copy.deepcopy(encoder)
+    assert attention.use_fast_attention(ours.model, CPU) and attention.use_segments(ours.model, torch.device("cuda"))
+    inputs = models.inputs(name, batch=3)
+    features = encoder.embed(inputs if name in models.TEXTS else inputs.double()).detach()
+    length = features.shape[1]
+    padding = on_the_right([length, 1, length - 4], length)
+    expected, found = (e.contextualize(features, padding)[~padding] for e in (encoder, ours))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert len(segmented) == (len(ours.blocks) if kernel else 0)
+    for states in (expected, found):
+        (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+    for a, b in zip(ours.parameters(), encoder.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        assert a.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-7, atol=1e-9)
+    whole = torch.zeros_like(padding)
+    torch.testing.assert_close(ours.contextualize(features, whole), encoder.contextualize(features), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours.contextualize(features), encoder.contextualize(features), rtol=1e-9, atol=1e-9)
+
+
+def test_boundaries_of_segments():
+    found = attention.segments(attention_mask=~on_the_right([3, 1, 5], 5))
+    assert found.tolist() == [0, 3, 5, 6, 10, 15, 15] and found.dtype == torch.int32
+
+
+@pytest.mark.parametrize("padding", [[True, False, False], [False, True, False]])
+def test_padding_elsewhere_is_an_error(padding):
+    with pytest.raises(RuntimeError, match="padding must be on the right"):
+        attention.segments(attention_mask=~torch.tensor([padding]))
+
+
+@pytest.mark.parametrize("name", ["roberta", "wav2vec2"])
+@pytest.mark.parametrize("norm", ["layer", "instance"])
+def test_a_step_in_segments_is_the_same(name, norm, segmented):
+    plain, fused = (Data2Vec(models.make(name), top_k=2, norm=norm, impl="eager").train() for _ in range(2))
+    fused.load_state_dict(plain.state_dict())
+    done = fuse(fused, torch.device("cuda"), ["last block", "attention", "padding"])
+    assert done[-1] == "attention without padding"
+    inputs = models.inputs(name)
+    positions = plain.student.embed(inputs).shape[1]
+    padding = on_the_right([positions, positions - 4], positions)
+    mask = (torch.rand(2, positions) < 0.5) & ~padding
+    target = inputs if name in models.TEXTS else None
+    for _ in range(2):
+        same_step(plain, fused, source=inputs, mask=mask, target=target, padding_mask=padding)
+    assert len(segmented) == 2 * 6
+
+
+def test_segments_compile_without_a_break(monkeypatch):
+    """On the meta device, with torch's own operator and its gradient."""
+    monkeypatch.setattr(attention, "_has_kernel", lambda query: True)
+    torch._dynamo.reset()
+    compiled = torch.compile(attention.attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (12, 20):
+        layers = [torch.empty(3, length, 2, 16, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        boundaries = torch.empty(7, device="meta", dtype=torch.int32)
+        output, _ = compiled(nn.Module(), *(x.transpose(1, 2) for x in layers), boundaries, dropout=0.1)
+        assert output.shape == (3, length, 2, 16) and output.is_contiguous()
+        output.sum().backward()
+        assert all(x.grad.shape == x.shape for x in layers)
+
+
+@pytest.mark.parametrize("teacher_input, used", [("full", True), ("masked_only", False)])
+def test_padding_that_may_be_anywhere_is_masked(teacher_input, used, tmp_path, monkeypatch):
+    parts = []
+    monkeypatch.setattr("d2v_fast.train.build.fuse", lambda model, device, names: parts.extend(names) or [])
+    build(parse([*arguments("text", tmp_path), f"data.teacher_input={teacher_input}"])[0], fused=True)
+    assert ("padding" in parts) is used and "attention" in parts
+
+
+@pytest.mark.parametrize("capability, available", [((7, 5), True), ((9, 0), False)])
+def test_without_the_kernels_padding_is_masked(capability, available, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model = Data2Vec(models.make("roberta"), top_k=2)
+    assert fuse(model, torch.device("cuda"), ["attention", "padding"]) == ["attention sdpa"]
+    assert model.student.model.config._attn_implementation == attention.NAME
+
+
 SMALL = models.COMMON | dict(vocab_size=60, max_position_embeddings=40)
 
 
@@ -126,7 +242,7 @@ def test_other_models_attend_as_before(kind, config, expected):
     torch.testing.assert_close(model(ids).last_hidden_state, before, rtol=1e-4, atol=1e-5)
 
 
-def test_a_query_without_any_key_gives_numbers():
+def test_a_query_without_keys_gives_finite_values():
     query = torch.randn(1, 2, 3, 4, requires_grad=True)
     output, _ = attention.attention(nn.Module(), query, query, query, torch.zeros(1, 1, 3, 3, dtype=torch.bool))
     output.sum().backward()
@@ -135,18 +251,18 @@ def test_a_query_without_any_key_gives_numbers():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Counts what is compiled; by a backend that is quick, as the graphs are the question and not their code."""
+    """Counts compiled graphs, with a fast backend because only their number matters."""
     import torch._dynamo
     import torch._functorch.config
     from torch._dynamo.utils import counters
 
-    config, kept = torch._dynamo.config, torch._functorch.config
+    config, functorch = torch._dynamo.config, torch._functorch.config
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(attention, "LONG", 4)  # the teacher attends through torch, as both do on a GPU
     torch._dynamo.reset()
     counters.clear()
-    # Both put back what is set meanwhile.
-    with config.patch(recompile_limit=config.recompile_limit), kept.patch(RECOMPUTED):
+    # Both restore on exit what is set meanwhile.
+    with config.patch(recompile_limit=config.recompile_limit), functorch.patch(RECOMPUTED):
         yield counters
     torch._dynamo.reset()
 
@@ -155,7 +271,7 @@ RECOMPUTED = {f"ban_recompute_{what}": True for what in ("materialized_backward"
 
 
 def both_ways(name, source="ffn"):
-    """A plain model, and the same as a GPU has it: blocks compiled, the last one narrowed, our attention."""
+    """A plain model, and the same model fused as on a GPU: blocks compiled, the last one narrowed, our attention."""
     plain, fused = (Data2Vec(models.make(name), top_k=2, source=source, impl="eager").train() for _ in range(2))
     fused.load_state_dict(plain.state_dict())
     assert fuse(fused, torch.device("cuda"), ["last block", "attention", "compile"])[-1].startswith("6 blocks")
@@ -178,14 +294,14 @@ def same_step(plain, fused, **batch):
 
 @pytest.mark.parametrize("name", models.CONFIGS)
 @pytest.mark.parametrize("source", ["ffn", "block_output", "block_input"])
-def test_compiled_blocks_hand_out_the_same(name, source, compiled):
+def test_compiled_blocks_return_the_same(name, source, compiled):
     plain, fused = both_ways(name, source)
     inputs = models.inputs(name)
     mask = torch.rand(plain.student.embed(inputs).shape[:2]) < 0.5
     for _ in range(2):
         same_step(plain, fused, source=inputs, mask=mask, target=inputs if name in models.TEXTS else None)
     assert not compiled["graph_break"]
-    # Of blocks six: of student and teacher plain ones, tapped ones and the narrowed last. Of convolutions each its own, twice.
+    # Six of blocks: plain, tapped and the narrowed last one, each of student and teacher. Two of each convolution.
     assert compiled["stats"]["unique_graphs"] <= 6 + 2 * len(conv.layers(plain.student.model))
 
 
@@ -229,7 +345,7 @@ def test_a_compiled_decoder_predicts_the_same(name, grid, compiled):
 
 
 def with_dropout(name, parts, bf16=True):
-    """A model of four blocks as a GPU has it, and its step, which always draws the same masks."""
+    """A model of four blocks fused as on a GPU, and its step, which always draws the same masks."""
     torch.manual_seed(0)
     config = {field: 0.1 if "drop" in field else value for field, value in models.CONFIGS[name].items()}
     config |= dict(layerdrop=0.0) if name in models.WAVES else {}
@@ -247,36 +363,36 @@ def with_dropout(name, parts, bf16=True):
     return model, step
 
 
-def kept_for_backward(model, step):
-    """Bytes beside the weights."""
+def saved_for_backward(model, step):
+    """Bytes that autograd saves, without the weights."""
     torch._dynamo.reset()
     step().backward()  # compiles
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
+    saved = {}
 
-    def keep(tensor):
+    def save(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = step()  # whose graph holds the storages, so that no address comes twice
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        loss = step()  # its graph keeps the storages alive, so no address repeats
     loss.backward()
-    return sum(size for address, size in kept.items() if address not in weights)
+    return sum(size for address, size in saved.items() if address not in weights)
 
 
 @pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
-def test_a_compiled_model_keeps_less_for_the_backward(name, compiled, monkeypatch):
+def test_a_compiled_model_saves_less_for_the_backward(name, compiled, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile.func, backend="aot_eager_decomp_partition"))
     parts = ["last block", "attention", "compile"]
-    plain, compiling, recomputing = (kept_for_backward(*with_dropout(name, p)) for p in ([], parts, [*parts, "recompute"]))
+    plain, compiling, recomputing = (saved_for_backward(*with_dropout(name, p)) for p in ([], parts, [*parts, "recompute"]))
     assert recomputing < 0.6 * plain
     assert recomputing < 0.9 * compiling
 
 
-@pytest.mark.slow  # as it compiles for real: that is where dropout gets its own random numbers
+@pytest.mark.slow  # compiles with inductor, where dropout draws its own random numbers
 @pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
-def test_what_is_computed_again_is_the_same(name, compiled, monkeypatch):
+def test_recomputation_gives_the_same_gradients(name, compiled, monkeypatch):
     monkeypatch.setattr(torch, "compile", torch.compile.func)
     gradients = []
     for parts in (["compile"], ["compile", "recompute"]):
@@ -293,7 +409,7 @@ def test_on_a_cpu_nothing_is_compiled():
     assert model.student.blocks[0]._compiled_call_impl is None
 
 
-def test_what_fuse_puts_in():
+def test_what_fuse_replaces():
     model = Data2Vec(models.make("data2vec-audio"), top_k=2)
     done = fuse(model, CPU)
     for encoder in (model.student, model.teacher.module):
@@ -309,7 +425,7 @@ def test_statistics_over_time_need_all_of_the_teacher():
     assert "last block of student at scored positions" in done
 
 
-def test_without_a_fused_loss_it_stops_and_says_why(monkeypatch):
+def test_without_a_fused_loss_the_error_says_why(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: "the C++ library is not built")
     with pytest.raises(ValueError, match="--fused: the native loss cannot run: the C\\+\\+ library is not built"):
         fuse(Data2Vec(models.make("roberta"), top_k=2), CPU)
@@ -320,7 +436,7 @@ def test_two_settings_that_contradict_each_other_are_named():
         fuse(Data2Vec(models.make("roberta"), top_k=2, impl="eager"), CPU)
 
 
-def test_fused_means_bf16_unless_told_otherwise():
+def test_fused_means_bf16_unless_set_otherwise():
     given = ["--config", "audio/tiny", "--fused"]
     assert parse(given)[0].train.precision == "bf16"
     assert parse([*given, "train.precision=fp32"])[0].train.precision == "fp32"

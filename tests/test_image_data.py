@@ -102,7 +102,7 @@ def picture():
 
 
 class TestDraft:
-    """JPEGs that are decoded at 1/2, 1/4 or 1/8, beside the same ones decoded whole."""
+    """JPEGs decoded at 1/2, 1/4 or 1/8, compared with the same JPEGs decoded at full size."""
 
     @pytest.mark.parametrize("orientation", SEEN)
     @pytest.mark.parametrize("side, shrink", [(300, 8), (150, 4), (70, 2)])

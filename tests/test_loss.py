@@ -103,14 +103,6 @@ def test_views_against_a_second_transcription(norm, target_norm, padded, dtype, 
     torch.testing.assert_close(mean.double(), mean_target, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("wrong", [lambda g: 0 * g, lambda g: -g, lambda g: g / 2])
-def test_a_wrong_gradient_would_be_seen(wrong):
-    predictions, layers, mask, _ = case()
-    rows = predictions[mask].requires_grad_()
-    data2vec_loss(rows, layers, mask).backward()
-    assert relative(wrong(rows.grad), rows.grad) > 0.4
-
-
 def test_by_hand():
     # One channel pair, one masked position: layer norm of (1, 3) is (-1, 1), of (5, 1) it is (1, -1); their mean is 0.
     layers = [torch.tensor([[[1.0, 3.0], [5.0, 1.0]]]), torch.tensor([[[4.0, 0.0], [9.0, 1.0]]])]

@@ -267,7 +267,7 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
     "views of any sample the same": ("masking.py", "_splitmix(~key[:, None] + later)", "0 * key[:, None] + _splitmix(later)"),
     "another first view": ("masking.py", "[key[:, None], _splitmix(", "[key[:, None] + np.uint64(self.views), _splitmix("),
     "views of other samples": ("masking.py", "axis=1).ravel()", "axis=1).T.ravel()"),
-    "no epoch": ("masking.py", "for part in (self.seed, self.epoch, stream):", "for part in (self.seed, stream):"),
+    "no epoch": ("masking.py", "for part in (self.seed, self.epoch):", "for part in (self.seed,):"),
     "visible backwards": ("masking.py", "[:, : counts.max()]\n", "[:, : counts.max()][:, ::-1]\n"),
     "visible one short": ("masking.py", "[:, : counts.max()]\n", "[:, : counts.max() - 1]\n"),
     "visible as in the first row": ("masking.py", "[:, : counts.max()]\n", "[:, : counts[0]]\n"),
@@ -331,7 +331,7 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
     ),
     "loss of the last micro-batch": ("train/step.py", "loss += share", "loss = share"),
     "gradients of the previous step": ("train/step.py", "    state.optimizer.zero_grad(set_to_none=True)\n", ""),
-    "no clipping": ("train/step.py", "state.clip_norm or math.inf", "math.inf"),
+    "no clipping": ("train/step.py", "if state.clip_norm:", "if False:"),
     "skipped steps in a row counted over the run": ("train/step.py", "        state.skipped.forget()\n", ""),
     "schedule waits during skipped steps": (
         "train/step.py",

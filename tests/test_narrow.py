@@ -1,4 +1,4 @@
-"""The last block at the scored positions alone: the same loss, gradient and targets, and no work on the other positions."""
+"""The last block at the scored positions only: the same loss, gradient and targets, and no work on the other positions."""
 
 import copy
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 import transformers
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v_fast import Data2Vec, build_encoder, wrap
 from d2v_fast.encoders import blocks
+from d2v_fast.ops.triton_loss import _uniform
 from tests import models
 
 
@@ -78,6 +80,33 @@ def test_the_ffn_sees_the_scored_rows_alone(name):
     assert rows == [3, 3]
 
 
+@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("source", ["ffn", "block_output", "block_input"])
+def test_the_triton_loss_copies_no_layer(name, source):
+    """It takes layers of equal strides, and those of an encoder with a CLS token lie among the results of that token."""
+    (_, _), (model, _) = both(name, source=source)
+    x = models.inputs(name)
+    rows = torch.arange(0, 2 * model.student.embed(x).shape[1], 3)
+    layers = model.teacher_layers(x, None, None, rows)
+    assert all(a is b for a, b in zip(_uniform(layers), layers, strict=True))
+
+
+@pytest.mark.parametrize("name", ["roberta", "vit", "wav2vec2"])
+def test_the_backward_of_the_rows_needs_no_sort(name):
+    """As that of indexing does on a GPU."""
+    seen = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(str(function.overloadpacket))
+            return function(*args, **(kwargs or {}))
+
+    for _, output in both(name):
+        with Seen():
+            output.loss.backward()
+    assert "aten.index_add" in seen and not any("index_put" in name for name in seen), seen
+
+
 def test_what_runs_in_between_sees_all_positions():
     """Narrowing is asked for by each call: a probe or an export in the middle of training is not touched by it."""
     _, (model, _) = both("beit")
@@ -86,7 +115,7 @@ def test_what_runs_in_between_sees_all_positions():
 
 
 def test_an_error_in_forward_restores_the_model(monkeypatch):
-    """Else what runs next, an export or a probe, would get rows alone."""
+    """Otherwise the next call, of an export or a probe, would return only rows."""
     encoder = narrowed(models.make("roberta").eval())
     expected = encoder(x := models.inputs("roberta"))
 

@@ -1,8 +1,8 @@
-"""The C++ kernels of the loss against float64 (tests/gate.py), in every instruction set built, and inside what PyTorch offers.
+"""The C++ loss against float64 (tests/gate.py), for every instruction set, and under PyTorch's autograd, compiler and DDP.
 
-The cross of the settings has several million cases. Run are: all 720 of norms, dtypes, beta, form and padding at one small
-shape, and 1440 of several views; 63 cases (`PAIRS`) in which every pair of values of any two settings meets; the edges by hand;
-and 300 random ones marked slow.
+The settings have several million combinations. These are run: all 720 of norms, dtypes, beta, form and padding at one small
+shape, and 1440 with several views; 63 cases (`PAIRS`) that cover every pair of values of any two settings; edge cases; and 300
+random ones marked slow.
 """
 
 import os
@@ -36,7 +36,7 @@ CROSS = dict(
     norm=NORMS,
     target_norm=TARGET_NORMS,
     beta=[0.0, 1.0, 4.0],
-    form=["dense", "rows", 1, 2, 8, 16],  # or so many views
+    form=["dense", "rows", 1, 2, 8, 16],  # a number is a number of views
     layout=["BTC", "TBC", "strided"],
     dtypes=[*DTYPES, (FP16, FP32), (FP32, BF16), (BF16, FP16)],
     k=[1, 2, 8, 12],
@@ -49,7 +49,7 @@ CROSS = dict(
 
 
 def drawn(rng: random.Random, elements: int, **fixed) -> dict:
-    """A random case of the cross whose layers hold at most so many elements per sample."""
+    """A random case whose layers hold at most `elements` per sample."""
     while True:
         case = {name: rng.choice(values) for name, values in CROSS.items()} | fixed
         views = case["form"] if isinstance(case["form"], int) else 1
@@ -64,7 +64,7 @@ def as_case(values: dict) -> Case:
 
 
 def pairwise() -> list[Case]:
-    """Cases in which any two values of any two settings meet at least once: greedily the best of some random ones."""
+    """Cases that cover every pair of values of any two settings, chosen greedily from random ones."""
     rng = random.Random(0)
     missing = dict.fromkeys(((a, x), (b, y)) for (a, xs), (b, ys) in combinations(CROSS.items(), 2) for x, y in product(xs, ys))
     cases = []
@@ -80,7 +80,7 @@ def pairwise() -> list[Case]:
 
 PAIRS = pairwise()
 EDGES = [
-    # More positions than one block of the cache holds, so that columns are cut; with statistics, over several samples.
+    # More positions than a cache block holds, so columns are split; with statistics, over several samples.
     *(
         Case(norm, channels=channels, k=1, length=800, padded=True, masked=0.9)
         for norm in ("instance", "batch")
@@ -90,18 +90,18 @@ EDGES = [
     Case("instance", channels=130, k=1, length=6000, batch=1, masked=0.1),
     Case("instance", channels=200, k=2, length=2000, layout="strided", dtype=BF16),
     Case("layer", channels=2048, k=2, length=40, dtype_z=BF16),
-    # The same of several views, which are masked mostly, partly or little.
+    # The same with several views, mostly or hardly masked.
     *(
         Case(norm, channels=768, k=1, length=750, views=2, masked=masked)
         for norm in ("instance", "layer")
         for masked in (0.8, 0.1)
     ),
     Case("instance", "layer", channels=1280, k=1, length=197, views=8, padded=True, dtype=BF16, dtype_z=BF16, masked=0.8),
-    # Fewer channels than one vector has, and every remainder of the unrolled loops.
+    # Fewer channels than a vector holds, and every remainder of the unrolled loops.
     *(Case(norm, channels=channels) for norm, channels in product(("layer", "instance"), (1, 3, 15, 16, 17, 63, 65, 127))),
-    # Samples that are padding altogether, alone or between others.
+    # Samples of padding only, alone or between others.
     *(Case(norm, target_norm, length=7, padded=True, batch=4) for norm, target_norm in product(NORMS, TARGET_NORMS)),
-    # What would cancel in one pass: |mean| = 300 σ.
+    # Values that cancel in a single pass: |mean| = 300 σ.
     *(Case(norm, location=300.0, length=90, channels=200) for norm in NORMS),
     *(Case("none", target_norm, location=300.0, length=90, channels=200) for target_norm in TARGET_NORMS[1:]),
     *(Case(norm, location=300.0, length=90, padded=True, batch=3) for norm in NORMS),
@@ -184,7 +184,7 @@ def test_the_gate_sees_a_wrong_gradient(wrong, dtype):
     assert "gradient" in faults(found | dict(gradient=wrong(found["gradient"])), eager, exact, rounding=2**-7)[0]
 
 
-# Instruction sets. Which one runs is settled when the library is loaded, so each has a process of its own.
+# Instruction sets. The library selects one when it is loaded, so each runs in a separate process.
 
 ISAS = ("baseline", "avx2", "avx512")
 RUNS_HERE = ISAS[: {"AVX2": 2, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capability(), 1)]
@@ -223,7 +223,7 @@ def test_every_build_against_float64(build):
 
 
 def _conversions():
-    """Bit by bit against PyTorch, as scale ½ and norm none make the gradient -target: every half read, floats written."""
+    """Bit by bit against PyTorch: with scale ½ and norm none the gradient is -target. Reads every half, writes floats."""
     one = torch.ones(1, 1, dtype=torch.bool)
 
     def gradient(targets, dtype):
@@ -235,7 +235,7 @@ def _conversions():
     for dtype in (BF16, FP16):
         grad, _ = gradient(patterns.view(dtype), FP32)
         torch.testing.assert_close(grad[0], 0 - patterns.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
-    # Random floats, all halfway between two bf16 or two fp16 or next to that, and the ends of the ranges.
+    # Random floats, floats halfway between two bf16 or two fp16 or next to that, and the ends of the ranges.
     bits = torch.randint(-(2**31), 2**31, (200_000,), generator=torch.Generator().manual_seed(0))
     halfway = [(bits & ~(2**n - 1) | 2 ** (n - 1)) + d for n in (13, 16) for d in (-1, 0, 1)]
     near_fp16 = [(part & 0x800FFFFF) | (103 + part % 42 << 23) for part in (bits, *halfway)]
@@ -332,7 +332,7 @@ def test_constants_and_spikes(norm, target_norm, dtype):
 
 @pytest.mark.parametrize("norm", NORMS[1:])
 def test_a_mean_far_away_costs_less_than_in_eager(norm):
-    """|mean| = 3000 σ: rounded to fp32, as eager has it, the mean alone would cost 1e-4."""
+    """|mean| = 3000 σ: rounding the mean to fp32, as eager does, costs 1e-4."""
     case = Case(norm, location=3000.0, length=90, channels=200)
     assert relative(outcome(case, "native")["gradient"], outcome(case, "eager", exact=True)["gradient"]) < 1e-5
 
@@ -440,14 +440,14 @@ def test_autograd(dtype):
 
 
 @pytest.mark.parametrize("outer", [lambda loss: loss, lambda loss: loss**2, lambda loss: 0.5 * loss])
-def test_a_second_derivative_is_refused_when_it_is_asked_for(outer):
+def test_second_derivatives_are_refused(outer):
     z, layers, mask, _ = inputs(Case())
     z.requires_grad_()
     (plain,) = torch.autograd.grad(outer(data2vec_loss(z, layers, mask, impl="native")), z)
     (first,) = torch.autograd.grad(outer(data2vec_loss(z, layers, mask, impl="native")), z, create_graph=True)
     assert torch.equal(first, plain)
     with pytest.raises(RuntimeError, match='no second derivative; impl="eager" of the loss'):
-        (first + z).square().sum().backward()  # of which z alone would have a gradient
+        (first + z).square().sum().backward()  # only z would get a gradient
 
 
 def test_inside_a_larger_graph():
@@ -506,7 +506,7 @@ def test_inside_a_compiled_module(impl, stats, dense):
     module = Head(norm="instance", beta=1.0, impl=impl, return_stats=stats)
     found = []
     torch._dynamo.reset()
-    # Most of the time goes into what inductor makes of the rest, so it does so once.
+    # inductor takes most of the time, so only one case uses it.
     backend = "inductor" if stats and dense and impl == "auto" else "aot_eager"
     for run in (module, torch.compile(module, fullgraph=True, backend=backend)):
         module.zero_grad()
@@ -566,7 +566,7 @@ def test_opcheck(case, stats):
 def _linear_gradient(views: int, share: slice, wrap=lambda model: model) -> torch.Tensor:
     torch.manual_seed(0)
     model, x, layers = nn.Linear(8, 24), torch.randn(4, views, 10, 8), [torch.randn(4, 10, 24) for _ in range(2)]
-    mask = torch.rand(4, views, 10).argsort(-1) < 4  # as many in each sample, so that a mean of means is the mean
+    mask = torch.rand(4, views, 10).argsort(-1) < 4  # the same number in each sample, so that a mean of means is the mean
     wrapped = wrap(model)
     for _ in range(2):  # the second one adds to the gradient
         scored = wrapped(x[share][mask[share]])
@@ -630,7 +630,7 @@ def test_without_a_library_that_fits(spoil, monkeypatch, tmp_path, choice_log):
         data2vec_loss(z, layers, mask, impl="native")
 
 
-def test_dtypes_that_the_kernel_does_not_know(choice_log):
+def test_unsupported_dtypes(choice_log):
     z, layers, mask, _ = inputs(Case())
     for _ in range(3):
         assert data2vec_loss(z.double(), [x.double() for x in layers], mask).dtype == torch.float64
@@ -641,7 +641,7 @@ def test_dtypes_that_the_kernel_does_not_know(choice_log):
         data2vec_loss(z, [layers[0].half(), *layers[1:]], mask, impl="native")
 
 
-def test_auto_takes_it(choice_log):
+def test_auto_selects_native(choice_log):
     z, layers, mask, _ = inputs(Case())
     with mock.patch.object(native, "loss", wraps=native.loss) as kernel:
         for _ in range(3):
@@ -675,7 +675,7 @@ def loss_and_gradient(case, z, layers, mask, padding=None, **more):
     return loss.detach(), z.grad
 
 
-# Where few values have nearly the same size a norm magnifies rounding by up to 1/√eps.
+# A norm over few, nearly equal values magnifies rounding by up to 1/√eps.
 close = dict(rtol=1e-4, atol=1e-4)
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

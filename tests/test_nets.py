@@ -548,7 +548,7 @@ def test_a_saved_model_carries_its_code(cls, tmp_path):
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
 
-    # Here the registered class is taken, whoever is trusted.
+    # Here the registered class is used, with either setting.
     for trust in (None, False, True):
         loaded = MODELS[cls].from_pretrained(tmp_path / "model", trust_remote_code=trust)
         assert type(loaded) is cls and torch.equal(loaded(x)[0], model(x)[0])

@@ -232,7 +232,34 @@ def test_help_lists_the_settings_of_the_class(monkeypatch, capsys):
     assert "--data.speed SPEED Of the waves. (type: float, default: 1.0)" in said
     assert "Positions along each axis, each of two samples. (required" in said
     assert "--data.views VIEWS Masked views of each sample" in said and "image_size" not in said
+    assert "null for a single mask, as in 1.0. At least 1. (type: int | null, default: null)" in said
     assert "--mask.kind {random,exact,span,block}" in said
+
+
+BOUNDED = """
+from typing import Annotated
+
+from d2v_fast.choices import PositiveInt, Range
+
+
+class Bounded(Fields):
+    def __init__(self, *, flip: PositiveInt = 1, share: Annotated[float, Range("[0, 0.5]")] = 0.5, **common):
+        super().__init__(**common)
+"""
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("flip=0", "data.flip: found 0, expected at least 1"),  # images have a data.flip too, of at most 1
+        ("share=0.6", "data.share: found 0.6, expected a number in [0, 0.5]"),
+        ("share=x", "data.share: found x, expected a number"),
+        ("views=0", "data.views: found 0, expected at least 1"),
+    ],
+)
+def test_settings_of_the_class_have_its_bounds(setting, message):
+    bounded = arguments("plane", *ONE, "data.class=mine:Bounded", "data.flip=7")
+    assert refused(*bounded, f"data.{setting}", code=BOUNDED) == message
 
 
 def test_a_preset_keeps_only_settings_of_the_class(capsys):
@@ -410,7 +437,7 @@ class TestRefusals:
             ("source, grid = Source([], None), 3", r"has no samples$"),
             (
                 "def __init__(self, **common):\n        open('nowhere')",
-                r"cannot be made: FileNotFoundError: .* 'nowhere' \(mine.py, line \d+\)$",
+                r"cannot be created: FileNotFoundError: .* 'nowhere' \(mine.py, line \d+\)$",
             ),
             (
                 "source, grid, __len__ = Source(['a'], None), 3, lambda self: 5\n    def fit_to(self, encoder):\n        1 / 0",
@@ -435,11 +462,11 @@ class TestRefusals:
             ),
             (
                 "source, grid = Source(['a'], lambda i: np.zeros((2, 8, 12))), (4, 6)",
-                r"the model does not take its batch, source torch.float64 \(1, 2, 8, 12\), mask torch.bool \(1, 24\), .*: Run",
+                r".* not accept its batch, source torch.float64 \(1, 2, 8, 12\), mask torch.bool \(1, 24\), .*: Run",
             ),
             (
                 "source, grid = Source(['a'], lambda i: np.zeros((2, 8, 12), dtype=np.float32)), (4, 5)",
-                r"the model does not take its batch, .*: ValueError: mask: found \(1, 20\) samples and positions, expected \(1",
+                r".* not accept its batch, .*: ValueError: mask: found \(1, 20\) samples and positions, expected \(1",
             ),
         ],
     )
@@ -515,8 +542,8 @@ class Ids(PretrainingData):
         model = ["data.class=mine:Ids", "encoder.model=roberta", *(f"encoder.config.{field}" for field in fields)]
         said = refused(*model, *ONE, *SMALL, "train.output=run", code=code)
         assert said == (
-            "data.class=mine:Ids: collate returns no target, but RobertaModel has no mask vector; give it masked ids as source "
-            "and the unmasked ones as target"
+            "data.class=mine:Ids: collate returns no target, but RobertaModel has no mask vector; return the masked ids as "
+            "source and the unmasked ones as target"
         )
 
 

@@ -41,7 +41,7 @@ def test_the_package_loads_nothing_before_it_is_used():
 
 
 def test_loss_teacher_and_model_need_torch_alone():
-    """The parts that run on a bare GPU machine do not ask for the libraries of the data and the loop."""
+    """The parts that run on a bare GPU machine do not import the libraries of the data and the loop."""
     heavy = {"transformers", "datasets", "accelerate", "jsonargparse", "soundfile", "sklearn", "PIL"}
     assert not loaded_by("from d2v_fast import Data2Vec, Data2VecLoss, EMATeacher, data2vec_loss") & heavy
 
@@ -117,8 +117,9 @@ def test_workflows_test_the_oldest_versions_allowed():
 
 def test_the_container_runs_the_commands_of_the_demo():
     """With the same settings as `make demo`."""
-    demo = subprocess.run(["make", "-n", "demo"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    commands = re.findall(r"(?<=/)d2v-.+", demo)[-2:]
+    make = ["make", "-n", "--no-print-directory", "demo"]
+    demo = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    commands = re.findall(r"(?<=bin/)d2v-.+", demo)[-2:]
     command = re.search(r'^CMD \["sh", "-c", "(.+)"\]$', (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)[1]
     assert command.replace("/tmp/demo", "runs/demo").split(" && ") == commands
 

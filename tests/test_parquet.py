@@ -69,7 +69,7 @@ def test_every_value(tmp_path, settings, placed, make):
     assert data["id"] == list(range(100)) and data.names[92] == f"{tmp_path}/b.parquet[2]"
 
 
-def test_missing_values_are_pyarrows(tmp_path):
+def test_missing_values_are_read_by_pyarrow(tmp_path):
     values = [None if i in (3, 50) else value for i, value in enumerate(blobs(90))]
     for version in ("1.0", "2.0"):
         pq.write_table(pa.table({"image": pa.array(values)}), tmp_path / "a.parquet", **PLAIN, data_page_version=version)
@@ -106,7 +106,7 @@ def test_nested_folders_splits_and_no_copy(tmp_path, monkeypatch):
     assert len(open_images(str(tmp_path / "set"), split="test", cache=str(tmp_path / "kept"))) == 4
     assert len(open_images(str(tmp_path / "set/data/*/*.parquet"), cache=str(tmp_path / "kept"))) == 12
     written = [os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(tmp_path / "hf") for name in names]
-    assert sum(written) == 0  # nothing but a lock
+    assert sum(written) == 0  # only a lock file
     with pytest.raises(DataError, match="split=valid"):
         open_images(str(tmp_path / "set"), split="valid")
 

@@ -1,4 +1,4 @@
-"""What a run that starts from pretrained weights takes from them, beside the weights."""
+"""What a run that starts from pretrained weights adopts in addition to the weights."""
 
 import json
 import os
@@ -221,7 +221,7 @@ class TestReleased:
             self.model()
 
     def test_a_checkpoint_of_our_own_goes_before(self, released, caplog):
-        """A run that goes on has a head and a teacher already."""
+        """A resumed run has a head and a teacher already."""
         caplog.set_level("INFO")
         more = ["encoder.pretrained=out", "data.image_size=16", "targets.top_k=2"]
         config = replace(settings("vision/tiny-2", *more), resume=True)

@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 import pytest
 
 from d2v_fast import report
-from d2v_fast.report import COLORS, CURVES, main, page, read_run
+from d2v_fast.figures import FIGURES
+from d2v_fast.report import COLORS, main, page, read_run
 
 HOSTILE = "<script>alert(1)</script>\"'&"
 VOID = {"meta", "br"}
@@ -48,7 +49,7 @@ class Page(HTMLParser):
 
 
 def line(step, **more):
-    return json.dumps({"step": step, "time": 1.7e9 + step} | {name: 0.1 + step / 1000 for name in CURVES} | more)
+    return json.dumps({"step": step, "time": 1.7e9 + step} | {name: 0.1 + step / 1000 for name in FIGURES} | more)
 
 
 @pytest.fixture
@@ -80,8 +81,8 @@ def test_a_page_shows_what_a_run_wrote(make_run):
     found = Page(html)
     assert f"step 50: {alarm}" in found.text and "/dev/shm has 0.06 GiB" in found.text
     assert "100 of 400" in found.text and "mask.kind span" in found.text and "threads 2" in found.text
-    assert all(title in found.text for title, _ in CURVES.values())
-    assert found.tags.count("svg") == len(CURVES)
+    assert all(figure.title in found.text for figure in FIGURES.values())
+    assert found.tags.count("svg") == len(FIGURES)
 
 
 def test_the_page_is_self_contained(make_run):
@@ -101,9 +102,9 @@ def test_report_of_an_unfinished_run(make_run):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("value, curves", [(None, 0), (math.nan, len(CURVES)), (0.0, len(CURVES))])
+@pytest.mark.parametrize("value, curves", [(None, 0), (math.nan, len(FIGURES)), (0.0, len(FIGURES))])
 def test_a_log_without_numbers_to_draw(make_run, value, curves):
-    lines = [line(step, **dict.fromkeys(CURVES, value)) for step in (1, 50)]
+    lines = [line(step, **dict.fromkeys(FIGURES, value)) for step in (1, 50)]
     html = html_of(make_run(lines=lines, alarms_jsonl='{"step": 50, "alarms": ["all is lost"]}'))
     assert Page(html).tags.count("svg") == curves
 
@@ -117,7 +118,7 @@ PROBE = {"data": "photos", "name": None, "limit": 20, "step": 100, "results": {"
 
 @pytest.fixture
 def one_curve(monkeypatch):
-    monkeypatch.setattr(report, "CURVES", {"loss": CURVES["loss"]})
+    monkeypatch.setattr(report, "FIGURES", {"loss": FIGURES["loss"]})
 
 
 @pytest.mark.filterwarnings("error")

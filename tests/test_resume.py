@@ -20,6 +20,7 @@ import pytest
 import soundfile
 
 from d2v_fast.checkpoint import Checkpoint
+from d2v_fast.data.text import train_tokenizer
 from tests.runs import Run, arguments, traced, train
 
 ROOT = Path(__file__).parents[1]
@@ -247,6 +248,48 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed():
     assert_same("whole", "run")
 
 
+def write_stream(modality, files):
+    """Arguments of a stream of `files` parquet files of 12 rows each."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(0)
+    words = np.array("alpha beta gamma delta dog runs over under".split())
+    images(12 * files)
+    for i in range(files):
+        if modality == "text":
+            column = {"text": [" ".join(rng.choice(words, n)) for n in rng.integers(5, 60, 12)]}
+        else:
+            column = {"image": [Path(f"images/{12 * i + j:02}.png").read_bytes() for j in range(12)]}
+        pq.write_table(pa.table(column), f"{i}.parquet", row_group_size=4)
+    more = [f"data.path=file://{Path.cwd()}/{{0..{files - 1}}}.parquet", "data.shuffle_buffer=5", "train.max_broken=0"]
+    if modality == "text":
+        train_tokenizer(iter([" ".join(words)]), 300, 512).save_pretrained("tokenizer")
+        more += ["data.tokenizer=tokenizer", "data.block_size=16"]
+    return more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modality, files", [("text", 2), ("text", 3), ("vision", 3)])
+def test_a_stream_on_two_ranks_resumes_after_a_kill(modality, files):
+    """SIGKILL of rank 1. Each rank reads one of two files, or half the rows of three."""
+    Path("killed.py").write_text(KILLED)
+    more = [*write_stream(modality, files), "train.steps=12", "train.save_every=5", "train.log_every=1"]
+    whole = torchrun(*arguments(modality, "whole", *more))
+    said = whole.communicate(timeout=120)[1]
+    assert whole.returncode == 0 and "depends on the number of ranks, here 2" in said, said
+    process = torchrun(*arguments(modality, "run", *more), script=("killed.py",))
+    assert "(exitcode: -9)" in process.communicate(timeout=120)[1] and process.returncode != 0
+    process = torchrun("--resume", "run")
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and said.count("resumes after step 5") == 1, said
+    assert_same("whole", "run")
+    positions = [rank["stream"] for rank in Checkpoint(last("run")).state["ranks"]]
+    assert positions[0] != positions[1]
+    code, said = train(["--resume", "run", "--resume-allow", "processes"])
+    assert code == 1 and "its run had 2 processes, this one has 1; each reads its part of a stream: start 2" in said, said
+
+
 STAND_INS = {
     "torchrun": 'exec "$PYTHON" -m torch.distributed.run "$@"',
     "scontrol": 'if [ "$1" = requeue ]; then echo "$2" >> requeued; else printf "127.0.0.1\\n127.0.0.1\\n"; fi',
@@ -297,6 +340,30 @@ def test_the_slurm_job_of_the_guide_is_queued_again_and_resumes(monkeypatch):
     said = process.communicate(timeout=240)[1]
     assert process.returncode == 0 and f"resumes after step {stopped}" in said, said
     assert last("run").name == f"step-{stopped + 2}"
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_the_ranks():
+    """As the guide says: two with --multi_gpu; its other settings are named and ignored."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+        f"--main_process_port={port}",
+    ]
+    args = arguments("vision", "run", "train.steps=2", "train.device=cpu", "--resume=auto")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launch, "--mixed_precision=bf16", "-m", "d2v_fast.cli", *args], capture_output=True, text=True, timeout=240, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ACCELERATE_MIXED_PRECISION=bf16" in done.stderr and "takes its settings only from its config" in done.stderr
+    assert len(Checkpoint(last("run")).state["ranks"]) == 2
 
 
 SLOW_START = """
@@ -437,7 +504,7 @@ def _full_from_step_5_to_8(mounted):
 
     from d2v_fast.train import loop
 
-    take, hard = loop._take, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    take, hard = loop._next_batches, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
     def taking(run, part):
         run.checkpoints.wait()
@@ -455,7 +522,7 @@ def _full_from_step_5_to_8(mounted):
             resource.setrlimit(resource.RLIMIT_FSIZE, (64 if 4 <= done < 8 else hard, hard))
         return take(run, part)
 
-    loop._take = taking
+    loop._next_batches = taking
 
 
 def test_a_full_disk_does_not_end_the_training(small_disk):

@@ -314,11 +314,22 @@ class TestErrors:
         [
             (
                 ["several.shares.vision=0.7"],
-                "vision 0.7, audio 0.5, which sum to 1.2, expected 1, such as vision 0.5833, audio",
+                "several.shares: found vision 0.7, audio 0.5, which sum to 1.2, expected 1; "
+                "set several.shares.vision=0.5833 several.shares.audio=0.4167",
             ),
             (["several.shares={vision: 1.5, audio: -0.5}"], "found vision 1.5, audio -0.5, expected numbers above 0"),
-            (["several.shares={vision: 1}"], "several.shares: audio has no share; expected shares of vision, audio"),
-            (["several.shares.text=0.1"], "several.shares: text is no part of the run"),
+            (["several.shares={vision: 1}"], "found vision 1, but audio has no share; set several.shares.vision=0.5"),
+            (["several.shares.text=0.1"], "but text is no part of the run; leave it out, or add several.parts.text=PRESET"),
+            (["several.shares={}"], "several.shares: found none, but audio has no share; set"),
+            (["several.shares={vision: .nan, audio: 1}"], "found vision nan, audio 1, expected numbers above 0"),
+            *[
+                (
+                    [f"several.shares={value}"],
+                    f"several.shares: found {value}, expected a mapping to numbers; set several.shares.vision=0.5 several",
+                )
+                for value in ("null", "[0.5,0.5]", "1", "half", "{vision: half, audio: 0.5}", "{vision: [1], audio: 0.5}")
+            ],
+            (["several.parts=[vision/tiny-2]"], "several.parts: found [vision/tiny-2]; set each part, several.parts.NAME="),
             (
                 ["several.parts.visoin=vision/tiny-2"],
                 "visoin: no such part; expected text, vision, audio, spectrogram; did you",
@@ -351,6 +362,22 @@ class TestErrors:
         with pytest.raises(ConfigError, match="expected two or more of text, vision, audio, spectrogram; one modality is an "):
             parse(["--config", str(tmp_path / "mine.yaml")])
 
+    @pytest.mark.parametrize("shares", ["[0.5, 0.5]", "3", "{vision: half, audio: 0.5}", "[]", "false"])
+    def test_shares_of_another_type_in_a_file(self, shares, tmp_path):
+        text = f"modality: several\nseveral: {{parts: {{vision: vision/tiny-2, audio: audio/tiny-2}}, shares: {shares}}}"
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"several.shares: found .*, expected a mapping to numbers; set several.sh"):
+            parse(["--config", str(tmp_path / "mine.yaml")])
+
+    def test_the_remedy_is_accepted(self):
+        parts = ("vision", "audio", "text")
+        for wrong in ("several.shares={vision: 1, audio: 1, text: 1}", "several.shares.text=0.9", "several.shares=1"):
+            more = ["several.parts.text=text/tiny-2", wrong]
+            with pytest.raises(ConfigError) as error:
+                config("run", *more, parts=parts)
+            remedy = str(error.value).partition("; set ")[2].split()
+            assert sum(config("run", *more[:1], *remedy, parts=parts).shares.values()) == pytest.approx(1)
+
     @pytest.mark.parametrize("text", ["several: 3", "several: {part: {}}", "several: {parts: [vision/tiny-2]}"])
     def test_another_structure(self, text, tmp_path):
         (tmp_path / "mine.yaml").write_text(f"modality: several\n{text}")
@@ -362,7 +389,7 @@ class TestErrors:
         [
             (
                 "hidden_size=32",
-                "several.parts.audio: encoder.config.hidden_size: found 32, expected 16, as the first part has it",
+                "several.parts.audio: encoder.config.hidden_size: found 32, expected 16, as in the first part",
             ),
             ("num_hidden_layers=2", "encoder.config.num_hidden_layers: found 2, expected 3"),
             ("num_attention_heads=4", "encoder.config.num_attention_heads: found 4, expected 2"),

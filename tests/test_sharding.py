@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import weakref
@@ -83,6 +84,31 @@ def torchrun(ranks, cases, *machine):
     return done.stderr
 
 
+def two_torchruns(ranks, cases):
+    """Run cases as `torchrun` does, on two torchruns of `ranks` each; returns exit code and log of both."""
+    Path("cases.json").write_text(json.dumps(cases))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=7"]
+        command.append(f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    both = [
+        subprocess.Popen(
+            [*command, f"--nproc-per-node={count}", "-m", "tests.sharded", "cases.json"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for count in ranks
+    ]
+    try:
+        said = [each.communicate(timeout=240)[1] for each in both]
+    finally:
+        for each in both:
+            each.terminate()
+    return [(each.returncode, text) for each, text in zip(both, said, strict=True)]
+
+
 def side_by_side(modality, version, fused, *more):
     """A case with DistributedDataParallel and one that is sharded."""
     args = (test_training.arguments, test_training_2.arguments)[version - 1]
@@ -112,7 +138,7 @@ def assert_the_same_run(modality, version, fused, ranks=2):
 
 @pytest.mark.parametrize("three", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sharded_on_two_ranks_it_is_the_same_run_and_goes_on_with_one_and_with_three(three, here):
-    """A step is six micro-batches: 2 ranks × 3, then 1 × 6, then 3 × 2; beside one process that never stops."""
+    """A step is six micro-batches: 2 ranks × 3, then 1 × 6, then 3 × 2; compared with one uninterrupted process."""
     more = ["schedule.kind=constant", "schedule.warmup=0", "train.clip_norm=1", "train.batch_size=2", "optimizer.lr=1e-3"]
     args = test_training.arguments("vision", "run", *more, "train.steps=2", "train.accumulate=3")
     args += ["train.log_every=1", "train.shard=true"]
@@ -145,6 +171,36 @@ def test_hybrid_sharding_on_two_machines_is_the_same_run(here):
     cases[1][1][-1] = "train.shard=hybrid"
     torchrun(4, cases, "2")
     assert_the_same_run("vision", 2, False, ranks=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("local", [1, 2])
+def test_hybrid_sharding_over_two_torchruns_goes_on_with_one_process(local, here):
+    """As two machines on loopback, each with `local` ranks; against one process that takes as many micro-batches a step."""
+    more = ["schedule.kind=constant", "schedule.warmup=0", "train.batch_size=2", "optimizer.lr=1e-3", "train.log_every=1"]
+    steps = ["train.steps=2", f"train.accumulate={4 // local}"]
+    args = [*test_training.arguments("vision", "run", *more), "train.shard=hybrid", *steps]
+    said = two_torchruns([local, local], [["run", args, False]])
+    assert said[0][0] == said[1][0] == 0, said
+    for rank in range(2 * local):
+        share = json.loads(Path(f"run/share-{rank}.json").read_text())
+        assert max(share.values()) <= (0.51 if local == 2 else 1)
+    go_on = ["--resume", "run", "--resume-allow", "train.steps", "train.steps=4", "train.accumulate=8", "train.shard=false"]
+    assert train(parse(go_on)[0]) == 0
+    whole = test_training.arguments("vision", "whole", *more, "train.steps=4", "train.accumulate=8")
+    assert train(parse(whole)[0]) == 0
+    for part in ("student", "teacher"):
+        whole, run = (load_file(f"{name}/checkpoints/step-4/{part}.safetensors") for name in ("whole", "run"))
+        assert max(float((whole[key].double() - run[key].double()).abs().max()) for key in whole) < 5e-6
+    for a, b in zip(*(test_training.records(Path(name)) for name in ("whole", "run")), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_hybrid_sharding_of_unequal_machines_is_refused(here):
+    args = [*test_training.arguments("vision", "run"), "train.shard=hybrid"]
+    for code, said in two_torchruns([2, 1], [["run", args, False]]):
+        assert code != 0 and "train.shard=hybrid: the machines have 2, 1 ranks" in said, said
 
 
 @pytest.mark.slow
@@ -247,6 +303,10 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
         ConfigError, match=r"train.shard=true with encoder.config.layerdrop=0.1: .* so no rank may skip it; set enco"
     ):
         building._shard(run.state.core, config, run.data, accelerator)
+    found = [("0", 2), ("0", 2), ("1", 1)]
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: found)
+    with pytest.raises(ConfigError, match=r"train.shard=hybrid: the machines have 2, 1 ranks; start the same number on each"):
+        building.check_machines(3)
 
 
 class Reaching(models.Handwritten):
@@ -350,7 +410,8 @@ COUNTED = {
 def test_the_doctors_memory_estimate_equals_the_peak_of_a_step(name, checkpointing):
     """Counted in a whole step, backward and update included, of tensors without numbers; the doctor has run a forward alone."""
     config, _ = parse(["--config", *COUNTED[name].split()])
-    doctor = memory.need(config)["train.checkpointing" if checkpointing else "neither"]
+    found = memory.need(config, 8)
+    doctor = found["train.checkpointing" if checkpointing else "neither"]
     model = memory.model_on_meta(config)
     if checkpointing:
         model.student.checkpoint_blocks()
@@ -371,3 +432,9 @@ def test_the_doctors_memory_estimate_equals_the_peak_of_a_step(name, checkpointi
             model.update_teacher()
     # The update of a logged step, whose differences the monitor takes, is not counted here.
     assert sum(doctor.always.values()) + sum(doctor.passes.values()) == pytest.approx(live.most, rel=0.1)
+    if name in ("ViT-g/14", "XLS-R 1B"):
+        page = (Path(__file__).parents[1] / "docs/training.md").read_text()
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {name} "))
+        cells = row.split("|")[2:-1]
+        assert [f" {each.total / memory.GIB:.1f} " for each in found.values()] == cells[:4]
+        assert f" {live.most / memory.GIB:.1f} " == cells[4 + checkpointing]

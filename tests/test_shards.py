@@ -46,7 +46,7 @@ def samples():
 
 @pytest.fixture
 def shards(tmp_path, samples):
-    """The images in three archives, beside captions and classes."""
+    """The images in three archives, with captions and classes."""
     (tmp_path / "shards").mkdir()
     for number in range(3):
         with tarfile.open(tmp_path / "shards" / f"{number}.tar", "w") as archive:

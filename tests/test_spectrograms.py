@@ -53,7 +53,7 @@ def encoder(model):
 
 @pytest.fixture(autouse=True)
 def sounds(here):
-    """Eight recordings of two classes, from .3 to .5 s, of another rate than 16 kHz; beside them two to test on."""
+    """Eight recordings of two classes, .3 to .5 s long, at a rate other than 16 kHz; and two for testing."""
     for i in range(10):
         file = Path("sounds", "train" if i < 8 else "test", "ab"[i % 2], f"{i}.wav")
         file.parent.mkdir(parents=True, exist_ok=True)

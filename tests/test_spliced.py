@@ -4,7 +4,10 @@ Module paths of each model are written down by hand, so that the search that fin
 """
 
 import copy
+import difflib
 import json
+import sys
+import types
 from typing import NamedTuple
 
 import pytest
@@ -670,6 +673,44 @@ def test_probing_runs_each_class_of_block():
     assert wrap(model).no_gather.startswith("positions or their number enter inside its blocks")
 
 
+def four_layers():
+    config = transformers.CONFIG_MAPPING["nomic_bert"](**FAMILIES["nomic_bert"].config | dict(num_hidden_layers=4))
+    torch.manual_seed(0)
+    return transformers.NomicBertModel(config, add_pooling_layer=False).eval()
+
+
+@pytest.mark.parametrize("attribute", [dict(layer_idx=2), dict(strength=0.5), dict(kinds={"neighbours": True})])
+def test_blocks_that_differ_by_an_attribute_alone_are_probed(attribute):
+    """Of one class with the same shapes; what differs is an index, a float or a dict."""
+    model = four_layers()
+    name, value = next(iter(attribute.items()))
+
+    class Differs(type(model.layers[0])):
+        def forward(self, hidden_states, *args, **kwargs):
+            if getattr(self, name) == value:
+                hidden_states = hidden_states + 0.5 * hidden_states.roll(1, 1)
+            return super().forward(hidden_states, *args, **kwargs)
+
+    assert wrap(model).gathers
+    for number, block in enumerate(model.layers):
+        block.__class__ = Differs
+        setattr(block, name, value if number == 2 else type(value)())
+    assert wrap(model).no_gather.startswith("positions or their number enter inside its blocks")
+
+
+def test_blocks_whose_arguments_differ_are_probed():
+    """One of four equal blocks gets a causal mask from the model."""
+    model = four_layers()
+
+    def make_causal(block, args, kwargs):
+        length = args[0].shape[1]
+        return args, kwargs | {"attention_mask": torch.ones(1, 1, length, length).tril().bool()}
+
+    model.layers[2].register_forward_pre_hook(make_causal, with_kwargs=True)
+    with pytest.raises(ValueError, match="has causal blocks, such as 2: positions do not see later ones"):
+        wrap(model)
+
+
 def blocks_that(change, which=slice(None)):
     """DINOv2 with 3 registers and a CLS token, with blocks that run on `change(x)`; x is (B, 4 + T, 32)."""
     model = plain("dinov2_with_registers")
@@ -685,7 +726,7 @@ def blocks_that(change, which=slice(None)):
 
 
 def count(x):
-    """Numbers the tokens, by (N, 32)."""
+    """(N, 32), values that depend on the index of a token."""
     return torch.sin(torch.arange(x.shape[1], dtype=x.dtype)[:, None] + torch.arange(x.shape[2], dtype=x.dtype))
 
 
@@ -783,7 +824,7 @@ def test_a_spectrogram_encoder_is_refused_for_waveforms(tmp_path):
 
 def test_the_table_of_supported_encoders(tmp_path, capsys):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    page.write_text("before\n<!-- encoders -->\nold\n<!-- /encoders -->\nafter\n")
     table.main([str(page), "modernbert", "swin", "roberta", "bart"])
     text = page.read_text()
     assert text.startswith("before\n<!-- encoders -->\nTried with transformers")
@@ -795,3 +836,71 @@ def test_the_table_of_supported_encoders(tmp_path, capsys):
     table.main(["swin"])
     assert "SwinModel" in capsys.readouterr().out
     assert len(table.names()) > 100
+
+
+TIMM = {
+    "vit_base_patch16_224": ("vit_mae", IMAGE | dict(mask_ratio=0.0)),
+    "vit_tiny_patch16_224": ("siglip_vision_model", IMAGE),
+    "vit_base_patch16_clip_224": ("siglip_vision_model", IMAGE),
+    "beit_large_patch16_512": ("mlcd_vision_model", IMAGE),
+    "swin_tiny_window7_224": ("swin", dict(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)),
+    "resnet_18": None,
+    "broken_vit": None,
+}
+
+
+def test_the_table_of_timm(monkeypatch, tmp_path, capsys):
+    """With a stand-in for timm, whose models are those of transformers and take no `depth`."""
+    timm, made = types.ModuleType("timm"), []
+
+    def create_model(name, num_classes, **fields):
+        if name == "broken_vit":
+            raise RuntimeError("a | b")
+        if "depth" in fields:
+            raise TypeError("__init__() got an unexpected keyword argument 'depth'")
+        made.append((name, fields))
+        if TIMM[name] is None:
+            return nn.Conv2d(3, 4, 3)
+        kind, config = TIMM[name]
+        model = AutoModel.from_config(transformers.CONFIG_MAPPING[kind](**config))
+        model.num_heads = 2
+        return model
+
+    timm.__version__, timm.create_model, timm.list_models = "9.8", create_model, lambda exclude_filters: list(TIMM)
+    timm.model_entrypoint = lambda name: create_model
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    monkeypatch.setattr(
+        table, "build_encoder", lambda name, config: build_encoder(*TIMM[name[5:]][:1], config=TIMM[name[5:]][1])
+    )
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- timm -->\nold\n<!-- /timm -->\nafter\n")
+    table.main(["--timm", str(page)])
+    text = page.read_text()
+    assert text.startswith("before\n<!-- timm -->\nTried with timm 9.8") and text.endswith("|\n<!-- /timm -->\nafter\n")
+    assert "5 families, of which 3 work with data2vec 1.0 and 2 of them with 2.0" in text
+    assert "| `vit_*`, `vit_*_clip_*` | SiglipVisionModel | yes | yes |" in text
+    assert "| `beit_*` | MLCDVisionModel | yes | no: positions or their number enter inside its blocks" in text
+    assert "| `swin_*` | SwinModel | no: is hierarchical: 64 local features become 16 states, so no mask fits" in text
+    assert "| `broken_vit` |  | no: a \\| b | no |" in text and "resnet" not in text
+    sizes = dict(img_size=32, patch_size=8, embed_dim=48, num_heads=4)
+    assert made[0][1] == sizes and [name for name, _ in made].count("vit_base_patch16_224") == 0
+    table.main(["--timm", "vit_tiny_patch16_224"])
+    assert "| `vit_tiny_patch16_224` | SiglipVisionModel | yes | yes |" in capsys.readouterr().out
+
+
+def test_families_of_timm(monkeypatch):
+    timm = types.ModuleType("timm")
+    names = "eva02_tiny_patch14_224 eva02_small_patch14_336 vit_so400m_patch14_siglip_gap_384 vit_base_patch16_siglip_gap_224 "
+    names += "vit_base_patch14_reg4_dinov2 vit_small_r26_s32_224 volo_d1_224 convit_base convit_tiny tiny_vit_5m_224"
+    timm.list_models = lambda exclude_filters: sorted([*names.split(), "resnet_18"])
+    timm.model_entrypoint = lambda name: difflib.get_close_matches if name == "resnet_18" else test_families_of_timm
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    assert table.families() == {
+        "convit_*": "convit_tiny",
+        "eva02_*": "eva02_tiny_patch14_224",
+        "vit_*_siglip_gap_*": "vit_base_patch16_siglip_gap_224",
+        "vit_*_reg*_dinov2": "vit_base_patch14_reg4_dinov2",
+        "vit_*_r26_*": "vit_small_r26_s32_224",
+        "volo_*": "volo_d1_224",
+        "tiny_vit_*": "tiny_vit_5m_224",
+    }

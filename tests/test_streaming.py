@@ -1,4 +1,4 @@
-"""Streams from memory, from files and from servers of any manners, against the same data read locally."""
+"""Streams from memory, files and misbehaving servers, against the same data read locally."""
 
 import functools
 import http.server
@@ -102,7 +102,7 @@ class TestText:
         batch = next(iter(make_loader(data, StreamBatches(data, 4), 0)))
         assert batch["source"].shape == (4, 16) and batch["mask"].any() and not batch["broken"]
 
-    def test_what_it_needs(self, corpus):
+    def test_what_a_stream_of_text_requires(self, corpus):
         path, settings = corpus
         with pytest.raises(DataError, match=r"data.tokenizer=train: a stream has no corpus .*data.tokenizer=roberta-base"):
             text_data(path, streaming=True)
@@ -187,28 +187,37 @@ class TestResume:
         for i in (0, 9, 10, 33, 100, 200):
             assert taken(data, 40, states[i])[0] == samples[i + 1 : i + 41]
 
-    def test_a_run(self, images, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("kind", ["images", "parquet", "jsonl"])
+    def test_a_run(self, kind, corpus, tmp_path, monkeypatch):
+        """Of images in three files; of text in two, which is given by name."""
         monkeypatch.chdir(tmp_path)
-        for i in range(3):
-            (tmp_path / f"{i}.parquet").write_bytes(parquet(*range(8 * i, 8 * i + 8)))
-        stream = ["data.path=file://" + str(tmp_path / "{0..2}.parquet"), "data.shuffle_buffer=5", "train.save_every=3"]
-        steps = ["train.steps=8", "train.workers=1", "train.max_broken=0"]
-        code, said = runs.train(runs.arguments("vision", "whole", *stream, *steps), before=functools.partial(runs.traced, "a"))
-        assert (
-            code == 0
-            and "the order of its samples depends on the number of ranks, here 1" in said
-            and "streamed samples" in said
-        )
+        if kind == "images":
+            for i in range(3):
+                (tmp_path / f"{i}.parquet").write_bytes(parquet(*range(8 * i, 8 * i + 8)))
+            stream = ["data.path=file://" + str(tmp_path / "{0..2}.parquet"), "train.max_broken=0"]
+        else:
+            for name in "01":
+                lines = Path(f"text/{name}.txt").read_text().splitlines()
+                if kind == "parquet":
+                    pq.write_table(pa.table({"id": range(len(lines)), "text": lines}), f"{name}.parquet")
+                else:
+                    Path(f"{name}.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+            stream = [f"data.path=./[01].{kind}", "data.streaming=true", "data.tokenizer=tokenizer", "data.block_size=16"]
+        arguments = functools.partial(runs.arguments, "vision" if kind == "images" else "text")
+        stream += ["data.shuffle_buffer=5", "train.save_every=3", "train.steps=8", "train.workers=1"]
+        code, said = runs.train(arguments("whole", *stream), before=functools.partial(runs.traced, "a"))
+        assert code == 0, said
+        assert "the order of its samples depends on the number of ranks, here 1" in said and "streamed samples" in said
         kill = functools.partial(runs.traced, "b", 5, "cut/checkpoints/step-3")
-        assert runs.train(runs.arguments("vision", "cut", *stream, *steps), before=kill)[0] == -9
-        args = runs.arguments("vision", "cut", *stream, *steps, "--resume")
-        assert runs.train(args, before=functools.partial(runs.traced, "c"))[0] == 0
+        assert runs.train(arguments("cut", *stream), before=kill)[0] == -9
+        code, said = runs.train(arguments("cut", *stream, "--resume"), before=functools.partial(runs.traced, "c"))
+        assert code == 0, said
         whole, cut = (Path(name).read_text().splitlines() for name in "ac")
         assert len(whole) == 8 and cut == whole[3:]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves one file with ranges, in the manner of its server."""
+    """Serves one file, also in ranges; the server's `send` writes the body."""
 
     protocol_version = "HTTP/1.1"
 
@@ -230,7 +239,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(end - begin))
         self.end_headers()
         if body:
-            server.manner(self, server.content[begin:end])
+            server.send(self, server.content[begin:end])
 
     def log_message(self, *args):
         pass
@@ -238,7 +247,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """Starts a server, which writes what is asked by a function of the handler and the content; returns it and its URL."""
+    """Starts a server that writes bodies with the function send(handler, body); returns it and its URL."""
     monkeypatch.setattr("datasets.config.STREAMING_READ_RETRY_INTERVAL", 0.05)
     monkeypatch.setattr("datasets.config.STREAMING_OPEN_RETRY_INTERVAL", 0.05)
     monkeypatch.setattr("datasets.config.STREAMING_READ_MAX_RETRIES", 2)
@@ -246,9 +255,9 @@ def serve(monkeypatch):
     monkeypatch.setattr(streaming, "PAUSE", 0.05)
     started = []
 
-    def start(manner):
+    def start(send):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.content, server.manner, server.requests = parquet(*range(40)), manner, 0
+        server.content, server.send, server.requests = parquet(*range(40)), send, 0
         threading.Thread(target=server.serve_forever, daemon=True).start()
         started.append(server)
         return server, f"http://127.0.0.1:{server.server_port}/a.parquet"
@@ -264,26 +273,26 @@ def whole(handler, body):
 
 
 class TestServers:
-    def test_that_answers(self, serve):
+    def test_one_that_answers(self, serve):
         _, url = serve(whole)
         samples, _ = taken(image_data(url, shuffle_buffer=3, stream_timeout=20), 40)
         assert sorted(bytes(each) for *_, each in samples) == sorted(content(i) for i in range(40))
 
-    def test_that_is_slow(self, serve):
+    def test_a_slow_one(self, serve):
         def slow(handler, body):
             time.sleep(2)
             whole(handler, body)
 
         server, url = serve(whole)
         data = image_data(url, stream_timeout=0.5)
-        server.manner = slow
+        server.send = slow
         message = rf"data.path={url}: the remote has not answered within data.stream_timeout=0.5 seconds; check"
         (batch,) = StreamBatches(data, 4)
         assert batch["failed"].startswith(message.replace("\\", ""))
         with pytest.raises(DataError, match=message):
             image_data(url, stream_timeout=0.5)
 
-    def test_that_drops_the_connection(self, serve, caplog):
+    def test_one_that_drops_connections(self, serve, caplog):
         def drop(handler, body):
             if server.requests % 3 == 0:
                 handler.wfile.write(body[: len(body) // 2])
@@ -293,26 +302,26 @@ class TestServers:
 
         server, url = serve(whole)
         data = image_data(url, shuffle_buffer=3, stream_timeout=20)
-        server.manner = drop
+        server.send = drop
         samples, _ = taken(data, 40)
         assert sorted(bytes(each) for *_, each in samples) == sorted(content(i) for i in range(40))
 
-    def test_that_fails_for_good(self, serve, caplog):
+    def test_one_that_fails_permanently(self, serve, caplog):
         server, url = serve(whole)
         data = image_data(url, stream_timeout=20)
-        server.manner = lambda handler, body: handler.connection.shutdown(socket.SHUT_RDWR)
+        server.send = lambda handler, body: handler.connection.shutdown(socket.SHUT_RDWR)
         (batch,) = StreamBatches(data, 4)
         assert batch["failed"].startswith(f"data.path={url}: cannot be read, after 3 retries: ")
         assert "trying again" in caplog.text
 
-    def test_that_is_not_there(self, serve):
+    def test_an_unreachable_one(self, serve):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{free.getsockname()[1]}/a.parquet"
         with pytest.raises(DataError, match=rf"data.path={url}: cannot be streamed .*"):
             image_data(url, stream_timeout=20)
 
-    def test_without_the_file(self):
+    def test_a_missing_file(self):
         with pytest.raises(DataError, match=r"data.path=memory://nothing/\*.parquet: cannot be streamed"):
             image_data("memory://nothing/*.parquet")
 
@@ -344,5 +353,5 @@ class TestSettings:
             (("json",), None, ["hf://datasets/u/n/x-0.jsonl.gz", "hf://datasets/u/n/x-1.jsonl.gz"]),
             (("webdataset",), None, ["s3://b/a.tar"]),
         ]
-        with pytest.raises(DataError, match=r"s3://b/folder: a stream needs files of one type, of \.parquet, "):
+        with pytest.raises(DataError, match=r"s3://b/folder: a stream needs files of one type among \.parquet, "):
             image_data("s3://b/folder")

@@ -9,16 +9,20 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
+from d2v_fast import Data2Vec, build_encoder
 from d2v_fast.checkpoint import CheckpointError
 from d2v_fast.config import parse
-from d2v_fast.data import DataError, documents
+from d2v_fast.data import DataError, documents, text
 from d2v_fast.data.documents import load_documents
-from d2v_fast.data.text import TextData, load_tokenizer, train_tokenizer
+from d2v_fast.data.text import TextData, can_cut, corpus_backend, load_tokenizer, train_tokenizer
+from d2v_fast.decoders import ConvDecoder
 from d2v_fast.export import Exported
-from d2v_fast.masking import TokenMask
+from d2v_fast.masking import RandomMask, TokenMask
 from d2v_fast.train.build import build, make_data, make_encoder
 from d2v_fast.train.loop import loop
+from tests import models
 from tests.test_cli import TEXT
 
 ODD = ["one\x85two", "a\u2028b\u2029c", "x\x0cy\x0bz\x1cw\x1dv\x1eu", "plain"]  # str.splitlines() makes more of each
@@ -276,6 +280,87 @@ class TestLoadedTokenizer:
         assert np.array_equal(used.ids, plain.ids)
 
 
+def bert(folder):
+    from transformers import BertTokenizerFast
+
+    names = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *WORDS,
+        *"[]<>/'abcdxyz",
+        *("##" + c for c in "abcdefghijklmnopqrstuvwxyz"),
+    ]
+    (folder / "vocab.txt").write_text("\n".join([*names, "mask", "cls", "sep", "pad", "unk"]))
+    return BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=True)
+
+
+PARTS = [*WORDS, *"don't you'LL é e\u0301 \u0301x 中文 ß İ ﬁ 12a … ! <mask> a<s> [MASK]".split()]
+PARTS += ["x 's", "a\u200bb", "\u00a0x", "  a", "\n", "\t b", " ", "a\n c", "\u2028", "\x00", "\U0001f600"]
+
+
+class TestPieces:
+    """Long documents are encoded in pieces, where that is known to give the tokens of the whole."""
+
+    def document(self, words, seed=0):
+        return "".join(np.random.default_rng(seed).choice([part + " " * (i % 4 != 3) for i, part in enumerate(PARTS)], words))
+
+    @pytest.mark.parametrize("family", [bytewise, bert])
+    def test_tokens_are_those_of_whole_documents(self, family, tmp_path, monkeypatch):
+        documents = [self.document(4000), "dog", self.document(300, seed=1)]
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": each}) for each in documents))
+        tokenizer = family(tmp_path)
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        backend, sep = corpus_backend(tokenizer), tokenizer.sep_token_id
+        assert can_cut(backend)
+        whole = [[*backend.encode(each, add_special_tokens=False).ids, sep] for each in documents]
+        assert sum(map(len, text._batches(documents, cut=True))) == 3
+        found = []
+        for size in (1, 40, 10**9):
+            monkeypatch.setattr(text, "PIECE", size)
+            data = text_data(tmp_path / "a.jsonl", tokenizer=str(tmp_path / "tokenizer"), cache=str(tmp_path / str(size)))
+            assert data.ids.tolist() == [i for ids in whole for i in ids]
+            assert data.document_ends.tolist() == np.cumsum([len(ids) for ids in whole]).tolist()
+            found.append(data.contents()[1].tolist())
+        assert found[0] == found[1] == found[2]
+        monkeypatch.setattr(text, "PIECE", 1)
+        assert sum(map(len, text._batches(documents, cut=True))) > 500
+
+    def test_batches_are_small(self):
+        documents = [self.document(100_000), self.document(10), "x" * 500_000]
+        for cut, most in ((True, 2**18 + 500_000), (False, 2**18 + max(map(len, documents)))):
+            batches = list(text._batches(documents, cut))
+            assert "".join(piece for batch in batches for piece, _ in batch) == "".join(documents)
+            assert sum(last for batch in batches for _, last in batch) == 3
+            assert max(sum(len(piece) for piece, _ in batch) for batch in batches) <= most
+        assert max(len(piece) for batch in text._batches(documents[:1], True) for piece, _ in batch) < text.PIECE + 1000
+
+    def test_other_tokenizers_get_whole_documents(self, tmp_path):
+        from tokenizers import AddedToken, normalizers
+
+        def added(folder):
+            tokenizer = bytewise(folder)
+            tokenizer.add_tokens([AddedToken("dog runs", normalized=False)])
+            return tokenizer
+
+        def normalized(folder):
+            tokenizer = bytewise(folder)
+            tokenizer.backend_tokenizer.normalizer = normalizers.Replace("dog runs", "dogruns")
+            return tokenizer
+
+        for family in (unigram, words, added, normalized):
+            backend = corpus_backend(family(tmp_path))
+            assert not can_cut(backend), family
+            if family in (added, normalized):  # and has other tokens in pieces
+                whole, *parts = (
+                    backend.encode(each, add_special_tokens=False).ids for each in ("a dog runs", "a dog", " runs")
+                )
+                assert whole != parts[0] + parts[1]
+        assert can_cut(corpus_backend(bytewise(tmp_path))) and can_cut(corpus_backend(bert(tmp_path)))
+
+
 def test_special_tokens_in_a_text_that_a_tokenizer_is_trained_on(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(f"{line} <mask><s></s> <unk> <pad>" for line in sentences()))
     data = text_data(tmp_path)
@@ -349,6 +434,36 @@ def test_a_run_resumes_on_the_same_text_only(tmp_path):
         build(parse(more)[0])
     file.write_text(before)
     assert loop(build(parse(more)[0])) == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_resumes_with_the_same_multiple_only(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(sentences()))
+    loop(build(parse([*TEXT, "data.path=a.txt", "data.cross_documents=false", "train.output=run"])[0]))
+    more = ["--resume", "run", "train.steps=3", "--resume-allow", "train.steps"]
+    with pytest.raises(CheckpointError, match=r"data\.length_multiple: was 1, is 8"):
+        build(parse([*more, "data.length_multiple=8"])[0])
+    assert loop(build(parse(more)[0])) == 0
+
+
+@pytest.mark.parametrize("views", [None, 2])
+def test_padding_to_a_multiple_changes_no_loss(tmp_path, views):
+    (tmp_path / "a.txt").write_text("\n".join(words[: 20 + 7 * i] for i, words in enumerate(sentences(6))))
+    losses, lengths = [], []
+    for multiple in (1, 16):
+        mask = RandomMask(0.5) if views else TokenMask(0.3, 1)
+        settings = dict(block_size=40, vocab_size=300, cross_documents=False, length_multiple=multiple)
+        data = TextData(path=str(tmp_path / "a.txt"), mask=mask, views=views, **settings)
+        torch.manual_seed(0)
+        own = {name: data.tokens[name] for name in ("vocab_size", "pad_token_id")} | {"max_position_embeddings": 64}
+        encoder = build_encoder("roberta", config=models.CONFIGS["roberta"] | own)
+        decoder = ConvDecoder(32, width=32, groups=4, noise=0.0) if views else None
+        model = Data2Vec(encoder, top_k=2, norm="instance", decoder=decoder, impl="eager").double()
+        batch = data.__getitems__([(0, i) for i in range(3)])
+        lengths.append(batch["mask"].shape[-1])
+        losses.append(model(**{name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}).loss.item())
+    assert lengths[0] % 16 and lengths[1] == -(-lengths[0] // 16) * 16
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_folders_written_by_save_to_disk(tmp_path):

@@ -1,4 +1,4 @@
-"""Encoders of timm, against the plain models of timm; where timm is not installed, nothing here runs."""
+"""timm encoders against plain timm models; skipped, except for the error message, if timm is not installed."""
 
 import importlib.util
 
@@ -14,7 +14,7 @@ from d2v_fast.export import export_run
 from d2v_fast.train import train
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, num_heads=4, depth=3)
-# Tokens in front, and whether visible positions can be encoded alone.
+# Number of extra tokens, and whether visible positions can be encoded alone.
 MODELS = {
     "vit_tiny_patch16_224": (1, True),
     "vit_base_patch16_siglip_224": (0, True),
@@ -61,7 +61,7 @@ def test_states_are_the_models(timm, name):
 
 
 @pytest.mark.parametrize("name", [name for name, (_, gathers) in MODELS.items() if gathers])
-def test_visible_positions_alone_are_a_whole_whose_attention_sees_no_others(timm, name, monkeypatch):
+def test_encoding_visible_positions_equals_masking_attention_to_all_others(timm, name, monkeypatch):
     encoder, x = make(name)
     extra, length = MODELS[name][0], 16
     visible = torch.stack([torch.randperm(length)[:7].sort().values for _ in range(2)])

@@ -24,7 +24,7 @@ from d2v_fast.train.guards import BrokenSamples, StopRequest
 from d2v_fast.train.loop import loop
 from d2v_fast.train.optim import lr_factor, make_optimizer
 from d2v_fast.train.parallel import check_restarts, check_slurm
-from d2v_fast.train.step import step
+from d2v_fast.train.step import clip, step
 
 # torch: the schedule is a function of the step, so it moves when the optimizer skips the first one.
 FIRST_SKIPPED = "ignore:Detected call of .lr_scheduler.step"
@@ -119,6 +119,25 @@ def test_one_optimizer_step_by_hand(tmp_path):
     expected = tau * before[name] + (1 - tau) * dict(core.named_parameters())[name]
     assert torch.allclose(teacher, expected, atol=1e-7)
     assert core.teacher.step == 1
+
+
+@pytest.mark.parametrize("clip_norm, written", [(0.0, False), (0.5, True)])
+def test_gradients_are_written_only_to_clip_them(tmp_path, clip_norm, written):
+    state = build(config("vision", tmp_path / "run", f"train.clip_norm={clip_norm}")).state
+    for p in state.parameters:
+        p.grad = torch.randn_like(p)
+    expected = torch.cat([p.grad.flatten() for p in state.parameters]).norm()
+    versions = [p.grad._version for p in state.parameters]
+    torch.testing.assert_close(clip(state), expected)
+    assert all((p.grad._version > version) is written for p, version in zip(state.parameters, versions, strict=True))
+
+
+def test_statistics_are_computed_only_for_the_log(tmp_path):
+    run = build(config("vision", tmp_path / "run", "train.steps=5", "train.log_every=2"))
+    seen = []
+    run.state.core.register_forward_hook(lambda module, inputs, output: seen.append(output.stats is not None))
+    loop(run)
+    assert seen == [True, True, False, True, True]
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):

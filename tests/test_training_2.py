@@ -110,7 +110,7 @@ PADDED = {
 
 @pytest.mark.parametrize("modality", PADDED)
 def test_padding_is_neither_seen_nor_scored(modality, waves):
-    """In float64: the loss of a padded batch is the sum over its samples alone, for any content of the padding."""
+    """In float64: the loss of a padded batch is the sum over its unpadded samples, for any content of the padding."""
     trainer = build(config(modality, "run", "head.noise=0", *PADDED[modality].split()))
     core = trainer.state.core.double().eval()
 

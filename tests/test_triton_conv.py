@@ -1,13 +1,10 @@
-"""The grouped convolution on a GPU without one: interpreted against float64, and compiled for three GPUs.
+"""The Triton convolution without a GPU: interpreted and compared with float64, and compiled for three GPUs.
 
 As in tests/test_triton_loss.py each of the two works in a process of its own; tests/gpu/test_conv.py has these cases on a GPU.
 """
 
-import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -16,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import kernels
 from tests import test_triton_loss
 from tests.gate import BF16, FP16, FP32, relative
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-interpreted, compiler, recorded = test_triton_loss.interpreted, test_triton_loss.compiler, test_triton_loss.recorded
-KERNELS = ("_conv_kernel", "_weight_grad_kernel")
+interpreted, compiler = test_triton_loss.interpreted, test_triton_loss.compiler
 
 
 class Case(NamedTuple):
@@ -49,14 +46,14 @@ CASES = [
     Case((1, 3), 64, 32, (1, 8), 16, bias=False),
     Case((1, 1), 32, 32, (1, 3), 2, batch=5),
     Case((1, 70), 128, 64, (1, 1), 1),
-    # Images: grids of unequal sides, samples that begin and end inside of a tile.
+    # Images: grids of unequal sides, samples that begin and end inside a tile.
     Case((5, 4), 96, 96, (3, 3), 2, batch=3),
     Case((7, 3), 64, 128, (3, 3), 1, dtype=FP16, dtype_weight=FP16),
     Case((3, 9), 96, 48, (4, 4), 4, dtype_weight=BF16),
     Case((2, 2), 48, 48, (5, 5), 1, dtype=FP16),
     Case((6, 5), 64, 64, (3, 5), 16, batch=1),
     Case((4, 6), 64, 96, (2, 3), 2, dtype=FP16, bias=False),
-    # More output channels than a tile has; channels that fill no vector.
+    # More output channels than a tile holds; channels that do not fill a vector.
     Case((3, 4), 16, 160, (3, 3), 1),
     Case((4, 4), 10, 15, (3, 3), 5),
 ]
@@ -73,7 +70,7 @@ def inputs(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | No
 
 
 def expected(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    """The same from torch; the weight counts as it is in the dtype of x."""
+    """The reference in plain torch."""
     height, width = x.shape[1:3]
     y = F.conv2d(x.movedim(-1, 1), weight, bias, padding=[side // 2 for side in weight.shape[2:]], groups=groups)
     return y[:, :, :height, :width].movedim(1, -1)
@@ -96,7 +93,7 @@ def outcome(case: Case, device: str = "cpu", exact: bool = False) -> dict[str, T
 
 
 def gate(case: Case, device: str = "cpu", rounding: float = 0.5, sums: float = 1e-5) -> list[str]:
-    """What is further from float64 than `rounding` units in the last place of its dtype, and sums in fp32, allow."""
+    """Errors against float64 above `rounding` units in the last place plus `sums` for fp32 accumulation, as text."""
     wrong = []
     truth = outcome(case, device, exact=True)
     for name, value in outcome(case, device).items():
@@ -128,7 +125,7 @@ def _splits(programs: int) -> list[Tensor]:
 
 
 def test_the_weight_gradient_in_parts(interpreted):
-    """Over so many programs that the last has few positions or none; twice the same bits."""
+    """Split over so many programs that the last one gets few positions or none; a second call gives the same bits."""
     whole, _ = interpreted(_splits, 1)
     parts = [interpreted(_splits, programs) for programs in (4, 8, 14, 1000)]
     assert not torch.equal(parts[0][0], whole)
@@ -162,12 +159,14 @@ def _launches_of_a_step(needed: str) -> list[str]:
 
     x, weight, bias, grad = inputs(Case((1, 9), 32, 32, (1, 3), 2))
     dict(x=x, weight=weight, bias=bias)[needed].requires_grad_()
-    with recorded(triton_conv, KERNELS) as launches:
+    with kernels.recorded() as launches:
         triton_conv.conv(x, weight, bias, 2).backward(grad)
-    return [kernel.__name__ for kernel, _ in launches]
+    return [launch.kernel.__name__ for launch in launches]
 
 
-@pytest.mark.parametrize("needed, launches", [("x", KERNELS[:1]), ("weight", KERNELS[1:]), ("bias", ())])
+@pytest.mark.parametrize(
+    "needed, launches", [("x", kernels.CONV_KERNELS[:1]), ("weight", kernels.CONV_KERNELS[1:]), ("bias", ())]
+)
 def test_only_gradients_that_are_needed(interpreted, needed, launches):
     assert interpreted(_launches_of_a_step, needed) == ["_conv_kernel", *launches]
 
@@ -279,67 +278,15 @@ assert "not installed" in triton_conv.obstacle(torch.device("cuda"), torch.bfloa
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-RECIPES = {
-    "image decoder, base": Case((14, 14), 768, 768, (3, 3), 16),
-    "image decoder, large": Case((14, 14), 1024, 1024, (3, 3), 16),
-    "image decoder, huge": Case((16, 16), 1280, 1280, (3, 3), 16),
-    "audio decoder, first": Case((1, 249), 768, 384, (1, 7), 16, dtype=FP16),
-    "audio decoder": Case((1, 249), 384, 384, (1, 7), 16),
-    "audio positions, base": Case((1, 249), 768, 768, (1, 19), 16),
-}
-
-
-def _launches(case: Case) -> list:
-    """(kernel, arguments) of everything that this case launches, without running it."""
-    from d2v_fast.ops import triton_conv
-
-    x, weight, bias, grad = inputs(case)
-    with recorded(triton_conv, KERNELS) as launches:
-        torch.ops.d2v_fast.conv(x, weight, bias, case.groups, False)
-        torch.ops.d2v_fast.conv(grad, weight, None, case.groups, True)
-        torch.ops.d2v_fast.conv_weight_grad(x, grad, case.kernel, case.groups)
-    return launches
-
-
-def compile_offline(arch: int) -> list[dict]:
-    """Compile every kernel of the recipes for sm_`arch` without a GPU.
-
-    Returns:
-        For each: case, kernel, registers a thread, spilled bytes, shared memory in bytes, and the widths in bytes of the
-        copies from global to shared memory.
-    """
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    table = []
-    for name, case in RECIPES.items():
-        for kernel, arguments in _launches(case):
-            compiled = test_triton_loss._compile(kernel, arguments, arch)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(compiled.asm["cubin"])
-                file.flush()
-                command = [cuobjdump, "--dump-resource-usage", file.name]
-                usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            copies = re.findall(r"cp\.async\.c\w\.shared\.global .*?, (0x\w+)", compiled.asm["ptx"])
-            table.append(
-                dict(
-                    case=name,
-                    kernel=kernel.__name__,
-                    turned=arguments.get("TURNED"),
-                    registers=int(re.search(r"REG:(\d+)", usage)[1]),
-                    spills=int(re.search(r"STACK:(\d+)", usage)[1]),
-                    shared=compiled.metadata.shared,
-                    copies={int(copy, 16) for copy in copies},
-                    wgmma="wgmma" in compiled.asm["ptx"],
-                )
-            )
-    return table
+RECIPES = {name: Case(*shape[:5], dtype=shape.dtype) for name, shape in kernels.CONVOLUTIONS.items()}
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiles_without_spills(compiler, arch):
-    table = compiler(compile_offline, arch)
+    table = compiler(kernels.offline, arch, kernels.CONVOLUTIONS)
     for row in table:
         print(*row.values(), sep=" | ")
-    assert {row["kernel"] for row in table} == set(KERNELS)
+    assert {row["kernel"] for row in table} == set(kernels.CONV_KERNELS)
     assert [row for row in table if row["spills"] or row["shared"] > 99 * 1024] == []
     assert {width for row in table for width in row["copies"]} == {16} and all(row["copies"] for row in table)
     assert arch != 90 or all(row["wgmma"] for row in table)

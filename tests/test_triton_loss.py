@@ -1,33 +1,28 @@
-"""The GPU kernels of the loss without a GPU: run by Triton's interpreter against float64, and compiled for three GPUs.
+"""The Triton loss without a GPU: interpreted and compared with float64, and compiled for three GPUs.
 
-Triton decides at import whether it interprets, so each of the two works in a process of its own (`interpreted`, `compiler`);
-this module itself never runs a kernel. tests/gpu/test_loss.py holds the same cases against real ones.
+Triton decides at import whether it interprets, so each of the two runs in a separate process (`interpreted`, `compiler`); this
+module itself never runs a kernel. tests/gpu/test_loss.py runs the same cases on a GPU.
 """
 
 import os
-import re
 import subprocess
 import sys
-import tempfile
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import kernels
 from d2v_fast.ops.reference import Moments
 from tests.gate import BF16, FP16, FP32, NORMS, Case, gate, inputs, relative
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 TEACHER_KERNELS = ("_loss_rows_kernel", "_loss_instance_kernel", "_channel_stats_kernel")
-KERNELS = (*TEACHER_KERNELS, "_order_kernel", "_target_mean_kernel", "_finish_kernel", "_scale_kernel")
 
 
 def _turn(values, i):
@@ -35,7 +30,7 @@ def _turn(values, i):
 
 
 def _cases():
-    """Every norm × target norm × form; the other settings in cycles of coprime lengths, so that pairs meet."""
+    """Every norm × target norm × form; the other settings cycle with coprime lengths, so that pairs of values meet."""
     dtypes = ((FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, BF16), (FP16, FP16), (BF16, FP32))
     for i, (norm, target_norm, dense) in enumerate(product(NORMS[:4], NORMS[:3], (False, True))):
         dtype, dtype_z = _turn(dtypes, i)
@@ -93,15 +88,15 @@ CASES = [
     Case("instance", masked=1.0, padded=True, batch=3),
     Case("layer", masked=1.0, padded=True, batch=5, length=13),  # the last sample is nearly all padding
     Case("instance", masked=0.05, length=90, beta=1.0),
-    # What would cancel in one pass; more positions than the registers of a program hold; the norm no recipe has.
+    # Values that cancel in a single pass; more positions than a program's registers hold; the norm that no recipe uses.
     *(Case(norm, location=300.0, length=60, channels=24) for norm in NORMS),
     Case("none", location=300.0, length=100, k=1, dense=True, padded=True),
     *(Case(norm, location_z=300.0, channels=20) for norm in ("layer", "instance")),
     Case("instance", length=1030, channels=8, k=1, padded=True),
     Case("group", "instance", padded=True),
-    # Several views: every norm × target norm, with every number of views, padding, and a mask whose memory is there once.
+    # Several views: every norm × target norm, with every number of views, padding, and a mask stored once for all views.
     *_views(),
-    # Squares that vanish beside epsilon, and that overflow.
+    # Squares that vanish next to epsilon, and squares that overflow.
     *(Case(norm, channels=24, magnitude=magnitude) for norm in NORMS for magnitude in (1e-30, 1e17, 1e19, 1e25, 1e37)),
     *(Case("none", target_norm, channels=24, magnitude=1e25) for target_norm in NORMS[1:3]),
     *(Case(beta=beta, channels=24, magnitude_z=magnitude) for beta in (0.0, 1.0) for magnitude in (1e-30, 1e18)),
@@ -132,7 +127,7 @@ def test_against_float64(interpreted, case):
 
 
 def _wrong_number_of_rows(norm: str, n_rows: int) -> list[Tensor]:
-    """The operator with `n_rows` predictions for 12 masked positions; what lies behind them is NaN to read, 7 to write."""
+    """Run with `n_rows` predictions for 12 masked positions; the memory after them holds NaN (input) or 7 (output)."""
     from d2v_fast.ops import triton_loss
 
     layers = [torch.randn(2, 9, 20) for _ in range(2)]
@@ -153,8 +148,8 @@ def test_a_wrong_number_of_rows_stays_in_bounds(interpreted, norm, n_rows):
     assert (grad[12:18] == 0).all()
 
 
-def _beside_nan(case: Case) -> list[Tensor]:
-    """Loss, gradient and moments where the teacher is NaN at each position that is masked in no view."""
+def _nan_where_unmasked(case: Case) -> list[Tensor]:
+    """Loss, gradient and moments with a teacher that is NaN at each position that no view masks."""
     from d2v_fast import data2vec_loss
 
     z, layers, mask, _ = inputs(case)
@@ -167,8 +162,8 @@ def _beside_nan(case: Case) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("case", [Case(dense=True), Case(), Case(views=2)], ids=str)
-def test_what_is_not_scored_may_hold_anything(interpreted, case):
-    assert all(x.isfinite().all() for x in interpreted(_beside_nan, case))
+def test_unscored_positions_may_hold_anything(interpreted, case):
+    assert all(x.isfinite().all() for x in interpreted(_nan_where_unmasked, case))
 
 
 def _finish(losses: Tensor, counts: Tensor, moments: Tensor) -> tuple[Tensor, ...]:
@@ -182,7 +177,7 @@ def _finish(losses: Tensor, counts: Tensor, moments: Tensor) -> tuple[Tensor, ..
 
 
 def test_many_partial_results(interpreted):
-    """More than the last kernel takes at once, some of them of no row, with means far from 0 and from each other."""
+    """More than the last kernel reads at once, some of them of no rows, with means far from 0 and from each other."""
     losses, counts, moments = torch.rand(2500), torch.randint(0, 5, (1300,)).float(), torch.rand(4, 1300, 40)
     moments[0] += 300
     loss, factor, count, (*found,) = interpreted(_finish, losses, counts, moments)
@@ -254,121 +249,6 @@ assert "not installed" in triton_loss.obstacle(torch.device("cuda"))
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-RECIPES = {
-    "text": Case(channels=768, length=512, k=10, dtype=BF16, dtype_z=BF16),
-    "vision": Case(channels=768, length=197, k=6, dtype=BF16, dtype_z=BF16, beta=2.0),
-    "audio": Case("instance", channels=768, length=780, k=8, dtype=BF16, dtype_z=BF16, padded=True),
-    "vision, instance": Case("instance", channels=768, length=197, k=6, dtype=BF16, dtype_z=BF16),
-    "tokens, then layer": Case("instance", "layer", channels=192, length=65, k=3, dtype=BF16, dtype_z=BF16),
-    "vision, 16 views": Case("instance", "layer", channels=768, length=196, k=10, dtype=BF16, dtype_z=BF16, views=16),
-    "audio, 8 views": Case("instance", channels=768, length=750, k=8, dtype=BF16, dtype_z=BF16, padded=True, views=8),
-    "text, 8 views": Case("instance", channels=768, length=512, k=12, dtype=BF16, dtype_z=BF16, views=8),
-    "text, 8 views, layer": Case(channels=768, length=512, k=12, dtype=BF16, dtype_z=BF16, views=8),
-    "vision, 16 views, fp32": Case("instance", "layer", channels=768, length=196, k=10, views=16),
-    "text, fp32 head": Case(channels=768, length=512, k=10, dtype=BF16),
-    "text, fp32": Case(channels=768, length=512, k=10),
-    "text, large": Case(channels=1024, length=512, k=10, dtype=BF16, dtype_z=BF16),
-    "vision, huge": Case(channels=1280, length=257, k=10, dtype=BF16, dtype_z=BF16),
-    "audio, fp32": Case("instance", channels=768, length=780, k=8),
-    "C a multiple of 8 alone": Case(channels=312, length=65, k=2, dtype=BF16, dtype_z=BF16),
-    "C not a multiple of 8": Case(channels=100, length=64, k=2, dtype=FP16, dtype_z=FP16),
-}
-TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int32: "*i32", torch.bool: "*i1"}
-
-
-@contextmanager
-def recorded(module, kernels):
-    """A list of (kernel, arguments) that grows instead of these kernels of the module running."""
-    launches = []
-
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            return lambda *a, **k: launches.append((self.kernel, dict(zip(self.kernel.arg_names, a, strict=False)) | k))
-
-    with mock.patch.multiple(module, **{name: Recorder(getattr(module, name)) for name in kernels}):
-        yield launches
-
-
-def _launches(case: Case, stats: bool) -> list:
-    """(kernel, arguments) of everything that this case launches, without running it."""
-    from d2v_fast.ops import triton_loss
-
-    z, layers, mask, padding = inputs(case)
-    with recorded(triton_loss, KERNELS) as launches:
-        _, grad, factor, *_ = triton_loss.loss(
-            z, layers, mask, padding, case.norm, case.target_norm, case.beta, 1.0, True, stats, case.views == 16
-        )
-        triton_loss.scaled(grad, factor, factor)
-    return launches
-
-
-def _compile(kernel, arguments: dict, arch: int):
-    """What the JIT would make of this launch on a GPU of compute capability `arch` / 10."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, divisible = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        name, value = parameter.name, arguments[parameter.name]
-        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or one:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, tuple):
-            signature[name] = tuple(TYPES[x.dtype] for x in value)
-            divisible |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-            if isinstance(value, Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
-                divisible[(i,)] = [["tt.divisibility", 16]]
-    options = dict(num_warps=arguments.get("num_warps", 4), maxnreg=arguments.get("maxnreg"))
-    source = ASTSource(kernel, signature, constants, divisible)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def compile_offline(arch: int) -> list[dict]:
-    """Compile every kernel of the recipes for sm_`arch` without a GPU.
-
-    Returns:
-        For each: case, kernel, dtype, stats, warps, registers a thread, spilled bytes, shared memory in bytes, and how many
-        global loads of which width in bits the code has.
-    """
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    table, seen = [], set()
-    for (name, case), stats in product(RECIPES.items(), (False, True)):
-        for kernel, arguments in _launches(case._replace(batch=1), stats):
-            compiled = _compile(kernel, arguments, arch)
-            if compiled.hash in seen:
-                continue
-            seen.add(compiled.hash)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(compiled.asm["cubin"])
-                file.flush()
-                command = [cuobjdump, "--dump-resource-usage", file.name]
-                usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
-            widths = [int(n or 1) * int(bits) for n, bits in loads]
-            widths += [8 * int(n, 16) for n in re.findall(r"cp\.async\.c\w\.shared\.global .*?, (0x\w+)", compiled.asm["ptx"])]
-            table.append(
-                dict(
-                    case=name,
-                    kernel=kernel.__name__,
-                    dtype=str(case.dtype).removeprefix("torch."),
-                    stats=stats,
-                    warps=compiled.metadata.num_warps,
-                    registers=int(re.search(r"REG:(\d+)", usage)[1]),
-                    spills=int(re.search(r"STACK:(\d+)", usage)[1]),
-                    shared=compiled.metadata.shared,
-                    loads=dict(Counter(widths)),
-                )
-            )
-    return table
-
-
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory):
     """Calls a function in a process where Triton compiles."""
@@ -382,13 +262,16 @@ def compiler(tmp_path_factory):
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiles_without_spills(compiler, arch):
-    table = compiler(compile_offline, arch)
+    table = compiler(kernels.offline, arch, kernels.LOSSES)
     for row in table:
         print(*row.values(), sep=" | ")
-    assert {row["kernel"] for row in table} == set(KERNELS)
+    assert {row["kernel"] for row in table} == set(kernels.LOSS_KERNELS)
     # ptxas trades up to four words outside the loop for one more block; any more would mean too large a tile.
     assert [row for row in table if row["spills"] > 16] == []
     # The teacher, and nothing else is that large, is read 16 bytes at a time.
     for row in table:
         if row["kernel"] in TEACHER_KERNELS and row["case"] != "C not a multiple of 8":
             assert row["loads"].get(128, 0) > 0, row
+    # A load of the padding as (T, 1) gets a layout that multiplies the instructions by 2.4.
+    loops = {row["case"]: row["loop"] for row in table if row["kernel"] == "_loss_instance_kernel" and not row["stats"]}
+    assert 0 < loops["audio, 5 s"] < 1.5 * loops["audio, 5 s, no padding"]

@@ -17,11 +17,13 @@ ROOT = Path(__file__).parents[1]
 
 # As a user would write it, checked with --strict; `# E: code` marks the lines where an error is expected, and nowhere else.
 PROGRAM = """
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import d2v_fast
 from d2v_fast import Callback, ConvDecoder, Data2Vec, Data2VecLoss, EMATeacher, Encoder, build_encoder, data2vec_loss, wrap
+from d2v_fast.data import PretrainingData
 from d2v_fast.masking import SpanMask
 
 predictions, layers, mask = torch.randn(1, 4), [torch.randn(1, 2, 4)], torch.ones(1, 2, dtype=torch.bool)
@@ -35,6 +37,9 @@ width: int = teacher.module.in_features
 model = Data2Vec(build_encoder("vit"), top_k=2, decoder=ConvDecoder(32, axes=2))
 first: Encoder = model.teacher.module
 output: Tensor = model.predict(predictions, predictions, mask, mask).predictions
+data = PretrainingData(mask=SpanMask())
+data.grid, data.lengths = (4, 6), np.array([3, 2])
+sides: int | tuple[int, ...] | None = data.grid
 
 
 class Mine(Callback):
@@ -56,6 +61,9 @@ SpanMask(length_kind="gauss")  # E: arg-type
 d2v_fast.Data2VecLos()  # E: attr-defined
 wrong: str = Data2Vec.check  # E: attr-defined
 encoder.positions(size="224")  # E: arg-type
+data.grid = "4 x 6"  # E: assignment
+data.lengths = [3, 2]  # E: assignment
+SpanMask(length="3")  # E: arg-type
 """
 CONFIG = """
 [mypy]

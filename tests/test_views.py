@@ -247,7 +247,7 @@ def test_a_batch_is_of_one_piece(name, kind, waves, tmp_path):
 
 @pytest.mark.parametrize("name", DATA)
 def test_a_sample_is_the_same_in_any_batch(name, waves, tmp_path):
-    """Its masks too, and its first view is the mask of a data set without views (speech alone if it is cut as long)."""
+    """Its masks too, and its first view is the mask of a data set without views (for speech only if cut to that length)."""
     data, *_ = DATA[name](KINDS["blocks"], 3, waves, tmp_path)
     one, *_ = DATA[name](KINDS["blocks"], None, waves, tmp_path)
     whole, other = data.__getitems__([(1, i) for i in (0, 3, 1, 2)]), data.__getitems__([(1, i) for i in (2, 0)])

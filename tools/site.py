@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml: add to the guides what lies outside docs/, and a page of the API."""
+"""Hooks of mkdocs.yml: add files from outside docs/, and a page of the API."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import d2v_fast
 
 ROOT = Path(__file__).parents[1]
-MODULES = ["d2v_fast.config", "d2v_fast.masking", "d2v_fast.ops"]  # whole, after the public names
+MODULES = ["d2v_fast.config", "d2v_fast.masking", "d2v_fast.ops"]  # documented completely, after the public names
 
 
 def home() -> str:

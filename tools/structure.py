@@ -53,7 +53,7 @@ def imports(package: Path = PACKAGE) -> dict[str, set[str]]:
 
 
 def layers(graph: dict[str, set[str]]) -> dict[str, int]:
-    """The layer of each box, 0 at the bottom; what nothing imports is at the top. Raises CycleError, which names the circle."""
+    """The layer of each box, 0 at the bottom; what nothing imports is at the top. Raises CycleError, which names the cycle."""
     layer: dict[str, int] = {}
     for box in graphlib.TopologicalSorter(graph).static_order():
         layer[box] = 1 + max((layer[below] for below in graph[box]), default=-1)

@@ -20,12 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from d2v_fast.choices import Range
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, SpanMask, TokenMask, visible_positions
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class Source:
 
 
 def _file_edges(file: str | io.BytesIO) -> bytes:
-    with open(regular(file), "rb", buffering=0) if isinstance(file, str) else file as stream:
+    with open(check_regular(file), "rb", buffering=0) if isinstance(file, str) else file as stream:
         return edges(stream, 0, stream.seek(0, os.SEEK_END))
 
 
@@ -116,7 +117,7 @@ def edges(stream: Any, begin: int, end: int) -> bytes:
 
 
 class PretrainingData(Dataset[Any]):
-    """Base class of the data sets: maps keys (epoch, sample) to a batch. Masks and augmentations depend on the keys alone.
+    """Base class of the data sets: maps keys (epoch, sample) to a batch. Masks and augmentations depend only on the keys.
 
     To use your own data through `data.class`, derive a class that sets `source` and `grid`, and override methods as needed:
 
@@ -137,13 +138,13 @@ class PretrainingData(Dataset[Any]):
     seed: int = 0
     views: int | None = None
     mask: Any
-    lengths: Any = None  # np.ndarray of one per sample, for bucketing
-    grid: Any = None  # int or tuple[int, ...], positions of a sample along each axis; None if samples differ in size
+    lengths: np.ndarray | None = None  # of all samples, for bucketing
+    grid: int | tuple[int, ...] | None = None  # positions of a sample along each axis; None if samples differ in size
     source: Source
     stream: Any = None  # `streaming.Stream` of data whose number of samples is unknown
     map: Callable[..., Any] = map  # how the samples of a batch are loaded
 
-    def __init__(self, *, mask: Any, views: int | None = None, seed: int = 0):
+    def __init__(self, *, mask: Any, views: Annotated[int | None, Range("[1, inf)")] = None, seed: int = 0):
         self.mask, self.views, self.seed = mask, views, seed
 
     def __len__(self) -> int:
@@ -184,23 +185,26 @@ class PretrainingData(Dataset[Any]):
         return len(self.grid) if isinstance(self.grid, tuple) else 1
 
     def check_mask(self) -> None:
-        """Raise DataError unless the mask fits `grid`."""
+        """Raise DataError unless the mask fits `grid`, if there is one."""
+        if self.grid is None:
+            return
+        sides = self.grid if isinstance(self.grid, tuple) else (self.grid,)
         kind, where = type(self.mask), {BlockMask: "two axes", SpanMask: "one axis", TokenMask: "ids of a tokenizer"}
         if kind in where and (kind, self.axes) not in ((BlockMask, 2), (SpanMask, 1)):
             raise DataError(
                 f"mask: {kind.__name__} needs {where[kind]}, but the grid of the data is {self.grid}; use mask.kind=random or "
                 "mask.kind=exact, which work on any grid"
             )
-        total = math.prod(self.grid) if isinstance(self.grid, tuple) else self.grid
+        total = math.prod(sides)
         if kind is BlockMask and self.mask.count >= total:
             raise DataError(
                 f"mask.count={self.mask.count}: a sample has {total} positions, and some must stay visible; the recipe masks "
                 f"about 60 % of them, mask.count={round(0.6 * total)}"
             )
-        longest = max(self.grid) if isinstance(self.grid, tuple) else self.grid
-        if kind is ExactBlockMask and self.mask.length > longest:
+        if kind is ExactBlockMask and self.mask.length > max(sides):
             raise DataError(
-                f"mask.length={self.mask.length}: one block would cover the whole grid {self.grid}; expected at most {longest}"
+                f"mask.length={self.mask.length}: one block would cover the whole grid {self.grid}; "
+                f"expected at most {max(sides)}"
             )
 
     def processor(self, encoder: Any) -> Any:
@@ -527,8 +531,8 @@ def _may_block(file: str | os.DirEntry[str]) -> bool:
     return os.path.exists(file) and not os.path.isfile(file)
 
 
-def regular(file: str) -> str:
-    """Return the path of a regular file, which can be opened without waiting for another process.
+def check_regular(file: str) -> str:
+    """Return `file` if it is a regular file, which can be opened without waiting for another process.
 
     Raises:
         FileNotFoundError: The file does not exist.

@@ -9,16 +9,18 @@ import logging
 import os
 import re
 import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 
-from d2v_fast.data import DataError, PretrainingData, Source, find_files, first_line, is_local, load_media, regular
+from d2v_fast.choices import NonNegativeFloat, PositiveFloat, PositiveInt, Range
+from d2v_fast.data import DataError, PretrainingData, Source, check_regular, find_files, first_line, is_local, load_media
 from d2v_fast.data.builtin import builtin_speech
-from d2v_fast.data.cache import files_state, kept
+from d2v_fast.data.cache import cached, files_state
 from d2v_fast.data.shards import open_tars
 from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, SpanMask
 
@@ -63,7 +65,7 @@ def read_audio(file: str | io.BytesIO, sample_rate: int, start: int = 0, stop: i
         rate, most = recording.samplerate, _most_frames(recording, sample_rate)
         if stop is not None:
             begin, end = (round(each * rate / sample_rate) for each in (start, stop))
-            _go_to(recording, begin)
+            _seek(recording, begin)
             wave = recording.read(min(end - begin, most), dtype="float32", always_2d=True)
         else:
             # A header can claim any length, and a few kilobytes of FLAC can hold hours of silence.
@@ -90,7 +92,7 @@ def count_samples(file: str | io.BytesIO, sample_rate: int) -> int:
     """The length at `sample_rate`: from the header or, if that claims implausibly many, from decoding."""
     with _open(file) as recording:
         frames, rate, most = recording.frames, recording.samplerate, _most_frames(recording, sample_rate)
-        plausible = frames <= most or _reaches(recording, frames)
+        plausible = frames <= most or _has_last_frame(recording, frames)
     if not plausible:
         if not isinstance(file, str):
             file.seek(0)
@@ -99,7 +101,7 @@ def count_samples(file: str | io.BytesIO, sample_rate: int) -> int:
     return round(frames * sample_rate / rate)
 
 
-def _reaches(recording: Any, frames: int) -> bool:
+def _has_last_frame(recording: Any, frames: int) -> bool:
     """Whether the last frame that the header claims can be read."""
     import soundfile
 
@@ -110,7 +112,7 @@ def _reaches(recording: Any, frames: int) -> bool:
         return False
 
 
-def _go_to(recording: Any, frame: int) -> None:
+def _seek(recording: Any, frame: int) -> None:
     import soundfile
 
     try:
@@ -129,9 +131,9 @@ def _open(file: str | io.BytesIO) -> Any:
     import soundfile
 
     # The name as bytes: soundfile encodes strings strictly, and not every file name is UTF-8.
-    recording = soundfile.SoundFile(os.fsencode(regular(file)) if isinstance(file, str) else file)
+    recording = soundfile.SoundFile(os.fsencode(check_regular(file)) if isinstance(file, str) else file)
     if recording.frames == 0 and recording.format in ("WAV", "WAVEX"):
-        # The recorder was killed before it wrote the lengths. With a RIFF length of 8 libsndfile reads to the end of the file.
+        # The recorder was killed before it wrote the lengths. With a RIFF length of 8, libsndfile reads to the end of the file.
         with open(file, "rb") if isinstance(file, str) else file as stream:
             stream.seek(0)
             content = bytearray(stream.read(4 * MAX_VALUES))
@@ -328,6 +330,8 @@ class AudioData(PretrainingData):
         whole_seconds: Longer recordings are split into equal parts of at most max_seconds; each part is a sample and is read
             without the rest.
         crop: Crop a batch to its shortest recording, as the authors do; otherwise recordings are padded.
+        length_multiple: Frames of a batch are a multiple of this: crops are cut further, padded recordings are padded further.
+            null = 32 on a GPU, so that few shapes occur, else 1.
         join_seconds: Join recordings of one speaker until they are this long, for data sets of short clips; 0 disables it.
         normalize: Normalise each recording, or part of a long one, to zero mean and unit variance before cropping.
         batch_seconds: Fill batches up to this many seconds instead of up to train.batch_size samples.
@@ -343,26 +347,28 @@ class AudioData(PretrainingData):
         self,
         *,
         mask: SpanMask | RandomMask | ExactBlockMask,
-        views: int | None = None,
+        views: Annotated[int | None, Range("[1, inf)")] = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,
         split: str = "train",
-        sample_rate: int = 16_000,
-        min_seconds: float = 2.0,
-        max_seconds: float = 20.0,
-        whole_seconds: float = 60.0,
+        sample_rate: PositiveInt = 16_000,
+        min_seconds: NonNegativeFloat = 2.0,
+        max_seconds: Annotated[float, Range("(0, 86400]")] = 20.0,
+        whole_seconds: PositiveFloat = 60.0,
         crop: bool = True,
-        join_seconds: float = 0.0,
+        length_multiple: Annotated[int | None, Range("[1, 1024]")] = None,
+        join_seconds: NonNegativeFloat = 0.0,
         normalize: bool = True,
-        batch_seconds: float | None = None,
-        channel_prob: float = 0.0,
-        channel_length: int = 10,
+        batch_seconds: Annotated[float | None, Range("(0, inf)")] = None,
+        channel_prob: Annotated[float, Range("[0, 1)")] = 0.0,
+        channel_length: PositiveInt = 10,
         cache: str | None = None,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
         self.name, self.sample_rate = path, sample_rate
         self.max_samples, self.crop, self.normalize = round(max_seconds * sample_rate), crop, normalize
+        self.length_multiple = length_multiple or 1
         self.join_samples = round(join_seconds * sample_rate)
         self.max_batch_length = None if batch_seconds is None else batch_seconds * sample_rate
         self.channel_mask = SpanMask(channel_prob, channel_length) if channel_prob > 0 else None
@@ -403,7 +409,8 @@ class AudioData(PretrainingData):
             (folder / LENGTHS).write_bytes(durations(source).data)
             return {}
 
-        folder, _ = kept(cache, "durations", [os.path.abspath(where[0]), *where[1:], self.sample_rate], source.state(), measure)
+        key = [os.path.abspath(where[0]), *where[1:], self.sample_rate]
+        folder, _ = cached(cache, "durations", key, source.state(), measure)
         return np.fromfile(folder / LENGTHS, np.int64)
 
     def __len__(self) -> int:
@@ -437,7 +444,8 @@ class AudioData(PretrainingData):
                 f"encoder.model: {type(encoder.model).__name__} needs a method positions(samples) that returns "
                 "the number of frames"
             )
-        shortest = int(self.lengths[self.lengths > 0].min(initial=self.max_samples))
+        lengths = cast(np.ndarray, self.lengths)
+        shortest = int(lengths[lengths > 0].min(initial=self.max_samples))
         if self.frames(shortest) < 2:
             raise DataError(
                 f"data.path={self.name}: the shortest recording, {shortest / self.sample_rate:.4f} s, gives "
@@ -494,22 +502,32 @@ class AudioData(PretrainingData):
     def _normalized(self, wave: np.ndarray) -> np.ndarray:
         return standardize(wave) if self.normalize else wave
 
+    def _rounded(self, samples: int) -> int:
+        """Length of a batch whose shortest crop, or longest recording, has so many samples; the same for the same frames."""
+        frames, multiple = self.frames(samples), self.length_multiple
+        if multiple == 1 or (self.crop and frames < multiple):
+            return samples
+        if self.crop:
+            return bisect_left(range(samples), frames // multiple * multiple, key=self.frames)
+        return bisect_right(range(2**40), -(-frames // multiple) * multiple, key=self.frames) - 1
+
     def collate(self, samples: list[np.ndarray], draws: Draws) -> dict[str, np.ndarray]:
         lengths = np.array([len(wave) for wave in samples])
         batch: dict[str, np.ndarray] = {}
         if self.crop:
-            lengths[:] = lengths.min()
+            lengths[:] = self._rounded(int(lengths.min()))
             offsets = draws.uniform(-1, 1)[:, 0]
             starts = [int(u * (len(wave) - lengths[0] + 1)) for u, wave in zip(offsets, samples, strict=True)]
             source = np.stack([wave[a : a + lengths[0]] for a, wave in zip(starts, samples, strict=True)])
         else:
-            source = np.zeros((len(samples), lengths.max()), dtype=np.float32)
+            source = np.zeros((len(samples), self._rounded(int(lengths.max()))), dtype=np.float32)
             for row, wave in zip(source, samples, strict=True):
                 row[: len(wave)] = wave
         batch["source"] = source.astype(np.float32)
         frames = np.array([self.frames(int(n)) for n in lengths])
-        batch["mask"] = self.make_mask(draws, int(frames.max()), frames)
-        padding_mask = np.arange(frames.max()) >= frames[:, None]
+        longest = self.frames(source.shape[1])
+        batch["mask"] = self.make_mask(draws, longest, frames)
+        padding_mask = np.arange(longest) >= frames[:, None]
         if padding_mask.any():
             batch["padding_mask"] = padding_mask
         if self.channel_mask is not None:

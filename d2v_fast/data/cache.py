@@ -1,4 +1,4 @@
-"""On-disk cache of what is derived from the data, such as the tokens of a corpus.
+"""On-disk cache of files derived from the data, such as the tokens of a corpus.
 
 An entry is a folder with the derived files and entry.json, which records what they were derived from and their checksums. It is
 built under a lock file next to it. The first process on a machine builds it, and the others wait for the lock. No collective is
@@ -23,19 +23,19 @@ from d2v_fast.data import DataError
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # to be raised whenever the contents of entries change
+VERSION = 2  # to be raised whenever the contents of entries change
 ENTRY = "entry.json"
 
 
-def kept(
-    cache: str | None, kind: str, of: Any, state: Any, make: Callable[[Path], dict[str, Any]]
+def cached(
+    cache: str | None, kind: str, key: Any, state: Any, make: Callable[[Path], dict[str, Any]]
 ) -> tuple[Path, dict[str, Any]]:
     """The folder of an entry and the metadata that `make` returned for it; builds the entry if there is no usable one.
 
     Args:
         cache: Root of the cache, data.cache; defaults to a folder in the Hugging Face cache.
         kind: Prefix of the folder name.
-        of: JSON-serialisable key: what the entry is derived from. Different keys have separate entries.
+        key: JSON-serialisable; identifies what the entry is derived from. Different keys have separate entries.
         state: JSON-serialisable; changes with the content behind the key. An entry with another `state` is rebuilt.
         make: Writes files into an empty folder and returns JSON-serialisable metadata.
 
@@ -44,7 +44,7 @@ def kept(
     """
     from huggingface_hub.constants import HF_HOME
 
-    folder = Path(cache or os.path.join(HF_HOME, "d2v-fast")).expanduser() / f"{kind}-{fingerprint(of)}"
+    folder = Path(cache or os.path.join(HF_HOME, "d2v-fast")).expanduser() / f"{kind}-{fingerprint(key)}"
     expected = {"version": VERSION, "state": fingerprint(state)}
     try:
         return folder, _load(folder, expected)
@@ -122,7 +122,7 @@ def _fill(folder: Path, expected: dict[str, Any], make: Callable[[Path], dict[st
         os.replace(temporary, folder)
         return json.loads(json.dumps(made))
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if full or str(error.filename).startswith(str(folder)):
             raise _cannot_write(folder, error) from error
         raise  # from reading the data
@@ -141,6 +141,6 @@ def _checksum(file: Path) -> str:
 def _cannot_write(folder: Path, error: Exception) -> DataError:
     why = getattr(error, "strerror", None) or error
     return DataError(
-        f"data.cache={folder.parent}: cannot be written: {why}; files derived from the data are kept there: make room, or name "
-        "another folder"
+        f"data.cache={folder.parent}: cannot be written: {why}; files derived from the data are stored there: free some space, "
+        "or set another folder"
     )

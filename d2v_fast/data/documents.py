@@ -79,7 +79,7 @@ def find_documents(
         return files_state(path, files), partial(_readable, path, files, column)
     found = load_hub(path, name, split)
     wanted = choose_column(path, arrow_types(found.features.arrow_schema), column)
-    rows, at_once = found.select_columns(wanted), worth_reading(found.data.nbytes, len(found))
+    rows, at_once = found.select_columns(wanted), rows_per_read(found.data.nbytes, len(found))
     documents = Documents([rows], lambda rows: (text for some in rows.iter(at_once) for text in some[wanted]))
     return found._fingerprint, lambda max_broken: documents
 
@@ -98,8 +98,8 @@ def load_documents(
     return documents
 
 
-def worth_reading(size: int, rows: int) -> int:
-    """Rows per read so that a read is about 4 MiB, given `rows` of `size` bytes in all: rows vary from a word to a novel."""
+def rows_per_read(size: int, rows: int) -> int:
+    """Number of rows for a read of about 4 MiB, given `rows` rows of `size` bytes in total: a row may be a word or a novel."""
     return max(1, min(1000, 2**22 * rows // max(1, size)))
 
 
@@ -312,7 +312,7 @@ def _parquet_texts(file: str, column: str) -> Iterator[str | None]:
     with open(file, "rb") as raw:
         parquet = pyarrow.parquet.ParquetFile(raw)
         size = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
-        for rows in parquet.iter_batches(worth_reading(size, parquet.metadata.num_rows), columns=[column]):
+        for rows in parquet.iter_batches(rows_per_read(size, parquet.metadata.num_rows), columns=[column]):
             yield from rows[column].to_pylist()
 
 

@@ -38,19 +38,19 @@ def own_class(name: str) -> type[PretrainingData]:
 
 def check_class(name: str, data: PretrainingData) -> None:
     """Raise DataError if the data set lacks something that training needs; `name` is its class."""
-    made = {
+    defined = {
         method
         for method in ("__len__", "load", "sample_name", "contents", "collate", "fit_to")
         if getattr(type(data), method) is not getattr(PretrainingData, method)
     }
     if not hasattr(data, "mask"):
         raise DataError(f"data.class={name}: has no mask; let its __init__ start with super().__init__(**common)")
-    if (missing := {"__len__", "load", "sample_name", "contents"} - made) and not hasattr(data, "source"):
+    if (missing := {"__len__", "load", "sample_name", "contents"} - defined) and not hasattr(data, "source"):
         raise DataError(
             f"data.class={name}: has no source; set self.source = Source(names, read) in __init__, or define the methods "
             f"{', '.join(sorted(missing))}"
         )
-    if data.grid is None and not made & {"collate", "fit_to"}:
+    if data.grid is None and not defined & {"collate", "fit_to"}:
         raise DataError(
             f"data.class={name}: has no grid; set self.grid, the positions of a sample along each axis, in __init__ or "
             "fit_to(encoder), or define the method collate"
@@ -74,27 +74,27 @@ def check_batch(name: str, data: PretrainingData, batch: Batch, encoder: Any, de
     if not decodes:
         if not encoder.masks_features and "target" not in batch:
             raise DataError(
-                f"data.class={name}: collate returns no target, but {type(encoder.model).__name__} has no mask vector; give it "
-                "masked ids as source and the unmasked ones as target"
+                f"data.class={name}: collate returns no target, but {type(encoder.model).__name__} has no mask vector; "
+                "return the masked ids as source and the unmasked ones as target"
             )
         return
     length, size = batch["mask"].shape[-1], batch["source"].shape[-1]
-    seen = encoder.positions(size)
-    grid, seen = (each if isinstance(each, tuple) and len(each) > 1 else (length,) for each in (data.grid, seen))
+    found = encoder.positions(size)
+    grid, found = (each if isinstance(each, tuple) and len(each) > 1 else (length,) for each in (data.grid, found))
     if len(grid) not in CONVOLUTIONS:
         raise DataError(
             f"data.class={name}: its grid {grid} has {len(grid)} axes, but the decoder of data2vec 2.0 supports at most "
             f"{max(CONVOLUTIONS)}; merge some, or use 1.0: head.kind=linear data.views=null"
         )
-    if seen != grid:
+    if found != grid:
         raise DataError(
-            f"data.class={name}: its grid is {grid}, but encoder.positions({size}) returns {seen}; the decoder of data2vec "
+            f"data.class={name}: its grid is {grid}, but encoder.positions({size}) returns {found}; the decoder of data2vec "
             "2.0 needs both to be equal: set self.grid to it, or let positions(size) of the encoder return the grid"
         )
 
 
 @contextmanager
-def blamed(name: str | None, cls: type, what: str) -> Iterator[None]:
+def error_context(name: str | None, cls: type, what: str) -> Iterator[None]:
     """Turn any error into a DataError that names the class and the line in its file; without a name, errors pass unchanged."""
     try:
         yield
@@ -103,5 +103,5 @@ def blamed(name: str | None, cls: type, what: str) -> Iterator[None]:
             raise
         file = inspect.getfile(cls)
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        place = f" ({Path(file).name}, line {lines[-1]})" if lines else ""
-        raise DataError(f"data.class={name}: {what}: {type(error).__name__}: {first_line(error)}{place}") from error
+        location = f" ({Path(file).name}, line {lines[-1]})" if lines else ""
+        raise DataError(f"data.class={name}: {what}: {type(error).__name__}: {first_line(error)}{location}") from error

@@ -21,18 +21,18 @@ from typing import Any
 import numpy as np
 
 from d2v_fast.data import DataError, edges, first_line
-from d2v_fast.data.cache import files_state, kept
+from d2v_fast.data.cache import cached, files_state
 
 log = logging.getLogger(__name__)
 
 RECENT = 2**26  # bytes of row groups that each process keeps
 PLACES = "places"  # file in the cache
-HEADER = 2**14  # bytes that hold the header of a page
+HEADER = 2**14  # bytes; enough for the header of a page
 PLAIN = 0  # encoding
 
 
 class Parquet:
-    """Rows of parquet files that agree in their columns. Files that cannot be read are named in the log and left out.
+    """Rows of parquet files with the same columns. Files that cannot be read are logged and left out.
 
     The footers are read at once, row groups on demand. Files are opened for each read and not mapped: a process that reads a
     mapped file after it was truncated would be killed.
@@ -40,7 +40,7 @@ class Parquet:
     Args:
         path: Location of the files, for messages.
         files: The files.
-        features: Columns and their types, if they are known from elsewhere.
+        features: Columns and their types, if already known.
         cache: data.cache.
 
     Attributes:
@@ -90,11 +90,11 @@ class Parquet:
         return [f"{file}[{row}]" for file, meta in zip(self.files, self.metadata, strict=True) for row in range(meta.num_rows)]
 
     def state(self) -> str:
-        """Changes whenever the content of the rows may have."""
+        """A fingerprint that changes whenever the content of the rows may have."""
         return files_state(self.path, self.files)
 
     def index(self, column: str) -> np.ndarray:
-        """(rows, 2) int64: offset and size of each value in its file, -1 for values that only pyarrow finds. Cached."""
+        """(rows, 2) int64: offset and size of each value in its file, -1 for values that pyarrow must read. Cached."""
 
         def make(folder: Path) -> dict[str, Any]:
             with ThreadPoolExecutor(8) as pool:
@@ -102,7 +102,7 @@ class Parquet:
             (folder / PLACES).write_bytes(np.concatenate(found).data)
             return {}
 
-        folder, _ = kept(self.cache, "rows", [os.path.abspath(self.path), column], self.state(), make)
+        folder, _ = cached(self.cache, "rows", [os.path.abspath(self.path), column], self.state(), make)
         return np.fromfile(folder / PLACES, np.int64).reshape(-1, 2)
 
     def _find(self, number: int, column: str) -> np.ndarray:
@@ -122,7 +122,7 @@ class Parquet:
         return np.array(found, dtype=np.int64).reshape(-1, 2)
 
     def value(self, row: int, column: str, place: tuple[int, int] = (-1, -1)) -> Any:
-        """One value: the bytes at its place in the index, or by its row group, which is kept for the next ones."""
+        """One value, from its place in the index, or else from its row group, which is kept for the next calls."""
         group = bisect_right(self.ends, row)
         begin = self.ends[group - 1] if group else 0
         offset, size = place
@@ -142,7 +142,7 @@ class Parquet:
         return values[row - begin].as_py()
 
     def digest(self, row: int, column: str, place: tuple[int, int] = (-1, -1)) -> bytes:
-        """Size and edges of a value or, if it has no place in the index, of its row group as it is stored."""
+        """Size and edges of a value or, if it has no place in the index, of its row group in the file."""
         number, i = self.groups[bisect_right(self.ends, row)]
         begin, size = place
         if begin < 0:
@@ -165,7 +165,7 @@ class Parquet:
 
 
 def _read_footer(file: str) -> Any:
-    """The metadata of a file, or the exception if there is none to be had."""
+    """The metadata of a file, or the exception that reading it raised."""
     import pyarrow.parquet
 
     try:
@@ -195,7 +195,7 @@ def _plain_values(stream: Any, chunk: Any, column: Any) -> Iterator[tuple[int, i
         ValueError: The values are compressed, missing, repeated, or encoded by a dictionary or by differences.
     """
     if chunk.compression != "UNCOMPRESSED" or chunk.physical_type != "BYTE_ARRAY" or column.max_repetition_level:
-        raise ValueError("is not stored as it is")
+        raise ValueError("is compressed, repeated, or not a column of byte arrays")
     at, end = _begin(chunk), _begin(chunk) + chunk.total_compressed_size
     while at < end:
         stream.seek(at)
@@ -204,10 +204,10 @@ def _plain_values(stream: Any, chunk: Any, column: Any) -> Iterator[tuple[int, i
         first, second = page.get(5), page.get(8)
         body: Any = first or second
         if not body or body[2 if first else 4] != PLAIN:
-            raise ValueError("is encoded")
+            raise ValueError("is not plainly encoded")
         at, stop = at + length, at + length + page[3]
         if second:
-            at += second.get(5, 0) + second.get(6, 0)  # levels, which tell missing values
+            at += second.get(5, 0) + second.get(6, 0)  # levels, which mark missing values
         elif column.max_definition_level:
             stream.seek(at)
             at += 4 + struct.unpack("<i", stream.read(4))[0]
@@ -215,11 +215,11 @@ def _plain_values(stream: Any, chunk: Any, column: Any) -> Iterator[tuple[int, i
             stream.seek(at)
             (size,) = struct.unpack("<i", stream.read(4))
             if size < 0 or at + 4 + size > stop:
-                raise ValueError("misses values")
+                raise ValueError("has missing values")
             yield at + 4, size
             at += 4 + size
         if at != stop:
-            raise ValueError("is no page of byte arrays")
+            raise ValueError("is not a page of byte arrays")
 
 
 def _thrift(data: bytes, at: int) -> tuple[dict[int, Any], int]:
@@ -251,7 +251,7 @@ def _thrift(data: bytes, at: int) -> tuple[dict[int, Any], int]:
         elif kind == 12:
             fields[field], at = _thrift(data, at)
         else:
-            raise ValueError(f"thrift's type {kind} is unknown in a page header")
+            raise ValueError(f"has the thrift type {kind} in a page header, which is not supported")
     return fields, at + 1
 
 

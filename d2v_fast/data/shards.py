@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from d2v_fast.data import DataError, first_line
-from d2v_fast.data.cache import files_state, kept
+from d2v_fast.data.cache import cached, files_state
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def open_tars(
         return {"left_out": left_out}
 
     where = [os.path.abspath(path), sorted(suffixes)]
-    folder, made = kept(cache, "members", where, files_state(path, tars), index)
+    folder, made = cached(cache, "members", where, files_state(path, tars), index)
     for message in made["left_out"]:
         log.warning("left out: %s", message)
     offsets = np.fromfile(folder / OFFSETS, np.int64).reshape(-1, 3)

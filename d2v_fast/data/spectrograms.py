@@ -1,6 +1,6 @@
 """Sounds as log-mel spectrograms: recordings (see `data.audio`) → filter banks of one size → patch mask.
 
-The filter banks are those of Kaldi, as AST (Gong, Chung, Glass 2021) and EAT (Chen et al. 2024) take them.
+The filter banks are Kaldi's, as used by AST (Gong, Chung, Glass 2021) and EAT (Chen et al. 2024).
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from d2v_fast.choices import Finite, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from d2v_fast.data import DataError
 from d2v_fast.data.audio import AudioData
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask
@@ -81,7 +82,7 @@ def spectrogram(wave: np.ndarray, length: int, bins: int, mean: float, std: floa
 
 
 def spectrogram_extractor(length: int, bins: int, mean: float, std: float) -> Any:
-    """A feature extractor of transformers that does the same as `spectrogram`."""
+    """A transformers feature extractor equivalent to `spectrogram`."""
     from transformers import ASTFeatureExtractor
 
     with _no_filter_warning():
@@ -115,19 +116,19 @@ class SpectrogramData(AudioData):
         self,
         *,
         mask: ExactBlockMask | RandomMask | BlockMask,
-        views: int | None = None,
+        views: Annotated[int | None, Range("[1, inf)")] = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,
         split: str = "train",
-        sample_rate: int = RATE,
-        min_seconds: float = 1.0,
-        whole_seconds: float = 60.0,
-        join_seconds: float = 0.0,
-        target_length: int = 1024,
-        mel_bins: int = 128,
-        mean: float = MEAN,
-        std: float = STD,
+        sample_rate: PositiveInt = RATE,
+        min_seconds: NonNegativeFloat = 1.0,
+        whole_seconds: PositiveFloat = 60.0,
+        join_seconds: NonNegativeFloat = 0.0,
+        target_length: PositiveInt = 1024,
+        mel_bins: PositiveInt = 128,
+        mean: Finite = MEAN,
+        std: PositiveFloat = STD,
         cache: str | None = None,
     ):
         if sample_rate != RATE:
@@ -139,7 +140,8 @@ class SpectrogramData(AudioData):
         common: dict[str, Any] = dict(mask=mask, views=views, seed=seed, path=path, name=name, split=split, cache=cache)
         common |= dict(min_seconds=min_seconds, max_seconds=seconds, join_seconds=join_seconds, whole_seconds=whole_seconds)
         super().__init__(**common, normalize=False)
-        median = float(np.median(self.lengths[self.lengths > 0])) / RATE if self.lengths.any() else seconds
+        lengths = cast(np.ndarray, self.lengths)
+        median = float(np.median(lengths[lengths > 0])) / RATE if lengths.any() else seconds
         if median < seconds / 2:
             log.warning(
                 "data.target_length=%d: is %.2f s, but half of the recordings have at most %.2f s; the rest is padding. Lower "

@@ -1,4 +1,4 @@
-"""Remote data, read as a stream through `datasets`: nothing is downloaded as a whole, and the number of samples is unknown.
+"""Remote data, streamed through `datasets`: files are not downloaded first, and the number of samples is unknown.
 
 Each rank reads its part of the stream (`split_dataset_by_node`) into windows of about `shuffle_buffer` samples and shuffles
 within a window. A window can be read again from the state of the stream at its start, so a checkpoint holds a few numbers and
@@ -40,8 +40,8 @@ BUILDERS = {
     **{".parquet": ("parquet", {}), ".txt": ("text", {}), ".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"})},
     **{".jsonl": ("json", {}), ".json": ("json", {}), ".tar": ("webdataset", {})},
 }
-RETRIES = 3  # after those of `datasets`
-PAUSE = 1.0  # seconds before the first retry, doubled for each further one
+RETRIES = 3  # on top of those of `datasets`
+PAUSE = 1.0  # seconds before the first retry, doubled for each later one
 LARGEST = 2**29  # bytes or tokens in a window
 END = object()
 
@@ -55,7 +55,7 @@ def is_remote(path: str) -> bool:
 
 
 class Stream:
-    """Samples of a remote data set, without end.
+    """Endless samples of a remote data set.
 
     Args:
         path: A URL or pattern of URLs, hf://datasets/user/name, the name of a Hugging Face data set, or local files.
@@ -67,7 +67,7 @@ class Stream:
     Attributes:
         data: `datasets.IterableDataset`.
         features: Its columns and their types.
-        convert: Makes samples of a row and of what the rows before have left over; returns them and what is left over now.
+        convert: (row, leftovers of earlier rows) → (samples, new leftovers).
         pending: Content of the samples of the current batch, by number.
 
     Raises:
@@ -76,35 +76,35 @@ class Stream:
 
     def __init__(self, path: str, name: str | None, split: str, buffer: int, timeout: float):
         self.path, self.name, self.split, self.buffer, self.timeout = path, name, split, buffer, timeout
-        self.data = self.within(lambda: _load(path, name, split))
-        self.features = self.data.features or self.within(lambda: self.data._resolve_features().features)
+        self.data = self.with_timeout(lambda: _load(path, name, split))
+        self.features = self.data.features or self.with_timeout(lambda: self.data._resolve_features().features)
         if self.features is None:
             raise DataError(f"data.path={path}: holds no rows")
         self.convert: Callable[[Any, list], tuple[list, list]] = lambda row, rest: ([row], rest)
         self.pending: dict[int, Any] = {}
 
     def digest(self, more: Any = None) -> np.ndarray:
-        """(1,) int64, a hash of where the data come from; of their content nothing is known."""
+        """(1,) int64, a hash of the location of the data, whose content is unknown."""
         found = fingerprint([self.path, self.name, self.split, more])
         return np.frombuffer(bytes.fromhex(found)[:8], dtype=np.int64)
 
-    def within(self, call: Callable[[], Any]) -> Any:
-        """The result of `call`, in a thread that is abandoned after `timeout`.
+    def with_timeout(self, call: Callable[[], Any]) -> Any:
+        """Run `call` in a thread that is abandoned after `timeout`, and return its result.
 
         Raises:
-            DataError: There is no result in time.
+            DataError: `call` does not return in time.
         """
-        answers: queue.SimpleQueue = queue.SimpleQueue()
+        results: queue.SimpleQueue = queue.SimpleQueue()
 
         def run() -> None:
             try:
-                answers.put((call(), None))
+                results.put((call(), None))
             except BaseException as error:
-                answers.put((None, error))
+                results.put((None, error))
 
         threading.Thread(target=run, daemon=True).start()
         try:
-            value, error = answers.get(timeout=self.timeout)
+            value, error = results.get(timeout=self.timeout)
         except queue.Empty:
             raise DataError(
                 f"data.path={self.path}: the remote has not answered within data.stream_timeout={self.timeout:g} seconds; "
@@ -115,7 +115,7 @@ class Stream:
         return value
 
     def samples(self, seed: int, rank: int, world: int, state: State | None, buffer: int) -> Iterator[tuple[Sample, State]]:
-        """Samples of a rank in shuffled order, each with the state from which to go on after it."""
+        """Samples of a rank in shuffled order, each with the state to resume from after it."""
         from datasets.distributed import split_dataset_by_node
 
         taken = state["taken"] if state else 0
@@ -134,7 +134,7 @@ class Stream:
 
 
 class _Window:
-    """Consecutive samples of one epoch; where it ends depends on the data alone, not on when they are read."""
+    """Consecutive samples of one epoch; where it ends depends only on the data, not on when they are read."""
 
     def __init__(self, reader: _Reader, buffer: int):
         self.reader, self.buffer, self.size, self.closed = reader, buffer, 0, False
@@ -157,22 +157,23 @@ class _Reader:
         self.stream, self.data, self.seed, self.rank, self.world = stream, data, seed, rank, world
         state = state or {"epoch": 0, "rows": None, "rest": [], "number": 0}
         self.epoch, self.rows, self.rest, self.number = (state[name] for name in ("epoch", "rows", "rest", "number"))
-        self.fresh: tuple[int, int] | None = None  # sample and leftovers at the start of the epoch, if it was seen
+        # Number of samples and of leftovers at the start of the epoch; None in an epoch that was resumed.
+        self.at_start: tuple[int, int] | None = None
         self._begin()
 
     def state(self) -> State:
-        """From which the next row can be read."""
+        """The state from which the next row can be read."""
         return {"epoch": self.epoch, "rows": self.rows, "rest": list(self.rest), "number": self.number, "taken": 0}
 
     def read(self) -> list[Sample] | None:
         """Samples that the next row completes; None at the end of an epoch.
 
         Raises:
-            DataError: The remote does not answer or fails again and again, or an epoch holds no sample.
+            DataError: The remote does not answer or keeps failing, or an epoch holds no sample.
         """
         for retry in itertools.count():
             try:
-                row = self.stream.within(lambda: _fetch(next(self.examples, END)))
+                row = self.stream.with_timeout(lambda: _fetch(next(self.examples, END)))
                 break
             except DataError:
                 raise
@@ -185,9 +186,9 @@ class _Reader:
                 time.sleep(PAUSE * 2**retry)
                 self._begin()
         if row is END:
-            if self.fresh == (self.number, len(self.rest)):
+            if self.at_start == (self.number, len(self.rest)):
                 raise DataError(f"data.path={self.stream.path}: holds no sample for rank {self.rank} of {self.world}")
-            self.epoch, self.rows, self.fresh = self.epoch + 1, None, (self.number, len(self.rest))
+            self.epoch, self.rows, self.at_start = self.epoch + 1, None, (self.number, len(self.rest))
             self._begin()
             return None
         self.rows = self.data.state_dict()
@@ -197,23 +198,23 @@ class _Reader:
         return [(self.epoch, (first + i) * self.world + self.rank, content) for i, content in enumerate(contents)]
 
     def _begin(self) -> None:
-        if self.rows is None and self.fresh is None:
-            self.fresh = (self.number, len(self.rest))
-        # `datasets` shuffles files by this number, and reads them in their order for 0.
+        if self.rows is None and self.at_start is None:
+            self.at_start = (self.number, len(self.rest))
+        # `datasets` seeds its shuffle of the files with this number; 0 keeps their order.
         self.data.set_epoch(int(np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1)[0]))
         self.data.load_state_dict(self.rows)
         self.examples = iter(self.data)
 
 
 class StreamBatches(IterableDataset):
-    """Batches of a rank, each with the state from which to go on after it, `stream`. An error ends them as a batch {"failed"}.
+    """Batches of a rank, each with the state to resume from after it as "stream". A DataError ends them with {"failed": text}.
 
     One process reads; `threads` decode the samples of a batch.
 
     Args:
         data: Data set whose `stream` is set.
-        start: Batches before the first one, in a resumed run.
-        state: Of the stream after these.
+        start: Number of earlier batches, in a resumed run.
+        state: State of the stream after them.
     """
 
     def __init__(
@@ -230,7 +231,7 @@ class StreamBatches(IterableDataset):
     ):
         self.data, self.batch_size, self.seed, self.rank, self.world = data, batch_size, seed, rank, world
         self.threads, self.start, self.state, self.buffer = threads, start, state, buffer or data.stream.buffer
-        self.finishes = True  # whether batches are finished here, and not on a GPU
+        self.finishes = True  # whether batches are finished here rather than on the GPU
 
     def __iter__(self) -> Iterator[Batch]:
         data, stream = self.data, self.data.stream
@@ -265,7 +266,7 @@ class Numbered(Sequence[str]):
 
 
 def _fetch(row: Any) -> Any:
-    """A row, with remote files that it names as bytes."""
+    """Load the remote files that a row refers to as bytes."""
     from datasets.utils.file_utils import xopen
 
     if row is END:
@@ -302,8 +303,8 @@ def _load(path: str, name: str | None, split: str) -> Any:
         kinds = {suffix(file) for file in files}
         if len(kinds) > 1 or not kinds <= set(endings):
             raise DataError(
-                f"data.path={path}: a stream needs files of one type, of {', '.join(endings)}; name them by a pattern, such as "
-                "s3://bucket/corpus/*.parquet"
+                f"data.path={path}: a stream needs files of one type among {', '.join(endings)}; select them with a "
+                "pattern, such as s3://bucket/corpus/*.parquet"
             )
         builder, options = BUILDERS[kinds.pop()]
         files = files if is_remote(path) else as_patterns(files)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import json
 import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
 import xxhash
 
-from d2v_fast.choices import one_of
+from d2v_fast.choices import PositiveFloat, PositiveInt, Range, one_of
 from d2v_fast.data import DataError, PretrainingData, first_line, is_local, is_saved
-from d2v_fast.data.cache import fingerprint, kept
+from d2v_fast.data.cache import cached, fingerprint
 from d2v_fast.data.documents import Documents, arrow_types, choose_column, find_documents
 from d2v_fast.data.streaming import Stream, is_remote
 from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, TokenMask, Vocabulary
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 TOKENIZER, IDS, ENDS, COUNTS = "tokenizer.json", "ids", "ends", "counts"  # files in the cache
 TeacherInput = Literal["full", "masked_only"]
+CUT = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")  # where a text may be cut, see `can_cut`
+PIECE = 2**14  # least characters of a piece that is cut off
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
@@ -129,17 +132,36 @@ def limit_length(tokenizer: Any, encoder: Any) -> Any:
     return tokenizer
 
 
-def _batches(texts: Iterable[str], rows: int = 1000, characters: int = 2**20) -> Iterator[list[str]]:
-    """Group texts into lists to encode at once."""
-    batch: list[str] = []
+def _batches(texts: Iterable[str], cut: bool, rows: int = 1000, characters: int = 2**18) -> Iterator[list[tuple[str, bool]]]:
+    """Group texts into lists to encode at once: pieces of texts, and whether a piece is the last one of its text."""
+    batch: list[tuple[str, bool]] = []
     size = 0
     for text in texts:
-        batch.append(text)
-        size += len(text)
-        if len(batch) == rows or size >= characters:
-            yield batch
-            batch, size = [], 0
+        begin = 0
+        while begin < len(text):
+            found = CUT.search(text, begin + PIECE) if cut else None
+            end = found.start() if found else len(text)
+            batch.append((text[begin:end], end == len(text)))
+            size += end - begin
+            begin = end
+            if len(batch) == rows or size >= characters:
+                yield batch
+                batch, size = [], 0
     yield batch
+
+
+def can_cut(backend: Any) -> bool:
+    """Whether cutting a text at `CUT`, before a space between two ASCII letters, provably leaves its tokens as they are.
+
+    True for two families, which always end a word there and encode each word on its own: byte-level tokenizers with GPT-2's
+    pattern, such as RoBERTa's, and BERT's, whose normalizer changes characters one by one and drops combining marks. Added
+    tokens that are not special are ruled out, because they may contain a space.
+    """
+    found = json.loads(backend.to_str())
+    splitter, normalizer = found["pre_tokenizer"] or {}, found["normalizer"]
+    words = splitter.get("type") == "ByteLevel" and splitter["use_regex"] and normalizer is None
+    words |= splitter.get("type") == "BertPreTokenizer" and normalizer is not None and normalizer["type"] == "BertNormalizer"
+    return words and backend.encode_special_tokens and all(token["special"] for token in found["added_tokens"])
 
 
 def token_fields(tokenizer: Any, vocab_size: int) -> dict[str, int]:
@@ -164,6 +186,8 @@ class TextData(PretrainingData):
         vocab_size: Vocabulary size of a trained tokenizer.
         block_size: Tokens per sample, including <s>.
         cross_documents: Pack blocks across documents, separated by </s>; otherwise each document (row) starts a new block.
+        length_multiple: Pad batches of shorter blocks to a multiple of this, at most to block_size. null = 8 on a GPU unless
+            cross_documents packs the blocks, else 1.
         teacher_input: "full", or "masked_only" as in the reference code, whose teacher sees only the masked tokens.
         mask: How blocks are masked.
         views: Masked views of each sample, for data2vec 2.0; null for a single mask, as in 1.0.
@@ -179,21 +203,23 @@ class TextData(PretrainingData):
         self,
         *,
         mask: TokenMask | RandomMask | ExactBlockMask,
-        views: int | None = None,
+        views: Annotated[int | None, Range("[1, inf)")] = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,
         split: str = "train",
         column: str | None = None,
         tokenizer: str = "train",
-        vocab_size: int = 4000,
-        block_size: int = 512,
+        # At least 256 bytes and 5 special tokens; tokenizers aborts when out of memory.
+        vocab_size: Annotated[int, Range("[261, 16777216]")] = 4000,
+        block_size: Annotated[int, Range("[2, inf)")] = 512,
         cross_documents: bool = True,
+        length_multiple: Annotated[int | None, Range("[1, 1024]")] = None,
         teacher_input: TeacherInput = "full",
         cache: str | None = None,
         streaming: bool = False,
-        shuffle_buffer: int = 1000,
-        stream_timeout: float = 300.0,
+        shuffle_buffer: PositiveInt = 1000,
+        stream_timeout: PositiveFloat = 300.0,
         max_broken: float = 0.01,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
@@ -202,6 +228,7 @@ class TextData(PretrainingData):
         if views is not None and teacher_input != "full":
             raise DataError(f"data.teacher_input={teacher_input}: needs a single mask per sample; remove it or data.views")
         self.tokenizer_name, self.cross_documents = tokenizer, cross_documents
+        self.length_multiple = length_multiple or 1
         if streaming or is_remote(path):
             self._stream(path, name, split, column, shuffle_buffer, stream_timeout)
         else:
@@ -212,7 +239,7 @@ class TextData(PretrainingData):
             size=size,
             mask_id=self.tokenizer.mask_token_id,
             special=np.isin(np.arange(size), self.tokenizer.all_special_ids),
-            continues=_continues(self.tokenizer, size),
+            continues=_continuations(self.tokenizer, size),
             counts=np.pad(self.counts, (0, size))[:size],
         )
 
@@ -263,7 +290,8 @@ class TextData(PretrainingData):
     def collate(self, samples: list[np.ndarray], draws: Draws) -> dict[str, np.ndarray]:
         pad = self.tokenizer.pad_token_id
         lengths = np.array([len(ids) for ids in samples])
-        target = np.full((len(samples), lengths.max()), pad, dtype=np.int64)
+        length = min(-(-lengths.max() // self.length_multiple) * self.length_multiple, self.block_size)
+        target = np.full((len(samples), length), pad, dtype=np.int64)
         for row, ids in zip(target, samples, strict=True):
             row[: len(ids)] = ids
         if isinstance(self.mask, TokenMask):
@@ -305,12 +333,12 @@ class TextData(PretrainingData):
                 (folder / TOKENIZER).write_text(_train(iter(read()), vocab_size).to_str(), encoding="utf-8")
                 return {}
 
-            folder, _ = kept(cache, "tokenizer", [*where, vocab_size], state, train)
+            folder, _ = cached(cache, "tokenizer", [*where, vocab_size], state, train)
             self.tokenizer = _wrap(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER)), self.block_size)
         else:
             self.tokenizer = load_tokenizer(tokenizer)
         digest = fingerprint([self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.all_special_tokens])
-        folder, made = kept(cache, "tokens", [*where, digest], state, lambda folder: self._tokenize(read(), folder))
+        folder, made = cached(cache, "tokens", [*where, digest], state, lambda folder: self._tokenize(read(), folder))
         for message in made["left_out"]:
             log.warning("left out: %s", message)
         self.content = made["content"]
@@ -359,15 +387,19 @@ class TextData(PretrainingData):
         backend, separator = corpus_backend(self.tokenizer), self.tokenizer.sep_token_id
         size = 1 + max(self.tokenizer.get_vocab().values())
         kind = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
-        counts, end, content = np.zeros(size, dtype=np.int64), 0, xxhash.xxh3_128()
+        counts, end, contents = np.zeros(size, dtype=np.int64), 0, [xxhash.xxh3_128(), xxhash.xxh3_128()]
         texts = (text for text in documents if text.strip())
         with (folder / IDS).open("wb") as ids, (folder / ENDS).open("wb") as ends:
             with tqdm(desc=f"tokens of {self.name}", unit="", unit_scale=True, leave=False, delay=2, disable=None) as progress:
-                for batch in filter(None, _batches(texts)):
-                    found = [[*each.ids, separator] for each in backend.encode_batch_fast(batch, add_special_tokens=False)]
+                for batch in filter(None, _batches(texts, can_cut(backend))):
+                    pieces, last = zip(*batch, strict=True)
+                    found = [
+                        [*each.ids, *[separator] * is_last]
+                        for each, is_last in zip(backend.encode_batch_fast(pieces, add_special_tokens=False), last, strict=True)
+                    ]
                     stops = end + np.cumsum([len(each) for each in found])
                     tokens = np.fromiter(itertools.chain.from_iterable(found), kind, count=int(stops[-1]) - end)
-                    for file, array in ((ids, tokens), (ends, stops)):
+                    for file, content, array in zip((ids, ends), contents, (tokens, stops[np.array(last)]), strict=True):
                         file.write(array.data)
                         content.update(array.data)
                     counts += np.bincount(tokens, minlength=size)
@@ -376,7 +408,7 @@ class TextData(PretrainingData):
         if end == 0:
             raise DataError(f"data.path={self.name}: holds no text")
         (folder / COUNTS).write_bytes(counts.data)
-        return {"kind": kind.name, "content": content.hexdigest(), "left_out": list(documents.left_out)}
+        return {"kind": kind.name, "content": [x.hexdigest() for x in contents], "left_out": list(documents.left_out)}
 
     def _make_blocks(self) -> None:
         """Count the blocks, and prepare what `_bounds` needs to locate them."""
@@ -393,10 +425,10 @@ class TextData(PretrainingData):
         last = np.cumsum(-(-tokens // room))  # last block of each document, plus one
         self.first_blocks = np.concatenate([[0], last])
         self.blocks = int(last[-1])
-        self.lengths = np.full(self.blocks, self.block_size, dtype=np.int32)
+        lengths = self.lengths = np.full(self.blocks, self.block_size, dtype=np.int32)
         filled = tokens > 0
-        self.lengths[last[filled] - 1] = (tokens[filled] - 1) % room + 3
-        mean = self.lengths.mean()
+        lengths[last[filled] - 1] = (tokens[filled] - 1) % room + 3
+        mean = lengths.mean()
         if mean < 0.5 * self.block_size:
             log.warning(
                 "blocks have %.0f tokens on average, but block_size is %d: if the rows of %s are paragraphs rather than "
@@ -414,10 +446,10 @@ class TextData(PretrainingData):
         document = int(np.searchsorted(self.first_blocks, index, side="right")) - 1
         begin = int(self.document_ends[document - 1]) if document else 0
         begin += (index - int(self.first_blocks[document])) * (self.block_size - 2)
-        return begin, begin + int(self.lengths[index]) - 2
+        return begin, begin + int(cast(np.ndarray, self.lengths)[index]) - 2
 
 
-def _continues(tokenizer: Any, size: int) -> np.ndarray:
+def _continuations(tokenizer: Any, size: int) -> np.ndarray:
     """Which ids continue a word, judged by the prefix that each family of tokenizers puts on tokens."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
     tokens += [""] * (size - len(tokens))

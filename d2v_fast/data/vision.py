@@ -9,12 +9,13 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, ImageStat, PngImagePlugin, UnidentifiedImageError
 
+from d2v_fast.choices import ClosedUnitInterval, Finite, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from d2v_fast.data import (
     Batch,
     DataError,
@@ -206,10 +207,19 @@ def crop_to(image: Image.Image, size: int, box: Box) -> Image.Image:
 
 
 def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation, each scaled by U(1 - strength, 1 + strength), in random order."""
-    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+    """Brightness, contrast and saturation of an RGB image, each scaled by U(1 - strength, 1 + strength), in random order.
+
+    The bits are those of Pillow's `ImageEnhance`, which makes more copies.
+    """
     for i in rng.permutation(3):
-        image = enhancers[i](image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+        factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
+        if i == 0:
+            other = Image.new("RGB", image.size)
+        elif i == 1:
+            other = Image.new("RGB", image.size, (int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5),) * 3)
+        else:
+            other = image.convert("L").convert("RGB")
+        image = Image.blend(other, image, factor)
     return image
 
 
@@ -230,15 +240,22 @@ def tables(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
 
 def to_levels(images: list[Image.Image]) -> np.ndarray:
     """RGB images of one size → uint8 (B, 3, H, W)."""
-    return np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])
+    wide, high = images[0].size
+    levels = np.empty((len(images), 3, high, wide), dtype=np.uint8)
+    for planes, image in zip(levels, images, strict=True):
+        for plane, band in zip(planes, "RGB", strict=True):
+            plane[:] = np.frombuffer(image.tobytes("raw", band), dtype=np.uint8).reshape(high, wide)
+    return levels
 
 
 def normalize(levels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """Levels uint8 (B, 3, H, W) → float32, normalised by channel."""
     pixels = np.empty(levels.shape, dtype=np.float32)
-    for channel, table in enumerate(tables(mean, std)):
-        for plane, level in zip(pixels[:, channel], levels[:, channel], strict=True):
-            np.take(table, level, out=plane, mode="clip")  # the other modes copy
+    for channel in range(3):
+        for plane, level in zip(pixels[:, channel], levels[:, channel], strict=True):  # one at a time stays in the cache
+            np.divide(level, np.float32(255), out=plane, dtype=np.float32)
+            plane -= np.float32(mean[channel])
+            plane /= np.float32(std[channel])
     return pixels
 
 
@@ -291,22 +308,22 @@ class ImageData(PretrainingData):
         self,
         *,
         mask: BlockMask | RandomMask | ExactBlockMask,
-        views: int | None = None,
+        views: Annotated[int | None, Range("[1, inf)")] = None,
         seed: int = 0,
         path: str = "builtin",
         name: str | None = None,
         split: str = "train",
-        image_size: int = 224,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        jitter: float = 0.4,
-        mean: tuple[float, float, float] = MEAN,
-        std: tuple[float, float, float] = STD,
+        image_size: PositiveInt = 224,
+        crop_scale: Annotated[tuple[float, float], Range("(0, 1]")] = (0.08, 1.0),
+        crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3),
+        flip: ClosedUnitInterval = 0.5,
+        jitter: NonNegativeFloat = 0.4,
+        mean: tuple[Finite, Finite, Finite] = MEAN,
+        std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = STD,
         cache: str | None = None,
         streaming: bool = False,
-        shuffle_buffer: int = 1000,
-        stream_timeout: float = 300.0,
+        shuffle_buffer: PositiveInt = 1000,
+        stream_timeout: PositiveFloat = 300.0,
     ):
         super().__init__(mask=mask, views=views, seed=seed)
         self.image_size = image_size

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ class Encoder(nn.Module):
         ValueError: The blocks, the FFN or the hidden size cannot be found; the message says how to name them.
     """
 
-    model: Any  # an nn.Module whose parts are known by name alone
+    model: Any  # an nn.Module whose parts are known only by name
     halves: blocks.Halves | None
     reads: str | None = None  # modality of the inputs; None for a custom module
     local: tuple[str, ...] = ()  # name prefixes of the parameters of the features before masking
@@ -177,7 +177,7 @@ class Encoder(nn.Module):
                 )
             results = [self._scaled(blocks.flat(result)[:, -length:], block, source) for block, result in captured.items()]
             extra_states, states = states[:, :-length], states[:, -length:]
-            states = states if rows is None else states.flatten(0, 1)[rows]
+            states = states if rows is None else blocks.select(states, rows)
             return Encoded(states, results, extra_states if extra_states.shape[1] else None)
         halves = self._compiled_halves or self.halves
         batch, results, narrowed = len(x), [], None
@@ -196,14 +196,15 @@ class Encoder(nn.Module):
             if left < layers and source != "block_input":
                 result = self._scaled(x if ffn is None or source != "ffn" else ffn, block, source)
                 if narrowed is not None:
-                    result = result.new_zeros(batch * length, result.shape[-1]).index_copy_(0, cast(Tensor, rows), result[0])
-                    result = result.view(batch, length, -1)
+                    # With room for extra tokens, so that all results have the same strides: the Triton loss copies others.
+                    whole = result.new_zeros(batch * (extra + length), result.shape[-1])
+                    result = whole.index_copy_(0, narrowed, result[0]).view(batch, extra + length, -1)
                 results.append(result[:, -length:])
         states = self._leave(x)
         if narrowed is not None:
             return Encoded(states[0], results)
         extra_states, states = states[:, :extra], states[:, extra:]
-        return Encoded(states if rows is None else states.flatten(0, 1)[rows], results, extra_states)
+        return Encoded(states if rows is None else blocks.select(states, rows), results, extra_states)
 
     def contextualize(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """States (B, T, C) of all positions; padding_mask (B, T) bool, True = padding."""

@@ -29,9 +29,14 @@ def flat(x: Tensor) -> Tensor:
     return x.flatten(1, 2) if x.ndim == 4 else x
 
 
+def select(x: Tensor, rows: Tensor) -> Tensor:
+    """x (B, T, C) at `rows`, (N, C); on a GPU the backward of indexing would sort them."""
+    return x.flatten(0, 1).index_select(0, rows)
+
+
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
     """x (B, T, C) at `rows`, as a batch of one sample."""
-    return x if rows is None else x.flatten(0, 1)[rows].unsqueeze(0)
+    return x if rows is None else select(x, rows).unsqueeze(0)
 
 
 def bert(block: Any, x: Tensor, rows: Tensor | None = None, **arguments: Any) -> tuple[Tensor, Tensor]:

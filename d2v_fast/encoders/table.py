@@ -1,13 +1,15 @@
-"""Which encoders of the installed transformers work: each class is tried on a tiny configuration with random weights.
+"""Which encoders of the installed transformers or timm work: each is tried on a tiny configuration with random weights.
 
 python -m d2v_fast.encoders.table                     prints the table of docs/encoders.md
 python -m d2v_fast.encoders.table docs/encoders.md    writes it there
 python -m d2v_fast.encoders.table modernbert swin     tries these alone
+python -m d2v_fast.encoders.table --timm              the same for transformers of timm, also with PAGE.md or models
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import re
 import sys
@@ -19,12 +21,11 @@ import torch
 from torch import nn
 
 from d2v_fast.decoders import ConvDecoder
-from d2v_fast.encoders import Encoder, SplicedEncoder, class_arguments, example, model_class, wrap
+from d2v_fast.encoders import Encoder, SplicedEncoder, build_encoder, class_arguments, example, model_class, wrap
 from d2v_fast.encoders.spliced import READS
 from d2v_fast.model import Data2Vec
 
 LARGEST = 100_000_000  # parameters; a configuration that cannot be made small is not tried
-BEGIN, END = "<!-- encoders -->", "<!-- /encoders -->"
 
 # Encoders that are in none of the lists below.
 OTHERS = (
@@ -100,6 +101,18 @@ MORE: dict[str, dict[str, Any]] = {
     "xmod": dict(languages=("en_XX",), default_language="en_XX"),
 }
 FFN = {"mobilebert": "output.bottleneck.dense"}  # where it is to be named
+
+# The same for timm: arguments that are given where a model takes them, and what else one needs.
+HYBRID = dict.fromkeys(("img_size", "patch_size"))  # patches of a ResNet's features
+SMALL_TIMM = dict(img_size=32, patch_size=8, embed_dim=48, num_heads=4, depth=3)
+MORE_TIMM: dict[str, dict[str, Any]] = {
+    "samvit_*": dict(neck_chans=0, window_size=3),
+    **dict.fromkeys(("tnt_*", "tnt_*_legacy_*"), dict.fromkeys(SMALL_TIMM)),
+    **dict.fromkeys((f"vit_*_{stem}_*" for stem in ("r", "r26", "r50", "resnet26d", "resnet50d")), HYBRID),
+}
+# Parts of names that are sizes, smallest first.
+SIZES = """atto femto pico nano xxtiny xxs xs xtiny tiny ti t wee pwee dwee dpwee little dlittle xsmall s small medium mediumd
+betwixt m base b plus so150m so150m2 intern300m so400m l large large2 xl xlarge huge h giant giantopt gigantic enormous"""
 
 
 class Row(NamedTuple):
@@ -188,6 +201,55 @@ def attempt(name: str) -> Row:
     return Row(encoder.reads or reads, name, type(model).__name__, way, _step(encoder), _step(encoder, views=2))
 
 
+def family(name: str) -> str:
+    """The name of a timm model with stars in place of sizes."""
+
+    def starred(part: str) -> str:
+        size = part in SIZES.split() or re.fullmatch(r"([a-qs-z]|patch|window)?\d\w*", part)
+        return "*" if size else re.sub(r"^reg\d$", "reg*", part)
+
+    first, *rest = name.split("_")
+    return re.sub(r"(_\*)+", "_*", "_".join([first, *map(starred, rest)]))
+
+
+def families() -> dict[str, str]:
+    """The smallest model of each family of timm with attention."""
+    import timm
+
+    order, found = SIZES.split(), dict[str, str]()
+
+    def sizes(name: str) -> list[int]:
+        return [order.index(part) for part in name.split("_") if part in order] or [len(order)]
+
+    for name in sorted(timm.list_models(exclude_filters="test_*"), key=sizes):
+        if "num_heads" in inspect.getsource(sys.modules[timm.model_entrypoint(name).__module__]):
+            found.setdefault(family(name), name)
+    return found
+
+
+def attempt_timm(title: str, name: str) -> Row | None:
+    """Try a model of timm; None if it has no multi-head attention."""
+    import timm
+
+    fields, model = SMALL_TIMM | MORE_TIMM.get(family(name), {}), None
+    fields = {field: value for field, value in fields.items() if value is not None}
+    while model is None:
+        try:
+            model = timm.create_model(name, num_classes=0, **fields)
+        except Exception as error:  # each class of timm has errors of its own
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if not fields:
+                return Row("", title, "", "", _line(error), "")
+            fields = {field: value for field, value in fields.items() if unknown and field != unknown[1]}
+    if not any(hasattr(module, "num_heads") or hasattr(module, "heads") for module in model.modules()):
+        return None
+    try:
+        encoder = build_encoder(f"timm/{name}", config=fields)
+    except ValueError as error:
+        return Row("vision", title, type(model).__name__, "", _line(error), "")
+    return Row("vision", title, type(model).__name__, "whole", _step(encoder), _step(encoder, views=2))
+
+
 def _step(encoder: Encoder, views: int = 0) -> str:
     """Why a step does not work; nothing if it does."""
     try:
@@ -252,23 +314,50 @@ def report(found: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def report_timm(found: list[Row]) -> str:
+    """The table of timm as Markdown; families of one class with one result share a row."""
+    import timm
+
+    first = [row for row in found if row.way and not row.first]
+    second = [row for row in first if not row.second]
+    lines = [
+        f"Tried with timm {timm.__version__} and torch {torch.__version__.partition('+')[0]}, on the smallest model of each "
+        f"family with attention, made smaller where its arguments allow it: {len(found)} families, of which {len(first)} work "
+        f"with data2vec 1.0 and {len(second)} of them with 2.0.",
+        *("", "| models | class | 1.0 | 2.0 |", "|---|---|---|---|"),
+    ]
+    shared: dict[tuple[str, ...], list[str]] = {}
+    for row in sorted(found, key=lambda row: (bool(row.first), bool(row.second))):
+        results = ("no: " + row.first, "no") if row.first else ("yes", f"no: {row.second}" if row.second else "yes")
+        shared.setdefault((row.cls, *results), []).append(f"`{row.name}`")
+    lines += [f"| {', '.join(names)} | {' | '.join(rest)} |" for rest, names in shared.items()]
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: list[str]) -> None:
     from transformers import CONFIG_MAPPING
 
     parser = argparse.ArgumentParser(prog="python -m d2v_fast.encoders.table", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("arguments", nargs="*", metavar="TYPE|PAGE.md", help="model types to try, default all; pages to update")
-    arguments = parser.parse_args(arguments).arguments
-    files = [Path(argument) for argument in arguments if argument.endswith(".md")]
-    chosen = [argument for argument in arguments if not argument.endswith(".md")] or names()
-    if unknown := sorted(set(chosen) - set(CONFIG_MAPPING)):
+    parser.add_argument("--timm", action="store_true", help="models of timm, one of each family; types are then model names")
+    options = parser.parse_args(arguments)
+    files = [Path(argument) for argument in options.arguments if argument.endswith(".md")]
+    chosen = [argument for argument in options.arguments if not argument.endswith(".md")]
+    if options.timm:
+        each = {name: name for name in chosen} or families()
+        rows = [attempt_timm(title, name) for title, name in each.items()]
+        text, marker = report_timm([row for row in rows if row]), "timm"
+    elif unknown := sorted(set(chosen) - set(CONFIG_MAPPING)):
         parser.error(f"not a model type of transformers: {', '.join(unknown)}")
-    text = report([attempt(name) for name in chosen])
+    else:
+        text, marker = report([attempt(name) for name in chosen or names()]), "encoders"
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     for file in files:
         page = file.read_text(encoding="utf-8")
-        before, _, rest = page.partition(BEGIN)
-        if END not in rest:
-            sys.exit(f"{file}: found no {BEGIN} … {END}, between which the table goes")
-        file.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}", encoding="utf-8")
+        before, _, rest = page.partition(begin)
+        if end not in rest:
+            sys.exit(f"{file}: found no {begin} … {end}, between which the table goes")
+        file.write_text(f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}", encoding="utf-8")
     if not files:
         print(text, end="")
 

@@ -2,7 +2,7 @@
 
 The trial finds the module that computes the local features, the extra tokens, the FFN output, and whether the visible
 positions can be encoded alone. It runs on one small input and on a copy of the model with perturbed weights, which keeps one
-block of each kind.
+block of each kind, after a check that blocks of one kind compute the same.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ class Trial:
 
     def _search(self) -> list[tuple[str | None, Unfit]]:
         inputs, states, seen, results = self._run_once()
+        if self._restore_blocks():
+            inputs, states, seen, results = self._run_once()
         if states.ndim != 3 or states.shape[-1] != self.encoder.hidden_size:
             expected = f"(B, T, {self.encoder.hidden_size})"
             raise Unfit(f"its last states have the shape {tuple(states.shape)}, not {expected}", FINAL)
@@ -158,15 +160,28 @@ class Trial:
     def _copy(self, model: nn.Module, layers: str) -> nn.Module:
         """A copy in eval mode, with noise added to all weights so that zero-initialised ones have an effect too.
 
-        It keeps the first block, the last one and one of each kind; the others become no-ops.
+        It keeps the first block, the last one and one of each kind. The others become no-ops with the weights of the first of
+        their kind; `_restore_blocks` finds out whether they compute the same.
         """
         all_blocks: Any = model.get_submodule(layers)
         kinds = [_kind_of(block) for block in all_blocks]
-        self.kept = sorted({0, len(kinds) - 1, *(kinds.index(kind) for kind in kinds)})
+        like = [kinds.index(kind) for kind in kinds]
+        self.kept = sorted({0, len(kinds) - 1, *like})
         if self.whole:
             self.kept = list(range(len(kinds)))
-        replaced = {id(block): self._stand_in(block) for number, block in enumerate(all_blocks) if number not in self.kept}
-        copied = copy.deepcopy(model, replaced).eval().requires_grad_(False)
+        copies: dict[int, Any] = {}
+        for number in self.kept:
+            copy.deepcopy(all_blocks[number], copies)
+        self.like: dict[int, int] = {}  # for each no-op, the block whose weights it has
+        for number, block in enumerate(all_blocks):
+            if id(block) in copies:
+                continue
+            weights = dict(all_blocks[like[number]].named_parameters())
+            shared = {id(p): copies[id(weights[name])] for name, p in block.named_parameters() if name in weights}
+            copies[id(block)] = no_op = copy.deepcopy(block, copies | shared)
+            no_op.forward = self._no_op
+            self.like[number] = like[number]
+        copied = copy.deepcopy(model, copies).eval().requires_grad_(False)
         if next(copied.parameters()).dtype.itemsize < 4:
             copied.float()
         generator = torch.Generator().manual_seed(0)
@@ -174,14 +189,6 @@ class Trial:
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter.nan_to_num_().add_(noise * (0.1 if parameter.ndim < 2 else max(1, parameter[0].numel()) ** -0.5))
         return copied
-
-    def _stand_in(self, block: nn.Module) -> nn.Module:
-        """A no-op block with the same attributes but no submodules."""
-        other = type(block).__new__(type(block))
-        nn.Module.__init__(other)
-        vars(other).update({name: value for name, value in vars(block).items() if name not in vars(other)})
-        other.forward = self._no_op
-        return other
 
     def _no_op(self, *args: Any, **kwargs: Any) -> Any:
         x = first_argument(args, kwargs)
@@ -256,6 +263,49 @@ class Trial:
 
     def _note_rest(self, block: nn.Module, args: tuple, output: Any) -> None:
         self.rest = output[1:] if isinstance(output, tuple) else None
+
+    def _restore_blocks(self) -> bool:
+        """Make blocks of the no-ops that do not compute what the block of their kind does; return whether there are any.
+
+        Blocks of one class may differ by layer index alone, or by the arguments that the model gives them, as for local and
+        global attention. Each no-op runs once, on the input of the block of its kind and its own other arguments.
+        """
+        calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
+
+        def note(number: int, args: tuple, kwargs: dict[str, Any]) -> None:
+            calls[number] = map_tensors(lambda path, value: value.clone(), args, kwargs)
+
+        with ExitStack() as stack:
+            for number in {*self.like, *self.like.values()}:
+                block = self.blocks[number]
+                hook = block.register_forward_pre_hook(lambda m, a, k, number=number: note(number, a, k), with_kwargs=True)
+                stack.callback(hook.remove)
+            self.encoder.call(self._long_example())
+
+        def result(number: int, kind: int) -> Tensor | None:
+            first, x = first_path(*calls[number]), first_argument(*calls[kind])
+            args, kwargs = map_tensors(lambda path, value: x.clone() if path == first else value, *calls[number])
+            block: Any = self.blocks[number]
+            try:
+                return blocks.first(type(block).forward(block, *args, **kwargs))
+            except Exception:  # such as blocks that need more from those before them
+                return None
+
+        expected = {kind: result(kind, kind) for kind in self.like.values()}
+        different = []
+        for number, kind in self.like.items():
+            found, other = result(number, kind), expected[kind]
+            if found is None or other is None or not _close(found, other):
+                different.append(number)
+        for number in different:
+            del self.blocks[number].forward, self.like[number]
+        self.kept = sorted([*self.kept, *different])
+        return bool(different)
+
+    def _long_example(self) -> Tensor:
+        """One input; texts are long enough for local attention to matter."""
+        longest = getattr(self.encoder.model.config, "max_position_embeddings", None) or 135
+        return self.encoder.example(1, min(131, longest - 4))
 
     def _check(self, path: str, output: Any, inputs: Tensor, states: Tensor) -> None:
         """Raise Unfit unless this module is local and the model reads its input through this module only."""
@@ -497,11 +547,10 @@ class Trial:
         """Why a subset of the positions cannot be encoded alone; None if it can.
 
         Random positions, encoded alone and out of order, must get the states that they get among all with the others hidden
-        from attention. Texts are long enough for local attention to matter.
+        from attention.
         """
         encoder, splice = self.encoder, self.splice
-        longest = getattr(encoder.model.config, "max_position_embeddings", None) or 135
-        features = encoder.embed(encoder.example(1, min(131, longest - 4)))
+        features = encoder.embed(self._long_example())
         length, at = features.shape[1], features.shape[1] // 2
         placed = encoder.placed(torch.cat([_perturb(features, at), features]))
         changed = _differing(*placed)

@@ -2,22 +2,24 @@
 
 On a CPU `scaled_dot_product_attention` has no fast path with dropout and is slow at data2vec's lengths, especially in the
 backward. Two matrix products with a softmax and the fast dropout in between are faster, except for long inputs without
-gradients. On a GPU, flash-attn is used if installed, else torch's own choice of kernels; the mask is never inspected, because
-that would synchronise with the host.
+gradients. On a GPU, flash-attn is used if installed, else torch's own choice of kernels. With a padding mask torch chooses none
+of its flash kernels; `segments` gives these the lengths instead. No value of a mask is read on the host, because that would
+synchronise with it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.ops.dropout import dropout as fast_dropout
 
-NAME = "d2v_fast"
+NAME, SEGMENTS = "d2v_fast", "d2v_fast_segments"
 LONG = 512  # above this length the scores of all pairs no longer fit in the cache
 
 
@@ -37,15 +39,20 @@ def attention(
     Args:
         module: The calling layer.
         query: (B, H, T, D); key and value likewise.
-        attention_mask: Bool, True = attend, or a float bias that is added; broadcast to (B, H, T, T).
+        attention_mask: Bool, True = attend, or a float bias that is added; broadcast to (B, H, T, T). Or the result of
+            `segments`.
         dropout: Dropout probability of the attention weights.
         scaling: Factor of the scores, None = 1/√D.
-        flash: `flash_attn_func`, used on a GPU in bf16 and fp16 without a mask. Padded batches go to torch: flash-attn needs
-            sequence lengths, and computing them synchronises with the host in every layer.
+        flash: `flash_attn_func`, used on a GPU in bf16 and fp16 without a mask.
 
     Returns:
         (B, T, H, D) contiguous, and None in place of the probabilities.
     """
+    if attention_mask is not None and attention_mask.ndim == 1:
+        if _has_kernel(query):
+            return _attend_in_segments(query, key, value, attention_mask, dropout, scaling), None
+        lengths = attention_mask[1::2] - attention_mask[:-1:2]
+        attention_mask = (torch.arange(key.shape[2], device=key.device) < lengths[:, None])[:, None, None]
     long = not torch.is_grad_enabled() and query.shape[2] > LONG
     if query.device.type != "cpu" or long or kwargs.get("position_bias") is not None:
         if flash and query.device.type == "cuda" and attention_mask is None and query.dtype in (torch.bfloat16, torch.float16):
@@ -79,6 +86,41 @@ def padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> 
     return sdpa_mask(*args, **kwargs)
 
 
+def segments(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Boundaries of segments in the flattened (B, T): for each sample its positions, then its padding. (2·B + 1,) int32.
+
+    With padding as segments of its own, torch's flash attention for sequences of different lengths runs on a padded batch as it
+    is. Nothing is packed, and no size depends on the lengths. Padding attends to padding; no other result depends on it.
+
+    Args:
+        attention_mask: (B, T) bool, True = attend; padding must be on the right, or the device stops with an assertion.
+    """
+    if attention_mask is None:
+        return padding(*args, **kwargs)
+    torch._assert_async(~(attention_mask[:, 1:] & ~attention_mask[:, :-1]).any(), "padding_mask: padding must be on the right")
+    starts = torch.arange(len(attention_mask), device=attention_mask.device) * attention_mask.shape[1]
+    boundaries = torch.stack([starts, starts + attention_mask.sum(1)], dim=1).flatten()
+    return F.pad(boundaries, (0, 1), value=attention_mask.numel()).int()
+
+
+def _has_kernel(query: Tensor) -> bool:
+    size = query.shape[-1]
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.device.type == "cuda" and half and size % 8 == 0 and size <= 128
+
+
+def _attend_in_segments(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, dropout: float, scaling: float | None
+) -> Tensor:
+    """Attention within segments, (B, T, H, D). Torch's public function on this operator, `varlen_attn`, has no dropout."""
+    length = query.shape[2]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    rows = [x.flatten(0, 1) for x in (query, key, value)]
+    forward = torch.ops.aten._flash_attention_forward
+    attended = forward(*rows, boundaries, boundaries, length, length, dropout, False, False, scale=scaling)[0]
+    return attended.view_as(query)
+
+
 def use_fast_attention(model: nn.Module, device: torch.device) -> str | None:
     """Switch a transformers model to the attention that is fastest on this device.
 
@@ -98,8 +140,9 @@ def use_fast_attention(model: nn.Module, device: torch.device) -> str | None:
         from flash_attn import flash_attn_func
 
         flash = flash_attn_func
-    AttentionInterface.register(NAME, functools.partial(attention, flash=flash) if flash else attention)
-    AttentionMaskInterface.register(NAME, padding)  # without it padding would be ignored silently
+    for name, mask in ((NAME, padding), (SEGMENTS, segments)):
+        AttentionInterface.register(name, functools.partial(attention, flash=flash) if flash else attention)
+        AttentionMaskInterface.register(name, mask)  # without it padding would be ignored silently
     try:
         model.set_attn_implementation(NAME)
     except ValueError:
@@ -107,3 +150,13 @@ def use_fast_attention(model: nn.Module, device: torch.device) -> str | None:
     if model.config._attn_implementation != NAME:
         return None
     return "explicit" if device.type == "cpu" else "flash-attn where nothing pads, else sdpa" if flash else "sdpa"
+
+
+def use_segments(model: nn.Module, device: torch.device) -> bool:
+    """Give a model with this attention `segments` as its masks, if torch has the kernels for this device; whether it did so."""
+    available = device.type == "cuda" and torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
+    config: Any = getattr(model, "config", None)
+    if not available or torch.cuda.get_device_capability(device) < (8, 0) or config._attn_implementation != NAME:
+        return False
+    cast(Any, model).set_attn_implementation(SEGMENTS)
+    return True

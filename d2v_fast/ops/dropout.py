@@ -49,7 +49,7 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     Args:
         x: Any shape. The kernel takes fp32, bf16 and fp16 on a CPU; all else is left to torch.
         p: Probability of a zero, exact to 2^-33.
-        training: Without it, x is returned as it is.
+        training: If false, x is returned unchanged.
 
     Returns:
         Like x, and contiguous. The mask depends on the state of torch's CPU generator and on the shape, not on the dtype, the

@@ -553,7 +553,8 @@ def rows_tile(channels: int, itemsize: int, by_row: bool, affine: bool, stats: b
     return dict(
         BLOCK_N=block_n,
         BLOCK_C=block_c,
-        STAGES=_stages(block_n * block_c * triton.cdiv(channels, block_c) * itemsize),
+        # The mean and rstd of a layer are pipelined too.
+        STAGES=_stages((block_n * itemsize + 8 * affine) * block_c * triton.cdiv(channels, block_c)),
         num_warps=4 * warps,
         maxnreg=168 if stats and by_row and warps == 1 else None,  # fits a third block on a multiprocessor
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from d2v_fast.config import MODALITIES, Config, ConfigError, data_class
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData
-from d2v_fast.data.own import blamed, check_batch, check_class
+from d2v_fast.data.own import check_batch, check_class, error_context
 from d2v_fast.data.streaming import StreamBatches
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.diagnostics import Monitor
@@ -31,7 +32,7 @@ from d2v_fast.train.folder import HEAD, TEACHER, TOKENIZER, RunFolder
 from d2v_fast.train.guards import BrokenSamples, SkippedSteps
 from d2v_fast.train.log import Trackers, Window
 from d2v_fast.train.online_probe import OnlineProbe
-from d2v_fast.train.optim import lr_factor, make_optimizer, warmup_steps
+from d2v_fast.train.optim import lr_factor, make_optimizer, one_pass_obstacle, warmup_steps
 from d2v_fast.train.parallel import start
 from d2v_fast.train.save import Samples, compare_settings, newest, restore, share
 from d2v_fast.train.step import State, make_graphs
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from d2v_fast.several import SeveralConfig
 
 log = logging.getLogger(__name__)
+
+MULTIPLES = {"text": 8, "audio": 32}  # data.length_multiple on a GPU
 
 
 @dataclass
@@ -150,7 +153,7 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
     accelerator = start(config.train)
     folder = RunFolder(config, accelerator.is_main_process)
     try:
-        config = replace(config, resume=folder.resume)
+        config = set_length_multiple(replace(config, resume=folder.resume), accelerator.device)
         if config.parts:
             for name in ("checkpointing", "shard"):
                 if getattr(config.train, name):
@@ -173,8 +176,10 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
         samples.compare(saved, config.resume_allow)
     train = config.train
     core = make_core(config, data, encoder, accelerator)
-    parts = [name for name in PARTS if not (train.shard and name in COMPILED)]
-    words = fuse(core, accelerator.device, parts) if fused else []
+    left_out = set(COMPILED) if train.shard else set()
+    if config.data["class"] or config.data.get("teacher_input") == "masked_only":
+        left_out.add("padding")  # may be anywhere
+    words = fuse(core, accelerator.device, [part for part in PARTS if part not in left_out]) if fused else []
     if fused and train.shard:
         words.append("nothing compiled, because of train.shard")
     if train.checkpointing:
@@ -194,27 +199,41 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     # A layer that layer-drop skips on one rank has no gradient there.
     accelerator.ddp_handler.find_unused_parameters = getattr(getattr(encoder.model, "config", None), "layerdrop", 0) > 0
     optimizer, scheduler = make_updates(core, config, steps, saved.step if saved else 0, fused)
+    if core.teacher.moved_by_optimizer:
+        words.append("optimizer and teacher in one pass, not yet measured")
     # FSDP averages gradients itself; evaluation_mode leaves out DistributedDataParallel.
     model, optimizer = accelerator.prepare_model(core, evaluation_mode=bool(train.shard)), accelerator.prepare(optimizer)
-    state = make_state(config, core, model, optimizer, scheduler, accelerator, steps, folder, data, settings)
-    if fused and (graphs := make_graphs(state, train)):
-        state.graphs = graphs
-        words.append("CUDA graphs of passes with repeated shapes")
-    run = Run(
-        config=config,
+    run = make_run(
+        config,
+        folder,
+        samples,
+        feed,
+        core,
         settings=settings,
-        folder=folder,
         checkpoints=checkpoints,
-        samples=samples,
-        feed=feed,
-        state=state,
-        window=Window(accelerator.device),
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        accelerator=accelerator,
         steps=steps,
         fused=words,
         callbacks=Callbacks(callbacks, accelerator.is_main_process),
     )
+    if fused and (graphs := make_graphs(run.state, train)):
+        run.state.graphs = graphs
+        run.fused.append("CUDA graphs of passes with repeated shapes")
     seed_or_restore(run, saved)
     return run
+
+
+def set_length_multiple(config: Any, device: torch.device) -> Any:
+    """The config, or that of several parts, with a number for data.length_multiple if that is null."""
+    if config.parts:
+        return replace(config, parts={name: set_length_multiple(part, device) for name, part in config.parts.items()})
+    if config.own_data or config.data.get("length_multiple", 1) is not None:
+        return config
+    varying = device.type == "cuda" and not config.data.get("cross_documents")  # packed blocks have one length
+    return replace(config, data=config.data | {"length_multiple": MULTIPLES[config.modality] if varying else 1})
 
 
 def begin(
@@ -270,39 +289,64 @@ def make_updates(
     core: torch.nn.Module, config: Config | SeveralConfig, steps: int, done: int, fused: bool
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Optimizer and learning rate schedule after `done` of `steps` steps."""
-    optimizer = make_optimizer(core, config.optimizer, fused)
+    one_pass = config.optimizer.one_pass
+    if one_pass and (why := one_pass_obstacle(core, config.optimizer, config.train, fused)):
+        log.warning("optimizer.one_pass: the teacher is moved separately: %s", why)
+        one_pass = False
+    optimizer = make_optimizer(core, config.optimizer, fused, one_pass)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step, steps, config.schedule), last_epoch=done - 1
     )
 
 
-def make_state(
+def make_run(
     config: Config,
+    folder: RunFolder,
+    samples: Samples,
+    feed: Feed,
     core: Data2Vec,
+    name: str = "",
+    *,
+    settings: dict[str, Any],
+    checkpoints: Checkpoints,
     model: torch.nn.Module,
     optimizer: AcceleratedOptimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     accelerator: Accelerator,
     steps: int,
-    folder: RunFolder,
-    data: PretrainingData,
-    settings: dict[str, Any],
-) -> State:
-    """The state of a step, with its monitor and its counter of skipped steps."""
+    fused: list[str],
+    callbacks: Callbacks,
+) -> Run:
+    """A run, or its part `name`, with the state of a step. The keywords are what parts share."""
     train, main = config.train, accelerator.is_main_process
     rank = None if accelerator.num_processes == 1 else accelerator.process_index
     watched = folder.path if main else None
     warmup = warmup_steps(steps, config.schedule)
-    return State(
+    state = State(
         core=core,
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
         accelerator=accelerator,
         monitor=Monitor(core, optimizer.optimizer, config.collapse, steps, warmup, accelerator, watched),
-        skipped=SkippedSteps(train.max_skipped, data.sample_name, folder.path, rank, settings),
+        skipped=SkippedSteps(train.max_skipped, feed.data.sample_name, folder.path, rank, settings),
+        arguments={"part": name} if name else {},
         reduction=config.loss.reduction,
         clip_norm=train.clip_norm,
+    )
+    return Run(
+        config=config,
+        settings=settings,
+        folder=folder,
+        checkpoints=checkpoints,
+        samples=samples,
+        feed=feed,
+        state=state,
+        window=Window(accelerator.device),
+        steps=steps,
+        fused=fused,
+        callbacks=callbacks,
+        name=name,
     )
 
 
@@ -321,7 +365,7 @@ def seed_or_restore(run: Run, saved: Checkpoint | None) -> None:
 
 def _fit(data: PretrainingData, encoder: Encoder, config: Config) -> Samples:
     """Fit the data to the encoder; returns the identity of the samples."""
-    with blamed(config.data["class"], type(data), "fit_to or contents fails"):
+    with error_context(config.data["class"], type(data), "fit_to or contents fails"):
         data.fit_to(encoder)
         return Samples(len(data), *data.contents())
 
@@ -332,7 +376,7 @@ def make_core(config: Config, data: PretrainingData, encoder: Encoder, accelerat
     shapes = _try_collate(config, data, encoder) if own else ""
     core = make_model(config, encoder, data.axes).to(accelerator.device)  # before the optimizer, which apex requires
     if accelerator.num_processes > 1 or own:
-        with accelerator.autocast(), blamed(own, type(data), f"the model does not take its batch, {shapes}"):
+        with accelerator.autocast(), error_context(own, type(data), f"the model does not accept its batch, {shapes}"):
             unused = freeze_unused(core, data)
         if unused and accelerator.is_main_process:
             log.info("frozen because no gradient reaches them: %s", ", ".join(unused))
@@ -358,6 +402,8 @@ def _shard(core: Data2Vec, config: Config, data: PretrainingData, accelerator: A
             f"{what} with encoder.config.layerdrop={dropped}: a block is gathered from all ranks, so no rank may skip it; set "
             "encoder.config.layerdrop=0 or train.shard=false"
         )
+    if mode == "hybrid":
+        check_machines(world)
     core.to(device)
     batch = first_batch(data)
     try:
@@ -375,12 +421,24 @@ def _shard(core: Data2Vec, config: Config, data: PretrainingData, accelerator: A
         ) from error
 
 
+def check_machines(world: int) -> None:
+    """Raise ConfigError, on all ranks, unless all machines have the same number of them."""
+    from accelerate.utils import gather_object
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    found = dict(gather_object([(os.environ.get("GROUP_RANK", "0"), local)]))
+    if len(set(found.values())) > 1:
+        raise ConfigError(
+            f"train.shard=hybrid: the machines have {', '.join(map(str, found.values()))} ranks; start the same number on "
+            "each, or use train.shard=true"
+        )
+
+
 def _try_collate(config: Config, data: PretrainingData, encoder: Encoder) -> str:
     """Check a first batch of your own data class; returns its dtypes and shapes in words."""
     own = config.data["class"]
-    if data.grid is not None:
-        data.check_mask()
-    with blamed(own, type(data), "collate fails on its first samples"):
+    data.check_mask()
+    with error_context(own, type(data), "collate fails on its first samples"):
         batch = first_batch(data)
     if batch is None:  # the first step raises the reason
         return ""
@@ -425,9 +483,9 @@ def stream_batches(config: Config, data: PretrainingData, accelerator: Accelerat
     return StreamBatches(data, train.batch_size, train.seed, rank, world, train.workers, start, state)
 
 
-def learns_tokens(config: Config) -> bool:
+def trains_tokenizer(config: Config) -> bool:
     """Whether a tokenizer is trained for the run."""
-    return config.data.get("tokenizer") == "train" and not config.own_data
+    return config.is_text and config.data["tokenizer"] == "train"
 
 
 def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
@@ -443,17 +501,17 @@ def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
     """
     data = dict(config.data)
     own = data.pop("class")
-    if config.resume and folder is not None and learns_tokens(config) and (folder / TOKENIZER).exists():
+    if config.resume and folder is not None and trains_tokenizer(config) and (folder / TOKENIZER).exists():
         data["tokenizer"] = str(folder / TOKENIZER)
-    elif learns_tokens(config) and config.encoder.pretrained:
+    elif trains_tokenizer(config) and config.encoder.pretrained:
         raise ConfigError(
             f"data.tokenizer=train: makes a new vocabulary, but encoder.pretrained={config.encoder.pretrained} was trained "
             "with another one; leave data.tokenizer out, or name the tokenizer that the encoder was trained with"
         )
-    if config.modality == "text" and not config.own_data:
+    if config.is_text:
         data["max_broken"] = config.train.max_broken
     cls = data_class(config.modality, own)
-    with blamed(own, cls, "cannot be made"):
+    with error_context(own, cls, "cannot be created"):
         made = cls(mask=config.mask, seed=config.train.seed, **data)
     if own:
         check_class(own, made)

@@ -81,7 +81,7 @@ class Callbacks:
             CallbackError: A callback fails.
         """
         for name, callback in self.local:
-            with _blamed(name, callback, method, run.state.done):
+            with _error_context(name, callback, method, run.state.done):
                 getattr(callback, method)(run, *args)
                 if method == "on_log":
                     _check_record(*args)
@@ -97,7 +97,7 @@ class Callbacks:
         """Call `on_end` of each. After an error, further failures are only logged."""
         for name, callback in self.local:
             try:
-                with _blamed(name, callback, "on_end", run.state.done):
+                with _error_context(name, callback, "on_end", run.state.done):
                     callback.on_end(run, error)
             except Exception as failure:
                 if error is None:
@@ -115,7 +115,7 @@ class Callbacks:
             found = next((each for each in remaining if each[0] == name), None)
             if found is not None:
                 remaining.remove(found)
-                with _blamed(name, callback, "load_state_dict"):
+                with _error_context(name, callback, "load_state_dict"):
                     callback.load_state_dict(found[1])
 
 
@@ -136,7 +136,7 @@ def make_callback(entry: str | dict[str, Any]) -> Callback:
             "{class_path: package.module:Class, init_args: {...}}"
         )
     cls = import_class("train.callbacks", name, Callback, "d2v_fast.Callback", CallbackError)
-    with _blamed(name, cls, "__init__"):
+    with _error_context(name, cls, "__init__"):
         return cls(**arguments)
 
 
@@ -151,7 +151,7 @@ def _check_record(record: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _blamed(name: str, callback: Callback | type, method: str, step: int | None = None) -> Iterator[None]:
+def _error_context(name: str, callback: Callback | type, method: str, step: int | None = None) -> Iterator[None]:
     """Turn any error into a CallbackError that names the callback and the line in its file."""
     try:
         yield

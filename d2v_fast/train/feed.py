@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
@@ -47,7 +48,7 @@ class Feed:
         self.loader = make_loader(loaded, order, workers, pin_memory=device.type == "cuda")
         self.taken = self.trained = order.start  # batches handed over or skipped, and those used by finished steps
         self.position = self.trained_position = getattr(order, "state", None)  # the same of a stream
-        self.batches = self._ahead() if device.type == "cuda" else self._one_by_one()
+        self.batches = self._prefetched() if device.type == "cuda" else self._synchronous()
 
     def take(self, number: int) -> list[Batch]:
         """The next batches.
@@ -76,27 +77,37 @@ class Feed:
         stream = {"stream": self.trained_position} if self.data.stream else {}
         return {"batches": self.trained, **stream}  # may differ between ranks: one that skips an unreadable batch takes another
 
-    def _one_by_one(self) -> Generator[Batch, None, None]:
+    def _synchronous(self) -> Generator[Batch, None, None]:
         with closing(self._batches()) as batches:
             for self.taken, self.position, batch in batches:
                 yield batch if self.device.type == "cpu" else self._move(batch)
 
-    def _ahead(self) -> Generator[Batch, None, None]:
-        """Each batch is copied on a second stream while the step before it runs. Only what is handed over counts as taken."""
-        stream, waiting = torch.cuda.Stream(self.device), None
+    def _prefetched(self) -> Generator[Batch, None, None]:
+        """Each batch is loaded and copied by a thread, on a second stream, while the step before it runs.
+
+        Only what is handed over counts as taken.
+        """
+        stream = torch.cuda.Stream(self.device)
+
+        def load() -> tuple[int, Any, Batch, torch.cuda.Event]:
+            number, position, batch = next(batches)
+            with torch.cuda.stream(stream):
+                return number, position, self._move(batch), stream.record_event()
+
         with closing(self._batches()) as batches:
-            for number, position, batch in batches:
-                with torch.cuda.stream(stream):
-                    moved = number, position, self._move(batch), stream.record_event()
-                if waiting is not None:
-                    self.taken, self.position, batch, copied = waiting
+            loaded = load()  # starts the workers, from the main thread
+            # The current device is a property of a thread; that of a new thread is the first GPU.
+            with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(stream.device,)) as thread:
+                while True:
+                    coming = thread.submit(load)
+                    self.taken, self.position, batch, copied = loaded
                     current = torch.cuda.current_stream(self.device)
                     current.wait_event(copied)
                     for value in batch.values():
                         if isinstance(value, torch.Tensor):
                             value.record_stream(current)  # otherwise its memory may be reused while the step reads it
                     yield batch
-                waiting = moved
+                    loaded = coming.result()
 
     def _move(self, batch: Batch) -> Batch:
         return self.data.finish(batch | to_device(batch, self.device))

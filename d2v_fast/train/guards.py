@@ -151,14 +151,14 @@ class StopRequest:
             handler = signal.getsignal(number)
             kept = handler == signal.SIG_IGN if name == "SIGHUP" else name in self.WARNINGS and handler != signal.SIG_DFL
             if not kept:  # nohup lets a run outlive its terminal
-                self.before[number] = signal.signal(number, self._ask)
+                self.before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         self.asked, now = True, time.monotonic()
         if signal.Signals(number).name in self.WARNINGS:
             return

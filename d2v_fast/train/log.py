@@ -259,7 +259,8 @@ def make_record(state: State, window: Window, broken: BrokenSamples, epoch: int,
     """
     from accelerate.utils import gather_object
 
-    everywhere = {index: message for seen in gather_object([broken.seen]) for index, message in seen.items()}
+    # A copy, because a thread of the feed may add to it.
+    everywhere = {index: message for seen in gather_object([broken.seen.copy()]) for index, message in seen.items()}
     broken.judge(everywhere)
     losses = state.accelerator.reduce(torch.stack([window.loss, window.cls_loss]), "mean")
     loss, cls_loss = (losses / window.steps).tolist() if window.steps else (math.nan, math.nan)

@@ -12,7 +12,7 @@ from d2v_fast.checkpoint import CheckpointError, write_text
 from d2v_fast.data import Batch
 from d2v_fast.diagnostics import CollapseError, distinct_share, environment
 from d2v_fast.encoders import describe
-from d2v_fast.train.build import Run, learns_tokens
+from d2v_fast.train.build import Run, trains_tokenizer
 from d2v_fast.train.callbacks import CallbackError
 from d2v_fast.train.folder import TOKENIZER
 from d2v_fast.train.guards import NotFiniteError, StopRequest, WorkerDied, disk_may_fail
@@ -35,7 +35,7 @@ def loop(run: Run) -> int:
     try:
         if run.accelerator.is_main_process:
             _describe(run)
-        code = _conclude(run, _steps(run))
+        code = _log_end(run, _steps(run))
     except BaseException as error:
         run.callbacks.end(run, error)
         raise
@@ -68,7 +68,7 @@ def _steps(run: Run) -> bool:
                 if not busy and train.save_every and state.done // train.save_every > run.saved // train.save_every:
                     save(run)
                 part, number, last = run.turn()
-                batches = _take(run, part)
+                batches = _next_batches(run, part)
                 part.state.monitor.due = number % train.log_every == 0 or number in (1, last)
                 outcome = step(part.state, batches)
                 state.done = part.state.done
@@ -124,7 +124,7 @@ def _export(run: Run) -> None:
         export(part)
 
 
-def _take(run: Run, part: Run) -> list[Batch]:
+def _next_batches(run: Run, part: Run) -> list[Batch]:
     """The micro-batches of a step. If loading them fails, the steps so far are saved."""
     try:
         with part.window.waiting():
@@ -155,7 +155,7 @@ def _describe(run: Run) -> None:
 def _describe_part(run: Run) -> None:
     """Save the tokenizer that was trained for the run, and log the encoder."""
     target = run.folder.path / TOKENIZER
-    if learns_tokens(run.config) and not (run.config.resume and target.exists()):
+    if trains_tokenizer(run.config) and not (run.config.resume and target.exists()):
         temporary = target.with_suffix(".tmp")
         for unfinished in (temporary, target):  # of a run that ended before its first step
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -164,7 +164,7 @@ def _describe_part(run: Run) -> None:
     log.info("%s%s", run.name and f"{run.name}: ", describe(run.state.core.student))
 
 
-def _conclude(run: Run, stopped: bool) -> int:
+def _log_end(run: Run, stopped: bool) -> int:
     """Log how the run ended; returns the exit code.
 
     Raises:

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 1000  # maximum of training and of test samples each
+SAMPLES = 1000  # maximum number of training samples, and of test samples
 
 
 class OnlineProbe(Callback):
-    """Puts `probe_knn` into the first line of the log after each `every` steps, and into the last one.
+    """Adds `probe_knn` to the log: to the first line after every `every` steps, and to the last line.
 
-    The value is the test accuracy of a k-NN on the teacher's mean states, weighted as in DINO. The random number generators of
-    the training are not affected.
+    The value is the test accuracy of a k-NN on the teacher's mean states, weighted as in DINO. It leaves the random number
+    generators of the training unchanged.
 
     Args:
         config: Config of the run, with `train.probe_every` and `train.probe_data`.
@@ -40,11 +40,11 @@ class OnlineProbe(Callback):
     def __init__(self, config: Config):
         self.every, self.data = config.train.probe_every, config.train.probe_data
         self.last: float = 0  # step
-        if config.modality == "text" and not config.own_data:
+        if config.is_text:
             raise ConfigError("train.probe_every: text has no labels; d2v-probe RUN evaluates a run of text")
         if self.data is None and not config.own_data and config.data["path"] != "builtin":
             raise ConfigError(
-                f"train.probe_data: missing; the run learns from {config.data['path']}, so name a labelled set to probe on, as "
+                f"train.probe_data: missing; the run trains on {config.data['path']}, so name a labelled set to probe on, as "
                 "for d2v-probe --data: a folder with train/ and test/, or a Hugging Face set"
             )
 

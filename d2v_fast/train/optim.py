@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from d2v_fast.config import ConfigError, OptimizerConfig, ScheduleConfig
+from d2v_fast.config import ConfigError, OptimizerConfig, ScheduleConfig, TrainConfig
 
 log = logging.getLogger(__name__)
 
 
-def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool = False) -> Optimizer:
+def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool = False, one_pass: bool = False) -> Optimizer:
     """AdamW or LAMB without weight decay on vectors, learning rates scaled by name (method 4.8).
 
     Args:
         model: On the device where it is trained.
         config: The settings.
         fused: AdamW in one pass per tensor. LAMB is NVIDIA apex's on a GPU, if apex is installed.
+        one_pass: AdamW that moves the teacher too; `one_pass_obstacle` says where it cannot.
 
     Raises:
         ConfigError: A pattern of `lr_scale` matches no parameter.
@@ -50,6 +51,10 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool 
     rates = {s: {"lr": config.lr * s, "initial_lr": config.lr * s} for _, s in groups}
     described = [{"params": p, "weight_decay": d, **rates[s]} for (d, s), p in groups.items()]
     betas, eps = (config.betas[0], config.betas[1]), config.eps
+    if one_pass:
+        from d2v_fast.ops.triton_adam import AdamWOnePass
+
+        return AdamWOnePass(described, cast(Any, model), betas=betas, eps=eps)
     if config.kind == "adamw":
         return torch.optim.AdamW(described, betas=betas, eps=eps, fused=fused or None)
     if _on_gpu(model):
@@ -64,6 +69,21 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool 
 
 def _on_gpu(model: torch.nn.Module) -> bool:
     return all(parameter.is_cuda for parameter in model.parameters())
+
+
+def one_pass_obstacle(model: torch.nn.Module, config: OptimizerConfig, train: TrainConfig, fused: bool) -> str | None:
+    """Why the optimizer cannot move the teacher in the same pass, or None if it can."""
+    if not fused:
+        return "it is a part of --fused"
+    if config.kind != "adamw":
+        return f"it is for optimizer.kind=adamw, found {config.kind}"
+    if train.shard or train.precision == "fp16":
+        return f"it is not for {'train.shard' if train.shard else 'train.precision=fp16'}"
+    if not hasattr(model, "teacher"):
+        return "several modalities share the blocks of their teachers"
+    from d2v_fast.ops import triton_loss
+
+    return triton_loss.obstacle(next(model.parameters()).device)
 
 
 class Lamb(Optimizer):

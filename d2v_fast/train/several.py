@@ -1,7 +1,7 @@
 """A run of several modalities. Its parts are runs that share blocks, optimizer and checkpoints, and take turns.
 
 A step draws all its micro-batches, on all ranks, from one part. So the loss is over positions of one kind, any shares are
-possible, a step costs the same as in a run of that modality alone, and ranks need no coordination.
+possible, a step costs the same as in a run of that modality only, and ranks need no coordination.
 
     RUN/config.yaml, checkpoints/, environment.json     of all parts
     RUN/vision/config.yaml, log.jsonl, export/, …       as for a run of images alone, for d2v-probe, d2v-export and d2v-report
@@ -25,7 +25,7 @@ from d2v_fast.train.build import (
     make_core,
     make_feed,
     make_order,
-    make_state,
+    make_run,
     make_updates,
     read,
     seed_or_restore,
@@ -33,7 +33,6 @@ from d2v_fast.train.build import (
 )
 from d2v_fast.train.callbacks import Callback, Callbacks
 from d2v_fast.train.folder import RunFolder
-from d2v_fast.train.log import Window
 from d2v_fast.train.save import Samples
 
 if TYPE_CHECKING:
@@ -126,29 +125,15 @@ def build_parts(
     steps = config.train.steps
     optimizer, scheduler = make_updates(core, config, steps, saved.step if saved else 0, fused)
     model, optimizer = accelerator.prepare(core, optimizer)
+    shared: dict[str, Any] = dict(settings=settings, checkpoints=checkpoints, model=model, optimizer=optimizer)
+    shared |= dict(scheduler=scheduler, accelerator=accelerator, steps=steps, fused=words, callbacks=called)
     parts = {}
     for name, part in config.parts.items():
         data, _, own = found[name]
-        inside = folder.inside(name)
         feed = make_feed(
             part, data, make_order(part, data, accelerator, trained_batches(saved, accelerator, name)), accelerator
         )
-        common = (optimizer, scheduler, accelerator, steps, inside, data, settings)
-        state = replace(make_state(part, cores[name], model, *common), arguments={"part": name})
-        parts[name] = Run(
-            config=part,
-            settings=settings,
-            folder=inside,
-            checkpoints=checkpoints,
-            samples=own,
-            feed=feed,
-            state=state,
-            window=Window(accelerator.device),
-            steps=steps,
-            fused=words,
-            callbacks=called,
-            name=name,
-        )
+        parts[name] = make_run(part, folder.inside(name), own, feed, cores[name], name, **shared)
     first = next(iter(parts.values()))
     state = replace(first.state, core=cast(Any, core))
     whole = {"config": config, "folder": folder, "samples": samples, "state": state, "name": ""}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -113,7 +112,7 @@ class Outcome(NamedTuple):
 def step(state: State, micro_batches: list[Batch]) -> Outcome:
     """Forward and backward of all micro-batches, then optimizer, schedule and teacher, unless something is not finite."""
     loss, cls_loss = _accumulate(state, micro_batches)
-    grad_norm = whole(state.accelerator.clip_grad_norm_(state.parameters, state.clip_norm or math.inf))
+    grad_norm = clip(state)
     state.monitor.watch(grad_norm)
     finite = _finite(state, loss, grad_norm)
     if finite:
@@ -160,10 +159,18 @@ def forward_backward(
     state: State, inputs: dict[str, Tensor], num_targets: Tensor | float | None, parts: int
 ) -> tuple[Tensor, Tensor]:
     """Run a micro-batch; returns what it adds to the loss of the step, and the part of it that is CLS."""
-    output = state.model(**inputs, **state.arguments, num_targets=num_targets)
+    output = state.model(**inputs, **state.arguments, num_targets=num_targets, stats=state.monitor.due)
     share = output.loss / parts
     state.accelerator.backward(share)
     return share.detach(), torch.zeros_like(share) if output.cls_loss is None else output.cls_loss / parts
+
+
+def clip(state: State) -> Tensor:
+    """The norm of the gradient, which is clipped if it should be; otherwise no gradient is written."""
+    if state.clip_norm:
+        return whole(state.accelerator.clip_grad_norm_(state.parameters, state.clip_norm))
+    state.accelerator.unscale_gradients()
+    return whole(torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None]))
 
 
 def _finite(state: State, loss: Tensor, grad_norm: Tensor) -> bool:

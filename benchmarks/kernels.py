@@ -1,0 +1,311 @@
+"""Registers, shared memory, spills and instructions of the GPU kernels, compiled without a GPU; nothing is measured.
+
+python -m benchmarks.kernels                 compile the recipes' kernels for three GPUs, write results/kernels.json, print them
+python -m benchmarks.kernels --only audio    recipes whose names contain this; print only
+python -m benchmarks.kernels --against OLD   also list what differs from OLD.json, or from the results of a commit
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from d2v_fast.ops import loss_implementation, triton_conv, triton_loss
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+ARCHITECTURES = (80, 90, 100)  # A100, H100, B200
+LOSS_KERNELS = (
+    "_order_kernel",
+    "_loss_rows_kernel",
+    "_loss_instance_kernel",
+    "_channel_stats_kernel",
+    "_target_mean_kernel",
+    "_finish_kernel",
+    "_scale_kernel",
+)
+CONV_KERNELS = ("_conv_kernel", "_weight_grad_kernel")
+TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int32: "*i32", torch.bool: "*i1"}
+Call = Callable[[], Callable[[], object]]
+
+
+class LossShape(NamedTuple):
+    """A call of the loss; M = 0 views is a mask (B, T)."""
+
+    norm: str = "layer"
+    target_norm: str = "none"
+    channels: int = 768
+    length: int = 512
+    k: int = 10
+    dtype: torch.dtype = BF16
+    dtype_z: torch.dtype = BF16
+    padded: bool = False
+    views: int = 0
+    beta: float = 0.0
+    target_mean: bool = False
+
+    def call(self, stats: bool, batch: int = 1) -> Call:
+        """Inputs without values, and what runs the forward on them and returns the backward."""
+        mask = (torch.arange(self.length) % 2 == 0).repeat(batch, *([self.views] if self.views else []), 1)
+        layers = [torch.empty(batch, self.length, self.channels, dtype=self.dtype) for _ in range(self.k)]
+        z = torch.empty(int(mask.sum()), self.channels, dtype=self.dtype_z, requires_grad=True)
+        padding = torch.zeros(batch, self.length, dtype=torch.bool) if self.padded else None
+        norms = dict(norm=self.norm, target_norm=self.target_norm, beta=self.beta, scale=1.0, padding_mask=padding)
+        extra = dict(reduction="mean", stats=stats, target_mean=self.target_mean)
+        zero = torch.zeros(())  # a factor of 1 would need no launch on a CPU
+
+        def forward() -> Callable[[], object]:
+            loss, *_ = loss_implementation("triton", z, layers)(z, layers, mask, **norms, **extra)
+            return lambda: torch.autograd.grad(loss, z, zero)
+
+        return forward
+
+
+class ConvShape(NamedTuple):
+    """A call of the grouped convolution and its backward."""
+
+    grid: tuple[int, int]  # H, W
+    c_in: int
+    c_out: int
+    kernel: tuple[int, int]
+    groups: int = 16
+    dtype: torch.dtype = BF16
+
+    def call(self, stats: bool = False, batch: int = 2) -> Call:
+        """Inputs without values, and what runs the forward on them and returns the backward."""
+        x = torch.empty(batch, *self.grid, self.c_in, dtype=self.dtype, requires_grad=True)
+        weight = torch.empty(self.c_out, self.c_in // self.groups, *self.kernel, requires_grad=True)
+        inputs = x, weight, torch.empty(self.c_out, requires_grad=True)
+
+        def forward() -> Callable[[], object]:
+            y = triton_conv.conv(*inputs, self.groups)
+            return lambda: torch.autograd.grad(y, inputs, torch.empty_like(y))
+
+        return forward
+
+
+LOSSES = {
+    "text": LossShape(),
+    "vision": LossShape(length=197, k=6, beta=2.0),
+    "audio": LossShape("instance", length=780, k=8, padded=True),
+    "audio, 5 s": LossShape("instance", length=250, k=8, padded=True),
+    "audio, 5 s, no padding": LossShape("instance", length=250, k=8),
+    "vision, instance": LossShape("instance", length=197, k=6),
+    "tokens, then layer": LossShape("instance", "layer", channels=192, length=65, k=3),
+    "vision, 16 views": LossShape("instance", "layer", length=196, views=16, target_mean=True),
+    "audio, 8 views": LossShape("instance", length=750, k=8, padded=True, views=8),
+    "text, 8 views": LossShape("instance", k=12, views=8),
+    "text, 8 views, layer": LossShape(k=12, views=8),
+    "vision, 16 views, fp32": LossShape("instance", "layer", length=196, dtype=FP32, dtype_z=FP32, views=16, target_mean=True),
+    "text, fp32 head": LossShape(dtype_z=FP32),
+    "text, fp32": LossShape(dtype=FP32, dtype_z=FP32),
+    "text, large": LossShape(channels=1024),
+    "vision, huge": LossShape(channels=1280, length=257),
+    "audio, fp32": LossShape("instance", length=780, k=8, dtype=FP32, dtype_z=FP32),
+    "C a multiple of 8 alone": LossShape(channels=312, length=65, k=2),
+    "C not a multiple of 8": LossShape(channels=100, length=64, k=2, dtype=FP16, dtype_z=FP16),
+}
+CONVOLUTIONS = {
+    "image decoder, base": ConvShape((14, 14), 768, 768, (3, 3)),
+    "image decoder, large": ConvShape((14, 14), 1024, 1024, (3, 3)),
+    "image decoder, huge": ConvShape((16, 16), 1280, 1280, (3, 3)),
+    "audio decoder, first": ConvShape((1, 249), 768, 384, (1, 7), dtype=FP16),
+    "audio decoder": ConvShape((1, 249), 384, 384, (1, 7)),
+    "audio positions, base": ConvShape((1, 249), 768, 768, (1, 19)),
+}
+
+
+class Launch(NamedTuple):
+    kernel: Any  # triton.JITFunction
+    arguments: dict[str, Any]
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """A list of launches that grows instead of the kernels running."""
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any):
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            names = self.kernel.arg_names
+            return lambda *a, **k: launches.append(Launch(self.kernel, dict(zip(names, a, strict=False)) | k))
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(triton_loss, "obstacle", lambda device: None))
+        for module, names in ((triton_loss, LOSS_KERNELS), (triton_conv, CONV_KERNELS)):
+            recorders = {name: Recorder(getattr(module, name)) for name in names}
+            stack.enter_context(mock.patch.multiple(module, **recorders))
+        yield launches
+
+
+def compiled(launch: Launch, arch: int) -> Any:
+    """What the JIT would make of this launch on a GPU of compute capability `arch` / 10."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, arguments = launch
+    signature, constants, divisible = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or one:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, tuple):
+            signature[name] = tuple(TYPES[x.dtype] for x in value)
+            divisible |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+            if isinstance(value, Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
+                divisible[(i,)] = [["tt.divisibility", 16]]
+    options = dict(num_warps=arguments.get("num_warps", 4), maxnreg=arguments.get("maxnreg"))
+    source = ASTSource(kernel, signature, constants, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def dumped(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code of a kernel, as text."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = ([tools / "cuobjdump", "--dump-resource-usage", file.name], [tools / "nvdisasm", "-c", file.name])
+        usage, code = (subprocess.run(each, check=True, capture_output=True, text=True).stdout for each in commands)
+    return usage, code
+
+
+def instructions(code: str) -> tuple[int, int]:
+    """Number of instructions of a kernel, and of its first innermost loop that reads global memory (0 if none)."""
+    found: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(found)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?);", line):
+            found.append(instruction[1])
+    branches = ((i, re.match(r"BRA.*?(\.L_x_\d+)", text)) for i, text in enumerate(found))
+    loops = [(labels[to[1]], i + 1) for i, to in branches if to and labels.get(to[1], len(found)) <= i]
+    innermost = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    reading = [b - a for a, b in sorted(innermost) if any(text.startswith("LDG") for text in found[a:b])]
+    return len(found), reading[0] if reading else 0
+
+
+def described(made: Any) -> dict[str, Any]:
+    """What a compiled kernel is made of.
+
+    Sizes are bytes, registers per thread. `loads` counts the global loads by width in bits, `copies` are the widths in bytes of
+    asynchronous copies to shared memory.
+    """
+    usage, code = dumped(made.asm["cubin"])
+    ptx = made.asm["ptx"]
+    copies = [int(n, 16) for n in re.findall(r"cp\.async\.c\w\.shared\.global .*?, (0x\w+)", ptx)]
+    widths = [int(n or 1) * int(bits) for n, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)]
+    everything, loop = instructions(code)
+    return dict(
+        warps=made.metadata.num_warps,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spills=int(re.search(r"STACK:(\d+)", usage)[1]),
+        shared=made.metadata.shared,
+        instructions=everything,
+        loop=loop,
+        loads=dict(Counter(widths + [8 * n for n in copies])),
+        copies=sorted(set(copies)),
+        wgmma="wgmma" in ptx,
+    )
+
+
+def offline(arch: int, shapes: dict[str, LossShape] | dict[str, ConvShape]) -> list[dict]:
+    """Rows of every kernel of these shapes for sm_`arch`, each kernel once, under the first shape that launches it."""
+    table, seen = [], set()
+    for name, shape in shapes.items():
+        for stats in (False, True) if isinstance(shape, LossShape) else (False,):
+            with recorded() as launches:
+                shape.call(stats)()()
+            for launch in launches:
+                made = compiled(launch, arch)
+                if made.hash in seen:
+                    continue
+                seen.add(made.hash)
+                dtype = str(shape.dtype).removeprefix("torch.")
+                about = dict(case=name, kernel=launch.kernel.__name__, dtype=dtype, stats=stats, arch=arch)
+                table.append(about | dict(turned=launch.arguments.get("TURNED", False)) | described(made))
+    return table
+
+
+COMPARED = ("warps", "registers", "spills", "shared", "instructions", "loop")
+
+
+def changes(new: list[dict], old: list[dict]) -> list[str]:
+    """Figures that differ between rows of the same kernel, case and GPU, as text."""
+
+    def keyed(table: list[dict]) -> dict[tuple, dict]:
+        return {(row["case"], row["kernel"], row["stats"], row["turned"], row["arch"]): row for row in table}
+
+    now, before, found = keyed(new), keyed(old), []
+    for key in now.keys() & before.keys():
+        differ = [f"{name} {before[key][name]} → {now[key][name]}" for name in COMPARED if before[key][name] != now[key][name]]
+        if differ:
+            case, kernel, stats, turned, arch = key
+            found.append(f"{case}, {kernel}{', stats' * stats}{', turned' * turned}, sm_{arch}: {', '.join(differ)}")
+    return sorted(found)
+
+
+def main() -> None:
+    from pytest_benchmark.utils import get_commit_info
+
+    from benchmarks.report import RESULTS, kernels_table, rows
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="part of the names of recipes; writes nothing")
+    parser.add_argument("--against", help="a result file, or a commit")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    file, only = RESULTS / "kernels.json", arguments.only or ""
+    old = None
+    if arguments.against and Path(arguments.against).is_file():
+        old = Path(arguments.against).read_text(encoding="utf-8")
+    elif arguments.against:
+        command = ["git", "show", f"{arguments.against}:./{file.name}"]
+        old = subprocess.run(command, cwd=file.parent, check=True, capture_output=True, text=True).stdout
+    entries = [
+        dict(name=f"kernels[sm_{arch}]", extra_info=found)
+        for arch in ARCHITECTURES
+        for shapes in (LOSSES, CONVOLUTIONS)
+        for found in offline(arch, {name: shape for name, shape in shapes.items() if only in name})
+    ]
+    import triton
+
+    about = dict(gpu=f"compiled for {', '.join(f'sm_{arch}' for arch in ARCHITECTURES)}, not run", triton=triton.__version__)
+    commit = {key: value for key, value in get_commit_info().items() if key in ("id", "time", "dirty")}
+    result = json.dumps(dict(benchmarks=entries, machine_info=about, commit_info=commit), indent=1)
+    with tempfile.TemporaryDirectory() as folder:
+        if only:
+            file = Path(folder) / file.name
+        file.write_text(result + "\n", encoding="utf-8")
+        print(kernels_table(file, everything=True))
+        if old is not None:
+            (Path(folder) / "old.json").write_text(old, encoding="utf-8")
+            found = changes(rows(file, "kernels"), rows(Path(folder) / "old.json", "kernels"))
+            print("\n".join(["", *(found or ["nothing differs"])]))
+
+
+if __name__ == "__main__":
+    main()

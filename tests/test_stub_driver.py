@@ -1,0 +1,86 @@
+"""A call launches few kernels, and none asks for more shared memory than a GPU has; checked without one by `stub_driver.py`."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from benchmarks import kernels  # noqa: E402
+from tests import stub_driver  # noqa: E402
+
+if torch.cuda.is_available():
+    pytest.skip("there is a GPU: tests/gpu", allow_module_level=True)
+if not (shutil.which("gcc") and Path(sysconfig.get_paths()["include"], "Python.h").exists()):
+    pytest.skip("Triton cannot build its launcher: no gcc or no Python.h", allow_module_level=True)
+
+DEVICES = {  # compute capability, bytes of shared memory that a block may have
+    "RTX 4090": (89, 99 << 10),
+    "A100": (80, 163 << 10),
+    "H100": (90, 227 << 10),
+    "none such": (80, 32 << 10),
+}
+GPUS = list(DEVICES)[:3]
+# Those that take the most shared memory, each kernel, and the launches of a call.
+FAST = (
+    *("text", "text, stats", "text, 8 views, layer", "vision, 16 views, stats"),
+    *("audio, fp32", "audio batch 1280 bfloat16", "batch 4096 bfloat16", "image decoder, base"),
+)
+LAYER_NORM = ("text", "text, stats", "text, 8 views, layer")
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Runs cases on a device, each set once: launches by case, see `stub_driver.py`."""
+    folder = tmp_path_factory.mktemp("stub_driver")
+    library, include = folder / "libcuda.so.1", Path(triton.__file__).parent / "backends/nvidia/include"
+    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I", include, "-o", library]
+    subprocess.run([*command, Path(__file__).with_name("stub_driver.c")], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= dict(TRITON_LIBCUDA_PATH=str(folder), TRITON_CACHE_DIR=str(folder / "cache"))
+
+    @functools.cache
+    def launch(device, names):
+        arch, shared_memory = DEVICES[device]
+        command = [sys.executable, "-m", "tests.stub_driver", library, str(arch), str(shared_memory), *names]
+        run = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+        return json.loads(run.stdout.splitlines()[-1])
+
+    return launch
+
+
+def fits(found, shared_memory):
+    assert {name: launches for name, launches in found.items() if isinstance(launches, str)} == {}
+    launches = [launch for each in found.values() for part in each.values() for launch in part if len(launch) > 1]
+    assert max(shared for *_, shared in launches) <= shared_memory
+    assert {kernel for kernel, *_ in launches} == {*kernels.LOSS_KERNELS, *kernels.CONV_KERNELS}
+
+
+@pytest.mark.parametrize("device", GPUS)
+def test_every_kernel_fits_the_device(launched, device):
+    fits(launched(device, FAST), DEVICES[device][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", GPUS)
+def test_every_norm_and_recipe_fits_the_device(launched, device):
+    fits(launched(device, tuple(stub_driver.cases())), DEVICES[device][1])
+
+
+def test_a_device_with_less_memory_refuses(launched):
+    found = launched("none such", ("image decoder, base",))
+    assert "OutOfResources: out of resource: shared memory" in found["image decoder, base"]
+
+
+@pytest.mark.parametrize("case", LAYER_NORM)
+def test_the_loss_of_layer_norm_is_three_launches_and_one(launched, case):
+    found = launched("H100", FAST)[case]
+    names = {part: [launch[0] for launch in launches] for part, launches in found.items()}
+    assert names == dict(forward=["_order_kernel", "_loss_rows_kernel", "_finish_kernel"], backward=["_scale_kernel"])
