@@ -149,8 +149,8 @@ _TOKENS = dict(
     decoder=dict(width=768, kernel=9, layers=5, groups=1, residual=False, projection_layers=2, dropout=0.1),
 )
 STEP_CASES_2 = [
-    StepCase("vision-2x16", "vision", "data2vec2-vision", 2, (3, 224, 224), 0.8, _VISION_2, views=16, gpu_batch=32, **_PATCHES),
-    StepCase("vision-4x8", "vision", "data2vec2-vision", 4, (3, 224, 224), 0.8, _VISION_2, views=8, gpu_batch=64, **_PATCHES),
+    StepCase("vision-2x16", "vision", "data2vec2-vision", 2, (3, 224, 224), 0.8, _VISION_2, views=16, gpu_batch=16, **_PATCHES),
+    StepCase("vision-4x8", "vision", "data2vec2-vision", 4, (3, 224, 224), 0.8, _VISION_2, views=8, gpu_batch=32, **_PATCHES),
     StepCase("audio-2x8", "audio", "data2vec2-audio", 2, (80_000,), 0.5, _AUDIO_2, views=8, gpu_batch=16, **_FRAMES),
     StepCase("text-1x8", "text", "roberta", 1, (512,), 0.48, _TEXT_2, views=8, gpu_batch=8, **_TOKENS),
 ]

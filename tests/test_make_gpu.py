@@ -58,10 +58,10 @@ def close_to_the_measured(found):
     entries = json.loads((ROOT / "benchmarks" / "results" / "gpu-step.json").read_text())["benchmarks"]
     compared = 0
     for entry in entries:
+        row = found.get(entry["name"], {})
         for variant, expected in entry["extra_info"]["extra_bytes"].items():
-            if entry["name"] in found:
-                added = found[entry["name"]]["extra_bytes"][variant]
-                assert added == pytest.approx(expected, rel=0.02), (entry["name"], variant)
+            if row.get("case") == entry["extra_info"]["case"]:  # with the same batch
+                assert row["extra_bytes"][variant] == pytest.approx(expected, rel=0.02), (entry["name"], variant)
                 compared += 1
     return compared
 
@@ -84,7 +84,7 @@ def test_no_case_needs_more_than_70_gb(library, tmp_path):
     for name, row in found.items():
         print(f"{row['needed_bytes'] / GB:6.1f} GB {name}")
     assert len(found) == 28 + 1 + 4 + 8 and max(row["needed_bytes"] for row in found.values()) < 70 * GB
-    assert close_to_the_measured(found) == 10
+    assert close_to_the_measured(found) == 8
 
 
 WAITS = """
