@@ -31,7 +31,7 @@ from d2v_fast.config import parse
 from d2v_fast.data import to_device
 from d2v_fast.diagnostics import Monitor
 from d2v_fast.fused import PARTS, fuse
-from d2v_fast.ops import triton_adam, triton_loss
+from d2v_fast.ops import attention, triton_adam, triton_loss
 from d2v_fast.train.build import build
 from d2v_fast.train.log import Window
 from d2v_fast.train.optim import make_optimizer
@@ -45,6 +45,7 @@ torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
 torch.cuda.get_device_capability = lambda *args: (9, 0)
 torch.backends.cuda.is_flash_attention_available = lambda: True
 triton_loss.obstacle = lambda device: None
+attention._agrees = lambda device: True
 encoders.hub._check_states = lambda encoder: None  # transformers would cache results from it, computed on real tensors
 # transformers takes fake tensors for tracing and would skip the checks that read values.
 transformers.masking_utils.is_tracing = lambda *args: False

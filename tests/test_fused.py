@@ -131,6 +131,14 @@ def segmented(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(attention, "_has_kernel", lambda query: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attend)
+    agrees = attention._agrees
+
+    def agrees_here(device):
+        result = agrees(CPU)
+        calls.clear()
+        return result
+
+    monkeypatch.setattr(attention, "_agrees", agrees_here)
     return calls
 
 
@@ -160,6 +168,22 @@ def test_attention_in_segments_is_attention(name, kernel, segmented, monkeypatch
     whole = torch.zeros_like(padding)
     torch.testing.assert_close(ours.contextualize(features, whole), encoder.contextualize(features), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ours.contextualize(features), encoder.contextualize(features), rtol=1e-9, atol=1e-9)
+
+
+def no_kernel(*args, **kwargs):
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize(
+    "operator, reason",
+    [(lambda *rows, **options: (1.1 * rows[2],), "results differ"), (no_kernel, "no kernel image")],
+    ids=["wrong", "missing"],
+)
+def test_segments_are_not_used_where_they_fail(operator, reason, segmented, monkeypatch, caplog):
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", operator)
+    model = models.make("roberta").model
+    assert attention.use_fast_attention(model, CPU) and not attention.use_segments(model, torch.device("cuda"))
+    assert reason in caplog.text and model.config._attn_implementation == attention.NAME
 
 
 def test_boundaries_of_segments():

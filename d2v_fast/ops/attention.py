@@ -10,6 +10,7 @@ synchronise with it.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.ops.dropout import dropout as fast_dropout
+
+log = logging.getLogger(__name__)
 
 NAME, SEGMENTS = "d2v_fast", "d2v_fast_segments"
 LONG = 512  # above this length the scores of all pairs no longer fit in the cache
@@ -152,11 +155,34 @@ def use_fast_attention(model: nn.Module, device: torch.device) -> str | None:
     return "explicit" if device.type == "cpu" else "flash-attn where nothing pads, else sdpa" if flash else "sdpa"
 
 
+def _agrees(device: torch.device) -> bool:
+    """Whether torch's kernels for segments give what a mask gives, in values and gradients, on a small batch."""
+    inputs = (
+        torch.randn(3, 2, 2, 40, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16).requires_grad_()
+    )
+    attend = torch.arange(40, device=device) < torch.tensor([[40], [7]], device=device)
+    found = []
+    for mask in (segments(attention_mask=attend), attend[:, None, None]):
+        states = attention(nn.Module(), *inputs, mask)[0].float()[attend]
+        found.append((states, *torch.autograd.grad(states.square().sum(), inputs)))
+    return all((a - b).norm() < 0.03 * b.norm() for a, b in zip(*found, strict=True))
+
+
 def use_segments(model: nn.Module, device: torch.device) -> bool:
-    """Give a model with this attention `segments` as its masks if torch has the kernels for this device; returns whether."""
+    """Give a model with this attention `segments` as its masks if torch has the kernels for this device; returns whether.
+
+    The kernels are called through an operator that torch does not document, so they are first compared with a mask.
+    """
     available = device.type == "cuda" and torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
     config: Any = getattr(model, "config", None)
     if not available or torch.cuda.get_device_capability(device) < (8, 0) or config._attn_implementation != NAME:
+        return False
+    try:
+        obstacle = "" if _agrees(device) else "its results differ from those with a mask"
+    except Exception as error:
+        obstacle = str(error)
+    if obstacle:
+        log.warning("padded batches use a mask; attention in segments was tried on %s and failed: %s", device, obstacle)
         return False
     cast(Any, model).set_attn_implementation(SEGMENTS)
     return True
