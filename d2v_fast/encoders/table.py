@@ -135,6 +135,7 @@ def names() -> list[str]:
     used = (
         *(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
         *(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES),
+        auto.MODEL_FOR_IMAGE_MAPPING_NAMES,
         *(auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_CTC_MAPPING_NAMES),
     )
     found = {name for mapping in used for name in mapping}

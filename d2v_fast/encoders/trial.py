@@ -413,9 +413,10 @@ class Trial:
             else:
                 part.add_(torch.randn_like(part))
         with ExitStack() as stack:
+            # Norms over positions are replaced by norms over channels, because without any a deep stem would overflow.
             for module in self.encoder.model.modules():
                 if isinstance(module, NORMS_OVER_TIME) and module not in self.inside:
-                    stack.enter_context(override_forward(module, lambda x: x))
+                    stack.enter_context(override_forward(module, lambda x: nn.functional.normalize(x, dim=1)))
                 elif isinstance(module, nn.Conv1d | nn.Conv2d) and module not in self.inside:
                     stack.callback(module.register_forward_pre_hook(note).remove)
             plain, *changed = self.encoder.embed(torch.cat([inputs, others]))
