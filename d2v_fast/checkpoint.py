@@ -131,8 +131,8 @@ class Checkpoint:
         if differ:
             lines = [f"{key}: was {was.get(key, 'nothing')}, is {now.get(key, 'nothing')}" for key in differ]
             raise CheckpointError(
-                f"{self.folder}: its run had other {part}; --resume-allow KEY, given once for each key, accepts an intended "
-                "change:\n  " + _first(lines)
+                f"{self.folder}: its run had different {part}; --resume-allow KEY, given once for each key, accepts an "
+                "intended change:\n  " + _first(lines)
             )
 
     def compare_shapes(self, saved: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -144,7 +144,7 @@ class Checkpoint:
             if was.get(name) != now.get(name)
         ]
         if lines:
-            raise CheckpointError(f"{self.folder} is of another model:\n  " + _first(lines))
+            raise CheckpointError(f"{self.folder} is from another model:\n  " + _first(lines))
 
     def _json(self, name: str) -> Any:
         try:

@@ -214,8 +214,8 @@ class TestTrackers:
         assert calls[2][:2] == ("store_init_configuration", ({**calls[2][1][0], "train.steps": 4, "modality": "vision"},))
         logged = [call for call in calls if call[0] == "log"]
         assert len(logged) == (1 if at == "log" else 3) and logged[0][2] == {"step": 1} and "loss" in logged[0][1][0]
-        assert ("gets no more curves: no network" in caplog.text) == (at == "log")
-        assert ("may lack its last curves" in caplog.text) == (at == "finish")
+        assert ("dropped, the run continues: no network" in caplog.text) == (at == "log")
+        assert ("may lack its last points" in caplog.text) == (at == "finish")
 
 
 class TestProbe:
@@ -226,7 +226,7 @@ class TestProbe:
         assert knn_accuracy(train, labels, test, ["a"]) == 1 and knn_accuracy(train, labels, test, ["b"]) == 0
         assert knn_accuracy(train, labels, test, ["b"], temperature=1.0) == 1
 
-    def test_knn_beside_a_loop(self):
+    def test_knn_against_a_loop(self):
         rng = np.random.default_rng(0)
         train, test = rng.normal(size=(60, 5)), rng.normal(size=(40, 5))
         labels, expected = rng.integers(0, 3, 60), rng.integers(0, 3, 40)

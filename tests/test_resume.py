@@ -215,7 +215,7 @@ def test_two_ranks_skip_stop_and_resume_together():
     assert_same("whole", "run")
     assert lines("run/log.jsonl")[-1]["skipped_steps"] == 1
     code, said = train(["--resume", "run"])
-    assert code == 1 and "its run had 2 processes, this one has 1; start as many" in said
+    assert code == 1 and "its run had 2 processes, this one has 1; start 2" in said
 
 
 FAILING = """
@@ -339,7 +339,7 @@ def test_a_stream_on_two_ranks_resumes_after_a_kill(modality, files):
     assert process.returncode == 0 and said.count("resumes after step 5") == 1, said
     assert_same("whole", "run")
     code, said = train(["--resume", "run", "--resume-allow", "processes"])
-    assert code == 1 and "its run had 2 processes, this one has 1; each reads its part of a stream: start 2" in said, said
+    assert code == 1 and "its run had 2 processes, this one has 1; each reads its part of the stream; start 2" in said, said
 
 
 STAND_INS = {
@@ -768,7 +768,7 @@ class TestResumeChecks:
             (["encoder.config.intermediate_size=48"], "encoder.config.intermediate_size: was 32, is 48"),
             (
                 ["encoder.config.intermediate_size=48", "--resume-allow", "encoder"],
-                "is of another model:\n  student.model.layers.0.mlp.fc1.bias: was [32] torch.float32, is [48] torch.float32",
+                "is from another model:\n  student.model.layers.0.mlp.fc1.bias: was [32] torch.float32, is [48] torch.float32",
             ),
             (["head.layers=2", "--resume-allow", "head.layers"], "head.2.weight: was nothing, is [16, 32]"),
             (["--resume-allow", "train.sed"], "--resume-allow train.sed: no such setting; did you mean train.seed?"),

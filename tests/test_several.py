@@ -23,7 +23,7 @@ from d2v_fast.config import ConfigError, parse
 from d2v_fast.nets import Data2Vec2AudioModel, Data2Vec2VisionModel
 from d2v_fast.several import Several
 from d2v_fast.train import loop, train
-from d2v_fast.train.build import build, make_data, make_encoder, make_model
+from d2v_fast.train.build import build, make_data, make_encoder, make_model, set_length_multiple
 from d2v_fast.train.several import turns
 from d2v_fast.train.step import step
 
@@ -204,7 +204,7 @@ class TestRun:
             assert trained.read_config(folder / name).settings()["encoder.config"] == trainer.parts[name].config.encoder.config
         assert report.parts(folder) == [folder / "audio", folder / "vision"]
         again, _ = parse(["--config", str(folder / "config.yaml"), f"train.output={folder}"])
-        assert again.settings() == trainer.config.settings()
+        assert set_length_multiple(again, torch.device("cpu")).settings() == trainer.config.settings()
 
     def test_the_log_says_that_it_is_an_experiment(self, tmp_path, caplog):
         with caplog.at_level("INFO"):
@@ -342,10 +342,10 @@ class TestErrors:
                 ["several.parts.vision.data.veiws=3"],
                 "several.parts.vision: data.veiws: no such setting; did you mean data.views",
             ),
-            (["several.parts.vision.optimizer.lr=1"], "vision.optimizer.lr: is of the whole run; expected optimizer.lr=1"),
+            (["several.parts.vision.optimizer.lr=1"], "vision.optimizer.lr: belongs to the whole run; set optimizer.lr=1"),
             (
                 ["data.path=x"],
-                "data.path: no such setting of a run of several modalities; it is of one part, several.parts.vision",
+                "data.path: no such setting of a run of several modalities; it belongs to a part, several.parts.vision",
             ),
             (["train.stepz=1"], "train.stepz: no such setting of a run of several modalities; did you mean train.steps?"),
             (["train.epochs=2"], "train.epochs: several data sets have no epoch in common; expected train.steps"),

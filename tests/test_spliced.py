@@ -753,7 +753,7 @@ HARMLESS = {
 def test_blocks_that_see_more_than_the_visible_positions_do_not_gather(attack):
     encoder = wrap(blocks_that(*ATTACKS[attack]))
     assert encoder.extra == 4
-    assert encoder.no_gather == "positions or their number enter inside its blocks, or its attention is no softmax"
+    assert encoder.no_gather == "its blocks depend on positions or on their number, or its attention is not a softmax"
 
 
 @pytest.mark.parametrize("change", HARMLESS)
@@ -818,7 +818,7 @@ def test_a_run_with_a_spliced_encoder(modality, tmp_path):
 def test_a_spectrogram_encoder_is_refused_for_waveforms(tmp_path):
     args = ["--config", "audio/tiny", "encoder.model=audio-spectrogram-transformer", f"train.output={tmp_path / 'run'}"]
     more = [f"encoder.config.{k}={v}" for k, v in FAMILIES["audio-spectrogram-transformer"].config.items()]
-    with pytest.raises(ConfigError, match="ASTModel does not read what modality=audio gives"):
+    with pytest.raises(ConfigError, match="ASTModel does not read inputs of modality=audio"):
         train(parse([*args, *more])[0])
 
 

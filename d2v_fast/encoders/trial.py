@@ -574,7 +574,7 @@ class Trial:
                     return None
             except Exception:  # blocks that do not run on other rows
                 continue
-        return "positions or their number enter inside its blocks, or its attention is no softmax"
+        return "its blocks depend on positions or on their number, or its attention is not a softmax"
 
     def _note_axes(self, number: int, length: int) -> Callable:
         """Hook that records which axes of a block's arguments index positions."""
