@@ -27,7 +27,9 @@ def library(tmp_path_factory):
 
 def dry(library, *command):
     """The benchmark command on the fake GPU; returns exit code and output."""
-    environment = os.environ | {"FAKE_GPU": str(library), "OMP_NUM_THREADS": "1"}
+    # pytest-benchmark writes nothing in a worker of xdist.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"FAKE_GPU": str(library), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 

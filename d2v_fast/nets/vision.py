@@ -162,7 +162,7 @@ class Data2Vec2VisionModel(Data2Vec2VisionPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embeddings
 
-    @capture_outputs
+    @capture_outputs  # type: ignore[untyped-decorator]
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         """States (B, 1 + N, C) of CLS and patches; pixel_values (B, channels, height, width) of `config.image_size`."""
         states = self.encoder(self.embeddings(pixel_values), **kwargs).last_hidden_state
@@ -180,7 +180,7 @@ class Data2Vec2VisionForImageClassification(Data2Vec2VisionPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
         self.post_init()
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
         """Logits (B, num_labels); with labels (B,) int64 also the loss."""
         outputs = self.data2vec2_vision(pixel_values, **kwargs)

@@ -163,7 +163,7 @@ def _agrees(device: torch.device) -> bool:
     attend = torch.arange(40, device=device) < torch.tensor([[40], [7]], device=device)
     found = []
     for mask in (segments(attention_mask=attend), attend[:, None, None]):
-        states = attention(nn.Module(), *inputs, mask)[0].float()[attend]
+        states = attention(nn.Module(), inputs[0], inputs[1], inputs[2], mask)[0].float()[attend]
         found.append((states, *torch.autograd.grad(states.square().sum(), inputs)))
     return all((a - b).norm() < 0.03 * b.norm() for a, b in zip(*found, strict=True))
 
