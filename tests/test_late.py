@@ -26,13 +26,17 @@ SETTINGS.append("encoder.config.hidden_dropout_prob=0.1")
 def train(folder, late, spoiled, *more, resume=False):
     """A run with an infinite pixel in these steps; returns how often it asked for the flag of an earlier step."""
     args = ["--resume", str(folder)] if resume else arguments("vision", folder, *SETTINGS, *more)
-    run = build(parse(args)[0], fused=True)
-    run.state.late = late
+    return train_all(build(parse(args)[0], fused=True), late, spoiled)
+
+
+def train_all(run, late, spoiled):
+    for part in run.each:
+        part.state.late = late
 
     def spoiling(state, micro_batches):
         run.checkpoints.wait()  # a checkpoint that is due while another is written comes later
         if state.done + 1 in spoiled:
-            micro_batches[0]["source"][0, 0, 0, 0] = float("inf")
+            micro_batches[0]["source"].view(-1)[0] = float("inf")
         return step(state, micro_batches)
 
     with mock.patch("d2v_fast.train.loop.step", spoiling), mock.patch.object(Pending, "wait", autospec=True) as asked:
