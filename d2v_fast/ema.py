@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any, Generic, TypeVar
@@ -27,6 +27,12 @@ def linear_decay(step: int, start: float, end: float, anneal_steps: int) -> floa
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by all of their names."""
     return dict(chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)))
+
+
+def lerp_unless(skip: Tensor, ours: list[Tensor], theirs: list[Tensor], share: float) -> None:
+    """Move `ours` to `theirs` by `share`, unless `skip` () is not 0; `triton_adam.LerpUnless` does so in two launches."""
+    for y, x in zip(ours, theirs, strict=True):
+        y.copy_(torch.where(skip != 0, y, y.lerp(x.to(y.dtype), share)))
 
 
 class EMATeacher(nn.Module, Generic[Student]):
@@ -65,6 +71,7 @@ class EMATeacher(nn.Module, Generic[Student]):
         self.start, self.end, self.anneal_steps = start, end, anneal_steps
         self.step = 0
         self.moved_by_optimizer = False  # its step averages the parameters, in the pass that updates them
+        self.lerp_unless: Callable[[Tensor, list[Tensor], list[Tensor], float], None] = lerp_unless
         names = [name for name, _ in student.named_parameters()]
         copied = list(copied)
         for pattern in copied:
@@ -85,8 +92,13 @@ class EMATeacher(nn.Module, Generic[Student]):
         return linear_decay(step, self.start, self.end, self.anneal_steps)
 
     @torch.no_grad()
-    def update(self, student: nn.Module) -> None:
+    def update(self, student: nn.Module, skip: Tensor | None = None) -> None:
         """Follow `student`; call once after each successful optimizer step.
+
+        Args:
+            student: The module to follow.
+            skip: () fp32 on the teacher's device; anything but 0 leaves the teacher as it is. The host does not wait for it, so
+                the step counts in any case; subtract 1 from `step` once it is known to be skipped.
 
         Raises:
             ValueError: A parameter or buffer exists in only one of the two, has another shape, or is averaged in less than
@@ -95,10 +107,17 @@ class EMATeacher(nn.Module, Generic[Student]):
         decay = self.decay(self.step + 1)
         if decay < 1:
             averaged, copied = self.pairs(student)
-            if averaged[0] and not self.moved_by_optimizer:
-                torch._foreach_lerp_(averaged[0], [x.to(y.dtype) for y, x in zip(*averaged, strict=True)], 1 - decay)
-            if copied[0]:
-                torch._foreach_copy_(*copied)
+            moves = averaged[0] and not self.moved_by_optimizer
+            if skip is not None:
+                if moves:
+                    self.lerp_unless(skip, *averaged, 1 - decay)
+                for ours, theirs in zip(*copied, strict=True):
+                    ours.copy_(torch.where(skip != 0, ours, theirs))
+            else:
+                if moves:
+                    torch._foreach_lerp_(averaged[0], [x.to(y.dtype) for y, x in zip(*averaged, strict=True)], 1 - decay)
+                if copied[0]:
+                    torch._foreach_copy_(*copied)
         self.step += 1
 
     def pairs(self, student: nn.Module) -> tuple[tuple[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]:

@@ -267,9 +267,9 @@ class Data2Vec(nn.Module):
             x = teacher.place(features, padding_mask)
             return teacher.transform(x, padding_mask, layers=self.top_k, source=self.source, rows=index).layers
 
-    def update_teacher(self) -> None:
-        """Move the teacher; once after each successful optimizer step."""
-        self.teacher.update(self.student)
+    def update_teacher(self, skip: Tensor | None = None) -> None:
+        """Move the teacher; once after each successful optimizer step. `skip` is that of `EMATeacher.update`."""
+        self.teacher.update(self.student, skip)
 
 
 def check_gathers(encoder: Encoder) -> None:

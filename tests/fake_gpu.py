@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -35,6 +36,7 @@ from d2v_fast.ops import attention, triton_adam, triton_loss
 from d2v_fast.train.build import build
 from d2v_fast.train.log import Window
 from d2v_fast.train.optim import make_optimizer
+from d2v_fast.train.step import can_be_late
 from tests import models
 from tests.test_training import arguments
 
@@ -119,7 +121,10 @@ def step(name: str, precision: str, kind: str) -> None:
 
 
 def trainer(modality: str, kind: str) -> None:
-    """Steps of `d2v-train`; the first is logged. Each synchronises once, to check that loss and gradient are finite."""
+    """Steps of `d2v-train`; the first is logged. It synchronises once, to check that loss and gradient are finite.
+
+    Each of the others is asked in the next one, through a copy and an event, whether it was taken.
+    """
     with tempfile.TemporaryDirectory() as folder:
         config = parse(arguments(modality, folder, "loss.impl=triton", "train.device=cpu"))[0]
         run = build(config)
@@ -129,29 +134,52 @@ def trainer(modality: str, kind: str) -> None:
         fuse_for_gpu(state.core)
     state.device = torch.device("cuda")
     move(state.core)
-    if kind == "one pass":
-        for name in ("_begin_kernel", "_adamw_kernel"):
-            setattr(triton_adam, name, Launch())
-        triton_adam._address = lambda x: 0 if x is None else 16
-        torch.Tensor.pin_memory = lambda x: x
-        torch.cuda.device_of = lambda tensor: MODE
+    for name in ("_begin_kernel", "_adamw_kernel"):
+        setattr(triton_adam, name, Launch())
+    triton_adam._address = lambda x: 0 if x is None else 16
+    torch.Tensor.pin_memory = lambda x: x
+    torch.cuda.device_of = lambda tensor: MODE
     made = make_optimizer(state.core, config.optimizer, fused=True, one_pass=kind == "one pass")
     state.optimizer = run.accelerator.prepare(made)
     state.scheduler = torch.optim.lr_scheduler.LambdaLR(state.optimizer.optimizer, lambda step: 1.0)
     state.monitor = Monitor(state.core, state.optimizer.optimizer, config.collapse, 4, 0, run.accelerator, None)
-    isfinite, torch.isfinite = torch.isfinite, lambda x: True
-    try:
-        with MODE, NoCopies():
-            on_host = {k: MODE.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            on_device = run.data.finish(on_host | to_device(on_host, state.device))
-            window = Window(state.device)
-            for due in (True, False):
-                state.monitor.due = due
+    torch.cuda.Event, Event.waited = Event, 0
+    read = mock.Mock(return_value=True)
+    train.step.Pending.wait = was_taken
+    with MODE, NoCopies():
+        state.late = can_be_late(state)
+        assert state.late and (kind == "one pass") != isinstance(state.core.teacher.lerp_unless, triton_adam.LerpUnless)
+        on_host = {k: MODE.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        on_device = run.data.finish(on_host | to_device(on_host, state.device))
+        window = Window(state.device)
+        for due in (True, False, False):
+            state.monitor.due = due
+            with mock.patch.object(FakeTensor, "__bool__", read) if due else nullcontext():
                 outcome = train.step.step(state, [on_device])
-                window.add(outcome, 4)
-    finally:
-        torch.isfinite = isfinite
-    assert outcome.loss.device.type == outcome.grad_norm.device.type == "cuda" and state.core.teacher.step == 2
+            window.add(outcome, 4)
+        state.settle()
+    assert all(outcome[i].device.type == "cuda" for i in range(4)) and state.core.teacher.step == 3
+    assert read.call_count == 1 and Event.waited == 2 and state.skipped.count == 0
+
+
+class Event:
+    """In place of an event of CUDA."""
+
+    recorded = False
+
+    def record(self):
+        self.recorded = True
+
+    def synchronize(self):
+        assert self.recorded
+        Event.waited += 1
+
+
+def was_taken(pending) -> bool:
+    """`Pending.wait`, without the value."""
+    assert pending.finite.device.type == "cpu"
+    pending.copied.synchronize()
+    return True
 
 
 class Launch:

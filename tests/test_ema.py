@@ -74,6 +74,28 @@ def test_buffers_frozen_and_named_parameters_are_copied():
     assert (teacher.module.first.weight != student.first.weight).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flag_on_the_device_skips_an_update(dtype):
+    student = Student()
+    teacher = EMATeacher(student, 0.9, 0.9, 1, copied=["second.*"])
+    student = student.to(dtype)
+    drift(student, 0)
+    plain, taken, skipped = copy.deepcopy(teacher), copy.deepcopy(teacher), copy.deepcopy(teacher)
+    plain.update(student)
+    taken.update(student, torch.tensor(0.0))
+    skipped.update(student, torch.tensor(1.0))
+    assert plain.step == taken.step == skipped.step == 1
+    for name, x in plain.module.state_dict().items():
+        assert torch.equal(x, taken.module.state_dict()[name]), name
+        if name not in ("norm.running_var", "norm.num_batches_tracked"):  # as at the start
+            assert not torch.equal(x, teacher.module.state_dict()[name]), name
+    for name, x in teacher.module.state_dict().items():
+        assert torch.equal(x, skipped.module.state_dict()[name]), name
+    student.norm.running_mean.fill_(float("nan"))  # of a step that is not finite
+    skipped.update(student, torch.tensor(1.0))
+    assert torch.equal(skipped.module.norm.running_mean, teacher.module.norm.running_mean)
+
+
 def test_a_frozen_teacher_does_not_change():
     student = Student()
     teacher = EMATeacher(student, 0.5, 1.0, 1)

@@ -323,6 +323,11 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
         "        state.skipped.add(state.done + 1,",
         "        state.core.update_teacher()\n        state.skipped.add(state.done + 1,",
     ),
+    "a step skipped late moves the weights": ("train/step.py", "skip = 1 - finite.float()", "skip = 0 * finite.float()"),
+    "a step skipped late counts for the teacher": ("train/step.py", "            self.core.teacher.step -= 1\n", ""),
+    "a checkpoint does not know its last step": ("train/save.py", "        part.state.settle()\n", "        pass\n"),
+    "the limit is noticed a step late": ("train/guards.py", "len(self.suspects) + 1 >= self.limit", "False"),
+    "the teacher ignores the flag": ("ema.py", "torch.where(skip != 0, y,", "torch.where(skip != skip, y,"),
     "gradients are summed over micro-batches": ("train/step.py", "share = output.loss / parts", "share = output.loss"),
     "targets of one micro-batch": (
         "train/step.py",
@@ -411,10 +416,11 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
 def files_for(file):
     """The tests of which one must fail: those of the mutated file, or else those of the model."""
     if file.startswith("train/"):
-        return ["tests/test_training.py", "tests/test_resume.py"]
+        return ["tests/test_training.py", "tests/test_late.py", "tests/test_resume.py"]
     if file.startswith("data/"):
         return ["tests/test_views.py", "tests/test_data.py"]
     own = {
+        "ema.py": ["tests/test_ema.py", "tests/test_model_2.py"],
         "model.py": ["tests/test_model_2.py", "tests/test_model.py"],
         "ops/reference.py": ["tests/test_loss.py", "tests/test_model_2.py"],
         "masking.py": ["tests/test_views.py", "tests/test_masking.py"],

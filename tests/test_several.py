@@ -26,6 +26,7 @@ from d2v_fast.train import loop, train
 from d2v_fast.train.build import build, make_data, make_encoder, make_model, set_length_multiple
 from d2v_fast.train.several import turns
 from d2v_fast.train.step import step
+from tests.test_late import train_all
 
 SIZES = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
 PART = [*(f"encoder.config.{key}={value}" for key, value in SIZES.items()), "targets.top_k=2", "data.views=2", "head.width=16"]
@@ -406,6 +407,20 @@ class TestErrors:
     def test_blocks_of_the_first_part_that_cannot_be_shared(self, tmp_path):
         with pytest.raises(ConfigError, match=r"several\.parts\.vision: encoder: the blocks of ViTModel cannot be shared"):
             build(config(tmp_path / "run", "several.parts.vision.encoder.model=vit"))
+
+
+def test_parts_whose_steps_the_device_skips(tmp_path):
+    found = []
+    for late in (False, True):
+        folder = tmp_path / str(late)
+        run = build(config(folder, "train.steps=12", "train.log_every=3", "train.save_every=5"), fused=True)
+        assert (train_all(run, late, (2, 5, 6, 9)) > 0) == late
+        counts = [(part.state.skipped.count, part.state.core.teacher.step) for part in run.each]
+        assert sum(skips for skips, _ in counts) == 4 and sum(moves for _, moves in counts) == 8
+        files = {path.name: Checkpoint(path).files for path in folder.glob("checkpoints/step-*")}
+        assert files and all(each.pop("state.json") for each in files.values())
+        found.append((counts, files, [figures(folder / name) for name in run.parts]))
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow

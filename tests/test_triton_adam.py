@@ -331,6 +331,52 @@ def test_a_run_resumes_either_way(interpreted, tmp_path):
         assert losses == pytest.approx(whole, rel=1e-4)
 
 
+def teacher_alone() -> dict[str, Tensor]:
+    """What `LerpUnless` makes of tensors of several sizes, with a flag of 0 and of 1, and in other memory."""
+    from d2v_fast.ops.triton_adam import LerpUnless
+
+    torch.manual_seed(0)
+    sizes = (1, 3, 1024, 20001)
+    ours, theirs = ([torch.randn(size) for size in sizes] for _ in range(2))
+    start, student = torch.cat(ours), torch.cat(theirs)
+    move, found = LerpUnless(ours, theirs), {"start": start, "student": student}
+    move(torch.tensor(1.0), ours, theirs, 0.25)
+    found["skipped"] = torch.cat(ours)
+    move(torch.tensor(0.0), ours, theirs, 0.25)
+    found["moved"] = torch.cat(ours)
+    others = [x.clone() for x in ours]
+    copy.deepcopy(move)(torch.tensor(0.0), others, theirs, 0.5)
+    found["again"], found["left alone"], found["followed"] = torch.cat(others), torch.cat(ours), torch.cat(theirs)
+    with pytest.raises(ValueError, match="expected torch"):
+        LerpUnless([x.half() for x in ours], theirs)
+    return found
+
+
+def test_the_teacher_alone(interpreted):
+    found = interpreted(teacher_alone)
+    start, student = found["start"].double(), found["student"].double()
+    moved = start + 0.25 * (student - start)
+    assert torch.equal(found["skipped"], found["start"]) and torch.equal(found["followed"], found["student"])
+    assert close(found["moved"].double(), moved) and close(found["again"].double(), (moved + student) / 2)
+    assert torch.equal(found["left alone"], found["moved"])
+
+
+def skipped_teacher(skip: float | None) -> list[Tensor]:
+    """The teacher after an update by `LerpUnless`, or by torch."""
+    from d2v_fast.ops.triton_adam import LerpUnless
+
+    model = make()
+    model.teacher.lerp_unless = LerpUnless(*model.teacher.pairs(model.student)[0])
+    model.update_teacher(None if skip is None else torch.tensor(skip))
+    return [x.clone() for x in model.teacher.module.state_dict().values() if x.is_floating_point()]
+
+
+def test_a_teacher_moves_as_by_torch(interpreted):
+    plain, taken, unchanged = (interpreted(skipped_teacher, skip) for skip in (None, 0.0, 1.0))
+    assert all(map(close, taken, plain)) and not all(map(torch.equal, unchanged, plain))
+    assert all(map(torch.equal, unchanged, (x for x in make().teacher.module.state_dict().values() if x.is_floating_point())))
+
+
 def launches() -> list[kernels.Launch]:
     """Of a step without a gate, and of one with it."""
     from d2v_fast.ops import triton_adam

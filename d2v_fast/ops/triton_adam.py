@@ -237,6 +237,35 @@ def _pinned(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory() if device.type == "cuda" else x
 
 
+class LerpUnless:
+    """Moves a teacher in two launches, unless a flag on the device is set. As `ema.lerp_unless`.
+
+    Args:
+        ours: Tensors of the teacher; at least one.
+        theirs: Those that they follow.
+
+    Raises:
+        ValueError: As `OnePass`.
+    """
+
+    def __init__(self, ours: list[Tensor], theirs: list[Tensor]):
+        self.addresses: list[tuple[int, int]] = []
+        self.group = {"lr": 0.0, "weight_decay": 0.0, "betas": (0.0, 0.0), "eps": 0.0}  # not used without gradients
+        self._prepare(ours, theirs)
+
+    def __call__(self, skip: Tensor, ours: list[Tensor], theirs: list[Tensor], share: float) -> None:
+        """Move `ours` to `theirs` by `share`, unless `skip` () fp32 is not 0."""
+        self._prepare(ours, theirs)
+        self.one_pass.fill([None] * len(ours), [self.group], share)
+        self.one_pass.launch(skip)
+
+    def _prepare(self, ours: list[Tensor], theirs: list[Tensor]) -> None:
+        addresses = [(_address(x), x.numel()) for x in (*ours, *theirs)]
+        if addresses != self.addresses:
+            self.one_pass = OnePass([Slot(0, x, teacher=y) for y, x in zip(ours, theirs, strict=True)])
+            self.addresses = addresses
+
+
 class AdamWOnePass(torch.optim.AdamW):
     """AdamW whose step moves the teacher too. Groups and state are those of `torch.optim.AdamW(fused=True)`.
 

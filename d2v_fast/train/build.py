@@ -35,7 +35,7 @@ from d2v_fast.train.online_probe import OnlineProbe
 from d2v_fast.train.optim import lr_factor, make_optimizer, one_pass_obstacle, warmup_steps
 from d2v_fast.train.parallel import start
 from d2v_fast.train.save import Samples, compare_settings, newest, restore, share
-from d2v_fast.train.step import State, make_graphs
+from d2v_fast.train.step import State, can_be_late, make_graphs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -334,6 +334,7 @@ def make_run(
         reduction=config.loss.reduction,
         clip_norm=train.clip_norm,
     )
+    state.late = can_be_late(state)
     return Run(
         config=config,
         settings=settings,

@@ -96,6 +96,11 @@ class SkippedSteps:
         """Reset after a finite step."""
         self.suspects = []
 
+    @property
+    def at_limit(self) -> bool:
+        """Whether one more skipped step would stop the run."""
+        return len(self.suspects) + 1 >= self.limit
+
     def judge(self, step: int) -> None:
         """Write the file and raise NotFiniteError if too many steps in a row, up to this one, were skipped."""
         if len(self.suspects) < self.limit:

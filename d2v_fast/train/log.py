@@ -204,7 +204,7 @@ class Progress:
 
 
 class Window:
-    """Statistics since the last line of the log. Losses are summed on the device to avoid synchronization."""
+    """Statistics since the last line of the log. Losses and steps are summed on the device to avoid synchronization."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -217,7 +217,7 @@ class Window:
         return {
             "loss": float(self.loss),
             "cls_loss": float(self.cls_loss),
-            "steps": self.steps,
+            "steps": int(self.steps),
             "samples": self.samples,
             "waited": self.seconds_waited,
             "seconds": time.perf_counter() - self.start,
@@ -226,7 +226,8 @@ class Window:
     def load_state_dict(self, state: dict[str, float]) -> None:
         losses = state["loss"], state.get("cls_loss", 0.0)  # missing in checkpoints older than data2vec 2.0 support
         self.loss, self.cls_loss = (torch.full((), loss, device=self.device) for loss in losses)
-        self.steps, self.samples, self.seconds_waited = state["steps"], state["samples"], state["waited"]
+        self.steps = torch.full((), state["steps"], dtype=torch.int64, device=self.device)
+        self.samples, self.seconds_waited = state["samples"], state["waited"]
         self.start = time.perf_counter() - state["seconds"]
 
     @contextmanager
@@ -244,10 +245,10 @@ class Window:
 
     def add(self, outcome: Outcome, samples: int) -> None:
         """Count a step. The loss of a skipped step is left out."""
-        if outcome.finite:
-            self.loss += outcome.loss
-            self.cls_loss += outcome.cls_loss
-            self.steps += 1
+        skipped = ~outcome.finite
+        self.loss += outcome.loss.masked_fill(skipped, 0)
+        self.cls_loss += outcome.cls_loss.masked_fill(skipped, 0)
+        self.steps += outcome.finite
         self.samples += samples
 
 
@@ -263,7 +264,8 @@ def make_record(state: State, window: Window, broken: BrokenSamples, epoch: int,
     everywhere = {index: message for seen in gather_object([broken.seen.copy()]) for index, message in seen.items()}
     broken.judge(everywhere)
     losses = state.accelerator.reduce(torch.stack([window.loss, window.cls_loss]), "mean")
-    loss, cls_loss = (losses / window.steps).tolist() if window.steps else (math.nan, math.nan)
+    steps = int(window.steps)
+    loss, cls_loss = (losses / steps).tolist() if steps else (math.nan, math.nan)
     seconds = time.perf_counter() - window.start
     return {
         "step": state.done,

@@ -126,6 +126,8 @@ def save(run: Run) -> None:
     from accelerate.utils import gather_object
 
     state = run.state
+    for part in run.each:
+        part.state.settle()
     if state.done == run.saved:
         return
     run.saved = state.done

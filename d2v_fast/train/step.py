@@ -41,6 +41,8 @@ class State:
         clip_norm: Maximum norm of the gradient, 0 = no clipping.
         graphs: Replays passes as CUDA graphs; None runs them eagerly.
         done: Number of steps so far.
+        late: Whether a step that is not finite is skipped on the device, which the host learns later.
+        pending: The last step, while the host does not know whether it was taken.
         device, world: Device of the accelerator, and its number of processes.
     """
 
@@ -56,6 +58,8 @@ class State:
     clip_norm: float = 0.0
     graphs: Graphs | None = None
     done: int = 0
+    late: bool = False
+    pending: Pending | None = None
     device: torch.device = field(init=False)
     world: int = field(init=False)
 
@@ -92,6 +96,17 @@ class State:
         self.core.load_state_dict({name: spread_as(weights[name], x) for name, x in self.core.state_dict().items()})
         self.optimizer.load_state_dict({"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
+    def settle(self) -> None:
+        """Count the last step as taken or skipped, once that is known. Comes before anything else that reads the counts."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        if pending.wait():
+            self.skipped.forget()
+        else:
+            self.core.teacher.step -= 1
+            self.skipped.add(pending.step, pending.micro_batches, pending.loss, pending.grad_norm)
+
 
 class Outcome(NamedTuple):
     """The result of a step.
@@ -100,22 +115,56 @@ class Outcome(NamedTuple):
         loss: Loss of this rank's share, a scalar.
         grad_norm: Norm of the gradient before clipping, a scalar, the same on all ranks.
         cls_loss: The part of the loss that comes from CLS.
-        finite: Whether the step was taken; otherwise it was skipped.
+        finite: Whether the step was taken, () bool on the device; otherwise it was skipped.
     """
 
     loss: Tensor
     grad_norm: Tensor
     cls_loss: Tensor
-    finite: bool
+    finite: Tensor
+
+
+class Pending(NamedTuple):
+    """A step that the device has taken or skipped, which the host does not know yet.
+
+    Attributes:
+        step: Its number.
+        micro_batches: What `SkippedSteps` needs of them, without tensors.
+        loss, grad_norm: As in `Outcome`.
+        finite: A copy of the flag in host memory, valid after `copied`.
+        copied: Event after the copy; None on a CPU.
+    """
+
+    step: int
+    micro_batches: list[Batch]
+    loss: Tensor
+    grad_norm: Tensor
+    finite: Tensor
+    copied: torch.cuda.Event | None
+
+    def wait(self) -> bool:
+        """Whether the step was taken. Waits for the end of that step only."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return bool(self.finite)
 
 
 def step(state: State, micro_batches: list[Batch]) -> Outcome:
-    """Forward and backward of all micro-batches, then optimizer, schedule and teacher, unless something is not finite."""
+    """Forward and backward of all micro-batches, then optimizer, schedule and teacher, unless something is not finite.
+
+    If `state.late`, the host does not wait for the device to learn that. It asks in the next step, after the device has got the
+    passes of that step, or in `state.settle()`. Steps that are logged or may end the run are settled at once.
+    """
     loss, cls_loss = _accumulate(state, micro_batches)
     grad_norm = clip(state)
     state.monitor.watch(grad_norm)
     finite = _finite(state, loss, grad_norm)
-    if finite:
+    state.settle()  # the previous step; the decay of the teacher depends on it
+    if state.late and not state.monitor.due and not state.skipped.at_limit:
+        _update_late(state, finite)
+        named = [{key: value for key, value in batch.items() if key in ("epoch", "samples")} for batch in micro_batches]
+        state.pending = Pending(state.done + 1, named, loss, grad_norm, *_to_host(finite))
+    elif finite:
         state.optimizer.step()
         if not state.accelerator.optimizer_step_was_skipped:
             state.core.update_teacher()
@@ -129,6 +178,25 @@ def step(state: State, micro_batches: list[Batch]) -> Outcome:
     state.optimizer.zero_grad(set_to_none=True)
     state.done += 1
     return Outcome(loss, grad_norm, cls_loss, finite)
+
+
+def _update_late(state: State, finite: Tensor) -> None:
+    """Update weights and teacher, which stay as they are if the flag on the device is not set."""
+    optimizer: Any = state.optimizer.optimizer
+    optimizer.found_inf = skip = 1 - finite.float()  # torch's protocol of loss scaling
+    state.optimizer.step()
+    optimizer.found_inf = None
+    state.core.update_teacher(skip)
+
+
+def _to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy in host memory, and the event after which it is valid."""
+    copy = flag.to("cpu", non_blocking=True)  # pinned, so that nothing waits
+    if flag.device.type != "cuda":
+        return copy, None
+    copied = torch.cuda.Event()
+    copied.record()
+    return copy, copied
 
 
 def _accumulate(state: State, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
@@ -173,12 +241,12 @@ def clip(state: State) -> Tensor:
     return whole(torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None]))
 
 
-def _finite(state: State, loss: Tensor, grad_norm: Tensor) -> bool:
-    """Whether loss and gradient are finite everywhere."""
+def _finite(state: State, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    """Whether loss and gradient are finite everywhere, () bool on the device."""
     finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
     if state.world > 1:  # the gradient is the same on all ranks, the loss is not
         finite = state.accelerator.reduce(finite.float(), "sum") == state.world
-    return bool(finite)
+    return finite
 
 
 def make_graphs(state: State, train: TrainConfig) -> Graphs | None:
@@ -189,3 +257,26 @@ def make_graphs(state: State, train: TrainConfig) -> Graphs | None:
     if not (train.graphs and alone and simple) or train.checkpointing or getattr(student.model.config, "layerdrop", 0) > 0:
         return None
     return Graphs(partial(forward_backward, state), state.parameters)
+
+
+def can_be_late(state: State) -> bool:
+    """Whether the device can skip a step by itself; then the teacher is prepared for that.
+
+    That takes a GPU with Triton, AdamW in one pass per tensor and fp32 weights. Several ranks exchange whether to stop in each
+    step, for which they wait anyway. Loss scaling has its own way to skip steps.
+    """
+    from d2v_fast.ops import triton_adam, triton_loss
+
+    optimizer = state.optimizer.optimizer
+    fused = isinstance(optimizer, torch.optim.AdamW) and all(group["fused"] for group in optimizer.param_groups)
+    alone = state.device.type == "cuda" and state.world == 1 and state.accelerator.scaler is None
+    if not (fused and alone) or triton_loss.obstacle(state.device):
+        return False
+    teacher = state.core.teacher
+    averaged, _ = teacher.pairs(state.core.student)
+    if averaged[0] and not teacher.moved_by_optimizer:
+        try:
+            teacher.lerp_unless = triton_adam.LerpUnless(*averaged)
+        except ValueError:  # a tensor that is not fp32 or not contiguous
+            return False
+    return True

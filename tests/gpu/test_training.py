@@ -12,13 +12,15 @@ from torch import nn
 
 from d2v_fast import build_encoder
 from d2v_fast.checkpoint import Checkpoint
-from d2v_fast.config import OptimizerConfig
+from d2v_fast.config import OptimizerConfig, parse
 from d2v_fast.data import EpochBatches, to_device
 from d2v_fast.data.vision import ImageData
 from d2v_fast.masking import RandomMask
+from d2v_fast.train.build import build
 from d2v_fast.train.feed import Feed
 from d2v_fast.train.guards import BrokenSamples
 from d2v_fast.train.optim import Lamb, make_optimizer
+from d2v_fast.train.step import step as train_step
 from tests import models
 from tests.gpu import ABSENT, DEVICE, nothing_waits
 from tests.test_training import arguments, records
@@ -109,6 +111,29 @@ def d2v_train(*args):
     done = subprocess.run([sys.executable, "-m", "d2v_fast.cli", *args], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr
+
+
+def test_the_gpu_skips_a_step_of_which_the_host_learns_later(tmp_path):
+    """Third and fourth step with a NaN. The others do not synchronise; the result is that of a host that asks at once."""
+    found = []
+    for late in (True, False):
+        run = build(parse(arguments("vision", tmp_path / str(late), f"train.device={DEVICE}"))[0], fused=True)
+        assert run.state.late == (DEVICE == "cuda")
+        run.state.late = late
+        for number in range(1, 7):
+            batches = run.feed.take(1)
+            if number in (3, 4):
+                batches[0]["source"][0, 0, 0, 0] = float("nan")
+            # The first compiles kernels. After a skipped one the host reads its loss, and the fourth records a graph.
+            with nothing_waits() if late and number in (2, 3, 6) else nullcontext():
+                train_step(run.state, batches)
+        run.state.settle()
+        assert run.state.skipped.count == 2 and run.state.core.teacher.step == 4
+        found.append(run.state.tensors())
+    for kind, tensors in found[1].items():
+        for name, x in tensors.items():
+            scale = float(x.abs().max())
+            torch.testing.assert_close(found[0][kind][name], x, rtol=1e-2, atol=1e-2 * scale, msg=name)
 
 
 def test_a_run_with_graphs_resumes(tmp_path):
