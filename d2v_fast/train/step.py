@@ -152,8 +152,8 @@ class Pending(NamedTuple):
 def step(state: State, micro_batches: list[Batch]) -> Outcome:
     """Forward and backward of all micro-batches, then optimizer, schedule and teacher, unless something is not finite.
 
-    If `state.late`, the device skips the updates by itself and the host does not wait. It reads the flag in the next step, once the
-    passes of that step are queued, or in `state.settle()`. Steps that are logged or may end the run are settled at once.
+    If `state.late`, the device skips the updates by itself and the host does not wait. It reads the flag in the next step, once
+    the passes of that step are queued, or in `state.settle()`. Steps that are logged or may end the run are settled at once.
     """
     loss, cls_loss = _accumulate(state, micro_batches)
     grad_norm = clip(state)
