@@ -1,5 +1,6 @@
 # make demo   trains a tiny preset on builtin data on the CPU and probes it
 # make test   runs the tests
+# make test-timm   the tests of timm models, in .venv-timm: timm needs the torchvision of a newer torch
 # make mutations  inserts bugs into a copy of the code, one at a time; each must make a test fail
 # make mutants MODULE=ema.py TESTS=tests/test_ema.py   makes random but reproducible changes to operators, constants and statements
 # of a module, and lists those that no test detects; NUMBER=40
@@ -24,7 +25,7 @@ BENCH ?= loss
 RESULTS ?= benchmarks/results/cpu-$(BENCH).json
 MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_bench_$(BENCH).py -q --benchmark-columns=median $(if $(ONLY),-k "$(ONLY)")
 
-.PHONY: demo test test-slow mutations mutants lint docs bench bench-check bench-report gpu clean
+.PHONY: demo test test-slow test-timm mutations mutants lint docs bench bench-check bench-report gpu clean
 
 # torch first, pinned: this version may be available as a CPU build, while the newest one pulls gigabytes of CUDA.
 $(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
@@ -43,6 +44,15 @@ test: $(BIN)/.installed
 
 test-slow: $(BIN)/.installed
 	$(BIN)/python -m pytest -m slow
+
+.venv-timm/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
+	$(PYTHON) -m venv .venv-timm
+	.venv-timm/bin/pip install --quiet torch==2.14.1 torchvision==0.29.1
+	.venv-timm/bin/pip install --quiet -e '.[timm]' pytest
+	touch $@
+
+test-timm: .venv-timm/.installed
+	.venv-timm/bin/python -m pytest tests/test_timm.py
 
 mutations: $(BIN)/.installed
 	$(BIN)/python -m pytest -m slow -n 2 tests/test_mutations.py
@@ -73,4 +83,4 @@ gpu: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.gpu $(if $(FULL),--full) $(if $(DRY),--dry)
 
 clean:
-	rm -rf $(VENV) build *.egg-info d2v_fast/ops/*.so
+	rm -rf $(VENV) .venv-timm build *.egg-info d2v_fast/ops/*.so

@@ -14,7 +14,12 @@ With RUN/config.yaml, and RUN/tokenizer if one was trained for the run, this is 
 encoder or tokenizer named in the settings must still exist.
 
 A checkpoint is written as `step-1000.tmp`, the manifest last. Each file and folder is synced to disk before the rename, so a
-folder named step-N is complete. The checkpoints of accelerate and torch.distributed are not used because they contain pickle.
+folder named step-N is complete. The checkpoints of accelerate are not used because they contain pickle.
+
+Of a sharded run rank 0 gathers all tensors, one by one, so that the files are the same for any number of ranks, sharded or not.
+It holds a copy of 16 bytes per parameter in host memory: weights, teacher and two moments, 16 GB for ViT-g/14. The Hugging
+Face storage of torch.distributed.checkpoint has no pickle either and needs no such copy, but each rank writes its own
+files, which are merged in a second pass over the disk.
 """
 
 from __future__ import annotations
@@ -126,8 +131,8 @@ class Checkpoint:
         if differ:
             lines = [f"{key}: was {was.get(key, 'nothing')}, is {now.get(key, 'nothing')}" for key in differ]
             raise CheckpointError(
-                f"{self.folder}: its run had other {part}; --resume-allow KEY, given once for each key, accepts an intended "
-                "change:\n  " + _first(lines)
+                f"{self.folder}: its run had different {part}; --resume-allow KEY, given once for each key, accepts an "
+                "intended change:\n  " + _first(lines)
             )
 
     def compare_shapes(self, saved: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -139,7 +144,7 @@ class Checkpoint:
             if was.get(name) != now.get(name)
         ]
         if lines:
-            raise CheckpointError(f"{self.folder} is of another model:\n  " + _first(lines))
+            raise CheckpointError(f"{self.folder} is from another model:\n  " + _first(lines))
 
     def _json(self, name: str) -> Any:
         try:

@@ -102,7 +102,7 @@ def translate_arxyzan(settings: dict[str, Any]) -> tuple[dict[str, Any], list[st
     )
     changes.append("teacher sees the whole input, padding is masked (method 7.2)")
     for key in sorted(_leaves(settings) - used):
-        changes.append(f"{key}: dropped, nothing here corresponds to it")
+        changes.append(f"{key}: dropped, it has no equivalent here")
     return out, changes
 
 

@@ -49,7 +49,7 @@ class EMATeacher(nn.Module, Generic[Student]):
         copied: Name patterns (`fnmatch`) of parameters that are copied at each step instead of averaged.
 
     Raises:
-        ValueError: A decay outside [0, 1], negative `anneal_steps`, `copied` that is no list, or names no parameter.
+        ValueError: A decay outside [0, 1], negative `anneal_steps`, or `copied` is not a list or matches no parameter.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class EMATeacher(nn.Module, Generic[Student]):
         copied = list(copied)
         for pattern in copied:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"copied: pattern {pattern!r} names no parameter, expected one of {names}")
+                raise ValueError(f"copied: pattern {pattern!r} matches no parameter, expected one of {names}")
         self.copied = frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in copied))
         self.module: Student = copy.deepcopy(student).float().eval().requires_grad_(False)
 
@@ -102,7 +102,7 @@ class EMATeacher(nn.Module, Generic[Student]):
 
         Raises:
             ValueError: A parameter or buffer exists in only one of the two, has another shape, or is averaged in less than
-                fp32. Nothing has changed then, and the step does not count.
+                fp32. In that case nothing has changed, and the step does not count.
         """
         decay = self.decay(self.step + 1)
         if decay < 1:

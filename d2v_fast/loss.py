@@ -18,7 +18,7 @@ Layout = Literal["BTC", "TBC"]
 
 
 class LossSettings(TypedDict, total=False):
-    """The settings of `data2vec_loss`, which says what they mean."""
+    """The settings of `data2vec_loss`; see there for their meaning."""
 
     norm: Norm
     target_norm: TargetNorm
@@ -135,7 +135,7 @@ def data2vec_loss(
 def check_settings(
     norm: str, target_norm: str, beta: float, scale: float | None, reduction: str, layout: str, impl: str
 ) -> None:
-    """Raise a ValueError for settings of `data2vec_loss` that fit no tensors."""
+    """Raise a ValueError for settings of `data2vec_loss` that are invalid for any tensors."""
     one_of("norm", norm, Norm)
     one_of("target_norm", target_norm, TargetNorm)
     one_of("reduction", reduction, Reduction)
@@ -192,7 +192,7 @@ def _check_tensors(
 
 
 class Data2VecLoss(nn.Module):
-    """`data2vec_loss` with its settings kept; see there for arguments and errors. They are checked at construction."""
+    """`data2vec_loss` as a module that holds the settings, checked at construction; see there for arguments and errors."""
 
     def __init__(
         self,

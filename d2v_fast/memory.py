@@ -2,7 +2,7 @@
 
 Weights are counted on the meta device. Activations are what autograd saves in a pass over FakeTensors, which have shapes but no
 values. Attention and dropout save what they would on a GPU: attention its inputs and output but no scores, dropout one byte per
-value.
+value. An encoder whose blocks are not known is first built with weights, on the CPU, because `encoders.trial` needs them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -22,10 +23,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from d2v_fast.config import MODALITIES, Config, ConfigError, TokenMask, parse
-from d2v_fast.data import PretrainingData
+from d2v_fast.data import PretrainingData, first_line
 from d2v_fast.encoders import Encoder
 from d2v_fast.masking import Draws, visible_positions
 from d2v_fast.model import Data2Vec
+
+if TYPE_CHECKING:
+    from d2v_fast.several import SeveralConfig
 
 GIB = 2**30
 FREE = 0.92  # share of a GPU that tensors can use; the rest is for CUDA, NCCL and fragmentation
@@ -130,29 +134,41 @@ def model_on_meta(config: Config) -> Data2Vec:
     """Student, teacher and head of a run, without weights.
 
     Raises:
-        ConfigError: The encoder cannot be built without weights.
+        ConfigError: The encoder cannot be built.
     """
-    from d2v_fast.train.build import make_encoder, make_model
+    from d2v_fast.data.text import load_tokenizer, token_fields
+    from d2v_fast.train.build import make_model
 
     tokens = None
     if config.modality == "text" and config.encoder.pretrained is None:
         name = config.data["tokenizer"]
         if name == "train":
-            tokens = {"vocab_size": config.data["vocab_size"]}
+            trained = SimpleNamespace(cls_token_id=0, pad_token_id=1, sep_token_id=2)  # as `data.text` numbers them
+            tokens = token_fields(trained, config.data["vocab_size"])
         else:
-            from d2v_fast.data.text import load_tokenizer, token_fields
-
             tokenizer = load_tokenizer(name)
             tokens = token_fields(tokenizer, len(tokenizer))
     config = replace(config, resume=True)  # so that only pretrained weights are looked up
     try:
+        encoder = _encoder_on_meta(config, tokens)
         with torch.device("meta"):
-            model = make_model(config, make_encoder(config, tokens), MODALITIES[config.modality].axes)
-    except (NotImplementedError, RuntimeError) as error:
-        raise ConfigError(f"encoder: cannot be built on the meta device, which the estimate needs: {error}") from error
+            model = make_model(config, encoder, MODALITIES[config.modality].axes)
+    except (MemoryError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError(f"encoder: cannot be built for the estimate: {error}; train a few steps instead") from error
     if config.modality == "text" and hasattr(model.student, "mask_embedding"):
         model.student.mask_embedding.requires_grad_(False)
     return model.train()
+
+
+def _encoder_on_meta(config: Config, tokens: dict[str, int] | None) -> Encoder:
+    from d2v_fast.train.build import make_encoder
+
+    # Only of known blocks, or of your own class, is it certain without values how the encoder runs.
+    with suppress(Exception), torch.device("meta"):
+        encoder = make_encoder(config, tokens)
+        if encoder.halves is not None or type(encoder) is Encoder:
+            return encoder
+    return make_encoder(config, tokens).to("meta")
 
 
 @contextmanager
@@ -181,15 +197,25 @@ def student_pass(model: Data2Vec, batch: dict[str, Tensor]) -> tuple[list[Tensor
 
 
 def activations(config: Config, checkpointing: bool) -> tuple[Data2Vec, dict[str, float]]:
-    """The model, and the bytes that a forward pass keeps for the backward, by kind."""
+    """The model, and the bytes that a forward pass keeps for the backward, by kind.
+
+    Raises:
+        ConfigError: The encoder does not run on tensors without values.
+    """
     model = model_on_meta(config)
     if checkpointing:
         model.student.checkpoint_blocks()
     batch = example(config, model.student)
     with without_numbers(model, batch, config.train.precision) as inputs:
         saved = Saved([*model.parameters(), *model.buffers()])
-        with saved.counting():
-            layers, predictions = student_pass(model, inputs)
+        try:
+            with saved.counting():
+                layers, predictions = student_pass(model, inputs)
+        except Exception as error:  # model classes raise all kinds of errors
+            name = type(model.student.model).__name__
+            raise ConfigError(
+                f"encoder: {name} does not run on tensors without values: {first_line(error)}; train a few steps instead"
+            ) from error
         results = Saved([])
         for layer in layers:
             results.add(layer)
@@ -201,16 +227,21 @@ def size(tensors: Iterable[Tensor]) -> float:
     return float(sum(x.numel() * x.element_size() for x in tensors))
 
 
-def need(config: Config, ranks: int = 1) -> dict[str, Memory]:
+def need(config: Config | SeveralConfig, ranks: int = 1) -> dict[str, Memory]:
     """Memory per GPU, by the settings that change it: as configured, with checkpointing, sharded, and both.
 
     Args:
         config: Settings of the run.
-        ranks: Number of GPUs.
+        ranks: Number of GPUs that a model is sharded over: all, or with train.shard=hybrid those of a machine.
 
     Raises:
-        ConfigError: The memory of this encoder or data cannot be estimated.
+        ConfigError: The memory of this encoder or data, or of several modalities, cannot be estimated.
     """
+    if not isinstance(config, Config):
+        raise ConfigError(
+            "modality=several: only the memory of one modality is estimated; give --config the settings of one part, such as "
+            f"those of {' or '.join(config.parts)}: a step trains one part at a time"
+        )
     model, plain = activations(config, checkpointing=False)
     _, checkpointed = activations(config, checkpointing=True)
     recomputed = (plain["activations"] - checkpointed["activations"]) / len(model.student.blocks)
@@ -263,10 +294,26 @@ def main(args: list[str]) -> None:
     parser.add_argument("--memory", action="store_true")
     default = max(1, torch.cuda.device_count())
     parser.add_argument("--gpus", type=int, default=default, help="Number of GPUs; default: all on this machine.")
+    parser.add_argument("--machines", type=int, help="Number of machines; needed for train.shard=hybrid.")
     here = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 80
     parser.add_argument("--gpu-memory", type=float, default=here, help="GiB per GPU; default: that of the GPU here, or 80.")
     known, rest = parser.parse_known_args(args)
     config, _ = parse(rest)
+    ranks = shards(known.gpus, known.machines, config.train.shard == "hybrid")
     plural = "s" * (known.gpus > 1)
-    print(f"{config.name}: {config.train.precision}, {known.gpus} GPU{plural}; within 10 %, without CUDA and NCCL")
-    print(table(need(config, known.gpus), known.gpu_memory))
+    found = need(config, ranks)
+    hybrid = f", sharded over {ranks}" if ranks < known.gpus else ""
+    print(f"{config.name}: {config.train.precision}, {known.gpus} GPU{plural}{hybrid}; within 10 %, without CUDA and NCCL")
+    print(table(found, known.gpu_memory))
+
+
+def shards(gpus: int, machines: int | None, hybrid: bool) -> int:
+    """Number of GPUs that train.shard spreads a model over. ConfigError if that is not known."""
+    if gpus < 1 or (machines is not None and (machines < 1 or gpus % machines)):
+        raise ConfigError(f"--gpus {gpus} --machines {machines}: expected the same number of GPUs on each machine")
+    if hybrid and machines is None:
+        raise ConfigError(
+            f"train.shard=hybrid: shards a model within each machine; say how many machines the {gpus} GPUs are in, such as "
+            "--machines 1"
+        )
+    return gpus // machines if hybrid and machines else gpus

@@ -108,7 +108,7 @@ class Data2Vec(nn.Module):
             check_gathers(encoder)
             if cls_weight and not encoder.extra_tokens:
                 name = type(encoder.model).__name__
-                raise ValueError(f"cls_weight: found {cls_weight}, but {name} has no CLS token that could learn; expected 0")
+                raise ValueError(f"cls_weight: found {cls_weight}, but {name} has no CLS token to train; expected 0")
             if encoder.masks_features:
                 encoder.mask_token.requires_grad_(False)  # unused: masked positions are not encoded
         elif cls_weight:
@@ -161,8 +161,8 @@ class Data2Vec(nn.Module):
             padding_mask: (B, T) bool, True = padding.
             target_padding_mask: The same for `target`, where it differs.
             channel_mask: (B, C) bool, channels set to zero for the student.
-            num_targets: Scored positions that the loss is divided by, e.g. those of all micro-batches of all ranks,
-                divided by the ranks (method 1.4).
+            num_targets: Number of scored positions to divide the loss by, such as that of all micro-batches of all ranks,
+                divided by the number of ranks (method 1.4).
             stats: Compute the moments. On a GPU they take registers, which slows the loss down.
 
         Raises:
@@ -176,7 +176,7 @@ class Data2Vec(nn.Module):
         features = self.student.embed(source)
         if (len(mask), mask.shape[-1]) != features.shape[:2]:
             sizes = f"found {(len(mask), mask.shape[-1])} samples and positions, expected {tuple(features.shape[:2])}"
-            raise ValueError(f"mask: {sizes} as of the encoder's features; let its positions(size) return as many")
+            raise ValueError(f"mask: {sizes}, those of the encoder's features; its positions(size) must return that number")
         layers = self.teacher_layers(
             source if target is None else target,
             features.detach() if self.shares_features and target is None else None,
@@ -277,10 +277,10 @@ def check_gathers(encoder: Encoder) -> None:
     if not encoder.gathers:
         name = type(encoder.model).__name__
         why = getattr(encoder, "no_gather", None) or (
-            "its positions are added inside of its blocks or by a forward that is not known here"
+            "it adds positions inside its blocks, or in a forward that has no built-in support"
         )
         raise ValueError(
-            f"encoder: {name} cannot encode the visible positions alone: {why}; take roberta, modernbert, vit, dinov3_vit, "
+            f"encoder: {name} cannot encode the visible positions alone: {why}; use roberta, modernbert, vit, dinov3_vit, "
             "beit, data2vec2-vision, wav2vec2, data2vec2-audio or another of docs/encoders.md, give a module of your own the "
             "method place(features), or leave the decoder out for data2vec 1.0: head.kind=linear, data.views=null"
         )

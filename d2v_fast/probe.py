@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 NEIGHBOURS = 20
 CLS = ", CLS"  # title suffix of results from the CLS token only
-BESIDE = ", beside"  # title suffix of results from the tokens to the left and right of a hidden one
+ADJACENT = ", adjacent"  # title suffix of results from the tokens to the left and right of a hidden one
 CLOZE_TOKENS = 300  # the cloze probe classifies this many of the most frequent tokens
 CLOZE_L2 = 0.03  # per token; with less, it overfits the states of an untrained encoder
 
@@ -77,7 +77,7 @@ class States:
                         found[f"{title}{CLS}"] = encoded.extra[:, :1].float()
                 return found
             except torch.OutOfMemoryError as error:
-                raise ConfigError(f"--batch-size {self.batch_size}: more than the memory of the GPU holds; lower it") from error
+                raise ConfigError(f"--batch-size {self.batch_size}: does not fit in GPU memory; lower it") from error
 
 
 def progress(what: str | None, total: int, unit: str) -> Any:
@@ -91,7 +91,7 @@ def progress(what: str | None, total: int, unit: str) -> Any:
 def _finite(states: list[Tensor]) -> np.ndarray:
     found = torch.cat(states).numpy()
     if not np.isfinite(found).all():
-        raise ConfigError("states of the encoder are not finite: its weights are broken; log.jsonl of the run tells since when")
+        raise ConfigError("states of the encoder are not finite: its weights are broken; log.jsonl of the run shows since when")
     return found
 
 
@@ -322,8 +322,8 @@ def probe_labels(config: Config, states: States, data: str, name: str | None, li
     classes = len(set(train_labels))
     if classes < 2 or not test_labels:
         raise DataError(
-            f"--data {data}: left to fit on are {len(train_labels)} samples of {classes} classes, to test on "
-            f"{len(test_labels)}; needed are two classes and one sample: more data, or a higher --limit"
+            f"--data {data}: {len(train_labels)} samples of {classes} classes are left to fit and {len(test_labels)} to test, "
+            "but a probe needs two classes and one test sample; use more data or a higher --limit"
         )
     results = {title: score(train[title], train_labels, test[title], test_labels) for title in train}
     results["chance"] = dict.fromkeys(
@@ -395,7 +395,7 @@ def _hidden_tokens(data: Any, states: States, limit: int, what: str) -> tuple[di
                 row, column = batch["mask"].to(found.device).nonzero(as_tuple=True)
                 rows[title].append(found[row, column].cpu())
                 neighbours = column - 1, (column + 1).clamp(max=found.shape[1] - 1)  # the first token is special, never hidden
-                rows[f"{title}{BESIDE}"].append(torch.cat([found[row, at] for at in neighbours], dim=1).cpu())
+                rows[f"{title}{ADJACENT}"].append(torch.cat([found[row, at] for at in neighbours], dim=1).cpu())
             bar.update(len(tokens[-1]))
             if bar.n >= limit:
                 break
@@ -446,7 +446,7 @@ def main(args: list[str]) -> None:
         torch.set_num_threads(options.threads)
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU; d2v-doctor tells why")
+        raise ConfigError("--device cuda: torch sees no GPU; d2v-doctor may say why")
     run = Path(os.path.expanduser(options.run))
     config = trained.read_config(run)
     if options.data is None and not config.own_data and config.data["path"] != "builtin":

@@ -88,7 +88,7 @@ def read_probes(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
         valid = False
     if not valid:
-        raise ConfigError(f"{path}: holds no results of d2v-probe, or damaged ones; move it away")
+        raise ConfigError(f"{path}: holds no results of d2v-probe, or damaged ones; move or delete it")
     return probes
 
 

@@ -177,7 +177,7 @@ def configure(
     known = [action.dest for action in parser._actions]
     for key in [*_flat(settings), *overrides]:
         if key not in known and not key.startswith(("optimizer.lr_scale.", "several.shares.")):
-            where = f"; it is of one part, several.parts.{next(iter(parts), 'vision')}.{key}"
+            where = f"; it belongs to a part, several.parts.{next(iter(parts), 'vision')}.{key}"
             hint = where if key.partition(".")[0] in GROUPS.difference(WHOLE) else nearest(key, known)
             raise ConfigError(f"{key}: no such setting of a run of several modalities{hint}")
     flat = _flat(settings) | overrides
@@ -241,7 +241,7 @@ def _check_parts(parts: dict[str, Any], changes: dict[str, list]) -> None:
             )
         for setting, value in settings:
             if setting.partition(".")[0] in WHOLE:
-                raise ConfigError(f"several.parts.{name}.{setting}: is of the whole run; expected {setting}={value}")
+                raise ConfigError(f"several.parts.{name}.{setting}: belongs to the whole run; set {setting}={value}")
     if len(parts) < 2:
         raise ConfigError(
             f"several.parts: found {', '.join(parts) or 'none'}, expected two or more of {', '.join(NAMES)}; one modality is "
@@ -277,9 +277,9 @@ def _part(name: str, base: Any, whole: dict[str, Any], changes: list[tuple[str, 
         layers.insert(0, read_yaml(str(below)))
     config, _ = parse([f"{key}={value}" for key, value in changes], [*layers, whole])
     if config.modality != name:
-        raise ConfigError(f"modality: found {config.modality}, expected {name}; parts are called by their modality")
+        raise ConfigError(f"modality: found {config.modality}, expected {name}; parts are named after their modality")
     if config.head.kind != "conv":
         raise ConfigError(
-            f"head.kind: found {config.head.kind}, expected conv; several modalities are of data2vec 2.0, such as {name}/tiny-2"
+            f"head.kind: found {config.head.kind}, expected conv; several modalities need data2vec 2.0, such as {name}/tiny-2"
         )
     return config

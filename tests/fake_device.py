@@ -38,7 +38,7 @@ from d2v_fast.ops import attention as ops_attention
 from d2v_fast.ops import triton_loss
 
 LIMIT = 70e9  # bytes, of a GPU with 80 GB
-CONTEXT = 1e9  # bytes of a process beside its tensors: CUDA, cuBLAS, compiled kernels
+CONTEXT = 1e9  # bytes of a process besides its tensors: CUDA, cuBLAS, compiled kernels
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
 aten = torch.ops.aten
 

@@ -1,6 +1,7 @@
 """Callbacks, trackers and the probe during training."""
 
 import importlib.util
+import inspect
 import json
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
 from d2v_fast import Callback
@@ -186,11 +188,16 @@ class TestTrackers:
             config("vision", "run", "train.trackers=[tensorbored]")
 
     @pytest.mark.parametrize("at", ["start", "log", "finish"])
-    def test_one_that_fails(self, at, monkeypatch, caplog):
-        calls = []
+    @pytest.mark.parametrize(
+        "which, opened",
+        [("wandb", {"name": "run", "dir": "run"}), ("mlflow", {"run_name": "run"}), ("trackio", {"name": "run"})],
+    )
+    def test_one_that_fails(self, which, opened, at, monkeypatch, caplog):
+        calls, real = [], inspect.signature(LOGGER_TYPE_TO_CLASS[which])
 
         class Tracker:
             def __init__(self, project, **arguments):
+                real.bind(project, **arguments)
                 calls.append((project, arguments))
 
             def __getattr__(self, name):
@@ -202,20 +209,20 @@ class TestTrackers:
                 return call
 
         find = importlib.util.find_spec
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "wandb" or find(name))
-        monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {"wandb": Tracker})
-        run = config("vision", "run", "train.trackers=[wandb]")
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name == which or find(name))
+        monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {which: Tracker})
+        run = config("vision", "run", f"train.trackers=[{which}]")
         if at == "start":
-            with pytest.raises(ConfigError, match=r"train\.trackers=wandb: cannot be started: no network"):
+            with pytest.raises(ConfigError, match=rf"train\.trackers={which}: cannot be started: no network"):
                 train(run)
             return
         assert train(run) == 0
-        assert calls[0] == ("d2v-fast", {"name": "run", "dir": "run"})
+        assert calls[0] == ("d2v-fast", opened)
         assert calls[2][:2] == ("store_init_configuration", ({**calls[2][1][0], "train.steps": 4, "modality": "vision"},))
         logged = [call for call in calls if call[0] == "log"]
         assert len(logged) == (1 if at == "log" else 3) and logged[0][2] == {"step": 1} and "loss" in logged[0][1][0]
-        assert ("gets no more curves: no network" in caplog.text) == (at == "log")
-        assert ("may lack its last curves" in caplog.text) == (at == "finish")
+        assert ("dropped, the run continues: no network" in caplog.text) == (at == "log")
+        assert ("may lack its last points" in caplog.text) == (at == "finish")
 
 
 class TestProbe:
@@ -226,7 +233,7 @@ class TestProbe:
         assert knn_accuracy(train, labels, test, ["a"]) == 1 and knn_accuracy(train, labels, test, ["b"]) == 0
         assert knn_accuracy(train, labels, test, ["b"], temperature=1.0) == 1
 
-    def test_knn_beside_a_loop(self):
+    def test_knn_against_a_loop(self):
         rng = np.random.default_rng(0)
         train, test = rng.normal(size=(60, 5)), rng.normal(size=(40, 5))
         labels, expected = rng.integers(0, 3, 60), rng.integers(0, 3, 40)

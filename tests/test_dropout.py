@@ -86,7 +86,7 @@ def test_values_and_tails_of_every_dtype(dtype):
 
 
 @needs_library
-def test_nothing_is_written_behind_the_end():
+def test_nothing_is_written_past_the_end():
     for n in range(1, 40):
         buffer = torch.full((64,), 5.0)
         native.library().d2v_dropout(torch.ones(n).data_ptr(), buffer.data_ptr(), n, 0, 2**31, 2.0, 1, 1)

@@ -221,7 +221,7 @@ class TestModes:
             assert np.allclose(found, np.asarray(to_rgb(converted)).transpose(2, 0, 1) / 255, atol=1e-6), mode
 
     @pytest.mark.parametrize("mode, transparency", [("P", 1), ("P", bytes([255, 0])), ("L", 1), ("RGB", (1, 1, 1)), ("1", 1)])
-    def test_transparency_beside_the_pixels(self, mode, transparency):
+    def test_transparency_stored_apart_from_the_pixels(self, mode, transparency):
         image = Image.fromarray(row(0, 1))
         if mode == "P":
             image.putpalette([0, 0, 0, 9, 9, 9])

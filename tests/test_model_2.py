@@ -765,7 +765,7 @@ REFUSED = {
     ),
     "another length": (
         lambda: run(of(5)[..., :11]),
-        r"mask: found \(2, 11\) samples and positions, expected \(2, 12\) as of the encoder's features",
+        r"mask: found \(2, 11\) samples and positions, expected \(2, 12\), those of the encoder's features",
     ),
     "another batch": (lambda: run(of(5)[:1]), r"mask: found \(1, 12\) samples and positions, expected \(2, 12\)"),
     "axes": (
@@ -785,7 +785,7 @@ REFUSED = {
     ),
     "CLS of text": (
         lambda: Data2Vec(roberta(), top_k=2, decoder=decoder(), cls_weight=0.1),
-        "cls_weight: found 0.1, but RobertaModel has no CLS token that could learn; expected 0",
+        "cls_weight: found 0.1, but RobertaModel has no CLS token to train; expected 0",
     ),
     "CLS of a module": (
         lambda: Data2Vec(Encoder(Placed(), "blocks"), top_k=2, decoder=decoder(), cls_weight=1),

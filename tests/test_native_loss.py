@@ -446,7 +446,7 @@ def test_second_derivatives_are_refused(outer):
     (plain,) = torch.autograd.grad(outer(data2vec_loss(z, layers, mask, impl="native")), z)
     (first,) = torch.autograd.grad(outer(data2vec_loss(z, layers, mask, impl="native")), z, create_graph=True)
     assert torch.equal(first, plain)
-    with pytest.raises(RuntimeError, match='no second derivative; impl="eager" of the loss'):
+    with pytest.raises(RuntimeError, match='no second derivative; use impl="eager" for the loss'):
         (first + z).square().sum().backward()  # only z would get a gradient
 
 

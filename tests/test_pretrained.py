@@ -199,7 +199,7 @@ class TestReleased:
     def test_another_decoder_starts_at_random_and_says_so(self, released, caplog):
         self.model("head.width=16")
         assert (
-            "does not fit this head, which starts at random; made with: head.dropout=0.0 head.groups=8 head.kernel=3"
+            "does not fit this head, which starts untrained; made with: head.dropout=0.0 head.groups=8 head.kernel=3"
             in caplog.text
         )
         caplog.clear()
@@ -210,7 +210,7 @@ class TestReleased:
         os.remove("out/head.safetensors")
         os.remove("out/teacher.safetensors")
         model = self.model()
-        assert "has no head.safetensors, so the decoder starts at random" in caplog.text
+        assert "has no head.safetensors, so the decoder starts untrained" in caplog.text
         assert "the teacher was not saved and starts as a copy of the student" in caplog.text
         for ours, theirs in zip(model.teacher.module.parameters(), model.student.parameters(), strict=True):
             assert torch.equal(ours, theirs)

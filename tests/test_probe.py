@@ -140,7 +140,7 @@ def test_recordings_too_short_for_a_frame_are_left_out(runs, tmp_path, caplog):
     assert f"left out {tmp_path}/a/9.wav: is too short: 50 samples" in caplog.text
     for file in tmp_path.glob("?/*.wav"):
         soundfile.write(file, np.ones(50), 16_000)
-    with pytest.raises(DataError, match="left to fit on are 0 samples of 0 classes, to test on 0"):
+    with pytest.raises(DataError, match="0 samples of 0 classes are left to fit and 0 to test"):
         probe.main([str(runs["audio"].folder), "--data", str(tmp_path)])
 
 
@@ -204,7 +204,7 @@ class TestWhichData:
         run = tmp_path / "run"
         shutil.copytree(runs["vision"].folder, run)
         (run / "probe.json").write_text('{"mine": 1}')
-        with pytest.raises(ConfigError, match=r"probe\.json: holds no results of d2v-probe.*move it away"):
+        with pytest.raises(ConfigError, match=r"probe\.json: holds no results of d2v-probe.*move or delete it"):
             probe.main([str(run)])
         assert (run / "probe.json").read_text() == '{"mine": 1}'
 
@@ -288,7 +288,7 @@ class TestHow:
     def test_more_than_the_memory_of_a_gpu(self):
         encoder = make("roberta")
         encoder.model.embeddings.register_forward_pre_hook(lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-        with pytest.raises(ConfigError, match="--batch-size 7: more than the memory of the GPU holds; lower it"):
+        with pytest.raises(ConfigError, match="--batch-size 7: does not fit in GPU memory; lower it"):
             States({"trained": encoder}, batch_size=7)(torch.zeros(1, 4, dtype=torch.long), None)
 
     def test_results_do_not_depend_on_the_batch_size(self, runs, tmp_path):

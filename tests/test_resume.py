@@ -215,7 +215,61 @@ def test_two_ranks_skip_stop_and_resume_together():
     assert_same("whole", "run")
     assert lines("run/log.jsonl")[-1]["skipped_steps"] == 1
     code, said = train(["--resume", "run"])
-    assert code == 1 and "its run had 2 processes, this one has 1; start as many" in said
+    assert code == 1 and "its run had 2 processes, this one has 1; start 2" in said
+
+
+FAILING = """
+import os
+from d2v_fast import cli
+from d2v_fast.data import DataError
+from d2v_fast.train.feed import Feed
+
+take = Feed.take
+
+def failing(self, number):
+    if os.environ["RANK"] == "1" and self.trained == 5:
+        raise DataError("the disk of rank 1 is gone")
+    return take(self, number)
+
+Feed.take = failing
+cli.train()
+"""
+
+
+def test_if_one_of_two_ranks_cannot_load_both_save_and_one_process_resumes():
+    """Rank 1 fails in step 6 of 20. Both ranks have trained on five batches; one process has their ten behind it."""
+    Path("failing.py").write_text(FAILING)
+    process = torchrun(*arguments("vision", "run", "train.steps=20", "train.save_every=1000"), script=("failing.py",))
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, said
+    assert "the disk of rank 1 is gone" in said and "another rank could not load its batches" in said, said
+    assert last("run").name == "step-5" and Path("run/export/model.safetensors").exists()
+    assert [rank["batches"] for rank in Checkpoint(last("run")).state["ranks"]] == [5, 5]
+    more = ["train.steps=8", "--resume-allow", "train.steps", "--resume-allow", "processes"]
+    code, said = train(["--resume", "run", *more], functools.partial(traced, "resumed.jsonl"))
+    assert code == 0 and "resumes after step 5" in said, said
+    assert [rank["batches"] for rank in Checkpoint(last("run")).state["ranks"]] == [13]
+    code, said = train(arguments("vision", "whole", "train.steps=13"), functools.partial(traced, "whole.jsonl"))
+    assert code == 0, said
+    assert [each["batches"] for each in lines("resumed.jsonl")] == [each["batches"] for each in lines("whole.jsonl")[10:]]
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_stops_the_ranks_with_a_checkpoint():
+    """As a container's first process gets it."""
+    process = torchrun(*arguments("vision", "run", "train.steps=100000", "train.save_every=100000"))
+    deadline = time.monotonic() + 120
+    while not logged("run"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    stopped = int(last("run").name[5:])
+    assert process.returncode == 1 and f"stopped at step {stopped} of 100000" in said, said
+    resumed = torchrun("--resume", "run", f"train.steps={stopped + 2}", "--resume-allow", "train.steps")
+    said = resumed.communicate(timeout=120)[1]
+    assert resumed.returncode == 0 and f"resumes after step {stopped}" in said, said
+    assert last("run").name == f"step-{stopped + 2}"
 
 
 KILLED = """
@@ -285,7 +339,7 @@ def test_a_stream_on_two_ranks_resumes_after_a_kill(modality, files):
     assert process.returncode == 0 and said.count("resumes after step 5") == 1, said
     assert_same("whole", "run")
     code, said = train(["--resume", "run", "--resume-allow", "processes"])
-    assert code == 1 and "its run had 2 processes, this one has 1; each reads its part of a stream: start 2" in said, said
+    assert code == 1 and "its run had 2 processes, this one has 1; each reads its part of the stream; start 2" in said, said
 
 
 STAND_INS = {
@@ -714,7 +768,7 @@ class TestResumeChecks:
             (["encoder.config.intermediate_size=48"], "encoder.config.intermediate_size: was 32, is 48"),
             (
                 ["encoder.config.intermediate_size=48", "--resume-allow", "encoder"],
-                "is of another model:\n  student.model.layers.0.mlp.fc1.bias: was [32] torch.float32, is [48] torch.float32",
+                "is from another model:\n  student.model.layers.0.mlp.fc1.bias: was [32] torch.float32, is [48] torch.float32",
             ),
             (["head.layers=2", "--resume-allow", "head.layers"], "head.2.weight: was nothing, is [16, 32]"),
             (["--resume-allow", "train.sed"], "--resume-allow train.sed: no such setting; did you mean train.seed?"),

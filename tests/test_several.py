@@ -343,10 +343,10 @@ class TestErrors:
                 ["several.parts.vision.data.veiws=3"],
                 "several.parts.vision: data.veiws: no such setting; did you mean data.views",
             ),
-            (["several.parts.vision.optimizer.lr=1"], "vision.optimizer.lr: is of the whole run; expected optimizer.lr=1"),
+            (["several.parts.vision.optimizer.lr=1"], "vision.optimizer.lr: belongs to the whole run; set optimizer.lr=1"),
             (
                 ["data.path=x"],
-                "data.path: no such setting of a run of several modalities; it is of one part, several.parts.vision",
+                "data.path: no such setting of a run of several modalities; it belongs to a part, several.parts.vision",
             ),
             (["train.stepz=1"], "train.stepz: no such setting of a run of several modalities; did you mean train.steps?"),
             (["train.epochs=2"], "train.epochs: several data sets have no epoch in common; expected train.steps"),

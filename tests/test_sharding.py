@@ -22,14 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
-from d2v_fast import Data2Vec, memory, sharding, wrap
+from d2v_fast import Data2Vec, diagnostics, memory, sharding, wrap
 from d2v_fast.config import ConfigError, TrainConfig, parse
 from d2v_fast.train import build as building
 from d2v_fast.train import parallel, train
 from d2v_fast.train.build import build
 from d2v_fast.train.save import share
 from d2v_fast.train.step import forward_backward, to_device
-from tests import models, test_training, test_training_2
+from tests import models, test_spliced, test_training, test_training_2
 
 torch.utils._device._device_constructors()  # which are kept, so before a fixture has others in their place
 DROPOUT = {
@@ -113,7 +113,7 @@ def side_by_side(modality, version, fused, *more):
     """A case with DistributedDataParallel and one that is sharded."""
     args = (test_training.arguments, test_training_2.arguments)[version - 1]
     # Of a block that one rank may leave out no other could gather its part.
-    more = [*more, "head.zero_init=false", "train.log_every=1", "encoder.config.layerdrop=0"][: 3 if modality == "audio" else 2]
+    more = [*more, "head.zero_init=false", "train.log_every=1", *["encoder.config.layerdrop=0"] * (modality == "audio")]
     name = f"{modality}-{version}-{fused}"
     return [[f"{name}-{s}", [*args(modality, f"{name}-{s}", *more), f"train.shard={s}"], fused] for s in ("false", "true")]
 
@@ -157,11 +157,36 @@ def test_sharded_on_two_ranks_it_is_the_same_run_and_goes_on_with_one_and_with_t
 
 
 @pytest.mark.slow
+def test_with_data_parallelism_alone_it_goes_on_with_three_and_with_one(here):
+    """A step is six micro-batches: 2 ranks × 3, then 3 × 2, then 1 × 6; compared with one uninterrupted process."""
+    more = ["schedule.kind=constant", "schedule.warmup=0", "train.clip_norm=1", "train.batch_size=2", "optimizer.lr=1e-3"]
+    more += ["train.log_every=1"]
+    torchrun(2, [["run", test_training.arguments("vision", "run", *more, "train.steps=2", "train.accumulate=3"), False]])
+    go_on = ["--resume", "run", "--resume-allow", "train.steps"]
+    torchrun(3, [["run", [*go_on, "train.steps=4", "train.accumulate=2"], False]])
+    assert train(parse([*go_on, "train.steps=6", "train.accumulate=6"])[0]) == 0
+    whole = test_training.arguments("vision", "whole", *more, "train.steps=6", "train.accumulate=6")
+    assert train(parse(whole)[0]) == 0
+    for part in ("student", "teacher"):
+        whole, run = (load_file(f"{name}/checkpoints/step-6/{part}.safetensors") for name in ("whole", "run"))
+        assert max(float((whole[key].double() - run[key].double()).abs().max()) for key in whole) < 5e-6
+    assert [record["step"] for record in test_training.records(Path("run"))] == list(range(1, 7))
+
+
+@pytest.mark.slow
 def test_every_modality_is_the_same_sharded(here):
     every = list(itertools.product(DROPOUT, (1, 2), (False, True)))
     torchrun(2, [case for each in every for case in side_by_side(*each)])
     for each in every:
         assert_the_same_run(*each)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modality, version", [("text", 1), ("vision", 1), ("audio", 1), ("text", 2), ("vision", 2)])
+def test_a_spliced_encoder_is_the_same_sharded(modality, version, here):
+    """Its forward ends early in a hook of the first block, which FSDP may have gathered by then."""
+    torchrun(2, side_by_side(modality, version, False, *test_spliced.RUNS[modality].split()))
+    assert_the_same_run(modality, version, False)
 
 
 @pytest.mark.slow
@@ -403,12 +428,27 @@ COUNTED = {
     "XLS-R 1B": "audio/data2vec-base --config audio/wav2vec2-base encoder.config.do_stable_layer_norm=true "
     "encoder.config.layerdrop=0 encoder.config.conv_bias=true " + LARGE.format(1280, 48, 5120),
 }
+# Encoders that run whole, which the trial of `encoders.trial` has to run first.
+SMALL = "train.precision=fp32 encoder.config.hidden_size=64 encoder.config.num_hidden_layers=6 "
+SMALL += "encoder.config.num_attention_heads=2 encoder.config.intermediate_size=128 encoder.model="
+WHOLE = {
+    "modernbert": f"text/tiny {SMALL}modernbert encoder.config.max_position_embeddings=34",
+    "dinov3": f"vision/tiny {SMALL}dinov3_vit encoder.init=hf encoder.config.image_size=32 encoder.config.patch_size=4",
+    "ast": f"spectrogram/tiny-2 {SMALL}audio-spectrogram-transformer encoder.config.max_length=64 "
+    "encoder.config.num_mel_bins=64 encoder.config.patch_size=8 encoder.config.time_stride=8 encoder.config.frequency_stride=8",
+    "timm": "vision/tiny train.precision=fp32 encoder.init=hf encoder.model=timm/vit_tiny_patch16_224 "
+    "encoder.config.img_size=32 encoder.config.patch_size=4 encoder.config.embed_dim=64 "
+    "encoder.config.depth=6 encoder.config.num_heads=2",
+}
+COUNTED |= WHOLE
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name[0] in "VX")) for name in COUNTED])
 def test_the_doctors_memory_estimate_equals_the_peak_of_a_step(name, checkpointing):
     """Counted in a whole step, backward and update included, of tensors without numbers; the doctor has run a forward alone."""
+    if name == "timm":
+        pytest.importorskip("timm")
     config, _ = parse(["--config", *COUNTED[name].split()])
     found = memory.need(config, 8)
     doctor = found["train.checkpointing" if checkpointing else "neither"]
@@ -438,3 +478,36 @@ def test_the_doctors_memory_estimate_equals_the_peak_of_a_step(name, checkpointi
         cells = row.split("|")[2:-1]
         assert [f" {each.total / memory.GIB:.1f} " for each in found.values()] == cells[:4]
         assert f" {live.most / memory.GIB:.1f} " == cells[4 + checkpointing]
+
+
+def doctor(command):
+    diagnostics.doctor(["--memory", *command.split()])
+
+
+def test_the_doctors_command(capsys):
+    doctor("--config vision/tiny-2 --gpus 8 --gpu-memory 80")
+    title, head, *rows = capsys.readouterr().out.splitlines()
+    assert title == "vision-tiny-2: bf16, 8 GPUs; within 10 %, without CUDA and NCCL"
+    assert head.split() == "GiB per GPU neither checkpointing shard checkpointing + shard".split()
+    assert rows[0].split()[0] == "weights" and rows[-1].split() == ["of", "80", *["fits"] * 4]
+    doctor("--config vision/tiny-2 --gpus 1 --gpu-memory 0.001")
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.split() == ["of", "0", "too", "much", "too", "much"]
+
+
+def test_the_doctor_divides_a_hybrid_run_by_the_ranks_of_a_machine(capsys, monkeypatch):
+    need, asked = memory.need, []
+    monkeypatch.setattr(memory, "need", lambda config, ranks: asked.append(ranks) or need(config, ranks))
+    doctor("--config vision/tiny-2 train.shard=hybrid --gpus 16 --machines 4 --gpu-memory 80")
+    assert "16 GPUs, sharded over 4;" in capsys.readouterr().out and asked == [4]
+    doctor("--config vision/tiny-2 train.shard=true --gpus 16 --machines 4 --gpu-memory 80")
+    assert "16 GPUs;" in capsys.readouterr().out and asked == [4, 16]
+    with pytest.raises(ConfigError, match=r"train.shard=hybrid: .* how many machines the 16 GPUs are in, such as --machines 1"):
+        doctor("--config vision/tiny-2 train.shard=hybrid --gpus 16")
+    with pytest.raises(ConfigError, match=r"--gpus 8 --machines 3: expected the same number of GPUs on each machine"):
+        doctor("--config vision/tiny-2 train.shard=hybrid --gpus 8 --machines 3")
+
+
+def test_the_doctor_refuses_several_modalities():
+    with pytest.raises(ConfigError, match=r"modality=several: .* those of vision or audio: a step trains one part"):
+        doctor("--config several/tiny-2")

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import os
 import tarfile
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from d2v_fast.data import DataError
+from d2v_fast.data import DataError, EpochBatches
 from d2v_fast.data.audio import open_audio
 from d2v_fast.data.vision import open_images
 from d2v_fast.train.build import check_ranks
@@ -34,10 +35,10 @@ def add(archive, name, content, **how):
 
 
 @pytest.fixture
-def samples():
-    """Forty images by name, with a class each."""
+def samples(request):
+    """Forty images by name, or as many as the test asks for."""
     content = {}
-    for i in range(40):
+    for i in range(getattr(request, "param", 40)):
         file = io.BytesIO()
         picture(i).save(file, "PNG" if i % 2 else "JPEG")
         content[f"{i:05d}.{'png' if i % 2 else 'jpg'}"] = file.getvalue()
@@ -48,17 +49,20 @@ def samples():
 def shards(tmp_path, samples):
     """The images in three archives, with captions and classes."""
     (tmp_path / "shards").mkdir()
+    size = -(-len(samples) // 3)
     for number in range(3):
         with tarfile.open(tmp_path / "shards" / f"{number}.tar", "w") as archive:
             for i, (name, content) in enumerate(samples.items()):
-                if i // 14 == number:
+                if i // size == number:
                     add(archive, name, content)
                     add(archive, f"{name[:5]}.txt", b"a caption")
                     add(archive, f"{name[:5]}.cls", f"{i % 3}\n".encode())
     return tmp_path / "shards"
 
 
+@pytest.mark.parametrize("samples", [400], indirect=True)
 def test_batches_are_those_of_the_folder_and_of_parquet(tmp_path, samples, shards):
+    """All batches of an epoch and the first ones of the next."""
     import datasets
 
     (tmp_path / "folder").mkdir()
@@ -67,17 +71,18 @@ def test_batches_are_those_of_the_folder_and_of_parquet(tmp_path, samples, shard
     rows = [{"bytes": content, "path": name} for name, content in samples.items()]
     table = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image(decode=False))
     table.to_parquet(str(tmp_path / "set" / "0.parquet"))
-    found = [image_data(str(tmp_path / name)) for name in ("folder", "shards", "set")]
-    for epoch in range(2):
-        folder, *others = (
-            [data.__getitems__([(epoch, i) for i in keys]) for keys in ((3, 39, 0, 17), (14, 13))] for data in found
-        )
+    folder, *others = (image_data(str(tmp_path / name)) for name in ("folder", "shards", "set"))
+    seen = []
+    for keys in itertools.islice(EpochBatches(400, 16), 30):
+        expected = folder.__getitems__(keys)
+        seen += expected["samples"]
         for other in others:
-            for one, another in zip(folder, other, strict=True):
-                assert one["broken"] == another["broken"] == [] and one["samples"] == another["samples"]
-                assert all(torch.equal(one[name], another[name]) for name in ("source", "mask", "index"))
-    assert found[1].source.labels == [str(i % 3) for i in range(40)]
-    assert found[1].sample_name(15) == f"{shards}/1.tar/00015.png"
+            batch = other.__getitems__(keys)
+            assert expected["broken"] == batch["broken"] == [] and expected["samples"] == batch["samples"]
+            assert all(torch.equal(expected[name], batch[name]) for name in ("source", "mask", "index"))
+    assert sorted(seen[:400]) == list(range(400)) and len(seen) == 480
+    assert others[0].source.labels == [str(i % 3) for i in range(400)]
+    assert others[0].sample_name(135) == f"{shards}/1.tar/00135.png"
 
 
 def test_the_archive_index_is_read_once(shards, tmp_path, monkeypatch, caplog):

@@ -210,7 +210,7 @@ class TestRefused:
 
     def test_an_encoder_of_waveforms(self):
         config, _ = parse(["--config", "spectrogram/tiny-2", "encoder.model=wav2vec2"])
-        with pytest.raises(ConfigError, match="Wav2Vec2Model does not read what modality=spectrogram gives"):
+        with pytest.raises(ConfigError, match="Wav2Vec2Model does not read inputs of modality=spectrogram"):
             make_encoder(config)
 
     def test_spans(self):

@@ -336,6 +336,39 @@ def test_a_data2vec_2_step_reaches_all_used_parameters(name):
     assert reached == used
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", ["modernbert", "dinov3_vit", "audio-spectrogram-transformer"])
+def test_gradients_of_checkpointed_blocks_are_the_same_bits(name, version):
+    """As with train.checkpointing; in 2.0 a block is recomputed on the visible positions alone."""
+    model, x = plain(name).train(), inputs(name)
+    encoder, calls, runs = wrap(model), [], []
+    grid = encoder.positions(12)
+    decoder = ConvDecoder(32, len(grid) if isinstance(grid, tuple) else 1, width=16, kernel=3, groups=4)
+    data2vec = Data2Vec(encoder, top_k=2, decoder=decoder if version == 2 else None).double()
+    mask = (torch.arange(encoder.embed(x).shape[1]) % 3 > 0).expand(3, -1)
+    for block in data2vec.student.blocks:
+        linear = next(m for m in block.modules() if isinstance(m, nn.Linear))
+        linear.register_forward_pre_hook(lambda m, args: calls.append(args[0].shape[:2]))
+    for _ in range(2):
+        calls.clear()
+        torch.manual_seed(2)
+        if version == 2:
+            loss = data2vec(x, mask[:, None].expand(-1, 2, -1)).loss
+        elif encoder.masks_features:
+            loss = data2vec(x, mask).loss
+        else:
+            loss = data2vec(x.masked_fill(mask, 3), mask, x).loss
+        loss.backward()
+        runs.append((loss, {n: p.grad for n, p in data2vec.student.named_parameters() if p.grad is not None}, [*calls]))
+        data2vec.zero_grad(set_to_none=True)
+        data2vec.student.checkpoint_blocks()
+    (one, expected, once), (other, found, twice) = runs
+    assert torch.equal(one, other) and expected.keys() == found.keys()
+    assert [n for n in found if not torch.equal(found[n], expected[n])] == []
+    assert len(once) == 3 and twice == [*once, *once]
+    assert (once[0][1] < mask.shape[1]) == (version == 2)
+
+
 def test_local_and_positional_parameters():
     """Teachers copy those of the features, and with scope "layers" those of positions and extra tokens too; method 1.6."""
     encoder = wrap(plain("dinov2_with_registers"))
@@ -578,6 +611,69 @@ def test_what_cannot_be_spliced_is_explained(attempt, named):
     assert named in str(error.value)
 
 
+def mean_of_windows(x):
+    """(B, C, 8, 8), in windows of 4 × 4."""
+    return nn.functional.avg_pool2d(x, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def recurrent(x):
+    """A causal LSTM."""
+    torch.manual_seed(0)
+    return nn.LSTM(32, 32, batch_first=True).to(x)(x)[0]
+
+
+NOT_LOCAL = {
+    "causal sum of tokens": ("modernbert", lambda x: x.cumsum(1), "start of the input changes 13 of its 13"),
+    "causal LSTM on tokens": ("modernbert", recurrent, "start of the input changes 13 of its 13"),
+    "previous token": ("modernbert", lambda x: nn.functional.pad(x[:, :-1], (0, 0, 1, 0)), "start of the input changes 2 of"),
+    "next token": ("modernbert", lambda x: nn.functional.pad(x[:, 1:], (0, 0, 0, 1)), "end of the input changes 2 of its 13"),
+    "tokens in the middle": (
+        "modernbert",
+        lambda x: nn.functional.pad(x[:, 5:8].mean(1, True).expand(-1, 3, -1), (0, 0, 5, x.shape[1] - 8)),
+        "middle of the input changes 3 of its 13",
+    ),
+    "causal sum of frames": ("wav2vec2-bert", lambda x: x.cumsum(1), "start of the input changes 97 of its 97"),
+    "causal sum of patches": ("siglip_vision_model", lambda x: x.cumsum(3), "start of the input changes 8 of its 64"),
+    "windows of patches": ("siglip_vision_model", mean_of_windows, "end of the input changes 16 of its 64"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_LOCAL)
+def test_modules_that_mix_positions_are_not_local(what, monkeypatch):
+    name, mix, why = NOT_LOCAL[what]
+    if name == "siglip_vision_model":
+        monkeypatch.setitem(FAMILIES, name, FAMILIES[name]._replace(config=IMAGE | dict(image_size=32)))
+    model = plain(name)
+    assert wrap(model).features_name == FAMILIES[name].features
+    module = model.get_submodule(FAMILIES[name].features)
+
+    class Mixing(type(module)):
+        def forward(self, *args, **kwargs):
+            x = super().forward(*args, **kwargs)
+            return x + 0.1 * mix(x)
+
+    module.__class__ = Mixing
+    with pytest.raises(ValueError, match=f"is not local: the {why}"):
+        wrap(model, features=FAMILIES[name].features)
+
+
+class Stem(nn.Sequential):
+    """Convolutions that do not read the last row and column of pixels."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 16, 1, 2), nn.GELU(), nn.Conv2d(16, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, 32, 3, 1, 1))
+        self.weight = self[0].weight
+
+
+def test_a_convolutional_stem_is_local():
+    torch.manual_seed(0)
+    model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**IMAGE | dict(image_size=32))).eval()
+    model.embeddings.patch_embedding = Stem()
+    encoder, x = wrap(model), torch.randn(2, 3, 32, 32)
+    assert encoder.features_name == "embeddings.patch_embedding"
+    torch.testing.assert_close(encoder(x), model(x).last_hidden_state)
+
+
 @pytest.mark.parametrize(
     "layout, order",
     [
@@ -753,7 +849,7 @@ HARMLESS = {
 def test_blocks_that_see_more_than_the_visible_positions_do_not_gather(attack):
     encoder = wrap(blocks_that(*ATTACKS[attack]))
     assert encoder.extra == 4
-    assert encoder.no_gather == "positions or their number enter inside its blocks, or its attention is no softmax"
+    assert encoder.no_gather == "its blocks depend on positions or on their number, or its attention is not a softmax"
 
 
 @pytest.mark.parametrize("change", HARMLESS)
@@ -818,7 +914,7 @@ def test_a_run_with_a_spliced_encoder(modality, tmp_path):
 def test_a_spectrogram_encoder_is_refused_for_waveforms(tmp_path):
     args = ["--config", "audio/tiny", "encoder.model=audio-spectrogram-transformer", f"train.output={tmp_path / 'run'}"]
     more = [f"encoder.config.{k}={v}" for k, v in FAMILIES["audio-spectrogram-transformer"].config.items()]
-    with pytest.raises(ConfigError, match="ASTModel does not read what modality=audio gives"):
+    with pytest.raises(ConfigError, match="ASTModel does not read inputs of modality=audio"):
         train(parse([*args, *more])[0])
 
 

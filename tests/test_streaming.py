@@ -1,11 +1,14 @@
 """Streams from memory, files and misbehaving servers, against the same data read locally."""
 
 import functools
+import gzip
 import http.server
 import io
 import itertools
 import json
 import socket
+import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -19,14 +22,15 @@ import pytest
 import torch
 
 from d2v_fast.config import ConfigError, parse
-from d2v_fast.data import DataError, make_loader, streaming
+from d2v_fast.data import DataError, documents, make_loader, streaming
 from d2v_fast.data.audio import open_audio
+from d2v_fast.data.spectrograms import SpectrogramData
 from d2v_fast.data.streaming import StreamBatches
 from d2v_fast.data.text import TextData
-from d2v_fast.masking import TokenMask
+from d2v_fast.masking import RandomMask, TokenMask
 from tests import runs
 from tests.test_data import image_data, paragraphs, text_data
-from tests.test_shards import picture
+from tests.test_shards import add, picture
 
 
 def content(i):
@@ -102,6 +106,19 @@ class TestText:
         batch = next(iter(make_loader(data, StreamBatches(data, 4), 0)))
         assert batch["source"].shape == (4, 16) and batch["mask"].any() and not batch["broken"]
 
+    @pytest.mark.parametrize("kind", ["txt", "jsonl"])
+    def test_compressed_files_over_a_url(self, corpus, tmp_path, kind):
+        """The same samples as from the files before they were compressed."""
+        path, settings = corpus
+        for name in "01":
+            lines = Path(path, f"{name}.txt").read_text().splitlines()
+            content = "\n".join(lines if kind == "txt" else [json.dumps({"text": line}) for line in lines])
+            (tmp_path / f"{name}.{kind}").write_text(content)
+            (tmp_path / f"{name}.{kind}.gz").write_bytes(gzip.compress(content.encode()))
+        plain, packed = (text_data(f"file://{tmp_path}/{{0..1}}.{kind}{end}", **settings) for end in ("", ".gz"))
+        expected = taken(plain, 400)[0]
+        assert taken(packed, 400)[0] == expected and expected[-1][0] > 0
+
     def test_what_a_stream_of_text_requires(self, corpus):
         path, settings = corpus
         with pytest.raises(DataError, match=r"data.tokenizer=train: a stream has no corpus .*data.tokenizer=roberta-base"):
@@ -135,6 +152,20 @@ class TestImages:
             data.stream.pending = {number: found}
             local.source.file = lambda index, i=of_bytes[bytes(found)]: str(tmp_path / f"{i:02d}.png")
             assert same(data.__getitems__([(epoch, number)]), local.__getitems__([(epoch, number)]))
+
+    def test_tar_archives_over_a_url(self, tmp_path):
+        """Two webdataset archives with captions: each image once an epoch, and after each the stream can be resumed."""
+        for number in range(2):
+            with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+                for i in range(12 * number, 12 * number + 12):
+                    add(archive, f"{i:03d}.png", content(i))
+                    add(archive, f"{i:03d}.txt", b"a caption")
+        data = image_data(f"file://{tmp_path}/{{0..1}}.tar", shuffle_buffer=5)
+        samples, states = taken(data, 36)
+        assert sorted(bytes(each) for *_, each in samples[:24]) == sorted(content(i) for i in range(24))
+        assert [epoch for epoch, *_ in samples] == [0] * 24 + [1] * 12
+        for i in (0, 13, 23):
+            assert taken(data, 12, states[i])[0] == samples[i + 1 : i + 13]
 
     @pytest.mark.parametrize("world", [2, 3])
     def test_ranks_share_the_samples(self, images, world):
@@ -333,8 +364,24 @@ class TestSettings:
                 parse(["--config", "vision/tiny", "train.epochs=2", *more])
 
     def test_recordings_are_refused(self):
-        with pytest.raises(DataError, match=r"recordings are not streamed, because .*; download them"):
+        """For a reason that also holds for spectrograms, whose batches are of one size."""
+        reason = r"recordings are not streamed, because their lengths decide which samples there are .*; download them"
+        with pytest.raises(DataError, match=reason):
             open_audio("hf://datasets/user/name")
+        with pytest.raises(DataError, match=reason):
+            SpectrogramData(path="hf://datasets/user/name", mask=RandomMask(0.5))
+
+    def test_missing_packages_are_named(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(documents, "COMPRESSED", (".gz", ".bz2", ".xz"))  # as where zstandard is not installed
+        monkeypatch.setattr(documents, "SUFFIXES", tuple(each for each in documents.SUFFIXES if not each.endswith(".zst")))
+        (tmp_path / "a.txt.zst").write_bytes(b"")
+        with pytest.raises(DataError, match=r"no file with one of .*; to read \.zst files: pip install zstandard"):
+            documents.find_documents(str(tmp_path))
+        with pytest.raises(DataError, match=r"a stream needs files of one type .*; to read \.zst files: pip install zstandard"):
+            image_data("s3://bucket/a.jsonl.zst")
+        monkeypatch.setitem(sys.modules, "s3fs", None)
+        with pytest.raises(DataError, match=r"data.path=s3://bucket/a.parquet: cannot be streamed .*s3fs"):
+            image_data("s3://bucket/a.parquet")
 
     def test_names(self, monkeypatch):
         asked = []

@@ -442,7 +442,7 @@ def test_1_to_16_views(views):
         (
             "text",
             "loss.cls_weight=1",
-            "cls_weight: found 1.0, but RobertaModel has no CLS token that could learn; expected 0",
+            "cls_weight: found 1.0, but RobertaModel has no CLS token to train; expected 0",
         ),
         ("audio", "loss.cls_weight=1", "cls_weight: found 1.0, but Data2Vec2AudioModel has no CLS token"),
         ("audio", "encoder.model=wavlm", "WavLMModel cannot encode the visible positions alone"),
@@ -455,7 +455,7 @@ def test_1_to_16_views(views):
         (
             "vision",
             "encoder.model=roberta encoder.init=hf",
-            "encoder.model=roberta: RobertaModel does not read what modality=vis",
+            "encoder.model=roberta: RobertaModel does not read inputs of modality=vis",
         ),
         ("text", "data.teacher_input=masked_only", "data.teacher_input=masked_only: needs a single mask per sample"),
         ("vision", "head.pretrained=none", "head.pretrained=none: No such file or directory: none/head.safetensors"),
@@ -506,14 +506,14 @@ class TestPretrained:
 
     def test_another_modality_is_refused(self, folder, monkeypatch):
         found = command(monkeypatch, "train", *self.arguments("audio"))
-        assert "encoder.pretrained=before/export: Data2Vec2VisionModel does not read what modality=audio gives" in found
+        assert "encoder.pretrained=before/export: Data2Vec2VisionModel does not read inputs of modality=audio" in found
 
     @pytest.mark.parametrize(
         "spoil, more, message",
         [
-            ("", "head.kernel=5", "does not fit this head, which starts at random; made with: head.width=32 (Error(s) in"),
-            ("head", "", "does not fit this head, which starts at random (Error while deserializing header"),
-            ("-head", "", "has no head.safetensors, so the decoder starts at random"),
+            ("", "head.kernel=5", "does not fit this head, which starts untrained; made with: head.width=32 (Error(s) in"),
+            ("head", "", "does not fit this head, which starts untrained (Error while deserializing header"),
+            ("-head", "", "has no head.safetensors, so the decoder starts untrained"),
             ("-teacher", "", "the teacher was not saved and starts as a copy of the student"),
         ],
     )

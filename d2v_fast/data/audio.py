@@ -229,8 +229,8 @@ def open_audio(
         return builtin_speech(split)
     if "://" in path:
         raise DataError(
-            f"data.path={path}: recordings are not streamed, because batches need their lengths; download them, or name the "
-            "Hugging Face data set, which does"
+            f"data.path={path}: recordings are not streamed, because their lengths decide which samples there are "
+            "(data.min_seconds, join_seconds, whole_seconds); download them, or name the Hugging Face data set, which does"
         )
     path = os.path.expanduser(path)
     if is_local(path):

@@ -33,6 +33,7 @@ INSPECTED = 1000  # rows from which the types of columns in a JSON or CSV file a
 TEXT = "text"
 JSON_TYPES = {str: TEXT, int: "number", float: "number", bool: "boolean", list: "list", dict: "object", type(None): "null"}
 COMPRESSED = tuple(ending for ending in (".gz", ".bz2", ".xz", ".lz4", ".zst") if infer_compression(f"x{ending}"))
+PACKAGES = {".lz4": "lz4", ".zst": "zstandard"}  # of the compressions that Python itself cannot read
 
 
 @dataclass
@@ -128,7 +129,10 @@ def choose_column(path: str, types: dict[str, str], column: str | None) -> str:
 
 def _text_files(path: str) -> list[str]:
     """The non-empty files, all of one type."""
-    found = find_files(path, SUFFIXES)
+    try:
+        found = find_files(path, SUFFIXES)
+    except DataError as error:
+        raise DataError(f"{error}{''.join(missing_package(ending) for ending in PACKAGES if ending in str(error))}") from None
     kinds = sorted({suffix(file) for file in found})
     if len(kinds) > 1:
         raise DataError(
@@ -173,6 +177,13 @@ def suffix(file: str) -> str:
     for ending in COMPRESSED:
         file = file.lower().removesuffix(ending)
     return Path(file).suffix
+
+
+def missing_package(ending: str) -> str:
+    """What to install to read compressed files that end in `ending`; empty if nothing is missing."""
+    if ending in COMPRESSED or ending not in PACKAGES:
+        return ""
+    return f"; to read {ending} files: pip install {PACKAGES[ending]}"
 
 
 @contextmanager

@@ -286,7 +286,7 @@ def _load(path: str, name: str | None, split: str) -> Any:
     """
     import datasets
 
-    from d2v_fast.data.documents import suffix
+    from d2v_fast.data.documents import missing_package, suffix
 
     try:
         if path.startswith("hf://datasets/") and len(parts := path.removeprefix("hf://datasets/").strip("/").split("/")) <= 2:
@@ -304,7 +304,7 @@ def _load(path: str, name: str | None, split: str) -> Any:
         if len(kinds) > 1 or not kinds <= set(endings):
             raise DataError(
                 f"data.path={path}: a stream needs files of one type among {', '.join(endings)}; select them with a "
-                "pattern, such as s3://bucket/corpus/*.parquet"
+                f"pattern, such as s3://bucket/corpus/*.parquet{''.join(map(missing_package, sorted(kinds)))}"
             )
         builder, options = BUILDERS[kinds.pop()]
         files = files if is_remote(path) else as_patterns(files)

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 TOKENIZER, IDS, ENDS, COUNTS = "tokenizer.json", "ids", "ends", "counts"  # files in the cache
 TeacherInput = Literal["full", "masked_only"]
 CUT = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")  # where a text may be cut, see `can_cut`
-PIECE = 2**12  # least characters of a piece that is cut off
+PIECE = 2**12  # minimum length, in characters, of a piece that is cut off
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 

@@ -135,6 +135,7 @@ def names() -> list[str]:
     used = (
         *(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
         *(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES),
+        auto.MODEL_FOR_IMAGE_MAPPING_NAMES,
         *(auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_CTC_MAPPING_NAMES),
     )
     found = {name for mapping in used for name in mapping}
@@ -281,10 +282,10 @@ def _line(error: Exception) -> str:
     """The reason on one line, for a table cell."""
     text = " ".join(str(error).split()).partition("; ")[0] or type(error).__name__
     text = re.sub(r"^(encoder: )?\w+ cannot (be spliced|encode the visible positions alone)( at [\w.]+)?: ", "", text)
-    text = re.sub(r"^cannot find the transformer layers of .*", "has no list of blocks with attention that is found", text)
+    text = re.sub(r"^cannot find the transformer layers of .*", "no list of blocks with attention was found", text)
     text = re.sub(r"it does not run on \w+ alone: \w+: \S+ missing .* arguments?: (.*)", r"needs \1 too", text)
     text = re.sub(
-        r"^\w+ has neither hidden_size .*", "has no one hidden_size, as hierarchical models and convolutional ones", text
+        r"^\w+ has neither hidden_size .*", "has no single hidden_size, like hierarchical and convolutional models", text
     )
     text = re.sub(r" requires the (\w+) library.*", r" requires \1", text)
     return text.replace("|", "\\|")[:120]

@@ -391,31 +391,54 @@ class Trial:
         self.splice.per_step = (first, step)
 
     def _check_local(self, inputs: Tensor) -> None:
-        """Change the end of the input: only features there may change, give or take the reach of a convolution."""
-        other, splice = inputs.clone(), self.splice
-        if splice.reads == "text":
-            ids = self.encoder.ids
-            other[:, -1] = ids[ids.index(int(other[0, -1])) - 1]
-        elif splice.reads == "vision":
-            other[..., -1, -1] += 10
-        else:
-            size = splice.shape[splice.time]
-            last = other.narrow(1 + splice.time, -(-7 * size // 8), size // 8)
-            last.add_(torch.randn_like(last))
+        """Change the end, the start and the middle of the input: only features there may change.
+
+        Text is changed at one token, other inputs in an eighth of each axis. There, features of neighbouring positions may
+        change too, and those within the reach of the convolutions that compute them.
+        """
+        splice, reaches, changes = self.splice, [0.0], {"end": 1.0, "start": 0.0, "middle": 0.5}
+
+        def note(conv: Any, args: tuple) -> None:
+            each = zip(args[0].shape[2:], conv.kernel_size, conv.stride, conv.dilation, strict=False)
+            reaches.append(max(0.0, *((dilation * (kernel - 1) + 1 - step) / size for size, kernel, step, dilation in each)))
+
+        others = inputs.repeat(len(changes), *[1] * (inputs.ndim - 1))
+        for other, at in zip(others, changes.values(), strict=True):
+            part = other
+            for axis in range(-min(2, other.ndim), 0):
+                width = max(1, other.shape[axis] // 8)
+                part = part.narrow(axis, round(at * (other.shape[axis] - width)), width)
+            if splice.reads == "text":
+                part.fill_(self.encoder.ids[self.encoder.ids.index(int(part)) - 1])
+            else:
+                part.add_(torch.randn_like(part))
         with ExitStack() as stack:
+            # Norms over positions are replaced by norms over channels, because without any a deep stem would overflow.
             for module in self.encoder.model.modules():
                 if isinstance(module, NORMS_OVER_TIME) and module not in self.inside:
-                    stack.enter_context(override_forward(module, lambda x: x))
-            one, two = self.encoder.embed(torch.cat([inputs, other]))
-        count, length = int(_differing(two, one).sum()), len(one)
-        if count > (1 if splice.reads == "text" else length // 2):
-            raise Unfit(
-                f"is not local: the end of the input changes {count} of its {length} positions, so masked content would "
-                "leak into visible positions",
-                4,
-            )
-        if count == 0:
-            raise Unfit("does not depend on the end of the input", 4)
+                    stack.enter_context(override_forward(module, lambda x: nn.functional.normalize(x, dim=1)))
+                elif isinstance(module, nn.Conv1d | nn.Conv2d) and module not in self.inside:
+                    stack.callback(module.register_forward_pre_hook(note).remove)
+            plain, *changed = self.encoder.embed(torch.cat([inputs, others]))
+        length, reach = len(plain), sum(reaches)
+        grid = splice.grid or (length,)
+        cells = torch.tensor(grid)
+        for (where, at), features in zip(changes.items(), changed, strict=True):
+            found = _differing(features, plain)
+            count, index = int(found.sum()), found.cpu().view(grid).nonzero()
+            if splice.reads == "text":
+                far = index != round(at * (length - 1))
+            else:
+                first, last = (at * 7 / 8 - reach) * cells - 1, (at * 7 / 8 + 1 / 8 + reach) * cells + 1
+                far = (index + 1 <= first) | (index >= last)
+            if far.any() or (count > max(1, length // 2) and where != "middle"):
+                raise Unfit(
+                    f"is not local: the {where} of the input changes {count} of its {length} positions, so masked content "
+                    "would leak into visible positions",
+                    4,
+                )
+            if count == 0:
+                raise Unfit(f"does not depend on the {where} of the input", 4)
 
     def _check_order(self, features: Tensor) -> None:
         """Change the first, a middle and the last feature with the blocks skipped: only their own states must change."""
@@ -574,7 +597,7 @@ class Trial:
                     return None
             except Exception:  # blocks that do not run on other rows
                 continue
-        return "positions or their number enter inside its blocks, or its attention is no softmax"
+        return "its blocks depend on positions or on their number, or its attention is not a softmax"
 
     def _note_axes(self, number: int, length: int) -> Callable:
         """Hook that records which axes of a block's arguments index positions."""

@@ -76,7 +76,7 @@ def once_differentiable(backward: Callable) -> Callable:
         with torch.no_grad():
             found = backward(ctx, *grads)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph; unknown while tracing
-            words = b'the kernels have no second derivative; impl="eager" of the loss, and a step without --fused, have one'
+            words = b'the kernels have no second derivative; use impl="eager" for the loss, and no --fused'
             later = torch._C._functions.DelayedError(words, 1)
             found = tuple(later(x.detach().requires_grad_()) if isinstance(x, Tensor) else x for x in found)
         return found

@@ -178,7 +178,7 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     core = make_core(config, data, encoder, accelerator)
     left_out = set(COMPILED) if train.shard else set()
     if config.data["class"] or config.data.get("teacher_input") == "masked_only":
-        left_out.add("padding")  # may be anywhere
+        left_out.add("padding")  # it need not be on the right
     words = fuse(core, accelerator.device, [part for part in PARTS if part not in left_out]) if fused else []
     if fused and train.shard:
         words.append("nothing compiled, because of train.shard")
@@ -266,8 +266,8 @@ def check_ranks(samples: Samples, path: str) -> None:
     if differ:
         counts = f"{found[0]['number']} samples on rank 0, {found[differ[0]]['number']} on rank {differ[0]}"
         raise DataError(
-            f"data.path={path}: ranks {', '.join(map(str, differ))} see other data than rank 0 ({counts}, or samples of other "
-            "content); every machine needs the same files"
+            f"data.path={path}: ranks {', '.join(map(str, differ))} see different data from rank 0 ({counts}, or samples with "
+            "different content); every machine needs the same files"
         )
 
 
@@ -475,8 +475,8 @@ def stream_batches(config: Config, data: PretrainingData, accelerator: Accelerat
             state = ranks[rank]["stream"] if world == len(ranks) else None
         if world != len(ranks):
             raise CheckpointError(
-                f"{saved.folder}: its run had {len(ranks)} processes, this one has {world}; each reads its part of a "
-                f"stream: start {len(ranks)}"
+                f"{saved.folder}: its run had {len(ranks)} processes, this one has {world}; each reads its part of the "
+                f"stream; start {len(ranks)} processes"
             )
     if accelerator.is_main_process:
         log.info("%s is streamed: the order of its samples depends on the number of ranks, here %d", config.data["path"], world)
@@ -544,8 +544,8 @@ def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encode
     if config.modality != "custom" and encoder.reads not in (None, *MODALITIES[config.modality].reads):
         setting = "model" if config.encoder.pretrained is None else "pretrained"
         raise ConfigError(
-            f"encoder.{setting}={getattr(config.encoder, setting)}: {type(encoder.model).__name__} does not read what "
-            f"modality={config.modality} gives; choose an encoder of this modality, or the modality of the encoder"
+            f"encoder.{setting}={getattr(config.encoder, setting)}: {type(encoder.model).__name__} does not read inputs of "
+            f"modality={config.modality}; choose an encoder for this modality, or set the modality of the encoder"
         )
     return encoder
 
@@ -608,11 +608,11 @@ def _start_from_pretrained(model: Data2Vec, config: Config) -> None:
             hint = "; made with:" + "".join(f" head.{name}={value}" for name, value in sorted(made.items())) if made else ""
             if required:
                 raise ConfigError(f"head.pretrained={config.head.pretrained}: {_in_one_line(error)}{hint}") from error
-            log.warning("%s: does not fit this head, which starts at random%s (%s)", file, hint, _in_one_line(error))
+            log.warning("%s: does not fit this head, which starts untrained%s (%s)", file, hint, _in_one_line(error))
         else:
             log.info("head from %s", file)
     elif encoder and model.sparse:
-        log.warning("encoder.pretrained=%s: has no %s, so the decoder starts at random", config.encoder.pretrained, HEAD)
+        log.warning("encoder.pretrained=%s: has no %s, so the decoder starts untrained", config.encoder.pretrained, HEAD)
     if encoder and (encoder / TEACHER).is_file():
         try:
             model.teacher.module.model.load_state_dict(load_file(encoder / TEACHER))

@@ -84,7 +84,7 @@ class RunLog:
                 self.file.write(json.dumps(finite) + "\n")
         if self.board is not None:
             board, self.board = self.board, None  # once it has failed, it keeps failing
-            with disk_may_fail("more for tensorboard"):
+            with disk_may_fail("the TensorBoard log"):
                 for name in record.keys() - {"step", "time"}:
                     board.add_scalar(name, record[name], record["step"])
                 self.board = board
@@ -138,14 +138,14 @@ class Trackers(Callback):
                 self.trackers[name].log(figures, step=record["step"])
             except Exception as error:
                 del self.trackers[name]
-                log.error("train.trackers=%s: gets no more curves: %s", name, first_line(error))
+                log.error("train.trackers=%s: dropped, the run continues: %s", name, first_line(error))
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         for name, tracker in self.trackers.items():
             try:
                 tracker.finish()
             except Exception as failure:
-                log.error("train.trackers=%s: may lack its last curves: %s", name, first_line(failure))
+                log.error("train.trackers=%s: may lack its last points: %s", name, first_line(failure))
 
 
 class Screen:

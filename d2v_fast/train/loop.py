@@ -9,7 +9,7 @@ import shutil
 from contextlib import ExitStack
 
 from d2v_fast.checkpoint import CheckpointError, write_text
-from d2v_fast.data import Batch
+from d2v_fast.data import Batch, DataError
 from d2v_fast.diagnostics import CollapseError, distinct_share, environment
 from d2v_fast.encoders import describe
 from d2v_fast.train.build import Run, trains_tokenizer
@@ -61,14 +61,18 @@ def _steps(run: Run) -> bool:
             run.callbacks.call("on_start", run)
             while state.done < run.steps:
                 run.callbacks.written(run)
+                part, number, last = run.turn()
                 asked = stop.asked or any(each.stop for each in (run, *run.each))
-                stopped, busy = on_any(run.accelerator, asked, run.checkpoints.busy)
+                batches, failure = ([], None) if asked else _next_batches(run, part)
+                stopped, busy, failed = on_any(run.accelerator, asked or stop.asked, run.checkpoints.busy, failure is not None)
                 if stopped:
                     break
+                if failed:  # the other ranks learn of it here and join the save
+                    save(run)
+                    together = True
+                    raise failure or DataError("another rank could not load its batches; its message gives the reason")
                 if not busy and train.save_every and state.done // train.save_every > run.saved // train.save_every:
                     save(run)
-                part, number, last = run.turn()
-                batches = _next_batches(run, part)
                 part.state.monitor.due = number % train.log_every == 0 or number in (1, last)
                 outcome = step(part.state, batches)
                 state.done = part.state.done
@@ -124,15 +128,13 @@ def _export(run: Run) -> None:
         export(part)
 
 
-def _next_batches(run: Run, part: Run) -> list[Batch]:
-    """The micro-batches of a step. If loading them fails, the steps so far are saved."""
+def _next_batches(run: Run, part: Run) -> tuple[list[Batch], Exception | None]:
+    """The micro-batches of a step, or the error that loading them raised."""
     try:
         with part.window.waiting():
-            return part.feed.take(run.config.train.accumulate)
-    except Exception:
-        if run.state.world == 1:  # other ranks do not see the error and would not join the save
-            save(run)
-        raise
+            return part.feed.take(run.config.train.accumulate), None
+    except Exception as error:
+        return [], error
 
 
 def _describe(run: Run) -> None:

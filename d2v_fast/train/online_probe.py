@@ -25,7 +25,7 @@ SAMPLES = 1000  # maximum number of training samples, and of test samples
 
 
 class OnlineProbe(Callback):
-    """Adds `probe_knn` to the log: to the first line after every `every` steps, and to the last line.
+    """Adds `probe_knn` to the log: to the first line after every `interval` steps, and to the last line.
 
     The value is the test accuracy of a k-NN on the teacher's mean states, weighted as in DINO. It leaves the random number
     generators of the training unchanged.
@@ -38,7 +38,7 @@ class OnlineProbe(Callback):
     """
 
     def __init__(self, config: Config):
-        self.every, self.data = config.train.probe_every, config.train.probe_data
+        self.interval, self.data = config.train.probe_every, config.train.probe_data
         self.last: float = 0  # step
         if config.is_text:
             raise ConfigError("train.probe_every: text has no labels; d2v-probe RUN evaluates a run of text")
@@ -62,7 +62,7 @@ class OnlineProbe(Callback):
         log.info("probe on %s: k-NN of the teacher %.1f %%, by chance %.1f %%", data, 100 * knn, 100 * chance)
 
     def on_log(self, run: Run, record: dict[str, float]) -> None:
-        if record["step"] - self.last < self.every and record["step"] < run.steps:
+        if record["step"] - self.last < self.interval and record["step"] < run.steps:
             return
         self.last = record["step"]
         with _generators_untouched(run.state.device), run.window.paused():

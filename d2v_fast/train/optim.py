@@ -60,10 +60,10 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool 
     if _on_gpu(model):
         obstacle = apex_obstacle()
         if not obstacle:
-            log.info("LAMB by apex's FusedLAMB")
+            log.info("LAMB runs as apex's FusedLAMB")
             # Its own clipping is off: train.clip_norm clips.
             return _apex_lamb()(described, betas=betas, eps=eps, max_grad_norm=math.inf)
-        log.info("LAMB by torch's operations: %s", obstacle)
+        log.info("LAMB runs as torch operations: %s", obstacle)
     return Lamb(described, betas=betas, eps=eps)
 
 
@@ -74,11 +74,11 @@ def _on_gpu(model: torch.nn.Module) -> bool:
 def one_pass_obstacle(model: torch.nn.Module, config: OptimizerConfig, train: TrainConfig, fused: bool) -> str | None:
     """Why the optimizer cannot move the teacher in the same pass, or None if it can."""
     if not fused:
-        return "it is a part of --fused"
+        return "it needs --fused"
     if config.kind != "adamw":
-        return f"it is for optimizer.kind=adamw, found {config.kind}"
+        return f"it needs optimizer.kind=adamw, found {config.kind}"
     if train.shard or train.precision == "fp16":
-        return f"it is not for {'train.shard' if train.shard else 'train.precision=fp16'}"
+        return f"it does not support {'train.shard' if train.shard else 'train.precision=fp16'}"
     if not hasattr(model, "teacher"):
         return "several modalities share the blocks of their teachers"
     from d2v_fast.ops import triton_loss

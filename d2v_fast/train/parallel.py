@@ -58,7 +58,7 @@ def check_device(wanted: str) -> None:
     if wanted not in ("auto", "cpu", found and found.type):
         raise ConfigError(
             f"train.device={wanted}: torch {torch.__version__} finds {found.type if found else 'no GPU'}; d2v-doctor may say "
-            "why, train.device=auto takes what there is"
+            "why; train.device=auto uses what is available"
         )
 
 
@@ -69,7 +69,7 @@ def check_slurm() -> None:
         raise ConfigError(
             f"SLURM_STEP_NUM_TASKS={tasks}: srun has started {tasks} processes, which would be {tasks} runs; for one run start "
             "torchrun once a node: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_JOB_NUM_NODES --nproc-per-node=GPUS "
-            "--rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 -m d2v_fast.cli …; for runs apart unset this variable"
+            "--rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 -m d2v_fast.cli …; for separate runs unset it"
         )
 
 

@@ -84,9 +84,9 @@ def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config
         step = was * known["train.accumulate"]
     elastic = was != now and step == now * settings["train.accumulate"]
     if was != now and not elastic and "processes" not in config.resume_allow:
-        even = "" if step % now else f" or train.accumulate={step // now}, for steps of as many batches,"
+        even = "" if step % now else f" or train.accumulate={step // now}, for as many batches per step,"
         raise CheckpointError(
-            f"{saved.folder}: its run had {was} process{'es' * (was != 1)}, this one has {now}; start as many, with "
+            f"{saved.folder}: its run had {was} process{'es' * (was != 1)}, this one has {now}; start {was}, with "
             f"torchrun --nproc-per-node={was} on one machine, or plain d2v-train for one;{even} or --resume-allow processes"
         )
     plain = {key: PART.sub("", key) for key in (*known, *settings)}

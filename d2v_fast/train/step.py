@@ -234,7 +234,7 @@ def forward_backward(
 
 
 def clip(state: State) -> Tensor:
-    """The norm of the gradient, which is clipped if it should be; otherwise no gradient is written."""
+    """Clip the gradient if `clip_norm` is set; returns its norm before clipping."""
     if state.clip_norm:
         return whole(state.accelerator.clip_grad_norm_(state.parameters, state.clip_norm))
     state.accelerator.unscale_gradients()
