@@ -123,7 +123,7 @@ def step(name: str, precision: str, kind: str) -> None:
 def trainer(modality: str, kind: str) -> None:
     """Steps of `d2v-train`; the first is logged. It synchronises once, to check that loss and gradient are finite.
 
-    Each of the others is asked in the next one, through a copy and an event, whether it was taken.
+    The flags of the others are read in the next step, through a copy and an event.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = parse(arguments(modality, folder, "loss.impl=triton", "train.device=cpu"))[0]

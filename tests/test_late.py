@@ -1,4 +1,4 @@
-"""Steps that the device skips and of which the host learns later, against steps of which it learns at once, to the bit."""
+"""Skipped steps whose flag the host reads one step later, compared to the bit with steps whose flag it reads at once."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ SETTINGS.append("encoder.config.hidden_dropout_prob=0.1")
 
 
 def train(folder, late, spoiled, *more, resume=False):
-    """A run with an infinite pixel in these steps; returns how often it asked for the flag of an earlier step."""
+    """A run with an infinite pixel in these steps; returns how many flags were read a step later."""
     args = ["--resume", str(folder)] if resume else arguments("vision", folder, *SETTINGS, *more)
     return train_all(build(parse(args)[0], fused=True), late, spoiled)
 

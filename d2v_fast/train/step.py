@@ -41,7 +41,7 @@ class State:
         clip_norm: Maximum norm of the gradient, 0 = no clipping.
         graphs: Replays passes as CUDA graphs; None runs them eagerly.
         done: Number of steps so far.
-        late: Whether a step that is not finite is skipped on the device, which the host learns later.
+        late: Whether the device itself skips steps that are not finite; the host reads the flag one step later.
         pending: The last step, while the host does not know whether it was taken.
         device, world: Device of the accelerator, and its number of processes.
     """
@@ -97,7 +97,7 @@ class State:
         self.optimizer.load_state_dict({"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def settle(self) -> None:
-        """Count the last step as taken or skipped, once that is known. Comes before anything else that reads the counts."""
+        """Wait for the flag of the last step and count it as taken or skipped. Call it before reading the counts."""
         pending, self.pending = self.pending, None
         if pending is None:
             return
@@ -125,7 +125,7 @@ class Outcome(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """A step that the device has taken or skipped, which the host does not know yet.
+    """A step whose flag the host has not read yet.
 
     Attributes:
         step: Its number.
@@ -152,8 +152,8 @@ class Pending(NamedTuple):
 def step(state: State, micro_batches: list[Batch]) -> Outcome:
     """Forward and backward of all micro-batches, then optimizer, schedule and teacher, unless something is not finite.
 
-    If `state.late`, the host does not wait for the device to learn that. It asks in the next step, after the device has got the
-    passes of that step, or in `state.settle()`. Steps that are logged or may end the run are settled at once.
+    If `state.late`, the device skips the updates by itself and the host does not wait. It reads the flag in the next step, once
+    the passes of that step are queued, or in `state.settle()`. Steps that are logged or may end the run are settled at once.
     """
     loss, cls_loss = _accumulate(state, micro_batches)
     grad_norm = clip(state)
