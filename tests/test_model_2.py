@@ -795,7 +795,7 @@ REFUSED = {
     "reduction": (lambda: Data2Vec(roberta(), cls_reduction="max"), "cls_reduction: found 'max', expected one of 'mean', 's"),
     "RoFormer": (
         lambda: Data2Vec(build_encoder("roformer", config=COMMON | TEXT), top_k=2, decoder=decoder()),
-        "encoder: RoFormerModel cannot encode the visible positions alone: .* take roberta, .* or leave the decoder out",
+        "encoder: RoFormerModel cannot encode the visible positions alone: .* use roberta, .* or leave the decoder out",
     ),
     "WavLM": (
         lambda: Data2Vec(build_encoder("wavlm", config=COMMON | WAVE | dict(num_feat_extract_layers=3)), decoder=decoder()),

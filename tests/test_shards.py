@@ -142,7 +142,7 @@ def test_ranks_that_see_other_data(monkeypatch):
             check_ranks(samples[0], "x")
         else:
             with pytest.raises(
-                DataError, match=rf"data.path=x: ranks {ranks} see other data .*3 samples on rank 0, 2 on rank 2"
+                DataError, match=rf"data.path=x: ranks {ranks} see different data .*3 samples on rank 0, 2 on rank 2"
             ):
                 check_ranks(samples[0], "x")
 

@@ -240,7 +240,7 @@ def test_encoding_visible_positions_equals_masking_attention_to_all_others(name,
 @pytest.mark.parametrize("name", [each for each in EACH if not FAMILIES[name_of(each)].gathers])
 def test_encoders_that_cannot_gather_say_why(name):
     encoder = wrap(plain(name))
-    why = "its blocks see fewer positions" if name == "sew" else "positions or their number enter inside its blocks"
+    why = "its blocks see fewer positions" if name == "sew" else "its blocks depend on positions or on their number"
     with pytest.raises(ValueError, match=f"cannot encode the visible positions alone: {why}"):
         Data2Vec(encoder, top_k=2, decoder=ConvDecoder(32, 1, width=16, kernel=3, groups=4))
     with pytest.raises(ValueError, match="cannot encode the visible positions alone"):
@@ -766,7 +766,7 @@ def test_probing_runs_each_class_of_block():
     model = plain("nomic_bert")
     assert wrap(model).gathers
     model.layers[1].__class__ = Convolved
-    assert wrap(model).no_gather.startswith("positions or their number enter inside its blocks")
+    assert wrap(model).no_gather.startswith("its blocks depend on positions or on their number")
 
 
 def four_layers():
@@ -791,7 +791,7 @@ def test_blocks_that_differ_by_an_attribute_alone_are_probed(attribute):
     for number, block in enumerate(model.layers):
         block.__class__ = Differs
         setattr(block, name, value if number == 2 else type(value)())
-    assert wrap(model).no_gather.startswith("positions or their number enter inside its blocks")
+    assert wrap(model).no_gather.startswith("its blocks depend on positions or on their number")
 
 
 def test_blocks_whose_arguments_differ_are_probed():
@@ -975,7 +975,7 @@ def test_the_table_of_timm(monkeypatch, tmp_path, capsys):
     assert text.startswith("before\n<!-- timm -->\nTried with timm 9.8") and text.endswith("|\n<!-- /timm -->\nafter\n")
     assert "5 families, of which 3 work with data2vec 1.0 and 2 of them with 2.0" in text
     assert "| `vit_*`, `vit_*_clip_*` | SiglipVisionModel | yes | yes |" in text
-    assert "| `beit_*` | MLCDVisionModel | yes | no: positions or their number enter inside its blocks" in text
+    assert "| `beit_*` | MLCDVisionModel | yes | no: its blocks depend on positions or on their number" in text
     assert "| `swin_*` | SwinModel | no: is hierarchical: 64 local features become 16 states, so no mask fits" in text
     assert "| `broken_vit` |  | no: a \\| b | no |" in text and "resnet" not in text
     sizes = dict(img_size=32, patch_size=8, embed_dim=48, num_heads=4)

@@ -154,7 +154,7 @@ def test_the_table(timm, capsys):
     assert "3 families, of which 2 work with data2vec 1.0 and 1 of them with 2.0" in text and "resnet" not in text
     assert "| `vit_tiny_patch16_224` | VisionTransformer | yes | yes |" in text
     assert (
-        "| `samvit_base_patch16` | VisionTransformerSAM | yes | no: positions or their number enter inside its blocks" in text
+        "| `samvit_base_patch16` | VisionTransformerSAM | yes | no: its blocks depend on positions or on their number" in text
     )
     assert "| `swin_tiny_patch4_window7_224` | SwinTransformer | no: has no list of blocks with attention" in text
     families = table.families()

@@ -277,7 +277,7 @@ def test_refusals(interpreted):
 @pytest.mark.parametrize(
     "config, train_config, fused, why",
     [
-        ({}, {}, False, "a part of --fused"),
+        ({}, {}, False, "needs --fused"),
         (dict(kind="lamb"), {}, True, "optimizer.kind=adamw, found lamb"),
         ({}, dict(shard=True), True, "train.shard"),
         ({}, dict(precision="fp16"), True, "train.precision=fp16"),
