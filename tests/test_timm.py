@@ -156,7 +156,7 @@ def test_the_table(timm, capsys):
     assert (
         "| `samvit_base_patch16` | VisionTransformerSAM | yes | no: its blocks depend on positions or on their number" in text
     )
-    assert "| `swin_tiny_patch4_window7_224` | SwinTransformer | no: has no list of blocks with attention" in text
+    assert "| `swin_tiny_patch4_window7_224` | SwinTransformer | no: no list of blocks with attention was found" in text
     families = table.families()
     assert families["eva02_*"] == "eva02_tiny_patch14_224" and families["deit3_*"] == "deit3_small_patch16_224"
     assert "resnet18" not in families and len(families) > 100
