@@ -1,7 +1,7 @@
 """AdamW that also moves the EMA teacher, in one pass over memory, on a GPU.
 
 Per weight, AdamW moves 28 bytes: it reads gradient, weight and both moments, and writes all but the gradient. The teacher alone
-moves 12, of which 4 read the weight again; here it adds 8. A bf16 copy of the new weight adds 2.
+moves 12, of which 4 read the weight again; here it adds 8.
 
 `_begin_kernel` counts the steps and computes what depends on them. `_adamw_kernel` updates all tensors: a program owns CHUNK
 elements of one tensor, whose row in a table on the device holds the addresses. What changes from step to step is read from the
@@ -40,7 +40,6 @@ class Slot(NamedTuple):
         parameter: The weight.
         exp_avg, exp_avg_sq, step: AdamW's state, `step` () fp32; None until there is a gradient.
         teacher: Moves towards the new weight; None if it has no teacher.
-        copy: bf16, gets the new weight; None if not needed.
     """
 
     group: int
@@ -49,21 +48,20 @@ class Slot(NamedTuple):
     exp_avg_sq: Tensor | None = None
     step: Tensor | None = None
     teacher: Tensor | None = None
-    copy: Tensor | None = None
 
 
-def _check(x: Tensor, parameter: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    if (x.dtype, x.shape, x.device, x.is_contiguous()) != (dtype, parameter.shape, parameter.device, True):
+def _check(x: Tensor, parameter: Tensor) -> None:
+    if (x.dtype, x.shape, x.device, x.is_contiguous()) != (torch.float32, parameter.shape, parameter.device, True):
         found = f"{x.dtype}, {tuple(x.shape)}, strides {x.stride()}, on {x.device}"
         raise ValueError(
-            f"optimizer and teacher in one pass: found {found}, expected {dtype}, {tuple(parameter.shape)}, contiguous, on "
-            f"{parameter.device}; optimizer.one_pass=false takes any tensor"
+            f"optimizer and teacher in one pass: found {found}, expected torch.float32, {tuple(parameter.shape)}, "
+            f"contiguous, on {parameter.device}; optimizer.one_pass=false takes any tensor"
         )
 
 
 @_jit(do_not_specialize=["n"])
 def _begin_kernel(
-    table_ptr,  # (N, 8) int64: addresses of weight, moments, teacher, copy and step, 0 = none; number of elements; group
+    table_ptr,  # (N, 7) int64: addresses of weight, moments, teacher and step, 0 = none; number of elements; group
     grads_ptr,  # (N,) int64: addresses of the gradients
     numbers_ptr,  # (G, 8) fp64: lr, weight decay, log β1, log β2, 1 - β1, 1 - β2, eps, 1 - τ
     skip_ptr,  # () fp32, read if GATED: anything but 0 = skip the step
@@ -74,10 +72,10 @@ def _begin_kernel(
     if GATED:
         n = tl.where(tl.load(skip_ptr) == 0, n, 0)
     updated = tl.load(grads_ptr + row, mask=row < n, other=0) != 0
-    step_ptr = tl.load(table_ptr + row * 8 + 5, mask=updated, other=0).to(tl.pointer_type(tl.float32))
+    step_ptr = tl.load(table_ptr + row * 7 + 4, mask=updated, other=0).to(tl.pointer_type(tl.float32))
     step = tl.load(step_ptr, mask=updated, other=0) + 1
     tl.store(step_ptr, step, mask=updated)
-    numbers_ptr += tl.load(table_ptr + row * 8 + 7, mask=updated, other=0) * 8
+    numbers_ptr += tl.load(table_ptr + row * 7 + 6, mask=updated, other=0) * 8
     # In fp32 the first 1 - β^t would lose most of their digits.
     lr = tl.load(numbers_ptr, mask=updated, other=0)
     first = 1 - tl.exp(step.to(tl.float64) * tl.load(numbers_ptr + 2, mask=updated, other=-1))
@@ -93,7 +91,7 @@ def _at(address, start, TYPE: tl.constexpr, BYTES: tl.constexpr):
 
 
 @_jit
-def _update(p, grad, mean, square, teacher, copy, start, size, numbers_ptr, scalars_ptr, UNIT: tl.constexpr,
+def _update(p, grad, mean, square, teacher, start, size, numbers_ptr, scalars_ptr, UNIT: tl.constexpr,
             BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Elements `start` to `start` + CHUNK of a tensor of `size`, a multiple of UNIT."""
     shrink = (1 - tl.load(numbers_ptr) * tl.load(numbers_ptr + 1)).to(tl.float32)
@@ -125,13 +123,11 @@ def _update(p, grad, mean, square, teacher, copy, start, size, numbers_ptr, scal
             teacher_ptr = _at(teacher, start, tl.float32, 4 * UNIT)
             t = tl.load(teacher_ptr + i, mask=inside)
             tl.store(teacher_ptr + i, t + share * (w - t), mask=inside)
-        if copy != 0:
-            tl.store(_at(copy, start, tl.bfloat16, 2 * UNIT) + i, w.to(tl.bfloat16), mask=inside)
 
 
 @_jit
 def _adamw_kernel(
-    table_ptr,  # (N, 8) int64, as above
+    table_ptr,  # (N, 7) int64, as above
     grads_ptr,  # (N,) int64
     numbers_ptr,  # (G, 8) fp64
     scalars_ptr,  # (N, 2) fp32
@@ -143,22 +139,21 @@ def _adamw_kernel(
     row = tl.load(row_ptr + tl.program_id(0))
     start = (tl.program_id(0) - tl.load(first_ptr + row)).to(tl.int64) * CHUNK
     grad = tl.load(grads_ptr + row)
-    table_ptr += row * 8
+    table_ptr += row * 7
     p = tl.load(table_ptr)
     mean = tl.load(table_ptr + 1)
     square = tl.load(table_ptr + 2)
     teacher = tl.load(table_ptr + 3)
-    copy = tl.load(table_ptr + 4)
-    size = tl.load(table_ptr + 6)
-    numbers_ptr += tl.load(table_ptr + 7) * 8
+    size = tl.load(table_ptr + 5)
+    numbers_ptr += tl.load(table_ptr + 6) * 8
     scalars_ptr += row * 2
-    aligned = ((p | grad | mean | square | teacher | copy * 2 | size * 4) & 15) == 0
+    aligned = ((p | grad | mean | square | teacher | size * 4) & 15) == 0
     if GATED:
         size = tl.where(tl.load(skip_ptr) == 0, size, 0)
     if aligned:  # 16 bytes at a time
-        _update(p, grad, mean, square, teacher, copy, start, size, numbers_ptr, scalars_ptr, 4, BLOCK, CHUNK)
+        _update(p, grad, mean, square, teacher, start, size, numbers_ptr, scalars_ptr, 4, BLOCK, CHUNK)
     else:
-        _update(p, grad, mean, square, teacher, copy, start, size, numbers_ptr, scalars_ptr, 1, BLOCK, CHUNK)
+        _update(p, grad, mean, square, teacher, start, size, numbers_ptr, scalars_ptr, 1, BLOCK, CHUNK)
 
 
 class OnePass:
@@ -179,10 +174,8 @@ class OnePass:
             for x in (slot.parameter, slot.exp_avg, slot.exp_avg_sq, slot.teacher):
                 if x is not None:
                     _check(x, slot.parameter)
-            if slot.copy is not None:
-                _check(slot.copy, slot.parameter, torch.bfloat16)
         rows = [
-            [*map(_address, (s.parameter, s.exp_avg, s.exp_avg_sq, s.teacher, s.copy, s.step)), s.parameter.numel(), s.group]
+            [*map(_address, (s.parameter, s.exp_avg, s.exp_avg_sq, s.teacher, s.step)), s.parameter.numel(), s.group]
             for s in slots
         ]
         programs = [triton.cdiv(slot.parameter.numel(), CHUNK) for slot in slots]
