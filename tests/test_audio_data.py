@@ -287,7 +287,7 @@ class TestHeaders:
         self.check(bytes(content), "wav", tmp_path, noise())
 
     def test_wav_of_nothing(self, tmp_path):
-        with pytest.raises(ValueError, match="holds no sample$"):
+        with pytest.raises(ValueError, match=r"holds no sample$"):
             read_audio(write_wave(tmp_path / "a.wav", np.zeros(0)), RATE)
 
     @pytest.mark.parametrize(

@@ -537,7 +537,7 @@ def test_batches_have_as_many_recordings_as_the_settings_say(tmp_path):
 
 def test_a_folder_that_was_there_before_a_run_that_fails_stays(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(DataError, match="data.path=nowhere"):
+    with pytest.raises(DataError, match=r"data\.path=nowhere"):
         build(config("vision", tmp_path / "run", "data.path=nowhere/"))
     assert (tmp_path / "run").exists()
     for steps, alarms, stays in ((0, False, False), (0, True, True), (3, False, True)):
