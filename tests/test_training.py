@@ -261,7 +261,7 @@ def test_learning_rate_schedules():
     assert lr_factor(500, 1000, tri) == 1 and lr_factor(930, 1000, tri) == 1
     assert lr_factor(965, 1000, tri) == pytest.approx(0.1) and lr_factor(1000, 1000, tri) == pytest.approx(0.01)
     to_zero = ScheduleConfig("tri_stage", warmup=0.1, hold=0.5)  # which no exponential reaches: linear
-    assert [lr_factor(i, 100, to_zero) for i in (60, 80, 100)] == pytest.approx([1, 0.5, 0])
+    assert [lr_factor(i, 100, to_zero) for i in (60, 80, 100, 120)] == pytest.approx([1, 0.5, 0, 0])
 
 
 def test_weight_decay_and_lr_scale_of_parameter_groups():
