@@ -62,7 +62,7 @@ def test_a_line_has_means_over_the_window(tmp_path, clock):
     run.state.world = 2  # each has read as many samples
     record = make_record(run.state, run.window, run.broken, 9, torch.tensor(0.5))
     expected = {"step": 1, "loss": 3.0, "samples_per_s": 6.0, "data_wait": 0.25, "epoch": 9, "grad_norm": 0.5, "time": 5.0}
-    expected |= {"broken_samples": 1, "skipped_steps": 7, "ema_decay": 0.525}
+    expected |= {"broken_samples": 1, "skipped_steps": 7, "ema_decay": 0.525, "gradient_peak": 1.0}
     assert {name: record[name] for name in expected} == pytest.approx(expected)
 
 
