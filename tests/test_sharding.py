@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
-from d2v_fast import Data2Vec, diagnostics, memory, sharding, wrap
+from d2v_fast import Data2Vec, TargetsConfig, diagnostics, memory, sharding, wrap
 from d2v_fast.config import ConfigError, TrainConfig, parse
 from d2v_fast.train import build as building
 from d2v_fast.train import parallel, train
@@ -353,7 +353,7 @@ class Scalar(models.Handwritten):
 )
 def test_blocks_that_cannot_be_gathered_are_named(model, why, monkeypatch):
     """In a group of one process, where a block is gathered as anywhere."""
-    core = Data2Vec(wrap((model or models.Handwritten)(), "blocks", "mlp.2"), top_k=2)
+    core = Data2Vec(wrap((model or models.Handwritten)(), "blocks", "mlp.2"), targets=TargetsConfig(top_k=2))
     batch = {"source": torch.randn(2, 8, 6), "mask": torch.arange(8).expand(2, 8) < 4}
     batch["index"] = batch["mask"].flatten().nonzero().squeeze(1)
     monkeypatch.setattr(building, "first_batch", lambda data: batch)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
-from d2v_fast.config import MODALITIES, Config, ConfigError, data_class
+from d2v_fast.config import MODALITIES, Config, ConfigError, HeadConfig, data_class
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData
 from d2v_fast.data.own import check_batch, check_class, error_context
 from d2v_fast.data.streaming import StreamBatches
@@ -561,24 +561,14 @@ def make_model(config: Config, encoder: Encoder, axes: int | None = None) -> Dat
     Raises:
         ConfigError: head.pretrained holds no head, or one that does not fit.
     """
-    head, decoder = vars(config.head).copy(), None
-    kind, layers, zero_init, _ = (head.pop(name) for name in ("kind", "layers", "zero_init", "pretrained"))
-    if kind == "conv":
-        axes = axes or MODALITIES[config.modality].axes
+    predictor: HeadConfig | ConvDecoder = config.head
+    if config.head.kind == "conv":
+        fields = {name: value for name, value in vars(config.head).items() if name not in ("kind", "pretrained")}
         try:
-            decoder = ConvDecoder(encoder.hidden_size, axes, layers=layers, zero_init=zero_init, **head)
+            predictor = ConvDecoder(encoder.hidden_size, axes or MODALITIES[config.modality].axes, **fields)
         except ValueError as error:
             raise ConfigError(f"head.{error}") from error
-    loss = {name: value for name, value in vars(config.loss).items() if name != "reduction"}
-    model = Data2Vec(
-        encoder,
-        **vars(config.targets),
-        **loss,
-        head_layers=layers,
-        head_zero_init=zero_init,
-        decoder=decoder,
-        **{f"ema_{name}": value for name, value in vars(config.ema).items()},
-    )
+    model = Data2Vec(encoder, predictor, targets=config.targets, loss=config.loss, ema=config.ema)
     if not config.resume:  # else a checkpoint has them
         _start_from_pretrained(model, config)
     return model
