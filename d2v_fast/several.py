@@ -31,6 +31,7 @@ from d2v_fast.config import (
     _flat,
     _readable,
     check_layer,
+    in_section,
     load_yaml,
     new_parser,
     parse,
@@ -196,7 +197,7 @@ def configure(
     shares = values["several"]["shares"]
     _check_shares(shares, parts)
     shares = {part: shares[part] for part in parts}
-    sections = {section: SECTIONS[section](**values[section]) for section in WHOLE}
+    sections = {section: in_section(section, SECTIONS[section], **values[section]) for section in WHOLE}
     if sections["train"].epochs is not None:
         raise ConfigError("train.epochs: several data sets have no epoch in common; expected train.steps")
     inner = {section: vars(value) for section, value in sections.items()}

@@ -309,6 +309,8 @@ BOUNDS = [
     ("optimizer.lr", 1, ".nan"),
     ("optimizer.betas", [0, 0.999], [0.9, 1]),
     ("loss.beta", 0, -1),
+    ("loss.beta", 1e-30, 1e-31),
+    ("loss.beta", 1e30, 2e30),
     ("head.layers", 0, -1),
     ("schedule.warmup", 0, -1),
     ("train.steps", 1, 0),
