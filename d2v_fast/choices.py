@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from numbers import Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-Norm = Literal["none", "layer", "instance", "batch", "group"]  # in the order of D2VNorm in kernels/loss.h
+Norm = Literal["none", "layer", "instance", "batch", "group"]
 TargetNorm = Literal["none", "layer", "instance"]
 Implementation = Literal["auto", "eager", "compile", "native", "triton"]
 LayerSource = Literal["ffn", "block_output", "block_input"]
@@ -63,6 +64,13 @@ def arguments(cls: type) -> dict[str, Any]:
         with suppress(NameError):  # an annotation may name what only a type checker imports
             hints |= get_type_hints(base.__init__, include_extras=True)
     return hints
+
+
+def argument_defaults(cls: type) -> dict[str, Any]:
+    """The defaults of the `arguments` of a class that have one."""
+    bases: Any = reversed(cls.__mro__)
+    found = (parameter for base in bases for parameter in inspect.signature(base.__init__).parameters.values())
+    return {parameter.name: parameter.default for parameter in found if parameter.default is not parameter.empty}
 
 
 def ranges(cls: type) -> dict[str, Range]:

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -33,6 +33,7 @@ from d2v_fast.choices import (
     PositiveInt,
     Range,
     TargetNorm,
+    argument_defaults,
     arguments,
     check,
     nearest,
@@ -418,9 +419,6 @@ SECTIONS = {
 
 
 GROUPS = {*SECTIONS, "mask", "data"}
-DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)}
-DEFAULTS |= {"data.class": None, "data.views": None, "data.whole_seconds": 60.0}
-DEFAULTS |= {"data.streaming": False, "data.shuffle_buffer": 1000, "data.length_multiple": 1}
 
 
 @dataclass(frozen=True)
@@ -458,6 +456,14 @@ class Config:
         """All settings by their dotted keys."""
         values = {f"{section}.{k}": v for section in (*SECTIONS, "mask") for k, v in vars(getattr(self, section)).items()}
         return values | {f"data.{k}": v for k, v in self.data.items()}
+
+    def defaults(self) -> dict[str, Any]:
+        """Default values by the dotted keys of `settings`."""
+        sections = {name: cls() for name, cls in SECTIONS.items()} | {"mask": type(self.mask)()}
+        values = {f"{section}.{k}": v for section, found in sections.items() for k, v in vars(found).items()}
+        data = argument_defaults(data_class(self.modality, self.data["class"]))
+        # Older runs padded to no multiple; in newer ones null has become a number before settings are compared.
+        return values | {f"data.{k}": v for k, v in data.items()} | {"data.class": None, "data.length_multiple": 1}
 
     def check(self) -> None:
         """Raise ConfigError for invalid values."""

@@ -131,6 +131,12 @@ class SeveralConfig:
             values |= {f"several.parts.{name}.{key}": value for key, value in own.items()}
         return values
 
+    def defaults(self) -> dict[str, Any]:
+        """Default values by the dotted keys of `settings`."""
+        parts = {f"several.parts.{name}.{k}": v for name, part in self.parts.items() for k, v in part.defaults().items()}
+        first = next(iter(self.parts.values())).defaults()
+        return parts | {key: value for key, value in first.items() if key.partition(".")[0] in WHOLE}
+
 
 def configure(
     settings: dict[str, Any], arguments: list[str], name: str, resume: bool | Literal["auto"], resume_allow: list[str]

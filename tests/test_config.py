@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import os
 import re
 from typing import get_type_hints
@@ -177,6 +178,14 @@ class TestSettings:
         (tmp_path / "mine.yaml").write_text("encoder: {model: bert, config: {type_vocab_size: 1}}")
         config, _ = parse(["--config", "text/tiny", "--config", str(tmp_path / "mine.yaml")])
         assert (config.encoder.config["type_vocab_size"], config.encoder.config["hidden_size"]) == (1, 128)
+
+    @pytest.mark.parametrize("args", [TEXT, VISION, AUDIO, SPECTROGRAM])
+    def test_defaults(self, args):
+        """Settings that are not given have the defaults by which a run from before a setting resumes."""
+        config, _ = parse(args)
+        settings, defaults = (json.loads(json.dumps(each, default=str)) for each in (config.settings(), config.defaults()))
+        differ = {key for key, value in settings.items() if defaults.get(key, ...) != value}
+        assert differ == {"encoder.model", "data.length_multiple"} & settings.keys()
 
     def test_fused(self):
         assert parse([*VISION, "--fused"])[1] is True
