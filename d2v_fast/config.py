@@ -174,7 +174,7 @@ class TargetsConfig(Checked):
     Args:
         top_k: Number of top teacher layers to average.
         source: What to take from each layer: the FFN output, or the output or input of the block.
-        norm: Normalization of each layer before averaging.
+        norm: Normalization of each layer before averaging; batch and group are for fairseq configs that set them.
         target_norm: Normalization of the average.
         teacher_fp32: Run the teacher in fp32 under mixed precision.
     """
