@@ -101,6 +101,14 @@ def _kinds(hint: Any) -> Iterator[Any]:
                 yield from _kinds(part)
 
 
+def _elements(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list | tuple):
+        for element in value.values() if isinstance(value, dict) else value:
+            yield from _elements(element)
+    else:
+        yield value
+
+
 def check(name: str, value: Any, hint: Any) -> None:
     """Raise a ValueError for a value that the Literal or the `Range` in a hint excludes; elements of a container one by one.
 
@@ -110,8 +118,7 @@ def check(name: str, value: Any, hint: Any) -> None:
     choices = next((kind for kind in kinds if get_origin(kind) is Literal), None)
     if expected is None and choices is None:
         return
-    container = _is_container(hint) and isinstance(value, list | tuple | dict)
-    for element in (value.values() if isinstance(value, dict) else value) if container else [value]:
+    for element in _elements(value) if _is_container(hint) else [value]:
         if any(_accepts(kind, element, expected) for kind in kinds):
             continue
         if choices and (expected is None or isinstance(element, str)):

@@ -109,9 +109,7 @@ def data2vec_loss(
     Raises:
         ValueError: A shape, dtype, device or choice does not fit; the message names argument, found and expected.
     """
-    check_settings(
-        norm=norm, target_norm=target_norm, beta=beta, scale=scale, reduction=reduction, layout=layout, impl=impl
-    )
+    check_settings(norm=norm, target_norm=target_norm, beta=beta, scale=scale, reduction=reduction, layout=layout, impl=impl)
     if isinstance(teacher_layers, Tensor):
         shape = tuple(teacher_layers.shape)
         raise ValueError(f"teacher_layers: found one tensor {shape}, expected a sequence: [x], or x.unbind(0) of a stack")

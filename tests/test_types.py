@@ -131,9 +131,18 @@ def test_wrong_words_are_refused_at_construction(make, message):
 @pytest.mark.parametrize(
     ("makes", "message"),
     [
-        ([lambda: EMAConfig(start=2), lambda: EMATeacher(nn.Linear(1, 1), start=2)], r"start: found 2, expected a number in [0, 1]"),
-        ([lambda: LossConfig(beta=1e-40), lambda: Data2VecLoss(beta=1e-40)], "beta: found 1e-40, expected 0 or a number in [1e-30, 1e30]"),
-        ([lambda: LossConfig(beta=2e30), lambda: Data2VecLoss(beta=2e30)], "beta: found 2e+30, expected 0 or a number in [1e-30, 1e30]"),
+        (
+            [lambda: EMAConfig(start=2), lambda: EMATeacher(nn.Linear(1, 1), start=2)],
+            r"start: found 2, expected a number in [0, 1]",
+        ),
+        (
+            [lambda: LossConfig(beta=1e-40), lambda: Data2VecLoss(beta=1e-40)],
+            "beta: found 1e-40, expected 0 or a number in [1e-30, 1e30]",
+        ),
+        (
+            [lambda: LossConfig(beta=2e30), lambda: Data2VecLoss(beta=2e30)],
+            "beta: found 2e+30, expected 0 or a number in [1e-30, 1e30]",
+        ),
         ([lambda: LossConfig(scale=0), lambda: Data2VecLoss(scale=0)], "scale: found 0, expected a number above 0"),
         ([lambda: OptimizerConfig(betas=(0.9, 1.0))], "betas: found 1.0, expected a number in [0, 1)"),
         ([lambda: OptimizerConfig(lr_scale={"a": 0.5, "b": -1})], "lr_scale: found -1, expected at least 0"),
@@ -164,6 +173,7 @@ Share = Annotated[float, Range("[0, 1]")]
         (tuple[Literal["a", "b"], ...], (("a", "b"),), (("a", "c"),)),
         (list[Share] | None, (None, [0, 1]), ([0, 2], ["a"])),
         (dict[str, Share], ({}, {"a": 1}), ({"a": 1, "b": 2}, {"a": "b"})),
+        (dict[str, list[Share]], ({"a": [0, 1]},), ({"a": [0, 2]},)),
         (Share | str, (0.5, "half"), (2,)),
         (list[str | dict[str, int]], ([{"a": -1}], "anything"), ()),
     ],
@@ -172,5 +182,5 @@ def test_words_and_numbers_in_any_annotation(hint, good, bad):
     for value in good:
         check("x", value, hint)
     for value in bad:
-        with pytest.raises(ValueError, match="^x: found .*, expected "):
+        with pytest.raises(ValueError, match=r"^x: found .*, expected "):
             check("x", value, hint)
