@@ -12,13 +12,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from d2v_fast.choices import (
+    Beta,
     Checked,
     ClosedUnitInterval,
     CLSReduction,
@@ -32,6 +33,9 @@ from d2v_fast.choices import (
     PositiveInt,
     Range,
     TargetNorm,
+    argument_defaults,
+    arguments,
+    check,
     nearest,
     ranges,
 )
@@ -40,6 +44,7 @@ from d2v_fast.masking import BlockMask, ExactBlockMask, RandomMask, SpanMask, To
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+Made = TypeVar("Made")
 PRESETS = Path(__file__).parent / "presets"
 MASKS = {"span": SpanMask, "block": BlockMask, "random": RandomMask, "token": TokenMask, "exact": ExactBlockMask}
 FLAGS = ("-h", "--help", "--fused", "--print_config")
@@ -120,6 +125,14 @@ class ConfigError(ValueError):
     """An invalid key or value. The message names it and the valid alternatives."""
 
 
+def in_section(section: str, call: Callable[..., Made], *args: Any, **settings: Any) -> Made:
+    """Call a function; a ValueError about a setting becomes a ConfigError that names it by its dotted key."""
+    try:
+        return call(*args, **settings)
+    except ValueError as error:
+        raise ConfigError(f"{section}.{error}") from None
+
+
 @dataclass(frozen=True)
 class EncoderConfig(Checked):
     """The encoder.
@@ -161,7 +174,7 @@ class TargetsConfig(Checked):
     Args:
         top_k: Number of top teacher layers to average.
         source: What to take from each layer: the FFN output, or the output or input of the block.
-        norm: Normalization of each layer before averaging.
+        norm: Normalization of each layer before averaging; batch and group are for fairseq configs that set them.
         target_norm: Normalization of the average.
         teacher_fp32: Run the teacher in fp32 under mixed precision.
     """
@@ -186,7 +199,7 @@ class LossConfig(Checked):
         cls_reduction: mean over the views of a batch, or their sum as in the reference code.
     """
 
-    beta: NonNegativeFloat = 0.0
+    beta: Beta = 0.0
     scale: PositiveFloat | Literal["auto", "mean"] = "auto"
     reduction: Literal["global", "local"] = "global"
     impl: Implementation = "auto"
@@ -406,9 +419,6 @@ SECTIONS = {
 
 
 GROUPS = {*SECTIONS, "mask", "data"}
-DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)}
-DEFAULTS |= {"data.class": None, "data.views": None, "data.whole_seconds": 60.0}
-DEFAULTS |= {"data.streaming": False, "data.shuffle_buffer": 1000, "data.length_multiple": 1}
 
 
 @dataclass(frozen=True)
@@ -447,10 +457,13 @@ class Config:
         values = {f"{section}.{k}": v for section in (*SECTIONS, "mask") for k, v in vars(getattr(self, section)).items()}
         return values | {f"data.{k}": v for k, v in self.data.items()}
 
-    def ranges(self) -> dict[str, Range]:
-        """The ranges of the settings by their dotted keys."""
-        classes = {**SECTIONS, "mask": type(self.mask), "data": data_class(self.modality, self.data["class"])}
-        return {f"{section}.{name}": found for section, cls in classes.items() for name, found in ranges(cls).items()}
+    def defaults(self) -> dict[str, Any]:
+        """Default values by the dotted keys of `settings`."""
+        sections = {name: cls() for name, cls in SECTIONS.items()} | {"mask": type(self.mask)()}
+        values = {f"{section}.{k}": v for section, found in sections.items() for k, v in vars(found).items()}
+        data = argument_defaults(data_class(self.modality, self.data["class"]))
+        # Older runs padded to no multiple; in newer ones null has become a number before settings are compared.
+        return values | {f"data.{k}": v for k, v in data.items()} | {"data.class": None, "data.length_multiple": 1}
 
     def check(self) -> None:
         """Raise ConfigError for invalid values."""
@@ -460,12 +473,9 @@ class Config:
                 raise ConfigError(
                     f"{key}: found {value!r}, which is not UTF-8, so config.yaml cannot hold it; rename or link it"
                 )
-        for key, expected in self.ranges().items():
-            value = values.get(key)
-            numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-            for number in numbers:
-                if isinstance(number, int | float) and number not in expected:
-                    raise ConfigError(f"{key}: found {number}, expected {expected}")
+        for name, hint in arguments(data_class(self.modality, self.data["class"])).items():
+            if name in self.data:
+                in_section("data", check, name, self.data[name], hint)
         if self.own_data:  # its settings may share a name with ours and mean something else
             values = {key: value for key, value in values.items() if not key.startswith("data.") or key == "data.views"}
         for key in ("data.crop_scale", "data.crop_ratio"):
@@ -919,8 +929,8 @@ def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Confi
     kind = values["mask"].pop("kind")
     config = Config(
         modality=values["modality"],
-        **{name: cls(**values[name]) for name, cls in SECTIONS.items()},
-        mask=MASKS[kind](**values["mask"]),
+        **{name: in_section(name, cls, **values[name]) for name, cls in SECTIONS.items()},
+        mask=in_section("mask", MASKS[kind], **values["mask"]),
         data=values["data"],
         own_data=own is not None and (modality == "custom" or not data_settings(data_class(modality)) <= data_settings(cls)),
         yaml=parser.dump(namespace, skip_unset=False),

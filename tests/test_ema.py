@@ -234,7 +234,7 @@ def test_the_state_holds_weights_and_step():
     "settings, named",
     [
         (dict(start=1.5), "start: found 1.5"),
-        (dict(end="0.9"), "end: found '0.9', expected a decay in"),
+        (dict(end="0.9"), "end: found '0.9', expected a number in"),
         (dict(end=float("nan")), "end: found nan"),
         (dict(anneal_steps=-1), "anneal_steps: found -1"),
         (dict(anneal_steps=float("nan")), "anneal_steps: found nan"),

@@ -1,6 +1,4 @@
 import itertools
-import re
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -9,17 +7,14 @@ import torch
 
 from d2v_fast import Data2VecLoss, data2vec_loss
 from d2v_fast.choices import Norm, TargetNorm
-from d2v_fast.ops import native, triton_loss
+from d2v_fast.ops import triton_loss
 from d2v_fast.ops.reference import NORM_DIMS, Moments, make_targets, normalize
 from tests import oracle
 
 NORMS = get_args(Norm)
 
 
-def test_norms_are_the_same_in_python_and_in_the_kernels():
-    header = (Path(__file__).parents[1] / "kernels" / "loss.h").read_text(encoding="utf-8")
-    names = re.search(r"enum D2VNorm \{([^}]*)\}", header)[1].replace("D2V_", "").lower().split(", ")
-    assert {name.strip(): code for code, name in enumerate(names)} == native.NORMS
+def test_norms_are_the_same_in_all_implementations():
     assert {"none", *NORM_DIMS} == set(NORMS)
     assert {"none", "layer", *triton_loss.POOLED} == set(NORMS)
     assert set(get_args(TargetNorm)) < set(NORMS)
@@ -249,12 +244,12 @@ def test_the_module_is_the_function():
         (dict(beta=float("nan")), "beta: found nan"),
         (dict(beta=1e-40), "beta: found 1e-40"),
         (dict(beta=float("inf")), "beta: found inf"),
-        (dict(beta="4"), "beta: found '4', expected 0 (squared error) or a number between 1e-30 and 1e30"),
-        (dict(scale=0), "scale: found 0, expected a number above 0, or None for 1/√C"),
+        (dict(beta="4"), "beta: found '4', expected 0 or a number in [1e-30, 1e30]"),
+        (dict(scale=0), "scale: found 0, expected a number above 0"),
         (dict(scale=-1.0), "scale: found -1.0"),
         (dict(scale=float("nan")), "scale: found nan"),
         (dict(scale=float("inf")), "scale: found inf"),
-        (dict(scale="mean"), "scale: found 'mean'"),
+        (dict(scale="mean"), "scale: found 'mean', expected a number above 0 or None"),
         (dict(reduction="none"), "reduction: found 'none', expected one of 'mean', 'sum'"),
         (dict(layout="CTB"), "layout: found 'CTB', expected one of 'BTC', 'TBC'"),
         (dict(impl="cuda"), "impl: found 'cuda', expected one of 'auto', 'eager', 'compile', 'native', 'triton'"),

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, sync, write_text
-from d2v_fast.config import DEFAULTS, FREE, PART, Config
+from d2v_fast.config import FREE, PART, Config
 from d2v_fast.sharding import gathered, whole
 from d2v_fast.train.folder import STEP
 from d2v_fast.train.parallel import from_main
@@ -89,9 +89,9 @@ def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config
             f"{saved.folder}: its run had {was} process{'es' * (was != 1)}, this one has {now}; start {was}, with "
             f"torchrun --nproc-per-node={was} on one machine, or plain d2v-train for one;{even} or --resume-allow processes"
         )
-    plain = {key: PART.sub("", key) for key in (*known, *settings)}
-    new = [key for key, value in settings.items() if key not in known and DEFAULTS.get(plain[key], ...) == value]
-    free = [key for key in plain if plain[key] in FREE]
+    defaults = json.loads(json.dumps(config.defaults(), default=str))
+    new = [key for key, value in settings.items() if key not in known and defaults.get(key, ...) == value]
+    free = [key for key in (*known, *settings) if PART.sub("", key) in FREE]
     kept = ("processes", "train.accumulate") if elastic else ()
     saved.compare("settings", settings, (*FREE, *free, *kept, *config.resume_allow, *new))
 
