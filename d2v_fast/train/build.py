@@ -168,6 +168,8 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
 
 
 def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Callback]) -> Run:
+    if config.train.shard:
+        folder.check_shared(accelerator)
     settings, checkpoints, saved = begin(config, fused, accelerator, folder)
     data, encoder, samples = read(config, folder.path)
     if accelerator.num_processes > 1:
@@ -244,7 +246,7 @@ def begin(
     settings["train.output"] = folder.name
     settings = json.loads(json.dumps(settings, default=str))
     checkpoints = Checkpoints(folder.path / "checkpoints", config.train.keep_last)
-    saved = newest(checkpoints, accelerator.is_main_process) if config.resume else None
+    saved = newest(checkpoints, accelerator.is_main_process, bool(config.train.shard)) if config.resume else None
     if saved:
         compare_settings(saved, settings, config)
     return settings, checkpoints, saved

@@ -18,7 +18,7 @@ from d2v_fast.train.folder import TOKENIZER
 from d2v_fast.train.guards import NotFiniteError, StopRequest, WorkerDied, disk_may_fail
 from d2v_fast.train.log import Progress, RunLog, make_record
 from d2v_fast.train.parallel import on_any
-from d2v_fast.train.save import export, save, write_settings
+from d2v_fast.train.save import export, finish, reserve, save, write_settings
 from d2v_fast.train.step import step
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,9 @@ def _steps(run: Run) -> bool:
                     save(run)
                     together = True
                     raise failure or DataError("another rank could not load its batches; its message gives the reason")
+                busy = busy or finish(run)  # all ranks have written their parts of a sharded checkpoint
                 if not busy and train.save_every and state.done // train.save_every > run.saved // train.save_every:
-                    save(run)
+                    save(run, wait=False)
                 part.state.monitor.due = number % train.log_every == 0 or number in (1, last)
                 outcome = step(part.state, batches)
                 state.done = part.state.done
@@ -92,10 +93,9 @@ def _steps(run: Run) -> bool:
                 if train.export_every and state.done % train.export_every == 0:
                     with disk_may_fail("the export"):
                         _export(run)
-                if main and train.save_every and state.done == begin + 1:
-                    run.checkpoints.reserve(state.tensors())
+                if train.save_every and state.done == begin + 1:
+                    reserve(run)
             save(run)
-            run.checkpoints.wait()
             together = True
             run.callbacks.written(run)
     except (CollapseError, NotFiniteError):  # raised on all ranks after the same step
