@@ -236,33 +236,38 @@ class BlockMask(Checked):
     def __call__(self, draws: Draws, grid: tuple[int, int]) -> np.ndarray:
         """Mask of shape (B, H·W) over a grid of (H, W) patches, row-major."""
         high, wide = grid
-        mask = np.zeros((len(draws), high, wide), dtype=bool)
+        total = high * wide
+        size = -(-total // 8)
+        packed = bytearray()
         numbers: list[list[list[float]]] = []  # four for each attempt and sample
-        for row, patches in enumerate(mask):
-            masked = failures = attempt = 0
+        # Sets of patches are integers with a bit for each patch, because calls of numpy would take longer than the work.
+        column = ((1 << total) - 1) // ((1 << wide) - 1)  # the first one
+        for row in range(len(draws)):
+            mask = masked = failures = attempt = 0
             while masked < self.count and failures < 10:
                 if attempt == len(numbers):
-                    u = draws.uniform(range(attempt, attempt + 32), 4)  # a call takes longer than an attempt
+                    u = draws.uniform(range(attempt, attempt + 32), 4)
                     u[..., 1] = np.exp((2 * u[..., 1] - 1) * -math.log(self.min_aspect))
                     numbers += u.tolist()
-                size, aspect, top, left = numbers[attempt][row]
+                share, aspect, top, left = numbers[attempt][row]
                 attempt, failures = attempt + 1, failures + 1
                 cap = min(self.count - masked, self.max_area)
                 # With a cap below min_area the interval is reversed; the remainder is then filled with small blocks.
-                area = self.min_area + size * (cap - self.min_area)
+                area = self.min_area + share * (cap - self.min_area)
                 h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
                 if h >= high or w >= wide:
                     continue
-                y, x = int(top * (high - h + 1)), int(left * (wide - w + 1))
-                block = patches[y : y + h, x : x + w]
-                new = h * w - np.count_nonzero(block)
+                first = int(top * (high - h + 1)) * wide + int(left * (wide - w + 1))
+                block = ((1 << w) - 1) * (column >> (high - h) * wide) << first
+                new = (block & ~mask).bit_count()
                 if 0 < new <= cap:
-                    block[:] = True
-                    masked, failures = masked + new, 0
-        flat = mask.reshape(len(draws), -1)
-        if self.count < high * wide:
+                    mask, masked, failures = mask | block, masked + new, 0
+            packed += mask.to_bytes(size, "little")
+        bits = np.frombuffer(packed, dtype=np.uint8).reshape(len(draws), size)
+        flat = np.unpackbits(bits, axis=1, count=total, bitorder="little").view(bool)
+        if self.count < total:
             return flat
-        return _keep_one_visible(flat, np.ones_like(flat), draws.uniform(-1, high * wide))
+        return _keep_one_visible(flat, np.ones_like(flat), draws.uniform(-1, total))
 
 
 @dataclass(frozen=True)
