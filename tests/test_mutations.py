@@ -384,7 +384,7 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
         'student, target = run.state.core.teacher.module, run.folder.path / "export"',
     ),
     "samples of the last micro-batch in the log": (
-        "train/loop.py",
+        "train/log.py",
         'sum(len(batch["samples"]) for batch in batches)',
         'len(batches[-1]["samples"])',
     ),

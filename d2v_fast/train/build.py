@@ -108,6 +108,11 @@ class Run:
         """The runs that are trained: the parts, or the run itself if it has none."""
         return [self]
 
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a callback asked to stop this run or one of its parts."""
+        return any(each.stop for each in (self, *self.each))
+
     def turn(self) -> tuple[Run, int, int]:
         """The run that trains next, and the numbers of this step and of the last one among its own steps."""
         return self, self.state.done + 1, self.steps
@@ -486,11 +491,6 @@ def stream_batches(config: Config, data: PretrainingData, accelerator: Accelerat
     return StreamBatches(data, train.batch_size, train.seed, rank, world, train.workers, start, state)
 
 
-def trains_tokenizer(config: Config) -> bool:
-    """Whether a tokenizer is trained for the run."""
-    return config.is_text and config.data["tokenizer"] == "train"
-
-
 def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
     """The data set that the config describes.
 
@@ -504,9 +504,9 @@ def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
     """
     data = dict(config.data)
     own = data.pop("class")
-    if config.resume and folder is not None and trains_tokenizer(config) and (folder / TOKENIZER).exists():
+    if config.resume and folder is not None and config.trains_tokenizer and (folder / TOKENIZER).exists():
         data["tokenizer"] = str(folder / TOKENIZER)
-    elif trains_tokenizer(config) and config.encoder.pretrained:
+    elif config.trains_tokenizer and config.encoder.pretrained:
         raise ConfigError(
             f"data.tokenizer=train: makes a new vocabulary, but encoder.pretrained={config.encoder.pretrained} was trained "
             "with another one; leave data.tokenizer out, or name the tokenizer that the encoder was trained with"

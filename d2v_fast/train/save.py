@@ -17,8 +17,9 @@ from torch import Tensor
 
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, Tensors, sync, write_text
 from d2v_fast.config import FREE, PART, Config
+from d2v_fast.diagnostics import environment
 from d2v_fast.sharding import gathered, parts
-from d2v_fast.train.folder import STEP
+from d2v_fast.train.folder import STEP, TOKENIZER
 from d2v_fast.train.parallel import from_main
 
 if TYPE_CHECKING:
@@ -232,6 +233,22 @@ def write_settings(run: Run) -> None:
     for each in (run, *(part for part in run.each if part is not run)):
         each.folder.path.mkdir(exist_ok=True)
         write_text(each.folder.path / "config.yaml", each.config.yaml)
+
+
+def save_description(run: Run) -> None:
+    """Write the settings, the environment and the tokenizers that were trained for the run."""
+    folder = run.folder.path
+    if not run.changed:
+        write_settings(run)
+    write_text(folder / "environment.json", json.dumps(environment(folder), indent=1))
+    for part in run.each:
+        target = part.folder.path / TOKENIZER
+        if part.config.trains_tokenizer and not (part.config.resume and target.exists()):
+            temporary = target.with_suffix(".tmp")
+            for unfinished in (temporary, target):  # of a run that ended before its first step
+                shutil.rmtree(unfinished, ignore_errors=True)
+            part.data.processor(part.state.core.student).save_pretrained(temporary)
+            os.replace(temporary, target)
 
 
 def restore(run: Run, saved: Checkpoint) -> None:
