@@ -259,7 +259,7 @@ class Checkpoints:
     def part(self) -> Part | None:
         """What the last `save_part` has written, once; waits for it. None without one."""
         part, self._part = self._part, None
-        return part and part.result()
+        return None if part is None else part.result()
 
     def begin(self, step: int) -> None:
         """Create the folder that all ranks write their parts to."""
