@@ -259,7 +259,7 @@ def taken(node):
         return fields.union(*map(taken, inits))
     arguments = node.args
     named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-    return {each.arg for each in named if each} - {"self", "cls"}
+    return {each.arg for each in named if each}
 
 
 SOURCES = sorted((ROOT / "d2v_fast").rglob("*.py"))
