@@ -230,11 +230,11 @@ def test_blocks_of_beit(mask, grid):
 @pytest.mark.parametrize("length, grid, lengths", [(3, (2, 9), None), (5, (4,), None), (3, (40,), [40, 17, 4])])
 def test_exact_blocks_in_short_grids_and_padded_samples(length, grid, lengths):
     """A side shorter than the block limits the block; blocks are clipped at the end of the sample."""
-    mask, total = ExactBlockMask(0.9, length, 0.2, inverse=False), math.prod(grid)
+    mask, total = ExactBlockMask(0.9, length, 0.2, inverse=False, dropout=0.5), math.prod(grid)
     draws, sizes = Draws(2, 1, range(3)), np.array(lengths or [total] * 3)
     found = mask._blocks(draws, grid, sizes)
     for row, size in enumerate(sizes):
-        seeds, expected = int(size * (1.1 / math.prod(min(length, side) for side in grid))), np.zeros(grid, dtype=bool)
+        seeds, expected = int(size * (1.1 / math.prod(min(length, side) for side in grid)) * 1.5), np.zeros(grid, dtype=bool)
         sides = grid if lengths is None else (size,)
         for number in draws.uniform(0, total)[row, :seeds]:
             centre = np.unravel_index(int(number * size), grid)
@@ -285,6 +285,7 @@ def test_random_positions_of_padded_samples():
         TokenMask(0.5, 2, 1.5, random_prob=0.3, keep_prob=0.3, frequency_weighted=True, loss_on="selected"),
         TokenMask(0.4, 2, whole_words=True, random_prob=0.2, keep_special=True, loss_on="selected"),
         TokenMask(0.99, 1, whole_words=True, keep_prob=0.2),
+        TokenMask(0.9, 1, keep_special=True),
         TokenMask(0.1, 1, 2.0),
     ],
 )

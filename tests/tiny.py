@@ -1,5 +1,7 @@
 """The presets with encoders and decoders of a few thousand weights, and inputs for them."""
 
+import functools
+
 import numpy as np
 import torch
 
@@ -21,6 +23,7 @@ OF = {
 }
 
 
+@functools.cache
 def make_config(preset, *settings):
     return parse(["--config", preset, *SIZES.split(), *OF[preset.split("/")[0]].split(), *settings])[0]
 
