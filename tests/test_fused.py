@@ -131,7 +131,7 @@ def segmented(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(attention, "_has_kernel", lambda query: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attend)
-    agrees = attention._agrees
+    agrees = attention._agrees.__wrapped__  # the result is cached
 
     def agrees_here(device):
         result = agrees(CPU)
@@ -184,6 +184,15 @@ def test_segments_are_not_used_where_they_fail(operator, reason, segmented, monk
     model = models.make("roberta").model
     assert attention.use_fast_attention(model, CPU) and not attention.use_segments(model, torch.device("cuda"))
     assert reason in caplog.text and model.config._attn_implementation == attention.NAME
+
+
+def test_the_kernels_are_compared_once_for_each_device(monkeypatch):
+    real, calls = attention.attention, []
+    monkeypatch.setattr(attention, "attention", lambda *args: calls.append(args[1].device) or real(*args))
+    attention._agrees.cache_clear()
+    assert attention._agrees(CPU) and attention._agrees(torch.device("cpu"))
+    assert calls == [CPU] * 2  # in segments and with a mask
+    attention._agrees.cache_clear()
 
 
 def test_boundaries_of_segments():
