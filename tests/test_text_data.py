@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_fast import Data2Vec, build_encoder
+from d2v_fast import Data2Vec, HeadConfig, LossConfig, TargetsConfig, build_encoder
 from d2v_fast.checkpoint import CheckpointError
 from d2v_fast.config import parse
 from d2v_fast.data import DataError, documents, text
@@ -531,8 +531,9 @@ def test_padding_to_a_multiple_changes_no_loss(tmp_path, views):
         torch.manual_seed(0)
         own = {name: data.tokens[name] for name in ("vocab_size", "pad_token_id")} | {"max_position_embeddings": 64}
         encoder = build_encoder("roberta", config=models.CONFIGS["roberta"] | own)
-        decoder = ConvDecoder(32, width=32, groups=4, noise=0.0) if views else None
-        model = Data2Vec(encoder, top_k=2, norm="instance", decoder=decoder, impl="eager").double()
+        predictor = ConvDecoder(32, width=32, groups=4, noise=0.0) if views else HeadConfig()
+        targets = TargetsConfig(top_k=2, norm="instance")
+        model = Data2Vec(encoder, predictor, targets=targets, loss=LossConfig(impl="eager")).double()
         batch = data.__getitems__([(0, i) for i in range(3)])
         lengths.append(batch["mask"].shape[-1])
         losses.append(model(**{name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}).loss.item())

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -277,6 +278,19 @@ class TextData(PretrainingData):
                 f"data.block_size={self.block_size}: the encoder has {usable} positions; "
                 f"use data.block_size={usable} or raise encoder.config.max_position_embeddings"
             )
+
+    files = ("tokenizer",)  # settings that `read_files` may find
+
+    @staticmethod
+    def read_files(name: str) -> dict[str, Any]:
+        """The settings in `files` of the pretrained encoder `name`, as far as its files say."""
+        try:
+            load_tokenizer(name)
+        except DataError as error:
+            reason = str(error).partition(": ")[2].partition(";")[0]
+            print(f"encoder.pretrained={name}: has no usable tokenizer: {reason}", file=sys.stderr)
+            return {}
+        return {"tokenizer": name}
 
     def processor(self, encoder: Any) -> Any:
         return limit_length(self.tokenizer, encoder)
