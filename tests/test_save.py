@@ -69,6 +69,20 @@ def test_another_number_of_processes(was, now, accumulate, message):
     assert "processes" in compared[-1]
 
 
+def test_only_settings_unknown_to_the_checkpoint_may_have_their_default():
+    """Not those that were changed back to it."""
+    compared, known = [], {"processes": 1, "train.accumulate": 1}
+    saved = SimpleNamespace(
+        reading=nullcontext,
+        state={"settings": known | {"changed": 5}},
+        compare=lambda kind, settings, allowed: compared.extend(allowed),
+    )
+    settings = known | {"changed": 1, "new": 2, "new and set": 9}
+    defaults = {"changed": 1, "new": 2, "new and set": 3}
+    compare_settings(saved, settings, SimpleNamespace(resume_allow=["asked"], defaults=lambda: defaults))
+    assert {"new", "asked"} <= set(compared) and not {"changed", "new and set", *known} & set(compared)
+
+
 def test_an_export_holds_nothing_of_one_that_was_killed(tmp_path):
     run = build(config("vision", tmp_path / "run"))
     (run.folder.path / "export.tmp").mkdir()
