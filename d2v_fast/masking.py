@@ -138,11 +138,12 @@ class SpanMask(Checked):
         prob: Share of positions that spans would cover if they never overlapped; coverage is about 1 - (1 - p/l)^l.
         length: Span length in positions.
         length_kind: "static"; "uniform" in [length_other, 2 length]; "normal" (length, length_other); "poisson" (length);
-            always at least 1.
+            always at least 1. All but "static" are for wav2vec 2.0 configs with another `mask_selection`.
         length_other: Lower bound (uniform) or standard deviation (normal).
         min_spans: Minimum number of spans per sample.
-        overlap: Whether spans may overlap; if not, gaps are uniform over all arrangements that fit.
-        min_space: Minimum distance between spans that do not overlap.
+        overlap: Whether spans may overlap; if not, gaps are uniform over all arrangements that fit, for wav2vec 2.0
+            configs with `no_mask_overlap`.
+        min_space: Minimum distance between spans that do not overlap, for wav2vec 2.0 configs with `mask_min_space`.
         same_count: Give every sample of a batch the "min" or the "max" count by unmasking or masking random positions;
             "none" leaves counts ragged. This is the only setting with which a mask depends on its batch.
         dropout: Share of masked positions to unmask again.
@@ -282,7 +283,7 @@ class ExactBlockMask(Checked):
         adjust: Added to the share for which blocks are drawn, so that few positions have to be added afterwards.
         inverse: Draw visible blocks instead of masked ones.
         dropout: Share of extra blocks to draw; more positions are then removed at random.
-        overlap: Whether blocks may overlap; if not, they are tiles of the grid.
+        overlap: Whether blocks may overlap; if not, they are tiles of the grid, for fairseq configs with `non_overlapping`.
     """
 
     prob: OpenUnitInterval = 0.8
@@ -400,9 +401,10 @@ class TokenMask(Checked):
         length_std: Standard deviation of the span length, 0 = always `length`.
         random_prob: Share of selected tokens that become a random token.
         keep_prob: Share of selected tokens that stay unchanged.
-        whole_words: Choose words and mask all their tokens.
+        whole_words: Choose words and mask all their tokens, as whole-word BERT models were trained.
         keep_special: Never select special tokens; the reference code may mask <s> and </s>.
-        frequency_weighted: Draw random tokens by their frequency in the corpus instead of uniformly.
+        frequency_weighted: Draw random tokens by their frequency in the corpus instead of uniformly, for fairseq
+            configs with `freq_weighted_replacement`; needs random_prob.
         loss_on: Score all "selected" tokens, or only those that became the "mask_token", as the reference does.
     """
 

@@ -345,13 +345,13 @@ def test_drawn_blocks_are_those_of_plain_loops():
 
 def test_the_exact_count_keeps_blocks_where_it_can():
     few = ExactBlockMask(0.5, 3, -0.3, inverse=False)  # too few are drawn, so that all of them stay
-    many = ExactBlockMask(0.5, 3, 2.5, inverse=False)  # too many, so that nothing else is masked
+    many = ExactBlockMask(0.5, 3, 1.0, inverse=False, dropout=0.9)  # too many, so that nothing else is masked
     draws = Draws(0, 0, range(50))
     for mask, inside in ((few, True), (many, False)):
         drawn, found = mask._blocks(draws, (8, 8), np.full(50, 64)).reshape(50, 64), mask(draws, (8, 8))
         assert (found.sum(axis=1) == 32).all()
         assert not ((drawn & ~found) if inside else (found & ~drawn)).any()
-    assert (ExactBlockMask(0.5, 3, inverse=True).count(9), ExactBlockMask(1.0, 3).count(9)) == (5, 8)
+    assert (ExactBlockMask(0.5, 3, inverse=True).count(9), ExactBlockMask(0.99, 3).count(9)) == (5, 8)
 
 
 def test_tiles_do_not_overlap():
