@@ -32,7 +32,7 @@ class Range:
     interval: str
     zero: bool = False
 
-    def __contains__(self, number: float) -> bool:
+    def __contains__(self, number: Any) -> bool:
         low, high = (float(bound) for bound in self.interval[1:-1].split(","))
         above = low <= number if self.interval[0] == "[" else low < number
         inside = above and (number <= high if self.interval[-1] == "]" else number < high)
