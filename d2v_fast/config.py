@@ -446,6 +446,11 @@ class Config:
         """Whether the samples are blocks of tokens from our own text data set."""
         return self.modality == "text" and not self.own_data
 
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether a tokenizer is trained for the run."""
+        return self.is_text and self.data["tokenizer"] == "train"
+
     def settings(self) -> dict[str, Any]:
         """All settings by their dotted keys."""
         values = {f"{section}.{k}": v for section in (*SECTIONS, "mask") for k, v in vars(getattr(self, section)).items()}

@@ -4,31 +4,35 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
-from d2v_fast import Data2Vec, diagnostics, memory, sharding, wrap
+from d2v_fast import Data2Vec, TargetsConfig, diagnostics, memory, sharding, wrap
+from d2v_fast.checkpoint import Checkpoint, CheckpointError
 from d2v_fast.config import ConfigError, TrainConfig, parse
 from d2v_fast.train import build as building
 from d2v_fast.train import parallel, train
 from d2v_fast.train.build import build
 from d2v_fast.train.save import share
 from d2v_fast.train.step import forward_backward, to_device
+from d2v_fast.trained import load, read_config
 from tests import models, test_spliced, test_training, test_training_2
 
 torch.utils._device._device_constructors()  # which are kept, so before a fixture has others in their place
@@ -84,9 +88,10 @@ def torchrun(ranks, cases, *machine):
     return done.stderr
 
 
-def two_torchruns(ranks, cases):
-    """Run cases as `torchrun` does, on two torchruns of `ranks` each; returns exit code and log of both."""
-    Path("cases.json").write_text(json.dumps(cases))
+def two_torchruns(ranks, cases, folders=(".", ".")):
+    """Run cases as `torchrun` does, on two torchruns of `ranks` each, in `folders`; returns exit code and log of both."""
+    for folder in folders:
+        Path(folder, "cases.json").write_text(json.dumps(cases))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=7"]
@@ -98,8 +103,9 @@ def two_torchruns(ranks, cases):
             stderr=subprocess.PIPE,
             text=True,
             env=env,
+            cwd=folder,
         )
-        for count in ranks
+        for count, folder in zip(ranks, folders, strict=True)
     ]
     try:
         said = [each.communicate(timeout=240)[1] for each in both]
@@ -118,6 +124,10 @@ def side_by_side(modality, version, fused, *more):
     return [[f"{name}-{s}", [*args(modality, f"{name}-{s}", *more), f"train.shard={s}"], fused] for s in ("false", "true")]
 
 
+def saved(folder, step, part):
+    return Checkpoint(Path(folder, "checkpoints", f"step-{step}")).tensors(part)
+
+
 def assert_the_same_run(modality, version, fused, ranks=2):
     name = f"{modality}-{version}-{fused}"
     plain, sharded = (test_training.records(Path(f"{name}-{s}")) for s in ("false", "true"))
@@ -126,11 +136,14 @@ def assert_the_same_run(modality, version, fused, ranks=2):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         for key in ("grad_norm", "update_norm", "teacher_decay", "teacher_distance"):
             assert b[key] == pytest.approx(a[key], rel=1e-3, nan_ok=True), key
-    for rank in range(ranks):
-        share = json.loads(Path(f"{name}-true/share-{rank}.json").read_text())
-        assert max(share.values()) <= 0.51
-    for part in ("export/model", "checkpoints/step-4/student", "checkpoints/step-4/teacher", "checkpoints/step-4/optimizer"):
-        plain, sharded = (load_file(f"{name}-{s}/{part}.safetensors") for s in ("false", "true"))
+    shares = [json.loads(Path(f"{name}-true/share-{rank}.json").read_text()) for rank in range(ranks)]
+    assert all(max(share.values()) <= 0.51 for share in shares)
+    assert sum(share["copy"] for share in shares) == pytest.approx(1)  # each element is written once
+    for part in ("student", "teacher", "optimizer", "export"):
+        if part == "export":
+            plain, sharded = (load_file(f"{name}-{s}/export/model.safetensors") for s in ("false", "true"))
+        else:
+            plain, sharded = (saved(f"{name}-{s}", 4, part) for s in ("false", "true"))
         assert plain.keys() == sharded.keys()
         for key in plain:
             torch.testing.assert_close(sharded[key], plain[key], rtol=1e-4, atol=1e-6)
@@ -144,14 +157,23 @@ def test_sharded_on_two_ranks_it_is_the_same_run_and_goes_on_with_one_and_with_t
     args += ["train.log_every=1", "train.shard=true"]
     torchrun(2, [*side_by_side("vision", 2, True), ["run", args, False]])
     assert_the_same_run("vision", 2, True)
+    weights = saved("run", 2, "student")
+    encoder = load(read_config(Path("run")), Path("run"), "step-2").encoder  # as d2v-export and d2v-probe do
+    assert all(torch.equal(x, weights[f"student.{name}"]) for name, x in encoder.state_dict().items())
+    shutil.copytree("run", "other")
     go_on = ["--resume", "run", "--resume-allow", "train.steps"]
     assert train(parse([*go_on, "train.steps=3", "train.accumulate=6", "train.shard=false"])[0]) == 0
     if three:
-        torchrun(3, [["run", [*go_on, "train.steps=5", "train.accumulate=2", "train.shard=true"], False]])
+        more_ranks = ["--resume-allow", "train.steps", "train.accumulate=2", "train.shard=true"]
+        shards_of_two = [["other", ["--resume", "other", *more_ranks, "train.steps=3"], False]]
+        torchrun(3, [["run", ["--resume", "run", *more_ranks, "train.steps=5"], False], *shards_of_two])
+        for part in ("student", "teacher"):
+            one, other = (saved(name, 3, part) for name in ("run", "other"))
+            assert max(float((one[key].double() - other[key].double()).abs().max()) for key in one) < 5e-6
     steps = 5 if three else 3
     assert train(parse(test_training.arguments("vision", "whole", *more, f"train.steps={steps}", "train.accumulate=6"))[0]) == 0
     for part in ("student", "teacher"):
-        whole, run = (load_file(f"{name}/checkpoints/step-{steps}/{part}.safetensors") for name in ("whole", "run"))
+        whole, run = (saved(name, steps, part) for name in ("whole", "run"))
         assert max(float((whole[key].double() - run[key].double()).abs().max()) for key in whole) < 5e-6
     assert [record["step"] for record in test_training.records(Path("run"))] == list(range(1, steps + 1))
 
@@ -168,7 +190,7 @@ def test_with_data_parallelism_alone_it_goes_on_with_three_and_with_one(here):
     whole = test_training.arguments("vision", "whole", *more, "train.steps=6", "train.accumulate=6")
     assert train(parse(whole)[0]) == 0
     for part in ("student", "teacher"):
-        whole, run = (load_file(f"{name}/checkpoints/step-6/{part}.safetensors") for name in ("whole", "run"))
+        whole, run = (saved(name, 6, part) for name in ("whole", "run"))
         assert max(float((whole[key].double() - run[key].double()).abs().max()) for key in whole) < 5e-6
     assert [record["step"] for record in test_training.records(Path("run"))] == list(range(1, 7))
 
@@ -215,7 +237,7 @@ def test_hybrid_sharding_over_two_torchruns_goes_on_with_one_process(local, here
     whole = test_training.arguments("vision", "whole", *more, "train.steps=4", "train.accumulate=8")
     assert train(parse(whole)[0]) == 0
     for part in ("student", "teacher"):
-        whole, run = (load_file(f"{name}/checkpoints/step-4/{part}.safetensors") for name in ("whole", "run"))
+        whole, run = (saved(name, 4, part) for name in ("whole", "run"))
         assert max(float((whole[key].double() - run[key].double()).abs().max()) for key in whole) < 5e-6
     for a, b in zip(*(test_training.records(Path(name)) for name in ("whole", "run")), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
@@ -243,10 +265,198 @@ def test_sharded_in_bf16_it_trains_as_unsharded_resumes_and_exports(here):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
     assert [each["loss"] for each in whole] == [each["loss"] for each in run]
     for part in ("student", "teacher"):
-        tensors = [load_file(f"{name}/checkpoints/step-4/{part}.safetensors") for name in ("whole", "run")]
+        tensors = [saved(name, 4, part) for name in ("whole", "run")]
         assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
     output = AutoModel.from_pretrained("run/export")(torch.zeros(1, 3, 32, 32)).last_hidden_state
     assert output.isfinite().all()
+
+
+FULL = {
+    "even": torch.arange(60.0).view(6, 10),
+    "uneven": torch.arange(35.0).view(7, 5),
+    "short": torch.arange(2, dtype=torch.bfloat16),  # fewer rows than ranks
+    "step": torch.tensor(5.0),
+}
+AXES = {"even": 1, "uneven": 0, "short": 0}
+
+
+@contextmanager
+def as_rank(rank, world, machines=1):
+    """FULL as one rank has it, sharded within each machine, in a process group that exchanges nothing."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (machines, world // machines))
+        spread = {
+            name: distribute_tensor(FULL[name], mesh, [Replicate(), Shard(axis)], src_data_rank=None)
+            for name, axis in AXES.items()
+        }
+        yield FULL | spread
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def write_parts(folder, world, machines=1):
+    for rank in range(world):
+        with as_rank(rank, world, machines) as tensors:
+            found, metadata = sharding.parts(tensors, rank)
+        if found:
+            save_file({name: x.contiguous() for name, x in found.items()}, folder / f"{rank}.safetensors", metadata)
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture
+def elements(monkeypatch):
+    """Counts elements that are read from files."""
+    counted = []
+
+    class Slice:
+        def __init__(self, found):
+            self.found, self.get_shape = found, found.get_shape
+
+        def __getitem__(self, index):
+            counted.append(self.found[index].numel())
+            return self.found[index]
+
+    class File:
+        def __init__(self, *args):
+            self.file = safe_open(*args)
+
+        def __enter__(self):
+            self.opened = self.file.__enter__()
+            self.keys, self.metadata = self.opened.keys, self.opened.metadata
+            return self
+
+        def __exit__(self, *args):
+            return self.file.__exit__(*args)
+
+        def get_slice(self, name):
+            return Slice(self.opened.get_slice(name))
+
+        def get_tensor(self, name):
+            counted.append(self.opened.get_tensor(name).numel())
+            return self.opened.get_tensor(name)
+
+    monkeypatch.setattr(sharding, "safe_open", File)
+    return counted
+
+
+@pytest.mark.parametrize("world, machines", [(1, 1), (2, 1), (3, 1), (4, 2), (2, 2)])
+def test_shards_load_on_any_number_of_ranks_which_read_only_theirs(world, machines, elements, tmp_path):
+    files = write_parts(tmp_path, world, machines)
+    assert len(files) == world // machines  # one replica writes
+    whole = sharding.read(files, lambda name: None)
+    assert whole.keys() == FULL.keys()
+    assert all(torch.equal(whole[name], x) and whole[name].dtype == x.dtype for name, x in FULL.items())
+    for readers in (1, 2, 3, 5):
+        for rank in range(readers):
+            elements.clear()
+            with as_rank(rank, readers) as tensors:
+                found = sharding.read(files, tensors.get)
+                assert torch.equal(found["step"], FULL["step"])
+                for name, axis in AXES.items():
+                    chunks = FULL[name].chunk(readers, axis)
+                    expected = chunks[rank] if rank < len(chunks) else FULL[name][:0]
+                    assert torch.equal(found[name].to_local(), expected) and found[name].dtype == FULL[name].dtype
+                    assert found[name].shape == FULL[name].shape and found[name].placements == tensors[name].placements
+                assert sum(elements) == 1 + sum(found[name].to_local().numel() for name in AXES)
+
+
+def test_plain_files_load_sharded_and_another_shape_loads_whole(tmp_path):
+    save_file(FULL, tmp_path / "plain.safetensors")  # without offsets
+    with as_rank(1, 2) as tensors:
+        found = sharding.read([tmp_path / "plain.safetensors"], (tensors | {"uneven": tensors["even"]}).get)
+        assert torch.equal(found["even"].to_local(), FULL["even"][:, 5:])
+        assert type(found["uneven"]) is torch.Tensor and torch.equal(found["uneven"], FULL["uneven"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torch_reads_the_files_too(tmp_path):
+    from torch.distributed import checkpoint
+
+    write_parts(tmp_path, 3)
+    found = {name: torch.zeros_like(x) for name, x in FULL.items() if x.ndim}
+    checkpoint.load(found, storage_reader=checkpoint.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    assert all(torch.equal(x, FULL[name]) for name, x in found.items())
+
+
+def test_shards_that_are_missing_or_malformed_are_refused(tmp_path):
+    files = write_parts(tmp_path, 3)
+    with pytest.raises(ValueError, match="the shards of even do not add up to it"):
+        sharding.read(files[1:], lambda name: None)
+    with pytest.raises(ValueError, match="do not add up"):
+        sharding.read([*files, files[0]], lambda name: None)
+    for offsets in ("{}", '{"x": {"saved_offsets": null}}', '{"x": {"saved_offsets": [1, 2]}}', "7", "{"):
+        (tmp_path / "step-1").mkdir(exist_ok=True)
+        save_file({"x": torch.ones(3)}, tmp_path / "step-1" / "student-0.safetensors", {sharding.OFFSETS: offsets})
+        found = Checkpoint.__new__(Checkpoint)
+        found.folder, found.files = tmp_path / "step-1", {"student-0.safetensors": {}}
+        with pytest.raises(CheckpointError, match=r"step-1: not a valid version 3 checkpoint: \w+Error: "):
+            found.tensors("student")
+
+
+FAULTY = """
+import errno, os, signal, sys
+from d2v_fast import Callback, checkpoint
+from d2v_fast.config import parse
+from d2v_fast.train import loop as loops
+from d2v_fast.train.build import build
+
+write, step, rank = checkpoint.save_file, loops.step, os.environ["RANK"]
+
+class Written(Callback):
+    def on_checkpoint(self, run, folder):
+        print("written:", folder.name, os.path.exists(folder), file=sys.stderr)
+
+def save_file(values, path, metadata=None):
+    if rank == "1" and path.parent.name == "step-2.tmp":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write(values, path, metadata)
+    if rank == "1" and path.parent.name == "step-6.tmp":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def waiting(*args):
+    run.checkpoints.wait()  # so that a checkpoint is saved in the step in which it is due
+    return step(*args)
+
+checkpoint.save_file, loops.step = save_file, waiting
+run = build(parse(sys.argv[1:])[0], callbacks=[Written()])
+loops.loop(run)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_whose_disk_is_full_or_that_is_killed_while_it_writes_leaves_no_checkpoint(here):
+    """Rank 1 cannot write step 2 and dies while writing step 6; step 4, between them, is complete, and one process resumes."""
+    Path("faulty.py").write_text(FAULTY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "faulty.py"]
+    args = test_training.arguments("vision", "run", "train.batch_size=2", "train.save_every=2", "train.steps=9")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([*command, *args, "train.shard=true"], capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode != 0 and "(exitcode: -9)" in done.stderr, done.stderr
+    assert done.stderr.count("the checkpoint of step 2 could not be written: rank 1: [Errno 28] No space left on device") == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("written:")] == ["written: step-4 True"]
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-4", "step-6.tmp"]
+    assert set(Checkpoint(Path("run/checkpoints/step-4")).files) == {
+        *(f"{name}-{rank}.safetensors" for name in ("student", "teacher", "optimizer") for rank in (0, 1)),
+        *("rng-0.safetensors", "samples-0.safetensors", "state.json"),
+    }
+    go_on = ["--resume", "run", "train.shard=false", "train.accumulate=2", "train.steps=5", "--resume-allow", "train.steps"]
+    assert train(parse(go_on)[0]) == 0
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-4", "step-5"]
+
+
+@pytest.mark.slow
+def test_a_folder_that_a_rank_does_not_see_is_refused(here):
+    """Two torchruns in different working folders, as two machines with disks of their own."""
+    args = [*test_training.arguments("vision", "run"), "train.shard=true"]
+    Path("other").mkdir()
+    for code, said in two_torchruns([1, 1], [["run", args, False]], [".", "other"]):
+        assert code != 0 and "train.output=run: ranks 1 do not see this folder of rank 0" in said, said
+    assert not list(Path("run").glob(".shared*"))
 
 
 class Count:
@@ -332,6 +542,10 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.utils.gather_object", lambda own: found)
     with pytest.raises(ConfigError, match=r"train.shard=hybrid: the machines have 2, 1 ranks; start the same number on each"):
         building.check_machines(3)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, False])
+    with pytest.raises(ConfigError, match=r"train.output=.*audio: ranks 1 do not see this folder of rank 0"):
+        run.folder.check_shared(run.accelerator)
+    assert not list(run.folder.path.glob(".shared*"))
 
 
 class Reaching(models.Handwritten):
@@ -353,7 +567,7 @@ class Scalar(models.Handwritten):
 )
 def test_blocks_that_cannot_be_gathered_are_named(model, why, monkeypatch):
     """In a group of one process, where a block is gathered as anywhere."""
-    core = Data2Vec(wrap((model or models.Handwritten)(), "blocks", "mlp.2"), top_k=2)
+    core = Data2Vec(wrap((model or models.Handwritten)(), "blocks", "mlp.2"), targets=TargetsConfig(top_k=2))
     batch = {"source": torch.randn(2, 8, 6), "mask": torch.arange(8).expand(2, 8) < 4}
     batch["index"] = batch["mask"].flatten().nonzero().squeeze(1)
     monkeypatch.setattr(building, "first_batch", lambda data: batch)

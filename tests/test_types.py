@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 import d2v_fast
-from d2v_fast import Data2Vec, Data2VecLoss, EMATeacher, build_encoder
+from d2v_fast import Data2VecLoss, EMATeacher
 from d2v_fast.choices import Range, Rule
 from d2v_fast.config import EMAConfig, LossConfig, OptimizerConfig, TargetsConfig, TrainConfig
 from d2v_fast.masking import SpanMask, TokenMask
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import d2v_fast
-from d2v_fast import Callback, ConvDecoder, Data2Vec, Data2VecLoss, EMATeacher, Encoder, build_encoder, data2vec_loss, wrap
+from d2v_fast import Callback, ConvDecoder, Data2Vec, Data2VecLoss, EMATeacher, Encoder, LossConfig, TargetsConfig
+from d2v_fast import build_encoder, data2vec_loss, wrap
 from d2v_fast.data import PretrainingData
 from d2v_fast.masking import SpanMask
 
@@ -37,7 +38,7 @@ spread: Tensor = stats.target.std
 encoder: Encoder = wrap(nn.Linear(2, 2), layers="blocks")
 teacher = EMATeacher(nn.Linear(2, 2), anneal_steps=10)
 width: int = teacher.module.in_features
-model = Data2Vec(build_encoder("vit"), top_k=2, decoder=ConvDecoder(32, axes=2))
+model = Data2Vec(build_encoder("vit"), ConvDecoder(32, axes=2), targets=TargetsConfig(top_k=2), loss=LossConfig(beta=1))
 first: Encoder = model.teacher.module
 output: Tensor = model.predict(predictions, predictions, mask, mask).predictions
 data = PretrainingData(mask=SpanMask())
@@ -57,7 +58,9 @@ EMATeacher(modle=nn.Linear(2, 2))  # E: call-arg
 Data2VecLoss(norm="layr")  # E: arg-type
 data2vec_loss(predictions, layers, mask, norm="layr")  # E: call-overload
 data2vec_loss(predictions, layers)  # E: call-overload
-Data2Vec(build_encoder("vit"), source="fnn")  # E: arg-type
+TargetsConfig(source="fnn")  # E: arg-type
+Data2Vec(build_encoder("vit"), top_k=2)  # E: call-arg
+Data2Vec(build_encoder("vit"), LossConfig())  # E: arg-type
 Data2Vec("vit")  # E: arg-type
 ConvDecoder(32, axis=2)  # E: call-arg
 SpanMask(length_kind="gauss")  # E: arg-type
@@ -119,7 +122,7 @@ def test_type_checkers_see_each_public_name_where_it_is():
         (lambda: TokenMask(loss_on="mask"), "loss_on: found 'mask', expected one of 'selected', 'mask_token'"),
         (lambda: TargetsConfig(norm="layr"), "norm: found 'layr', expected one of 'none', 'layer', .*; did you mean layer"),
         (lambda: LossConfig(scale="meen"), "scale: found 'meen', expected one of 'auto', 'mean'; did you mean mean"),
-        (lambda: Data2Vec(build_encoder("vit"), source="fnn"), "source: found 'fnn', expected one of 'ffn', "),
+        (lambda: TargetsConfig(source="fnn"), "source: found 'fnn', expected one of 'ffn', "),
         (lambda: TrainConfig(trackers=["wandb", "wnadb"]), "trackers: found 'wnadb', expected .*'trackio'; did you mean wandb"),
     ],
 )

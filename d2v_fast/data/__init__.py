@@ -237,9 +237,12 @@ class PretrainingData(Dataset[Any]):
         epoch = keys[0][0]
         draws = Draws(self.seed, epoch, [index for _, index in keys])
 
+        # All at once, while their code is in the cache, from which decoding an image evicts it.
+        generators = [draws.generator(row) for row in range(len(keys))]
+
         def load(row: int) -> Any:
             try:
-                return self.load(keys[row][1], draws.generator(row))
+                return self.load(keys[row][1], generators[row])
             except Exception as error:
                 return _Broken(error)
 

@@ -465,8 +465,8 @@ class TextData(PretrainingData):
 
 def _continuations(tokenizer: Any, size: int) -> np.ndarray:
     """Which ids continue a word, judged by the prefix that each family of tokenizers puts on tokens."""
-    tokens = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
-    tokens += [""] * (size - len(tokens))
+    names = {i: token for token, i in tokenizer.get_vocab().items()}  # there may be ids of no token
+    tokens = [names.get(i, "") for i in range(size)]
     if any(token.startswith("##") for token in tokens):
         return np.array([token.startswith("##") for token in tokens])
     special = set(tokenizer.all_special_tokens)
