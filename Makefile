@@ -31,7 +31,7 @@ MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_ben
 $(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet -e '.[dev,docs,tensorboard]'
+	$(BIN)/pip install --quiet '$(TORCH)' -e '.[dev,docs,tensorboard]'
 	touch $@
 
 demo: $(BIN)/.installed

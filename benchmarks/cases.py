@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from d2v_fast.config import EMAConfig, HeadConfig, LossConfig, TargetsConfig
 from d2v_fast.masking import Draws, ExactBlockMask, RandomMask, visible_positions
 
 CHANNELS = 768
@@ -84,7 +85,10 @@ class StepCase:
     batch: int
     shape: tuple[int, ...]  # of one input: (tokens,), (3, side, side) or (waveform samples,)
     masked: float
-    settings: dict  # of Data2Vec, from the published recipe
+    targets: TargetsConfig  # this and the next three as in the published recipe
+    loss: LossConfig = LossConfig()
+    head: HeadConfig = HeadConfig()
+    ema: EMAConfig = EMAConfig()
     config: dict = field(default_factory=dict)  # of the encoder
     gpu_batch: int = 0  # all variants, each in its own process, fit into 70 GB
     views: int = 0  # per sample, for data2vec 2.0
@@ -122,37 +126,48 @@ class StepCase:
         return {name: value.to(device) for name, value in batch.items()}
 
 
-_TEXT = dict(top_k=10, beta=4.0, scale=1.0, head_layers=2, ema_scope="layers")
-_VISION = dict(top_k=6, beta=2.0, source="block_output", ema_start=0.9998)
-_AUDIO = dict(top_k=8, norm="instance", ema_scope="encoder")
+_TEXT = dict(
+    targets=TargetsConfig(top_k=10),
+    loss=LossConfig(beta=4.0, scale=1.0),
+    head=HeadConfig(layers=2),
+    ema=EMAConfig(scope="layers"),
+)
+_VISION = dict(targets=TargetsConfig(top_k=6, source="block_output"), loss=LossConfig(beta=2.0), ema=EMAConfig(start=0.9998))
+_AUDIO = dict(targets=TargetsConfig(top_k=8, norm="instance"), ema=EMAConfig(scope="encoder"))
 
 STEP_CASES = [
-    StepCase("text-8x128", "text", "roberta", 8, (128,), 0.15, _TEXT, gpu_batch=128),
-    StepCase("text-4x512", "text", "roberta", 4, (512,), 0.15, _TEXT, gpu_batch=32),
-    StepCase("vision-8x224", "vision", "beit", 8, (3, 224, 224), 0.60, _VISION, gpu_batch=128),
-    StepCase("audio-4x5s", "audio", "data2vec-audio", 4, (80_000,), 0.49, _AUDIO, gpu_batch=32),
+    StepCase("text-8x128", "text", "roberta", 8, (128,), 0.15, gpu_batch=128, **_TEXT),
+    StepCase("text-4x512", "text", "roberta", 4, (512,), 0.15, gpu_batch=32, **_TEXT),
+    StepCase("vision-8x224", "vision", "beit", 8, (3, 224, 224), 0.60, gpu_batch=128, **_VISION),
+    StepCase("audio-4x5s", "audio", "data2vec-audio", 4, (80_000,), 0.49, gpu_batch=32, **_AUDIO),
 ]
 
 # data2vec 2.0, published recipes of base size; each is compared with the 1.0 case of its modality.
-_VISION_2 = dict(top_k=10, norm="instance", target_norm="layer", cls_weight=2.56, ema_start=0.9998)
-_AUDIO_2 = dict(top_k=8, norm="instance", ema_scope="encoder")
-_TEXT_2 = dict(top_k=12, norm="instance", scale=1.0, ema_scope="layers")
-_PATCHES = dict(
-    mask=ExactBlockMask(prob=0.8, length=3, adjust=0.07), decoder=dict(axes=2, width=768, kernel=3, layers=6, groups=16)
+_VISION_2 = dict(
+    targets=TargetsConfig(top_k=10, norm="instance", target_norm="layer"),
+    loss=LossConfig(cls_weight=2.56),
+    ema=EMAConfig(start=0.9998),
+    mask=ExactBlockMask(prob=0.8, length=3, adjust=0.07),
+    decoder=dict(axes=2, width=768, kernel=3, layers=6, groups=16),
 )
-_FRAMES = dict(
+_AUDIO_2 = dict(
+    targets=TargetsConfig(top_k=8, norm="instance"),
+    ema=EMAConfig(scope="encoder"),
     mask=ExactBlockMask(prob=0.5, length=5, adjust=0.05, inverse=False),
     decoder=dict(width=384, kernel=7, layers=4, groups=16, dropout=0.1),
 )
-_TOKENS = dict(
+_TEXT_2 = dict(
+    targets=TargetsConfig(top_k=12, norm="instance"),
+    loss=LossConfig(scale=1.0),
+    ema=EMAConfig(scope="layers"),
     mask=RandomMask(prob=0.48),
     decoder=dict(width=768, kernel=9, layers=5, groups=1, residual=False, projection_layers=2, dropout=0.1),
 )
 STEP_CASES_2 = [
-    StepCase("vision-2x16", "vision", "data2vec2-vision", 2, (3, 224, 224), 0.8, _VISION_2, views=16, gpu_batch=16, **_PATCHES),
-    StepCase("vision-4x8", "vision", "data2vec2-vision", 4, (3, 224, 224), 0.8, _VISION_2, views=8, gpu_batch=32, **_PATCHES),
-    StepCase("audio-2x8", "audio", "data2vec2-audio", 2, (80_000,), 0.5, _AUDIO_2, views=8, gpu_batch=16, **_FRAMES),
-    StepCase("text-1x8", "text", "roberta", 1, (512,), 0.48, _TEXT_2, views=8, gpu_batch=8, **_TOKENS),
+    StepCase("vision-2x16", "vision", "data2vec2-vision", 2, (3, 224, 224), 0.8, views=16, gpu_batch=16, **_VISION_2),
+    StepCase("vision-4x8", "vision", "data2vec2-vision", 4, (3, 224, 224), 0.8, views=8, gpu_batch=32, **_VISION_2),
+    StepCase("audio-2x8", "audio", "data2vec2-audio", 2, (80_000,), 0.5, views=8, gpu_batch=16, **_AUDIO_2),
+    StepCase("text-1x8", "text", "roberta", 1, (512,), 0.48, views=8, gpu_batch=8, **_TEXT_2),
 ]
 
 # Models of known families, and the path of the feature module used when the model runs whole.
@@ -163,7 +178,7 @@ SPLICED_CASES = [
 ]
 
 # Vary one size of the step at a time; 4 layers unless depth is varied, so that the sweep takes minutes.
-_SMALL = StepCase("sweep", "text", "roberta", 4, (128,), 0.15, _TEXT | dict(top_k=2), dict(num_hidden_layers=4))
+_SMALL = replace(STEP_CASES[0], name="sweep", batch=4, targets=TargetsConfig(top_k=2), config=dict(num_hidden_layers=4))
 SWEEPS = {
     "batch": {size: replace(_SMALL, batch=size) for size in (1, 2, 4, 8, 16, 32)},
     "length": {size: replace(_SMALL, shape=(size,)) for size in (32, 64, 128, 256, 384, 512)},

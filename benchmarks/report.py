@@ -74,10 +74,10 @@ def found_rates(about: dict) -> dict[str, float]:
 
 
 def slow_rates(path: Path) -> list[str]:
-    """Rates of a run far below the best of all committed runs on the same hardware, as text."""
+    """Rates of a run far below the best that a committed run on the same hardware had throughout, as text."""
     about = read(path)["machine_info"]
     others = [read(file)["machine_info"] for file in RESULTS.glob("*.json")]
-    same = [rates for other in others if hardware(other) == hardware(about) for rates in other.get("rates", [])]
+    same = [found for other in others if hardware(other) == hardware(about) and (found := found_rates(other))]
     best = {name: max((rates[name] for rates in same), default=0.0) for name in found_rates(about)}
     return [
         f"{name} {rate / best[name]:.0%} of the best seen here"
@@ -187,19 +187,20 @@ def step_2_table(path: Path) -> str:
 
 
 def targets_table(path: Path) -> str:
-    """Masked targets per second, one line per case; for 2.0 fused, measured twice, the lower value."""
-    lines: dict[str, dict[str, float]] = {}
+    """Masked targets per second, one line per case; each ratio is within one run, and 2.0 fused is that of the run with 1.0."""
+    baselines = ("1.0 today", "1.0 fused", "2.0 as released, bf16")
+    rates: dict[str, dict[str, float]] = {}
+    ratios: dict[str, dict[str, float]] = {}
     for row in rows(path, "test_step_2"):
-        line = lines.setdefault(row["case"], {})
-        for name, seconds in row["seconds"].items():
-            rate = row["targets"][name] / seconds
-            line[name] = min(line.get(name, rate), rate)
-    names = ("1.0 today", "1.0 fused", "2.0 as released, bf16", "fused")
+        found = {name: row["targets"][name] / seconds for name, seconds in row["seconds"].items()}
+        rates[row["case"]] = {**found, **rates.get(row["case"], {})}
+        ratios.setdefault(row["case"], {}).update({name: found["fused"] / found[name] for name in baselines if name in found})
+    shown = ("1.0 today", "1.0 fused", "fused")
     cells = [
-        [case, *(f"{line[name]:.0f}" for name in names), f"{line['fused'] / line['1.0 today']:.1f}"]
-        for case, line in lines.items()
+        [case, *(f"{rates[case][name]:.0f}" for name in shown), *(f"{ratios[case][name]:.1f}" for name in baselines)]
+        for case in rates
     ]
-    return markdown(["masked targets/s", *names[:-1], "2.0 fused", "× 1.0 today"], cells)
+    return markdown(["masked targets/s", *shown[:-1], "2.0 fused", *(f"× {name}" for name in baselines)], cells)
 
 
 def breakdown_table(path: Path) -> str:

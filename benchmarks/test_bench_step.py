@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,14 +97,14 @@ class Today(Variant):
         mask = self.batch["mask"]
         with torch.no_grad():
             layers = self.states(self.teacher, self.batch.get("target", self.batch["source"]), None)
-            layers = layers[-self.case.settings["top_k"] :]
+            layers = layers[-self.case.targets.top_k :]
             if self.case.modality == "audio":
                 layers = [F.instance_norm(x.transpose(1, 2)).transpose(1, 2) for x in layers]
             else:
                 layers = [F.layer_norm(x, x.shape[-1:]) for x in layers]
             target = (sum(layers) / len(layers))[mask]
         predictions = self.head(self.states(self.student, self.batch["source"], mask)[-1])[mask]
-        beta = self.case.settings.get("beta")
+        beta = self.case.loss.beta
         loss = F.smooth_l1_loss(predictions, target, beta=beta) if beta else F.mse_loss(predictions, target)
         self.optimizer.zero_grad()
         loss.backward()
@@ -126,9 +127,10 @@ class Ours(Variant):
         super().__init__(case, device)
         config = dict(layerdrop=0.0) if case.modality == "audio" else {}
         encoder = build_encoder(case.model, config=config | case.config, features=features)
-        settings = case.settings if "loss" in parts else dict(impl="eager", **case.settings)
-        decoder = ConvDecoder(encoder.hidden_size, **case.decoder) if case.views else None
-        self.model = Data2Vec(encoder, decoder=decoder, **settings).to(device).train()
+        loss = case.loss if "loss" in parts else replace(case.loss, impl="eager")
+        predictor = ConvDecoder(encoder.hidden_size, **case.decoder) if case.views else case.head
+        model = Data2Vec(encoder, predictor, targets=case.targets, loss=loss, ema=case.ema)
+        self.model = model.to(device).train()
         self.used = [part for part in parts if part in PARTS and fuse(self.model, torch.device(device), [part])]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if device == "cuda" and "one pass" in parts:
@@ -223,7 +225,7 @@ class Released(Variant):
         decoder["decoder_layers"] = d["layers"]
         changed = RELEASED[case.modality] | dict(decoder=decoder)
         depth = 12 - changed.get("prenet_depth", 0)
-        shape = dict(embed_dim=768, num_heads=12, mlp_ratio=4, depth=depth, average_top_k_layers=case.settings["top_k"])
+        shape = dict(embed_dim=768, num_heads=12, mlp_ratio=4, depth=depth, average_top_k_layers=case.targets.top_k)
         released.VOCABULARY = 50_265
         self.student = released.make(self.name, changed, **shape).to(device).train()
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)

@@ -19,8 +19,12 @@ _HOME = {
     "Data2Vec2VisionForImageClassification": "d2v_fast.nets",
     "Data2Vec2VisionModel": "d2v_fast.nets",
     "Data2VecLoss": "d2v_fast.loss",
+    "EMAConfig": "d2v_fast.config",
     "EMATeacher": "d2v_fast.ema",
     "Encoder": "d2v_fast.encoders",
+    "HeadConfig": "d2v_fast.config",
+    "LossConfig": "d2v_fast.config",
+    "TargetsConfig": "d2v_fast.config",
     "build_encoder": "d2v_fast.encoders",
     "data2vec_loss": "d2v_fast.loss",
     "wrap": "d2v_fast.encoders",
@@ -29,6 +33,10 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from d2v_fast.config import EMAConfig as EMAConfig
+    from d2v_fast.config import HeadConfig as HeadConfig
+    from d2v_fast.config import LossConfig as LossConfig
+    from d2v_fast.config import TargetsConfig as TargetsConfig
     from d2v_fast.decoders import ConvDecoder as ConvDecoder
     from d2v_fast.ema import EMATeacher as EMATeacher
     from d2v_fast.encoders import Encoder as Encoder

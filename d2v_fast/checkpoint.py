@@ -16,10 +16,9 @@ encoder or tokenizer named in the settings must still exist.
 A checkpoint is written as `step-1000.tmp`, the manifest last. Each file and folder is synced to disk before the rename, so a
 folder named step-N is complete. The checkpoints of accelerate are not used because they contain pickle.
 
-Of a sharded run rank 0 gathers all tensors, one by one, so that the files are the same for any number of ranks, sharded or not.
-It holds a copy of 16 bytes per parameter in host memory: weights, teacher and two moments, 16 GB for ViT-g/14. The Hugging
-Face storage of torch.distributed.checkpoint has no pickle either and needs no such copy, but each rank writes its own
-files, which are merged in a second pass over the disk.
+In a sharded run, rank N writes its shards to student-N.safetensors and so on (`sharding.parts`), from a copy of its share in
+memory, and computes their checksums. Once all ranks have written, rank 0 adds the manifest and renames the folder. Such
+a checkpoint loads on any number of ranks, sharded or not.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,10 +38,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from d2v_fast.sharding import whole
+from d2v_fast.sharding import read
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +51,8 @@ STATE = "state.json"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 Tensors = dict[str, dict[str, Tensor]]  # by file, by name
+Files = dict[str, dict[str, Any]]  # size and SHA-256 by file name
+Part = tuple[int, Files, str]  # step, what a rank has written of its checkpoint, and why it failed or ""
 
 
 class CheckpointError(ValueError):
@@ -63,12 +64,13 @@ class Checkpoint:
 
     Args:
         folder: RUN/checkpoints/step-N.
+        checksums: Whether to compute them; otherwise only the sizes of the files are compared.
 
     Raises:
         CheckpointError: A file is missing, damaged or outside the folder, or the checkpoint is of another version.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, checksums: bool = True):
         self.folder = folder
         manifest = self._json(MANIFEST)
         if not isinstance(manifest, dict) or manifest.get("version") != VERSION or not isinstance(manifest.get("files"), dict):
@@ -82,7 +84,7 @@ class Checkpoint:
                 size, checksum = file.stat().st_size, found["sha256"]
                 if size != found["size"]:
                     raise CheckpointError(f"{file} has {size} bytes instead of {found['size']}")
-                if _sha256(file) != checksum:
+                if checksums and _sha256(file) != checksum:
                     raise CheckpointError(f"{file} is damaged: its checksum differs from {MANIFEST}")
             except FileNotFoundError:
                 raise CheckpointError(f"{file} is missing") from None
@@ -97,19 +99,26 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of `name`.safetensors, on the CPU.
+    def tensors(self, name: str, like: Callable[[str], Any] = lambda name: None) -> dict[str, Tensor]:
+        """The tensors of `name`.safetensors, or of its shards `name`-0.safetensors and so on, on the CPU.
+
+        Args:
+            name: student, teacher, optimizer, rng or samples.
+            like: Gives for the name of a tensor one that it is sharded like; then only this rank's shard is read.
 
         Raises:
-            CheckpointError: The file is missing or not a safetensors file.
+            CheckpointError: A file is missing, malformed or not a safetensors file.
         """
-        file = f"{name}.safetensors"
-        if file not in self.files:
-            raise CheckpointError(f"{self.folder}: holds no {name}: {MANIFEST} names {', '.join(self.files)}, but no {file}")
+        files = [file for file in self.files if re.fullmatch(rf"{name}(-\d+)?\.safetensors", file)]
+        if not files:
+            raise CheckpointError(
+                f"{self.folder}: holds no {name}: {MANIFEST} names {', '.join(self.files)}, but no {name}.safetensors"
+            )
         try:
-            return load_file(self.folder / file)
+            with self.reading():
+                return read([self.folder / file for file in files], like)
         except SafetensorError as error:
-            raise CheckpointError(f"{self.folder / file}: not a safetensors file: {error}") from error
+            raise CheckpointError(f"{self.folder}: {' or '.join(files)}: not a safetensors file: {error}") from error
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -169,7 +178,8 @@ class Checkpoints:
         self.failed: str | None = None  # why the last write failed
         self._copies: Tensors = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._job: Future[None] | None = None
+        self._job: Future[Any] | None = None
+        self._part: Future[Part] | None = None
 
     def newest(self) -> Checkpoint:
         """The newest intact checkpoint. Each damaged one that is skipped is logged with the reason.
@@ -213,10 +223,68 @@ class Checkpoints:
         return self._job is not None and not self._job.done()
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Copy `tensors`, then write them and `state` (JSON-serializable) in the thread, where errors are logged.
+        """Copy `tensors`, then write them and `state` (JSON-serializable) in the thread, where errors are logged."""
+        self._copy(tensors)
+        text = json.dumps({"step": step, **state})
+        self._job = self._thread.submit(self._attempt, step, lambda: write(self.folder, step, self._copies, text))
 
-        Sharded tensors are gathered one by one, so the other ranks must call `whole` on them in the same order.
+    def save_part(
+        self, step: int, rank: int, tensors: Tensors, metadata: dict[str, dict[str, str]], state: dict[str, Any] | None
+    ) -> None:
+        """Copy a rank's part of a sharded run, then write it in the thread.
+
+        The checkpoint is complete once rank 0 has called `finish` with what `part` returns on each rank. No rank may call this
+        before rank 0 has called `begin`.
+
+        Args:
+            step: Steps so far.
+            rank: Rank of this process.
+            tensors: By file, which must have different names on each rank.
+            metadata: Of each file.
+            state: JSON-serializable; None on all ranks but one.
         """
+        self._copy(tensors)
+        text = None if state is None else json.dumps({"step": step, **state})
+
+        def write_part() -> Part:
+            try:
+                folder = self.folder / f"step-{step}.tmp"
+                folder.mkdir(parents=True, exist_ok=True)  # again, for the reason if `begin` has failed
+                return step, write_files(folder, self._copies, metadata, text), ""
+            except Exception as error:
+                return step, {}, f"rank {rank}: {error}"
+
+        self._part = self._job = self._thread.submit(write_part)
+
+    def part(self) -> Part | None:
+        """What the last `save_part` has written, once; waits for it. None without one."""
+        part, self._part = self._part, None
+        return None if part is None else part.result()
+
+    def begin(self, step: int) -> None:
+        """Create the folder that all ranks write their parts to."""
+        with suppress(OSError):  # `save_part` fails with the same reason
+            new_folder(self.folder, step)
+
+    def finish(self, parts: list[Part]) -> None:
+        """Complete a checkpoint from the parts of all ranks, in the thread, where errors are logged."""
+        step = parts[0][0]
+
+        def finish_parts() -> None:
+            folder = self.folder / f"step-{step}.tmp"
+            if reasons := [reason for *_, reason in parts if reason]:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise OSError("; ".join(reasons))
+            complete(folder, {name: found for _, files, _ in parts for name, found in files.items()})
+
+        self._job = self._thread.submit(self._attempt, step, finish_parts)
+
+    def wait(self) -> None:
+        """Wait until the thread is idle."""
+        if self._job is not None:
+            self._job.result()
+
+    def _copy(self, tensors: Tensors) -> None:
         self.wait()
         for file, values in tensors.items():
             copies = self._copies.setdefault(file, {})
@@ -225,20 +293,13 @@ class Checkpoints:
             for name, value in values.items():
                 if name not in copies:
                     copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-                copies[name].copy_(whole(value), non_blocking=True)
+                copies[name].copy_(value, non_blocking=True)
         if any(value.is_cuda for values in tensors.values() for value in values.values()):
             torch.cuda.synchronize()
-        text = json.dumps({"step": step, **state})
-        self._job = self._thread.submit(self._write, step, self._copies, text)
 
-    def wait(self) -> None:
-        """Wait until the thread is idle."""
-        if self._job is not None:
-            self._job.result()
-
-    def _write(self, step: int, tensors: Tensors, state: str) -> None:
+    def _attempt(self, step: int, work: Callable[[], Any]) -> None:
         try:
-            write(self.folder, step, tensors, state)
+            work()
         except Exception as error:
             self.failed = f"the checkpoint of step {step} could not be written: {error}"
             log.error("%s; training continues without it", self.failed)
@@ -258,20 +319,45 @@ def write(folder: Path, step: int, tensors: Tensors, state: str) -> Checkpoint:
         OSError: The disk is full or fails. The partial checkpoint is removed.
         CheckpointError: The data read back differ from the data written.
     """
-    target = folder / f"step-{step}"
-    temporary = target.with_suffix(".tmp")
+    temporary = new_folder(folder, step)
+    try:
+        files = write_files(temporary, tensors, {}, state)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return complete(temporary, files)
+
+
+def new_folder(folder: Path, step: int) -> Path:
+    """Create `folder`/step-N.tmp and remove other unfinished checkpoints."""
     for unfinished in folder.glob("step-*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
+    temporary = folder / f"step-{step}.tmp"
     temporary.mkdir(parents=True)
+    return temporary
+
+
+def write_files(folder: Path, tensors: Tensors, metadata: dict[str, dict[str, str]], state: str | None) -> Files:
+    """Write tensors, with the metadata of their files, and the state, if any, to disk; returns what a manifest says of them."""
+    for name, values in tensors.items():
+        save_file(values, folder / f"{name}.safetensors", metadata.get(name))
+    names = [f"{name}.safetensors" for name in tensors]
+    if state is not None:
+        (folder / STATE).write_text(state, encoding="utf-8")
+        names.append(STATE)
+    files = {}
+    for name in sorted(names):
+        sync(folder / name)
+        files[name] = {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+    return files
+
+
+def complete(temporary: Path, files: Files) -> Checkpoint:
+    """Turn step-N.tmp, which holds `files`, into a checkpoint and read it back. Raises as `write` does."""
+    folder, target = temporary.parent, temporary.with_suffix("")
     try:
-        for name, values in tensors.items():
-            save_file(values, temporary / f"{name}.safetensors")
-        (temporary / STATE).write_text(state, encoding="utf-8")
-        files = {}
-        for file in sorted(temporary.iterdir()):
-            sync(file)
-            files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
-        (temporary / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1), encoding="utf-8")
+        manifest = {"version": VERSION, "files": dict(sorted(files.items()))}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         sync(temporary / MANIFEST)
         sync(temporary)
         _remove(target)  # a damaged checkpoint of the same step

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from numbers import Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-Norm = Literal["none", "layer", "instance", "batch", "group"]  # in the order of D2VNorm in kernels/loss.h
+Norm = Literal["none", "layer", "instance", "batch", "group"]
 TargetNorm = Literal["none", "layer", "instance"]
 Implementation = Literal["auto", "eager", "compile", "native", "triton"]
 LayerSource = Literal["ffn", "block_output", "block_input"]
@@ -22,21 +26,24 @@ class Range:
 
     Args:
         interval: Such as [0, 1). A round bracket excludes the bound.
+        zero: Whether 0 is valid too.
     """
 
     interval: str
+    zero: bool = False
 
     def __contains__(self, number: float) -> bool:
         low, high = (float(bound) for bound in self.interval[1:-1].split(","))
         above = low <= number if self.interval[0] == "[" else low < number
-        return above and (number <= high if self.interval[-1] == "]" else number < high)
+        inside = above and (number <= high if self.interval[-1] == "]" else number < high)
+        return inside or (self.zero and number == 0)
 
     def __str__(self) -> str:
         """What is expected, in words."""
         low = self.interval[1:].partition(",")[0]
         if self.interval.endswith("inf)"):
             return {"[": f"at least {low}", "(": "a number" if low == "-inf" else f"a number above {low}"}[self.interval[0]]
-        return f"a number in {self.interval}"
+        return f"{'0 or ' * self.zero}a number in {self.interval}"
 
 
 PositiveInt = Annotated[int, Range("[1, inf)")]
@@ -46,21 +53,86 @@ Finite = Annotated[float, Range("(-inf, inf)")]
 NonNegativeFloat = Annotated[float, Range("[0, inf)")]
 ClosedUnitInterval = Annotated[float, Range("[0, 1]")]
 OpenUnitInterval = Annotated[float, Range("(0, 1)")]
+Beta = Annotated[float, Range("[1e-30, 1e30]", zero=True)]  # of smooth-L1: both β and 1/β must be numbers of fp32
 
 
-def ranges(cls: type) -> dict[str, Range]:
-    """The ranges of the arguments of a class, including those that it passes on to its parents."""
+def arguments(cls: type) -> dict[str, Any]:
+    """The annotations of the arguments of a class, including those that it passes on to its parents."""
     hints: dict[str, Any] = {}
     bases: Any = reversed(cls.__mro__)
     for base in bases:
         with suppress(NameError):  # an annotation may name what only a type checker imports
             hints |= get_type_hints(base.__init__, include_extras=True)
-    return {name: found for name, hint in hints.items() if (found := _range(hint))}
+    return hints
+
+
+def argument_defaults(cls: type) -> dict[str, Any]:
+    """The defaults of the `arguments` of a class that have one."""
+    bases: Any = reversed(cls.__mro__)
+    found = (parameter for base in bases for parameter in inspect.signature(base.__init__).parameters.values())
+    return {parameter.name: parameter.default for parameter in found if parameter.default is not parameter.empty}
+
+
+def ranges(cls: type) -> dict[str, Range]:
+    """The ranges of the `arguments` of a class."""
+    return {name: found for name, hint in arguments(cls).items() if (found := _range(hint))}
 
 
 def _range(hint: Any) -> Range | None:
     found = (part if isinstance(part, Range) else _range(part) for part in get_args(hint))
     return next(filter(None, found), None)
+
+
+def _is_container(hint: Any) -> bool:
+    kind = get_origin(hint)
+    if kind in (Annotated, Union, UnionType):
+        return any(map(_is_container, get_args(hint)))
+    return kind not in (None, Literal)
+
+
+def _kinds(hint: Any) -> Iterator[Any]:
+    """The alternatives in a hint; those of the elements of a list or tuple, and of the values of a mapping."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (None, Literal):
+        yield hint
+    else:
+        for part in inner[:1] if kind is Annotated else inner[1:] if kind is dict else inner:
+            if part is not ...:
+                yield from _kinds(part)
+
+
+def _elements(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list | tuple):
+        for element in value.values() if isinstance(value, dict) else value:
+            yield from _elements(element)
+    else:
+        yield value
+
+
+def check(name: str, value: Any, hint: Any) -> None:
+    """Raise a ValueError for a value that the Literal or the `Range` in a hint excludes; elements of a container one by one.
+
+    A hint with neither is not checked.
+    """
+    expected, kinds = _range(hint), list(_kinds(hint))
+    choices = next((kind for kind in kinds if get_origin(kind) is Literal), None)
+    if expected is None and choices is None:
+        return
+    for element in _elements(value) if _is_container(hint) else [value]:
+        if any(_accepts(kind, element, expected) for kind in kinds):
+            continue
+        if choices and (expected is None or isinstance(element, str)):
+            one_of(name, element, choices)
+        alternative = " or None" if NoneType in kinds and not isinstance(element, Real) else ""
+        raise ValueError(f"{name}: found {element!r}, expected {expected}{alternative}")
+
+
+def _accepts(kind: Any, value: Any, expected: Range | None) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind in (int, float):
+        return isinstance(value, Real) and (expected is None or value in expected)
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def nearest(word: str, words: Any) -> str:
@@ -104,19 +176,12 @@ def import_class(setting: str, name: str, base: type, public: str, error: type[V
 
 
 class Checked:
-    """Base class of dataclasses that checks fields with a Literal type at construction.
+    """Base class of dataclasses that checks their fields at construction, by the Literal and the `Range` in their types.
 
     Raises:
-        ValueError: A field holds a string that is not in its Literal.
+        ValueError: A word or number is not valid; the message names the field, the value and what is expected.
     """
 
     def __post_init__(self) -> None:
-        for name, choices in _choices(type(self)).items():
-            if isinstance(value := getattr(self, name), str):
-                one_of(name, value, choices)
-
-
-def _choices(cls: Any) -> dict[str, Any]:
-    """The Literal of each field that has one, alone or in a union."""
-    hints = {name: (hint, *get_args(hint)) for name, hint in get_type_hints(cls).items()}
-    return {name: kind for name, kinds in hints.items() for kind in kinds if get_origin(kind) is Literal}
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            check(name, getattr(self, name), hint)

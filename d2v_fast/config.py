@@ -12,13 +12,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from d2v_fast.choices import (
+    Beta,
     Checked,
     ClosedUnitInterval,
     CLSReduction,
@@ -32,6 +33,9 @@ from d2v_fast.choices import (
     PositiveInt,
     Range,
     TargetNorm,
+    argument_defaults,
+    arguments,
+    check,
     nearest,
     ranges,
 )
@@ -40,6 +44,7 @@ from d2v_fast.masking import BlockMask, ExactBlockMask, RandomMask, SpanMask, To
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+Made = TypeVar("Made")
 PRESETS = Path(__file__).parent / "presets"
 MASKS = {"span": SpanMask, "block": BlockMask, "random": RandomMask, "token": TokenMask, "exact": ExactBlockMask}
 FLAGS = ("-h", "--help", "--fused", "--print_config")
@@ -64,7 +69,7 @@ class Modality:
         axes: Number of axes of its positions.
         reads: Accepted values of `Encoder.reads`.
         task: The hub's name of what a model of it is probed on.
-        files: Data settings found in the files of a pretrained encoder, mapped to their names in those files.
+        pipeline: The hub's name of what an exported encoder does.
     """
 
     data: str | None
@@ -72,7 +77,7 @@ class Modality:
     axes: int = 1
     reads: tuple[str, ...] = ()
     task: str = "feature-extraction"
-    files: dict[str, str] = field(default_factory=dict)
+    pipeline: str = "feature-extraction"
 
 
 MODALITIES = {
@@ -81,7 +86,6 @@ MODALITIES = {
         ("token", "random", "exact"),
         reads=("text",),
         task="fill-mask",
-        files={"tokenizer": "tokenizer"},
     ),
     "vision": Modality(
         "vision:ImageData",
@@ -89,14 +93,13 @@ MODALITIES = {
         axes=2,
         reads=("vision",),
         task="image-classification",
-        files={"image_size": "image_size", "mean": "image_mean", "std": "image_std"},
+        pipeline="image-feature-extraction",
     ),
     "audio": Modality(
         "audio:AudioData",
         ("span", "random", "exact"),
         reads=("audio",),
         task="audio-classification",
-        files={"sample_rate": "sampling_rate", "normalize": "do_normalize"},
     ),
     "spectrogram": Modality(
         "spectrograms:SpectrogramData",
@@ -104,10 +107,6 @@ MODALITIES = {
         axes=2,
         reads=("spectrogram", "vision"),
         task="audio-classification",
-        files={
-            **{"sample_rate": "sampling_rate", "target_length": "max_length", "mel_bins": "num_mel_bins"},
-            **{"mean": "mean", "std": "std"},
-        },
     ),
     "custom": Modality(None, ("random", "exact", "span", "block")),
 }
@@ -118,6 +117,14 @@ SEVERAL = ("random", "exact")  # mask kinds that leave the same number of positi
 
 class ConfigError(ValueError):
     """An invalid key or value. The message names it and the valid alternatives."""
+
+
+def in_section(section: str, call: Callable[..., Made], *args: Any, **settings: Any) -> Made:
+    """Call a function; a ValueError about a setting becomes a ConfigError that names it by its dotted key."""
+    try:
+        return call(*args, **settings)
+    except ValueError as error:
+        raise ConfigError(f"{section}.{error}") from None
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,7 @@ class TargetsConfig(Checked):
     Args:
         top_k: Number of top teacher layers to average.
         source: What to take from each layer: the FFN output, or the output or input of the block.
-        norm: Normalization of each layer before averaging.
+        norm: Normalization of each layer before averaging; batch and group are for fairseq configs that set them.
         target_norm: Normalization of the average.
         teacher_fp32: Run the teacher in fp32 under mixed precision.
     """
@@ -186,7 +193,7 @@ class LossConfig(Checked):
         cls_reduction: mean over the views of a batch, or their sum as in the reference code.
     """
 
-    beta: NonNegativeFloat = 0.0
+    beta: Beta = 0.0
     scale: PositiveFloat | Literal["auto", "mean"] = "auto"
     reduction: Literal["global", "local"] = "global"
     impl: Implementation = "auto"
@@ -406,9 +413,6 @@ SECTIONS = {
 
 
 GROUPS = {*SECTIONS, "mask", "data"}
-DEFAULTS = {f"{name}.{f.name}": f.default for name, cls in SECTIONS.items() for f in fields(cls)}
-DEFAULTS |= {"data.class": None, "data.views": None, "data.whole_seconds": 60.0}
-DEFAULTS |= {"data.streaming": False, "data.shuffle_buffer": 1000, "data.length_multiple": 1}
 
 
 @dataclass(frozen=True)
@@ -442,15 +446,23 @@ class Config:
         """Whether the samples are blocks of tokens from our own text data set."""
         return self.modality == "text" and not self.own_data
 
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether a tokenizer is trained for the run."""
+        return self.is_text and self.data["tokenizer"] == "train"
+
     def settings(self) -> dict[str, Any]:
         """All settings by their dotted keys."""
         values = {f"{section}.{k}": v for section in (*SECTIONS, "mask") for k, v in vars(getattr(self, section)).items()}
         return values | {f"data.{k}": v for k, v in self.data.items()}
 
-    def ranges(self) -> dict[str, Range]:
-        """The ranges of the settings by their dotted keys."""
-        classes = {**SECTIONS, "mask": type(self.mask), "data": data_class(self.modality, self.data["class"])}
-        return {f"{section}.{name}": found for section, cls in classes.items() for name, found in ranges(cls).items()}
+    def defaults(self) -> dict[str, Any]:
+        """Default values by the dotted keys of `settings`."""
+        sections = {name: cls() for name, cls in SECTIONS.items()} | {"mask": type(self.mask)()}
+        values = {f"{section}.{k}": v for section, found in sections.items() for k, v in vars(found).items()}
+        data = argument_defaults(data_class(self.modality, self.data["class"]))
+        # Older runs padded to no multiple; in newer ones null has become a number before settings are compared.
+        return values | {f"data.{k}": v for k, v in data.items()} | {"data.class": None, "data.length_multiple": 1}
 
     def check(self) -> None:
         """Raise ConfigError for invalid values."""
@@ -460,12 +472,9 @@ class Config:
                 raise ConfigError(
                     f"{key}: found {value!r}, which is not UTF-8, so config.yaml cannot hold it; rename or link it"
                 )
-        for key, expected in self.ranges().items():
-            value = values.get(key)
-            numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-            for number in numbers:
-                if isinstance(number, int | float) and number not in expected:
-                    raise ConfigError(f"{key}: found {number}, expected {expected}")
+        for name, hint in arguments(data_class(self.modality, self.data["class"])).items():
+            if name in self.data:
+                in_section("data", check, name, self.data[name], hint)
         if self.own_data:  # its settings may share a name with ours and mean something else
             values = {key: value for key, value in values.items() if not key.startswith("data.") or key == "data.views"}
         for key in ("data.crop_scale", "data.crop_ratio"):
@@ -638,52 +647,19 @@ def _fit_data(settings: dict[str, Any], later: dict[str, Any]) -> None:
     """
     name = os.path.expanduser(later["encoder.pretrained"])
     modality: Any = later.get("modality", settings.get("modality"))
-    keys = MODALITIES[modality].files if modality in MODALITIES else ()
-    wanted = [key for key in keys if f"data.{key}" not in later]
+    built_in: Any = data_class(modality) if modality in MODALITIES and MODALITIES[modality].data else None
+    wanted = [key for key in (built_in.files if built_in else ()) if f"data.{key}" not in later]
     if own := later.get("data.class", settings.get("data", {}).get("class")):
         wanted = [key for key in wanted if key in data_settings(data_class(modality, own))]
-    known = _preprocessing(name, modality) if wanted else {}
+    if wanted:
+        import d2v_fast.nets  # noqa: F401  registers our models with transformers
+    known = built_in.read_files(name) if wanted else {}
     data = settings.setdefault("data", {})
-    changed = {key: known[key] for key in wanted if key in known and known[key] != data.get(key)}
+    changed = {key: known[key] for key in wanted if known.get(key) not in (None, data.get(key))}
     if changed:
         words = " ".join(f"data.{key}={value}" for key, value in changed.items())
         print(f"encoder.pretrained={name}: {words}, as it was trained", file=sys.stderr)
     data.update(changed)
-
-
-def _preprocessing(name: str, modality: str) -> dict[str, Any]:
-    """The preprocessing of a pretrained encoder as settings of `data`, as far as its files specify it."""
-    from transformers import AutoConfig, FeatureExtractionMixin, ImageProcessingMixin
-
-    import d2v_fast.nets  # noqa: F401  registers our models with transformers
-
-    if modality == "text":
-        from d2v_fast.data import DataError
-        from d2v_fast.data.text import load_tokenizer
-
-        try:
-            load_tokenizer(name)
-        except DataError as error:
-            reason = str(error).partition(": ")[2].partition(";")[0]
-            print(f"encoder.pretrained={name}: has no usable tokenizer: {reason}", file=sys.stderr)
-            return {}
-        return {"tokenizer": name}
-    image = modality == "vision"
-    read = ImageProcessingMixin.get_image_processor_dict if image else FeatureExtractionMixin.get_feature_extractor_dict
-    try:
-        processor, _ = read(name)
-    except OSError:
-        processor = {}
-    found = {key: processor.get(file_key) for key, file_key in MODALITIES[modality].files.items()}
-    if not processor.get("do_normalize", True) and "mean" in found:
-        found |= {"mean": [0.0] * 3, "std": [1.0] * 3} if image else {"mean": 0.0, "std": 0.5}  # spectrograms: 2 std
-    if image:
-        try:
-            size = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "image_size", None)
-        except (OSError, ValueError):  # loading the model reports the error later
-            size = None
-        found["image_size"] = size if isinstance(size, int) else None
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def _drop_unknown_data(settings: dict[str, Any], later: dict[str, Any]) -> None:
@@ -754,17 +730,17 @@ def data_class(modality: str, own: str | None = None) -> type:
         except ValueError as error:
             raise ConfigError(f"data.class={own}: its arguments become settings, so they need type hints: {error}") from error
         return cls
-    if modality == "custom":
-        raise ConfigError(
-            "modality=custom: found no data.class, expected package.module:Class, a class of your own that derives from "
-            "d2v_fast.data.PretrainingData; docs/own-data.md has an example"
-        )
     if modality not in MODALITIES:
         raise ConfigError(
             f"modality: found {modality!r}, expected one of {', '.join(MODALITIES)}, several"
             + (nearest(str(modality), [*MODALITIES, "several"]) if modality else "; a preset without one must follow another")
         )
-    module, _, name = str(MODALITIES[modality].data).partition(":")
+    if (built_in := MODALITIES[modality].data) is None:
+        raise ConfigError(
+            f"modality={modality}: found no data.class, expected package.module:Class, a class of your own that derives from "
+            "d2v_fast.data.PretrainingData; docs/own-data.md has an example"
+        )
+    module, _, name = built_in.partition(":")
     return getattr(importlib.import_module(f"d2v_fast.data.{module}"), name)
 
 
@@ -917,12 +893,15 @@ def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Confi
     values = namespace.as_dict()
     fused = values["fused"]
     kind = values["mask"].pop("kind")
+    built_in = own is None or (
+        MODALITIES[modality].data is not None and data_settings(data_class(modality)) <= data_settings(cls)
+    )
     config = Config(
         modality=values["modality"],
-        **{name: cls(**values[name]) for name, cls in SECTIONS.items()},
-        mask=MASKS[kind](**values["mask"]),
+        **{name: in_section(name, cls, **values[name]) for name, cls in SECTIONS.items()},
+        mask=in_section("mask", MASKS[kind], **values["mask"]),
         data=values["data"],
-        own_data=own is not None and (modality == "custom" or not data_settings(data_class(modality)) <= data_settings(cls)),
+        own_data=not built_in,
         yaml=parser.dump(namespace, skip_unset=False),
         name="-".join(names) or values["modality"],
         resume=resume,

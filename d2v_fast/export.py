@@ -24,7 +24,7 @@ import d2v_fast
 from d2v_fast import nets, trained
 from d2v_fast.checkpoint import sync
 from d2v_fast.choices import nearest
-from d2v_fast.config import MODALITIES, ConfigError
+from d2v_fast.config import MODALITIES, ConfigError, data_class
 from d2v_fast.convert import EAT_NORMS, Released, error_context, from_data2vec_pytorch, from_fairseq, make_model
 from d2v_fast.data import first_line, is_local
 from d2v_fast.data.audio import feature_extractor
@@ -216,17 +216,11 @@ def open_run(run: Path, checkpoint: str | None = None, teacher: bool = False) ->
             f"leaves its weights in {run / 'export' / 'model.safetensors'} when it ends, for safetensors.torch.load_model"
         )
     found = trained.load(config, run, checkpoint, teacher)
-    data = found.config.data
     if config.own_data:
         return found, Exported(found.encoder)
-    if config.modality == "text":
-        return found, Exported(found.encoder, found.tokenizer)
-    if config.modality == "vision":
-        return found, Exported(found.encoder, image_processor(data["image_size"], data["mean"], data["std"]))
-    if config.modality == "spectrogram":
-        sizes = [data[key] for key in ("target_length", "mel_bins", "mean", "std")]
-        return found, Exported(found.encoder, spectrogram_extractor(*sizes))
-    return found, Exported(found.encoder, feature_extractor(found.encoder, data["sample_rate"], data["normalize"]))
+    built_in: Any = data_class(config.modality)
+    processor = found.tokenizer if config.is_text else built_in.make_processor(found.encoder, found.config.data)
+    return found, Exported(found.encoder, processor)
 
 
 def public(value: Any) -> Any:
@@ -403,9 +397,8 @@ def export_run(
     known: dict[str, Any] = {"base_model": on_hub(found.config.encoder.pretrained), "datasets": on_hub(data.get("path"))}
     if not teacher and (results := eval_results(run, found)):
         known |= {"eval_results": results, "model_name": hub or to.resolve().name}
-    if found.config.own_data or found.config.modality == "spectrogram":  # the model's input does not tell
-        known["pipeline_tag"] = "feature-extraction"
-    elif found.config.modality == "text" and data["path"] == "builtin":
+    known["pipeline_tag"] = "feature-extraction" if found.config.own_data else MODALITIES[found.config.modality].pipeline
+    if found.config.is_text and data["path"] == "builtin":
         known["language"] = "en"
     with whole(to) as folder:
         difference = exported.write(folder, None if old else as_type)

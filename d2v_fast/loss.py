@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, get_type_hints, overload
 
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.choices import Implementation, Norm, TargetNorm, one_of
+from d2v_fast.choices import Beta, Implementation, Norm, PositiveFloat, TargetNorm, check
 from d2v_fast.ops import loss_implementation
 from d2v_fast.ops.reference import LossStats
 
@@ -22,11 +21,14 @@ class LossSettings(TypedDict, total=False):
 
     norm: Norm
     target_norm: TargetNorm
-    beta: float
-    scale: float | None
+    beta: Beta
+    scale: PositiveFloat | None
     reduction: Reduction
     layout: Layout
     impl: Implementation
+
+
+_HINTS = get_type_hints(LossSettings, include_extras=True)
 
 
 @overload
@@ -107,7 +109,7 @@ def data2vec_loss(
     Raises:
         ValueError: A shape, dtype, device or choice does not fit; the message names argument, found and expected.
     """
-    check_settings(norm, target_norm, beta, scale, reduction, layout, impl)
+    check_settings(norm=norm, target_norm=target_norm, beta=beta, scale=scale, reduction=reduction, layout=layout, impl=impl)
     if isinstance(teacher_layers, Tensor):
         shape = tuple(teacher_layers.shape)
         raise ValueError(f"teacher_layers: found one tensor {shape}, expected a sequence: [x], or x.unbind(0) of a stack")
@@ -132,20 +134,10 @@ def data2vec_loss(
     return found if len(found) > 1 else loss
 
 
-def check_settings(
-    norm: str, target_norm: str, beta: float, scale: float | None, reduction: str, layout: str, impl: str
-) -> None:
+def check_settings(**settings: Unpack[LossSettings]) -> None:
     """Raise a ValueError for settings of `data2vec_loss` that are invalid for any tensors."""
-    one_of("norm", norm, Norm)
-    one_of("target_norm", target_norm, TargetNorm)
-    one_of("reduction", reduction, Reduction)
-    one_of("layout", layout, Layout)
-    one_of("impl", impl, Implementation)
-    # Both β and 1/β must be numbers of fp32.
-    if not isinstance(beta, int | float) or (beta != 0 and not 1e-30 <= beta <= 1e30):
-        raise ValueError(f"beta: found {beta!r}, expected 0 (squared error) or a number between 1e-30 and 1e30")
-    if scale is not None and not (isinstance(scale, int | float) and 0 < scale < math.inf):
-        raise ValueError(f"scale: found {scale!r}, expected a number above 0, or None for 1/√C")
+    for name, value in settings.items():
+        check(name, value, _HINTS[name])
 
 
 def _check_tensors(
@@ -207,11 +199,11 @@ class Data2VecLoss(nn.Module):
         return_target_mean: bool = False,
     ):
         super().__init__()
-        check_settings(norm, target_norm, beta, scale, reduction, layout, impl)
-        self.settings: dict[str, Any] = dict(
+        settings = LossSettings(
             norm=norm, target_norm=target_norm, beta=beta, scale=scale, reduction=reduction, layout=layout, impl=impl
         )
-        self.settings |= dict(return_stats=return_stats, return_target_mean=return_target_mean)
+        check_settings(**settings)
+        self.settings: dict[str, Any] = dict(**settings, return_stats=return_stats, return_target_mean=return_target_mean)
 
     def forward(
         self,

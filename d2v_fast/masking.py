@@ -1,8 +1,8 @@
 """Masks of data2vec: spans, BEiT blocks, blocks with exact counts, text tokens, random positions (method 2).
 
 Every mask is a pure function of (seed, epoch, sample, view), independent of the batch, the workers and the process, because all
-randomness comes from `Draws.uniform`, a counter-based generator. All samplers are vectorised over the batch and return numpy
-bool arrays, True = masked = scored. Padding is on the right and is never masked.
+randomness comes from `Draws.uniform`, a counter-based generator. All samplers take a batch and return numpy bool arrays,
+True = masked = scored. Padding is on the right and is never masked.
 """
 
 from __future__ import annotations
@@ -55,15 +55,16 @@ class Draws:
                 key = _splitmix(key + np.uint64(part % 2**64) * _GOLDEN + _GOLDEN)
         return key
 
-    def uniform(self, stream: int, *shape: int) -> np.ndarray:
-        """Float64 in [0, 1), shape (B·views, *shape); different streams are independent."""
+    def uniform(self, stream: int | Sequence[int], *shape: int) -> np.ndarray:
+        """Float64 in [0, 1), shape (B·views, *shape), or (streams, B·views, *shape); streams are independent."""
+        streams = np.asarray(stream).astype(np.uint64)
         with np.errstate(over="ignore"):
-            key = _splitmix(self._keys + np.uint64(stream % 2**64) * _GOLDEN + _GOLDEN)
+            key = _splitmix(np.add.outer(streams * _GOLDEN, self._keys) + _GOLDEN).ravel()
             later = np.arange(1, self.views, dtype=np.uint64) * _GOLDEN
             key = np.concatenate([key[:, None], _splitmix(~key[:, None] + later)], axis=1).ravel()
             counter = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * _GOLDEN
             bits = _splitmix(key[:, None] + counter) >> np.uint64(11)
-        return (bits * 2.0**-53).reshape(len(key), *shape)
+        return (bits * 2.0**-53).reshape(*streams.shape, len(self), *shape)
 
     def generator(self, row: int) -> np.random.Generator:
         """A numpy generator for one sample, for augmentations that draw from several distributions."""
@@ -137,11 +138,12 @@ class SpanMask(Checked):
         prob: Share of positions that spans would cover if they never overlapped; coverage is about 1 - (1 - p/l)^l.
         length: Span length in positions.
         length_kind: "static"; "uniform" in [length_other, 2 length]; "normal" (length, length_other); "poisson" (length);
-            always at least 1.
+            always at least 1. All but "static" are for wav2vec 2.0 configs with another `mask_selection`.
         length_other: Lower bound (uniform) or standard deviation (normal).
         min_spans: Minimum number of spans per sample.
-        overlap: Whether spans may overlap; if not, gaps are uniform over all arrangements that fit.
-        min_space: Minimum distance between spans that do not overlap.
+        overlap: Whether spans may overlap; if not, gaps are uniform over all arrangements that fit, for wav2vec 2.0
+            configs with `no_mask_overlap`.
+        min_space: Minimum distance between spans that do not overlap, for wav2vec 2.0 configs with `mask_min_space`.
         same_count: Give every sample of a batch the "min" or the "max" count by unmasking or masking random positions;
             "none" leaves counts ragged. This is the only setting with which a mask depends on its batch.
         dropout: Share of masked positions to unmask again.
@@ -235,35 +237,38 @@ class BlockMask(Checked):
     def __call__(self, draws: Draws, grid: tuple[int, int]) -> np.ndarray:
         """Mask of shape (B, H·W) over a grid of (H, W) patches, row-major."""
         high, wide = grid
-        batch = len(draws)
-        mask = np.zeros((batch, high, wide), dtype=bool)
-        masked = np.zeros(batch, dtype=np.int64)
-        failures = np.zeros(batch, dtype=np.int64)
-        rows, cols = np.arange(high), np.arange(wide)
-        attempt = 0
-        while (active := (masked < self.count) & (failures < 10)).any():
-            u = draws.uniform(attempt, 4)
-            attempt += 1
-            cap = np.minimum(self.count - masked, self.max_area)
-            # With a cap below min_area the interval is reversed; the remainder is then filled with small blocks.
-            area = self.min_area + u[:, 0] * (cap - self.min_area)
-            aspect = np.exp((2 * u[:, 1] - 1) * -math.log(self.min_aspect))
-            h = np.round(np.sqrt(area * aspect)).astype(np.int64)
-            w = np.round(np.sqrt(area / aspect)).astype(np.int64)
-            top = np.floor(u[:, 2] * (high - h + 1))
-            left = np.floor(u[:, 3] * (wide - w + 1))
-            inside_rows = (rows >= top[:, None]) & (rows < (top + h)[:, None])
-            inside_cols = (cols >= left[:, None]) & (cols < (left + w)[:, None])
-            added = inside_rows[:, :, None] & inside_cols[:, None, :] & ~mask
-            new = added.sum(axis=(1, 2))
-            accepted = active & (w < wide) & (h < high) & (new > 0) & (new <= cap)
-            mask |= added & accepted[:, None, None]
-            masked += new * accepted
-            failures = np.where(accepted, 0, failures + active)
-        flat = mask.reshape(batch, -1)
-        if masked.max(initial=0) < high * wide:
+        total = high * wide
+        size = -(-total // 8)
+        packed = bytearray()
+        numbers: list[list[list[float]]] = []  # four for each attempt and sample
+        # Sets of patches are integers with a bit for each patch, because calls of numpy would take longer than the work.
+        column = ((1 << total) - 1) // ((1 << wide) - 1)  # the first one
+        for row in range(len(draws)):
+            mask = masked = failures = attempt = 0
+            while masked < self.count and failures < 10:
+                if attempt == len(numbers):
+                    u = draws.uniform(range(attempt, attempt + 32), 4)
+                    u[..., 1] = np.exp((2 * u[..., 1] - 1) * -math.log(self.min_aspect))
+                    numbers += u.tolist()
+                share, aspect, top, left = numbers[attempt][row]
+                attempt, failures = attempt + 1, failures + 1
+                cap = min(self.count - masked, self.max_area)
+                # With a cap below min_area the interval is reversed; the remainder is then filled with small blocks.
+                area = self.min_area + share * (cap - self.min_area)
+                h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+                if h >= high or w >= wide:
+                    continue
+                first = int(top * (high - h + 1)) * wide + int(left * (wide - w + 1))
+                block = ((1 << w) - 1) * (column >> (high - h) * wide) << first
+                new = (block & ~mask).bit_count()
+                if 0 < new <= cap:
+                    mask, masked, failures = mask | block, masked + new, 0
+            packed += mask.to_bytes(size, "little")
+        bits = np.frombuffer(packed, dtype=np.uint8).reshape(len(draws), size)
+        flat = np.unpackbits(bits, axis=1, count=total, bitorder="little").view(bool)
+        if self.count < total:
             return flat
-        return _keep_one_visible(flat, np.ones_like(flat), draws.uniform(-1, high * wide))
+        return _keep_one_visible(flat, np.ones_like(flat), draws.uniform(-1, total))
 
 
 @dataclass(frozen=True)
@@ -278,7 +283,7 @@ class ExactBlockMask(Checked):
         adjust: Added to the share for which blocks are drawn, so that few positions have to be added afterwards.
         inverse: Draw visible blocks instead of masked ones.
         dropout: Share of extra blocks to draw; more positions are then removed at random.
-        overlap: Whether blocks may overlap; if not, they are tiles of the grid.
+        overlap: Whether blocks may overlap; if not, they are tiles of the grid, for fairseq configs with `non_overlapping`.
     """
 
     prob: OpenUnitInterval = 0.8
@@ -396,9 +401,10 @@ class TokenMask(Checked):
         length_std: Standard deviation of the span length, 0 = always `length`.
         random_prob: Share of selected tokens that become a random token.
         keep_prob: Share of selected tokens that stay unchanged.
-        whole_words: Choose words and mask all their tokens.
+        whole_words: Choose words and mask all their tokens, as whole-word BERT models were trained.
         keep_special: Never select special tokens; the reference code may mask <s> and </s>.
-        frequency_weighted: Draw random tokens by their frequency in the corpus instead of uniformly.
+        frequency_weighted: Draw random tokens by their frequency in the corpus instead of uniformly, for fairseq
+            configs with `freq_weighted_replacement`; needs random_prob.
         loss_on: Score all "selected" tokens, or only those that became the "mask_token", as the reference does.
     """
 

@@ -6,14 +6,12 @@ speech or anything else with positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.choices import CLSReduction, EMAScope, Implementation, LayerSource, Norm, TargetNorm, one_of
 from d2v_fast.config import EMAConfig, HeadConfig, LossConfig, TargetsConfig
 from d2v_fast.decoders import ConvDecoder, regression_head
 from d2v_fast.ema import EMATeacher
@@ -46,93 +44,77 @@ class Data2VecOutput:
 
 
 class Data2Vec(nn.Module):
-    """Student, teacher and regression head around one encoder.
+    """Student, teacher and predictor around one encoder.
 
-    With `decoder` it is data2vec 2.0: the student encodes the visible positions of several masked views of each sample, and the
-    decoder predicts the rest.
+    With a `HeadConfig` as predictor it is data2vec 1.0. With a decoder it is data2vec 2.0: the student encodes the visible
+    positions of several masked views of each sample, and the decoder predicts the rest. Only d2v-train reads
+    `HeadConfig.pretrained` and `LossConfig.reduction`.
 
     Args:
         encoder: The student. The teacher is a copy of it, made here: build before `accelerate.prepare` or DDP.
-        top_k: Number of last layers whose results are averaged into the target.
-        source: What a layer's result is: "ffn" before dropout and residual, "block_output" or "block_input" (method 1.3).
-        norm: Normalisation of each layer result (method 1.2).
-        target_norm: Normalisation of their average.
-        beta: 0 for the squared error, else the smooth-L1 threshold.
-        scale: Factor of the summed error: "auto" = 1/√C, "mean" = 1/C, or a number (method 1.4).
-        head_layers: Linears in the regression head; 0 for none.
-        head_zero_init: Start the head at zero, so that first predictions are the mean of the targets and not noise.
-        decoder: In place of the head.
-        cls_weight: With a decoder, weight of the loss by which the first extra token (CLS) learns the mean of the targets over
-            all positions; 0 for none (method 4.7).
-        cls_reduction: "mean" over the views of a batch, or "sum" as in the reference code, where it grows with the batch.
-        ema_start: First decay of the teacher (method 1.5).
-        ema_end: Decay after `ema_anneal_steps`.
-        ema_anneal_steps: Teacher updates over which the decay goes from start to end.
-        ema_scope: What is averaged: "all", the "encoder" without its local features, or its "layers" (method 1.6);
-            the rest is copied from the student at each step.
-        ema_copied: Further name patterns of parameters to copy.
-        teacher_fp32: Run the teacher outside of autocast.
-        impl: Implementation of the loss.
+        predictor: The regression head to build, of kind linear (method 3.2, 3.3), or a decoder (method 4.5).
+        targets: What the student predicts (method 1.2, 1.3).
+        loss: How predictions are scored (method 1.4). `cls_weight`, with a decoder, weighs the loss by which the first extra
+            token (CLS) learns the mean of the targets over all positions (method 4.7).
+        ema: How the teacher follows the student (method 1.5, 1.6).
+
+    Raises:
+        ValueError: Settings that do not fit the encoder, or a `HeadConfig` of kind conv: it does not know the decoder's axes.
     """
 
     def __init__(
         self,
         encoder: Encoder,
+        predictor: HeadConfig | ConvDecoder = HeadConfig(),
         *,
-        top_k: int = TargetsConfig.top_k,
-        source: LayerSource = TargetsConfig.source,
-        norm: Norm = TargetsConfig.norm,
-        target_norm: TargetNorm = TargetsConfig.target_norm,
-        beta: float = LossConfig.beta,
-        scale: float | Literal["auto", "mean"] = LossConfig.scale,
-        head_layers: int = HeadConfig.layers,
-        head_zero_init: bool = HeadConfig.zero_init,
-        decoder: ConvDecoder | None = None,
-        cls_weight: float = LossConfig.cls_weight,
-        cls_reduction: CLSReduction = LossConfig.cls_reduction,
-        ema_start: float = EMAConfig.start,
-        ema_end: float = EMAConfig.end,
-        ema_anneal_steps: int = EMAConfig.anneal_steps,
-        ema_scope: EMAScope = EMAConfig.scope,
-        ema_copied: Sequence[str] = (),
-        teacher_fp32: bool = TargetsConfig.teacher_fp32,
-        impl: Implementation = LossConfig.impl,
+        targets: TargetsConfig = TargetsConfig(),
+        loss: LossConfig = LossConfig(),
+        ema: EMAConfig = EMAConfig(),
     ):
         super().__init__()
-        one_of("source", source, LayerSource)
-        one_of("ema_scope", ema_scope, EMAScope)
-        one_of("cls_reduction", cls_reduction, CLSReduction)
-        if isinstance(scale, str):
-            one_of("scale", scale, Literal["auto", "mean"])
-        if decoder is not None:
+        head: nn.Module
+        if isinstance(predictor, HeadConfig):
+            if predictor.kind != "linear":
+                raise ValueError(
+                    f"predictor: found HeadConfig(kind={predictor.kind!r}), which does not know the axes of the positions; "
+                    "expected a decoder, such as ConvDecoder(encoder.hidden_size, axes=2) for images"
+                )
+            if loss.cls_weight:
+                raise ValueError(
+                    f"cls_weight: found {loss.cls_weight} without a decoder; the loss of CLS is a part of data2vec 2.0"
+                )
+            head = regression_head(encoder.hidden_size, predictor.layers, predictor.zero_init)
+        else:
             check_gathers(encoder)
-            if cls_weight and not encoder.extra_tokens:
+            if loss.cls_weight and not encoder.extra_tokens:
                 name = type(encoder.model).__name__
-                raise ValueError(f"cls_weight: found {cls_weight}, but {name} has no CLS token to train; expected 0")
+                raise ValueError(f"cls_weight: found {loss.cls_weight}, but {name} has no CLS token to train; expected 0")
             if encoder.masks_features:
                 encoder.mask_token.requires_grad_(False)  # unused: masked positions are not encoded
-        elif cls_weight:
-            raise ValueError(f"cls_weight: found {cls_weight} without a decoder; the loss of CLS is a part of data2vec 2.0")
+            head = predictor
+        self.sparse = not isinstance(predictor, HeadConfig)
         self.student = encoder
         self.teacher = EMATeacher(
             encoder,
-            ema_start,
-            ema_end,
-            ema_anneal_steps,
-            [*encoder.not_averaged(ema_scope), *(f"model.{pattern}" for pattern in ema_copied)],
+            ema.start,
+            ema.end,
+            ema.anneal_steps,
+            [*encoder.not_averaged(ema.scope), *(f"model.{pattern}" for pattern in ema.copied)],
         )
-        encoder.check_layers(top_k, source)
-        self.top_k, self.source = top_k, source
-        self.sparse = decoder is not None
-        head = regression_head(encoder.hidden_size, head_layers, head_zero_init) if decoder is None else decoder
-        self.head: nn.Module = head
-        self.cls_weight, self.cls_reduction = cls_weight, cls_reduction
+        encoder.check_layers(targets.top_k, targets.source)
+        self.top_k, self.source = targets.top_k, targets.source
+        self.head = head
+        self.cls_weight, self.cls_reduction = loss.cls_weight, loss.cls_reduction
         # A teacher with the student's local features need not recompute them, except for text, where they include dropout.
-        self.shares_features = ema_scope != "all" and encoder.masks_features
-        self.teacher_fp32 = teacher_fp32
+        self.shares_features = ema.scope != "all" and encoder.masks_features
+        self.teacher_fp32 = targets.teacher_fp32
         scales: dict[Any, float] = {"auto": encoder.hidden_size**-0.5, "mean": 1 / encoder.hidden_size}
         self.loss_settings: dict[str, Any] = dict(
-            norm=norm, target_norm=target_norm, beta=beta, scale=scales.get(scale, scale), impl=impl
+            norm=targets.norm,
+            target_norm=targets.target_norm,
+            beta=loss.beta,
+            scale=scales.get(loss.scale, loss.scale),
+            impl=loss.impl,
         )
         check_settings(**self.loss_settings, reduction="mean", layout="BTC")
 

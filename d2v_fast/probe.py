@@ -27,7 +27,7 @@ from torch import Tensor
 
 from d2v_fast import trained
 from d2v_fast.checkpoint import write_text
-from d2v_fast.config import Config, ConfigError
+from d2v_fast.config import Config, ConfigError, data_class
 from d2v_fast.data import DataError, Source, first_line, is_local
 from d2v_fast.encoders import Encoder
 from d2v_fast.masking import Draws, TokenMask
@@ -254,62 +254,12 @@ def labelled_parts(config: Config, encoder: Encoder, data: str, name: str | None
     settings = config.data
     if config.own_data:
         return own_sources(config, encoder, data, None if data == settings["class"] else data, name)
-    if config.modality == "vision":
-        from d2v_fast.data.vision import center_crop, open_images, to_pixels
+    built_in: Any = data_class(config.modality)
+    open_split, stack = built_in.for_probe(encoder, settings)
 
-        def collate(samples: list) -> tuple[Tensor, Tensor | None]:
-            crops = [center_crop(image, settings["image_size"]) for image in samples]
-            return torch.from_numpy(to_pixels(crops, settings["mean"], settings["std"])), None
-
-        def open_split(path: str, name: str | None = None, split: str = "train") -> Source:
-            return open_images(path, name, split)
-
-    elif config.modality == "spectrogram":
-        from d2v_fast.data.audio import open_audio
-        from d2v_fast.data.spectrograms import WINDOW, spectrogram
-
-        as_image = encoder.reads != "spectrogram"
-        sizes = [settings[key] for key in ("target_length", "mel_bins", "mean", "std")]
-
-        def collate(samples: list) -> tuple[Tensor, Tensor | None]:
-            source = torch.from_numpy(np.stack(samples))
-            return source.unsqueeze(1) if as_image else source, None
-
-        def open_split(path: str, name: str | None = None, split: str = "train") -> Source:
-            source = open_audio(path, name, split, settings["sample_rate"])
-
-            def read(i: int) -> np.ndarray:
-                if len(wave := source.read(i)) < WINDOW:
-                    raise ValueError(f"is too short: {len(wave)} samples")
-                return spectrogram(wave, *sizes)
-
-            return replace(source, read=read)
-
-    else:
-        from d2v_fast.data.audio import open_audio, standardize
-
-        frames: Any = encoder.positions
-        longest = round(settings["max_seconds"] * settings["sample_rate"])
-
-        def collate(samples: list) -> tuple[Tensor, Tensor | None]:
-            waves = [(standardize(wave) if settings["normalize"] else wave)[:longest] for wave in samples]
-            lengths = [len(wave) for wave in waves]
-            source = np.zeros((len(waves), max(lengths)), dtype=np.float32)
-            for row, wave in zip(source, waves, strict=True):
-                row[: len(wave)] = wave
-            seen = torch.tensor([frames(n) for n in lengths])
-            padding_mask = torch.arange(frames(max(lengths))) >= seen[:, None]
-            return torch.from_numpy(source), padding_mask if padding_mask.any() else None
-
-        def open_split(path: str, name: str | None = None, split: str = "train") -> Source:
-            source = open_audio(path, name, split, settings["sample_rate"])
-
-            def read(i: int) -> np.ndarray:
-                if frames(len(wave := source.read(i))) == 0:
-                    raise ValueError(f"is too short: {len(wave)} samples")
-                return wave
-
-            return replace(source, read=read)
+    def collate(samples: list) -> tuple[Tensor, Tensor | None]:
+        source, padding_mask = stack(samples)
+        return torch.from_numpy(source), None if padding_mask is None else torch.from_numpy(padding_mask)
 
     return *split_sources(open_split, data, name), collate
 
@@ -458,10 +408,10 @@ def main(args: list[str]) -> None:
     data, file = os.path.expanduser(options.data or default), run / "probe.json"
     read_probes(file)  # fail early if results cannot be added to it
     found = trained.load(config, run, options.checkpoint)
-    batch_size = options.batch_size or (32 if config.modality == "text" else 64)
+    probe, usual = (probe_cloze, 32) if config.is_text else (probe_labels, 64)
+    batch_size = options.batch_size or usual
     states = States({"untrained": found.untrained(), "trained": found.encoder}, device, options.precision, batch_size)
     log.info("probing on %s, %s on %s", " ".join(filter(None, (data, options.name))), options.precision, device)
-    probe = probe_cloze if config.is_text else probe_labels
     results = probe(found.config, states, data, options.name, options.limit)
     columns = list(next(iter(results.values())))
     print(f"{'':20}" + "".join(f"{column:>12}" for column in columns))

@@ -31,6 +31,7 @@ from d2v_fast.config import (
     _flat,
     _readable,
     check_layer,
+    in_section,
     load_yaml,
     new_parser,
     parse,
@@ -130,6 +131,12 @@ class SeveralConfig:
             values |= {f"several.parts.{name}.{key}": value for key, value in own.items()}
         return values
 
+    def defaults(self) -> dict[str, Any]:
+        """Default values by the dotted keys of `settings`."""
+        parts = {f"several.parts.{name}.{k}": v for name, part in self.parts.items() for k, v in part.defaults().items()}
+        first = next(iter(self.parts.values())).defaults()
+        return parts | {key: value for key, value in first.items() if key.partition(".")[0] in WHOLE}
+
 
 def configure(
     settings: dict[str, Any], arguments: list[str], name: str, resume: bool | Literal["auto"], resume_allow: list[str]
@@ -196,7 +203,7 @@ def configure(
     shares = values["several"]["shares"]
     _check_shares(shares, parts)
     shares = {part: shares[part] for part in parts}
-    sections = {section: SECTIONS[section](**values[section]) for section in WHOLE}
+    sections = {section: in_section(section, SECTIONS[section], **values[section]) for section in WHOLE}
     if sections["train"].epochs is not None:
         raise ConfigError("train.epochs: several data sets have no epoch in common; expected train.steps")
     inner = {section: vars(value) for section, value in sections.items()}

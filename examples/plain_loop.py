@@ -7,10 +7,11 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import RobertaConfig, RobertaModel
 
-from d2v_fast import Data2Vec, wrap
+from d2v_fast import Data2Vec, EMAConfig, TargetsConfig, wrap
 
 LENGTH, VOCABULARY, MASK, FIRST = 32, 64, 3, 4  # words start at id FIRST
 BATCH, LR = 16, 1e-3
+TARGETS, EMA = TargetsConfig(top_k=3), EMAConfig(start=0.99, end=0.999, anneal_steps=100)
 
 
 def make_encoder():
@@ -23,7 +24,7 @@ def make_encoder():
 
 
 def make_model():
-    return Data2Vec(make_encoder(), top_k=3, ema_start=0.99, ema_end=0.999, ema_anneal_steps=100)
+    return Data2Vec(make_encoder(), targets=TARGETS, ema=EMA)
 
 
 def make_samples(count):

@@ -5,7 +5,7 @@ python examples/plain_loop_2.py
 
 import plain_loop
 import torch
-from plain_loop import BATCH, LENGTH, LR, make_encoder
+from plain_loop import BATCH, EMA, LENGTH, LR, TARGETS, make_encoder
 from torch.utils.data import DataLoader
 
 from d2v_fast import ConvDecoder, Data2Vec
@@ -16,7 +16,7 @@ VIEWS, MASKED = 4, 16  # views per sentence, masked words per view
 def make_model():
     encoder = make_encoder()
     decoder = ConvDecoder(encoder.hidden_size, width=64, kernel=5, layers=3, groups=1)
-    return Data2Vec(encoder, decoder=decoder, top_k=3, ema_start=0.99, ema_end=0.999, ema_anneal_steps=100)
+    return Data2Vec(encoder, decoder, targets=TARGETS, ema=EMA)
 
 
 def make_samples(count):

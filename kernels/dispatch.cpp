@@ -86,6 +86,8 @@ int d2v_loss(const D2VLoss *args) {
         return 1;
     } catch (const std::invalid_argument &) {
         return 2;
+    } catch (const std::domain_error &) {
+        return 4;
     }
 }
 

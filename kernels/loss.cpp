@@ -10,9 +10,11 @@
 #include "vec.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #ifdef _OPENMP
@@ -32,6 +34,16 @@ constexpr int64_t AHEAD_SCORED = 4;  // the same for predictions and gradients, 
 constexpr int64_t BLOCK = 1280 << 10;
 constexpr int64_t BLOCK_OF_VIEWS = 1 << 20;  // with several views most positions are scored, so blocks are full
 constexpr int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+
+enum class Norm { none, layer, instance, batch, group };
+
+Norm named(const char *name) {
+    constexpr std::pair<const char *, Norm> norms[] = {
+        {"none", Norm::none}, {"layer", Norm::layer}, {"instance", Norm::instance}, {"batch", Norm::batch}, {"group", Norm::group}};
+    for (const auto &[known, norm] : norms)
+        if (!std::strcmp(name, known)) return norm;
+    throw std::domain_error(name);
+}
 
 typedef std::unique_ptr<float[]> Floats;
 
@@ -186,6 +198,7 @@ struct Moments {
 template <class T, bool STRIDED> class Loss {
     const D2VLoss &a;
     const int64_t M, T_, C, K;
+    const Norm norm, target_norm;
     std::vector<int32_t> row_of;   // (B, M, T): prediction row of each position of each view, -1 = not scored
     std::vector<int32_t> kept;     // positions that are not padding
     std::vector<int32_t> scored;   // positions that are scored in some view
@@ -231,7 +244,7 @@ template <class T, bool STRIDED> class Loss {
                 next[j] = row(ahead % K, position[ahead / K], c0);
                 f[j] = {0, 0, 1};
             }
-            if (a.norm == D2V_LAYER) {
+            if (norm == Norm::layer) {
                 constexpr int P = R::bytes == 4 ? 2 : 1;  // two rows at once are slower in half precision
                 int64_t j = 0;
                 for (; j + P <= count; j += P) row_stats<P>(rows + j, next + j, n, f + j);
@@ -246,7 +259,7 @@ template <class T, bool STRIDED> class Loss {
     void average(Workspace &w, const int32_t *positions, int64_t count, int64_t left, int64_t b, int64_t c0, int64_t n) const {
         const int64_t ld = padded(n);
         float *block = w.block.get();
-        if (a.norm == D2V_LAYER || a.norm == D2V_NONE) {
+        if (norm == Norm::layer || norm == Norm::none) {
             for (int64_t r = 0; r < count; ++r) average_row(positions + r, left - r, c0, n, block + r * ld);
             return;
         }
@@ -255,13 +268,13 @@ template <class T, bool STRIDED> class Loss {
         for (int64_t k = 0; k < K; ++k) {
             ColumnAffine columns = {};
             Affine whole = {};
-            if (a.norm == D2V_INSTANCE) {
+            if (norm == Norm::instance) {
                 columns = affine(w, n);
                 const int32_t *all = kept.data() + kept_from[b];
                 const int64_t length = kept_from[b + 1] - kept_from[b];
                 column_squares([&](int64_t r) { return row(k, all[r], c0); }, length, n, columns);
                 squares_to_weights(columns.weight, n, length, K);
-            } else if (a.norm == D2V_BATCH) {
+            } else if (norm == Norm::batch) {
                 columns = batch_affine(k, c0);
             } else {
                 whole = group_stats(k, b);
@@ -300,14 +313,14 @@ template <class T, bool STRIDED> class Loss {
                 narrow(select(lanes, f(i, v), Vec{}), x + i);
             });
         };
-        if (a.target_norm == D2V_LAYER) {
+        if (target_norm == Norm::layer) {
             for (int64_t r = 0; r < count; ++r) {
                 const Row<float> x = {block + r * ld};
                 Affine f;
                 row_stats<1>(&x, &x, n, &f);
                 replace(r, [&](int64_t, Vec x) { return ((x - f.shift) - f.delta) * f.weight; });
             }
-        } else if (a.target_norm == D2V_INSTANCE) {
+        } else if (target_norm == Norm::instance) {
             const ColumnAffine f = affine(w, n);
             column_squares([&](int64_t r) { return Row<float>{block + r * ld}; }, count, n, f);
             squares_to_weights(f.weight, n, count, 1);
@@ -462,7 +475,9 @@ template <class T, bool STRIDED> class Loss {
     }
 
 public:
-    explicit Loss(const D2VLoss &args) : a(args), M(args.views), T_(args.length), C(args.channels), K(args.n_layers) {}
+    explicit Loss(const D2VLoss &args)
+        : a(args), M(args.views), T_(args.length), C(args.channels), K(args.n_layers), norm(named(args.norm)),
+          target_norm(named(args.target_norm)) {}
 
     void run() {
         list_positions();
@@ -472,10 +487,10 @@ public:
         *a.factor = a.prediction_dtype == D2V_FP16 ? divided * 4 : 1;
         *a.count = count;
 
-        const bool by_row = (a.norm == D2V_LAYER || a.norm == D2V_NONE) && a.target_norm != D2V_INSTANCE && !a.target_mean;
-        const bool by_column = a.norm != D2V_LAYER && a.norm != D2V_GROUP && a.target_norm != D2V_LAYER;
+        const bool by_row = (norm == Norm::layer || norm == Norm::none) && target_norm != Norm::instance && !a.target_mean;
+        const bool by_column = norm != Norm::layer && norm != Norm::group && target_norm != Norm::layer;
         // Positions in a tile: the scored ones, or all if the target's norm or mean needs them.
-        const bool all = a.target_norm == D2V_INSTANCE || a.target_mean;
+        const bool all = target_norm == Norm::instance || a.target_mean;
         const std::vector<int32_t> &used = all ? kept : scored;
         const std::vector<int64_t> &from = all ? kept_from : scored_from;
         int64_t rows = M == 1 ? 1 : ROWS, columns = std::max<int64_t>(C, 1);
@@ -491,7 +506,7 @@ public:
         for (int i = 0; i < a.threads; ++i)
             workspaces.push_back({Floats(new float[rows * padded(columns)]), Floats(new float[3 * padded(columns)]),
                                   Floats(new float[padded(columns)]), Moments(a.moments ? C : 0)});
-        if (a.norm == D2V_BATCH) batch_stats(workspaces, columns);
+        if (norm == Norm::batch) batch_stats(workspaces, columns);
 
         const int64_t blocks = (C + columns - 1) / columns, chunks = ((int64_t)scored.size() + ROWS - 1) / ROWS;
         const int64_t tiles = by_row && C ? chunks : a.batch * blocks;

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define D2V_ABI 4  // increment when a declaration in these headers changes; d2v_fast/ops/native.py checks it
+#define D2V_ABI 5  // increment when a declaration in these headers changes; d2v_fast/ops/native.py checks it
 
 #define D2V_PUBLIC __attribute__((visibility("default")))
 
@@ -11,7 +11,6 @@ extern "C" {
 #endif
 
 enum D2VDtype { D2V_FP32, D2V_BF16, D2V_FP16 };
-enum D2VNorm { D2V_NONE, D2V_LAYER, D2V_INSTANCE, D2V_BATCH, D2V_GROUP };
 
 typedef struct {
     int64_t batch, views, length, channels, n_layers, n_rows;
@@ -21,8 +20,8 @@ typedef struct {
     void *grad;                  // like predictions
     const uint8_t *mask;         // (B, M, T)
     const uint8_t *padding;      // (B, T) or NULL
-    int32_t layer_dtype, prediction_dtype, dense;
-    int32_t norm, target_norm, mean, threads;
+    const char *norm, *target_norm;  // names, as in d2v_fast/choices.py
+    int32_t layer_dtype, prediction_dtype, dense, mean, threads;
     float beta;
     double scale;
     float *loss, *factor, *count;  // scalars; the gradient is grad · factor
@@ -34,7 +33,7 @@ D2V_PUBLIC int d2v_abi(void);
 // The active build: "avx512", "avx2" or "baseline". The environment variable D2V_ISA selects one; NULL if there is no such
 // build or this processor cannot run it.
 D2V_PUBLIC const char *d2v_isa(void);
-// 0; 1 if memory ran out; 2 if n_rows are not the masked positions; 3 if no build runs.
+// 0; 1 if memory ran out; 2 if n_rows are not the masked positions; 3 if no build runs; 4 if a norm is unknown.
 D2V_PUBLIC int d2v_loss(const D2VLoss *args);
 
 #ifdef __cplusplus

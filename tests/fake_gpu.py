@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from d2v_fast import Data2Vec, encoders, train
+from d2v_fast import Data2Vec, EMAConfig, LossConfig, TargetsConfig, encoders, train
 from d2v_fast.config import parse
 from d2v_fast.data import to_device
 from d2v_fast.diagnostics import Monitor
@@ -76,8 +76,9 @@ def step(name: str, precision: str, kind: str) -> None:
     """Two optimizer steps of a tiny encoder."""
     text, image, wave = (name in names for names in (models.TEXTS, models.IMAGES, models.WAVES))
     encoder = models.make(name)
-    settings = dict(norm="instance", ema_scope="layers") if wave else dict(ema_scope="encoder" if image else "all")
-    model = Data2Vec(encoder, top_k=2, impl="triton", **settings).train()
+    targets = TargetsConfig(top_k=2, norm="instance" if wave else "layer")
+    scope = "layers" if wave else "encoder" if image else "all"
+    model = Data2Vec(encoder, targets=targets, loss=LossConfig(impl="triton"), ema=EMAConfig(scope=scope)).train()
     flash = []
     package = SimpleNamespace(flash_attn_func=lambda q, k, v, p, s: flash.append(q.dtype) or q + k + v)
     installed = mock.patch("transformers.utils.is_flash_attn_2_available", lambda: kind.startswith("flash"))

@@ -1,9 +1,11 @@
 """Tiny encoders of every family, with random weights."""
 
+from dataclasses import fields
+
 import torch
 from torch import nn
 
-from d2v_fast import build_encoder
+from d2v_fast import EMAConfig, HeadConfig, LossConfig, TargetsConfig, build_encoder
 
 COMMON = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
 TEXT = dict(vocab_size=60, max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -44,6 +46,23 @@ def make(name, **settings):
         for parameter in encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return encoder
+
+
+SECTIONS = {
+    **{"targets": ("", TargetsConfig), "loss": ("", LossConfig)},
+    **{"predictor": ("head_", HeadConfig), "ema": ("ema_", EMAConfig)},
+}
+
+
+def arguments(**settings):
+    """Arguments of Data2Vec from single settings, such as top_k, beta, head_layers and ema_scope."""
+    found = {}
+    for section, (prefix, cls) in SECTIONS.items():
+        names = [field.name for field in fields(cls) if prefix + field.name in settings]
+        if names:
+            found[section] = cls(**{name: settings.pop(prefix + name) for name in names})
+    assert not settings, settings
+    return found
 
 
 def inputs(name, batch=2):

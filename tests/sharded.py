@@ -2,7 +2,8 @@
 
     torchrun -m tests.sharded CASES.json [RANKS PER MACHINE]
 
-Each case is [name, arguments of d2v-train, fused]. Writes each rank's share of weights and optimizer to NAME/share-RANK.json.
+Each case is [name, arguments of d2v-train, fused]. Writes each rank's share of weights, optimizer and checkpoint to
+NAME/share-RANK.json.
 """
 
 import gc
@@ -20,6 +21,12 @@ from d2v_fast.train.build import build
 from d2v_fast.train.loop import loop
 
 
+def size(tensors):
+    """Bytes of the tensors by file, without random numbers and digests, which only rank 0 has."""
+    kept = [values for file, values in tensors.items() if not file.startswith(("rng", "samples"))]
+    return sum(x.numel() * x.element_size() for values in kept for x in values.values())
+
+
 def main(file):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name, arguments, fused in json.loads(Path(file).read_text()):
@@ -30,6 +37,7 @@ def main(file):
         share = {
             "parameters": sum(own(p).numel() for p in parameters) / sum(p.numel() for p in parameters),
             "optimizer": sum(own(x).numel() for x in kept) / sum(x.numel() for x in kept),
+            "copy": size(run.checkpoints._copies) / size(run.state.tensors()),
         }
         Path(name, f"share-{run.accelerator.process_index}.json").write_text(json.dumps(share))
         del run, parameters, kept

@@ -1,6 +1,7 @@
 """Recordings and manifests as other tools write them, which recordings are left out, and how a run identifies them."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -75,6 +76,11 @@ class TestManifests:
         lines = ["path\ttext", *(f"{file}\t{text}" for file, text in zip(clips, texts, strict=True))]
         (tmp_path / "rows.tsv").write_text("\n".join(lines))
         assert len(open_audio(str(tmp_path / "rows.tsv"))) == 5
+
+    def test_a_column_that_a_row_lacks_is_not_used(self, tmp_path, clips):
+        (tmp_path / "rows.tsv").write_text("\n".join(["path\tlabel", *(f"{file}\tx" for file in clips[:4]), clips[4]]))
+        source = open_audio(str(tmp_path / "rows.tsv"))
+        assert len(source) == 5 and source.labels == ["clips"] * 5
 
     def test_quotes_hold_commas_and_lines_in_csv(self, tmp_path, clips):
         with open(tmp_path / "rows.csv", "w", newline="") as file:
@@ -281,7 +287,7 @@ class TestHeaders:
         self.check(bytes(content), "wav", tmp_path, noise())
 
     def test_wav_of_nothing(self, tmp_path):
-        with pytest.raises(ValueError, match="holds no sample"):
+        with pytest.raises(ValueError, match=r"holds no sample$"):
             read_audio(write_wave(tmp_path / "a.wav", np.zeros(0)), RATE)
 
     @pytest.mark.parametrize(
@@ -448,6 +454,18 @@ class TestDigests:
         before = audio_data(str(tmp_path), join_seconds=1.0).contents()[1]
         write_wave(tmp_path / clips[0], noise(0.3))
         assert self.changed(before, audio_data(str(tmp_path), join_seconds=1.0).contents()[1]) == [0]
+
+    def test_hashes_of_names(self):
+        """Without their common beginning; more names than the 1000 that a thread takes at a time."""
+        expected = [hashlib.blake2b(b"%d" % i, digest_size=8).digest() for i in range(2500)]
+        assert Source([f"set/{i}" for i in range(2500)], None).digests().tobytes() == b"".join(expected)
+
+    @pytest.mark.parametrize(
+        "begin, end, expected", [(2, 5, b"3 CDE"), (2, 8, b"6 CDEFGH"), (2, 12, b"10 CDEFIJKL"), (0, 26, b"26 ABCDWXYZ")]
+    )
+    def test_edges_of_a_range(self, begin, end, expected, monkeypatch):
+        monkeypatch.setattr(data, "EDGE", 4)
+        assert data.edges(io.BytesIO(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"), begin, end) == expected
 
     def test_only_some_of_many_are_read(self, tmp_path, monkeypatch):
         monkeypatch.setattr(data, "COMPARED", 100)

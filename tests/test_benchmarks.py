@@ -5,12 +5,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import corpora, kernels, report
 from benchmarks.cases import LOSS_CASES, LOSS_CASES_2
 from benchmarks.test_bench_loss import fused, gather_first, published, replayed
+from d2v_fast.data.vision import ImageData
+from d2v_fast.masking import RandomMask
 
 
 def results(path, test, *infos, **about):
@@ -280,3 +283,13 @@ def test_corpora_are_as_large_as_asked_for_and_costs_are_those_of_the_call(tmp_p
     (cold,) = corpora.alone(corpora.open_manifest, manifest)
     assert cold.result[1] >= 20
     assert cold.seconds > cost.seconds > 0  # imports count unless there was a call before
+
+
+@pytest.mark.parametrize("size", [corpora.PHOTO, (1500, 1200)])
+def test_images_by_pillow_alone_are_those_of_training(tmp_path, size):
+    folder = corpora.write_images(tmp_path / "images", size, 4)
+    data = ImageData(mask=RandomMask(), path=str(folder))
+    data.grid = (14, 14)
+    found = data.unfinished([(0, index) for index in range(4)])["source"].numpy()
+    for index, file in enumerate(sorted(folder.iterdir())):
+        assert (found[index] == np.asarray(corpora.by_pillow(file, index, augment=True)).transpose(2, 0, 1)).all()

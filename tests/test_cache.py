@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from d2v_fast.data import DataError, cache
-from d2v_fast.data.cache import cached
+from d2v_fast.data.cache import cached, files_state
 from d2v_fast.data.text import TextData
 from d2v_fast.masking import TokenMask
 from tests.test_data import paragraphs
@@ -158,6 +158,33 @@ class TestDisk:
     def test_an_error_of_the_data_is_not_the_caches(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             cached(str(tmp_path), "x", 1, 1, lambda folder: open(tmp_path / "gone"))
+
+
+class TestState:
+    def test_of_files(self, tmp_path):
+        """It follows the content and the names within the folder, and not the folder; a dangling link has one too."""
+
+        def state(folder="set"):
+            return files_state(str(tmp_path / folder), [str(tmp_path / folder / name) for name in "ab"])
+
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "a").write_text("x")
+        (tmp_path / "set" / "b").symlink_to(tmp_path / "c")
+        dangling = state()
+        assert state() == dangling
+        (tmp_path / "c").write_text("x")
+        whole = state()
+        (tmp_path / "c").write_text("xy")
+        longer = state()
+        os.utime(tmp_path / "c", ns=(0, 0))
+        assert len({dangling, whole, longer, state()}) == 4
+        before = state()
+        os.rename(tmp_path / "set", tmp_path / "moved")
+        assert state("moved") == before
+
+    def test_folders_of_a_cache_are_made(self, tmp_path):
+        folder, made = cached(str(tmp_path / "a" / "b"), "x", 1, 1, lambda folder: {"n": 2})
+        assert folder.parent == tmp_path / "a" / "b" and made == {"n": 2}
 
 
 class TestProcesses:

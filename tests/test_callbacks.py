@@ -303,3 +303,19 @@ def test_trackers_get_figures_alone():
     for name in ("", "vision"):
         tracker.on_log(SimpleNamespace(name=name), {"step": 3, "time": 1.0, "loss": 2.0})
     assert seen == [(3, {"loss": 2.0}), (3, {"vision.loss": 2.0})]
+
+
+@pytest.mark.parametrize("done, purged", [(0, None), (4, 5)])
+def test_a_resumed_run_replaces_the_points_after_its_checkpoint(done, purged, monkeypatch):
+    opened = []
+
+    class Tracker(SimpleNamespace):
+        def __init__(self, *args, **more):
+            opened.append((args, more))
+            super().__init__(start=lambda: None, store_init_configuration=opened.append)
+
+    monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {"tensorboard": Tracker})
+    state, settings = SimpleNamespace(done=done), {"a": 1, "b": None, "c": [2]}
+    run = SimpleNamespace(folder=SimpleNamespace(path=Path("run")), state=state, settings=settings)
+    Trackers(["tensorboard"]).on_start(run)
+    assert opened == [(("tensorboard", Path("run")), {"purge_step": purged}), {"a": 1, "b": "null", "c": "[2]"}]

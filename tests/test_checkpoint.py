@@ -292,6 +292,76 @@ def test_a_full_disk_loses_that_checkpoint_only_and_leaves_no_temporary_files(tm
     assert names(tmp_path) == ["step-3"] and checkpoints.failed is None
 
 
+def save_parts(ranks, step):
+    """Save on two ranks, of which each has half of the student."""
+    ranks[0].begin(step)
+    for rank, each in enumerate(ranks):
+        half = {"a": torch.full((2, 3), float(step + rank))}
+        offsets = {"DCP_SHARDING_INFO": json.dumps({"a": {"saved_offsets": [2 * rank, 0]}})}
+        each.save_part(step, rank, {f"student-{rank}": half}, {f"student-{rank}": offsets}, None if rank else {"x": 1})
+    return [each.part() for each in ranks]
+
+
+def test_parts_of_two_ranks_are_one_checkpoint_once_both_are_written(tmp_path):
+    ranks = [Checkpoints(tmp_path, keep_last=1) for _ in range(2)]
+    for step in (1, 2):
+        parts = save_parts(ranks, step)
+        assert names(tmp_path) == [f"step-{step - 1}"] * (step > 1) + [f"step-{step}.tmp"]
+        assert all(each.part() is None for each in ranks)  # once
+        ranks[0].finish(parts)
+        ranks[0].wait()
+        assert names(tmp_path) == [f"step-{step}"] and ranks[0].failed is None
+    found = Checkpoint(tmp_path / "step-2")
+    assert found.state == {"step": 2, "x": 1} and found.step == ranks[0].newest().step
+    assert list(found.files) == ["state.json", "student-0.safetensors", "student-1.safetensors"]
+    assert torch.equal(found.tensors("student")["a"], torch.tensor([2.0, 2, 3, 3]).unsqueeze(1).expand(4, 3))
+    sums = subprocess.run(["sha256sum", *found.files], cwd=found.folder, capture_output=True, text=True, check=True).stdout
+    assert sums == "".join(f"{found.files[name]['sha256']}  {name}\n" for name in found.files)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_part_that_cannot_be_written_loses_that_checkpoint_only(rank, tmp_path, monkeypatch, caplog):
+    written(tmp_path, 1)
+    ranks = [Checkpoints(tmp_path, keep_last=1) for _ in range(2)]
+    real = checkpoint.save_file
+
+    def full(values, path, metadata):
+        if path.name == f"student-{rank}.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(values, path, metadata)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", full)
+        parts = save_parts(ranks, 2)
+    ranks[0].finish(parts)
+    ranks[0].wait()
+    assert f"step 2 could not be written: rank {rank}: [Errno 28] No space left on device; training" in caplog.text
+    assert names(tmp_path) == ["step-1"]
+    ranks[0].finish(save_parts(ranks, 3))
+    ranks[0].wait()
+    assert names(tmp_path) == ["step-3"] and ranks[0].failed is None
+
+
+def test_a_folder_that_cannot_be_made_is_the_reason_of_all_parts(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    ranks = [Checkpoints(tmp_path / "file" / "checkpoints", keep_last=1) for _ in range(2)]
+    ranks[0].finish(save_parts(ranks, 2))
+    ranks[0].wait()
+    assert "could not be written: rank 0: [Errno 20] Not a directory" in caplog.text and "; rank 1: [Errno 20]" in caplog.text
+
+
+def test_checksums_can_be_left_to_another_rank(tmp_path):
+    written(tmp_path, 1)
+    file = tmp_path / "step-1" / "teacher.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert Checkpoint(tmp_path / "step-1", checksums=False).step == 1
+    file.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="bytes instead of"):
+        Checkpoint(tmp_path / "step-1", checksums=False)
+
+
 class TestHostile:
     """Checkpoints from untrusted sources are refused, and nothing outside their folder is read."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import os
 import re
 from typing import get_type_hints
@@ -178,6 +179,14 @@ class TestSettings:
         config, _ = parse(["--config", "text/tiny", "--config", str(tmp_path / "mine.yaml")])
         assert (config.encoder.config["type_vocab_size"], config.encoder.config["hidden_size"]) == (1, 128)
 
+    @pytest.mark.parametrize("args", [TEXT, VISION, AUDIO, SPECTROGRAM])
+    def test_defaults(self, args):
+        """Settings that are not given have the defaults by which a run from before a setting resumes."""
+        config, _ = parse(args)
+        settings, defaults = (json.loads(json.dumps(each, default=str)) for each in (config.settings(), config.defaults()))
+        differ = {key for key, value in settings.items() if defaults.get(key, ...) != value}
+        assert differ == {"encoder.model", "data.length_multiple"} & settings.keys()
+
     def test_fused(self):
         assert parse([*VISION, "--fused"])[1] is True
 
@@ -309,6 +318,8 @@ BOUNDS = [
     ("optimizer.lr", 1, ".nan"),
     ("optimizer.betas", [0, 0.999], [0.9, 1]),
     ("loss.beta", 0, -1),
+    ("loss.beta", 1e-30, 1e-31),
+    ("loss.beta", 1e30, 2e30),
     ("head.layers", 0, -1),
     ("schedule.warmup", 0, -1),
     ("train.steps", 1, 0),

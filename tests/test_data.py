@@ -2,11 +2,15 @@
 
 import collections
 import csv
+import inspect
 import itertools
 import json
+import math
 import os
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +18,33 @@ import soundfile
 import torch
 from PIL import Image
 
-from d2v_fast.data import DataError, EpochBatches, expand_braces, find_files, is_local, load_hub, make_loader
+from d2v_fast.data import (
+    DataError,
+    EpochBatches,
+    PretrainingData,
+    expand_braces,
+    find_files,
+    first_line,
+    is_local,
+    load_hub,
+    make_loader,
+)
 from d2v_fast.data.audio import AudioData, count_samples, open_audio, read_audio, standardize
 from d2v_fast.data.builtin import SHAPES, WORDS, builtin_images, builtin_speech, builtin_text
 from d2v_fast.data.documents import load_documents
+from d2v_fast.data.spectrograms import SpectrogramData
 from d2v_fast.data.text import TextData
-from d2v_fast.data.vision import ImageData, center_crop, color_jitter, crop_to, open_images, random_box, to_pixels
-from d2v_fast.masking import BlockMask, RandomMask, SpanMask, TokenMask
+from d2v_fast.data.vision import (
+    ImageData,
+    center_crop,
+    color_jitter,
+    crop_to,
+    image_processor,
+    open_images,
+    random_box,
+    to_pixels,
+)
+from d2v_fast.masking import BlockMask, ExactBlockMask, RandomMask, SpanMask, TokenMask
 from d2v_fast.train.build import MULTIPLES
 
 RATE = 16_000
@@ -106,6 +130,17 @@ class TestEpochBatches:
         assert order(3, 7) != order(3, 8)
         assert order(3, 7) != order(4, 7)
 
+    def test_the_order_is_drawn_by_numpy(self):
+        """Written out, because a run resumes at a position in the order of the version that began it."""
+        drawn = np.random.default_rng([3, 7]).permutation(11).tolist()
+        assert [batch.tolist() for batch in EpochBatches(11, 4, 3).epoch(7)] == [drawn[:4], drawn[4:8]]
+        lengths = np.random.default_rng(0).integers(1, 10_000, 450)
+        drawn = np.random.default_rng([0, 2]).permutation(450).tolist()
+        windows = [sorted(drawn[i : i + 200], key=lambda sample: lengths[sample]) for i in (0, 200, 400)]  # of 100 batches
+        pairs = {tuple(window[i : i + 2]) for window in windows for i in range(0, len(window), 2)}
+        found = [tuple(batch.tolist()) for batch in EpochBatches(450, 2, lengths=lengths).epoch(2)]
+        assert set(found) == pairs and len(found) == 225
+
     @pytest.mark.parametrize("lengths", [None, np.arange(60) % 17 + 1])
     @pytest.mark.parametrize("world", [1, 3])
     def test_ranks_share_every_sample_once_an_epoch(self, lengths, world):
@@ -185,8 +220,48 @@ class TestEpochBatches:
 
     def test_fewer_samples_than_a_batch(self):
         assert [len(batch) for batch in EpochBatches(3, 16).epoch(0)] == [3]
+        assert len(EpochBatches(12, 4, world=3).epoch(0)) == 3
         with pytest.raises(DataError, match="fewer than the 4 processes"):
             EpochBatches(3, 16, world=4).epoch(0)
+
+
+@pytest.mark.parametrize(
+    "mask, grid, fits",
+    [
+        (SpanMask(length=8), 8, True),
+        (SpanMask(length=9), 8, False),
+        (SpanMask(length=2), (4, 8), False),
+        (ExactBlockMask(length=8), (4, 8), True),
+        (ExactBlockMask(length=9), (4, 8), False),
+        (BlockMask(31), (4, 8), True),
+        (BlockMask(32), (4, 8), False),
+        (BlockMask(1), 8, False),
+        (RandomMask(), (2, 3, 4), True),
+        (TokenMask(), 8, False),
+        (SpanMask(length=9), None, True),  # samples that differ in size
+    ],
+)
+def test_masks_that_fit_a_grid(mask, grid, fits):
+    data = PretrainingData(mask=mask)
+    data.grid = grid
+    with nullcontext() if fits else pytest.raises(DataError, match=r"^mask"):
+        data.check_mask()
+
+
+@pytest.mark.parametrize(
+    "cls, published",
+    [
+        (ImageData, dict(image_size=224, crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=0.5, jitter=0.4)),
+        (ImageData, dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))),
+        (AudioData, dict(sample_rate=16_000, max_seconds=20.0, crop=True, normalize=True, channel_prob=0.0)),
+        (TextData, dict(block_size=512, cross_documents=True, teacher_input="full")),
+        (SpectrogramData, dict(sample_rate=16_000, target_length=1024, mel_bins=128, mean=-4.268, std=4.569)),
+    ],
+)
+def test_defaults_are_the_published_settings(cls, published):
+    """Method 3.1 to 3.3; crops and colours of ImageNet as in Szegedy et al. 2015; EAT for spectrograms."""
+    parameters = inspect.signature(cls).parameters
+    assert {name: parameters[name].default for name in published} == published
 
 
 @pytest.mark.parametrize("kind", ["text", "images", "waves"])
@@ -220,9 +295,15 @@ class TestPureFunctionOfKey:
         assert torch.equal(source[..., :size], source_too[..., :size])
         assert torch.equal(mask, mask_too)
 
-    def test_epoch_and_seed_change_it(self, data):
-        masks = [data.__getitems__([(epoch, 2)])["mask"] for epoch in range(4)]
-        assert any(not torch.equal(masks[0], mask) for mask in masks[1:])
+    def test_epoch_and_seed_change_it(self, data, kind):
+        def batch(seed, epoch):
+            data.seed = seed
+            return data.__getitems__([(epoch, 2)])
+
+        first = batch(0, 0)
+        for others in ([batch(0, epoch) for epoch in (1, 2, 3)], [batch(seed, 0) for seed in (1, 2, 3)]):
+            for name in ("mask", "source") if kind == "images" else ("mask",):
+                assert any(not torch.equal(first[name], other[name]) for other in others)
 
 
 class TestFiles:
@@ -284,6 +365,31 @@ class TestFiles:
         datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(str(tmp_path / name / f"{name}.parquet"))
         assert len(load_hub(str(tmp_path / name / f"{name}.parquet"), None, "train")) == 1
 
+    def test_a_folder_that_cannot_be_listed_is_named(self, tmp_path, monkeypatch, caplog):
+        for name in "ab":
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "x.png").write_text("x")
+        scandir = os.scandir
+
+        def denied(folder):
+            if os.path.basename(folder) == "a":
+                raise PermissionError(13, "Permission denied", folder)
+            return scandir(folder)
+
+        monkeypatch.setattr(os, "scandir", denied)
+        assert find_files(str(tmp_path), (".png",)) == [str(tmp_path / "b" / "x.png")]
+        assert f"left out: [Errno 13] Permission denied: '{tmp_path}/a'" in caplog.text
+
+    @pytest.mark.parametrize("count", [5, 7])
+    def test_up_to_five_missing_files_are_named(self, tmp_path, count):
+        with pytest.raises(DataError) as caught:
+            find_files(f"{tmp_path}/{{1..{count}}}.png", (".png",))
+        names = ", ".join(f"{tmp_path}/{i}.png" for i in range(1, 6))
+        assert str(caught.value).endswith(f"{count} of the {count} files it names do not exist: {names}" + ", …" * (count == 7))
+
+    def test_the_first_line_of_an_error(self):
+        assert first_line(ValueError("\n  \n two \nthree")) == "two" and first_line(KeyError()) == "KeyError"
+
     @pytest.mark.parametrize(
         "path, message", [("no", "no such file or folder"), (".", "no file with one of the extensions .wav")]
     )
@@ -296,7 +402,7 @@ class TestFiles:
         (tmp_path / "here").mkdir()
         names = ["here", "./there", "~/there", "/there", "there/", "there.txt", "there/*.wav"]
         assert all(map(is_local, names))
-        assert not any(map(is_local, ["wikitext", "user/set", "teknium/OpenHermes-2.5"]))
+        assert not any(map(is_local, ["wikitext", "user/set", "teknium/OpenHermes-2.5", "org/set-1.5T"]))
 
 
 class TestImages:
@@ -352,6 +458,41 @@ class TestImages:
             assert crop[4, 4, :2] == pytest.approx([50, 4], abs=1) and np.ptp(crop[..., 0]) == pytest.approx(11, abs=1)
             assert np.ptp(crop[..., 1]) == 8
 
+    def test_boxes_by_hand(self):
+        """Draws are the share of the area, the logarithm of the aspect, and the corner: here the last that is possible."""
+
+        class Drawn:
+            def __init__(self, *values):
+                self.values, self.asked = itertools.cycle(values), []
+
+            def uniform(self, low, high):
+                self.asked.append((low, high))
+                return next(self.values)
+
+            def integers(self, low, high):
+                self.asked.append((low, high))
+                return high - 1
+
+        rng = Drawn(0.25, math.log(1.25))  # 5 × 4 of 10 × 8
+        assert random_box(10, 8, (0.1, 0.3), (1, 2), rng) == (5, 4, 10, 8)
+        assert rng.asked[1] == pytest.approx((0, math.log(2)))
+        assert [rng.asked[0], *rng.asked[2:]] == [(0.1, 0.3), (0, 6), (0, 5)]
+        rng = Drawn(1, 0)
+        assert random_box(9, 9, (1, 1), (1, 1), rng) == (0, 0, 9, 9) and len(rng.asked) == 4  # fits at once
+        for wide, high, expected in ((101, 9, (44, 0, 56, 9)), (9, 101, (0, 44, 9, 56))):
+            rng = Drawn(0.95, 0)  # 29 × 29 does not fit, and 12 × 9 is the longest that may
+            assert random_box(wide, high, (0.9, 1), (3 / 4, 4 / 3), rng) == expected and len(rng.asked) == 20
+        rngs = map(np.random.default_rng, range(50))  # a box is at least a pixel wide and high
+        assert {random_box(1, 1, (0.08, 1.0), (3 / 4, 4 / 3), rng) for rng in rngs} == {(0, 0, 1, 1)}
+
+    def test_crops_have_the_area_and_the_aspect_of_the_settings(self, tmp_path):
+        y, x = np.mgrid[0:128, 0:128].astype(np.uint8)
+        Image.fromarray(np.stack([x, y, x], axis=2)).save(tmp_path / "a.png")
+        data = image_data(str(tmp_path), image_size=8, crop_scale=(0.125, 0.125), crop_ratio=(2, 2), jitter=0, flip=0)
+        crop = np.asarray(data.load(0, np.random.default_rng(0)), dtype=float)
+        sides = (crop[4, 5, 0] - crop[4, 2, 0]) * 8 / 3, (crop[5, 4, 1] - crop[2, 4, 1]) * 8 / 3
+        assert sides == pytest.approx((64, 32), abs=3)
+
     def test_a_probe_sees_the_square_in_the_middle(self):
         y, x = np.mgrid[0:9, 0:101].astype(np.uint8)
         image = Image.fromarray(np.stack([x, y, x], axis=2))
@@ -382,6 +523,33 @@ class TestImages:
         values = [np.asarray(color_jitter(grey, 0.4, rng)).mean() for _ in range(300)]
         assert 59 <= min(values) < 65 and 135 < max(values) <= 140
         assert np.mean(values) == pytest.approx(100, abs=5)
+
+    @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+    def test_jitter_by_its_formulas(self, order):
+        """Brightness scales, contrast is about the mean grey level, saturation about each pixel's (ITU-R BT.601)."""
+        pixels = np.random.default_rng(0).integers(60, 180, (8, 8, 3), dtype=np.uint8)
+        factors, asked, expected = (1.2, 0.7, 1.3), [], pixels.astype(float)
+        for which, factor in zip(order, factors, strict=True):
+            grey = expected @ [0.299, 0.587, 0.114]
+            centre = (0.0, grey.mean(), grey[..., None])[which]
+            expected = (centre + factor * (expected - centre)).clip(0, 255)
+
+        def uniform(low, high):
+            asked.append((low, high))
+            return factors[len(asked) % 3 - 1]
+
+        rng = SimpleNamespace(permutation=lambda count: order, uniform=uniform)
+        found = np.asarray(color_jitter(Image.fromarray(pixels), 0.4, rng), dtype=float)
+        assert np.abs(found - expected).max() <= 4  # each of the three rounds
+        color_jitter(Image.fromarray(pixels), 1.5, rng)
+        assert asked == [(0.6, 1.4)] * 3 + [(0.0, 2.5)] * 3
+
+    def test_the_exported_processor_crops_as_a_probe_does(self):
+        pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+        for image in (Image.fromarray(pixels), Image.fromarray(pixels.transpose(1, 0, 2).copy())):
+            expected = to_pixels([center_crop(image, 16)], (0, 0, 0), (1, 1, 1))
+            found = image_processor(16, (0, 0, 0), (1, 1, 1))(image, return_tensors="np")["pixel_values"]
+            assert found.shape == (1, 3, 16, 16) and np.abs(found - expected).max() < 0.01
 
     @pytest.mark.parametrize("flip", [0.0, 1.0])
     def test_whole_image_without_augmentation(self, tmp_path, flip):
@@ -497,6 +665,45 @@ class TestAudio:
         assert standardize(wave) == pytest.approx((wave - wave.mean()) / wave.std(), rel=1e-5)
         assert np.array_equal(standardize(np.full(100, 0.25, dtype=np.float32)), np.zeros(100))
 
+    @pytest.mark.parametrize("rate, channels, most", [(16_000, 1, 4000), (16_000, 2, 2000), (8000, 1, 2000), (32_000, 1, 4000)])
+    def test_the_longest_that_is_read_whole(self, tmp_path, rate, channels, most, monkeypatch):
+        """As many values as the limit, as read or as resampled."""
+        monkeypatch.setattr("d2v_fast.data.audio.MAX_VALUES", 4000)
+        wave = 0.1 * np.random.default_rng(0).normal(size=(most + 1, channels))
+        assert len(read_audio(write_wave(tmp_path / "a.wav", wave[:-1], rate), RATE)) == most * RATE // rate
+        with pytest.raises(ValueError, match=f"holds more than {most} samples at {rate} Hz on {channels} channels"):
+            read_audio(write_wave(tmp_path / "a.wav", wave, rate), RATE)
+
+    def test_lengths_at_the_limits(self, tmp_path):
+        """Of exactly min_seconds, of exactly whole_seconds, and one sample more or less; two frames are enough."""
+        for i, size in enumerate((1599, 1600, 48_000, 48_001)):
+            write_wave(tmp_path / "set" / f"{i}.wav", 0.1 * np.random.default_rng(i).normal(size=size))
+        data = audio_data(str(tmp_path / "set"), min_seconds=0.1, whole_seconds=3)
+        assert data.recording.tolist() == [1, 2, 3, 3, 3, 3] and data.lengths.tolist() == [1600, 16_000, *[12_000] * 3, 12_001]
+        short = write_wave(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).normal(size=720))
+        batch = audio_data(short, min_seconds=0).__getitems__([(0, 0)])
+        assert batch["mask"].shape == (1, 2) and not batch["broken"]
+        write_wave(short, 0.1 * np.random.default_rng(0).normal(size=719))
+        with pytest.raises(DataError, match="gives 1 frames of the encoder"):
+            audio_data(short, min_seconds=0)
+
+    def test_the_first_and_the_last_possible_crop_are_drawn(self, tmp_path):
+        for i in range(3):
+            write_wave(tmp_path / f"{i}.wav", np.arange(8000 + i) / 2**15, subtype="FLOAT")
+        data, longer = (audio_data(str(tmp_path), normalize=False, max_seconds=seconds) for seconds in (0.5, 1))
+        drawn = [data.load(2, np.random.default_rng(seed)) for seed in range(60)]
+        assert {len(wave) for wave in drawn} == {8000} and {round(wave[0] * 2**15) for wave in drawn} == {0, 1, 2}
+        cut = [longer.__getitems__([(epoch, 0), (epoch, 1)])["source"][1].numpy() for epoch in range(60)]
+        assert {len(wave) for wave in cut} == {8000} and {round(wave[0] * 2**15) for wave in cut} == {0, 1}
+
+    def test_crops_do_not_depend_on_masks(self, tmp_path):
+        for i, size in enumerate((4000, 16_000)):
+            write_wave(tmp_path / f"{i}.wav", np.arange(size) / 2**15, subtype="FLOAT")
+        data = audio_data(str(tmp_path), ExactBlockMask(0.5, 1, -0.5, inverse=False), normalize=False)  # of single frames
+        batches = [data.__getitems__([(epoch, 0), (epoch, 1)]) for epoch in range(300)]
+        starts, first = ([float(batch[name][1, 0]) for batch in batches] for name in ("source", "mask"))
+        assert np.ptp(starts) > 0.3 and abs(np.corrcoef(starts, first)[0, 1]) < 0.2
+
     def test_crops_lie_within_their_recording(self, tmp_path):
         sizes = [4000, 7000, 9000, 16000]
         for i, size in enumerate(sizes):
@@ -526,6 +733,15 @@ class TestAudio:
         whole = (wave - wave.mean()) / wave.std()
         start = np.argmin(np.abs(whole[: 16000 - 1600] - crop[0]))
         assert crop == pytest.approx(whole[start : start + 1600], rel=1e-3)
+
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_the_exported_processor_does_what_training_does(self, waves, normalize):
+        data = audio_data(waves, normalize=normalize)
+        extract = data.processor(Encoder())
+        found = extract(data.source.read(3), sampling_rate=RATE, return_tensors="np")["input_values"][0]
+        np.testing.assert_allclose(found, data.load(3, np.random.default_rng(0)), rtol=1e-3, atol=1e-5)
+        masks = [data.processor(Encoder(feat_extract_norm=norm)).return_attention_mask for norm in ("layer", "group")]
+        assert extract.return_attention_mask and masks == [True, False]
 
     def test_joined_clips_are_of_one_speaker(self, tmp_path):
         with open(tmp_path / "metadata.csv", "w") as file:
@@ -580,10 +796,10 @@ class TestAudio:
             assert not padding[: (n - 400) // 320 + 1].any()
             assert row[:n].mean() == pytest.approx(0, abs=1e-4) and row[:n].var() == pytest.approx(1, abs=1e-2)
 
-    @pytest.mark.parametrize("crop, frames", [(True, [8, 12, 16, 3]), (False, [12, 16, 16, 4])])
+    @pytest.mark.parametrize("crop, frames", [(True, [8, 12, 16, 3, 4]), (False, [12, 16, 16, 4, 4])])
     def test_frames_of_a_batch_are_a_multiple(self, tmp_path, crop, frames):
-        """Of 4: cut from 11, 15 and 16 frames if cropped, else padded; 3 frames cannot be cut."""
-        lengths = [400 + 320 * (n - 1) + 17 for n in (11, 15, 16, 3)]
+        """Of 4: cut from 11, 15 and 16 frames if cropped, else padded; 3 frames cannot be cut, 4 need not be."""
+        lengths = [400 + 320 * (n - 1) + 17 for n in (11, 15, 16, 3, 4)]
         for i, n in enumerate(lengths):
             write_wave(tmp_path / f"{i}.wav", 0.1 * np.random.default_rng(i).normal(size=n))
         data = audio_data(str(tmp_path), crop=crop, length_multiple=4)
@@ -615,6 +831,7 @@ class TestAudio:
     def test_spans_longer_than_a_recording(self, waves):
         with pytest.raises(DataError, match=r"mask.length=60: one span would cover the 49 frames of data.max_seconds"):
             audio_data(str(waves), max_seconds=1, mask=SpanMask(length=60))
+        audio_data(str(waves), max_seconds=1, mask=SpanMask(length=49))
 
     def test_a_recording_shorter_than_its_header_says_spoils_no_batch(self, waves, monkeypatch):
         data = audio_data(waves)
@@ -670,6 +887,8 @@ class TestAudio:
         masks = torch.cat([data.__getitems__([(epoch, i) for i in range(10)])["channel_mask"] for epoch in range(20)])
         assert masks.shape == (200, Encoder.hidden_size) and masks.dtype == torch.bool
         assert 0.3 < masks.float().mean() < 0.5  # spans of half the channels, some overlap
+        inner = masks[:, 1:-1] & ~masks[:, :-2] & ~masks[:, 2:]
+        assert not inner.any()  # each has two channels
 
     def test_channel_masks_do_not_depend_on_masks_of_frames(self, tmp_path):
         path = write_wave(
@@ -743,6 +962,13 @@ class TestText:
         is_mask = batch["source"] == data.tokenizer.mask_token_id
         assert 0.4 < is_mask.sum() / batch["mask"].sum() < 0.6
         assert (changed & ~is_mask).sum() / batch["mask"].sum() > 0.2
+
+    def test_random_positions_become_the_mask_token(self, texts):
+        data = text_data(texts[0], RandomMask(0.3))
+        batch = data.__getitems__([(0, i) for i in range(8)])
+        source, target, mask = batch["source"], batch["target"], batch["mask"]
+        assert mask.sum(1).tolist() == [5] * 8 and source[mask].eq(data.tokenizer.mask_token_id).all()
+        assert torch.equal(source[~mask], target[~mask]) and not target.eq(data.tokenizer.mask_token_id).any()
 
     def test_teacher_input_masked_only(self, texts):
         full, only = text_data(texts[0]), text_data(texts[0], teacher_input="masked_only")

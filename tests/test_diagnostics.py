@@ -13,7 +13,7 @@ import torch
 from scipy import integrate, stats
 
 from d2v_fast import diagnostics
-from d2v_fast.config import CollapseConfig, parse
+from d2v_fast.config import CollapseConfig, TargetsConfig, parse
 from d2v_fast.data.builtin import builtin_images, builtin_speech
 from d2v_fast.diagnostics import (
     CollapseError,
@@ -270,7 +270,7 @@ FINE = {
 
 @pytest.fixture
 def monitor(tmp_path):
-    model = Data2Vec(make("vit"), top_k=1)
+    model = Data2Vec(make("vit"), targets=TargetsConfig(top_k=1))
     optimizer = torch.optim.SGD(model.head.parameters())
     accelerator = SimpleNamespace(device="cpu")
     return lambda steps=1000, warmup=0, **settings: Monitor(

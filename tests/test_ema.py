@@ -32,6 +32,7 @@ def test_decay_is_linear_then_constant():
     assert linear_decay(1, 0.9, 0.99, 10) == pytest.approx(0.9 + 0.09 / 10)
     assert linear_decay(10, 0.9, 0.99, 10) == linear_decay(10**9, 0.9, 0.99, 10) == 0.99
     assert linear_decay(1, 0.9, 0.99, 0) == 0.99
+    assert all(linear_decay(steps, 0.0, 0.99, steps) == 0.99 for steps in range(1, 200))  # without rounding
 
 
 def test_follows_the_float64_recurrence_for_a_thousand_steps():
@@ -72,6 +73,35 @@ def test_buffers_frozen_and_named_parameters_are_copied():
     assert (teacher.module.norm.running_mean == student.norm.running_mean).all()
     assert (teacher.module.second.weight == student.second.weight).all()
     assert (teacher.module.first.weight != student.first.weight).any()
+
+
+def test_several_patterns_name_what_is_copied():
+    teacher = EMATeacher(Student(), copied=(pattern for pattern in ("second.*", "first.bias")))
+    assert teacher.copied == {"second.weight", "second.bias", "first.bias"}
+
+
+@pytest.mark.parametrize("flag", [None, 0.0])
+def test_a_teacher_moved_by_the_optimizer_only_copies(flag):
+    student = Student()
+    teacher = EMATeacher(student, 0.9, 0.9, 1, copied=["second.*"])
+    before = teacher.module.first.weight.clone()
+    teacher.moved_by_optimizer = True
+    drift(student, 0)
+    teacher.update(student, None if flag is None else torch.tensor(flag))
+    assert torch.equal(teacher.module.first.weight, before) and teacher.step == 1
+    assert torch.equal(teacher.module.second.weight, student.second.weight) and torch.equal(teacher.module.ids, student.ids)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("flag", [None, 0.0])
+def test_all_parameters_may_be_averaged_or_copied(trainable, flag):
+    student = nn.Linear(3, 2).requires_grad_(trainable)
+    teacher = EMATeacher(student, 0.5, 0.5)
+    before = teacher.module.weight.clone()
+    with torch.no_grad():
+        student.weight.add_(1.0)
+    teacher.update(student, None if flag is None else torch.tensor(flag))
+    torch.testing.assert_close(teacher.module.weight, before + (0.5 if trainable else 1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -142,6 +172,26 @@ def test_tied_weights_are_updated_once_and_may_be_untied():
     assert (teacher.module.first.weight == teacher.module.tied.weight).all() and teacher.step == 2
 
 
+def test_tied_buffers_may_be_untied():
+    student = Student()
+    student.register_buffer("same", student.ids)
+    teacher = EMATeacher(student, 0.5, 0.5)
+    teacher.module.same = teacher.module.ids.clone()
+    drift(student, 0)
+    teacher.update(student)
+    assert torch.equal(teacher.module.ids, student.ids) and torch.equal(teacher.module.same, student.ids)
+
+
+def test_tied_parameters_match_patterns_by_their_first_name():
+    student = Student()
+    student.tied = nn.Linear(4, 6, bias=False)
+    student.tied.weight = student.first.weight
+    teacher = EMATeacher(student, 0.5, 0.5, copied=["first.weight"])
+    drift(student, 0)
+    teacher.update(student)
+    assert torch.equal(teacher.module.tied.weight, student.first.weight)
+
+
 class Wrapper(nn.Module):
     """Names its parameters as DistributedDataParallel does."""
 
@@ -199,6 +249,11 @@ def test_the_defaults_are_the_published_schedule_of_speech():
     assert (teacher.start, teacher.end, teacher.anneal_steps) == (0.999, 0.9999, 30_000)
 
 
+@pytest.mark.parametrize("start, end", [(0, 1), (1, 0), (1.0, 1.0)])
+def test_bounds_are_accepted(start, end):
+    assert EMATeacher(Student(), start, end, 0).decay(1) == end
+
+
 def test_a_decay_of_0_copies():
     student = Student()
     teacher = EMATeacher(student, 0, 0)
@@ -210,10 +265,30 @@ def test_a_decay_of_0_copies():
 def test_stays_in_eval_mode_without_gradients():
     student = Student()
     teacher = EMATeacher(student)
+    assert not any(module.training for module in teacher.module.modules())
     nn.ModuleList([teacher]).train()
     assert teacher.train() is teacher
     assert not teacher.module.training and student.training
     assert not any(p.requires_grad for p in teacher.parameters()) and student.first.weight.requires_grad
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+
+    def forward(self, x, *, factor):
+        return self.weight * x * factor
+
+
+def test_a_call_is_one_of_the_copy():
+    student = Scaled()
+    teacher, weight, x = EMATeacher(student, 0.5, 0.9, 10), student.weight.detach().clone(), torch.randn(3)
+    with torch.no_grad():
+        student.weight.add_(1.0)
+    assert torch.equal(teacher(x, factor=2.0), weight * x * 2.0)
+    teacher.update(student)
+    assert repr(teacher).startswith("EMATeacher(\n  start=0.5, end=0.9, anneal_steps=10, step=1\n")
 
 
 def test_the_state_holds_weights_and_step():
@@ -234,7 +309,7 @@ def test_the_state_holds_weights_and_step():
     "settings, named",
     [
         (dict(start=1.5), "start: found 1.5"),
-        (dict(end="0.9"), "end: found '0.9', expected a decay in"),
+        (dict(end="0.9"), "end: found '0.9', expected a number in"),
         (dict(end=float("nan")), "end: found nan"),
         (dict(anneal_steps=-1), "anneal_steps: found -1"),
         (dict(anneal_steps=float("nan")), "anneal_steps: found nan"),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from d2v_fast import Data2Vec, Encoder, build_encoder, wrap
+from d2v_fast import Data2Vec, Encoder, TargetsConfig, build_encoder, wrap
 from tests.models import CONFIGS, IMAGES, TEXTS, WAVES, Handwritten, inputs, make
 
 
@@ -319,7 +319,8 @@ def test_features_of_an_own_module_in_another_layout_are_refused(layout, found):
 
     message = rf"Other.embed: found {found}, expected \(batch, positions, hidden_size = 32\); x.flatten\(2\).transpose\(1, 2\)"
     with pytest.raises(ValueError, match=message):
-        Data2Vec(wrap(Other(), layers="blocks"), top_k=1)(torch.randn(2, 5, 6), torch.ones(2, 5, dtype=torch.bool))
+        model = Data2Vec(wrap(Other(), layers="blocks"), targets=TargetsConfig(top_k=1))
+        model(torch.randn(2, 5, 6), torch.ones(2, 5, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
@@ -336,9 +337,12 @@ def test_features_of_an_own_module_in_another_layout_are_refused(layout, found):
             "object is not subscriptable; set other fields of SwinConfig",
         ),
         (lambda: Encoder(NoBlocks(), layers="only"), "found a Linear, expected an nn.ModuleList"),
-        (lambda: Data2Vec(make("roberta"), top_k=4), "top_k: found 4, but RobertaModel has 3 layers"),
-        (lambda: Data2Vec(make("roberta"), top_k=0), "top_k: found 0"),
-        (lambda: Data2Vec(Encoder(Handwritten(), layers="blocks", ffn="mpl.2"), top_k=1), "encoder.ffn=mpl.2: not in Block"),
+        (lambda: Data2Vec(make("roberta"), targets=TargetsConfig(top_k=4)), "top_k: found 4, but RobertaModel has 3 layers"),
+        (lambda: Data2Vec(make("roberta"), targets=TargetsConfig(top_k=0)), "top_k: found 0"),
+        (
+            lambda: Data2Vec(Encoder(Handwritten(), layers="blocks", ffn="mpl.2"), targets=TargetsConfig(top_k=1)),
+            "encoder.ffn=mpl.2: not in Block",
+        ),
         (lambda: build_encoder("robreta"), "did you mean 'roberta'"),
         (lambda: build_encoder("roberta", config=dict(hiden_size=3)), "did you mean 'hidden_size'"),
         (lambda: build_encoder("roberta", config=dict(hidden_act="foo")), "encoder.config={'hidden_act': 'foo'}: RobertaModel"),

@@ -14,7 +14,7 @@ from d2v_fast.data.vision import MEAN, STD, ImageData, tables
 from d2v_fast.masking import RandomMask
 from d2v_fast.train.build import build
 from d2v_fast.train.feed import Feed
-from d2v_fast.train.guards import BrokenSamples
+from d2v_fast.train.guards import BrokenSamples, WorkerDied
 from d2v_fast.train.step import step
 from tests.test_data import image_data
 from tests.test_streaming import parquet
@@ -186,6 +186,42 @@ def test_a_stream_that_is_copied_ahead_keeps_its_position(gpu, no_pinning, tmp_p
     assert found["cpu"][0] == found["cuda"][0] and found["cpu"][0]["batches"] == 2
     for one, other in zip(found["cpu"][1], found["cuda"][1], strict=True):
         assert one.dtype == torch.float32 and torch.equal(one, other)
+
+
+def test_the_share_of_broken_samples_of_a_stream_is_of_those_read(monkeypatch, tmp_path):
+    """Of at least LEAST, because the first ones say little."""
+    monkeypatch.setattr("d2v_fast.train.feed.LEAST", 3)
+    (tmp_path / "set.parquet").write_bytes(parquet(*range(8)))
+    data = image_data(str(tmp_path / "set.parquet"), streaming=True, shuffle_buffer=3)
+    batches = Feed(data, StreamBatches(data, 2), 0, torch.device("cpu"), BrokenSamples(8, 0.01))
+    totals = []
+    for _ in range(3):
+        batches.take(1)
+        totals.append(batches.broken.total)
+    assert totals == [3, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "workers, error, died",
+    [
+        (2, ConnectionResetError("reset"), True),
+        (2, EOFError(), True),
+        (0, RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True),
+        (0, ConnectionResetError("reset"), False),  # of a data set on a network
+        (2, FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0."), False),
+        (2, KeyError("x"), False),
+    ],
+)
+def test_which_errors_are_those_of_a_dead_worker(images, workers, error, died):
+    def failing():
+        raise error
+        yield
+
+    batches = feed(images, "cpu")
+    batches.workers, batches.batches = workers, failing()
+    with pytest.raises(WorkerDied if died else type(error)) as caught:
+        batches.take(1)
+    assert caught.value is error or died
 
 
 def test_a_run_has_the_same_losses_with_images_finished_after_loading(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from d2v_fast import Data2Vec, build_encoder
+from d2v_fast import Data2Vec, EMAConfig, LossConfig, TargetsConfig, build_encoder
 from d2v_fast.config import parse
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.fused import fuse
@@ -131,7 +131,7 @@ def segmented(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(attention, "_has_kernel", lambda query: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attend)
-    agrees = attention._agrees
+    agrees = attention._agrees.__wrapped__  # the result is cached
 
     def agrees_here(device):
         result = agrees(CPU)
@@ -186,6 +186,15 @@ def test_segments_are_not_used_where_they_fail(operator, reason, segmented, monk
     assert reason in caplog.text and model.config._attn_implementation == attention.NAME
 
 
+def test_the_kernels_are_compared_once_for_each_device(monkeypatch):
+    real, calls = attention.attention, []
+    monkeypatch.setattr(attention, "attention", lambda *args: calls.append(args[1].device) or real(*args))
+    attention._agrees.cache_clear()
+    assert attention._agrees(CPU) and attention._agrees(torch.device("cpu"))
+    assert calls == [CPU] * 2  # in segments and with a mask
+    attention._agrees.cache_clear()
+
+
 def test_boundaries_of_segments():
     found = attention.segments(attention_mask=~on_the_right([3, 1, 5], 5))
     assert found.tolist() == [0, 3, 5, 6, 10, 15, 15] and found.dtype == torch.int32
@@ -200,7 +209,8 @@ def test_padding_elsewhere_is_an_error(padding):
 @pytest.mark.parametrize("name", ["roberta", "wav2vec2"])
 @pytest.mark.parametrize("norm", ["layer", "instance"])
 def test_a_step_in_segments_is_the_same(name, norm, segmented):
-    plain, fused = (Data2Vec(models.make(name), top_k=2, norm=norm, impl="eager").train() for _ in range(2))
+    targets, loss = TargetsConfig(top_k=2, norm=norm), LossConfig(impl="eager")
+    plain, fused = (Data2Vec(models.make(name), targets=targets, loss=loss).train() for _ in range(2))
     fused.load_state_dict(plain.state_dict())
     done = fuse(fused, torch.device("cuda"), ["last block", "attention", "padding"])
     assert done[-1] == "attention without padding"
@@ -240,7 +250,7 @@ def test_padding_that_may_be_anywhere_is_masked(teacher_input, used, tmp_path, m
 def test_without_the_kernels_padding_is_masked(capability, available, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    model = Data2Vec(models.make("roberta"), top_k=2)
+    model = Data2Vec(models.make("roberta"), targets=TargetsConfig(top_k=2))
     assert fuse(model, torch.device("cuda"), ["attention", "padding"]) == ["attention sdpa"]
     assert model.student.model.config._attn_implementation == attention.NAME
 
@@ -296,7 +306,8 @@ RECOMPUTED = {f"ban_recompute_{what}": True for what in ("materialized_backward"
 
 def both_ways(name, source="ffn"):
     """A plain model, and the same model fused as on a GPU: blocks compiled, the last one narrowed, our attention."""
-    plain, fused = (Data2Vec(models.make(name), top_k=2, source=source, impl="eager").train() for _ in range(2))
+    targets, loss = TargetsConfig(top_k=2, source=source), LossConfig(impl="eager")
+    plain, fused = (Data2Vec(models.make(name), targets=targets, loss=loss).train() for _ in range(2))
     fused.load_state_dict(plain.state_dict())
     assert fuse(fused, torch.device("cuda"), ["last block", "attention", "compile"])[-1].startswith("6 blocks")
     return plain, fused
@@ -344,8 +355,9 @@ def test_lengths_and_padding_compile_a_few_times(compiled):
 
 @pytest.mark.parametrize("name, grid", [("vit", (4, 4)), ("data2vec-audio", None)])
 def test_a_compiled_decoder_predicts_the_same(name, grid, compiled):
+    axes = len(grid or (1,))
     plain, fused = (
-        Data2Vec(models.make(name), top_k=2, decoder=ConvDecoder(32, axes=len(grid or (1,)), width=32, groups=4)).train()
+        Data2Vec(models.make(name), ConvDecoder(32, axes, width=32, groups=4), targets=TargetsConfig(top_k=2)).train()
         for _ in range(2)
     )
     fused.load_state_dict(plain.state_dict())
@@ -374,7 +386,12 @@ def with_dropout(name, parts, bf16=True):
     config = {field: 0.1 if "drop" in field else value for field, value in models.CONFIGS[name].items()}
     config |= dict(layerdrop=0.0) if name in models.WAVES else {}
     config |= dict(hidden_size=64, intermediate_size=256, num_hidden_layers=4)
-    model = Data2Vec(build_encoder(name, config=config), top_k=2, ema_scope="encoder", impl="eager").train()
+    model = Data2Vec(
+        build_encoder(name, config=config),
+        targets=TargetsConfig(top_k=2),
+        loss=LossConfig(impl="eager"),
+        ema=EMAConfig(scope="encoder"),
+    ).train()
     fuse(model, torch.device("cuda"), parts)
     inputs = models.inputs(name, batch=64)
     mask = torch.rand(model.student.embed(inputs).shape[:2]) < 0.5
@@ -428,13 +445,13 @@ def test_recomputation_gives_the_same_gradients(name, compiled, monkeypatch):
 
 
 def test_on_a_cpu_nothing_is_compiled():
-    model = Data2Vec(models.make("roberta"), top_k=2)
+    model = Data2Vec(models.make("roberta"), targets=TargetsConfig(top_k=2))
     assert fuse(model, CPU, ["compile", "recompute"]) == []
     assert model.student.blocks[0]._compiled_call_impl is None
 
 
 def test_what_fuse_replaces():
-    model = Data2Vec(models.make("data2vec-audio"), top_k=2)
+    model = Data2Vec(models.make("data2vec-audio"), targets=TargetsConfig(top_k=2))
     done = fuse(model, CPU)
     for encoder in (model.student, model.teacher.module):
         assert encoder.model.config._attn_implementation == attention.NAME
@@ -445,19 +462,19 @@ def test_what_fuse_replaces():
 
 
 def test_statistics_over_time_need_all_of_the_teacher():
-    done = fuse(Data2Vec(models.make("data2vec-audio"), top_k=2, norm="instance"), CPU)
+    done = fuse(Data2Vec(models.make("data2vec-audio"), targets=TargetsConfig(top_k=2, norm="instance")), CPU)
     assert "last block of student at scored positions" in done
 
 
 def test_without_a_fused_loss_the_error_says_why(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: "the C++ library is not built")
     with pytest.raises(ValueError, match="--fused: the native loss cannot run: the C\\+\\+ library is not built"):
-        fuse(Data2Vec(models.make("roberta"), top_k=2), CPU)
+        fuse(Data2Vec(models.make("roberta"), targets=TargetsConfig(top_k=2)), CPU)
 
 
 def test_two_settings_that_contradict_each_other_are_named():
     with pytest.raises(ValueError, match=r"--fused: found loss\.impl=eager, expected native"):
-        fuse(Data2Vec(models.make("roberta"), top_k=2, impl="eager"), CPU)
+        fuse(Data2Vec(models.make("roberta"), targets=TargetsConfig(top_k=2), loss=LossConfig(impl="eager")), CPU)
 
 
 def test_fused_means_bf16_unless_set_otherwise():
@@ -490,7 +507,7 @@ def test_long_inputs_without_gradients_are_left_to_torch(length, explicit, monke
 def test_attention_that_plans_for_each_shape_is_off_where_lengths_vary(name, kept):
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:
-        fuse(Data2Vec(models.make(name), top_k=2), torch.device("cuda"), ["attention"])
+        fuse(Data2Vec(models.make(name), targets=TargetsConfig(top_k=2)), torch.device("cuda"), ["attention"])
         assert torch.backends.cuda.cudnn_sdp_enabled() is kept
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)

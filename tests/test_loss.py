@@ -1,6 +1,4 @@
 import itertools
-import re
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -9,17 +7,14 @@ import torch
 
 from d2v_fast import Data2VecLoss, data2vec_loss
 from d2v_fast.choices import Norm, TargetNorm
-from d2v_fast.ops import native, triton_loss
+from d2v_fast.ops import triton_loss
 from d2v_fast.ops.reference import NORM_DIMS, Moments, make_targets, normalize
 from tests import oracle
 
 NORMS = get_args(Norm)
 
 
-def test_norms_are_the_same_in_python_and_in_the_kernels():
-    header = (Path(__file__).parents[1] / "kernels" / "loss.h").read_text(encoding="utf-8")
-    names = re.search(r"enum D2VNorm \{([^}]*)\}", header)[1].replace("D2V_", "").lower().split(", ")
-    assert {name.strip(): code for code, name in enumerate(names)} == native.NORMS
+def test_norms_are_the_same_in_all_implementations():
     assert {"none", *NORM_DIMS} == set(NORMS)
     assert {"none", "layer", *triton_loss.POOLED} == set(NORMS)
     assert set(get_args(TargetNorm)) < set(NORMS)
@@ -237,6 +232,38 @@ def test_the_module_is_the_function():
     assert module(predictions, layers, mask, padding) == expected
     assert "instance" in repr(module)
 
+    settings = dict(scale=3.0, reduction="sum", layout="TBC", impl="eager", return_stats=True, return_target_mean=True)
+    module, turned = Data2VecLoss(**settings), [x.transpose(0, 1) for x in layers]
+    loss, stats, mean = module(predictions, turned, mask)
+    scaled = 3 * 5**0.5 * data2vec_loss(predictions, layers, mask, reduction="sum")
+    torch.testing.assert_close(loss, scaled, rtol=1e-12, atol=0)
+    assert stats.target.count == mask.sum() and mean.shape == (2, 5)
+    with pytest.raises(ValueError, match=r"impl='native' cannot run: found torch\.float64"):
+        Data2VecLoss(impl="native")(predictions, layers, mask)
+    assert repr(Data2VecLoss(beta=2.0)).startswith("Data2VecLoss(norm='layer', target_norm='none', beta=2.0, scale=None, ")
+
+
+def test_the_mean_of_the_targets_is_returned_without_moments_too():
+    predictions, layers, mask, _ = case()
+    loss, mean = data2vec_loss(predictions, layers, mask, return_target_mean=True)
+    assert loss == data2vec_loss(predictions, layers, mask)
+    torch.testing.assert_close(mean, make_targets(layers, "layer", "none", upcast=torch.float64).mean(1))
+
+
+def test_bounds_are_accepted():
+    predictions, layers, mask, _ = case()
+    squares = data2vec_loss(predictions, layers, mask)
+    quadratic = data2vec_loss(predictions, layers, mask, beta=1e30)
+    torch.testing.assert_close(quadratic * 2e30, squares, rtol=1e-12, atol=0)
+    for setting in (dict(beta=1e-30), dict(beta=1), dict(scale=1), dict(scale=1e-300)):
+        assert data2vec_loss(predictions, layers, mask, **setting) > 0
+
+
+def test_a_single_channel():
+    predictions, layers, mask, _ = case(channels=1, k=1)
+    loss = data2vec_loss(predictions, layers, mask, norm="none")
+    torch.testing.assert_close(loss, ((predictions - layers[0])[mask] ** 2).mean())
+
 
 @pytest.mark.parametrize(
     "setting, named",
@@ -249,12 +276,13 @@ def test_the_module_is_the_function():
         (dict(beta=float("nan")), "beta: found nan"),
         (dict(beta=1e-40), "beta: found 1e-40"),
         (dict(beta=float("inf")), "beta: found inf"),
-        (dict(beta="4"), "beta: found '4', expected 0 (squared error) or a number between 1e-30 and 1e30"),
-        (dict(scale=0), "scale: found 0, expected a number above 0, or None for 1/√C"),
+        (dict(beta=1e31), "beta: found 1e+31"),
+        (dict(beta="4"), "beta: found '4', expected 0 or a number in [1e-30, 1e30]"),
+        (dict(scale=0), "scale: found 0, expected a number above 0"),
         (dict(scale=-1.0), "scale: found -1.0"),
         (dict(scale=float("nan")), "scale: found nan"),
         (dict(scale=float("inf")), "scale: found inf"),
-        (dict(scale="mean"), "scale: found 'mean'"),
+        (dict(scale="mean"), "scale: found 'mean', expected a number above 0 or None"),
         (dict(reduction="none"), "reduction: found 'none', expected one of 'mean', 'sum'"),
         (dict(layout="CTB"), "layout: found 'CTB', expected one of 'BTC', 'TBC'"),
         (dict(impl="cuda"), "impl: found 'cuda', expected one of 'auto', 'eager', 'compile', 'native', 'triton'"),
@@ -299,6 +327,17 @@ def test_compiled_equals_eager():
         (dict(teacher_layers=[torch.zeros(2, 7, 5), torch.zeros(2, 7, 6)]), "teacher_layers[1]: found shape (2, 7, 6)"),
         (dict(predictions=torch.zeros(2, 7, 0), teacher_layers=[torch.zeros(2, 7, 0)]), "scale: found None for 0 channels"),
         (dict(mask=torch.ones(2, 7, dtype=torch.bool, device="meta")), "mask: found on meta"),
+        (dict(teacher_layers=[torch.zeros(2, 7)]), "teacher_layers[0]: found shape (2, 7), expected three dimensions"),
+        (dict(teacher_layers=[torch.zeros(2, 7, 5), torch.zeros(2, 7, 5, dtype=torch.long)]), "teacher_layers[1]: found dtype"),
+        (dict(teacher_layers=[torch.zeros(2, 7, 5, device="meta")]), "teacher_layers[0]: found on meta"),
+        (dict(padding_mask=torch.zeros(2, 7)), "padding_mask: found dtype torch.float32, expected torch.bool"),
+        (dict(padding_mask=torch.zeros(2, 7, dtype=torch.bool, device="meta")), "padding_mask: found on meta"),
+        (dict(padding_mask=torch.zeros(2, 3, 7, dtype=torch.bool)), "found shape (2, 3, 7), expected (B, T) = (2, 7)"),
+        (dict(mask=torch.ones(2, 3, 6, dtype=torch.bool)), "mask: found shape (2, 3, 6), expected (B, M, T) = (2, M, 7)"),
+        (dict(mask=torch.ones(3, 2, 7, dtype=torch.bool)), "mask: found shape (3, 2, 7), expected (B, M, T) = (2, M, 7)"),
+        (dict(mask=torch.ones(2, 3, 7, dtype=torch.bool)), "found shape (2, 7, 5), expected (N, C) for a mask (B, M, T)"),
+        (dict(predictions=torch.zeros(3, 4)), "predictions: found 4 channels, expected 5"),
+        (dict(predictions=torch.zeros(5)), "predictions: found shape (5,), expected (N, C) or (B, T, C)"),
     ],
 )
 def test_invalid_inputs_are_named(change, named):

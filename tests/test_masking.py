@@ -54,6 +54,13 @@ def test_uniform_is_uniform_and_independent():
     assert abs(np.corrcoef(u.ravel(), Draws(0, 0, range(2000)).uniform(1, 50).ravel())[0, 1]) < 0.02
 
 
+def test_several_streams_are_drawn_at_once():
+    draws = Draws(3, 5, [7, 9], views=2)
+    together = draws.uniform(range(-1, 40), 2, 3)
+    assert together.shape == (41, 4, 2, 3)
+    assert (together == [draws.uniform(stream, 2, 3) for stream in range(-1, 40)]).all()
+
+
 def test_masks_are_a_pure_function_of_seed_epoch_and_sample():
     together = list(every_mask(Draws(3, 5, [7, 1, 1_000_000])))
     alone = list(every_mask(Draws(3, 5, [1])))
@@ -207,6 +214,31 @@ def test_blocks_are_distributed_as_the_sequential_algorithm(setting):
     assert pairs[0] == pytest.approx(pairs[1], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "setting, grid",
+    [((120, 16, 196, 0.3), (14, 14)), ((60, 1, 2, 0.5), (8, 12)), ((40, 12, 30, 0.9), (12, 8)), ((20, 4, 9, 0.05), (5, 5))],
+)
+def test_blocks_are_those_of_sets_with_the_same_numbers(setting, grid):
+    """Method 2.2 again with sets of patches; the second setting takes more attempts than are drawn at once."""
+    (count, min_area, max_area, min_aspect), (high, wide), draws = setting, grid, Draws(2, 1, range(20), views=2)
+    attempts = []
+    for row, found in enumerate(BlockMask(*setting)(draws, grid).reshape(-1, *grid)):
+        masked, failures, attempt = set(), 0, 0
+        while len(masked) < count and failures < 10:
+            u = draws.uniform(attempt, 4)[row]
+            attempt, failures = attempt + 1, failures + 1
+            cap = min(count - len(masked), max_area)
+            area, aspect = min_area + u[0] * (cap - min_area), min_aspect ** (1 - 2 * u[1])
+            h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            top, left = int(u[2] * (high - h + 1)), int(u[3] * (wide - w + 1))
+            new = {(top + y, left + x) for y in range(h) for x in range(w)} - masked
+            if h < high and w < wide and 0 < len(new) <= cap:
+                masked, failures = masked | new, 0
+        assert {(y, x) for y in range(high) for x in range(wide) if found[y, x]} == masked
+        attempts.append(attempt)
+    assert setting != (60, 1, 2, 0.5) or min(attempts) > 32
+
+
 def test_random_masks_have_exact_counts_and_no_favourites():
     mask = RandomMask(0.6)(Draws(0, 0, range(4000)), (8, 8))
     assert set(mask.sum(1)) == {39}  # 25 of 64 stay visible, not 25.6
@@ -313,13 +345,13 @@ def test_drawn_blocks_are_those_of_plain_loops():
 
 def test_the_exact_count_keeps_blocks_where_it_can():
     few = ExactBlockMask(0.5, 3, -0.3, inverse=False)  # too few are drawn, so that all of them stay
-    many = ExactBlockMask(0.5, 3, 2.5, inverse=False)  # too many, so that nothing else is masked
+    many = ExactBlockMask(0.5, 3, 1.0, inverse=False, dropout=0.9)  # too many, so that nothing else is masked
     draws = Draws(0, 0, range(50))
     for mask, inside in ((few, True), (many, False)):
         drawn, found = mask._blocks(draws, (8, 8), np.full(50, 64)).reshape(50, 64), mask(draws, (8, 8))
         assert (found.sum(axis=1) == 32).all()
         assert not ((drawn & ~found) if inside else (found & ~drawn)).any()
-    assert (ExactBlockMask(0.5, 3, inverse=True).count(9), ExactBlockMask(1.0, 3).count(9)) == (5, 8)
+    assert (ExactBlockMask(0.5, 3, inverse=True).count(9), ExactBlockMask(0.99, 3).count(9)) == (5, 8)
 
 
 def test_tiles_do_not_overlap():

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_fast import Data2Vec, Encoder
+from d2v_fast import Data2Vec, EMAConfig, Encoder, HeadConfig, TargetsConfig
 from d2v_fast.model import regression_head
 from tests import oracle
-from tests.models import IMAGES, TEXTS, WAVES, Handwritten, inputs, make
+from tests.models import IMAGES, TEXTS, WAVES, Handwritten, arguments, inputs, make
 
 FAMILIES = (*TEXTS, *IMAGES, *WAVES)
 
@@ -39,7 +39,7 @@ def batch(name, encoder, seed=0, size=2, share=0.5):
 def test_loss_against_the_specification(name, settings):
     """A whole step in float64: layer results from hooks on a copy of the teacher, formulas in plain loops."""
     encoder = make(name).double()
-    model = Data2Vec(encoder, **settings).double()
+    model = Data2Vec(encoder, **arguments(**settings)).double()
     # The teacher differs from the student, except in shared weights.
     shared = encoder.not_averaged(settings.get("ema_scope", "all"))
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_loss_against_the_specification(name, settings):
 def test_the_teacher_sees_the_whole_input(name):
     """The last layer of the teacher in a forward pass is that of a pass without a mask."""
     encoder = make(name)
-    model = Data2Vec(encoder, top_k=2, ema_scope="encoder").eval()
+    model = Data2Vec(encoder, targets=TargetsConfig(top_k=2), ema=EMAConfig(scope="encoder")).eval()
     data = batch(name, encoder)
     expected = model.teacher_layers(data.get("target", data["source"]), None, None)[-1]
     masked = data["mask"]  # the last block of some encoders runs at these positions only
@@ -100,7 +100,7 @@ def test_the_teacher_sees_the_whole_input(name):
 @pytest.mark.parametrize("name", ["wav2vec2", "data2vec-audio", "hubert"])
 def test_speech_feature_extractor_runs_once_per_step(name):
     encoder = make(name)
-    model = Data2Vec(encoder, top_k=2, ema_scope="encoder")
+    model = Data2Vec(encoder, targets=TargetsConfig(top_k=2), ema=EMAConfig(scope="encoder"))
     data, calls = batch(name, encoder), []
     for each in (model.student, model.teacher.module):
         each.model.feature_extractor.register_forward_hook(lambda m, a, out, each=each: calls.append(each))
@@ -110,7 +110,7 @@ def test_speech_feature_extractor_runs_once_per_step(name):
 
 def test_gradients_reach_the_student_only():
     encoder = make("data2vec-audio")
-    model = Data2Vec(encoder, top_k=2, ema_scope="encoder")
+    model = Data2Vec(encoder, targets=TargetsConfig(top_k=2), ema=EMAConfig(scope="encoder"))
     model(**batch("data2vec-audio", encoder)).loss.backward()
     assert not any(p.grad is not None for p in model.teacher.parameters())
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -121,7 +121,7 @@ def test_gradients_reach_the_student_only():
 def test_each_masked_position_has_equal_weight_across_ranks_and_micro_batches(name):
     """2 ranks × 2 micro-batches with unequal masks give the gradient of one big batch (method 1.4)."""
     encoder = make(name)
-    model = Data2Vec(encoder, top_k=2).double()
+    model = Data2Vec(encoder, targets=TargetsConfig(top_k=2)).double()
     parts = [batch(name, encoder, seed, 2, share) for seed, share in enumerate((0.2, 0.8, 0.5, 0.4))]
     whole = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
     model(**whole).loss.backward()
@@ -138,7 +138,7 @@ def test_each_masked_position_has_equal_weight_across_ranks_and_micro_batches(na
 
 def test_padding_does_not_change_the_loss():
     encoder = make("roberta")
-    model = Data2Vec(encoder, top_k=2, norm="instance").eval()
+    model = Data2Vec(encoder, targets=TargetsConfig(top_k=2, norm="instance")).eval()
     data = batch("roberta", encoder)
     padded = {k: torch.nn.functional.pad(v, (0, 5), value=1 if k != "mask" else 0) for k, v in data.items()}
     padding = torch.arange(17).expand(2, 17) >= 12
@@ -147,7 +147,7 @@ def test_padding_does_not_change_the_loss():
 
 def test_target_padding_mask_hides_tokens_from_the_teacher_only():
     """As for text with teacher_input=masked_only; the reference is transformers with that attention mask."""
-    model = Data2Vec(make("roberta"), top_k=1).eval()
+    model = Data2Vec(make("roberta"), targets=TargetsConfig(top_k=1)).eval()
     data = batch("roberta", model.student)
     mask, found = data["mask"], []
     plain = copy.deepcopy(model.teacher.module.model)
@@ -162,7 +162,7 @@ def test_target_padding_mask_hides_tokens_from_the_teacher_only():
 
 def test_channel_masks_reach_the_student_only():
     encoder = make("data2vec-audio")
-    model = Data2Vec(encoder, top_k=2, ema_scope="encoder").eval()
+    model = Data2Vec(encoder, targets=TargetsConfig(top_k=2), ema=EMAConfig(scope="encoder")).eval()
     data = batch("data2vec-audio", encoder)
     channels = torch.zeros(2, 32, dtype=torch.bool)
     plain = model(**data, channel_mask=channels)
@@ -174,7 +174,7 @@ def test_channel_masks_reach_the_student_only():
 
 def test_a_given_index_gives_the_same_loss():
     encoder = make("beit")
-    model = Data2Vec(encoder, top_k=2).eval()
+    model = Data2Vec(encoder, targets=TargetsConfig(top_k=2)).eval()
     data = batch("beit", encoder)
     index = data["mask"].flatten().nonzero().squeeze(1)
     assert model(**data, index=index).loss == model(**data).loss
@@ -182,7 +182,8 @@ def test_a_given_index_gives_the_same_loss():
 
 
 def test_teacher_moves_only_in_update_teacher():
-    model = Data2Vec(make("roberta"), top_k=2, ema_start=0.5, ema_end=0.5, ema_anneal_steps=1, ema_scope="layers")
+    ema = EMAConfig(start=0.5, end=0.5, anneal_steps=1, scope="layers")
+    model = Data2Vec(make("roberta"), targets=TargetsConfig(top_k=2), ema=ema)
     block, embedding = "model.encoder.layer.0.output.dense.weight", "model.embeddings.word_embeddings.weight"
     student, teacher = dict(model.student.named_parameters()), dict(model.teacher.module.named_parameters())
     old = teacher[block].clone()
@@ -197,7 +198,8 @@ def test_teacher_moves_only_in_update_teacher():
 
 
 def test_parameters_named_in_ema_copied_are_copied():
-    model = Data2Vec(make("roberta"), top_k=2, ema_start=0.5, ema_end=0.5, ema_copied=("encoder.layer.0.*",))
+    ema = EMAConfig(start=0.5, end=0.5, copied=["encoder.layer.0.*"])
+    model = Data2Vec(make("roberta"), targets=TargetsConfig(top_k=2), ema=ema)
     student, teacher = (dict(m.named_parameters()) for m in (model.student, model.teacher.module))
     with torch.no_grad():
         for p in student.values():
@@ -221,13 +223,25 @@ def test_regression_head_layers_and_formula():
     assert (regression_head(8, 2, zero_init=True)(torch.randn(3, 8)) == 0).all()
 
 
+def test_the_regression_head_is_that_of_the_config():
+    model = Data2Vec(make("roberta"), HeadConfig(layers=2, zero_init=True), targets=TargetsConfig(top_k=2))
+    assert [tuple(p.shape) for p in model.head.parameters()] == [(64, 32), (64,), (32, 64), (32,)]
+    assert (model.head(torch.randn(3, 32)) == 0).all() and not model.sparse
+
+
+def test_a_head_of_kind_conv_asks_for_a_decoder():
+    message = r"predictor: found HeadConfig\(kind='conv'\), .*; expected a decoder, such as ConvDecoder\("
+    with pytest.raises(ValueError, match=message):
+        Data2Vec(make("roberta"), HeadConfig(kind="conv"))
+
+
 def test_dropout_and_layerdrop_touch_the_student_only():
     encoder = make("wav2vec2")
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     encoder.model.config.layerdrop = 1.0
-    model = Data2Vec(encoder, top_k=3, ema_scope="encoder").train()
+    model = Data2Vec(encoder, targets=TargetsConfig(top_k=3), ema=EMAConfig(scope="encoder")).train()
     data = batch("wav2vec2", encoder)
     first, second = model(**data), model(**data)  # a dropped teacher layer would have no result to record
     assert torch.equal(first.teacher_states, second.teacher_states) and not torch.equal(first.states, second.states)
@@ -237,7 +251,7 @@ def test_dropout_and_layerdrop_touch_the_student_only():
     "setting, named",
     [
         (dict(source="ffn_output"), "source: found 'ffn_output', expected one of 'ffn', 'block_output', 'block_input'"),
-        (dict(ema_scope="encoders"), "ema_scope: found 'encoders', expected one of 'all', 'encoder', 'layers'; did you"),
+        (dict(ema_scope="encoders"), "scope: found 'encoders', expected one of 'all', 'encoder', 'layers'; did you"),
         (dict(norm="layer_norm"), "norm: found 'layer_norm'"),
         (dict(target_norm="batch"), "target_norm: found 'batch'"),
         (dict(scale="max"), "scale: found 'max', expected one of 'auto', 'mean'"),
@@ -250,14 +264,14 @@ def test_dropout_and_layerdrop_touch_the_student_only():
 )
 def test_invalid_settings_raise_with_name_value_and_choices(setting, named):
     with pytest.raises(ValueError) as error:
-        Data2Vec(Encoder(Handwritten(), layers="blocks", ffn="mlp.2"), **dict(top_k=2) | setting)
+        Data2Vec(Encoder(Handwritten(), layers="blocks", ffn="mlp.2"), **arguments(**dict(top_k=2) | setting))
     assert named in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
 def test_bf16_loss_is_close_to_fp32(name):
     encoder = make(name)
-    model = Data2Vec(encoder, top_k=2, ema_scope="all")
+    model = Data2Vec(encoder, targets=TargetsConfig(top_k=2), ema=EMAConfig(scope="all"))
     data = batch(name, encoder)
     exact = model(**data).loss
     with torch.autocast("cpu", torch.bfloat16):
@@ -271,7 +285,8 @@ def test_bf16_loss_is_close_to_fp32(name):
 
 
 def test_an_fp32_teacher_accepts_bf16_features():
-    model = Data2Vec(make("data2vec-audio"), top_k=2, ema_scope="encoder", teacher_fp32=True).eval()
+    targets = TargetsConfig(top_k=2, teacher_fp32=True)
+    model = Data2Vec(make("data2vec-audio"), targets=targets, ema=EMAConfig(scope="encoder")).eval()
     with torch.autocast("cpu", torch.bfloat16):
         output = model(**batch("data2vec-audio", model.student))
     assert output.features.dtype == torch.bfloat16 and output.teacher_states.dtype == torch.float32
@@ -280,7 +295,9 @@ def test_an_fp32_teacher_accepts_bf16_features():
 def test_a_custom_encoder_learns():
     torch.manual_seed(0)
     model = Data2Vec(
-        Encoder(Handwritten(), layers="blocks", ffn="mlp.2"), top_k=2, ema_start=0.9, ema_end=0.99, ema_anneal_steps=50
+        Encoder(Handwritten(), layers="blocks", ffn="mlp.2"),
+        targets=TargetsConfig(top_k=2),
+        ema=EMAConfig(start=0.9, end=0.99, anneal_steps=50),
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)
     x = torch.randn(8, 16, 6).cumsum(1)
@@ -297,6 +314,6 @@ def test_a_custom_encoder_learns():
 
 @pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
 def test_a_whole_model_can_be_pickled(name):
-    model = Data2Vec(make(name), top_k=2).eval()
+    model = Data2Vec(make(name), targets=TargetsConfig(top_k=2)).eval()
     given = batch(name, model.student)
     assert torch.equal(pickle.loads(pickle.dumps(model))(**given).loss, model(**given).loss)

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from d2v_fast import Data2Vec, Encoder, build_encoder, ops
+from d2v_fast import Data2Vec, EMAConfig, Encoder, HeadConfig, LossConfig, TargetsConfig, build_encoder, ops
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.fused import fuse
 from d2v_fast.masking import visible_positions
 from d2v_fast.ops.reference import make_targets, mean_over_time
 from tests import released
-from tests.models import COMMON, CONFIGS, IMAGES, TEXT, TEXTS, WAVE, Handwritten, inputs
+from tests.models import COMMON, CONFIGS, IMAGES, TEXT, TEXTS, WAVE, Handwritten, arguments, inputs
 
 SMALL = dict(hidden_size=32, num_attention_heads=4, intermediate_size=48)
 NO_DROPOUT = dict(hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, layerdrop=0.0)
@@ -111,31 +111,27 @@ def encoder_like(modality, theirs):
 
 
 def same(modality, theirs, teacher, **settings):
-    """Our model in float64 with the weights of a released student and its teacher."""
+    """Our model in float64 with the weights of a released student and its teacher; `settings` are those of the loss."""
     encoder, own = encoder_like(modality, theirs), theirs.encoder.own
     cfg, decoder = theirs.cfg["model"], own["decoder"]
-    norm = "instance" if cfg["instance_norm_target_layer"] else "layer"
-    model = Data2Vec(
-        encoder,
-        decoder=ConvDecoder(
-            32,
-            2 if modality == "image" else 1,
-            width=decoder["decoder_dim"],
-            kernel=decoder["decoder_kernel"],
-            layers=decoder["decoder_layers"],
-            groups=decoder["decoder_groups"],
-            residual=decoder["decoder_residual"],
-            projection_layers=decoder["projection_layers"],
-            noise=own["mask_noise_std"],
-        ),
+    predictor = ConvDecoder(
+        32,
+        2 if modality == "image" else 1,
+        width=decoder["decoder_dim"],
+        kernel=decoder["decoder_kernel"],
+        layers=decoder["decoder_layers"],
+        groups=decoder["decoder_groups"],
+        residual=decoder["decoder_residual"],
+        projection_layers=decoder["projection_layers"],
+        noise=own["mask_noise_std"],
+    )
+    targets = TargetsConfig(
         top_k=cfg["average_top_k_layers"],
-        norm=norm,
+        norm="instance" if cfg["instance_norm_target_layer"] else "layer",
         target_norm="layer" if cfg["layer_norm_targets"] else "instance" if cfg["instance_norm_targets"] else "none",
-        beta=cfg["loss_beta"],
-        scale=cfg["loss_scale"] or "auto",
-        ema_scope=SCOPES[modality],
-        **settings,
-    ).double()
+    )
+    loss = LossConfig(beta=cfg["loss_beta"], scale=cfg["loss_scale"] or "auto", **settings)
+    model = Data2Vec(encoder, predictor, targets=targets, loss=loss, ema=EMAConfig(scope=SCOPES[modality])).double()
     prenet, state = own["prenet_depth"], model.state_dict()
     ours = renamed(modality, theirs.state_dict(), prenet)
     of_teacher = renamed(modality, teacher.state_dict(), prenet)
@@ -322,7 +318,7 @@ def family(name, changed=None, **settings):
     axes = 2 if name in CLS else 1
     decoder = ConvDecoder(32, axes, width=16, kernel=3, layers=2, groups=4, noise=noise)
     settings = dict(top_k=2, norm="instance", cls_weight=0.7 * (name in CLS)) | settings
-    return Data2Vec(encoder, decoder=decoder, **settings).double()
+    return Data2Vec(encoder, decoder, **arguments(**settings)).double()
 
 
 def batch(name, model, views=3, size=2, share=0.6):
@@ -696,9 +692,8 @@ class Placed(Handwritten):
 def test_a_custom_module_with_place_supports_views():
     torch.manual_seed(1)
     encoder = Encoder(Placed(), layers="blocks", ffn="mlp.2")
-    model = Data2Vec(
-        encoder, top_k=2, norm="layer", decoder=ConvDecoder(32, width=16, kernel=3, layers=2, groups=4, noise=0.0)
-    ).double()
+    predictor = ConvDecoder(32, width=16, kernel=3, layers=2, groups=4, noise=0.0)
+    model = Data2Vec(encoder, predictor, targets=TargetsConfig(top_k=2, norm="layer")).double()
     source, mask = torch.randn(2, 16, 6, dtype=torch.float64), random_masks(2, 3, 16, 9)
     own, results = model.student.model, []
     predictions = []
@@ -737,12 +732,15 @@ def decoder(axes=1, **settings):
     return ConvDecoder(32, axes, width=16, kernel=3, layers=1, groups=4, **settings)
 
 
+TARGETS = TargetsConfig(top_k=2)
+
+
 def roberta():
     return build_encoder("roberta", config=CONFIGS["roberta"])
 
 
 def run(mask, **given):
-    model = Data2Vec(roberta(), top_k=2, decoder=decoder() if given.pop("views", True) else None)
+    model = Data2Vec(roberta(), decoder() if given.pop("views", True) else HeadConfig(), targets=TARGETS)
     return model(torch.randint(5, 60, (2, 12)), mask, **given)
 
 
@@ -769,36 +767,39 @@ REFUSED = {
     ),
     "another batch": (lambda: run(of(5)[:1]), r"mask: found \(1, 12\) samples and positions, expected \(2, 12\)"),
     "axes": (
-        lambda: Data2Vec(roberta(), top_k=2, decoder=decoder(2))(torch.randint(5, 60, (2, 12)), of(5)),
+        lambda: Data2Vec(roberta(), decoder(2), targets=TARGETS)(torch.randint(5, 60, (2, 12)), of(5)),
         r"grid: found \(12,\) for 12 positions and a decoder of 2 axes",
     ),
     "axes of an image": (
-        lambda: Data2Vec(build_encoder("vit", config=CONFIGS["vit"]), top_k=2, decoder=decoder())(
+        lambda: Data2Vec(build_encoder("vit", config=CONFIGS["vit"]), decoder(), targets=TARGETS)(
             torch.randn(2, 3, 16, 16), random_masks(2, 2, 16, 9)
         ),
         r"grid: found \(4, 4\) for 16 positions and a decoder of 1 axes",
     ),
     "a grid of another size": (
-        lambda: Data2Vec(Encoder(type("Wide", (Grid,), {"positions": lambda self, size: (4, 5)})(), "blocks"), top_k=2,
-                         decoder=decoder(2))(torch.randn(2, 16, 6), random_masks(2, 2, 16, 9)),
+        lambda: Data2Vec(Encoder(type("Wide", (Grid,), {"positions": lambda self, size: (4, 5)})(), "blocks"), decoder(2),
+                         targets=TARGETS)(torch.randn(2, 16, 6), random_masks(2, 2, 16, 9)),
         r"grid: found \(4, 5\) for 16 positions and a decoder of 2 axes",
     ),
     "CLS of text": (
-        lambda: Data2Vec(roberta(), top_k=2, decoder=decoder(), cls_weight=0.1),
+        lambda: Data2Vec(roberta(), decoder(), targets=TARGETS, loss=LossConfig(cls_weight=0.1)),
         "cls_weight: found 0.1, but RobertaModel has no CLS token to train; expected 0",
     ),
     "CLS of a module": (
-        lambda: Data2Vec(Encoder(Placed(), "blocks"), top_k=2, decoder=decoder(), cls_weight=1),
+        lambda: Data2Vec(Encoder(Placed(), "blocks"), decoder(), targets=TARGETS, loss=LossConfig(cls_weight=1)),
         "cls_weight: found 1, but Placed has no CLS token",
     ),
-    "CLS without a decoder": (lambda: Data2Vec(roberta(), top_k=2, cls_weight=0.1), "cls_weight: found 0.1 without a decoder"),
-    "reduction": (lambda: Data2Vec(roberta(), cls_reduction="max"), "cls_reduction: found 'max', expected one of 'mean', 's"),
+    "CLS without a decoder": (
+        lambda: Data2Vec(roberta(), targets=TARGETS, loss=LossConfig(cls_weight=0.1)),
+        "cls_weight: found 0.1 without a decoder",
+    ),
+    "reduction": (lambda: LossConfig(cls_reduction="max"), "cls_reduction: found 'max', expected one of 'mean', 's"),
     "RoFormer": (
-        lambda: Data2Vec(build_encoder("roformer", config=COMMON | TEXT), top_k=2, decoder=decoder()),
+        lambda: Data2Vec(build_encoder("roformer", config=COMMON | TEXT), decoder()),
         "encoder: RoFormerModel cannot encode the visible positions alone: .* use roberta, .* or leave the decoder out",
     ),
     "WavLM": (
-        lambda: Data2Vec(build_encoder("wavlm", config=COMMON | WAVE | dict(num_feat_extract_layers=3)), decoder=decoder()),
+        lambda: Data2Vec(build_encoder("wavlm", config=COMMON | WAVE | dict(num_feat_extract_layers=3)), decoder()),
         "encoder: WavLMModel cannot encode the visible positions alone",
     ),
     "BEiT with positions of each layer": (
@@ -807,13 +808,12 @@ REFUSED = {
                 "beit",
                 config=CONFIGS["beit"] | dict(use_relative_position_bias=True, use_shared_relative_position_bias=False),
             ),
-            top_k=2,
-            decoder=decoder(2),
+            decoder(2),
         ),
         "encoder: BeitModel cannot encode the visible positions alone",
     ),
     "a module that adds positions nobody knows where": (
-        lambda: Data2Vec(Encoder(Handwritten(), "blocks"), top_k=2, decoder=decoder()),
+        lambda: Data2Vec(Encoder(Handwritten(), "blocks"), decoder()),
         r"encoder: Handwritten cannot encode .* give a module of your own the method place\(features\)",
     ),
 }  # fmt: skip
@@ -827,7 +827,7 @@ def test_invalid_inputs_and_settings_are_named(case):
 
 
 def test_a_custom_module_may_define_a_2d_grid():
-    model = Data2Vec(Encoder(Oblong(), "blocks", "mlp.2"), top_k=2, decoder=decoder(2))
+    model = Data2Vec(Encoder(Oblong(), "blocks", "mlp.2"), decoder(2), targets=TARGETS)
     grids = []
     model.head.register_forward_pre_hook(lambda module, args: grids.append(args[1]))
     assert model(torch.randn(2, 16, 6), random_masks(2, 2, 16, 9)).loss.isfinite()

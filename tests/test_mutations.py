@@ -139,12 +139,12 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
     "the teacher drops": ("ema.py", "return super().train(False)", "return super().train(mode)"),
     "the teacher's text has the student's dropout": (
         "model.py",
-        'self.shares_features = ema_scope != "all" and encoder.masks_features',
-        'self.shares_features = ema_scope != "all"',
+        'self.shares_features = ema.scope != "all" and encoder.masks_features',
+        'self.shares_features = ema.scope != "all"',
     ),
     "the teacher never shares features": (
         "model.py",
-        'self.shares_features = ema_scope != "all" and encoder.masks_features',
+        'self.shares_features = ema.scope != "all" and encoder.masks_features',
         "self.shares_features = False",
     ),
     "the teacher sees what the first view sees": (
@@ -226,7 +226,7 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
     "no scale of CLS": ("model.py", '.sum(1) * self.loss_settings["scale"]', ".sum(1)"),
     "CLS is not weighted by a micro-batch": ("model.py", "cls_loss = cls_loss * len(index)", "pass"),
     "CLS is left out of the loss": ("model.py", "loss = loss + cls_loss", "pass"),
-    "CLS of an encoder without": ("model.py", "if cls_weight and not encoder.extra_tokens:", "if False:"),
+    "CLS of an encoder without": ("model.py", "if loss.cls_weight and not encoder.extra_tokens:", "if False:"),
     "a mask vector that gets no gradient": ("model.py", "encoder.mask_token.requires_grad_(False)", "pass"),
     "encoders whose positions are inside": (
         "encoders/base.py",
@@ -384,7 +384,7 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
         'student, target = run.state.core.teacher.module, run.folder.path / "export"',
     ),
     "samples of the last micro-batch in the log": (
-        "train/loop.py",
+        "train/log.py",
         'sum(len(batch["samples"]) for batch in batches)',
         'len(batches[-1]["samples"])',
     ),

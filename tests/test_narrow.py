@@ -27,7 +27,7 @@ def at(encoder, features, rows, padding_mask=None):
 
 def both(name, padded=False, **settings):
     """Outputs and models, plain and narrowed, of one batch."""
-    plain = Data2Vec(models.make(name), top_k=2, impl="eager", **settings).train()
+    plain = Data2Vec(models.make(name), **models.arguments(top_k=2, impl="eager", **settings)).train()
     narrow = copy.deepcopy(plain)
     narrowed(narrow.student), narrowed(narrow.teacher.module)
     x = models.inputs(name)

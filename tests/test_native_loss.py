@@ -617,6 +617,12 @@ def _of_another_abi(monkeypatch, tmp_path):
     return "pip install"
 
 
+def test_a_norm_that_the_library_does_not_know():
+    z, layers, mask, _ = inputs(Case())
+    with pytest.raises(ValueError, match=r"norm=layr, target_norm=none: the C\+\+ library does not know"):
+        native.loss(z, layers, mask, None, "layr", "none", 0.0, 1.0, True, False, False)
+
+
 @pytest.mark.parametrize("spoil", [_missing, _broken, _of_another_abi])
 def test_without_a_library_that_fits(spoil, monkeypatch, tmp_path, choice_log):
     remedy = spoil(monkeypatch, tmp_path)

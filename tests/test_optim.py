@@ -38,15 +38,19 @@ def layers():
     return model
 
 
+@pytest.mark.parametrize("scale", [1, 1e-3])
 @pytest.mark.parametrize("decay_1d", [False, True])
-def test_lamb_is_that_of_the_paper(decay_1d):
+def test_lamb_is_that_of_the_paper(decay_1d, scale):
+    """Also where norms of weights and updates are far below 1."""
     model = layers()
+    for p in model.parameters():
+        p.data.mul_(scale)
     settings = OptimizerConfig(**vars(LAMB) | {"decay_1d": decay_1d, "lr_scale": {"a.*": 0.5}})
     optimizer = make_optimizer(model, settings)
     assert type(optimizer) is Lamb
     parameters = dict(model.named_parameters())
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    grads = {name: [torch.randn_like(p) for _ in range(4)] for name, p in parameters.items()}
+    grads = {name: [scale * torch.randn_like(p) for _ in range(4)] for name, p in parameters.items()}
     for step in range(4):
         for name, p in parameters.items():
             p.grad = grads[name][step]
@@ -64,6 +68,21 @@ def test_lamb_leaves_parameters_without_gradient_alone():
     before = model["a"].bias.clone()
     optimizer.step()
     assert torch.equal(model["a"].bias, before) and set(optimizer.state) == {model["a"].weight}
+
+
+def test_lamb_evaluates_a_closure():
+    """With gradients, as torch's optimizers do."""
+    model = layers()
+    optimizer = make_optimizer(model, LAMB)
+
+    def closure():
+        loss = model["a"](torch.ones(5, dtype=torch.float64)).square().sum()
+        loss.backward()
+        return loss
+
+    before = model["a"].weight.detach().clone()
+    expected = model["a"](torch.ones(5, dtype=torch.float64)).square().sum()
+    assert torch.equal(optimizer.step(closure), expected) and not torch.equal(model["a"].weight, before)
 
 
 APEX = '''
@@ -197,6 +216,11 @@ def test_a_build_without_kernels_is_not_taken(apex):
         sys.modules.pop(name, None)
     (apex.folder.parent / "amp_C.py").write_text("raise ImportError('undefined symbol')")
     assert apex_obstacle() == "apex cannot be imported: undefined symbol"
+    (apex.folder / "optimizers" / "__init__.py").write_text("raise ImportError('too old')")
+    importlib.invalidate_caches()
+    for name in ("apex", "apex.optimizers", "amp_C"):
+        sys.modules.pop(name, None)
+    assert apex_obstacle() == "apex cannot be imported: too old"
 
 
 @pytest.mark.parametrize(

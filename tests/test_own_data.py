@@ -383,17 +383,20 @@ def test_a_run_resumes_only_with_its_class_and_settings():
     assert build(parse(["--resume", "run"])[0]).state.done == 2
 
 
-def test_runs_from_before_data_class_resume(monkeypatch):
-    """Their checkpoints and config.yaml have no data.class."""
+def test_runs_from_before_a_setting_resume_if_it_has_its_default(monkeypatch):
+    """Their checkpoints have no data.class, for example, nor has config.yaml."""
     small = [f"encoder.config.{name}" for name in ("hidden_size=16", "num_hidden_layers=3", "num_attention_heads=2")]
     settings = Config.settings
     with monkeypatch.context() as before:
-        known = lambda config: {key: value for key, value in settings(config).items() if key != "data.class"}  # noqa: E731
+        gone = ("data.class", "data.crop_ratio", "optimizer.one_pass")
+        known = lambda config: {key: value for key, value in settings(config).items() if key not in gone}  # noqa: E731
         before.setattr(Config, "settings", known)
         train("--config", "vision/tiny", *small, *SMALL, "train.steps=2", "train.output=run")
     resolved = yaml.safe_load(Path("run/config.yaml").read_text())
     del resolved["data"]["class"]
     Path("run/config.yaml").write_text(yaml.safe_dump(resolved))
+    with pytest.raises(CheckpointError, match=r"data\.crop_ratio: was nothing, is \[0\.5, 1\.0\]"):
+        build(parse(["--resume", "run", "data.crop_ratio=[0.5,1]"])[0])
     assert build(parse(["--resume", "run"])[0]).state.done == 2
 
 

@@ -30,8 +30,8 @@ def test_public_names_are_frozen():
     assert d2v_fast.__all__ == [
         "__version__", "Callback", "ConvDecoder", "Data2Vec", "Data2Vec2AudioConfig", "Data2Vec2AudioForCTC",
         "Data2Vec2AudioForSequenceClassification", "Data2Vec2AudioModel", "Data2Vec2VisionConfig",
-        "Data2Vec2VisionForImageClassification", "Data2Vec2VisionModel", "Data2VecLoss", "EMATeacher", "Encoder",
-        "build_encoder", "data2vec_loss", "wrap",
+        "Data2Vec2VisionForImageClassification", "Data2Vec2VisionModel", "Data2VecLoss", "EMAConfig", "EMATeacher", "Encoder",
+        "HeadConfig", "LossConfig", "TargetsConfig", "build_encoder", "data2vec_loss", "wrap",
     ]  # fmt: skip
     assert all(getattr(d2v_fast, name) is not None for name in d2v_fast.__all__)
 

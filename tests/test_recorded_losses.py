@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v_fast import Data2Vec
+from d2v_fast import Data2Vec, EMAConfig, LossConfig, TargetsConfig
 from d2v_fast.fused import fuse
 from tests import models
 
@@ -19,14 +19,9 @@ RECORDED = json.loads((Path(__file__).parent / "recorded_losses.json").read_text
 @pytest.mark.parametrize("case", RECORDED)
 def test_losses_match_the_recorded_ones(case):
     name, source, *more = case.split()
-    model = Data2Vec(
-        models.make(name),
-        top_k=2,
-        source=source,
-        ema_scope="encoder" if name in models.WAVES else "all",
-        ema_start=0.9,
-        impl="eager",
-    ).train()
+    targets, loss = TargetsConfig(top_k=2, source=source), LossConfig(impl="eager")
+    ema = EMAConfig(scope="encoder" if name in models.WAVES else "all", start=0.9)
+    model = Data2Vec(models.make(name), targets=targets, loss=loss, ema=ema).train()
     if "fused" in more:
         fuse(model, torch.device("cpu"), ["last block", "attention"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -4,34 +4,34 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
-import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
-from d2v_fast import Data2Vec, diagnostics, memory, sharding, wrap
+from d2v_fast import Data2Vec, TargetsConfig, sharding, wrap
+from d2v_fast.checkpoint import Checkpoint, CheckpointError
 from d2v_fast.config import ConfigError, TrainConfig, parse
 from d2v_fast.train import build as building
 from d2v_fast.train import parallel, train
 from d2v_fast.train.build import build
 from d2v_fast.train.save import share
 from d2v_fast.train.step import forward_backward, to_device
+from d2v_fast.trained import load, read_config
 from tests import models, test_spliced, test_training, test_training_2
 
-torch.utils._device._device_constructors()  # which are kept, so before a fixture has others in their place
 DROPOUT = {
     "text": "encoder.config.hidden_dropout_prob=0.1 encoder.config.attention_probs_dropout_prob=0.1",
     "vision": "encoder.config.hidden_dropout_prob=0.1 encoder.config.attention_probs_dropout_prob=0.1",
@@ -72,6 +72,25 @@ def test_gradients_of_checkpointed_blocks_are_the_same_bits(modality, version, f
     assert len(calls) <= len(run.state.core.student.blocks)  # what hooks a block is not done twice
 
 
+def test_checkpointing_keeps_no_cast_weights(tmp_path):
+    """In bf16, with the same gradients as without it."""
+    found = {}
+    for on in ("false", "true"):
+        torch.manual_seed(0)
+        run = made("vision", 2, tmp_path / on, "train.precision=bf16", f"train.checkpointing={on}")
+        run.state.model.train()
+        cached = []
+        run.state.core.student.blocks[0].register_forward_pre_hook(
+            lambda *_, cached=cached: cached.append(torch.is_autocast_cache_enabled())
+        )
+        (batch,) = run.feed.take(1)
+        found[on] = gradients(run, batch)
+        assert cached == [on == "false"]
+    (loss, expected), (again, gradient) = found.values()
+    assert torch.equal(again, loss) and gradient.keys() == expected.keys()
+    assert [name for name in gradient if not torch.equal(gradient[name], expected[name])] == []
+
+
 def torchrun(ranks, cases, *machine):
     """Run cases, [name, arguments of d2v-train, fused], one by one on `ranks`, `machine` a machine; returns the log."""
     Path("cases.json").write_text(json.dumps(cases))
@@ -84,9 +103,10 @@ def torchrun(ranks, cases, *machine):
     return done.stderr
 
 
-def two_torchruns(ranks, cases):
-    """Run cases as `torchrun` does, on two torchruns of `ranks` each; returns exit code and log of both."""
-    Path("cases.json").write_text(json.dumps(cases))
+def two_torchruns(ranks, cases, folders=(".", ".")):
+    """Run cases as `torchrun` does, on two torchruns of `ranks` each, in `folders`; returns exit code and log of both."""
+    for folder in folders:
+        Path(folder, "cases.json").write_text(json.dumps(cases))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=7"]
@@ -98,8 +118,9 @@ def two_torchruns(ranks, cases):
             stderr=subprocess.PIPE,
             text=True,
             env=env,
+            cwd=folder,
         )
-        for count in ranks
+        for count, folder in zip(ranks, folders, strict=True)
     ]
     try:
         said = [each.communicate(timeout=240)[1] for each in both]
@@ -118,6 +139,10 @@ def side_by_side(modality, version, fused, *more):
     return [[f"{name}-{s}", [*args(modality, f"{name}-{s}", *more), f"train.shard={s}"], fused] for s in ("false", "true")]
 
 
+def saved(folder, step, part):
+    return Checkpoint(Path(folder, "checkpoints", f"step-{step}")).tensors(part)
+
+
 def assert_the_same_run(modality, version, fused, ranks=2):
     name = f"{modality}-{version}-{fused}"
     plain, sharded = (test_training.records(Path(f"{name}-{s}")) for s in ("false", "true"))
@@ -126,11 +151,14 @@ def assert_the_same_run(modality, version, fused, ranks=2):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         for key in ("grad_norm", "update_norm", "teacher_decay", "teacher_distance"):
             assert b[key] == pytest.approx(a[key], rel=1e-3, nan_ok=True), key
-    for rank in range(ranks):
-        share = json.loads(Path(f"{name}-true/share-{rank}.json").read_text())
-        assert max(share.values()) <= 0.51
-    for part in ("export/model", "checkpoints/step-4/student", "checkpoints/step-4/teacher", "checkpoints/step-4/optimizer"):
-        plain, sharded = (load_file(f"{name}-{s}/{part}.safetensors") for s in ("false", "true"))
+    shares = [json.loads(Path(f"{name}-true/share-{rank}.json").read_text()) for rank in range(ranks)]
+    assert all(max(share.values()) <= 0.51 for share in shares)
+    assert sum(share["copy"] for share in shares) == pytest.approx(1)  # each element is written once
+    for part in ("student", "teacher", "optimizer", "export"):
+        if part == "export":
+            plain, sharded = (load_file(f"{name}-{s}/export/model.safetensors") for s in ("false", "true"))
+        else:
+            plain, sharded = (saved(f"{name}-{s}", 4, part) for s in ("false", "true"))
         assert plain.keys() == sharded.keys()
         for key in plain:
             torch.testing.assert_close(sharded[key], plain[key], rtol=1e-4, atol=1e-6)
@@ -144,14 +172,23 @@ def test_sharded_on_two_ranks_it_is_the_same_run_and_goes_on_with_one_and_with_t
     args += ["train.log_every=1", "train.shard=true"]
     torchrun(2, [*side_by_side("vision", 2, True), ["run", args, False]])
     assert_the_same_run("vision", 2, True)
+    weights = saved("run", 2, "student")
+    encoder = load(read_config(Path("run")), Path("run"), "step-2").encoder  # as d2v-export and d2v-probe do
+    assert all(torch.equal(x, weights[f"student.{name}"]) for name, x in encoder.state_dict().items())
+    shutil.copytree("run", "other")
     go_on = ["--resume", "run", "--resume-allow", "train.steps"]
     assert train(parse([*go_on, "train.steps=3", "train.accumulate=6", "train.shard=false"])[0]) == 0
     if three:
-        torchrun(3, [["run", [*go_on, "train.steps=5", "train.accumulate=2", "train.shard=true"], False]])
+        more_ranks = ["--resume-allow", "train.steps", "train.accumulate=2", "train.shard=true"]
+        shards_of_two = [["other", ["--resume", "other", *more_ranks, "train.steps=3"], False]]
+        torchrun(3, [["run", ["--resume", "run", *more_ranks, "train.steps=5"], False], *shards_of_two])
+        for part in ("student", "teacher"):
+            one, other = (saved(name, 3, part) for name in ("run", "other"))
+            assert max(float((one[key].double() - other[key].double()).abs().max()) for key in one) < 5e-6
     steps = 5 if three else 3
     assert train(parse(test_training.arguments("vision", "whole", *more, f"train.steps={steps}", "train.accumulate=6"))[0]) == 0
     for part in ("student", "teacher"):
-        whole, run = (load_file(f"{name}/checkpoints/step-{steps}/{part}.safetensors") for name in ("whole", "run"))
+        whole, run = (saved(name, steps, part) for name in ("whole", "run"))
         assert max(float((whole[key].double() - run[key].double()).abs().max()) for key in whole) < 5e-6
     assert [record["step"] for record in test_training.records(Path("run"))] == list(range(1, steps + 1))
 
@@ -168,7 +205,7 @@ def test_with_data_parallelism_alone_it_goes_on_with_three_and_with_one(here):
     whole = test_training.arguments("vision", "whole", *more, "train.steps=6", "train.accumulate=6")
     assert train(parse(whole)[0]) == 0
     for part in ("student", "teacher"):
-        whole, run = (load_file(f"{name}/checkpoints/step-6/{part}.safetensors") for name in ("whole", "run"))
+        whole, run = (saved(name, 6, part) for name in ("whole", "run"))
         assert max(float((whole[key].double() - run[key].double()).abs().max()) for key in whole) < 5e-6
     assert [record["step"] for record in test_training.records(Path("run"))] == list(range(1, 7))
 
@@ -215,7 +252,7 @@ def test_hybrid_sharding_over_two_torchruns_goes_on_with_one_process(local, here
     whole = test_training.arguments("vision", "whole", *more, "train.steps=4", "train.accumulate=8")
     assert train(parse(whole)[0]) == 0
     for part in ("student", "teacher"):
-        whole, run = (load_file(f"{name}/checkpoints/step-4/{part}.safetensors") for name in ("whole", "run"))
+        whole, run = (saved(name, 4, part) for name in ("whole", "run"))
         assert max(float((whole[key].double() - run[key].double()).abs().max()) for key in whole) < 5e-6
     for a, b in zip(*(test_training.records(Path(name)) for name in ("whole", "run")), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
@@ -243,10 +280,198 @@ def test_sharded_in_bf16_it_trains_as_unsharded_resumes_and_exports(here):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
     assert [each["loss"] for each in whole] == [each["loss"] for each in run]
     for part in ("student", "teacher"):
-        tensors = [load_file(f"{name}/checkpoints/step-4/{part}.safetensors") for name in ("whole", "run")]
+        tensors = [saved(name, 4, part) for name in ("whole", "run")]
         assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
     output = AutoModel.from_pretrained("run/export")(torch.zeros(1, 3, 32, 32)).last_hidden_state
     assert output.isfinite().all()
+
+
+FULL = {
+    "even": torch.arange(60.0).view(6, 10),
+    "uneven": torch.arange(35.0).view(7, 5),
+    "short": torch.arange(2, dtype=torch.bfloat16),  # fewer rows than ranks
+    "step": torch.tensor(5.0),
+}
+AXES = {"even": 1, "uneven": 0, "short": 0}
+
+
+@contextmanager
+def as_rank(rank, world, machines=1):
+    """FULL as one rank has it, sharded within each machine, in a process group that exchanges nothing."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (machines, world // machines))
+        spread = {
+            name: distribute_tensor(FULL[name], mesh, [Replicate(), Shard(axis)], src_data_rank=None)
+            for name, axis in AXES.items()
+        }
+        yield FULL | spread
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def write_parts(folder, world, machines=1):
+    for rank in range(world):
+        with as_rank(rank, world, machines) as tensors:
+            found, metadata = sharding.parts(tensors, rank)
+        if found:
+            save_file({name: x.contiguous() for name, x in found.items()}, folder / f"{rank}.safetensors", metadata)
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture
+def elements(monkeypatch):
+    """Counts elements that are read from files."""
+    counted = []
+
+    class Slice:
+        def __init__(self, found):
+            self.found, self.get_shape = found, found.get_shape
+
+        def __getitem__(self, index):
+            counted.append(self.found[index].numel())
+            return self.found[index]
+
+    class File:
+        def __init__(self, *args):
+            self.file = safe_open(*args)
+
+        def __enter__(self):
+            self.opened = self.file.__enter__()
+            self.keys, self.metadata = self.opened.keys, self.opened.metadata
+            return self
+
+        def __exit__(self, *args):
+            return self.file.__exit__(*args)
+
+        def get_slice(self, name):
+            return Slice(self.opened.get_slice(name))
+
+        def get_tensor(self, name):
+            counted.append(self.opened.get_tensor(name).numel())
+            return self.opened.get_tensor(name)
+
+    monkeypatch.setattr(sharding, "safe_open", File)
+    return counted
+
+
+@pytest.mark.parametrize("world, machines", [(1, 1), (2, 1), (3, 1), (4, 2), (2, 2)])
+def test_shards_load_on_any_number_of_ranks_which_read_only_theirs(world, machines, elements, tmp_path):
+    files = write_parts(tmp_path, world, machines)
+    assert len(files) == world // machines  # one replica writes
+    whole = sharding.read(files, lambda name: None)
+    assert whole.keys() == FULL.keys()
+    assert all(torch.equal(whole[name], x) and whole[name].dtype == x.dtype for name, x in FULL.items())
+    for readers in (1, 2, 3, 5):
+        for rank in range(readers):
+            elements.clear()
+            with as_rank(rank, readers) as tensors:
+                found = sharding.read(files, tensors.get)
+                assert torch.equal(found["step"], FULL["step"])
+                for name, axis in AXES.items():
+                    chunks = FULL[name].chunk(readers, axis)
+                    expected = chunks[rank] if rank < len(chunks) else FULL[name][:0]
+                    assert torch.equal(found[name].to_local(), expected) and found[name].dtype == FULL[name].dtype
+                    assert found[name].shape == FULL[name].shape and found[name].placements == tensors[name].placements
+                assert sum(elements) == 1 + sum(found[name].to_local().numel() for name in AXES)
+
+
+def test_plain_files_load_sharded_and_another_shape_loads_whole(tmp_path):
+    save_file(FULL, tmp_path / "plain.safetensors")  # without offsets
+    with as_rank(1, 2) as tensors:
+        found = sharding.read([tmp_path / "plain.safetensors"], (tensors | {"uneven": tensors["even"]}).get)
+        assert torch.equal(found["even"].to_local(), FULL["even"][:, 5:])
+        assert type(found["uneven"]) is torch.Tensor and torch.equal(found["uneven"], FULL["uneven"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torch_reads_the_files_too(tmp_path):
+    from torch.distributed import checkpoint
+
+    write_parts(tmp_path, 3)
+    found = {name: torch.zeros_like(x) for name, x in FULL.items() if x.ndim}
+    checkpoint.load(found, storage_reader=checkpoint.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    assert all(torch.equal(x, FULL[name]) for name, x in found.items())
+
+
+def test_shards_that_are_missing_or_malformed_are_refused(tmp_path):
+    files = write_parts(tmp_path, 3)
+    with pytest.raises(ValueError, match="the shards of even do not add up to it"):
+        sharding.read(files[1:], lambda name: None)
+    with pytest.raises(ValueError, match="do not add up"):
+        sharding.read([*files, files[0]], lambda name: None)
+    for offsets in ("{}", '{"x": {"saved_offsets": null}}', '{"x": {"saved_offsets": [1, 2]}}', "7", "{"):
+        (tmp_path / "step-1").mkdir(exist_ok=True)
+        save_file({"x": torch.ones(3)}, tmp_path / "step-1" / "student-0.safetensors", {sharding.OFFSETS: offsets})
+        found = Checkpoint.__new__(Checkpoint)
+        found.folder, found.files = tmp_path / "step-1", {"student-0.safetensors": {}}
+        with pytest.raises(CheckpointError, match=r"step-1: not a valid version 3 checkpoint: \w+Error: "):
+            found.tensors("student")
+
+
+FAULTY = """
+import errno, os, signal, sys
+from d2v_fast import Callback, checkpoint
+from d2v_fast.config import parse
+from d2v_fast.train import loop as loops
+from d2v_fast.train.build import build
+
+write, step, rank = checkpoint.save_file, loops.step, os.environ["RANK"]
+
+class Written(Callback):
+    def on_checkpoint(self, run, folder):
+        print("written:", folder.name, os.path.exists(folder), file=sys.stderr)
+
+def save_file(values, path, metadata=None):
+    if rank == "1" and path.parent.name == "step-2.tmp":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write(values, path, metadata)
+    if rank == "1" and path.parent.name == "step-6.tmp":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def waiting(*args):
+    run.checkpoints.wait()  # so that a checkpoint is saved in the step in which it is due
+    return step(*args)
+
+checkpoint.save_file, loops.step = save_file, waiting
+run = build(parse(sys.argv[1:])[0], callbacks=[Written()])
+loops.loop(run)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_whose_disk_is_full_or_that_is_killed_while_it_writes_leaves_no_checkpoint(here):
+    """Rank 1 cannot write step 2 and dies while writing step 6; step 4, between them, is complete, and one process resumes."""
+    Path("faulty.py").write_text(FAULTY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "faulty.py"]
+    args = test_training.arguments("vision", "run", "train.batch_size=2", "train.save_every=2", "train.steps=9")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([*command, *args, "train.shard=true"], capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode != 0 and "(exitcode: -9)" in done.stderr, done.stderr
+    assert done.stderr.count("the checkpoint of step 2 could not be written: rank 1: [Errno 28] No space left on device") == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("written:")] == ["written: step-4 True"]
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-4", "step-6.tmp"]
+    assert set(Checkpoint(Path("run/checkpoints/step-4")).files) == {
+        *(f"{name}-{rank}.safetensors" for name in ("student", "teacher", "optimizer") for rank in (0, 1)),
+        *("rng-0.safetensors", "samples-0.safetensors", "state.json"),
+    }
+    go_on = ["--resume", "run", "train.shard=false", "train.accumulate=2", "train.steps=5", "--resume-allow", "train.steps"]
+    assert train(parse(go_on)[0]) == 0
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-4", "step-5"]
+
+
+@pytest.mark.slow
+def test_a_folder_that_a_rank_does_not_see_is_refused(here):
+    """Two torchruns in different working folders, as two machines with disks of their own."""
+    args = [*test_training.arguments("vision", "run"), "train.shard=true"]
+    Path("other").mkdir()
+    for code, said in two_torchruns([1, 1], [["run", args, False]], [".", "other"]):
+        assert code != 0 and "train.output=run: ranks 1 do not see this folder of rank 0" in said, said
+    assert not list(Path("run").glob(".shared*"))
 
 
 class Count:
@@ -332,6 +557,10 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.utils.gather_object", lambda own: found)
     with pytest.raises(ConfigError, match=r"train.shard=hybrid: the machines have 2, 1 ranks; start the same number on each"):
         building.check_machines(3)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, False])
+    with pytest.raises(ConfigError, match=r"train.output=.*audio: ranks 1 do not see this folder of rank 0"):
+        run.folder.check_shared(run.accelerator)
+    assert not list(run.folder.path.glob(".shared*"))
 
 
 class Reaching(models.Handwritten):
@@ -353,7 +582,7 @@ class Scalar(models.Handwritten):
 )
 def test_blocks_that_cannot_be_gathered_are_named(model, why, monkeypatch):
     """In a group of one process, where a block is gathered as anywhere."""
-    core = Data2Vec(wrap((model or models.Handwritten)(), "blocks", "mlp.2"), top_k=2)
+    core = Data2Vec(wrap((model or models.Handwritten)(), "blocks", "mlp.2"), targets=TargetsConfig(top_k=2))
     batch = {"source": torch.randn(2, 8, 6), "mask": torch.arange(8).expand(2, 8) < 4}
     batch["index"] = batch["mask"].flatten().nonzero().squeeze(1)
     monkeypatch.setattr(building, "first_batch", lambda data: batch)
@@ -385,129 +614,3 @@ def test_ranks_are_started_with_a_timeout_and_without_a_second_copy_of_gradients
     parallel.start(TrainConfig(timeout_minutes=0.25))
     found = {key: value for handler in asked for key, value in handler.to_kwargs().items()}
     assert found["timeout"].total_seconds() == 15 and found["gradient_as_bucket_view"]
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the tensors that live, by their storages, and the most of them so far."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        self.alive, self.bytes, self.most = {}, 0, 0
-        for tensor in tensors:
-            self.note(tensor)
-
-    def note(self, tensor):
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.alive:
-            self.alive[key] = weakref.ref(storage, lambda _: self.gone(key, size))
-            self.bytes += size
-            self.most = max(self.most, self.bytes)
-
-    def gone(self, key, size):
-        del self.alive[key]
-        self.bytes -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        for each in tree_leaves(out):
-            if isinstance(each, torch.Tensor):
-                self.note(each)
-        return out
-
-
-LARGE = "encoder.config.num_attention_heads=16 encoder.config.hidden_size={} encoder.config.num_hidden_layers={} "
-LARGE += "encoder.config.intermediate_size={}"
-COUNTED = {
-    # Of fewer parameters than activations, as where memory is short.
-    **{
-        name: f"{name} train.precision=fp32 encoder.config.num_hidden_layers=6"
-        for name in ("vision/tiny-2", "text/tiny", "audio/tiny")
-    },
-    "ViT-g/14": "vision/v2-huge14 " + LARGE.format(1408, 40, 6144),
-    "XLS-R 1B": "audio/data2vec-base --config audio/wav2vec2-base encoder.config.do_stable_layer_norm=true "
-    "encoder.config.layerdrop=0 encoder.config.conv_bias=true " + LARGE.format(1280, 48, 5120),
-}
-# Encoders that run whole, which the trial of `encoders.trial` has to run first.
-SMALL = "train.precision=fp32 encoder.config.hidden_size=64 encoder.config.num_hidden_layers=6 "
-SMALL += "encoder.config.num_attention_heads=2 encoder.config.intermediate_size=128 encoder.model="
-WHOLE = {
-    "modernbert": f"text/tiny {SMALL}modernbert encoder.config.max_position_embeddings=34",
-    "dinov3": f"vision/tiny {SMALL}dinov3_vit encoder.init=hf encoder.config.image_size=32 encoder.config.patch_size=4",
-    "ast": f"spectrogram/tiny-2 {SMALL}audio-spectrogram-transformer encoder.config.max_length=64 "
-    "encoder.config.num_mel_bins=64 encoder.config.patch_size=8 encoder.config.time_stride=8 encoder.config.frequency_stride=8",
-    "timm": "vision/tiny train.precision=fp32 encoder.init=hf encoder.model=timm/vit_tiny_patch16_224 "
-    "encoder.config.img_size=32 encoder.config.patch_size=4 encoder.config.embed_dim=64 "
-    "encoder.config.depth=6 encoder.config.num_heads=2",
-}
-COUNTED |= WHOLE
-
-
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name[0] in "VX")) for name in COUNTED])
-def test_the_doctors_memory_estimate_equals_the_peak_of_a_step(name, checkpointing):
-    """Counted in a whole step, backward and update included, of tensors without numbers; the doctor has run a forward alone."""
-    if name == "timm":
-        pytest.importorskip("timm")
-    config, _ = parse(["--config", *COUNTED[name].split()])
-    found = memory.need(config, 8)
-    doctor = found["train.checkpointing" if checkpointing else "neither"]
-    model = memory.model_on_meta(config)
-    if checkpointing:
-        model.student.checkpoint_blocks()
-    with memory.without_numbers(model, memory.example(config, model.student), config.train.precision) as inputs:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)  # as DistributedDataParallel has them from the start
-        optimizer = torch.optim.AdamW(trained, foreach=False)
-        optimizer.step()
-        kept = [x for state in optimizer.state.values() for x in state.values()]
-        live = Live([*model.parameters(), *(p.grad for p in trained), *kept])
-        assert live.bytes == pytest.approx(sum(doctor.always.values()), rel=1e-3)
-        with live:
-            layers, predictions = memory.student_pass(model, inputs)
-            (predictions - torch.zeros_like(predictions)).square().sum().backward()
-            del layers, predictions
-            optimizer.step()
-            model.update_teacher()
-    # The update of a logged step, whose differences the monitor takes, is not counted here.
-    assert sum(doctor.always.values()) + sum(doctor.passes.values()) == pytest.approx(live.most, rel=0.1)
-    if name in ("ViT-g/14", "XLS-R 1B"):
-        page = (Path(__file__).parents[1] / "docs/training.md").read_text()
-        (row,) = (line for line in page.splitlines() if line.startswith(f"| {name} "))
-        cells = row.split("|")[2:-1]
-        assert [f" {each.total / memory.GIB:.1f} " for each in found.values()] == cells[:4]
-        assert f" {live.most / memory.GIB:.1f} " == cells[4 + checkpointing]
-
-
-def doctor(command):
-    diagnostics.doctor(["--memory", *command.split()])
-
-
-def test_the_doctors_command(capsys):
-    doctor("--config vision/tiny-2 --gpus 8 --gpu-memory 80")
-    title, head, *rows = capsys.readouterr().out.splitlines()
-    assert title == "vision-tiny-2: bf16, 8 GPUs; within 10 %, without CUDA and NCCL"
-    assert head.split() == "GiB per GPU neither checkpointing shard checkpointing + shard".split()
-    assert rows[0].split()[0] == "weights" and rows[-1].split() == ["of", "80", *["fits"] * 4]
-    doctor("--config vision/tiny-2 --gpus 1 --gpu-memory 0.001")
-    *_, last = capsys.readouterr().out.splitlines()
-    assert last.split() == ["of", "0", "too", "much", "too", "much"]
-
-
-def test_the_doctor_divides_a_hybrid_run_by_the_ranks_of_a_machine(capsys, monkeypatch):
-    need, asked = memory.need, []
-    monkeypatch.setattr(memory, "need", lambda config, ranks: asked.append(ranks) or need(config, ranks))
-    doctor("--config vision/tiny-2 train.shard=hybrid --gpus 16 --machines 4 --gpu-memory 80")
-    assert "16 GPUs, sharded over 4;" in capsys.readouterr().out and asked == [4]
-    doctor("--config vision/tiny-2 train.shard=true --gpus 16 --machines 4 --gpu-memory 80")
-    assert "16 GPUs;" in capsys.readouterr().out and asked == [4, 16]
-    with pytest.raises(ConfigError, match=r"train.shard=hybrid: .* how many machines the 16 GPUs are in, such as --machines 1"):
-        doctor("--config vision/tiny-2 train.shard=hybrid --gpus 16")
-    with pytest.raises(ConfigError, match=r"--gpus 8 --machines 3: expected the same number of GPUs on each machine"):
-        doctor("--config vision/tiny-2 train.shard=hybrid --gpus 8 --machines 3")
-
-
-def test_the_doctor_refuses_several_modalities():
-    with pytest.raises(ConfigError, match=r"modality=several: .* those of vision or audio: a step trains one part"):
-        doctor("--config several/tiny-2")

@@ -182,6 +182,23 @@ def test_damaged_archives(shards, caplog):
     assert "0.tar: cannot be read after 1 files" in caplog.text  # each time
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_an_archive_that_ends_with_its_last_file(tmp_path, missing, caplog):
+    """Without an end marker; the file is read if all of it is there."""
+    file = io.BytesIO()
+    picture(0).save(file, "PNG")
+    content = file.getvalue().ljust(2048, b"\0")  # whole blocks: nothing follows it
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "a.png", content)
+        add(archive, "b.png", content)
+    os.truncate(tmp_path / "a.tar", 2 * (512 + 2048) - missing)
+    source = open_images(str(tmp_path / "a.tar"))
+    assert [os.path.basename(name) for name in source.names] == ["a.png", "b.png"][: 2 - missing]
+    assert all(source.read(i).size == picture(0).size for i in range(len(source)))
+    assert ("b.png' is cut off, 1 bytes are missing" in caplog.text) == bool(missing)
+    assert f"cannot be read after {2 - missing} files" in caplog.text
+
+
 def test_an_archive_of_nothing(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         add(archive, "a.txt", b"text")

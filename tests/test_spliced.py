@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers import AutoModel
 
-from d2v_fast import Data2Vec, build_encoder, wrap
+from d2v_fast import Data2Vec, EMAConfig, HeadConfig, LossConfig, TargetsConfig, build_encoder, wrap
 from d2v_fast.config import ConfigError, parse
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.encoders import SplicedEncoder, table
@@ -242,7 +242,7 @@ def test_encoders_that_cannot_gather_say_why(name):
     encoder = wrap(plain(name))
     why = "its blocks see fewer positions" if name == "sew" else "its blocks depend on positions or on their number"
     with pytest.raises(ValueError, match=f"cannot encode the visible positions alone: {why}"):
-        Data2Vec(encoder, top_k=2, decoder=ConvDecoder(32, 1, width=16, kernel=3, groups=4))
+        Data2Vec(encoder, ConvDecoder(32, 1, width=16, kernel=3, groups=4), targets=TargetsConfig(top_k=2))
     with pytest.raises(ValueError, match="cannot encode the visible positions alone"):
         encoder.place_visible(torch.zeros(1, 4, 32), torch.zeros(1, 1, 4).bool(), torch.zeros(1, 2).long())
 
@@ -294,7 +294,8 @@ def test_gradients_reach_all_used_parameters_and_the_teacher_is_averaged(name):
     parameters = {n: parameter for n, parameter in model.named_parameters() if parameter.requires_grad}
     gradients = torch.autograd.grad(states_of(model, x).square().sum(), list(parameters.values()), allow_unused=True)
     used = {n for n, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-    data2vec = Data2Vec(wrap(model), top_k=2, source="block_output", ema_start=0.5, ema_end=0.5)
+    targets = TargetsConfig(top_k=2, source="block_output")
+    data2vec = Data2Vec(wrap(model), targets=targets, ema=EMAConfig(start=0.5, end=0.5))
     mask = torch.zeros(3, data2vec.student.embed(x).shape[1], dtype=torch.bool)
     mask[:, 1::2] = True
     if data2vec.student.masks_features:
@@ -328,7 +329,8 @@ def test_a_data2vec_2_step_reaches_all_used_parameters(name):
     grid = encoder.positions(12)
     axes = len(grid) if isinstance(grid, tuple) else 1
     decoder = ConvDecoder(32, axes, width=16, kernel=3, groups=4)
-    data2vec = Data2Vec(encoder, top_k=2, decoder=decoder, cls_weight=0.1 if family.extra else 0.0)
+    loss = LossConfig(cls_weight=0.1 if family.extra else 0.0)
+    data2vec = Data2Vec(encoder, decoder, targets=TargetsConfig(top_k=2), loss=loss)
     mask = (torch.arange(encoder.embed(x).shape[1]) % 3 > 0).expand(3, 2, -1)
     output = data2vec(x, mask)
     output.loss.backward()
@@ -344,7 +346,7 @@ def test_gradients_of_checkpointed_blocks_are_the_same_bits(name, version):
     encoder, calls, runs = wrap(model), [], []
     grid = encoder.positions(12)
     decoder = ConvDecoder(32, len(grid) if isinstance(grid, tuple) else 1, width=16, kernel=3, groups=4)
-    data2vec = Data2Vec(encoder, top_k=2, decoder=decoder if version == 2 else None).double()
+    data2vec = Data2Vec(encoder, decoder if version == 2 else HeadConfig(), targets=TargetsConfig(top_k=2)).double()
     mask = (torch.arange(encoder.embed(x).shape[1]) % 3 > 0).expand(3, -1)
     for block in data2vec.student.blocks:
         linear = next(m for m in block.modules() if isinstance(m, nn.Linear))

@@ -105,6 +105,7 @@ class TestText:
         data = text_data(path, streaming=True, **settings)
         batch = next(iter(make_loader(data, StreamBatches(data, 4), 0)))
         assert batch["source"].shape == (4, 16) and batch["mask"].any() and not batch["broken"]
+        assert data.vocabulary.size == len(data.tokenizer)
 
     @pytest.mark.parametrize("kind", ["txt", "jsonl"])
     def test_compressed_files_over_a_url(self, corpus, tmp_path, kind):

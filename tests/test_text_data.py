@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_fast import Data2Vec, build_encoder
+from d2v_fast import Data2Vec, HeadConfig, LossConfig, TargetsConfig, build_encoder
 from d2v_fast.checkpoint import CheckpointError
 from d2v_fast.config import parse
 from d2v_fast.data import DataError, documents, text
@@ -74,6 +74,7 @@ class TestFormats:
     def test_words_for_nothing_are_text(self, written):
         rows = ["NA", "None", "null", "nan", "N/A", "", "1"]
         assert texts(written("a.csv", rows)) == [row for row in rows if row]
+        assert texts(written("a.csv", ["1", "2.5"])) == ["1", "2.5"]
 
     def test_a_short_row_and_tabs(self, tmp_path):
         (tmp_path / "a.csv").write_text("text,id\none,1\ntwo\n\n")
@@ -191,6 +192,20 @@ class TestBrokenFiles:
     def test_one_of_many_is_left_out_and_named(self, shards, caplog):
         assert texts(shards) == ["fine"] * 5 * 299
         assert f"left out: data.path={shards}/123.txt: cannot be read: 'utf-8' codec can't decode" in caplog.text
+
+    def test_at_the_limit(self, tmp_path):
+        for name, content in (("a", "fine"), ("b", "caf\xe9")):
+            (tmp_path / f"{name}.txt").write_text(content, encoding="latin-1")
+        assert texts(tmp_path, max_broken=0.5) == ["fine"]
+        (tmp_path / "a.txt").write_bytes(b"\xe9")
+        with pytest.raises(DataError, match="2 of 2 files cannot be read"):
+            texts(tmp_path, max_broken=1.0)
+
+    def test_empty_files_are_counted(self, tmp_path, caplog):
+        for name, content in zip("abc", ("text", "", ""), strict=True):
+            (tmp_path / f"{name}.txt").write_text(content)
+        assert texts(tmp_path / "a.txt") == ["text"] and not caplog.messages
+        assert texts(tmp_path) == ["text"] and caplog.messages == [f"2 of 3 files of {tmp_path} are empty"]
 
     def test_the_limit_is_that_of_the_run(self, shards):
         settings = ["--config", "text/tiny", f"data.path={shards}", "data.block_size=16", "data.vocab_size=270"]
@@ -364,6 +379,53 @@ class TestPieces:
         assert can_cut(corpus_backend(bytewise(tmp_path))) and can_cut(corpus_backend(bert(tmp_path)))
 
 
+def test_a_read_is_of_about_4_mib():
+    sizes = [(2**22, 1), (2**23, 100), (2**30, 10), (100, 50), (0, 9)]  # bytes and rows
+    assert [documents.rows_per_read(*size) for size in sizes] == [1, 50, 1, 1000, 1000]
+
+
+def test_a_trained_tokenizer_is_like_robertas():
+    """Ids of the special tokens, those around a text and around a pair, and a first word like any other."""
+    tokenizer = bytewise(None)
+    dog, runs = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("dog", "runs"))
+    assert tokenizer.convert_tokens_to_ids(SPECIAL) == [0, 1, 2, 3, 4]
+    assert tokenizer("runs dog")["input_ids"] == [0, *runs, *dog, 2]
+    assert tokenizer("runs", "dog")["input_ids"] == [0, *runs, 2, 2, *dog, 2]
+
+
+@pytest.mark.parametrize(
+    "family, begin, inside",
+    [
+        (bytewise, ["<s>", "<mask>", "Ġ"], ["a", "d"]),
+        (bert, ["[CLS]", "dog", "a"], ["##a", "##z"]),
+        (unigram, ["<s>", "▁dog"], ["d", "/"]),
+    ],
+)
+def test_which_tokens_continue_a_word(family, begin, inside, tmp_path):
+    tokenizer = family(tmp_path)
+    continues = text._continuations(tokenizer, len(tokenizer) + 3)  # the corpus may have ids beyond
+    assert len(continues) == len(tokenizer) + 3
+    assert not continues[tokenizer.convert_tokens_to_ids(begin)].any()
+    assert continues[tokenizer.convert_tokens_to_ids(inside)].all()
+
+
+def test_a_vocabulary_with_unused_ids(tmp_path):
+    """Ids end at the largest one, however many tokens there are."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"cls_token": "[C]", "sep_token": "[S]", "pad_token": "[P]", "mask_token": "[M]", "unk_token": "[U]"}
+    ids = {token: i for i, token in enumerate(special.values())} | {"a": 7, "##b": 90}
+    backend = Tokenizer(models.WordLevel(ids, unk_token="[U]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("a ##b a ##b")
+    vocabulary = text_data(tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer"), block_size=4).vocabulary
+    assert vocabulary.size == 91 and vocabulary.counts[[1, 7, 90]].tolist() == [1, 2, 2] and vocabulary.counts.sum() == 5
+    assert np.flatnonzero(vocabulary.continues).tolist() == [90]
+    assert np.flatnonzero(vocabulary.special).tolist() == [0, 1, 2, 3, 4]
+
+
 def test_special_tokens_in_a_text_that_a_tokenizer_is_trained_on(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(f"{line} <mask><s></s> <unk> <pad>" for line in sentences()))
     data = text_data(tmp_path)
@@ -460,8 +522,9 @@ def test_padding_to_a_multiple_changes_no_loss(tmp_path, views):
         torch.manual_seed(0)
         own = {name: data.tokens[name] for name in ("vocab_size", "pad_token_id")} | {"max_position_embeddings": 64}
         encoder = build_encoder("roberta", config=models.CONFIGS["roberta"] | own)
-        decoder = ConvDecoder(32, width=32, groups=4, noise=0.0) if views else None
-        model = Data2Vec(encoder, top_k=2, norm="instance", decoder=decoder, impl="eager").double()
+        predictor = ConvDecoder(32, width=32, groups=4, noise=0.0) if views else HeadConfig()
+        targets = TargetsConfig(top_k=2, norm="instance")
+        model = Data2Vec(encoder, predictor, targets=targets, loss=LossConfig(impl="eager")).double()
         batch = data.__getitems__([(0, i) for i in range(3)])
         lengths.append(batch["mask"].shape[-1])
         losses.append(model(**{name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}).loss.item())

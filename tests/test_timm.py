@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2v_fast import Data2Vec, build_encoder
+from d2v_fast import Data2Vec, TargetsConfig, build_encoder
 from d2v_fast.config import parse
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.encoders import SplicedEncoder, table
@@ -84,13 +84,13 @@ def test_encoding_visible_positions_equals_masking_attention_to_all_others(timm,
 @pytest.mark.parametrize("name", MODELS)
 def test_steps(timm, name):
     encoder = make(name)[0].float().train()
-    data2vec = Data2Vec(encoder, top_k=2)
+    data2vec = Data2Vec(encoder, targets=TargetsConfig(top_k=2))
     mask = (torch.arange(16) % 2 == 0).expand(2, -1)
     data2vec(torch.randn(2, 3, 32, 32), mask).loss.backward()
     unused = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
     assert unused == []
     if MODELS[name][1]:
-        data2vec = Data2Vec(encoder, top_k=2, decoder=ConvDecoder(48, 2, width=16, kernel=3, groups=4))
+        data2vec = Data2Vec(encoder, ConvDecoder(48, 2, width=16, kernel=3, groups=4), targets=TargetsConfig(top_k=2))
         assert data2vec(torch.randn(2, 3, 32, 32), mask[:, None].expand(-1, 2, -1)).loss.isfinite()
 
 
@@ -118,7 +118,7 @@ def test_samvit_without_its_neck(timm):
     torch.testing.assert_close(found.states, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(found.layers[0], seen[0], rtol=0, atol=1e-12)
     assert not encoder.gathers and encoder.positions(32) == (4, 4)
-    model = Data2Vec(encoder.float(), top_k=2)
+    model = Data2Vec(encoder.float(), targets=TargetsConfig(top_k=2))
     model(x.float(), torch.rand(2, 16) < 0.5).loss.backward()
     assert all(p.grad is not None for p in encoder.model.timm_model.patch_embed.parameters())
 

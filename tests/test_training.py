@@ -7,24 +7,29 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from transformers import AutoModel
 
 from d2v_fast.checkpoint import CheckpointError
-from d2v_fast.config import ConfigError, OptimizerConfig, ScheduleConfig, parse
+from d2v_fast.config import ConfigError, OptimizerConfig, ScheduleConfig, TrainConfig, parse
 from d2v_fast.data import DataError
 from d2v_fast.diagnostics import CollapseError
+from d2v_fast.encoders import build_encoder
 from d2v_fast.train import folder as folders
 from d2v_fast.train import train
 from d2v_fast.train.build import build, freeze_unused, make_encoder, make_model
-from d2v_fast.train.guards import BrokenSamples, StopRequest
+from d2v_fast.train.guards import BrokenSamples, NotFiniteError, SkippedSteps, StopRequest
 from d2v_fast.train.loop import loop
 from d2v_fast.train.optim import lr_factor, make_optimizer
-from d2v_fast.train.parallel import check_restarts, check_slurm
+from d2v_fast.train.parallel import check_restarts, check_slurm, start
 from d2v_fast.train.step import clip, step
+from tests import models
 
 # torch: the schedule is a function of the step, so it moves when the optimizer skips the first one.
 FIRST_SKIPPED = "ignore:Detected call of .lr_scheduler.step"
@@ -194,17 +199,69 @@ def test_a_step_with_an_infinite_loss_is_skipped(tmp_path, monkeypatch):
     assert not outcome.finite and outcome.grad_norm.isfinite() and trainer.state.core.teacher.step == 0
 
 
+def test_ranks_exchange_gradients_with_the_last_micro_batch_alone(tmp_path, monkeypatch):
+    run = build(config("vision", tmp_path / "run", "train.accumulate=3"))
+    events = []
+
+    @contextmanager
+    def no_sync(model):
+        assert model is run.state.model
+        events.append("apart")
+        yield
+        events.append("together")
+
+    monkeypatch.setattr(run.accelerator, "no_sync", no_sync)
+    monkeypatch.setattr("d2v_fast.train.step.forward_backward", lambda *args: events.append("pass") or torch.zeros(2))
+    monkeypatch.setattr("d2v_fast.train.step.clip", lambda state: torch.tensor(1.0))
+    step(run.state, run.feed.take(3))
+    assert events == ["apart", "pass", "together"] * 2 + ["pass"]
+
+
+@pytest.mark.filterwarnings(FIRST_SKIPPED)
+def test_loss_scaling_sees_each_step_and_may_skip_it(tmp_path, monkeypatch):
+    """The scaler lowers its factor in `step`, also if the gradient is not finite; the teacher moves only with the weights."""
+    run = build(config("vision", tmp_path / "run"))
+    state, asked = run.state, []
+    state.accelerator.scaler = SimpleNamespace(scale=lambda loss: loss)
+    monkeypatch.setattr(state.optimizer, "step", lambda: asked.append(state.done))
+    batch = run.feed.take(1)[0]
+    batch["source"][0, 0, 0, 0] = float("nan")
+    step(state, [batch])
+    assert asked == [0] and state.skipped.count == 1 and state.core.teacher.step == 0
+    for by_scaler, moves in ((True, 0), (False, 1)):
+        monkeypatch.setattr(type(state.accelerator), "optimizer_step_was_skipped", by_scaler)
+        step(state, run.feed.take(1))
+        assert state.core.teacher.step == moves
+    assert asked == [0, 1, 2] and state.skipped.count == 1
+
+
+def test_the_norm_is_that_of_unscaled_gradients(tmp_path, monkeypatch):
+    """Without clipping too, which would unscale them."""
+    state = build(config("vision", tmp_path / "run", "train.clip_norm=0")).state
+    for p in state.parameters:
+        p.grad = torch.randn_like(p)
+    expected = torch.cat([p.grad.flatten() for p in state.parameters]).norm() / 1024
+    monkeypatch.setattr(state.accelerator, "unscale_gradients", lambda: [p.grad.div_(1024) for p in state.parameters])
+    torch.testing.assert_close(clip(state), expected)
+
+
 def test_learning_rate_schedules():
     cosine = ScheduleConfig("cosine", warmup=10, final=0.1)
     values = [lr_factor(step, 100, cosine) for step in range(101)]
     assert [values[i] for i in (0, 10, 55, 100)] == pytest.approx([1 / 11, 1, 0.55, 0.1])
+    assert lr_factor(40, 100, cosine) == pytest.approx(0.1 + 0.9 * 0.75)  # a third of the way, (1 + cos 60°) / 2
     assert lr_factor(55, 100, ScheduleConfig("linear", warmup=10)) == pytest.approx(0.5)
+    assert [lr_factor(i, 100, ScheduleConfig("linear", 10, final=0.2)) for i in (55, 100)] == pytest.approx([0.6, 0.2])
     assert lr_factor(99, 100, ScheduleConfig("constant", warmup=0.1)) == 1
+    assert lr_factor(4, 100, ScheduleConfig("constant", warmup=0.1)) == pytest.approx(5 / 11)  # below 1 a share
+    assert [lr_factor(i, 100, ScheduleConfig("constant", warmup=1)) for i in (0, 1)] == [0.5, 1]  # from 1 on a number
     # Method 5.1: 3 % up from .01, 90 % at the peak, exponentially to .01 over the last 7 %.
     tri = ScheduleConfig("tri_stage", warmup=0.03, hold=0.9, initial=0.01, final=0.01)
     assert lr_factor(0, 1000, tri) == pytest.approx(0.01 + 0.99 / 31)
     assert lr_factor(500, 1000, tri) == 1 and lr_factor(930, 1000, tri) == 1
     assert lr_factor(965, 1000, tri) == pytest.approx(0.1) and lr_factor(1000, 1000, tri) == pytest.approx(0.01)
+    to_zero = ScheduleConfig("tri_stage", warmup=0.1, hold=0.5)  # which no exponential reaches: linear
+    assert [lr_factor(i, 100, to_zero) for i in (60, 80, 100, 120)] == pytest.approx([1, 0.5, 0, 0])
 
 
 def test_weight_decay_and_lr_scale_of_parameter_groups():
@@ -224,6 +281,19 @@ def test_weight_decay_and_lr_scale_of_parameter_groups():
         assert sorted({round(rate * (done + 1), 6) for rate in schedule.get_last_lr()}) == [0.1, 1.0]
     with pytest.raises(ConfigError, match="nothing"):
         make_optimizer(model, OptimizerConfig(lr_scale={"nothing": 2.0}))
+
+
+def test_biases_and_factors_of_alibi_do_not_decay():
+    """Not even those of several dimensions, such as factors for each layer (method 4.8)."""
+    encoder = build_encoder("data2vec2-audio", config=models.CONFIGS["data2vec-audio"] | {"alibi_per_layer": True})
+    encoder.register_module("own", torch.nn.Module())
+    encoder.own.bias = torch.nn.Parameter(torch.zeros(3, 4))
+    groups = make_optimizer(encoder, OptimizerConfig(weight_decay=0.5)).param_groups
+    decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    found = {name: (p.shape, decay[p]) for name, p in encoder.named_parameters() if p in decay}
+    ((shape, of_factors),) = (each for name, each in found.items() if name.endswith("alibi_scale"))
+    assert shape == (3, 1, 2, 1, 1) and of_factors == 0 and found["own.bias"] == ((3, 4), 0)
+    assert {each[1] for name, each in found.items() if name.endswith("proj.weight")} == {0.5}
 
 
 def test_settings_reach_the_model(tmp_path):
@@ -268,6 +338,42 @@ def test_broken_samples_are_named_once_and_limited(caplog):
         broken.note([(5, "c.jpg: empty")])
     with pytest.raises(DataError, match="4 of 200"):  # counted over all ranks
         BrokenSamples(total=200, limit=0.01).judge(dict.fromkeys(range(4), "x.jpg: empty"))
+
+
+def test_a_run_without_a_readable_sample_stops():
+    broken = BrokenSamples(total=2, limit=1.0)
+    broken.note([(0, "a.jpg: empty")])
+    with pytest.raises(DataError, match="2 of 2 samples cannot be read"):
+        broken.note([(1, "b.jpg: empty")])
+
+
+def test_each_rank_names_the_samples_of_its_skipped_steps(tmp_path):
+    skipped = SkippedSteps(2, "{}.png".format, tmp_path, 3, {"train.seed": 1})
+    batches = [{"epoch": 4, "samples": [7, 8]}, {"epoch": 5, "samples": [9]}]
+    for number, loss in ((11, math.nan), (12, 2.0)):
+        assert skipped.at_limit == (number == 12)
+        skipped.judge(number - 1)
+        skipped.add(number, batches, torch.tensor(loss), torch.tensor(math.inf))
+    with pytest.raises(NotFiniteError, match="not finite in 2 steps in a row, up to step 12"):
+        skipped.judge(12)
+    samples = {"7": "7.png", "8": "8.png", "9": "9.png"}
+    assert json.loads((tmp_path / "not-finite-step-12-rank-3.json").read_text()) == {
+        "skipped": [
+            {"step": number, "loss": loss, "grad_norm": "inf", "epoch": 5, "samples": samples}
+            for number, loss in ((11, "nan"), (12, "2.0"))
+        ],
+        "settings": {"train.seed": 1},
+    }
+
+
+def test_threads_of_torch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    start(TrainConfig(threads=3))
+    assert asked[-1] == 3
+    asked.clear()
+    start(TrainConfig())
+    assert not asked
 
 
 def test_the_encoder_knows_the_tokenizers_special_tokens(tmp_path):
@@ -415,6 +521,33 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
         build(config("vision", tmp_path / "run"))
 
 
+def test_batches_have_as_many_recordings_as_the_settings_say(tmp_path):
+    """Of eight of a quarter of a second and four of half a second: so many in a batch, or so many seconds."""
+    (tmp_path / "waves").mkdir()
+    for i in range(12):
+        wave = 0.1 * np.random.default_rng(i).normal(size=4000 if i < 8 else 8000)
+        soundfile.write(tmp_path / "waves" / f"{i:02}.wav", wave, 16_000)
+    common = [f"data.path={tmp_path}/waves", "data.join_seconds=0", "data.min_seconds=0"]
+    for name, more, counts in (("a", [], [(4, 4000), (4, 4000), (4, 8000)]), ("b", ["data.batch_seconds=1"], [(2, 8000)] * 2)):
+        batches = build(config("audio", tmp_path / name, *common, *more)).feed.take(4 if more else 3)
+        found = [tuple(batch["source"].shape) for batch in batches]
+        assert sorted(found) == sorted(counts + [(4, 4000)] * 2 * bool(more))
+        assert sorted(i for batch in batches for i in batch["samples"]) == list(range(12))
+
+
+def test_a_folder_that_was_there_before_a_run_that_fails_stays(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(DataError, match=r"data\.path=nowhere"):
+        build(config("vision", tmp_path / "run", "data.path=nowhere/"))
+    assert (tmp_path / "run").exists()
+    for steps, alarms, stays in ((0, False, False), (0, True, True), (3, False, True)):
+        made = folders.RunFolder(config("vision", tmp_path / f"{steps} {alarms}"), main=True)
+        if alarms:
+            (made.path / "alarms.jsonl").touch()
+        made.leave(steps)
+        assert made.path.exists() == stays
+
+
 def test_runs_in_one_process_may_use_different_precisions(tmp_path):
     kept = []
     for precision in ("fp32", "bf16", "fp32"):
@@ -514,6 +647,15 @@ class TestStopRequest:
                 assert heard == [1] and not stop.asked
         finally:
             signal.signal(signal.SIGUSR1, before)
+
+    def test_nohup_keeps_a_run_alive_without_its_terminal(self):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with StopRequest() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert not stop.asked
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
 
 def test_srun_without_torchrun_is_refused(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel
 
-from d2v_fast import ConvDecoder, Data2Vec, Encoder, cli
+from d2v_fast import ConvDecoder, Data2Vec, Encoder, TargetsConfig, cli
 from d2v_fast import train as training
 from d2v_fast.config import parse
 from d2v_fast.diagnostics import CollapseError, constant_loss
@@ -394,7 +394,7 @@ class Table(Handwritten):
 def test_a_custom_encoder_needs_the_method_place_for_views():
     encoder, source = Encoder(Placed(), "blocks", "mlp.2"), torch.randn(2, 12, 6)
     mask = torch.rand(2, 3, 12).argsort(-1) < 7
-    model = Data2Vec(encoder, decoder=ConvDecoder(32, width=32, layers=1), top_k=2)
+    model = Data2Vec(encoder, ConvDecoder(32, width=32, layers=1), targets=TargetsConfig(top_k=2))
     output = model(source, mask)
     output.loss.backward()
     placed = encoder.model.place(encoder.model.embed(source))
@@ -403,9 +403,9 @@ def test_a_custom_encoder_needs_the_method_place_for_views():
     assert encoder.model.table.grad.abs().sum() > 0
 
     other = Encoder(Table(), "blocks", "mlp.2")
-    assert math.isfinite(Data2Vec(other, top_k=2)(source, mask[:, 0]).loss.item())
+    assert math.isfinite(Data2Vec(other, targets=TargetsConfig(top_k=2))(source, mask[:, 0]).loss.item())
     with pytest.raises(ValueError, match=r"Table cannot encode .* give a module of your own the method place\(features\)"):
-        Data2Vec(other, decoder=ConvDecoder(32, width=32, layers=1), top_k=2)
+        Data2Vec(other, ConvDecoder(32, width=32, layers=1), targets=TargetsConfig(top_k=2))
 
 
 def test_rectangular_patches():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import kernels
-from d2v_fast import Data2Vec, build_encoder
+from d2v_fast import Data2Vec, EMAConfig, TargetsConfig, build_encoder
 from d2v_fast.config import Config, OptimizerConfig, TrainConfig, parse
 from d2v_fast.train.build import build
 from d2v_fast.train.loop import loop
@@ -30,7 +30,8 @@ def make(scope="all", device="cpu", start=0.9):
     """A model with a head that no teacher follows, a tensor of more than a program's elements and tensors of odd sizes."""
     torch.manual_seed(0)
     encoder = build_encoder("vit", config=models.CONFIGS["vit"] | dict(num_hidden_layers=2))
-    model = Data2Vec(encoder, top_k=2, ema_scope=scope, ema_start=start, ema_end=0.95, ema_anneal_steps=3)
+    ema = EMAConfig(scope=scope, start=start, end=0.95, anneal_steps=3)
+    model = Data2Vec(encoder, targets=TargetsConfig(top_k=2), ema=ema)
     model.student.model.register_parameter("odd", nn.Parameter(torch.randn(3)))
     model.student.model.register_parameter("long", nn.Parameter(torch.randn(97, 101)))
     model.teacher.module.model.register_parameter("odd", nn.Parameter(torch.randn(3), requires_grad=False))

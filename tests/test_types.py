@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+from torch import nn
 
 import d2v_fast
-from d2v_fast import Data2Vec, build_encoder
-from d2v_fast.config import LossConfig, TargetsConfig
+from d2v_fast import Data2VecLoss, EMATeacher
+from d2v_fast.choices import Range, check
+from d2v_fast.config import EMAConfig, LossConfig, OptimizerConfig, TargetsConfig, TrainConfig
 from d2v_fast.masking import SpanMask, TokenMask
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import d2v_fast
-from d2v_fast import Callback, ConvDecoder, Data2Vec, Data2VecLoss, EMATeacher, Encoder, build_encoder, data2vec_loss, wrap
+from d2v_fast import Callback, ConvDecoder, Data2Vec, Data2VecLoss, EMATeacher, Encoder, LossConfig, TargetsConfig
+from d2v_fast import build_encoder, data2vec_loss, wrap
 from d2v_fast.data import PretrainingData
 from d2v_fast.masking import SpanMask
 
@@ -34,7 +38,7 @@ spread: Tensor = stats.target.std
 encoder: Encoder = wrap(nn.Linear(2, 2), layers="blocks")
 teacher = EMATeacher(nn.Linear(2, 2), anneal_steps=10)
 width: int = teacher.module.in_features
-model = Data2Vec(build_encoder("vit"), top_k=2, decoder=ConvDecoder(32, axes=2))
+model = Data2Vec(build_encoder("vit"), ConvDecoder(32, axes=2), targets=TargetsConfig(top_k=2), loss=LossConfig(beta=1))
 first: Encoder = model.teacher.module
 output: Tensor = model.predict(predictions, predictions, mask, mask).predictions
 data = PretrainingData(mask=SpanMask())
@@ -54,7 +58,9 @@ EMATeacher(modle=nn.Linear(2, 2))  # E: call-arg
 Data2VecLoss(norm="layr")  # E: arg-type
 data2vec_loss(predictions, layers, mask, norm="layr")  # E: call-overload
 data2vec_loss(predictions, layers)  # E: call-overload
-Data2Vec(build_encoder("vit"), source="fnn")  # E: arg-type
+TargetsConfig(source="fnn")  # E: arg-type
+Data2Vec(build_encoder("vit"), top_k=2)  # E: call-arg
+Data2Vec(build_encoder("vit"), LossConfig())  # E: arg-type
 Data2Vec("vit")  # E: arg-type
 ConvDecoder(32, axis=2)  # E: call-arg
 SpanMask(length_kind="gauss")  # E: arg-type
@@ -116,9 +122,68 @@ def test_type_checkers_see_each_public_name_where_it_is():
         (lambda: TokenMask(loss_on="mask"), "loss_on: found 'mask', expected one of 'selected', 'mask_token'"),
         (lambda: TargetsConfig(norm="layr"), "norm: found 'layr', expected one of 'none', 'layer', .*; did you mean layer"),
         (lambda: LossConfig(scale="meen"), "scale: found 'meen', expected one of 'auto', 'mean'; did you mean mean"),
-        (lambda: Data2Vec(build_encoder("vit"), source="fnn"), "source: found 'fnn', expected one of 'ffn', "),
+        (lambda: TargetsConfig(source="fnn"), "source: found 'fnn', expected one of 'ffn', "),
+        (lambda: TrainConfig(trackers=["wandb", "wnadb"]), "trackers: found 'wnadb', expected .*'trackio'; did you mean wandb"),
     ],
 )
 def test_wrong_words_are_refused_at_construction(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("makes", "message"),
+    [
+        (
+            [lambda: EMAConfig(start=2), lambda: EMATeacher(nn.Linear(1, 1), start=2)],
+            r"start: found 2, expected a number in [0, 1]",
+        ),
+        (
+            [lambda: LossConfig(beta=1e-40), lambda: Data2VecLoss(beta=1e-40)],
+            "beta: found 1e-40, expected 0 or a number in [1e-30, 1e30]",
+        ),
+        (
+            [lambda: LossConfig(beta=2e30), lambda: Data2VecLoss(beta=2e30)],
+            "beta: found 2e+30, expected 0 or a number in [1e-30, 1e30]",
+        ),
+        ([lambda: LossConfig(scale=0), lambda: Data2VecLoss(scale=0)], "scale: found 0, expected a number above 0"),
+        ([lambda: OptimizerConfig(betas=(0.9, 1.0))], "betas: found 1.0, expected a number in [0, 1)"),
+        ([lambda: OptimizerConfig(lr_scale={"a": 0.5, "b": -1})], "lr_scale: found -1, expected at least 0"),
+        ([lambda: OptimizerConfig(lr="1e-3")], "lr: found '1e-3', expected a number above 0"),
+        ([lambda: TrainConfig(epochs=0)], "epochs: found 0, expected a number above 0"),
+        ([lambda: TrainConfig(steps=None)], "steps: found None, expected at least 1"),
+        ([lambda: SpanMask(prob=1)], "prob: found 1, expected a number in (0, 1)"),
+    ],
+)
+def test_wrong_numbers_are_refused_at_construction(makes, message):
+    for make in makes:
+        with pytest.raises(ValueError) as error:
+            make()
+        assert str(error.value) == message
+
+
+Share = Annotated[float, Range("[0, 1]")]
+
+
+@pytest.mark.parametrize(
+    ("hint", "good", "bad"),
+    [
+        (Share | None, (None, 0, 1.0), ("0.5", 2, [0.5])),
+        (Annotated[int | None, Range("[1, inf)")], (None, 1), (0, "1")),
+        (Share | Literal["auto"], ("auto", 0.5), ("aut", None, 2)),
+        (bool | Literal["hybrid"], (True, "hybrid"), ("hybird", None)),
+        (list[Literal["a", "b"]], ([], ["a"], ("b", "a")), (["a", "c"], [None])),
+        (tuple[Literal["a", "b"], ...], (("a", "b"),), (("a", "c"),)),
+        (list[Share] | None, (None, [0, 1]), ([0, 2], ["a"])),
+        (dict[str, Share], ({}, {"a": 1}), ({"a": 1, "b": 2}, {"a": "b"})),
+        (dict[str, list[Share]], ({"a": [0, 1]},), ({"a": [0, 2]},)),
+        (Share | str, (0.5, "half"), (2,)),
+        (list[str | dict[str, int]], ([{"a": -1}], "anything"), ()),
+    ],
+)
+def test_words_and_numbers_in_any_annotation(hint, good, bad):
+    for value in good:
+        check("x", value, hint)
+    for value in bad:
+        with pytest.raises(ValueError, match=r"^x: found .*, expected "):
+            check("x", value, hint)

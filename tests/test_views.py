@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2v_fast import Data2Vec, build_encoder
+from d2v_fast import Data2Vec, LossConfig, TargetsConfig, build_encoder
 from d2v_fast.data.audio import AudioData
 from d2v_fast.data.text import TextData
 from d2v_fast.data.vision import ImageData
@@ -230,13 +230,9 @@ def test_a_batch_is_of_one_piece(name, kind, waves, tmp_path):
         assert not (batch["source"] == data.vocabulary.mask_id).any(), "the teacher has to see all of it"
         assert torch.equal(batch["source"] == data.tokenizer.pad_token_id, padding)
 
-    model = Data2Vec(
-        encoder,
-        top_k=2,
-        norm="instance",
-        decoder=ConvDecoder(32, axes, width=16, kernel=3, layers=2, groups=4),
-        cls_weight=axes - 1,
-    ).eval()
+    decoder = ConvDecoder(32, axes, width=16, kernel=3, layers=2, groups=4)
+    targets, loss = TargetsConfig(top_k=2, norm="instance"), LossConfig(cls_weight=axes - 1)
+    model = Data2Vec(encoder, decoder, targets=targets, loss=loss).eval()
     given = {k: v for k, v in batch.items() if k not in ("epoch", "samples", "broken")}
     losses = []
     for left_out in ((), ("visible",), ("index",), ("visible", "index")):

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 Key = tuple[int, int]  # (epoch, sample)
+Plain = tuple[np.ndarray, np.ndarray | None]  # samples without augmentation, and their padding mask
 COMPARED = 10_000  # samples of a data set whose content is compared when a run resumes
 EDGE = 2**16  # bytes at the start and at the end of a file that are compared
 
@@ -236,9 +237,12 @@ class PretrainingData(Dataset[Any]):
         epoch = keys[0][0]
         draws = Draws(self.seed, epoch, [index for _, index in keys])
 
+        # All at once, while their code is in the cache, from which decoding an image evicts it.
+        generators = [draws.generator(row) for row in range(len(keys))]
+
         def load(row: int) -> Any:
             try:
-                return self.load(keys[row][1], draws.generator(row))
+                return self.load(keys[row][1], generators[row])
             except Exception as error:
                 return _Broken(error)
 
@@ -695,6 +699,14 @@ def _local_parquet(path: str, name: str | None, split: str) -> tuple[list[str], 
 def _holds_bytes(feature: Any) -> bool:
     kind = feature.get("bytes") if isinstance(feature, dict) else feature
     return getattr(kind, "dtype", None) in ("binary", "large_binary")
+
+
+def read_preprocessing(read: Callable[[str], Any], name: str) -> dict[str, Any]:
+    """The preprocessor_config.json of a pretrained encoder, by a function of transformers; empty if it has none."""
+    try:
+        return read(name)[0]
+    except OSError:
+        return {}
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,18 @@ from typing import Annotated, Any, cast
 import numpy as np
 
 from d2v_fast.choices import NonNegativeFloat, PositiveFloat, PositiveInt, Range
-from d2v_fast.data import DataError, PretrainingData, Source, check_regular, find_files, first_line, is_local, load_media
+from d2v_fast.data import (
+    DataError,
+    Plain,
+    PretrainingData,
+    Source,
+    check_regular,
+    find_files,
+    first_line,
+    is_local,
+    load_media,
+    read_preprocessing,
+)
 from d2v_fast.data.builtin import builtin_speech
 from d2v_fast.data.cache import cached, files_state
 from d2v_fast.data.shards import open_tars
@@ -458,8 +469,51 @@ class AudioData(PretrainingData):
                 f"mask.length={self.mask.length}: one span would cover the {longest} frames of data.max_seconds; expected less"
             )
 
+    files: tuple[str, ...] = ("sample_rate", "normalize")  # settings that `read_files` may find
+
+    @staticmethod
+    def read_files(name: str) -> dict[str, Any]:
+        """The settings in `files` of the pretrained encoder `name`, as far as its files say."""
+        from transformers import FeatureExtractionMixin
+
+        found = read_preprocessing(FeatureExtractionMixin.get_feature_extractor_dict, name)
+        return {"sample_rate": found.get("sampling_rate"), "normalize": found.get("do_normalize")}
+
+    @staticmethod
+    def make_processor(encoder: Any, settings: dict[str, Any]) -> Any:
+        """`processor` from the settings, without the data."""
+        return feature_extractor(encoder, settings["sample_rate"], settings["normalize"])
+
     def processor(self, encoder: Any) -> Any:
-        return feature_extractor(encoder, self.sample_rate, self.normalize)
+        return self.make_processor(encoder, vars(self))  # attributes have the names of their settings
+
+    @staticmethod
+    def for_probe(encoder: Any, settings: dict[str, Any]) -> tuple[Callable[..., Source], Callable[[list[Any]], Plain]]:
+        """For a probe: functions that open recordings by path, name and split, and stack them whole, up to max_seconds."""
+        frames = encoder.positions
+        longest = round(settings["max_seconds"] * settings["sample_rate"])
+
+        def open_split(path: str, name: str | None = None, split: str = "train") -> Source:
+            source = open_audio(path, name, split, settings["sample_rate"])
+
+            def read(i: int) -> np.ndarray:
+                if frames(len(wave := source.read(i))) == 0:
+                    raise ValueError(f"is too short: {len(wave)} samples")
+                return wave
+
+            return replace(source, read=read)
+
+        def collate(samples: list[Any]) -> Plain:
+            waves = [(standardize(wave) if settings["normalize"] else wave)[:longest] for wave in samples]
+            lengths = [len(wave) for wave in waves]
+            source = np.zeros((len(waves), max(lengths)), dtype=np.float32)
+            for row, wave in zip(source, waves, strict=True):
+                row[: len(wave)] = wave
+            seen = np.array([frames(n) for n in lengths])
+            padding_mask = np.arange(frames(max(lengths))) >= seen[:, None]
+            return source, padding_mask if padding_mask.any() else None
+
+        return open_split, collate
 
     def load(self, index: int, rng: np.random.Generator) -> np.ndarray:
         first = self.recording[index]

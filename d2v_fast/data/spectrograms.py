@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated, Any, cast
 
 import numpy as np
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from d2v_fast.choices import Finite, NonNegativeFloat, PositiveFloat, PositiveInt, Range
-from d2v_fast.data import DataError
-from d2v_fast.data.audio import AudioData
+from d2v_fast.data import DataError, Plain, Source, read_preprocessing
+from d2v_fast.data.audio import AudioData, open_audio
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask
 
 log = logging.getLogger(__name__)
@@ -150,6 +151,7 @@ class SpectrogramData(AudioData):
             )
         self.lengths = None  # spectrograms have one length
         self.frames, self.size, self.mean, self.std = frames, (target_length, mel_bins), mean, std
+        self.target_length, self.mel_bins = self.size
 
     def fit_to(self, encoder: Any) -> None:
         config, (length, bins) = getattr(encoder.model, "config", None), self.size
@@ -182,8 +184,43 @@ class SpectrogramData(AudioData):
             )
         self.check_mask()
 
-    def processor(self, encoder: Any) -> Any:
-        return spectrogram_extractor(*self.size, self.mean, self.std)
+    files = ("sample_rate", "target_length", "mel_bins", "mean", "std")
+
+    @staticmethod
+    def read_files(name: str) -> dict[str, Any]:
+        from transformers import FeatureExtractionMixin
+
+        found = read_preprocessing(FeatureExtractionMixin.get_feature_extractor_dict, name)
+        mean, std = found.get("mean"), found.get("std")
+        if not found.get("do_normalize", True):
+            mean, std = 0.0, 0.5  # spectrograms are divided by 2 std
+        sizes = {"target_length": found.get("max_length"), "mel_bins": found.get("num_mel_bins")}
+        return {"sample_rate": found.get("sampling_rate"), **sizes, "mean": mean, "std": std}
+
+    @staticmethod
+    def make_processor(encoder: Any, settings: dict[str, Any]) -> Any:
+        return spectrogram_extractor(*(settings[key] for key in ("target_length", "mel_bins", "mean", "std")))
+
+    @staticmethod
+    def for_probe(encoder: Any, settings: dict[str, Any]) -> tuple[Callable[..., Source], Callable[[list[Any]], Plain]]:
+        as_image = encoder.reads != "spectrogram"
+        sizes = [settings[key] for key in ("target_length", "mel_bins", "mean", "std")]
+
+        def open_split(path: str, name: str | None = None, split: str = "train") -> Source:
+            source = open_audio(path, name, split, settings["sample_rate"])
+
+            def read(i: int) -> np.ndarray:
+                if len(wave := source.read(i)) < WINDOW:
+                    raise ValueError(f"is too short: {len(wave)} samples")
+                return spectrogram(wave, *sizes)
+
+            return replace(source, read=read)
+
+        def collate(samples: list[Any]) -> Plain:
+            source = np.stack(samples)
+            return source[:, None] if as_image else source, None
+
+        return open_split, collate
 
     def load(self, index: int, rng: np.random.Generator) -> np.ndarray:
         return spectrogram(super().load(index, rng), *self.size, self.mean, self.std)

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -278,6 +279,19 @@ class TextData(PretrainingData):
                 f"use data.block_size={usable} or raise encoder.config.max_position_embeddings"
             )
 
+    files = ("tokenizer",)  # settings that `read_files` may find
+
+    @staticmethod
+    def read_files(name: str) -> dict[str, Any]:
+        """The settings in `files` of the pretrained encoder `name`, as far as its files say."""
+        try:
+            load_tokenizer(name)
+        except DataError as error:
+            reason = str(error).partition(": ")[2].partition(";")[0]
+            print(f"encoder.pretrained={name}: has no usable tokenizer: {reason}", file=sys.stderr)
+            return {}
+        return {"tokenizer": name}
+
     def processor(self, encoder: Any) -> Any:
         return limit_length(self.tokenizer, encoder)
 
@@ -451,8 +465,8 @@ class TextData(PretrainingData):
 
 def _continuations(tokenizer: Any, size: int) -> np.ndarray:
     """Which ids continue a word, judged by the prefix that each family of tokenizers puts on tokens."""
-    tokens = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
-    tokens += [""] * (size - len(tokens))
+    names = {i: token for token, i in tokenizer.get_vocab().items()}  # there may be ids of no token
+    tokens = [names.get(i, "") for i in range(size)]
     if any(token.startswith("##") for token in tokens):
         return np.array([token.startswith("##") for token in tokens])
     special = set(tokenizer.all_special_tokens)

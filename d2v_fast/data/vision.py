@@ -19,6 +19,7 @@ from d2v_fast.choices import ClosedUnitInterval, Finite, NonNegativeFloat, Posit
 from d2v_fast.data import (
     Batch,
     DataError,
+    Plain,
     PretrainingData,
     Source,
     find_files,
@@ -26,6 +27,7 @@ from d2v_fast.data import (
     load_media,
     media_column,
     media_file,
+    read_preprocessing,
 )
 from d2v_fast.data.builtin import builtin_images
 from d2v_fast.data.shards import open_tars
@@ -341,8 +343,36 @@ class ImageData(PretrainingData):
             )
         self.check_mask()
 
+    files = ("image_size", "mean", "std")  # settings that `read_files` may find
+
+    @staticmethod
+    def read_files(name: str) -> dict[str, Any]:
+        """The settings in `files` of the pretrained encoder `name`, as far as its files say."""
+        from transformers import AutoConfig, ImageProcessingMixin
+
+        found = read_preprocessing(ImageProcessingMixin.get_image_processor_dict, name)
+        try:
+            size = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "image_size", None)
+        except (OSError, ValueError):  # loading the model reports the error later
+            size = None
+        mean, std = found.get("image_mean"), found.get("image_std")
+        if not found.get("do_normalize", True):
+            mean, std = [0.0] * 3, [1.0] * 3
+        return {"image_size": size if isinstance(size, int) else None, "mean": mean, "std": std}
+
+    @staticmethod
+    def make_processor(encoder: Any, settings: dict[str, Any]) -> Any:
+        """`processor` from the settings, without the data."""
+        return image_processor(settings["image_size"], settings["mean"], settings["std"])
+
     def processor(self, encoder: Any) -> Any:
-        return image_processor(self.image_size, self.mean, self.std)
+        return self.make_processor(encoder, vars(self))  # attributes have the names of their settings
+
+    @staticmethod
+    def for_probe(encoder: Any, settings: dict[str, Any]) -> tuple[Callable[..., Source], Callable[[list[Any]], Plain]]:
+        """For a probe: functions that open images by path, name and split, and stack them without augmentation."""
+        size, mean, std = settings["image_size"], settings["mean"], settings["std"]
+        return open_images, lambda images: (to_pixels([center_crop(image, size) for image in images], mean, std), None)
 
     def load(self, index: int, rng: np.random.Generator) -> Image.Image:
         choose: Any = partial(random_box, scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)

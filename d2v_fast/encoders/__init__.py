@@ -13,7 +13,7 @@ pieces; others run whole with their local features replaced (`spliced`). A custo
         def positions(self, size): ...   # image side → (rows, columns); samples of a waveform → frames; not for tokens
 
     encoder = Encoder(Mine(), layers="blocks", ffn="mlp.2")  # ffn: the last Linear of the FFN, relative to a block
-    model = Data2Vec(encoder, top_k=4)
+    model = Data2Vec(encoder, targets=TargetsConfig(top_k=4))
 """
 
 from d2v_fast.choices import LayerSource

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from d2v_fast.config import HeadConfig, TargetsConfig
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.encoders import Encoder, SplicedEncoder, build_encoder, class_arguments, example, model_class, wrap
 from d2v_fast.encoders.spliced import READS
@@ -258,12 +259,13 @@ def _step(encoder: Encoder, views: int = 0) -> str:
     """Why a step fails, or "" if it works."""
     try:
         inputs = torch.randn(2, 2000) if encoder.reads == "audio" else example(encoder, 2, 16)
-        length, decoder = encoder.embed(inputs).shape[1], None
+        length = encoder.embed(inputs).shape[1]
+        predictor: HeadConfig | ConvDecoder = HeadConfig()
         if views:
             grid = encoder.positions(inputs.shape[-1])
             axes = len(grid) if isinstance(grid, tuple) else 1
-            decoder = ConvDecoder(encoder.hidden_size, axes, width=16, kernel=3, groups=2)
-        model = Data2Vec(encoder, top_k=1, decoder=decoder)
+            predictor = ConvDecoder(encoder.hidden_size, axes, width=16, kernel=3, groups=2)
+        model = Data2Vec(encoder, predictor, targets=TargetsConfig(top_k=1))
         mask = (torch.arange(length) % 2 == 0).expand(len(inputs), length)
         if views:
             output = model(inputs, mask[:, None].expand(-1, views, -1))

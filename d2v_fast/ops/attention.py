@@ -155,6 +155,7 @@ def use_fast_attention(model: nn.Module, device: torch.device) -> str | None:
     return "explicit" if device.type == "cpu" else "flash-attn where nothing pads, else sdpa" if flash else "sdpa"
 
 
+@functools.cache  # student and teacher ask for the same device
 def _agrees(device: torch.device) -> bool:
     """Whether torch's kernels for segments give what a mask gives, in values and gradients, on a small batch."""
     inputs = (

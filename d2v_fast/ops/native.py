@@ -5,18 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2v_fast.choices import Norm
-
-ABI = 4
+ABI = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-NORMS = {name: code for code, name in enumerate(get_args(Norm))}  # D2VNorm of kernels/loss.h
 
 
 class _Loss(ctypes.Structure):
@@ -25,8 +22,8 @@ class _Loss(ctypes.Structure):
         ("layers", POINTER(c_void_p)),
         ("strides", POINTER(c_int64)),
         *((name, c_void_p) for name in ("predictions", "grad", "mask", "padding")),
-        *((name, c_int32) for name in ("layer_dtype", "prediction_dtype", "dense")),
-        *((name, c_int32) for name in ("norm", "target_norm", "mean", "threads")),
+        *((name, c_char_p) for name in ("norm", "target_norm")),
+        *((name, c_int32) for name in ("layer_dtype", "prediction_dtype", "dense", "mean", "threads")),
         ("beta", c_float),
         ("scale", c_double),
         *((name, c_void_p) for name in ("loss", "factor", "count", "moments", "target_mean")),
@@ -48,7 +45,7 @@ def library() -> Any:
         return f"the C++ library does not load: {error}"
     if loaded.d2v_abi() != ABI:
         return f"{path} was built from other sources (ABI {loaded.d2v_abi()}, expected {ABI}); `pip install .` again"
-    loaded.d2v_isa.restype = ctypes.c_char_p
+    loaded.d2v_isa.restype = c_char_p
     if loaded.d2v_isa() is None:
         return f"D2V_ISA={os.environ.get('D2V_ISA')!r}: expected 'avx512', 'avx2' or 'baseline', and a processor that runs it"
     loaded.d2v_loss.argtypes = [POINTER(_Loss)]
@@ -106,8 +103,8 @@ def loss(
         layer_dtype=DTYPES[layers[0].dtype],
         prediction_dtype=DTYPES[predictions.dtype],
         dense=predictions.ndim == 3,
-        norm=NORMS[norm],
-        target_norm=NORMS[target_norm],
+        norm=norm.encode(),
+        target_norm=target_norm.encode(),
         mean=mean,
         threads=torch.get_num_threads(),
         beta=beta,
@@ -123,6 +120,8 @@ def loss(
         raise MemoryError(f"the loss of {batch} × {length} × {channels} found no memory for its workspace")
     if failed == 2:
         raise ValueError(f"predictions: found {len(predictions)} rows, expected {int(mask.sum())}, the masked positions")
+    if failed == 4:
+        raise ValueError(f"norm={norm}, target_norm={target_norm}: the C++ library does not know one of them")
     return total, grad, factor, count, moments, means
 
 

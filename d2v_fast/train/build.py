@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
-from d2v_fast.config import MODALITIES, Config, ConfigError, data_class
+from d2v_fast.config import MODALITIES, Config, ConfigError, HeadConfig, data_class
 from d2v_fast.data import Batch, DataError, EpochBatches, PretrainingData
 from d2v_fast.data.own import check_batch, check_class, error_context
 from d2v_fast.data.streaming import StreamBatches
@@ -108,6 +108,11 @@ class Run:
         """The runs that are trained: the parts, or the run itself if it has none."""
         return [self]
 
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a callback asked to stop this run or one of its parts."""
+        return any(each.stop for each in (self, *self.each))
+
     def turn(self) -> tuple[Run, int, int]:
         """The run that trains next, and the numbers of this step and of the last one among its own steps."""
         return self, self.state.done + 1, self.steps
@@ -168,6 +173,8 @@ def build(config: Config, fused: bool = False, callbacks: Sequence[Callback] = (
 
 
 def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Callback]) -> Run:
+    if config.train.shard:
+        folder.check_shared(accelerator)
     settings, checkpoints, saved = begin(config, fused, accelerator, folder)
     data, encoder, samples = read(config, folder.path)
     if accelerator.num_processes > 1:
@@ -244,7 +251,7 @@ def begin(
     settings["train.output"] = folder.name
     settings = json.loads(json.dumps(settings, default=str))
     checkpoints = Checkpoints(folder.path / "checkpoints", config.train.keep_last)
-    saved = newest(checkpoints, accelerator.is_main_process) if config.resume else None
+    saved = newest(checkpoints, accelerator.is_main_process, bool(config.train.shard)) if config.resume else None
     if saved:
         compare_settings(saved, settings, config)
     return settings, checkpoints, saved
@@ -484,11 +491,6 @@ def stream_batches(config: Config, data: PretrainingData, accelerator: Accelerat
     return StreamBatches(data, train.batch_size, train.seed, rank, world, train.workers, start, state)
 
 
-def trains_tokenizer(config: Config) -> bool:
-    """Whether a tokenizer is trained for the run."""
-    return config.is_text and config.data["tokenizer"] == "train"
-
-
 def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
     """The data set that the config describes.
 
@@ -502,9 +504,9 @@ def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
     """
     data = dict(config.data)
     own = data.pop("class")
-    if config.resume and folder is not None and trains_tokenizer(config) and (folder / TOKENIZER).exists():
+    if config.resume and folder is not None and config.trains_tokenizer and (folder / TOKENIZER).exists():
         data["tokenizer"] = str(folder / TOKENIZER)
-    elif trains_tokenizer(config) and config.encoder.pretrained:
+    elif config.trains_tokenizer and config.encoder.pretrained:
         raise ConfigError(
             f"data.tokenizer=train: makes a new vocabulary, but encoder.pretrained={config.encoder.pretrained} was trained "
             "with another one; leave data.tokenizer out, or name the tokenizer that the encoder was trained with"
@@ -561,24 +563,14 @@ def make_model(config: Config, encoder: Encoder, axes: int | None = None) -> Dat
     Raises:
         ConfigError: head.pretrained holds no head, or one that does not fit.
     """
-    head, decoder = vars(config.head).copy(), None
-    kind, layers, zero_init, _ = (head.pop(name) for name in ("kind", "layers", "zero_init", "pretrained"))
-    if kind == "conv":
-        axes = axes or MODALITIES[config.modality].axes
+    predictor: HeadConfig | ConvDecoder = config.head
+    if config.head.kind == "conv":
+        fields = {name: value for name, value in vars(config.head).items() if name not in ("kind", "pretrained")}
         try:
-            decoder = ConvDecoder(encoder.hidden_size, axes, layers=layers, zero_init=zero_init, **head)
+            predictor = ConvDecoder(encoder.hidden_size, axes or MODALITIES[config.modality].axes, **fields)
         except ValueError as error:
             raise ConfigError(f"head.{error}") from error
-    loss = {name: value for name, value in vars(config.loss).items() if name != "reduction"}
-    model = Data2Vec(
-        encoder,
-        **vars(config.targets),
-        **loss,
-        head_layers=layers,
-        head_zero_init=zero_init,
-        decoder=decoder,
-        **{f"ema_{name}": value for name, value in vars(config.ema).items()},
-    )
+    model = Data2Vec(encoder, predictor, targets=config.targets, loss=config.loss, ema=config.ema)
     if not config.resume:  # else a checkpoint has them
         _start_from_pretrained(model, config)
     return model

@@ -6,12 +6,17 @@ import copy
 import itertools
 import shutil
 import time
+import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from d2v_fast.checkpoint import Checkpoints
 from d2v_fast.config import Config, ConfigError
 from d2v_fast.report import read_lines
 from d2v_fast.train.parallel import from_main
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 TOKENIZER = "tokenizer"  # folder of the tokenizer trained for the run
 STEP = "step.json"  # in export/: the step its weights are from
@@ -77,6 +82,24 @@ class RunFolder:
             self.lock.release()
             remedy = "--resume continues it" if has_checkpoints else "it has no checkpoint to resume from; remove it"
             raise ConfigError(f"train.output={self.path}: already holds a run; {remedy}, or choose another folder")
+
+    def check_shared(self, accelerator: Accelerator) -> None:
+        """Raise ConfigError, on all ranks, unless all of them see the folder of rank 0, to which they write their shards."""
+        from accelerate.utils import gather_object
+
+        main = accelerator.is_main_process
+        file = self.path / f".shared-{uuid.uuid4().hex}"
+        if main and self.path.exists():
+            file.touch()
+        file = self.path / from_main(file.name)  # its name is new, so another machine's folder has no such file
+        seen = gather_object([file.exists()])
+        if main:
+            file.unlink(missing_ok=True)
+        if blind := [rank for rank, found in enumerate(seen) if found != seen[0]]:
+            raise ConfigError(
+                f"train.output={self.path}: ranks {', '.join(map(str, blind))} do not see this folder of rank 0, and with "
+                "train.shard each rank writes its shards there; choose a folder on a disk that all machines share"
+            )
 
     def leave(self, steps: int) -> None:
         """Release the lock. A new folder of a run without steps is removed, unless it holds alarms."""

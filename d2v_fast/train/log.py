@@ -9,16 +9,18 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from d2v_fast.checkpoint import write_text
+from d2v_fast.checkpoint import CheckpointError, write_text
 from d2v_fast.config import ConfigError
-from d2v_fast.data import first_line
+from d2v_fast.data import Batch, first_line
+from d2v_fast.diagnostics import distinct_share
+from d2v_fast.encoders import describe
 from d2v_fast.report import read_lines
 from d2v_fast.train.callbacks import Callback
 from d2v_fast.train.guards import BrokenSamples, disk_may_fail
@@ -33,6 +35,10 @@ PROJECT = "d2v-fast"  # project name of runs in trackers
 PROGRESS = (
     "loss {loss:.4f}  target std {target_std:.3f}  prediction std {prediction_std:.3f}  "
     "{samples_per_s:.1f} samples/s  data wait {data_wait:.0%}"
+)
+SUMMARY = (
+    "step {step}: loss {loss:.4f}, target std {target_std:.3f}, prediction std {prediction_std:.3f}, "
+    "feature std {feature_std:.3f}; student in {folder}"
 )
 
 
@@ -282,3 +288,82 @@ def make_record(state: State, window: Window, broken: BrokenSamples, epoch: int,
         "broken_samples": len(everywhere),
         "time": time.time(),
     }
+
+
+class Logs:
+    """The logs of the parts and the progress of a run while it trains.
+
+    Args:
+        files: log.jsonl of each part by its name.
+        progress: Progress of the run.
+    """
+
+    def __init__(self, files: dict[str, RunLog], progress: Progress):
+        self.files, self.progress = files, progress
+
+    def add(self, part: Run, outcome: Outcome, batches: list[Batch]) -> None:
+        """Count a step of a part."""
+        part.window.add(outcome, sum(len(batch["samples"]) for batch in batches))
+        self.progress.step()
+
+    def write(self, part: Run, outcome: Outcome, epoch: int) -> None:
+        """Log the steps of a part since its last line. The monitor judges them, which may raise CollapseError."""
+        part.record = record = make_record(part.state, part.window, part.broken, epoch, outcome.grad_norm)
+        part.window.clear()
+        part.callbacks.call("on_log", part, record)
+        self.files[part.name].write(record)
+        self.progress.show(record, part.name)
+        part.state.monitor.judge(record)
+
+
+@contextmanager
+def open_logs(run: Run) -> Iterator[Logs]:
+    """Open the log of each part and show the progress. The monitor judges how distinct the samples are."""
+    main, begin, board = run.accelerator.is_main_process, run.state.done, "tensorboard" not in run.config.train.trackers
+    files = {}
+    with ExitStack() as opened, Progress(run.steps, begin, main) as progress:
+        for part in run.each:
+            files[part.name] = opened.enter_context(RunLog(part.folder.path if main else None, begin, board))
+            part.state.monitor.judge({"step": begin, "distinct_samples": distinct_share(part.data)})
+        yield Logs(files, progress)
+
+
+def log_start(run: Run) -> None:
+    """Log what is trained, where and from which step."""
+    config, world = run.config, run.state.world
+    for part in run.each:
+        log.info("%s%s", part.name and f"{part.name}: ", describe(part.state.core.student))
+    where = f"{config.train.precision} on {run.state.device}" + (f" × {world}" if world > 1 else "")
+    samples = " + ".join("streamed" if part.data.stream else f"{len(part.data)}" for part in run.each)
+    log.info("%s samples, %d steps, %s, run in %s", samples, run.steps, where, run.folder.path)
+    if run.fused:
+        log.info("fused: %s", ", ".join([*run.fused, *(["AdamW"] if config.optimizer.kind == "adamw" else [])]))
+    if done := run.state.done:
+        log.info("resumes after step %d%s", done, "; nothing is left to train" * (done >= run.steps))
+
+
+def log_end(run: Run, stopped: bool) -> None:
+    """Log how the run ended.
+
+    Args:
+        run: The run.
+        stopped: Whether it was asked to stop.
+
+    Raises:
+        CheckpointError: The last checkpoint could not be written.
+    """
+    done, folder = run.state.done, run.folder.path
+    students = " and ".join(str(part.folder.path / "export") for part in run.each)
+    for part in run.each:
+        if run.accelerator.is_main_process and part.record:
+            title = f"{part.name}, " if part.name else ""
+            log.info(title + SUMMARY.format(folder=part.folder.path / "export", **part.record))
+    if run.checkpoints.failed:
+        raise CheckpointError(f"{run.checkpoints.failed}; the student is in {students}")
+    if stopped and not done:
+        log.warning("stopped before the first step; there is nothing to resume")
+    elif stopped:
+        log.warning(
+            "stopped at step %d of %d; the student so far is in %s; d2v-train --resume %s continues",
+            *(done, run.steps, students, folder),
+        )

@@ -38,8 +38,9 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool 
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # A vector with broadcast dimensions, such as a mask token of shape (1, 1, C), is still a vector.
-        vector = sum(size > 1 for size in parameter.shape) < 2 or name.endswith(".bias")
+        # A vector with broadcast dimensions, such as a mask token of shape (1, 1, C), is still a vector. The factors of ALiBi
+        # may have a row for each layer.
+        vector = sum(size > 1 for size in parameter.shape) < 2 or name.endswith((".bias", ".alibi_scale"))
         decay = 0.0 if vector and not config.decay_1d else config.weight_decay
         matching = [pattern for pattern in config.lr_scale if fnmatchcase(name, pattern)]
         unused -= set(matching)

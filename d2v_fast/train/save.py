@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, sync, write_text
-from d2v_fast.config import DEFAULTS, FREE, PART, Config
-from d2v_fast.sharding import gathered, whole
-from d2v_fast.train.folder import STEP
+from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, Tensors, sync, write_text
+from d2v_fast.config import FREE, PART, Config
+from d2v_fast.diagnostics import environment
+from d2v_fast.sharding import gathered, parts
+from d2v_fast.train.folder import STEP, TOKENIZER
 from d2v_fast.train.parallel import from_main
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ class Samples:
             raise CheckpointError(f"{error}\n  {len(differ)} of {len(self.names)} changed, among them{first}") from None
 
 
-def newest(checkpoints: Checkpoints, main: bool) -> Checkpoint:
-    """The checkpoint to resume from. The main process chooses it for all ranks."""
+def newest(checkpoints: Checkpoints, main: bool, shared: bool) -> Checkpoint:
+    """The checkpoint to resume from. The main process chooses it for all, and verifies it for all if they share a disk."""
     if main:
         try:
             saved = checkpoints.newest()
@@ -69,7 +70,7 @@ def newest(checkpoints: Checkpoints, main: bool) -> Checkpoint:
             raise CheckpointError(f"{error}; another train.output without --resume starts a new run") from None
         from_main(saved.folder)
         return saved
-    return Checkpoint(from_main(None))
+    return Checkpoint(from_main(None), checksums=not shared)
 
 
 def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config | SeveralConfig) -> None:
@@ -89,9 +90,9 @@ def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config
             f"{saved.folder}: its run had {was} process{'es' * (was != 1)}, this one has {now}; start {was}, with "
             f"torchrun --nproc-per-node={was} on one machine, or plain d2v-train for one;{even} or --resume-allow processes"
         )
-    plain = {key: PART.sub("", key) for key in (*known, *settings)}
-    new = [key for key, value in settings.items() if key not in known and DEFAULTS.get(plain[key], ...) == value]
-    free = [key for key in plain if plain[key] in FREE]
+    defaults = json.loads(json.dumps(config.defaults(), default=str))
+    new = [key for key, value in settings.items() if key not in known and defaults.get(key, ...) == value]
+    free = [key for key in (*known, *settings) if PART.sub("", key) in FREE]
     kept = ("processes", "train.accumulate") if elastic else ()
     saved.compare("settings", settings, (*FREE, *free, *kept, *config.resume_allow, *new))
 
@@ -121,44 +122,106 @@ def share(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
     }
 
 
-def save(run: Run) -> None:
-    """Save a checkpoint. Called on all ranks together, between two steps."""
-    from accelerate.utils import gather_object
+def save(run: Run, wait: bool = True) -> None:
+    """Save a checkpoint unless there is one of this step. Called on all ranks together, between two steps.
 
-    state = run.state
+    Args:
+        run: The run.
+        wait: Return once it is on disk. Otherwise a sharded run needs `finish` after later steps.
+    """
     for part in run.each:
         part.state.settle()
-    if state.done == run.saved:
-        return
-    run.saved = state.done
+    if run.state.done != run.saved:
+        complete(run)  # the previous one
+        run.saved = run.state.done
+        _save(run)
+    if wait:
+        complete(run)
+
+
+def complete(run: Run) -> None:
+    """Wait until the last checkpoint is on disk. If the run is sharded, called on all ranks together."""
+    run.checkpoints.wait()
+    if finish(run):
+        run.checkpoints.wait()
+
+
+def finish(run: Run) -> bool:
+    """Finish the checkpoint of a sharded run once all ranks have written their parts; returns whether there is one.
+
+    Called on all ranks together. Only rank 0 has work left, which its thread does.
+    """
+    from accelerate.utils import gather_object
+
+    part = run.checkpoints.part()
+    if part is None:
+        return False
+    every = gather_object([part])
+    if run.accelerator.is_main_process:
+        run.checkpoints.finish(every)
+        _await(run, part[0])
+    return True
+
+
+def reserve(run: Run) -> None:
+    """Allocate the memory of the copies for checkpoints."""
+    if run.config.train.shard:
+        run.checkpoints.reserve(_parts(run, run.state.tensors())[0])
+    elif run.accelerator.is_main_process:
+        run.checkpoints.reserve(run.state.tensors())
+
+
+def _save(run: Run) -> None:
+    from accelerate.utils import gather_object
+
+    state, main, sharded = run.state, run.accelerator.is_main_process, run.config.train.shard
+    if main and sharded:
+        run.checkpoints.begin(state.done)  # before any rank comes out of the next collective
     numbers, generators = generator_states(state.device)
-    rank = {**run.rank_state_dict(), **numbers}
-    ranks = gather_object([(rank, generators)])
-    if not run.accelerator.is_main_process:
-        for values in state.tensors().values() if run.config.train.shard else ():
-            for value in values.values():  # the main process gathers them in this order
-                whole(value)
+    ranks = gather_object([({**run.rank_state_dict(), **numbers}, generators)])
+    if main:
+        run.callbacks.written(run)  # for the previous checkpoint
+    elif not sharded:
         return
-    scaler = run.accelerator.scaler
     tensors = {
         **state.tensors(),
         "samples": {"digests": run.samples.digests},
         "rng": {f"{i}.{kind}": states[kind] for i, (_, states) in enumerate(ranks) for kind in states},
     }
+    written = _state(run, [rank for rank, _ in ranks]) if main else None
+    if sharded:
+        run.checkpoints.save_part(state.done, run.accelerator.process_index, *_parts(run, tensors), written)
+    elif written is not None:
+        run.checkpoints.save(state.done, tensors, written)
+        _await(run, state.done)
+
+
+def _state(run: Run, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state of a run that is not tensors."""
+    scaler = run.accelerator.scaler
     written: dict[str, Any] = {
         **run.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "settings": run.settings,
         "samples": run.samples.identity,
-        "ranks": [rank for rank, _ in ranks],
+        "ranks": ranks,
     }
     if callbacks := run.callbacks.state_dict():
         written["callbacks"] = callbacks
-    run.checkpoints.wait()
-    run.callbacks.written(run)  # for the previous checkpoint
-    run.checkpoints.save(state.done, tensors, written)
-    run.callbacks.awaited = state.done
-    if run.changed:  # config.yaml takes over allowed changes once a checkpoint has them
+    return written
+
+
+def _parts(run: Run, tensors: Tensors) -> tuple[Tensors, dict[str, dict[str, str]]]:
+    """What this rank writes of a sharded run, by file, and the metadata of the files."""
+    rank = run.accelerator.process_index
+    found = {f"{file}-{rank}": parts(values, rank) for file, values in tensors.items()}
+    return {file: own for file, (own, _) in found.items() if own}, {file: each for file, (_, each) in found.items()}
+
+
+def _await(run: Run, step: int) -> None:
+    """Have the callbacks called once the checkpoint is written. config.yaml takes over allowed changes once it has them."""
+    run.callbacks.awaited = step
+    if run.changed:
         run.checkpoints.wait()
         if not run.checkpoints.failed:
             write_settings(run)
@@ -172,12 +235,34 @@ def write_settings(run: Run) -> None:
         write_text(each.folder.path / "config.yaml", each.config.yaml)
 
 
+def save_description(run: Run) -> None:
+    """Write the settings, the environment and the tokenizers that were trained for the run."""
+    folder = run.folder.path
+    if not run.changed:
+        write_settings(run)
+    write_text(folder / "environment.json", json.dumps(environment(folder), indent=1))
+    for part in run.each:
+        target = part.folder.path / TOKENIZER
+        if part.config.trains_tokenizer and not (part.config.resume and target.exists()):
+            temporary = target.with_suffix(".tmp")
+            for unfinished in (temporary, target):  # of a run that ended before its first step
+                shutil.rmtree(unfinished, ignore_errors=True)
+            part.data.processor(part.state.core.student).save_pretrained(temporary)
+            os.replace(temporary, target)
+
+
 def restore(run: Run, saved: Checkpoint) -> None:
     """Restore the state after the step of the checkpoint."""
     from accelerate.utils import set_seed
 
-    state, tensors = run.state, {name: saved.tensors(name) for name in ("student", "teacher", "optimizer", "rng")}
-    saved.compare_shapes(tensors["student"] | tensors["teacher"], state.core.state_dict())
+    state = run.state
+    weights, parameters = state.core.state_dict(), dict(state.core.named_parameters())
+
+    def like(name: str) -> Tensor | None:  # a moment is sharded like its parameter
+        return weights.get(name, parameters.get(name.rpartition(".")[0]))
+
+    tensors = {name: saved.tensors(name, like) for name in ("student", "teacher", "optimizer", "rng")}
+    saved.compare_shapes(tensors["student"] | tensors["teacher"], weights)
     state.load_tensors(tensors)
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(saved.state["scaler"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from d2v_fast import Data2Vec
+from d2v_fast import Data2Vec, LossConfig, TargetsConfig
 from d2v_fast.fused import PARTS, fuse
 from d2v_fast.graphs import Graphs
 from tests import models
@@ -19,9 +19,10 @@ NAMES = ["roberta", "beit", "wav2vec2"]
 def make_step(name, parts=(), replay=False):
     """A step to call, with tiny weights and noise that are the same for the same name; returns its loss."""
     torch.manual_seed(0)
-    norm = "instance" if name in models.WAVES else "layer"
+    targets = TargetsConfig(top_k=2, norm="instance" if name in models.WAVES else "layer")
+    loss = LossConfig(impl="auto" if parts else "eager")
     encoder = models.make(name)
-    model = Data2Vec(encoder, top_k=2, norm=norm, impl="auto" if parts else "eager").to(GPU).train()
+    model = Data2Vec(encoder, targets=targets, loss=loss).to(GPU).train()
     fuse(model, GPU, parts)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
     source = models.inputs(name, batch=4).to(GPU)
@@ -34,11 +35,11 @@ def make_step(name, parts=(), replay=False):
         batch["padding_mask"] = torch.zeros_like(mask)
         batch["padding_mask"][1, -3:] = True
 
-    targets = batch.pop("num_targets")
+    num_targets = batch.pop("num_targets")
 
     def run(inputs, precision):
         with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
-            output = model(**inputs, num_targets=targets)
+            output = model(**inputs, num_targets=num_targets)
         output.loss.backward()
         return (output.loss.detach(),)
 

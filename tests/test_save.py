@@ -1,0 +1,79 @@
+"""What a checkpoint holds besides weights, which settings may differ from it, and what an export leaves."""
+
+import json
+import random
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from d2v_fast.checkpoint import CheckpointError
+from d2v_fast.train.build import build
+from d2v_fast.train.save import compare_settings, export, generator_states, load_generator_states, restore, save
+from d2v_fast.train.step import step
+from tests.test_training import config
+
+
+def test_every_generator_continues():
+    """Python's and numpy's too, which callbacks and encoders of one's own may use."""
+
+    def draw():
+        return random.random(), random.gauss(), np.random.rand(), np.random.randn(), torch.rand(()).item()
+
+    draw()  # numpy keeps the second of a pair of normal numbers
+    cpu = torch.device("cpu")
+    numbers, tensors = generator_states(cpu)
+    expected = [draw(), draw()]
+    load_generator_states(json.loads(json.dumps(numbers)), tensors, cpu)
+    assert [draw(), draw()] == expected
+
+
+def test_the_factor_of_loss_scaling_continues(tmp_path):
+    run, loaded = build(config("vision", tmp_path / "run")), []
+    factor = SimpleNamespace(state_dict=lambda: {"scale": 7.0}, load_state_dict=loaded.append)
+    step(run.state, run.feed.take(1))
+    run.accelerator.scaler = factor
+    save(run)
+    run.checkpoints.wait()
+    restore(run, run.checkpoints.newest())
+    assert loaded == [{"scale": 7.0}]
+
+
+@pytest.mark.parametrize(
+    "was, now, accumulate, message",
+    [
+        (4, 2, 3, "start 4, with torchrun --nproc-per-node=4 .*; or train.accumulate=6, for as many batches per step, or --"),
+        (4, 5, 3, "start 4, with torchrun --nproc-per-node=4 on one machine, or plain d2v-train for one; or --resume-allow"),
+        (1, 2, 3, "its run had 1 process, this one has 2; start 1"),
+        (4, 2, 6, ""),  # as many micro-batches a step
+        (4, 4, 6, ""),
+    ],
+)
+def test_another_number_of_processes(was, now, accumulate, message):
+    """The run had three micro-batches a step on each."""
+    compared = []
+    saved = SimpleNamespace(
+        folder="x",
+        reading=nullcontext,
+        state={"settings": {"processes": was, "train.accumulate": 3}},
+        compare=lambda kind, settings, allowed: compared.append(set(allowed)),
+    )
+    settings, kept = {"processes": now, "train.accumulate": accumulate}, {"processes", "train.accumulate"}
+    with pytest.raises(CheckpointError, match=message) if message else nullcontext():
+        compare_settings(saved, settings, SimpleNamespace(resume_allow=[]))
+    if not message:
+        assert compared[0] & kept == (kept if was != now else set())
+    compare_settings(saved, settings, SimpleNamespace(resume_allow=["processes"]))
+    assert "processes" in compared[-1]
+
+
+def test_an_export_holds_nothing_of_one_that_was_killed(tmp_path):
+    run = build(config("vision", tmp_path / "run"))
+    (run.folder.path / "export.tmp").mkdir()
+    (run.folder.path / "export.tmp" / "half").touch()
+    export(run)
+    names = {file.name for file in (run.folder.path / "export").iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "step.json"} <= names and "half" not in names
+    assert not (run.folder.path / "export.tmp").exists()
