@@ -477,8 +477,9 @@ class TestImages:
         assert random_box(10, 8, (0.1, 0.3), (1, 2), rng) == (5, 4, 10, 8)
         assert rng.asked[1] == pytest.approx((0, math.log(2)))
         assert [rng.asked[0], *rng.asked[2:]] == [(0.1, 0.3), (0, 6), (0, 5)]
-        rng = Drawn(1, 0)
-        assert random_box(9, 9, (1, 1), (1, 1), rng) == (0, 0, 9, 9) and len(rng.asked) == 4  # fits at once
+        for side in (1, 9):
+            rng = Drawn(1, 0)  # fits at once
+            assert random_box(side, side, (1, 1), (1, 1), rng) == (0, 0, side, side) and len(rng.asked) == 4
         for wide, high, expected in ((101, 9, (44, 0, 56, 9)), (9, 101, (0, 44, 9, 56))):
             rng = Drawn(0.95, 0)  # 29 × 29 does not fit, and 12 × 9 is the longest that may
             assert random_box(wide, high, (0.9, 1), (3 / 4, 4 / 3), rng) == expected and len(rng.asked) == 20

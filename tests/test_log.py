@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from d2v_fast.data import DataError
 from d2v_fast.train.build import build
 from d2v_fast.train.log import Progress, RunLog, Window, make_record
 from d2v_fast.train.step import Outcome, step
@@ -62,7 +63,7 @@ def test_a_line_has_means_over_the_window(tmp_path, clock):
     run.state.world = 2  # each has read as many samples
     record = make_record(run.state, run.window, run.broken, 9, torch.tensor(0.5))
     expected = {"step": 1, "loss": 3.0, "samples_per_s": 6.0, "data_wait": 0.25, "epoch": 9, "grad_norm": 0.5, "time": 5.0}
-    expected |= {"broken_samples": 1, "skipped_steps": 7, "ema_decay": 0.525}
+    expected |= {"broken_samples": 1, "skipped_steps": 7, "ema_decay": 0.525, "gradient_peak": 1.0}
     assert {name: record[name] for name in expected} == pytest.approx(expected)
 
 
@@ -140,3 +141,13 @@ def test_the_time_left(clock, capsys):
             progress.step()
             progress.show(record, part)
         assert capsys.readouterr().err == expected
+
+
+def test_unreadable_samples_are_counted_over_all_ranks(tmp_path, monkeypatch):
+    """Of 4000 images 40 may be; each rank has seen 21."""
+    run = build(config("vision", tmp_path / "run"))
+    run.broken.note([(i, f"{i}.png: empty") for i in range(21)])
+    others = {i: f"{i}.png: empty" for i in range(100, 121)}
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, others])
+    with pytest.raises(DataError, match="42 of 4000 samples cannot be read"):
+        make_record(run.state, run.window, run.broken, 0, torch.tensor(1.0))

@@ -162,3 +162,11 @@ def test_recordings(tmp_path):
     assert one.lengths.tolist() == other.lengths.tolist() and other.source.groups == ["7", "8", "7", "8"]
     batches = [data.__getitems__([(0, i) for i in range(4)]) for data in (one, other)]
     assert all((batches[0][name] == batches[1][name]).all() for name in ("source", "mask"))
+
+
+def test_thrift_by_hand():
+    """Compact protocol: −2, true and false; then 300 as field 20, the bytes "ab", and a struct of its own with 5."""
+    data = bytes([0x15, 0x03, 0x11, 0x12, 0x05, 0x28, 0xD8, 0x04, 0x18, 0x02, 0x61, 0x62, 0x1C, 0x16, 0x0A, 0x00, 0x00, 0xFF])
+    assert module._thrift(b"?" + data, 1) == ({1: -2, 2: True, 3: False, 20: 300, 22: {1: 5}}, len(data))
+    with pytest.raises(ValueError, match="has the thrift type 9"):
+        module._thrift(bytes([0x19, 0x00]), 0)

@@ -346,6 +346,15 @@ class TestPieces:
         monkeypatch.setattr(text, "PIECE", 1)
         assert sum(map(len, text._batches(documents, cut=True))) > 500
 
+    def test_more_documents_than_are_encoded_at_a_time(self, tmp_path):
+        """A thousand; each block is still of its own document."""
+        lines = [f"{WORDS[i % 8]} {i}" for i in range(2500)]
+        (tmp_path / "a.txt").write_text("\n".join(lines))
+        data = text_data(tmp_path / "a.txt", cross_documents=False, block_size=32)
+        assert len(data) == 2500 and len(data.document_ends) == 2500 and data.document_ends[-1] == len(data.ids)
+        found = [data.tokenizer.decode(data.load(i, None)[1:-1]).strip() for i in (0, 999, 1000, 1001, 2000, 2499)]
+        assert found == [lines[i] for i in (0, 999, 1000, 1001, 2000, 2499)]
+
     def test_batches_are_small(self):
         documents = [self.document(100_000), self.document(10), "x" * 500_000]
         for cut, most in ((True, 2**18 + 500_000), (False, 2**18 + max(map(len, documents)))):
