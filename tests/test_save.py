@@ -62,10 +62,10 @@ def test_another_number_of_processes(was, now, accumulate, message):
     )
     settings, kept = {"processes": now, "train.accumulate": accumulate}, {"processes", "train.accumulate"}
     with pytest.raises(CheckpointError, match=message) if message else nullcontext():
-        compare_settings(saved, settings, SimpleNamespace(resume_allow=[]))
+        compare_settings(saved, settings, SimpleNamespace(resume_allow=[], defaults=dict))
     if not message:
         assert compared[0] & kept == (kept if was != now else set())
-    compare_settings(saved, settings, SimpleNamespace(resume_allow=["processes"]))
+    compare_settings(saved, settings, SimpleNamespace(resume_allow=["processes"], defaults=dict))
     assert "processes" in compared[-1]
 
 
