@@ -1,4 +1,6 @@
-"""Registers, shared memory, spills and instructions of the GPU kernels, compiled without a GPU; nothing is measured.
+"""Registers, shared memory, spills and instructions of the GPU kernels, and launches and bytes of a call of the loss.
+
+The kernels are compiled without a GPU; nothing is measured.
 
 python -m benchmarks.kernels                 compile the recipes' kernels for three GPUs, write results/kernels.json, print them
 python -m benchmarks.kernels --only audio    recipes whose names contain this; print only
@@ -21,6 +23,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from d2v_fast.ops import loss_implementation, triton_conv, triton_loss
 
@@ -38,6 +42,7 @@ LOSS_KERNELS = (
 CONV_KERNELS = ("_conv_kernel", "_weight_grad_kernel")
 TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.float64: "*fp64"}
 TYPES |= {torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64"}
+CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 Call = Callable[[], Callable[[], object]]
 
 
@@ -149,8 +154,34 @@ def recorded(module: Any, names: Iterable[str]) -> Iterator[list[Launch]]:
         yield launches
 
 
+class Operations(TorchDispatchMode):
+    """Reports each operation of torch that launches something, also inside our operators, and the tensors of its arguments and
+    results. Allocations, views and empty results launch nothing.
+    """
+
+    FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+    def __init__(self, report: Callable[[Any, list[Tensor]], None]):
+        super().__init__()
+        self.report = report
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.namespace == "d2v_fast":  # look inside instead of seeing one call
+            with self:
+                return function.redispatch(CPU, *args, **kwargs)
+        out = function(*args, **kwargs)
+        taken, made = ([x for x in tree_leaves(each) if isinstance(x, Tensor)] for each in ((args, kwargs), out))
+        memory = {x.untyped_storage().data_ptr() for x in taken}
+        # `to` is called a view, but copies.
+        view = function.is_view and all(x.untyped_storage().data_ptr() in memory for x in made)
+        if any(x.numel() for x in made) and not view and function.__name__.partition(".")[0] not in self.FREE:
+            self.report(function, taken + made)
+        return out
+
+
 def launches(shape: LossShape | ConvShape, stats: bool = False) -> list[Launch]:
-    """Everything that a call and its backward launch."""
+    """All kernels of ours that a call and its backward launch."""
     with (
         mock.patch.object(triton_loss, "obstacle", lambda device: None),
         recorded(triton_loss, LOSS_KERNELS) as loss,
@@ -158,6 +189,42 @@ def launches(shape: LossShape | ConvShape, stats: bool = False) -> list[Launch]:
     ):
         shape.call(stats)()()
     return loss + conv
+
+
+def traffic(launch: Launch) -> int:
+    """Bytes of the tensors that a launch of the loss reads or writes, each counted once; unscored teacher rows only if read."""
+    arguments = dict(launch.arguments)
+    layers = arguments.pop("x_ptrs", ())
+    if not arguments.get("PADDED"):
+        arguments.pop("padding_ptr", None)
+    distinct = {x.data_ptr(): x.nbytes for x in arguments.values() if isinstance(x, Tensor)}
+    share = 1.0
+    if launch.kernel.__name__ == "_loss_rows_kernel" and not arguments.get("WITH_MEAN"):
+        share = len(arguments["z_ptr"]) / (arguments.get("n_views", 1) * layers[0].shape[:2].numel())
+    return sum(distinct.values()) + round(share * sum(x.nbytes for x in layers))
+
+
+def call(shape: LossShape, stats: bool, batch: int = 8) -> dict[str, Any]:
+    """How many kernels of ours and operations of torch a call of the loss and its backward launch, and the bytes they touch."""
+    found: list[list[int]] = [[]]
+
+    def operation(function: Any, tensors: list[Tensor]) -> None:
+        distinct = {x.data_ptr(): min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors}
+        found[-1].append(sum(distinct.values()))
+
+    with (
+        mock.patch.object(triton_loss, "obstacle", lambda device: None),
+        mock.patch.object(triton_loss, "_n_processors", lambda device: 132),
+        recorded(triton_loss, LOSS_KERNELS) as ours,
+    ):
+        forward = shape.call(stats, batch)
+        with Operations(operation):
+            backward = forward()
+            first = len(ours)
+            found.append([])
+            backward()
+    counts = dict(forward=first + len(found[0]), backward=len(ours) - first + len(found[1]))
+    return dict(batch=batch, **counts, bytes=sum(map(traffic, ours)) + sum(map(sum, found)))
 
 
 def compiled(launch: Launch, arch: int) -> Any:
@@ -182,7 +249,7 @@ def compiled(launch: Launch, arch: int) -> Any:
             signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
             if isinstance(value, Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
                 divisible[(i,)] = [["tt.divisibility", 16]]
-    options = dict(num_warps=arguments.get("num_warps", 4), maxnreg=arguments.get("maxnreg"))
+    options = dict(num_warps=arguments.get("num_warps", 4))
     source = ASTSource(kernel, signature, constants, divisible)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -256,6 +323,15 @@ def offline(arch: int, shapes: dict[str, LossShape] | dict[str, ConvShape]) -> l
     return table
 
 
+def calls(shapes: dict[str, LossShape]) -> list[dict]:
+    """Rows of every call of these shapes, without and with statistics."""
+    about = ((name, shape, stats) for name, shape in shapes.items() for stats in (False, True))
+    return [
+        dict(case=name, dtype=str(shape.dtype).removeprefix("torch."), stats=stats) | call(shape, stats)
+        for name, shape, stats in about
+    ]
+
+
 COMPARED = ("warps", "registers", "spills", "shared", "instructions", "loop")
 
 
@@ -277,7 +353,7 @@ def changes(new: list[dict], old: list[dict]) -> list[str]:
 def main() -> None:
     from pytest_benchmark.utils import get_commit_info
 
-    from benchmarks.report import RESULTS, kernels_table, rows
+    from benchmarks.report import RESULTS, calls_table, kernels_table, rows
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="part of the names of recipes; writes nothing")
@@ -297,6 +373,8 @@ def main() -> None:
         for shapes in (LOSSES, CONVOLUTIONS)
         for found in offline(arch, {name: shape for name, shape in shapes.items() if only in name})
     ]
+    found = calls({name: shape for name, shape in LOSSES.items() if only in name})
+    entries += [dict(name="calls", extra_info=row) for row in found]
     import triton
 
     about = dict(gpu=f"compiled for {', '.join(f'sm_{arch}' for arch in ARCHITECTURES)}, not run", triton=triton.__version__)
@@ -308,9 +386,10 @@ def main() -> None:
         file.write_text(result + "\n", encoding="utf-8")
         print(kernels_table(file, everything=True))
         if old is not None:
-            (Path(folder) / "old.json").write_text(old, encoding="utf-8")
-            found = changes(rows(file, "kernels"), rows(Path(folder) / "old.json", "kernels"))
-            print("\n".join(["", *(found or ["nothing differs"])]))
+            before = Path(folder) / "old.json"
+            before.write_text(old, encoding="utf-8")
+            differ = changes(rows(file, "kernels"), rows(before, "kernels"))
+            print("\n".join(["", *(differ or ["no kernel differs"]), "", calls_table(file, before)]))
 
 
 if __name__ == "__main__":

@@ -295,7 +295,41 @@ KERNEL_FIGURES = dict(
     warps="warps", registers="registers", shared="shared memory, B", spills="spills, B", loop="instructions a loop"
 )
 
+
+def calls_table(path: Path, before: Path | None = None) -> str:
+    """Calls of the loss and their main kernel on sm_90, before → after: NAME-before.json and NAME.json, or all of two files."""
+    files = before or path.with_name(f"{path.stem}-before{path.suffix}"), path
+    if not files[0].exists():
+        return ""
+    columns = dict(forward="launches, forward", backward="backward", MB="MB") | KERNEL_FIGURES
+    then, now = found = [calls(file) for file in files]
+    lines = []
+    for case, stats in now:
+        shown = before or (case in KERNELS_SHOWN and (case == "text" or not stats))
+        if shown and (case, stats) in then:
+            pairs = [dict.fromkeys(each[case, stats][name] for each in found) for name in columns]
+            lines.append([f"{case}{', statistics' * stats}", *map(" → ".join, pairs)])
+    return markdown(["recipe", *columns.values()], lines) if lines else ""
+
+
+def calls(path: Path) -> dict[tuple, dict[str, str]]:
+    """Figures of each call of the loss and of its main kernel on sm_90, as text, by recipe and statistics.
+
+    A kernel that several recipes share is recorded under the first of them; the calls of the others are left out.
+    """
+    recorded = {(row["case"], row["stats"]): row for row in rows(path, "calls")}
+    found = {}
+    for row in rows(path, "kernels"):
+        key = row["case"], row["stats"]
+        if row["arch"] == 90 and key in recorded and row["kernel"] not in KERNELS_SMALL:
+            call = recorded[key]
+            found[key] = {name: str(call[name]) for name in ("forward", "backward")} | dict(MB=f"{call['bytes'] / 1e6:.1f}")
+            found[key] |= {name: kernel_figure(row, name) for name in KERNEL_FIGURES}
+    return found
+
+
 TABLES = {
+    "calls": [calls_table],
     "corpora": [corpora_table],
     "kernels": [kernels_table],
     "test_ema": [ema_table],

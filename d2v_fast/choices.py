@@ -32,7 +32,7 @@ class Range:
     interval: str
     zero: bool = False
 
-    def __contains__(self, number: float) -> bool:
+    def __contains__(self, number: Any) -> bool:
         low, high = (float(bound) for bound in self.interval[1:-1].split(","))
         above = low <= number if self.interval[0] == "[" else low < number
         inside = above and (number <= high if self.interval[-1] == "]" else number < high)
@@ -109,30 +109,32 @@ def _elements(value: Any) -> Iterator[Any]:
         yield value
 
 
-def check(name: str, value: Any, hint: Any) -> None:
-    """Raise a ValueError for a value that the Literal or the `Range` in a hint excludes; elements of a container one by one.
+class Rule:
+    """What an annotation allows by its Literal and `Range`; in a container, of each element. Anything if it has neither."""
 
-    A hint with neither is not checked.
-    """
-    expected, kinds = _range(hint), list(_kinds(hint))
-    choices = next((kind for kind in kinds if get_origin(kind) is Literal), None)
-    if expected is None and choices is None:
-        return
-    for element in _elements(value) if _is_container(hint) else [value]:
-        if any(_accepts(kind, element, expected) for kind in kinds):
-            continue
-        if choices and (expected is None or isinstance(element, str)):
-            one_of(name, element, choices)
-        alternative = " or None" if NoneType in kinds and not isinstance(element, Real) else ""
-        raise ValueError(f"{name}: found {element!r}, expected {expected}{alternative}")
+    def __init__(self, hint: Any):
+        kinds = list(_kinds(hint))
+        others = [kind for kind in kinds if get_origin(kind) is not Literal and kind not in (int, float)]
+        self.range, self.container = _range(hint), _is_container(hint)
+        self.words = tuple(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
+        self.numbers = int in kinds or float in kinds
+        self.classes = tuple(kind for kind in others if isinstance(kind, type) and kind is not Any)
+        self.open = (self.range is None and not self.words) or len(self.classes) < len(others)
 
-
-def _accepts(kind: Any, value: Any, expected: Range | None) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if kind in (int, float):
-        return isinstance(value, Real) and (expected is None or value in expected)
-    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
+    def check(self, name: str, value: Any) -> None:
+        """Raise a ValueError that says what is expected unless `value` is allowed."""
+        if self.open:
+            return
+        for element in _elements(value) if self.container else (value,):
+            if self.numbers and isinstance(element, Real):
+                if self.range is None or element in self.range:
+                    continue
+            elif element in self.words or isinstance(element, self.classes):
+                continue
+            if self.words and (self.range is None or isinstance(element, str)):
+                raise _not_among(name, element, self.words)
+            alternative = " or None" if NoneType in self.classes and not isinstance(element, Real) else ""
+            raise ValueError(f"{name}: found {element!r}, expected {self.range}{alternative}")
 
 
 def nearest(word: str, words: Any) -> str:
@@ -144,8 +146,12 @@ def nearest(word: str, words: Any) -> str:
 def one_of(name: str, value: Any, choices: Any) -> None:
     """Raise a ValueError that names the nearest choice unless `value` is one of the choices of a Literal."""
     if value not in get_args(choices):
-        hint = nearest(str(value), get_args(choices))
-        raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, get_args(choices)))}{hint}")
+        raise _not_among(name, value, get_args(choices))
+
+
+def _not_among(name: str, value: Any, words: tuple[Any, ...]) -> ValueError:
+    expected = ", ".join(map(repr, words))
+    return ValueError(f"{name}: found {value!r}, expected one of {expected}{nearest(str(value), words)}")
 
 
 def import_class(setting: str, name: str, base: type, public: str, error: type[ValueError] = ValueError) -> Any:
@@ -184,4 +190,4 @@ class Checked:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            check(name, getattr(self, name), hint)
+            Rule(hint).check(name, getattr(self, name))

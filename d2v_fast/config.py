@@ -32,10 +32,10 @@ from d2v_fast.choices import (
     PositiveFloat,
     PositiveInt,
     Range,
+    Rule,
     TargetNorm,
     argument_defaults,
     arguments,
-    check,
     nearest,
     ranges,
 )
@@ -474,7 +474,7 @@ class Config:
                 )
         for name, hint in arguments(data_class(self.modality, self.data["class"])).items():
             if name in self.data:
-                in_section("data", check, name, self.data[name], hint)
+                in_section("data", Rule(hint).check, name, self.data[name])
         if self.own_data:  # its settings may share a name with ours and mean something else
             values = {key: value for key, value in values.items() if not key.startswith("data.") or key == "data.views"}
         for key in ("data.crop_scale", "data.crop_ratio"):

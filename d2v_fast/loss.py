@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, Unpack, get_type_hints, overload
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.choices import Beta, Implementation, Norm, PositiveFloat, TargetNorm, check
+from d2v_fast.choices import Beta, Implementation, Norm, PositiveFloat, Rule, TargetNorm
 from d2v_fast.ops import loss_implementation
 from d2v_fast.ops.reference import LossStats
 
@@ -28,7 +28,7 @@ class LossSettings(TypedDict, total=False):
     impl: Implementation
 
 
-_HINTS = get_type_hints(LossSettings, include_extras=True)
+_RULES = {name: Rule(hint) for name, hint in get_type_hints(LossSettings, include_extras=True).items()}
 
 
 @overload
@@ -137,7 +137,7 @@ def data2vec_loss(
 def check_settings(**settings: Unpack[LossSettings]) -> None:
     """Raise a ValueError for settings of `data2vec_loss` that are invalid for any tensors."""
     for name, value in settings.items():
-        check(name, value, _HINTS[name])
+        _RULES[name].check(name, value)
 
 
 def _check_tensors(

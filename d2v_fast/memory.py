@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 FREE = 0.92  # share of a GPU that tensors can use; the rest is for CUDA, NCCL and fragmentation
+WORKING = 0.2  # what exists only while a block or the head runs, as a share of what it keeps for the backward; from counts
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Memory:
 
     Attributes:
         always: Allocated throughout the run.
-        passes: Peak in addition during forward and backward.
+        passes: Peak in addition during forward and backward, whichever is higher.
         update: Peak in addition while the weights are updated in a logged step.
     """
 
@@ -157,7 +158,7 @@ def model_on_meta(config: Config) -> Data2Vec:
         raise ConfigError(f"encoder: cannot be built for the estimate: {error}; train a few steps instead") from error
     if config.modality == "text" and hasattr(model.student, "mask_embedding"):
         model.student.mask_embedding.requires_grad_(False)
-    return model.train()
+    return model.train().to("meta")  # also what transformers creates with torch.Tensor(size)
 
 
 def _encoder_on_meta(config: Config, tokens: dict[str, int] | None) -> Encoder:
@@ -172,32 +173,30 @@ def _encoder_on_meta(config: Config, tokens: dict[str, int] | None) -> Encoder:
 
 
 @contextmanager
-def without_numbers(model: Data2Vec, batch: dict[str, Tensor], precision: str) -> Iterator[dict[str, Tensor]]:
+def without_numbers(model: Data2Vec, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Turn the model into fake tensors on which passes run as on a GPU, and yield the batch as fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True) as mode,
-        as_on_gpu(),
-        torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"),
-    ):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, as_on_gpu():
         model.to_empty(device="cpu")
         yield {name: mode.from_tensor(x) for name, x in batch.items()}
 
 
-def student_pass(model: Data2Vec, batch: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+def student_pass(model: Data2Vec, batch: dict[str, Tensor], precision: str) -> tuple[list[Tensor], Tensor]:
     """The teacher's layer results and the student's predictions: the forward pass up to the loss."""
-    features = model.student.embed(batch["source"])
-    shared = features.detach() if model.shares_features else None
-    layers = model.teacher_layers(batch["source"], shared, None, None if model.sparse else batch["index"])
-    if model.student.masks_features and not model.sparse:
-        features = model.student.mask_features(features, batch["mask"])
-    predicted = model.predict(batch["source"], features, batch["mask"], batch["index"], batch.get("visible"))
+    # As in a run, train.checkpointing keeps no cast weights. Without it autograd saves them anyway.
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32", cache_enabled=False):
+        features = model.student.embed(batch["source"])
+        shared = features.detach() if model.shares_features else None
+        layers = model.teacher_layers(batch["source"], shared, None, None if model.sparse else batch["index"])
+        if model.student.masks_features and not model.sparse:
+            features = model.student.mask_features(features, batch["mask"])
+        predicted = model.predict(batch["source"], features, batch["mask"], batch["index"], batch.get("visible"))
     return layers, predicted.predictions
 
 
 def activations(config: Config, checkpointing: bool) -> tuple[Data2Vec, dict[str, float]]:
-    """The model, and the bytes that a forward pass keeps for the backward, by kind.
+    """The model, and the bytes that a forward pass keeps for the backward, by kind; "features" are those before the blocks.
 
     Raises:
         ConfigError: The encoder does not run on tensors without values.
@@ -206,11 +205,14 @@ def activations(config: Config, checkpointing: bool) -> tuple[Data2Vec, dict[str
     if checkpointing:
         model.student.checkpoint_blocks()
     batch = example(config, model.student)
-    with without_numbers(model, batch, config.train.precision) as inputs:
+    with without_numbers(model, batch) as inputs:
         saved = Saved([*model.parameters(), *model.buffers()])
+        before = {"blocks": 0, "head": 0}
+        for name, module in (("blocks", model.student.blocks[0]), ("head", model.head)):
+            module.register_forward_pre_hook(lambda *_, name=name: before.update({name: saved.bytes}))
         try:
             with saved.counting():
-                layers, predictions = student_pass(model, inputs)
+                layers, predictions = student_pass(model, inputs, config.train.precision)
         except Exception as error:  # model classes raise all kinds of errors
             name = type(model.student.model).__name__
             raise ConfigError(
@@ -219,8 +221,13 @@ def activations(config: Config, checkpointing: bool) -> tuple[Data2Vec, dict[str
         results = Saved([])
         for layer in layers:
             results.add(layer)
-        loss = 3 * predictions.numel() * 4  # targets, errors and the gradient of the predictions
-    return model, {"activations": saved.bytes, "teacher's results": results.bytes, "loss": loss}
+    return model, {
+        "features": before["blocks"],
+        "blocks": before["head"] - before["blocks"],
+        "head": saved.bytes - before["head"],
+        "teacher's results": results.bytes,
+        "loss": 3 * predictions.numel() * 4,  # targets, errors and the gradient of the predictions
+    }
 
 
 def size(tensors: Iterable[Tensor]) -> float:
@@ -244,30 +251,45 @@ def need(config: Config | SeveralConfig, ranks: int = 1) -> dict[str, Memory]:
         )
     model, plain = activations(config, checkpointing=False)
     _, checkpointed = activations(config, checkpointing=True)
-    recomputed = (plain["activations"] - checkpointed["activations"]) / len(model.student.blocks)
-    checkpointed["a recomputed block"] = recomputed
+    recomputed = (plain["blocks"] - checkpointed["blocks"]) / len(model.student.blocks)
     found = {}
     for shards in (1, ranks) if ranks > 1 else (1,):
-        for passes in (plain, checkpointed):
-            names = ["train.checkpointing"] * (passes is checkpointed) + ["train.shard"] * (shards > 1)
-            found[" + ".join(names) or "neither"] = _memory(model, passes, shards)
+        for kept in (plain, checkpointed):
+            names = ["train.checkpointing"] * (kept is checkpointed) + ["train.shard"] * (shards > 1)
+            found[" + ".join(names) or "neither"] = _memory(model, kept, recomputed * (kept is checkpointed), shards)
     return found
 
 
-def _memory(model: Data2Vec, passes: dict[str, float], ranks: int) -> Memory:
+def _memory(model: Data2Vec, kept: dict[str, float], recomputed: float, ranks: int) -> Memory:
     trained = size(p for p in model.parameters() if p.requires_grad)
     teacher, total = size(model.teacher.module.parameters()), size(model.parameters())
     always = {"weights": total - teacher, "gradients": trained, "optimizer": 2 * trained, "teacher": teacher}
     # The monitor keeps the previous weights and computes differences.
     update = {"previous weights": total - teacher + teacher, "differences": total - teacher}
+    forward = {
+        "activations": kept["features"] + kept["blocks"] + kept["head"],
+        "teacher's results": kept["teacher's results"],
+        "loss": kept["loss"],
+        "working memory": WORKING * kept["head"],
+    }
+    block = kept["blocks"] / len(model.student.blocks)
+    backward = {"activations": kept["features"] + kept["blocks"], "working memory": WORKING * (block + recomputed)}
+    if recomputed:
+        backward["a recomputed block"] = recomputed
     if ranks > 1:
         always, update = ({name: value / ranks for name, value in part.items()} for part in (always, update))
-        blocks = [size(block.parameters()) for encoder in (model.student, model.teacher.module) for block in encoder.blocks]
-        outside = total - sum(blocks)
-        # Parameters outside the blocks with their gradients, plus two blocks, because the next one is prefetched: each as
-        # received and as used, and its gradients as computed and as sent.
-        passes = passes | {"gathered": outside + outside * trained / total + 6 * max(blocks)}
-    return Memory(always, passes, update)
+        # The gradients of a block take the place of its activations.
+        gradients = always.pop("gradients") - kept["blocks"]
+        if gradients > 0:
+            backward["gradients"] = gradients
+        student, teachers = ([size(block.parameters()) for block in x.blocks] for x in (model.student, model.teacher.module))
+        outside = total - sum(student) - sum(teachers)
+        # Parameters outside the blocks stay gathered. The backward of a block holds its parameters, those of the next one, its
+        # gradients and, if it is not the first one, those of the previous one, whose activations are freed.
+        sent = max(0, max(student) - block)
+        forward["gathered"] = outside
+        backward["gathered"] = outside + trained - sum(student) + 3 * max(student) + sent
+    return Memory(always, max(forward, backward, key=lambda part: sum(part.values())), update)
 
 
 def table(found: dict[str, Memory], gpu: float) -> str:

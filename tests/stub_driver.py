@@ -14,14 +14,11 @@ from itertools import product
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from benchmarks.kernels import BF16, CONVOLUTIONS, FP32, LOSSES, LossShape
+from benchmarks.kernels import BF16, CONVOLUTIONS, FP32, LOSSES, LossShape, Operations
 from d2v_fast.ops import triton_loss
 from tests.gate import NORMS
 
-CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # Length and views for every norm; the recipes are in `benchmarks.kernels`. The number of layers takes no shared memory.
 LENGTHS = {"text": (512, 0), "vision": (197, 0), "audio": (780, 0), "16 views": (196, 16), "8 views": (750, 8)}
 WIDTHS = (312, 768, 1024, 1280)
@@ -45,31 +42,19 @@ def cases() -> dict[str, tuple]:
     return found
 
 
-class Launches(TorchDispatchMode):
-    """Collects the launches of Triton and of torch, in order; allocations, views and empty tensors launch nothing."""
-
-    FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+class Launches(Operations):
+    """Collects the launches of Triton and of torch, in order."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(lambda operation, tensors: self.found.append([str(operation)]))
         self.found: list[list] = []
 
-    def report(self, name, x, y, z, threads, shared):
+    def report_kernel(self, name, x, y, z, threads, shared):
         self.found.append([name.decode(), [x, y, z], threads, shared])
 
     def take(self) -> list[list]:
         found, self.found = self.found, []
         return found
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "d2v_fast":  # look inside instead of seeing one call
-            with self:
-                return function.redispatch(CPU, *args, **(kwargs or {}))
-        out = function(*args, **(kwargs or {}))
-        written = any(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
-        if written and not function.is_view and function.__name__.partition(".")[0] not in self.FREE:
-            self.found.append([str(function)])
-        return out
 
 
 def use_stub(library: str, arch: int, shared_memory: int, report) -> object:
@@ -108,7 +93,7 @@ def main() -> None:
     library, arch, shared_memory, *names = sys.argv[1:]
     torch.set_num_threads(1)
     launches, known = Launches(), cases()
-    kept = use_stub(library, int(arch), int(shared_memory), launches.report)
+    kept = use_stub(library, int(arch), int(shared_memory), launches.report_kernel)
     with (
         mock.patch.object(triton_loss, "obstacle", lambda device: None),
         mock.patch.object(triton_loss, "_n_processors", lambda device: 132),

@@ -133,6 +133,50 @@ def test_the_committed_kernels_are_those_of_the_recipes():
     assert {row["arch"] for row in found} == set(kernels.ARCHITECTURES)
     assert {row["case"] for row in found} == {*kernels.LOSSES, *kernels.CONVOLUTIONS}
     assert {row["kernel"] for row in found} == {*kernels.LOSS_KERNELS, *kernels.CONV_KERNELS}
+    assert {row["case"] for row in report.rows(report.RESULTS / "kernels.json", "calls")} == set(kernels.LOSSES)
+
+
+def call_row(**figures):
+    return dict(case="text", dtype="bfloat16", stats=False, batch=8, forward=3, backward=1, bytes=8 * 10**6) | figures
+
+
+def test_calls_before_and_after(tmp_path):
+    def file(name, calls, found):
+        path = results(tmp_path / name, "kernels", *found)
+        content = json.loads(path.read_text())
+        content["benchmarks"] += [dict(name="calls", extra_info=row) for row in calls]
+        path.write_text(json.dumps(content))
+        return path
+
+    calls = [call_row(), call_row(stats=True), call_row(case="text, 8 views"), call_row(case="audio, 8 views")]
+    found = [kernel_row(arch=90), kernel_row(kernel="_order_kernel", arch=90), kernel_row(registers=999)]
+    now = file("kernels.json", calls, [*found, kernel_row(case="text, 8 views", arch=90)])
+    assert report.calls_table(now) == ""
+    calls = [call_row(forward=4, backward=4, bytes=12 * 10**6), call_row(case="audio, 8 views")]
+    before = file("kernels-before.json", calls, [kernel_row(arch=90, registers=72, loop=0)])
+    _, _, *lines = report.calls_table(now).splitlines()
+    assert lines == ["| text | 4 → 3 | 4 → 1 | 12.0 → 8.0 | 4 | 72 → 64 | 12288 | 0 | – → 219 |"]
+    assert report.calls_table(now, before) == report.calls_table(now)
+
+
+def test_launches_and_bytes_of_a_call(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.undo()  # NaN in empty tensors would be counted
+    shape = kernels.LossShape(channels=64, length=8, k=2)
+    found = kernels.call(shape, False, batch=3)  # 12 of 24 positions are scored, 128 bytes each
+    rows, partial = 12 * 128, 8  # predictions, their gradient, rows of a layer; loss and count of one program
+    order = 24 + 4 * 12
+    expected = order + (4 * rows + 4 * 12 + partial) + (partial + 3 * 4) + (2 * rows + 2 * 4)
+    assert found == dict(batch=3, forward=3, backward=1, bytes=expected)
+
+
+def test_operations_of_torch_are_reported():
+    found = []
+    with kernels.Operations(lambda operation, tensors: found.append((str(operation), [x.nbytes for x in tensors]))):
+        x = torch.ones(2, 3)
+        x.new_empty(5), x.view(6), torch.zeros(0)
+        x.view(6).add(1, alpha=2)
+    assert found == [("aten.ones.default", [24]), ("aten.add.Tensor", [24, 24])]
 
 
 SASS = """

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from d2v_fast.data import (
     DataError,
@@ -524,6 +524,19 @@ class TestImages:
         values = [np.asarray(color_jitter(grey, 0.4, rng)).mean() for _ in range(300)]
         assert 59 <= min(values) < 65 and 135 < max(values) <= 140
         assert np.mean(values) == pytest.approx(100, abs=5)
+
+    @pytest.mark.parametrize("strength", [0.4, 1.5])
+    def test_jitter_is_that_of_pillow_in_any_order(self, strength):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+        enhancers, orders = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color], set()
+        for seed in range(100):
+            rng, expected = np.random.default_rng(seed), image
+            order = rng.permutation(3).tolist()
+            for i in order:
+                expected = enhancers[i](expected).enhance(rng.uniform(max(0, 1 - strength), 1 + strength))
+            assert color_jitter(image, strength, np.random.default_rng(seed)).tobytes() == expected.tobytes()
+            orders.add(tuple(order))
+        assert len(orders) == 6
 
     @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
     def test_jitter_by_its_formulas(self, order):

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
-from d2v_fast import Data2Vec, TargetsConfig, diagnostics, memory, sharding, wrap
+from d2v_fast import Data2Vec, TargetsConfig, sharding, wrap
 from d2v_fast.checkpoint import Checkpoint, CheckpointError
 from d2v_fast.config import ConfigError, TrainConfig, parse
 from d2v_fast.train import build as building
@@ -35,7 +32,6 @@ from d2v_fast.train.step import forward_backward, to_device
 from d2v_fast.trained import load, read_config
 from tests import models, test_spliced, test_training, test_training_2
 
-torch.utils._device._device_constructors()  # which are kept, so before a fixture has others in their place
 DROPOUT = {
     "text": "encoder.config.hidden_dropout_prob=0.1 encoder.config.attention_probs_dropout_prob=0.1",
     "vision": "encoder.config.hidden_dropout_prob=0.1 encoder.config.attention_probs_dropout_prob=0.1",
@@ -74,6 +70,25 @@ def test_gradients_of_checkpointed_blocks_are_the_same_bits(modality, version, f
     assert torch.equal(again, loss) and found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
     assert len(calls) <= len(run.state.core.student.blocks)  # what hooks a block is not done twice
+
+
+def test_checkpointing_keeps_no_cast_weights(tmp_path):
+    """In bf16, with the same gradients as without it."""
+    found = {}
+    for on in ("false", "true"):
+        torch.manual_seed(0)
+        run = made("vision", 2, tmp_path / on, "train.precision=bf16", f"train.checkpointing={on}")
+        run.state.model.train()
+        cached = []
+        run.state.core.student.blocks[0].register_forward_pre_hook(
+            lambda *_, cached=cached: cached.append(torch.is_autocast_cache_enabled())
+        )
+        (batch,) = run.feed.take(1)
+        found[on] = gradients(run, batch)
+        assert cached == [on == "false"]
+    (loss, expected), (again, gradient) = found.values()
+    assert torch.equal(again, loss) and gradient.keys() == expected.keys()
+    assert [name for name in gradient if not torch.equal(gradient[name], expected[name])] == []
 
 
 def torchrun(ranks, cases, *machine):
@@ -599,129 +614,3 @@ def test_ranks_are_started_with_a_timeout_and_without_a_second_copy_of_gradients
     parallel.start(TrainConfig(timeout_minutes=0.25))
     found = {key: value for handler in asked for key, value in handler.to_kwargs().items()}
     assert found["timeout"].total_seconds() == 15 and found["gradient_as_bucket_view"]
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the tensors that live, by their storages, and the most of them so far."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        self.alive, self.bytes, self.most = {}, 0, 0
-        for tensor in tensors:
-            self.note(tensor)
-
-    def note(self, tensor):
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.alive:
-            self.alive[key] = weakref.ref(storage, lambda _: self.gone(key, size))
-            self.bytes += size
-            self.most = max(self.most, self.bytes)
-
-    def gone(self, key, size):
-        del self.alive[key]
-        self.bytes -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        for each in tree_leaves(out):
-            if isinstance(each, torch.Tensor):
-                self.note(each)
-        return out
-
-
-LARGE = "encoder.config.num_attention_heads=16 encoder.config.hidden_size={} encoder.config.num_hidden_layers={} "
-LARGE += "encoder.config.intermediate_size={}"
-COUNTED = {
-    # Of fewer parameters than activations, as where memory is short.
-    **{
-        name: f"{name} train.precision=fp32 encoder.config.num_hidden_layers=6"
-        for name in ("vision/tiny-2", "text/tiny", "audio/tiny")
-    },
-    "ViT-g/14": "vision/v2-huge14 " + LARGE.format(1408, 40, 6144),
-    "XLS-R 1B": "audio/data2vec-base --config audio/wav2vec2-base encoder.config.do_stable_layer_norm=true "
-    "encoder.config.layerdrop=0 encoder.config.conv_bias=true " + LARGE.format(1280, 48, 5120),
-}
-# Encoders that run whole, which the trial of `encoders.trial` has to run first.
-SMALL = "train.precision=fp32 encoder.config.hidden_size=64 encoder.config.num_hidden_layers=6 "
-SMALL += "encoder.config.num_attention_heads=2 encoder.config.intermediate_size=128 encoder.model="
-WHOLE = {
-    "modernbert": f"text/tiny {SMALL}modernbert encoder.config.max_position_embeddings=34",
-    "dinov3": f"vision/tiny {SMALL}dinov3_vit encoder.init=hf encoder.config.image_size=32 encoder.config.patch_size=4",
-    "ast": f"spectrogram/tiny-2 {SMALL}audio-spectrogram-transformer encoder.config.max_length=64 "
-    "encoder.config.num_mel_bins=64 encoder.config.patch_size=8 encoder.config.time_stride=8 encoder.config.frequency_stride=8",
-    "timm": "vision/tiny train.precision=fp32 encoder.init=hf encoder.model=timm/vit_tiny_patch16_224 "
-    "encoder.config.img_size=32 encoder.config.patch_size=4 encoder.config.embed_dim=64 "
-    "encoder.config.depth=6 encoder.config.num_heads=2",
-}
-COUNTED |= WHOLE
-
-
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name[0] in "VX")) for name in COUNTED])
-def test_the_doctors_memory_estimate_equals_the_peak_of_a_step(name, checkpointing):
-    """Counted in a whole step, backward and update included, of tensors without numbers; the doctor has run a forward alone."""
-    if name == "timm":
-        pytest.importorskip("timm")
-    config, _ = parse(["--config", *COUNTED[name].split()])
-    found = memory.need(config, 8)
-    doctor = found["train.checkpointing" if checkpointing else "neither"]
-    model = memory.model_on_meta(config)
-    if checkpointing:
-        model.student.checkpoint_blocks()
-    with memory.without_numbers(model, memory.example(config, model.student), config.train.precision) as inputs:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)  # as DistributedDataParallel has them from the start
-        optimizer = torch.optim.AdamW(trained, foreach=False)
-        optimizer.step()
-        kept = [x for state in optimizer.state.values() for x in state.values()]
-        live = Live([*model.parameters(), *(p.grad for p in trained), *kept])
-        assert live.bytes == pytest.approx(sum(doctor.always.values()), rel=1e-3)
-        with live:
-            layers, predictions = memory.student_pass(model, inputs)
-            (predictions - torch.zeros_like(predictions)).square().sum().backward()
-            del layers, predictions
-            optimizer.step()
-            model.update_teacher()
-    # The update of a logged step, whose differences the monitor takes, is not counted here.
-    assert sum(doctor.always.values()) + sum(doctor.passes.values()) == pytest.approx(live.most, rel=0.1)
-    if name in ("ViT-g/14", "XLS-R 1B"):
-        page = (Path(__file__).parents[1] / "docs/training.md").read_text()
-        (row,) = (line for line in page.splitlines() if line.startswith(f"| {name} "))
-        cells = row.split("|")[2:-1]
-        assert [f" {each.total / memory.GIB:.1f} " for each in found.values()] == cells[:4]
-        assert f" {live.most / memory.GIB:.1f} " == cells[4 + checkpointing]
-
-
-def doctor(command):
-    diagnostics.doctor(["--memory", *command.split()])
-
-
-def test_the_doctors_command(capsys):
-    doctor("--config vision/tiny-2 --gpus 8 --gpu-memory 80")
-    title, head, *rows = capsys.readouterr().out.splitlines()
-    assert title == "vision-tiny-2: bf16, 8 GPUs; within 10 %, without CUDA and NCCL"
-    assert head.split() == "GiB per GPU neither checkpointing shard checkpointing + shard".split()
-    assert rows[0].split()[0] == "weights" and rows[-1].split() == ["of", "80", *["fits"] * 4]
-    doctor("--config vision/tiny-2 --gpus 1 --gpu-memory 0.001")
-    *_, last = capsys.readouterr().out.splitlines()
-    assert last.split() == ["of", "0", "too", "much", "too", "much"]
-
-
-def test_the_doctor_divides_a_hybrid_run_by_the_ranks_of_a_machine(capsys, monkeypatch):
-    need, asked = memory.need, []
-    monkeypatch.setattr(memory, "need", lambda config, ranks: asked.append(ranks) or need(config, ranks))
-    doctor("--config vision/tiny-2 train.shard=hybrid --gpus 16 --machines 4 --gpu-memory 80")
-    assert "16 GPUs, sharded over 4;" in capsys.readouterr().out and asked == [4]
-    doctor("--config vision/tiny-2 train.shard=true --gpus 16 --machines 4 --gpu-memory 80")
-    assert "16 GPUs;" in capsys.readouterr().out and asked == [4, 16]
-    with pytest.raises(ConfigError, match=r"train.shard=hybrid: .* how many machines the 16 GPUs are in, such as --machines 1"):
-        doctor("--config vision/tiny-2 train.shard=hybrid --gpus 16")
-    with pytest.raises(ConfigError, match=r"--gpus 8 --machines 3: expected the same number of GPUs on each machine"):
-        doctor("--config vision/tiny-2 train.shard=hybrid --gpus 8 --machines 3")
-
-
-def test_the_doctor_refuses_several_modalities():
-    with pytest.raises(ConfigError, match=r"modality=several: .* those of vision or audio: a step trains one part"):
-        doctor("--config several/tiny-2")

@@ -266,10 +266,7 @@ def test_compiles_without_spills(compiler, arch):
     for row in table:
         print(*row.values(), sep=" | ")
     assert {row["kernel"] for row in table} == set(kernels.LOSS_KERNELS)
-    # ptxas trades up to four words outside the loop for one more block; any more would mean too large a tile. More than two
-    # have fp32 speech on sm_80, where 16 warps would move the spills to sm_90, and on sm_100 fp32 text with statistics,
-    # kept to 168 registers.
-    assert [row for row in table if row["spills"] > 16] == []
+    assert [row for row in table if row["spills"]] == []
     # The teacher, and nothing else is that large, is read 16 bytes at a time.
     for row in table:
         if row["kernel"] in TEACHER_KERNELS and row["case"] != "C not a multiple of 8":

@@ -12,7 +12,7 @@ from torch import nn
 
 import d2v_fast
 from d2v_fast import Data2VecLoss, EMATeacher
-from d2v_fast.choices import Range, check
+from d2v_fast.choices import Range, Rule
 from d2v_fast.config import EMAConfig, LossConfig, OptimizerConfig, TargetsConfig, TrainConfig
 from d2v_fast.masking import SpanMask, TokenMask
 
@@ -183,7 +183,7 @@ Share = Annotated[float, Range("[0, 1]")]
 )
 def test_words_and_numbers_in_any_annotation(hint, good, bad):
     for value in good:
-        check("x", value, hint)
+        Rule(hint).check("x", value)
     for value in bad:
         with pytest.raises(ValueError, match=r"^x: found .*, expected "):
-            check("x", value, hint)
+            Rule(hint).check("x", value)

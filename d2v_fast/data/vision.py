@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, ImageStat, PngImagePlugin, UnidentifiedImageError
 
 from d2v_fast.choices import ClosedUnitInterval, Finite, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from d2v_fast.data import (
@@ -209,10 +209,19 @@ def crop_to(image: Image.Image, size: int, box: Box) -> Image.Image:
 
 
 def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation, each scaled by U(1 - strength, 1 + strength), in random order."""
-    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+    """Brightness, contrast and saturation of an RGB image, each scaled by U(1 - strength, 1 + strength), in random order.
+
+    The bits are those of Pillow's `ImageEnhance`, which makes more copies.
+    """
     for i in rng.permutation(3):
-        image = enhancers[i](image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+        factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
+        if i == 0:
+            other = Image.new("RGB", image.size)
+        elif i == 1:
+            other = Image.new("RGB", image.size, (int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5),) * 3)
+        else:
+            other = Image.merge("RGB", [image.convert("L")] * 3)
+        image = Image.blend(other, image, factor)
     return image
 
 

@@ -341,8 +341,11 @@ def _loss_instance_kernel(
     present = exists
     if PADDED:
         present = exists & (tl.load(padding_ptr + batch * n_time + time, mask=exists, other=1) == 0)
+    n_present = tl.cast(n_time, tl.float32)
+    if PADDED:
+        n_present = tl.maximum(tl.sum(present.to(tl.float32)), 1.0)
+    share = 1 / n_present
     present = present[:, None]
-    share = 1 / tl.maximum(tl.sum(present.to(tl.float32), 0, keep_dims=True), 1.0)
     offset = batch * tl.cast(stride_xb, tl.int64) + time[:, None] * tl.cast(stride_xt, tl.int64)
     offset = tl.multiple_of(offset, [ALIGNED, ALIGNED]) + c * tl.cast(stride_xc, tl.int64)
     zeros = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
@@ -356,9 +359,11 @@ def _loss_instance_kernel(
     y = (y - tl.sum(y, 0, keep_dims=True) * share) * (1 / K)
 
     value = tl.zeros((BLOCK_T, 1), tl.float32)
-    weight = value
+    weight = tl.zeros((BLOCK_T,), tl.float32)
     for view in range(n_views):
-        row = tl.load(order_ptr + (batch * n_views + view) * n_time + time, mask=exists, other=-1)[:, None]
+        row = tl.load(order_ptr + (batch * n_views + view) * n_time + time, mask=exists, other=-1)
+        weight += (row >= 0).to(tl.float32)
+        row = row[:, None]
         scored = row >= 0
         row = tl.where(scored, row, -2 - row)
         z_offset = row.to(tl.int64) * C + c
@@ -366,12 +371,11 @@ def _loss_instance_kernel(
         error, slope = _error(z, y, scored & (c < C), beta, SQUARED)
         tl.store(grad_ptr + z_offset, slope.to(grad_ptr.dtype.element_ty), mask=(row >= 0) & (c < C))
         value += tl.sum(error, 1, keep_dims=True)
-        weight += scored.to(tl.float32)
     tl.store(loss_ptr + batch * tl.num_programs(0) + tl.program_id(0), tl.sum(value))
     tl.store(count_ptr + batch, tl.sum(weight), mask=tl.program_id(0) == 0)
     if WITH_STATS:
         out = moments_ptr + batch * C + c
-        _, mean, m2 = _merge(weight, y, zeros)
+        _, mean, m2 = _merge(weight[:, None], y, zeros)
         tl.store(out, mean, mask=c < C)
         tl.store(out + n_batch * C, m2, mask=c < C)
         # Reload the predictions from the L2 cache: together with y they would not fit in registers.
@@ -542,7 +546,7 @@ def _alignment(x: Tensor) -> int:
     return math.gcd(16 // x.element_size(), x.stride(0), x.stride(1))
 
 
-def rows_tile(channels: int, itemsize: int, by_row: bool, affine: bool, stats: bool) -> dict:
+def rows_tile(channels: int, itemsize: int, affine: bool, stats: bool) -> dict:
     """Launch table of `_loss_rows_kernel`: 16 bytes per thread, 512 per warp, and as many warps per row as registers need."""
     # Moments take four more numbers per channel, the mean and rstd of a layer two.
     per_warp = (512 if affine and itemsize == 4 else 768) if stats else 1280
@@ -556,7 +560,6 @@ def rows_tile(channels: int, itemsize: int, by_row: bool, affine: bool, stats: b
         # The mean and rstd of a layer are pipelined too.
         STAGES=_stages((block_n * itemsize + 8 * affine) * block_c * triton.cdiv(channels, block_c)),
         num_warps=4 * warps,
-        maxnreg=168 if stats and by_row and warps == 1 else None,  # fits a third block on a multiprocessor
     )
 
 
@@ -683,12 +686,12 @@ def loss(
             )
             means = torch.zeros((batch, channels if target_mean else 0), dtype=torch.float32, device=z.device)
         else:
-            tile = rows_tile(channels, layers[0].element_size(), by_row, norm in POOLED, stats)
+            tile = rows_tile(channels, layers[0].element_size(), norm in POOLED, stats)
             block_n = tile["BLOCK_N"]
             n_tiles = triton.cdiv(n_rows, block_n) if by_row else batch * triton.cdiv(length, block_n)
             programs = max(n_tiles, 1)
             if stats:  # as many as run concurrently, because each writes moments
-                programs = min(programs, (3 if tile["maxnreg"] else 8 // tile["num_warps"] or 1) * _n_processors(z.device))
+                programs = min(programs, (8 // tile["num_warps"] or 1) * _n_processors(z.device))
             statistics = (z, z)
             if norm in POOLED:
                 statistics, norm = _channel_statistics(layers, padding_mask, norm), "affine"

@@ -27,7 +27,7 @@ def start(train: TrainConfig) -> Accelerator:
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     check_device(train.device)
     check_slurm()
@@ -40,6 +40,8 @@ def start(train: TrainConfig) -> Accelerator:
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # otherwise gradients are stored twice
                 InitProcessGroupKwargs(timeout=timedelta(minutes=train.timeout_minutes)),
+                # Otherwise autocast keeps a cast copy of all weights until the forward pass ends.
+                AutocastKwargs(cache_enabled=False if train.checkpointing else None),
             ],
         )
     if train.threads:  # after accelerate, which may set them too
