@@ -213,3 +213,12 @@ def test_a_padded_batch_of_speech_equals_its_samples_one_by_one(target_norm):
     for found, *each in zip(gradients, *(gradient for _, gradient in alone), strict=True):
         wanted = sum(w * gradient for w, gradient in zip(weights, each, strict=True))
         assert (found - wanted).norm() <= 1e-8 * wanted.norm() + 1e-11
+
+
+def test_masked_channels_are_zero_for_the_student():
+    """After masking, so that the mask vector has zeros there too."""
+    model, batch = in_place("audio/tiny")
+    channels, mask = torch.rand(2, 32) < 0.5, batch["mask"]
+    features = torch.where(mask[..., None], model.student.mask_token, model.student.embed(batch["source"]))
+    expected = model.student.contextualize(torch.where(channels[:, None], 0.0, features))[mask]
+    close(model(**batch, channel_mask=channels).states, expected)
