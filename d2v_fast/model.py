@@ -16,7 +16,7 @@ from d2v_fast.config import EMAConfig, HeadConfig, LossConfig, TargetsConfig
 from d2v_fast.decoders import ConvDecoder, regression_head
 from d2v_fast.ema import EMATeacher
 from d2v_fast.encoders import Encoder
-from d2v_fast.loss import check_settings, data2vec_loss
+from d2v_fast.loss import data2vec_loss
 from d2v_fast.masking import visible_positions
 from d2v_fast.ops.reference import LossStats, errors
 from d2v_fast.predictors import Predicted, in_place, visible_only
@@ -116,7 +116,6 @@ class Data2Vec(nn.Module):
             scale=scales.get(loss.scale, loss.scale),
             impl=loss.impl,
         )
-        check_settings(**self.loss_settings, reduction="mean", layout="BTC")
 
     def forward(
         self,
