@@ -107,6 +107,7 @@ def counted(config, checkpointing, ranks=1, hybrid=False):
             loss = (predictions - torch.zeros_like(predictions)).square().sum()
             del layers, predictions
             loss.backward()
+            del loss  # whose graph holds the input and, with wav2vec2, a gradient of it
             inputs.clear()
             passes, live.most = live.most, live.bytes
             with torch.no_grad():
@@ -190,8 +191,7 @@ def test_the_estimate_equals_the_peak_of_a_sharded_step(name, checkpointing, ran
     always, passes, update = counted(config, checkpointing, WORLD)
     assert always == pytest.approx(sum(doctor.always.values()), rel=1e-2)
     assert passes == pytest.approx(always + sum(doctor.passes.values()), rel=0.1)
-    # Of the peak of the step, because the input of tiny audio, which is still there, exceeds a tenth of the sharded weights.
-    assert update == pytest.approx(always + sum(doctor.update.values()), abs=0.1 * max(passes, update))
+    assert update == pytest.approx(always + sum(doctor.update.values()), rel=0.1)
     check_table(name, found, 2 + checkpointing, max(passes, update))
 
 
