@@ -15,7 +15,7 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTModel, AutoFeatureEx
 from d2v_fast import probe, trained, wrap
 from d2v_fast.config import ConfigError, parse
 from d2v_fast.data import DataError
-from d2v_fast.data.spectrograms import SpectrogramData, frames, log_mel, spectrogram
+from d2v_fast.data.spectrograms import SpectrogramData, frames, log_mel, spectrogram, spectrogram_extractor
 from d2v_fast.encoders import build_encoder
 from d2v_fast.export import export_run
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask
@@ -91,9 +91,10 @@ class TestFilterBanks:
     @pytest.mark.parametrize("bins", [128, 64])
     def test_as_the_extractor_that_is_exported(self, samples, bins):
         wave = noise(samples)
-        extractor = ASTFeatureExtractor(num_mel_bins=bins, max_length=64, mean=-3.0, std=2.0)
+        extractor = spectrogram_extractor(64, bins, -3.0, 2.0)
         expected = extractor(wave, sampling_rate=16_000, return_tensors="np").input_values[0]
         found = spectrogram(wave, 64, bins, -3.0, 2.0)
+        assert isinstance(extractor, ASTFeatureExtractor)
         assert found.dtype == np.float32 and found.shape == (64, bins)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
