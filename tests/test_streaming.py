@@ -110,6 +110,11 @@ class TestText:
         document = [*data.tokenizer("dog runs", add_special_tokens=False)["input_ids"], data.tokenizer.sep_token_id]
         assert len(document) < 15 and [ids for *_, ids in samples] == np.resize(document, (3, 15)).tolist()
 
+    def test_a_file_without_a_row(self, corpus, tmp_path):
+        (tmp_path / "empty.txt").touch()
+        with pytest.raises(DataError, match=r"empty\.txt: holds no rows$"):
+            text_data(f"file://{tmp_path}/empty.txt", **corpus[1])
+
     def test_a_batch(self, corpus):
         path, settings = corpus
         data = text_data(path, streaming=True, **settings)
