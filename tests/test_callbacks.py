@@ -18,11 +18,13 @@ from d2v_fast import Callback
 from d2v_fast.config import ConfigError, parse
 from d2v_fast.data import DataError
 from d2v_fast.probe import knn_accuracy
+from d2v_fast.train import loop as loops
 from d2v_fast.train import train
 from d2v_fast.train.build import build
 from d2v_fast.train.callbacks import CallbackError, Callbacks, make_callback
 from d2v_fast.train.log import Trackers
 from d2v_fast.train.online_probe import OnlineProbe
+from d2v_fast.train.step import step
 from tests.test_training import config, records
 
 MINE = """
@@ -104,6 +106,21 @@ def test_callbacks_are_called_and_their_state_is_resumed():
     assert train(replace(resumed("train.steps=5"), resume_allow=["train.steps"])) == 0
     assert Path("mine.txt").read_text().splitlines()[:2] == ["start 4 4", "step 5 True"]
     assert records(Path("run"))[-1]["seen"] == 5
+
+
+def test_each_checkpoint_is_told_of_once_it_is_written(monkeypatch):
+    """Between two steps; also of the one before the last, which the last follows at once."""
+    run = build(config("vision", "run", "train.steps=7", "train.save_every=3", "train.callbacks=[mine:Notes]"))
+
+    def waiting(state, batches):
+        run.checkpoints.wait()
+        return step(state, batches)
+
+    monkeypatch.setattr(loops, "step", waiting)
+    assert loops.loop(run) == 0
+    said = [line.split()[:2] for line in Path("notes.txt").read_text().splitlines()]
+    found = [word for kind, word in said if kind in ("step", "checkpoint")]
+    assert found == ["1", "2", "3", "4", "step-3", "5", "6", "7", "step-6", "step-7"]
 
 
 def test_a_resumed_run_may_add_or_drop_callbacks():

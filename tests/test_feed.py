@@ -1,5 +1,8 @@
 """Batches on their way to the device: images as uint8 until there, the next batch copied while a step runs."""
 
+import multiprocessing
+import os
+import signal
 import threading
 from contextlib import contextmanager
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 from d2v_fast.config import parse
-from d2v_fast.data import EpochBatches, Unfinished
+from d2v_fast.data import DataError, EpochBatches, Unfinished
 from d2v_fast.data.streaming import StreamBatches
 from d2v_fast.data.vision import MEAN, STD, ImageData, tables
 from d2v_fast.masking import RandomMask
@@ -110,17 +113,24 @@ def gpu(monkeypatch):
     return events
 
 
-def feed(data, device, start=0):
+def feed(data, device, start=0, workers=0):
     order = EpochBatches(len(data), 2, seed=0, start=start)
-    return Feed(data, order, 0, torch.device(device), BrokenSamples(len(data), 0.01))
+    return Feed(data, order, workers, torch.device(device), BrokenSamples(len(data), 0.01))
 
 
 @pytest.fixture
 def no_pinning(monkeypatch):
+    """Pinning memory takes a GPU. Lists for which loaders it was asked."""
     import d2v_fast.train.feed as module
 
-    make = module.make_loader
-    monkeypatch.setattr(module, "make_loader", lambda data, order, workers, pin_memory: make(data, order, workers))
+    make, asked = module.make_loader, []
+
+    def unpinned(data, order, workers, pin_memory):
+        asked.append(pin_memory)
+        return make(data, order, workers)
+
+    monkeypatch.setattr(module, "make_loader", unpinned)
+    return asked
 
 
 def test_batches_are_copied_on_a_second_stream(images, gpu, no_pinning):
@@ -166,11 +176,44 @@ def test_a_batch_that_is_copied_ahead_is_not_counted(images, gpu, no_pinning):
     assert ahead.state_dict() == {"batches": 4}
     resumed = feed(images, "cuda", start=4)
     assert resumed.take(1)[0]["samples"] == ahead.take(1)[0]["samples"]
+    resumed.trained_on()
+    assert resumed.state_dict() == {"batches": 5}
 
 
 def test_only_with_a_gpu_are_batches_left_unfinished(images, gpu, no_pinning):
     assert feed(images, "cpu").loader.dataset is images
     assert isinstance(feed(images, "cuda").loader.dataset, Unfinished)
+    assert no_pinning == [False, True]
+
+
+def test_every_batch_counts_but_only_those_with_masked_positions_are_handed_over(images, monkeypatch):
+    """Unreadable ones neither count as unmasked nor end a row of those."""
+    monkeypatch.setattr("d2v_fast.train.feed.EMPTY", 3)
+    full = images.__getitems__(KEYS)
+    bare, unread = full | {"index": full["index"][:0]}, {"samples": [], "broken": [(9, "9.png: empty")]}
+    found = map(dict, [bare, bare, unread, full, bare, full, bare, unread, bare, bare])
+    monkeypatch.setattr(images, "__getitems__", lambda keys: next(found))
+    batches = feed(images, "cpu")
+    for number in (4, 6):
+        assert len(batches.take(1)[0]["index"])
+        batches.trained_on()
+        assert batches.state_dict() == {"batches": number} and batches.broken.seen == {9: "9.png: empty"}
+    with pytest.raises(DataError, match=r"no position in 3 batches in a row, the last one of samples \[3, 50, 7\]: raise mask"):
+        batches.take(1)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_workers_end_with_the_feed_and_interrupt_no_step(images, killed):
+    """torch's handler would raise in the middle of a step; without it, the next batch that does not arrive tells."""
+    before = set(multiprocessing.active_children())
+    batches = feed(images, "cpu", workers=1)
+    batches.take(1)
+    (worker,) = set(multiprocessing.active_children()) - before
+    if killed:
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
+    batches.close()
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_a_stream_that_is_copied_ahead_keeps_its_position(gpu, no_pinning, tmp_path):

@@ -15,7 +15,7 @@ from d2v_fast.ops import triton_adam, triton_loss
 from d2v_fast.train.build import build
 from d2v_fast.train.guards import NotFiniteError
 from d2v_fast.train.loop import loop
-from d2v_fast.train.step import Pending, can_be_late, step
+from d2v_fast.train.step import Pending, _to_host, can_be_late, step
 from tests.test_training import FIRST_SKIPPED, arguments, records
 
 pytestmark = pytest.mark.filterwarnings(FIRST_SKIPPED)
@@ -117,10 +117,15 @@ def test_what_the_host_knows_between_two_steps(tmp_path):
     assert state.skipped.suspects == [] and state.core.teacher.step == 2
 
 
-@pytest.mark.parametrize("obstacle", ["", "not fused", "lamb", "ranks", "scaler", "cpu", "no triton", "not fp32"])
+@pytest.mark.parametrize(
+    "obstacle", ["", "not fused", "lamb", "ranks", "scaler", "cpu", "no triton", "not fp32", "one pass", "copied"]
+)
 def test_where_the_device_can_skip(tmp_path, obstacle, monkeypatch):
     lamb = ["optimizer.kind=lamb"] if obstacle == "lamb" else []
     state = build(parse(arguments("vision", tmp_path / "run", *lamb))[0], fused=obstacle != "not fused").state
+    state.core.teacher.moved_by_optimizer = obstacle == "one pass"
+    if obstacle == "copied":
+        state.core.teacher.copied = frozenset(name for name, _ in state.core.student.named_parameters())
     state.device = torch.device("cpu" if obstacle == "cpu" else "cuda")
     state.world = 2 if obstacle == "ranks" else 1
     if obstacle == "scaler":
@@ -128,5 +133,26 @@ def test_where_the_device_can_skip(tmp_path, obstacle, monkeypatch):
     monkeypatch.setattr(triton_loss, "obstacle", lambda device: "no" if obstacle == "no triton" else None)
     prepared = mock.Mock(side_effect=ValueError if obstacle == "not fp32" else None)
     monkeypatch.setattr(triton_adam, "LerpUnless", prepared)
-    assert can_be_late(state) == (obstacle == "")
+    assert can_be_late(state) == (obstacle in ("", "one pass", "copied"))  # the last two have nothing to average here
     assert (state.core.teacher.lerp_unless is prepared.return_value) == (obstacle == "")
+
+
+def test_a_flag_of_a_gpu_is_read_once_its_copy_is_there(monkeypatch):
+    events = []
+
+    class Event:
+        def record(self):
+            events.append("recorded")
+
+        def synchronize(self):
+            events.append("awaited")
+
+    def copying(where, non_blocking):
+        assert where == "cpu" and non_blocking
+        events.append("copied")
+        return torch.tensor(True)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    flag = SimpleNamespace(device=torch.device("cuda"), to=copying)
+    pending = Pending(1, [], torch.tensor(0.0), torch.tensor(0.0), *_to_host(flag))
+    assert pending.wait() and events == ["copied", "recorded", "awaited"]

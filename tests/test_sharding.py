@@ -528,8 +528,12 @@ def test_another_number_of_ranks_has_an_equal_share_of_what_was():
     assert share(saved, 1, 2) is saved[1]
     assert share(ranks(12, 13), 0, 5)["batches"] == 5  # the step that one rank took more for is not done again
     found = share(ranks(12, 14), 2, 4)
+    assert found["batches"] == 6
     assert found["broken"] == [[7, "a.png"], [12, "12.png"], [14, "14.png"]]
     assert found["window"] == {"loss": 13.0, "cls_loss": 0.0, "steps": 4, "samples": 5.0, "waited": 1.0, "seconds": 2.0}
+    parts = [{"parts": {"vision": one, "audio": other}} for one, other in zip(ranks(12, 14), ranks(2, 5), strict=True)]
+    assert share(parts, 2, 4)["parts"] == {"vision": found, "audio": share(ranks(2, 5), 2, 4)}
+    assert share(parts, 1, 2) is parts[1]
 
 
 def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
@@ -614,3 +618,68 @@ def test_ranks_are_started_with_a_timeout_and_without_a_second_copy_of_gradients
     parallel.start(TrainConfig(timeout_minutes=0.25))
     found = {key: value for handler in asked for key, value in handler.to_kwargs().items()}
     assert found["timeout"].total_seconds() == 15 and found["gradient_as_bucket_view"]
+
+
+def test_a_full_tensor_is_spread_without_communication():
+    with as_rank(1, 2) as tensors:
+        for name, axis in AXES.items():
+            found = sharding.spread_as(FULL[name], tensors[name])
+            assert torch.equal(found.to_local(), FULL[name].chunk(2, axis)[1])
+            assert found.placements == tensors[name].placements
+        for tensor, like in (("even", "step"), ("uneven", "even"), ("step", "step")):  # not sharded, or of another shape
+            assert sharding.spread_as(FULL[tensor], tensors[like]) is FULL[tensor]
+        assert sharding.spread_as(tensors["even"], tensors["even"]) is tensors["even"]
+
+
+def test_gathered_parameters_are_put_back_whatever_happens():
+    """One that two modules share and one that is not sharded, in a group of one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)})
+        values, bias = model["a"].weight.detach().clone(), model["a"].bias
+        spread = nn.Parameter(distribute_tensor(values, init_device_mesh("cpu", (1,)), [Shard(0)]), requires_grad=False)
+        model["a"].weight = model["b"].weight = spread
+        with pytest.raises(KeyError):
+            with sharding.gathered(model, keep=True):
+                found = model["a"].weight
+                assert type(found.data) is torch.Tensor and torch.equal(found, values) and not found.requires_grad
+                assert model["b"].weight is found and model["a"].bias is bias
+                raise KeyError
+        assert model["a"].weight is spread and model["b"].weight is spread
+        with sharding.gathered(model, keep=False):
+            assert model["a"].weight is spread
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "hybrid, machine, axes",
+    [
+        (False, "2", [2, 0, 1, 2, 0]),
+        (True, "2", [2, 0, 0, 0, 0]),
+        (True, None, [2, 0, 1, 2, 0]),  # one machine
+    ],
+)
+def test_which_axis_is_sharded(hybrid, machine, axes, monkeypatch):
+    """The first, unless it has fewer rows than there are ranks and another one divides evenly: then the longest such."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if machine:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", machine)
+    core = Data2Vec(wrap(models.Handwritten(), "blocks", "mlp.2"), targets=TargetsConfig(top_k=2))
+    shapes = (1, 1, 8), (3, 5), (2, 8), (2, 4, 8), (8, 16)
+    for i, shape in enumerate(shapes):
+        core.register_parameter(f"own{i}", nn.Parameter(torch.arange(float(torch.Size(shape).numel())).view(shape)))
+    full = [core.get_parameter(f"own{i}").detach().clone() for i in range(5)]
+    with as_rank(1, 4):
+        sharding.shard(core, torch.device("cpu"), 4, hybrid)
+        local = 2 if hybrid and machine else 4
+        for i, axis in enumerate(axes):
+            found = core.get_parameter(f"own{i}")
+            assert found.placements[-1].dim == axis and len(found.placements) == 1 + hybrid
+            assert not hybrid or found.placements[0].is_replicate()
+            assert torch.equal(found.to_local(), full[i].chunk(local, axis)[1])
+        for encoder in (core.student, core.teacher.module):
+            assert all(hasattr(p, "placements") for p in encoder.parameters())

@@ -5,29 +5,35 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import soundfile
 import torch
+from filelock import FileLock, Timeout
 from transformers import AutoModel
 
+from d2v_fast import checkpoint
 from d2v_fast.checkpoint import CheckpointError
 from d2v_fast.config import ConfigError, OptimizerConfig, ScheduleConfig, TrainConfig, parse
 from d2v_fast.data import DataError
 from d2v_fast.diagnostics import CollapseError
 from d2v_fast.encoders import build_encoder
 from d2v_fast.train import folder as folders
+from d2v_fast.train import loop as loops
 from d2v_fast.train import train
 from d2v_fast.train.build import build, freeze_unused, make_encoder, make_model
-from d2v_fast.train.guards import BrokenSamples, NotFiniteError, SkippedSteps, StopRequest
+from d2v_fast.train.callbacks import CallbackError
+from d2v_fast.train.guards import BrokenSamples, NotFiniteError, SkippedSteps, StopRequest, WorkerDied
 from d2v_fast.train.loop import loop
 from d2v_fast.train.optim import lr_factor, make_optimizer
-from d2v_fast.train.parallel import check_restarts, check_slurm, start
+from d2v_fast.train.parallel import check_restarts, check_slurm, on_any, start
 from d2v_fast.train.step import clip, step
 from tests import models
 
@@ -124,6 +130,7 @@ def test_one_optimizer_step_by_hand(tmp_path):
     expected = tau * before[name] + (1 - tau) * dict(core.named_parameters())[name]
     assert torch.allclose(teacher, expected, atol=1e-7)
     assert core.teacher.step == 1
+    assert all(p.grad is None for p in core.parameters())  # their memory is free for the next forward pass
 
 
 @pytest.mark.parametrize("clip_norm, written", [(0.0, False), (0.5, True)])
@@ -140,9 +147,14 @@ def test_gradients_are_written_only_to_clip_them(tmp_path, clip_norm, written):
 def test_statistics_are_computed_only_for_the_log(tmp_path):
     run = build(config("vision", tmp_path / "run", "train.steps=5", "train.log_every=2"))
     seen = []
-    run.state.core.register_forward_hook(lambda module, inputs, output: seen.append(output.stats is not None))
+
+    def note(core, inputs, output):
+        seen.append((output.stats is not None, core.student.training))
+
+    run.state.core.eval()  # as pretrained weights are loaded
+    run.state.core.register_forward_hook(note)
     loop(run)
-    assert seen == [True, True, False, True, True]
+    assert seen == [(logged, True) for logged in (True, True, False, True, True)]
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):
@@ -338,6 +350,8 @@ def test_broken_samples_are_named_once_and_limited(caplog):
         broken.note([(5, "c.jpg: empty")])
     with pytest.raises(DataError, match="4 of 200"):  # counted over all ranks
         BrokenSamples(total=200, limit=0.01).judge(dict.fromkeys(range(4), "x.jpg: empty"))
+    with pytest.raises(DataError, match=r"7 of 200 .*:\n  0\n  1\n  2\n  3\n  4$"):  # the first five are named
+        broken.judge({i: str(i) for i in range(7)})
 
 
 def test_a_run_without_a_readable_sample_stops():
@@ -349,7 +363,7 @@ def test_a_run_without_a_readable_sample_stops():
 
 def test_each_rank_names_the_samples_of_its_skipped_steps(tmp_path):
     skipped = SkippedSteps(2, "{}.png".format, tmp_path, 3, {"train.seed": 1})
-    batches = [{"epoch": 4, "samples": [7, 8]}, {"epoch": 5, "samples": [9]}]
+    batches = [{"epoch": 4, "samples": [7]}, {"epoch": 4, "samples": [8]}, {"epoch": 5, "samples": [9]}]
     for number, loss in ((11, math.nan), (12, 2.0)):
         assert skipped.at_limit == (number == 12)
         skipped.judge(number - 1)
@@ -396,7 +410,8 @@ def test_batches_without_masked_positions_are_replaced(tmp_path):
 def test_environment_variables_of_accelerate_have_no_effect(tmp_path, monkeypatch, caplog):
     """Gradient accumulation would divide each gradient; the others would change precision, compilation or device."""
     plain = build(config("vision", tmp_path / "plain"))
-    variables = {"GRADIENT_ACCUMULATION_STEPS": "4", "MIXED_PRECISION": "bf16", "DYNAMO_BACKEND": "EAGER", "USE_CPU": "no"}
+    variables = {"GRADIENT_ACCUMULATION_STEPS": "4", "MIXED_PRECISION": "bf16", "DYNAMO_BACKEND": "EAGER", "USE_CPU": "yes"}
+    variables["USE_FSDP"] = "False"
     for name, value in variables.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     other = build(config("vision", tmp_path / "other"))
@@ -638,6 +653,20 @@ class TestStopRequest:
             assert stop.asked
         assert (signal.getsignal(number), signal.getsignal(signal.SIGTERM)) == before
 
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    def test_an_immediate_repeat_is_no_second_signal(self, number):
+        """torchrun forwards a Ctrl-C that its ranks already have from the terminal."""
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        before = signal.signal(number, default)
+        try:
+            with StopRequest() as stop:
+                for _ in range(3):
+                    os.kill(os.getpid(), number)
+                assert stop.asked
+            assert signal.getsignal(number) is default
+        finally:
+            signal.signal(number, before)
+
     def test_an_existing_signal_handler_is_kept(self):
         heard = []
         before = signal.signal(signal.SIGUSR1, lambda *args: heard.append(1))
@@ -679,3 +708,283 @@ def test_restarts_that_would_not_connect_are_warned_of(monkeypatch, caplog):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     check_restarts()
     assert "torchrun --max-restarts=3: restarted processes may fail" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "device, found, cpu",
+    [("auto", False, True), ("auto", True, False), ("cpu", True, True), ("cuda", True, False), ("cuda", False, None)],
+)
+def test_a_run_is_on_the_cpu_if_asked_or_without_a_gpu(device, found, cpu, monkeypatch):
+    """With a torch that was built for GPUs, on a machine with one and without one."""
+
+    def current(check_available=False):
+        return torch.device("cuda") if found or not check_available else None
+
+    asked = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: found)
+    monkeypatch.setattr(
+        accelerate, "Accelerator", lambda **kwargs: asked.append(kwargs["cpu"]) or SimpleNamespace(is_main_process=True)
+    )
+    with pytest.raises(ConfigError, match="finds no GPU") if cpu is None else nullcontext():
+        start(TrainConfig(device=device))
+    assert asked == ([] if cpu is None else [cpu])
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_one_rank_warns_of_what_the_environment_says(main, monkeypatch, caplog):
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **kwargs: SimpleNamespace(is_main_process=main))
+    start(TrainConfig())
+    assert not caplog.messages
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    start(TrainConfig())
+    said = [message.partition(":")[0] for message in caplog.messages]
+    assert said == (["torchrun --max-restarts=3", "ACCELERATE_DYNAMO_BACKEND=EAGER"] if main else [])
+
+
+def test_a_flag_of_any_rank_is_set_on_all():
+    def reduce(flags, how):
+        assert how == "sum"
+        return flags + torch.tensor([0.0, 0, 1, 2])  # of the other three
+
+    ranks = SimpleNamespace(num_processes=4, device=torch.device("cpu"), reduce=reduce)
+    assert on_any(ranks, True, False, False, True) == [True, False, True, True]
+    assert on_any(SimpleNamespace(num_processes=1), True, False) == [True, False]  # without waiting for a device
+
+
+def run_folder(output, main=True, **more):
+    settings = dict(train=SimpleNamespace(output=output and str(output)), name="text-tiny", resume=False, parts={})
+    return folders.RunFolder(SimpleNamespace(**settings | more), main)
+
+
+def locked(folder):
+    """As another process finds it."""
+    other = FileLock(folder / ".lock", timeout=0)
+    try:
+        other.acquire()
+    except Timeout:
+        return True
+    other.release()
+    return False
+
+
+def test_a_folder_is_locked_until_its_run_leaves(tmp_path):
+    """Also a run that was built before in this process and never started."""
+    path = tmp_path / "a" / "run"
+    runs = [run_folder(path), run_folder(path)]
+    assert locked(path)
+    runs[1].leave(1)
+    assert not locked(path)
+    (path / "log.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ConfigError, match="already holds a run; it has no checkpoint"):
+        run_folder(path)
+    assert not locked(path)
+    (path / "log.jsonl").rename(path / "checkpoints")
+    with pytest.raises(ConfigError, match="already holds a run; --resume continues it"):
+        run_folder(path)
+    assert not locked(path)
+
+
+def test_other_ranks_neither_create_nor_lock_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folders, "from_main", lambda value: "runs/of-rank-0" if value is None else value)
+    assert run_folder(None, main=False).path == folders.Path("runs/of-rank-0") and not list(tmp_path.iterdir())
+    (tmp_path / "run").mkdir()
+    other = run_folder("run", main=False)
+    assert not locked(other.path)
+
+
+def test_a_run_without_an_output_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = run_folder(None)
+    assert made.path.parent == folders.Path("runs") and locked(made.path)
+    for _ in range(2):  # by the loop and by its caller
+        made.leave(0)
+    assert not list((tmp_path / "runs").iterdir())
+    run_folder("missing", resume=True).leave(0)
+    assert not (tmp_path / "missing").exists()  # the checkpoint is missed elsewhere
+
+
+def test_what_parts_logged_before_the_first_checkpoint_is_removed(tmp_path):
+    logs = [tmp_path / part / name for part in ("", "vision") for name in ("log.jsonl", "alarms.jsonl")]
+    (tmp_path / "vision").mkdir()
+    for checkpoint_exists in (True, False):
+        for log in logs:
+            log.write_text('{"step": 1}\n')
+        (tmp_path / "checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
+        if not checkpoint_exists:
+            (tmp_path / "checkpoints" / "step-1").rename(tmp_path / "checkpoints" / "step-1.tmp")
+        folder = run_folder(tmp_path, resume="auto", parts={"vision": None})
+        assert folder.resume is checkpoint_exists
+        assert [log.exists() for log in logs] == [checkpoint_exists] * 4
+        folder.leave(1)
+
+
+@pytest.mark.parametrize(
+    "main, there, seen, blind",
+    [
+        (True, True, [None, True], ""),
+        (True, True, [None, False, True, False], "ranks 1, 3 do"),
+        (True, False, [None, False], ""),  # --resume of a folder that is missing everywhere
+        (False, True, [True, None], "ranks 1 do"),
+    ],
+)
+def test_all_ranks_see_a_new_file_in_the_folder_or_stop(main, there, seen, blind, tmp_path, monkeypatch):
+    """None stands for this rank."""
+    path = tmp_path / "run"
+    if there:
+        path.mkdir()
+    folder = run_folder(path, main=False)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [own[0] if found is None else found for found in seen])
+    with pytest.raises(ConfigError, match=f"{blind} not see this folder of rank 0") if blind else nullcontext():
+        folder.check_shared(SimpleNamespace(is_main_process=main))
+    assert path.exists() == there and not list(tmp_path.glob("run/.shared*"))
+
+
+SAVED = "save close written export together"
+
+
+@pytest.mark.parametrize(
+    "error, done, world, shard, events",
+    [
+        (None, 3, 2, True, SAVED),
+        (CollapseError("x"), 3, 2, True, SAVED),  # raised on all ranks
+        (NotFiniteError("x"), 3, 2, False, SAVED),
+        (CallbackError("x"), 3, 1, False, "save close written export"),
+        (CallbackError("x"), 3, 2, False, "close written export"),  # other ranks train on
+        (CallbackError("x"), 3, 2, True, "close written"),  # nor do they join the export
+        (WorkerDied("x"), 3, 2, False, "close written export"),
+        (DataError("x"), 3, 2, True, "close written"),
+        (KeyError("x"), 0, 1, False, "close written"),  # nothing is learned
+    ],
+)
+def test_what_is_kept_when_the_steps_end(error, done, world, shard, events, monkeypatch):
+    found = []
+
+    def note(event):
+        return lambda *args, **kwargs: found.append(event)
+
+    run = SimpleNamespace(
+        each=[SimpleNamespace(feed=SimpleNamespace(close=note("close")))],
+        checkpoints=SimpleNamespace(wait=note("written")),
+        state=SimpleNamespace(done=done, world=world),
+        config=SimpleNamespace(train=SimpleNamespace(shard=shard)),
+        accelerator=SimpleNamespace(wait_for_everyone=note("together")),
+    )
+    monkeypatch.setattr(loops, "save", note("save"))
+    monkeypatch.setattr(loops, "_export", note("export"))
+    with pytest.raises(type(error)) if error else nullcontext():
+        with loops._ending(run, SimpleNamespace(asked=False)) as end:
+            if error:
+                raise error
+            end.save()
+    assert found == events.split() and not end.stopped
+    if isinstance(error, WorkerDied):  # the signal that asked the run to stop went to its workers too
+        with loops._ending(run, SimpleNamespace(asked=True)) as end:
+            raise error
+        assert end.stopped
+
+
+def test_a_run_whose_data_fail_saves_what_it_has_learned(tmp_path, monkeypatch):
+    run = build(config("vision", tmp_path / "run", "train.save_every=0"))
+    take = run.feed.take
+
+    def failing(number):
+        if run.state.done == 2:
+            raise DataError("the disk is gone")
+        return take(number)
+
+    monkeypatch.setattr(run.feed, "take", failing)
+    with pytest.raises(DataError, match="the disk is gone"):
+        loop(run)
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    assert json.loads((tmp_path / "run" / "export" / "step.json").read_text()) == {"step": 2}
+    assert not locked(tmp_path / "run")
+
+
+def test_a_signal_while_batches_are_loaded_ends_the_run_before_their_step(tmp_path, monkeypatch, caplog):
+    run = build(config("vision", tmp_path / "run"))
+    take = run.feed.take
+
+    def interrupted(number):
+        if run.state.done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(number)
+
+    monkeypatch.setattr(run.feed, "take", interrupted)
+    assert loop(run) == 130
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    assert "stopped at step 2 of 4" in caplog.text
+
+
+def test_when_a_run_exports_and_prepares_for_checkpoints(tmp_path, monkeypatch, caplog):
+    """The first of its exports does not fit on the disk."""
+    run = build(config("vision", tmp_path / "run", "train.steps=5", "train.export_every=2", "train.save_every=4"))
+    file, export, found, reserved = tmp_path / "run" / "export" / "step.json", loops.export, [], []
+
+    def exporting(part):
+        if part.state.done == 2:
+            raise OSError(28, "No space left on device")
+        export(part)
+
+    def noting(state, batches):
+        found.append(json.loads(file.read_text())["step"] if file.exists() else 0)
+        return step(state, batches)
+
+    monkeypatch.setattr(loops, "export", exporting)
+    monkeypatch.setattr(loops, "step", noting)
+    monkeypatch.setattr(loops, "reserve", lambda run: reserved.append(run.state.done))
+    assert loop(run) == 0
+    assert found == [0, 0, 0, 0, 4] and json.loads(file.read_text()) == {"step": 5} and reserved == [1]
+    assert caplog.text.count("the export could not be written, training continues: [Errno 28] No space left") == 1
+
+
+def test_a_checkpoint_that_is_due_while_another_is_written_comes_later(tmp_path, monkeypatch):
+    """Training does not wait for the disk."""
+    run = build(config("vision", tmp_path / "run", "train.steps=5", "train.save_every=1", "train.keep_last=9"))
+    allowed, write = threading.Event(), checkpoint.save_file
+
+    def slow(*args):
+        assert allowed.wait(5)
+        write(*args)
+
+    def stepping(state, batches):
+        if state.done == 3:
+            allowed.set()
+            run.checkpoints.wait()
+        return step(state, batches)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    monkeypatch.setattr(loops, "reserve", lambda run: None)  # which may take until the second step
+    monkeypatch.setattr(loops, "step", stepping)
+    assert loop(run) == 0
+    found = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == ["step-1", "step-4", "step-5"]
+
+
+@pytest.mark.filterwarnings(FIRST_SKIPPED)
+@pytest.mark.parametrize("other_is_finite", [True, False])
+def test_two_ranks_divide_by_the_positions_of_both_and_skip_together(other_is_finite, tmp_path, monkeypatch):
+    run = build(config("vision", tmp_path / "run", "train.accumulate=2"))
+    state, seen, others = run.state, [], [10, float(other_is_finite)]
+    batches = run.feed.take(2)
+    total = sum(int(batch["mask"].sum()) for batch in batches)
+
+    def reduce(value, how):
+        assert how == "sum"
+        return value + others.pop(0)
+
+    def passing(state, inputs, num_targets, parts):
+        seen.append((float(num_targets), parts))
+        return torch.ones(2)
+
+    state.world = 2
+    monkeypatch.setattr(state.accelerator, "reduce", reduce)
+    monkeypatch.setattr("d2v_fast.train.step.forward_backward", passing)
+    monkeypatch.setattr("d2v_fast.train.step.clip", lambda state: torch.tensor(1.0))
+    outcome = step(state, batches)
+    assert seen == [((total + 10) / 2, 1)] * 2 and (float(outcome.loss), float(outcome.cls_loss)) == (2, 2)
+    assert bool(outcome.finite) is other_is_finite and state.skipped.count == 1 - other_is_finite
+    assert state.core.teacher.step == other_is_finite
