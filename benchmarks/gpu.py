@@ -10,6 +10,7 @@ python -m benchmarks.gpu --dry    the same commands on a fake GPU (tests/fake_de
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import shutil
 import signal
@@ -39,6 +40,15 @@ def build_fake_gpu(library: Path) -> Path:
     source = ROOT / "tests" / "fake_gpu.cpp"
     subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", source, "-o", library, *link], check=True)
     return library
+
+
+def load_fake_gpu(library: str | Path) -> None:
+    """Register the fake GPU in place of torch's own. Must be called before torch is imported."""
+    folder = Path(find_spec("torch").origin).parent / "lib"  # type: ignore[union-attr, arg-type]
+    for name in ("libtorch_cpu.so", "libtorch_cuda.so"):  # only builds with CUDA have the second
+        if (folder / name).exists():
+            ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(library))
 
 
 def pytest(*args: str | Path, dry: bool) -> list[str]:
