@@ -18,6 +18,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+EXTRAS ?= dev,docs,tensorboard
 BIN := $(VENV)/bin
 DEMO ?= vision/tiny-2
 RUN ?= runs/demo
@@ -31,7 +32,7 @@ MEASURE := OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks/test_ben
 $(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet '$(TORCH)' -e '.[dev,docs,tensorboard]'
+	$(BIN)/pip install --quiet '$(TORCH)' -e '.[$(EXTRAS)]'
 	touch $@
 
 demo: $(BIN)/.installed

@@ -13,6 +13,7 @@ are skipped. It uses the first GPU; CUDA_VISIBLE_DEVICES=1 selects another.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import shutil
 import signal
@@ -89,6 +90,15 @@ def machine() -> str:
     used, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
     others = f", the first of {count}; CUDA_VISIBLE_DEVICES selects another" if count > 1 else ""
     return f"{used.name}, {used.total_memory / 1e9:.0f} GB{others}; torch {torch.__version__}, CUDA {torch.version.cuda}"
+
+
+def load_fake_gpu(library: str | Path) -> None:
+    """Register the fake GPU in place of torch's own. Must be called before torch is imported."""
+    folder = Path(find_spec("torch").origin).parent / "lib"  # type: ignore[union-attr, arg-type]
+    for name in ("libtorch_cpu.so", "libtorch_cuda.so"):  # only builds with CUDA have the second
+        if (folder / name).exists():
+            ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(library))
 
 
 def pytest(*args: str | Path, dry: bool) -> list[str]:

@@ -9,21 +9,18 @@ runs as it is written, which needs more memory. A case fails if it needs more th
 
 # ruff: noqa: E402
 import contextlib
-import ctypes
 import gc
-import importlib.util
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
-_torch = Path(importlib.util.find_spec("torch").origin).parent
-ctypes.CDLL(str(_torch / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
-ctypes.CDLL(os.environ["FAKE_GPU"])  # must be loaded before torch
+from benchmarks.gpu import load_fake_gpu
+
+load_fake_gpu(os.environ["FAKE_GPU"])
 
 import torch
 import torch.nn.functional as F
@@ -239,6 +236,7 @@ def _install() -> None:
     F.scaled_dot_product_attention = attention
     FakeTensor.__deepcopy__ = _deepcopy
     encoders.hub._check_states = lambda encoder: None  # reads values
+    torch._subclasses.fake_tensor.init_gpu_context = lambda device: None  # torch 2.11 would allocate a tensor on the GPU
     # transformers takes fake tensors for tracing and would skip the checks that read values.
     transformers.masking_utils.is_tracing = lambda *args: False
     triton_loss.obstacle = lambda device: None

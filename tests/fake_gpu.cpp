@@ -1,4 +1,4 @@
-// A GPU for tensors without data, in a torch built without CUDA: the streams and events that autograd asks for, which do nothing.
+// A GPU for tensors without data, for any build of torch: the streams and events that autograd asks for, which do nothing.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -11,9 +11,10 @@ struct FakeHooks : CUDAHooksInterface {
   bool isAvailable() const override { return true; }
   bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  long versionRuntimeCuDNN() const override { return 0; }
 };
 
-C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, FakeHooks);
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, FakeHooks);
 
 struct FakeGuard final : c10::impl::NoOpDeviceGuardImpl<kCUDA> {
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, Device(kCUDA, 0)); }

@@ -1,25 +1,22 @@
 """Training steps on a fake GPU: tensors with shape, dtype and device, but no data.
 
 Reading a value would synchronise with a real GPU, and mixing with host tensors would fail on one: both are errors here. Run
-as `python -m tests.fake_gpu fake_gpu.so CASE …` in a separate process, because the device must be registered before a torch
-without CUDA is imported. Prints JSON: the error of each case, or null.
+as `python -m tests.fake_gpu fake_gpu.so CASE …` in a separate process, because the device must be registered before torch is
+imported. Prints JSON: the error of each case, or null.
 """
 
 # ruff: noqa: E402
-import ctypes
-import importlib.util
 import json
 import sys
 import tempfile
 import traceback
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-_torch = Path(importlib.util.find_spec("torch").origin).parent
-ctypes.CDLL(str(_torch / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
-ctypes.CDLL(sys.argv[1])
+from benchmarks.gpu import load_fake_gpu
+
+load_fake_gpu(sys.argv[1])
 
 import torch
 import transformers.masking_utils
@@ -39,8 +36,10 @@ from d2v_fast.train.step import can_be_late
 from tests import models, test_training, test_training_2, waits
 
 MODE = FakeTensorMode()
+torch._subclasses.fake_tensor.init_gpu_context = lambda device: None  # torch 2.11 would allocate a tensor on the GPU
 torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: 0
+torch.cuda.is_current_stream_capturing = lambda: False
 torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
 torch.cuda.get_device_capability = lambda *args: (9, 0)
 torch.backends.cuda.is_flash_attention_available = lambda: True

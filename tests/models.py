@@ -1,5 +1,6 @@
 """Tiny encoders of every family, with random weights."""
 
+import zlib
 from dataclasses import fields
 
 import torch
@@ -46,6 +47,20 @@ def make(name, **settings):
         for parameter in encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return encoder
+
+
+def initialise(module):
+    """Set every weight from its name and shape: a recorded loss must not depend on how a library initialises."""
+    for name, weight in module.named_parameters():
+        if "position" in name and not weight.requires_grad:
+            continue  # sines and cosines
+        drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        if name.endswith("scale") or (weight.ndim == 1 and "bias" not in name and "mask" not in name):
+            drawn = 1 + 0.05 * drawn
+        else:
+            drawn *= weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.05
+        with torch.no_grad():
+            weight.copy_(drawn)
 
 
 SECTIONS = {

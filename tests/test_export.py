@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.utils import is_torchvision_available
 
 from d2v_fast import cli
 from d2v_fast.config import ConfigError
@@ -132,7 +133,11 @@ class TestInputs:
         for size in ((32, 32), (64, 64)):
             image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
             expected = to_pixels([center_crop(image, 32)], data.mean, data.std)
-            np.testing.assert_allclose(processor(image, return_tensors="np")["pixel_values"], expected, atol=1e-5)
+            found = processor(image, return_tensors="np")["pixel_values"]
+            levels = np.abs(found - expected) * 255 * np.array(data.std)[:, None, None]
+            # transformers resizes with torchvision if it is installed, which rounds a few pixels differently.
+            np.testing.assert_allclose(levels, 0, atol=1.001 if is_torchvision_available() and size != (32, 32) else 1e-3)
+            assert (levels > 1e-3).mean() < 2e-3
         assert processor(Image.new("L", (50, 90)), return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
 
     def test_speech(self, runs):
