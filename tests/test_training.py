@@ -355,7 +355,7 @@ def test_a_run_without_a_readable_sample_stops():
 
 def test_each_rank_names_the_samples_of_its_skipped_steps(tmp_path, caplog):
     skipped = SkippedSteps(2, "{}.png".format, tmp_path, 3, {"train.seed": 1})
-    batches = [{"epoch": 4, "samples": [7, 8]}, {"epoch": 5, "samples": [9]}]
+    batches = [{"epoch": 4, "samples": [7]}, {"epoch": 4, "samples": [8]}, {"epoch": 5, "samples": [9]}]
     for number, loss in ((11, math.nan), (12, 2.0)):
         assert skipped.at_limit == (number == 12)
         skipped.judge(number - 1)
