@@ -323,6 +323,15 @@ class TestLeftOut:
         with pytest.raises(DataError, match=r"no file with one of the extensions .png; found 5 .wav, 2 .m4a, 1 without"):
             find_files(str(tmp_path), (".png",))
 
+    @pytest.mark.parametrize("count", [9, 10])
+    def test_up_to_nine_types_are_named(self, tmp_path, count):
+        for i in range(count):
+            (tmp_path / f"a.x{i}").touch()
+        with pytest.raises(DataError) as error:
+            find_files(str(tmp_path), (".wav",))
+        named = ", ".join(f"1 .x{i}" for i in range(9))
+        assert str(error.value).endswith(f"found {named}" + ", …" * (count == 10))
+
     def test_pipes_sockets_and_devices(self, tmp_path, clips, caplog, busy_pipe, monkeypatch):
         monkeypatch.chdir(tmp_path)
         busy_pipe("pipe.wav")
@@ -459,6 +468,26 @@ class TestDigests:
         """Without their common beginning; more names than the 1000 that a thread takes at a time."""
         expected = [hashlib.blake2b(b"%d" % i, digest_size=8).digest() for i in range(2500)]
         assert Source([f"set/{i}" for i in range(2500)], None).digests().tobytes() == b"".join(expected)
+
+    @pytest.mark.parametrize("count, every", [(10_000, 1), (10_001, 2)])
+    def test_hashes_of_content(self, tmp_path, count, every):
+        """Written out, because a run resumes with the digests of the version that began it. Of a file: size and edges."""
+        large = np.random.default_rng(0).bytes(200_000)
+        (tmp_path / "large").write_bytes(large)
+
+        def file(i):
+            if i == 4:
+                raise FileNotFoundError
+            return str(tmp_path / "large") if i == 2 else io.BytesIO(b"x" * (i % 7))
+
+        def digest(i):
+            parts = [b"%d" % i, b"%d " % (i % 7) + b"x" * (i % 7)]
+            parts[1] = {2: b"200000 " + large[: 2**16] + large[-(2**16) :], 4: b"FileNotFoundError"}.get(i, parts[1])
+            return hashlib.blake2b(b"\0".join(parts if i % every == 0 else parts[:1]), digest_size=8).digest()
+
+        expected = np.frombuffer(b"".join(map(digest, range(count))), dtype=np.int64)
+        found = Source([f"set/{i}" for i in range(count)], None, file=file).digests()
+        assert self.changed(expected, found) == []
 
     @pytest.mark.parametrize(
         "begin, end, expected", [(2, 5, b"3 CDE"), (2, 8, b"6 CDEFGH"), (2, 12, b"10 CDEFIJKL"), (0, 26, b"26 ABCDWXYZ")]

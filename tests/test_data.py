@@ -22,12 +22,15 @@ from d2v_fast.data import (
     DataError,
     EpochBatches,
     PretrainingData,
+    Source,
+    _share_memory,
     expand_braces,
     find_files,
     first_line,
     is_local,
     load_hub,
     make_loader,
+    read_preprocessing,
 )
 from d2v_fast.data.audio import AudioData, count_samples, open_audio, read_audio, standardize
 from d2v_fast.data.builtin import SHAPES, WORDS, builtin_images, builtin_speech, builtin_text
@@ -43,7 +46,7 @@ from d2v_fast.data.vision import (
     random_box,
     to_pixels,
 )
-from d2v_fast.masking import BlockMask, ExactBlockMask, RandomMask, SpanMask, TokenMask
+from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask, SpanMask, TokenMask
 from d2v_fast.train.build import MULTIPLES
 
 RATE = 16_000
@@ -133,6 +136,7 @@ class TestEpochBatches:
         """Written out, because a run resumes at a position in the order of the version that began it."""
         drawn = np.random.default_rng([3, 7]).permutation(11).tolist()
         assert [batch.tolist() for batch in EpochBatches(11, 4, 3).epoch(7)] == [drawn[:4], drawn[4:8]]
+        assert EpochBatches(11, 11, -1).epoch(7)[0].tolist() == np.random.default_rng([2**64 - 1, 7]).permutation(11).tolist()
         lengths = np.random.default_rng(0).integers(1, 10_000, 450)
         drawn = np.random.default_rng([0, 2]).permutation(450).tolist()
         windows = [sorted(drawn[i : i + 200], key=lambda sample: lengths[sample]) for i in (0, 200, 400)]  # of 100 batches
@@ -191,6 +195,21 @@ class TestEpochBatches:
         assert [len(batch) for batch, size in zip(batches, padded, strict=True) if size > 300] == [1]
         assert np.median(padded) > 200
 
+    @pytest.mark.parametrize(
+        "lengths, limit, sizes",
+        [
+            ([10] * 7, 30, [3, 3, 1]),
+            ([10] * 5 + [20] * 2, 40, [4, 2, 1]),  # the fifth short one fills up the first pair of long ones
+            ([1] * 6, 6, [6]),
+            ([0] * 6, 6, [6]),  # of unreadable headers
+            ([50, 50], 30, [1, 1]),
+        ],
+    )
+    def test_filled_batches_by_hand(self, lengths, limit, sizes):
+        batches = EpochBatches(len(lengths), 8, lengths=np.array(lengths), max_batch_length=limit).epoch(0)
+        assert sorted(map(len, batches), reverse=True) == sizes
+        assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+
     @pytest.mark.parametrize("limit", [20, 64, 100, 300, 9000])
     def test_filled_batches_are_as_many_in_every_epoch(self, limit):
         """And hold all samples, none longer together than the limit, whose lengths are alike."""
@@ -225,26 +244,89 @@ class TestEpochBatches:
 
 
 @pytest.mark.parametrize(
-    "mask, grid, fits",
+    "mask, grid, refused",
     [
-        (SpanMask(length=8), 8, True),
-        (SpanMask(length=9), 8, False),
-        (SpanMask(length=2), (4, 8), False),
-        (ExactBlockMask(length=8), (4, 8), True),
-        (ExactBlockMask(length=9), (4, 8), False),
-        (BlockMask(31), (4, 8), True),
-        (BlockMask(32), (4, 8), False),
-        (BlockMask(1), 8, False),
-        (RandomMask(), (2, 3, 4), True),
-        (TokenMask(), 8, False),
-        (SpanMask(length=9), None, True),  # samples that differ in size
+        (SpanMask(length=8), 8, None),
+        (SpanMask(length=9), 8, r"^mask.length=9: one span would cover the whole grid 8; expected at most 8$"),
+        (SpanMask(length=2), (4, 8), r"^mask: SpanMask needs one axis, but the grid of the data is \(4, 8\)"),
+        (ExactBlockMask(length=8), (4, 8), None),
+        (
+            ExactBlockMask(length=9),
+            (4, 8),
+            r"^mask.length=9: one block would cover the whole grid \(4, 8\); expected at most 8$",
+        ),
+        (BlockMask(31), (4, 8), None),
+        (BlockMask(32), (4, 8), r"^mask.count=32: a sample has 32 positions"),
+        (BlockMask(1), 8, r"^mask: BlockMask needs two axes, but the grid of the data is 8"),
+        (RandomMask(), (2, 3, 4), None),
+        (TokenMask(), 8, r"^mask: TokenMask needs ids of a tokenizer"),
+        (SpanMask(length=9), None, None),  # samples that differ in size
     ],
 )
-def test_masks_that_fit_a_grid(mask, grid, fits):
+def test_masks_that_fit_a_grid(mask, grid, refused):
     data = PretrainingData(mask=mask)
     data.grid = grid
-    with nullcontext() if fits else pytest.raises(DataError, match=r"^mask"):
+    with pytest.raises(DataError, match=refused) if refused else nullcontext():
         data.check_mask()
+
+
+@pytest.fixture
+def rows():
+    """Three samples of eight numbers each."""
+    data = PretrainingData(mask=RandomMask(0.5))
+    data.source, data.grid = Source(list("abc"), lambda i: np.full(8, i)), (8,)
+    return data
+
+
+def test_a_batch_by_hand(rows):
+    """Samples are stacked, and masked by their keys with seed 0."""
+    batch = rows.__getitems__([(3, 2), (3, 0)])
+    assert batch["source"].tolist() == [[2] * 8, [0] * 8]
+    assert (batch["epoch"], batch["samples"], batch["broken"]) == (3, [2, 0], [])
+    mask = RandomMask(0.5)(Draws(0, 3, [2, 0]), 8)
+    assert np.array_equal(batch["mask"], mask) and batch["index"].tolist() == np.flatnonzero(mask).tolist()
+    rows.collate = lambda samples, draws: {"source": np.stack(samples), "target": np.stack(samples)}
+    with pytest.raises(DataError, match=r"^PretrainingData\.collate: returns no mask; found source, target$"):
+        rows.__getitems__([(3, 2)])
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return itertools.repeat({})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_has_the_workers_asked_for(rows, workers, monkeypatch, caplog):
+    """One for a stream, and none where a process cannot be forked. It draws nothing from the generator of dropout."""
+    order, before = EpochBatches(3, 2), torch.get_rng_state()
+    loader = make_loader(rows, order, workers)
+    assert [batch["samples"] for batch in itertools.islice(loader, 2)] == [
+        [index for _, index in keys] for keys in itertools.islice(order, 2)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert loader.num_workers == workers and not loader.pin_memory
+    assert loader.prefetch_factor == (4 if workers else None)
+    stream = Endless()
+    loader = make_loader(rows, stream, workers)
+    assert (loader.dataset, loader.batch_size, loader.num_workers) == (stream, None, min(workers, 1))
+    assert not caplog.messages
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    assert make_loader(rows, order, workers).num_workers == 0
+    assert len(caplog.messages) == (workers > 0)
+
+
+def test_only_a_worker_shares_memory(monkeypatch):
+    batch = {"samples": [1], "source": torch.zeros(3)}
+    assert not _share_memory(batch)["source"].is_shared()
+    monkeypatch.setattr("d2v_fast.data.get_worker_info", lambda: "a worker")
+    assert _share_memory(batch)["source"].is_shared() and batch["samples"] == [1]
+
+
+def test_an_encoder_without_preprocessing_has_none():
+    def missing(name):
+        raise OSError(f"{name} has no preprocessor_config.json")
+
+    assert read_preprocessing(lambda name: ({"of": name}, {}), "x") == {"of": "x"} and read_preprocessing(missing, "x") == {}
 
 
 @pytest.mark.parametrize(
@@ -314,9 +396,10 @@ class TestFiles:
         (inner / ".cache").mkdir()
         (inner / ".cache" / "f.png").write_text("x")
         (inner / "up").symlink_to("..")
+        (inner / "self.png").symlink_to("self.png")  # fails when it is read
         (tmp_path / "link").symlink_to("data")
         found = find_files(str(tmp_path / "link"), (".png",))
-        assert [os.path.basename(file) for file in found] == ["B.PNG", "a.png"]
+        assert [os.path.basename(file) for file in found] == ["B.PNG", "a.png", "self.png"]
 
     def test_patterns_and_odd_names(self, tmp_path):
         for name in ("a[1].wav", "b.wav", "c.flac"):
@@ -336,6 +419,7 @@ class TestFiles:
                 "{0..90..20}",
                 "a{b,c{1..2},}d",
                 "{a,{b,c}}",
+                "{a}{b,c}",
             ),
             *("x{}", "{a}", "{a..b", "a}b", "{{1..2}}", "{a{1..2}", "1..2", "{a{b,c}}", "{1..2..0}", "{,x}/{y}"),
         ],
@@ -352,6 +436,12 @@ class TestFiles:
         assert list(load_documents(f"{tmp_path}/{{x,y}}.txt")) == ["{x,y}.txt"]
         with pytest.raises(DataError, match=r"2 of the 6 files it names do not exist: .*/t-07\.txt, .*/t-12\.txt$"):
             load_documents(f"{tmp_path}/t-{{07..12}}.txt")
+        (tmp_path / "far" / "away").mkdir(parents=True)
+        (tmp_path / "far" / "away" / "v.txt").write_text("v")
+        for pattern, names in (("t-{08,11}", "t-08 t-11"), ("**/v", "far/away/v"), ("{**/v,u-1}", "far/away/v u-1")):
+            assert find_files(f"{tmp_path}/{pattern}.txt", (".txt",)) == [f"{tmp_path}/{name}.txt" for name in names.split()]
+        (tmp_path / "w-1.txt").mkdir()  # a pattern means files
+        assert find_files(f"{tmp_path}/{{u,w}}-*.txt", (".txt",)) == [f"{tmp_path}/u-1.txt"]
 
     @pytest.mark.parametrize("name", ["a[1]", "b [x]", "c*", "d?", "e{1,2}", "f'\"", "[!g]"])
     def test_a_name_is_no_pattern(self, tmp_path, name):
@@ -399,9 +489,22 @@ class TestFiles:
     def test_local_or_hub(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "here").mkdir()
-        names = ["here", "./there", "~/there", "/there", "there/", "there.txt", "there/*.wav"]
+        names = ["here", "./there", "~/there", "/there", "there/", "there.txt", "there/*.wav", "there/*", "there/{a,b}"]
         assert all(map(is_local, names))
         assert not any(map(is_local, ["wikitext", "user/set", "teknium/OpenHermes-2.5", "org/set-1.5T"]))
+        for name, parts in (("saved", ["state", "dataset_info"]), ("splits", ["dataset_dict"]), ("part", ["state"])):
+            (tmp_path / name).mkdir()
+            for part in parts:
+                (tmp_path / name / f"{part}.json").write_text("{}")
+            assert is_local(name) == (name == "part"), name
+
+        def said(path):
+            with pytest.raises(DataError, match=rf"^data\.path={path}: ") as error:
+                load_hub(path, None, "train")
+            return str(error.value).removeprefix(f"data.path={path}: ")
+
+        assert said("here").startswith("cannot be loaded as") and said("saved").startswith("cannot be loaded as")
+        assert said("no/such").startswith("no such file or folder here, and it cannot be loaded as")
 
 
 class TestImages:
@@ -1086,8 +1189,9 @@ class TestText:
         assert not own.mask_embedding.requires_grad
 
     def test_unreachable_set(self):
-        with pytest.raises(DataError, match=r"data.path=no/such: no such file or folder here, and it cannot be loaded"):
-            load_documents("no/such")
+        for opened in (load_documents, open_images):
+            with pytest.raises(DataError, match=r"data.path=no/such: no such file or folder here, and it cannot be loaded"):
+                opened("no/such")
 
 
 class TestBuiltin:

@@ -182,7 +182,8 @@ def test_a_batch_that_is_copied_ahead_is_not_counted(images, gpu, no_pinning):
 
 def test_only_with_a_gpu_are_batches_left_unfinished(images, gpu, no_pinning):
     assert feed(images, "cpu").loader.dataset is images
-    assert isinstance(feed(images, "cuda").loader.dataset, Unfinished)
+    unfinished = feed(images, "cuda").loader.dataset
+    assert isinstance(unfinished, Unfinished) and len(unfinished) == len(images)
     assert no_pinning == [False, True]
 
 

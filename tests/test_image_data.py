@@ -334,14 +334,23 @@ class TestSets:
             source.read(1)
 
     def test_a_column_of_images_goes_before_one_of_bytes(self, tmp_path, caplog):
-        rows = {"thumbnail": [png(1)], "image": [{"bytes": png(2), "path": None}], "hash": [b"x"]}
+        rows = {"thumbnail": [png(1)], "image": [{"bytes": png(2), "path": None}]}
         table = datasets.Dataset.from_dict(rows)
         table.to_parquet(str(tmp_path / "bytes.parquet"))
         table.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "typed.parquet"))
         assert np.asarray(open_images(str(tmp_path / "typed.parquet")).read(0)).max() == 2 and not caplog.messages
         with caplog.at_level(logging.WARNING):
             assert np.asarray(open_images(str(tmp_path / "bytes.parquet")).read(0)).max() == 1
-        assert "thumbnail, image, hash may all hold files; using column thumbnail" in caplog.text
+        assert "thumbnail, image may all hold files; using column thumbnail" in caplog.text
+
+    def test_a_folder_without_parquet_files_of_the_split(self, tmp_path):
+        for name, content in (("set/a.parquet", None), ("other/a.csv", "id\n1\n")):
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).write_text(content) if content else pq.write_table(pa.table({"image": [png(1)]}), tmp_path / name)
+        with pytest.raises(DataError, match=r"set: cannot be loaded as a Hugging Face data set \(name=None, split=test\)"):
+            open_images(str(tmp_path / "set"), split="test")
+        with pytest.raises(DataError, match=r"no column of type image, binary .*; found id \(int64\)"):
+            load_media(str(tmp_path / "other"), None, "train", datasets.Image)
 
     def test_no_column_of_images(self, tmp_path):
         pq.write_table(pa.table({"id": [1], "caption": ["a dog"]}), tmp_path / "a.parquet")

@@ -327,6 +327,7 @@ def test_compiled_equals_eager():
         (dict(teacher_layers=[torch.zeros(2, 7, 5), torch.zeros(2, 7, 6)]), "teacher_layers[1]: found shape (2, 7, 6)"),
         (dict(predictions=torch.zeros(2, 7, 0), teacher_layers=[torch.zeros(2, 7, 0)]), "scale: found None for 0 channels"),
         (dict(mask=torch.ones(2, 7, dtype=torch.bool, device="meta")), "mask: found on meta"),
+        (dict(predictions=torch.zeros(3, 5), mask=torch.ones(2, 7, dtype=torch.bool, device="meta")), "mask: found on meta"),
         (dict(teacher_layers=[torch.zeros(2, 7)]), "teacher_layers[0]: found shape (2, 7), expected three dimensions"),
         (dict(teacher_layers=[torch.zeros(2, 7, 5), torch.zeros(2, 7, 5, dtype=torch.long)]), "teacher_layers[1]: found dtype"),
         (dict(teacher_layers=[torch.zeros(2, 7, 5, device="meta")]), "teacher_layers[0]: found on meta"),

@@ -19,7 +19,7 @@ from transformers import AutoModel
 
 from d2v_fast import Callback, export, probe, report, trained
 from d2v_fast.checkpoint import Checkpoint, CheckpointError
-from d2v_fast.config import ConfigError, parse
+from d2v_fast.config import ConfigError, parse, read_yaml
 from d2v_fast.nets import Data2Vec2AudioModel, Data2Vec2VisionModel
 from d2v_fast.several import Several
 from d2v_fast.train import loop, train
@@ -300,6 +300,66 @@ def test_callbacks_get_the_part(tmp_path):
             build(config(tmp_path / "other", f"train.{name}=true"))
 
 
+class TestSettings:
+    @pytest.fixture
+    def mine(self, tmp_path):
+        """A file with two parts and nothing else, by name."""
+        text = "modality: several\nseveral: {parts: {vision: vision/tiny-2, audio: audio/tiny-2}}"
+        (tmp_path / "mine.yaml").write_text(text)
+        return str(tmp_path / "mine.yaml")
+
+    def test_those_of_the_run_and_of_its_parts(self):
+        args = ["train.seed=5", "optimizer.lr_scale.head=0.5", "several.parts.audio.ema.start=0.5"]
+        several, _ = parse(["--config", "several/tiny-2", *args])
+        shared = ("optimizer", "schedule", "train", "collapse")
+        keys = {part: set(parse(["--config", f"{part}/tiny-2"])[0].settings()) for part in ("vision", "audio")}
+        whole = {key for key in keys["vision"] if key.startswith(shared)}
+        parts = {f"several.parts.{part}.{key}" for part, each in keys.items() for key in each - whole}
+        found, defaults = several.settings(), several.defaults()
+        assert set(found) - {"several.shares.vision", "several.shares.audio"} == whole | parts <= set(defaults)
+        assert (found["train.seed"], defaults["train.seed"], found["several.shares.audio"]) == (5, 0, 0.5)
+        assert found["optimizer.lr_scale"] == {"head": 0.5} and found["several.parts.audio.ema.start"] == 0.5
+        assert found["several.parts.vision.data.image_size"] == 32 and defaults["several.parts.vision.data.image_size"] == 224
+
+    def test_shares_are_equal_and_the_precision_is_as_for_any_run(self, mine):
+        for args, precision, fused in (
+            ([], "fp32", False),
+            (["--fused"], "bf16", True),
+            (["--fused", "train.precision=fp32"], "fp32", True),
+        ):
+            several, found = parse(["--config", mine, *args])
+            assert (several.train.precision, found) == (precision, fused)
+            assert {part.train.precision for part in several.parts.values()} == {precision}
+            assert several.shares == {"vision": 0.5, "audio": 0.5}
+            assert several.name == "mine" and several.resume is False
+        assert parse([], [read_yaml(mine)])[0].name == "several"
+
+    def test_a_part_changes_a_preset(self, tmp_path):
+        """Its own settings go before those of the preset, in a file of the part and in that of the run."""
+        (tmp_path / "part.yaml").write_text("config: vision/tiny-2\ndata: {views: 3}")
+        parts = f"{{vision: {tmp_path}/part.yaml, audio: {{config: audio/tiny-2, data: {{views: 5}}, ema: {{start: 0.25}}}}}}"
+        (tmp_path / "mine.yaml").write_text(f"modality: several\nseveral: {{parts: {parts}}}")
+        several, _ = parse(["--config", str(tmp_path / "mine.yaml"), "several.parts.audio.ema.start=0.5"])
+        assert (several.parts["vision"].data["views"], several.parts["audio"].data["views"]) == (3, 5)
+        assert several.parts["audio"].ema.start == 0.5
+        for name, part in several.parts.items():
+            assert part.encoder == parse(["--config", f"{name}/tiny-2"])[0].encoder
+
+    def test_the_printed_config_is_that_of_the_run(self, tmp_path, capsys):
+        args = ["train.seed=3", "several.parts.audio.ema.start=0.5"]
+        with pytest.raises(SystemExit) as done:
+            parse(["--config", "several/tiny-2", *args, "--print_config"])
+        assert not done.value.code
+        (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+        printed, _ = parse(["--config", str(tmp_path / "printed.yaml")])
+        assert printed.settings() == parse(["--config", "several/tiny-2", *args])[0].settings()
+
+    def test_help_needs_no_parts(self, capsys):
+        with pytest.raises(SystemExit) as done:
+            parse(["modality=several", "--help"])
+        assert not done.value.code and "--several.shares" in capsys.readouterr().out
+
+
 def test_text_too(tmp_path):
     """Three parts; the blocks of RoBERTa are those of BERT. A tokenizer is trained for its part."""
     more = ["several.parts.text=text/tiny-2", "several.shares={vision: 0.25, audio: 0.25, text: 0.5}"]
@@ -319,6 +379,8 @@ class TestErrors:
                 "set several.shares.vision=0.5833 several.shares.audio=0.4167",
             ),
             (["several.shares={vision: 1.5, audio: -0.5}"], "found vision 1.5, audio -0.5, expected numbers above 0"),
+            (["several.shares={vision: 1, audio: 0}"], "found vision 1, audio 0, expected numbers above 0"),
+            (["several.shares={vision: .inf, audio: 1}"], "found vision inf, audio 1, expected numbers above 0"),
             (["several.shares={vision: 1}"], "found vision 1, but audio has no share; set several.shares.vision=0.5"),
             (["several.shares.text=0.1"], "but text is no part of the run; leave it out, or add several.parts.text=PRESET"),
             (["several.shares={}"], "several.shares: found none, but audio has no share; set"),
@@ -357,6 +419,10 @@ class TestErrors:
     def test_of_settings(self, args, message):
         assert message in refused(*args)
 
+    def test_those_of_the_run_name_no_part(self):
+        found = refused("optimizer.kind=lamb", "optimizer.weight_decay=0")
+        assert found.startswith("optimizer.kind=lamb with optimizer.weight_decay=0: ")
+
     @pytest.mark.parametrize("text", ["parts: {vision: vision/tiny-2}", "shares: {vision: 1}"])
     def test_one_part_alone(self, text, tmp_path):
         (tmp_path / "mine.yaml").write_text(f"modality: several\nseveral: {{{text}}}")
@@ -378,6 +444,8 @@ class TestErrors:
                 config("run", *more, parts=parts)
             remedy = str(error.value).partition("; set ")[2].split()
             assert sum(config("run", *more[:1], *remedy, parts=parts).shares.values()) == pytest.approx(1)
+            if "vision: 1" in wrong:
+                assert [setting.partition("=")[2] for setting in remedy] == ["0.3333", "0.3333", "0.3334"]
 
     @pytest.mark.parametrize("text", ["several: 3", "several: {part: {}}", "several: {parts: [vision/tiny-2]}"])
     def test_another_structure(self, text, tmp_path):

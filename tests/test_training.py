@@ -343,6 +343,9 @@ def test_the_optimizer_is_adamw_with_its_settings():
 def test_broken_samples_are_named_once_and_limited(caplog):
     broken = BrokenSamples(total=200, limit=0.01)
     broken.note([(3, "a.jpg: truncated"), (4, "b.jpg: empty")])
+    state = json.loads(json.dumps(broken.state_dict()))
+    broken = BrokenSamples(total=200, limit=0.01)
+    broken.load_state_dict(state)
     broken.note([(3, "a.jpg: truncated")])
     named = [f"skipped an unreadable sample: {x}" for x in ("a.jpg: truncated", "b.jpg: empty")]
     assert [r.message for r in caplog.records] == named
@@ -361,13 +364,14 @@ def test_a_run_without_a_readable_sample_stops():
         broken.note([(1, "b.jpg: empty")])
 
 
-def test_each_rank_names_the_samples_of_its_skipped_steps(tmp_path):
+def test_each_rank_names_the_samples_of_its_skipped_steps(tmp_path, caplog):
     skipped = SkippedSteps(2, "{}.png".format, tmp_path, 3, {"train.seed": 1})
     batches = [{"epoch": 4, "samples": [7]}, {"epoch": 4, "samples": [8]}, {"epoch": 5, "samples": [9]}]
     for number, loss in ((11, math.nan), (12, 2.0)):
         assert skipped.at_limit == (number == 12)
         skipped.judge(number - 1)
         skipped.add(number, batches, torch.tensor(loss), torch.tensor(math.inf))
+    assert [message.rpartition("; ")[2] for message in caplog.messages] == ["1 so far", "2 so far"]
     with pytest.raises(NotFiniteError, match="not finite in 2 steps in a row, up to step 12"):
         skipped.judge(12)
     samples = {"7": "7.png", "8": "8.png", "9": "9.png"}
@@ -378,6 +382,13 @@ def test_each_rank_names_the_samples_of_its_skipped_steps(tmp_path):
         ],
         "settings": {"train.seed": 1},
     }
+    resumed = SkippedSteps(2, "{}.png".format, tmp_path, None, {})
+    resumed.load_state_dict(json.loads(json.dumps(skipped.state_dict())))
+    with pytest.raises(NotFiniteError, match=r"up to step 13: .*not-finite-step-13\.json names"):
+        resumed.judge(13)
+    resumed.forget()
+    resumed.judge(14)
+    assert resumed.count == 2 and not resumed.at_limit
 
 
 def test_threads_of_torch(monkeypatch):
@@ -641,6 +652,21 @@ def test_resume_auto_starts_or_resumes(tmp_path, caplog):
 
 
 class TestStopRequest:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_second_signal_ends_the_run_unless_it_is_an_echo(self, number, monkeypatch):
+        """torchrun repeats a Ctrl-C within a second."""
+        clock, sent, kill = iter((10.0, 11.0, 11.5)), [], os.kill
+        end = lambda process, number: sent.append((process, number, signal.getsignal(number)))  # noqa: E731
+        monkeypatch.setattr("d2v_fast.train.guards.time", SimpleNamespace(monotonic=lambda: next(clock)))
+        monkeypatch.setattr("d2v_fast.train.guards.os", SimpleNamespace(getpid=os.getpid, kill=end))
+        before = signal.getsignal(number)
+        with StopRequest() as stop:
+            assert not stop.asked
+            for expected in ([], [], [(os.getpid(), number, signal.SIG_DFL)]):
+                kill(os.getpid(), number)
+                assert stop.asked and sent == expected
+        assert signal.getsignal(number) == before
+
     @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
     def test_a_warning_signal_does_not_count_as_the_first_of_two(self, number, monkeypatch):
         monkeypatch.setattr(StopRequest, "ECHO", -1.0)  # any second signal counts
