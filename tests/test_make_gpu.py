@@ -52,7 +52,7 @@ def test_a_case_of_the_loss_and_the_teacher_update(library, tmp_path):
     (row,) = measured(library, "ema", "test_ema", tmp_path / "ema.json").values()
     assert row["bytes"] < row["needed_bytes"] < 5 * GB
     code, output = dry(library, sys.executable, "-m", "benchmarks.report", tmp_path / "ema.json")
-    assert code == 1 and "of a dry run, which measures nothing" in output
+    assert code == 1 and "written by a dry run, which measures nothing" in output
 
 
 def close_to_the_measured(found):
