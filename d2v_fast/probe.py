@@ -396,7 +396,7 @@ def main(args: list[str]) -> None:
         torch.set_num_threads(options.threads)
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU; d2v-doctor may say why")
+        raise ConfigError("--device cuda: torch sees no GPU; d2v-doctor may show why")
     run = Path(os.path.expanduser(options.run))
     config = trained.read_config(run)
     if options.data is None and not config.own_data and config.data["path"] != "builtin":

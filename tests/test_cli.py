@@ -213,7 +213,7 @@ class TestMessages:
     def test_a_device_that_is_not_there(self, monkeypatch):
         monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
         message = train(monkeypatch, *VISION, "train.device=cuda")
-        assert message.startswith("d2v-train: train.device=cuda: torch") and "finds no GPU; d2v-doctor may say why" in message
+        assert message.startswith("d2v-train: train.device=cuda: torch") and "finds no GPU; d2v-doctor may show why" in message
 
     def test_a_tilde_is_expanded_in_every_path(self, monkeypatch, tmp_path):
         monkeypatch.setenv("HOME", str(tmp_path))

@@ -660,7 +660,7 @@ class TestStopRequest:
 
 def test_srun_without_torchrun_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(ConfigError, match=r"srun has started 4 processes, which would be 4 runs; .* torchrun once a node"):
+    with pytest.raises(ConfigError, match=r"srun has started 4 processes, which would be 4 runs; .* torchrun once per node"):
         build(config("vision", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "4")  # as torchrun sets it
