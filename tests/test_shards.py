@@ -158,7 +158,7 @@ def test_names_that_lead_out_and_links(tmp_path, samples, caplog):
     source = open_images(str(tmp_path / "a.tar"))
     assert list(source.names) == [f"{tmp_path}/a.tar/in/caf\udce9 \n.jpg"] and source.read(0).size == (24, 20)
     for name in ("../../out.jpg", "/etc/out.jpg", "a/../../out.jpg"):
-        assert f"a.tar: its member '{name}' leads out of the archive" in caplog.text
+        assert f"a.tar: its member '{name}' points outside the archive" in caplog.text
 
 
 def test_damaged_archives(shards, caplog):

@@ -366,7 +366,7 @@ class TestSettings:
 
     def test_recordings_are_refused(self):
         """For a reason that also holds for spectrograms, whose batches are of one size."""
-        reason = r"recordings are not streamed, because their lengths decide which samples there are .*; download them"
+        reason = r"recordings are not streamed, because the samples depend on all of their lengths .*; download them"
         with pytest.raises(DataError, match=reason):
             open_audio("hf://datasets/user/name")
         with pytest.raises(DataError, match=reason):

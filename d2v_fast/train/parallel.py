@@ -70,8 +70,9 @@ def check_slurm() -> None:
     if tasks != "1" and "WORLD_SIZE" not in os.environ:
         raise ConfigError(
             f"SLURM_STEP_NUM_TASKS={tasks}: srun has started {tasks} processes, which would be {tasks} runs; for one run, "
-            "start torchrun once per node: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_JOB_NUM_NODES --nproc-per-node=GPUS "
-            "--rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 -m d2v_fast.cli …; for separate runs, unset the variable"
+            "start torchrun once per node: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_JOB_NUM_NODES "
+            "--nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 -m d2v_fast.cli …; for separate runs, "
+            "unset the variable"
         )
 
 
