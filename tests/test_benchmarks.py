@@ -213,7 +213,7 @@ def test_a_table_without_results_says_so():
 def test_a_dry_run_gives_no_table(tmp_path, monkeypatch):
     path = results(tmp_path / "dry.json", "test_loss", loss_row(), dry_run=True)
     for read in (report.loss_table, report.machine, report.slow_rates, lambda path: report.regressions(path, path)):
-        with pytest.raises(SystemExit, match=r"dry\.json: of a dry run"):
+        with pytest.raises(SystemExit, match=r"dry\.json: written by a dry run"):
             read(path)
     monkeypatch.setattr(sys, "argv", ["report", str(path), "--plot", str(tmp_path / "dry.svg")])
     with pytest.raises(SystemExit, match="of a dry run"):

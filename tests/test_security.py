@@ -90,7 +90,7 @@ class TestWeights:
         monkeypatch.setattr("builtins.input", lambda *args: "y")  # transformers would ask
         with pytest.raises(ValueError, match="custom code"):
             build_encoder(pretrained=remote)
-        with pytest.raises(ValueError, match=r"encoder\.config\.trust_remote_code: code that comes with a model is not run"):
+        with pytest.raises(ValueError, match=r"encoder\.config\.trust_remote_code: code shipped with a model is not run"):
             build_encoder(pretrained=remote, config={"trust_remote_code": True})
         with pytest.raises(DataError, match="custom code"):
             load_tokenizer(remote)
