@@ -216,7 +216,7 @@ def test_a_dry_run_gives_no_table(tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match=r"dry\.json: written by a dry run"):
             read(path)
     monkeypatch.setattr(sys, "argv", ["report", str(path), "--plot", str(tmp_path / "dry.svg")])
-    with pytest.raises(SystemExit, match="of a dry run"):
+    with pytest.raises(SystemExit, match="written by a dry run"):
         report.main()
     assert not (tmp_path / "dry.svg").exists()
 
