@@ -1,8 +1,9 @@
 """Estimate the GPU memory of a run without a GPU, data or weights: `d2v-doctor --memory --config …`.
 
-Weights are counted on the meta device. Activations are what autograd saves in a pass over FakeTensors, which have shapes but no
-values. Attention and dropout save what they would on a GPU: attention its inputs and output but no scores, dropout one byte per
-value. An encoder whose blocks are not known is first built with weights, on the CPU, because `encoders.trial` needs them.
+Weights are counted on the meta device. Activations are the tensors that autograd saves in a pass over FakeTensors, which have
+shapes but no values. Attention and dropout save the same as on a GPU: attention its inputs and output but no scores, dropout
+one byte per value. An encoder whose blocks are not known is first built with weights, on the CPU, because `encoders.trial`
+needs them.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Saved:
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Patch attention and dropout to save what they save on a GPU; the values they compute do not matter here."""
+    """Patch attention and dropout to save the same as on a GPU; the values that they compute do not matter."""
     attend = F.scaled_dot_product_attention
 
     def attention(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
@@ -164,7 +165,7 @@ def model_on_meta(config: Config) -> Data2Vec:
 def _encoder_on_meta(config: Config, tokens: dict[str, int] | None) -> Encoder:
     from d2v_fast.train.build import make_encoder
 
-    # Only of known blocks, or of your own class, is it certain without values how the encoder runs.
+    # Without values, only known blocks and custom classes are certain to run in the same way.
     with suppress(Exception), torch.device("meta"):
         encoder = make_encoder(config, tokens)
         if encoder.halves is not None or type(encoder) is Encoder:

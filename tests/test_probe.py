@@ -167,7 +167,7 @@ class TestWhichData:
         shutil.copytree(runs["vision"].folder, run)
         config = (run / "config.yaml").read_text()
         (run / "config.yaml").write_text(config.replace("path: builtin", "path: photos/"))
-        with pytest.raises(ConfigError, match=r"--data: missing; the run learned from photos/, .* or builtin"):
+        with pytest.raises(ConfigError, match=r"--data: missing; the run was trained on photos/, .* or builtin"):
             probe.main([str(run)])
         probe.main([str(run), "--data", "builtin", "--limit", "40"])
         assert [each["data"] for each in read_probes(run / "probe.json")] == ["builtin"]

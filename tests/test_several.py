@@ -320,7 +320,7 @@ class TestErrors:
             ),
             (["several.shares={vision: 1.5, audio: -0.5}"], "found vision 1.5, audio -0.5, expected numbers above 0"),
             (["several.shares={vision: 1}"], "found vision 1, but audio has no share; set several.shares.vision=0.5"),
-            (["several.shares.text=0.1"], "but text is no part of the run; leave it out, or add several.parts.text=PRESET"),
+            (["several.shares.text=0.1"], "but text is not a part of the run; leave it out, or add several.parts.text=PRESET"),
             (["several.shares={}"], "several.shares: found none, but audio has no share; set"),
             (["several.shares={vision: .nan, audio: 1}"], "found vision nan, audio 1, expected numbers above 0"),
             *[

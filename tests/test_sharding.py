@@ -400,9 +400,9 @@ def test_torch_reads_the_files_too(tmp_path):
 
 def test_shards_that_are_missing_or_malformed_are_refused(tmp_path):
     files = write_parts(tmp_path, 3)
-    with pytest.raises(ValueError, match="the shards of even do not add up to it"):
+    with pytest.raises(ValueError, match="the shards of even do not make up the whole tensor"):
         sharding.read(files[1:], lambda name: None)
-    with pytest.raises(ValueError, match="do not add up"):
+    with pytest.raises(ValueError, match="do not make up"):
         sharding.read([*files, files[0]], lambda name: None)
     for offsets in ("{}", '{"x": {"saved_offsets": null}}', '{"x": {"saved_offsets": [1, 2]}}', "7", "{"):
         (tmp_path / "step-1").mkdir(exist_ok=True)
