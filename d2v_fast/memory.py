@@ -240,7 +240,7 @@ def need(config: Config | SeveralConfig, ranks: int = 1) -> dict[str, Memory]:
 
     Args:
         config: Settings of the run.
-        ranks: Number of GPUs that a model is sharded over: all, or with train.shard=hybrid those of a machine.
+        ranks: Number of GPUs that a model is sharded over: all of them, or with train.shard=hybrid those of one machine.
 
     Raises:
         ConfigError: The memory of this encoder or data, or of several modalities, cannot be estimated.
@@ -279,7 +279,7 @@ def _memory(model: Data2Vec, kept: dict[str, float], recomputed: float, ranks: i
         backward["a recomputed block"] = recomputed
     if ranks > 1:
         always, update = ({name: value / ranks for name, value in part.items()} for part in (always, update))
-        # The gradients of a block take the place of its activations.
+        # The gradients of a block replace its activations.
         gradients = always.pop("gradients") - kept["blocks"]
         if gradients > 0:
             backward["gradients"] = gradients
@@ -331,12 +331,12 @@ def main(args: list[str]) -> None:
 
 
 def shards(gpus: int, machines: int | None, hybrid: bool) -> int:
-    """Number of GPUs that train.shard spreads a model over. ConfigError if that is not known."""
+    """Number of GPUs that train.shard shards a model over. Raises ConfigError if it is not known."""
     if gpus < 1 or (machines is not None and (machines < 1 or gpus % machines)):
         raise ConfigError(f"--gpus {gpus} --machines {machines}: expected the same number of GPUs on each machine")
     if hybrid and machines is None:
         raise ConfigError(
-            f"train.shard=hybrid: shards a model within each machine; say how many machines the {gpus} GPUs are in, such as "
+            f"train.shard=hybrid: shards a model within each machine; give the number of machines for the {gpus} GPUs, such as "
             "--machines 1"
         )
     return gpus // machines if hybrid and machines else gpus

@@ -238,7 +238,7 @@ def test_the_doctor_divides_a_hybrid_run_by_the_ranks_of_a_machine(capsys, monke
     assert "16 GPUs, sharded over 4;" in capsys.readouterr().out and asked == [4]
     doctor("--config vision/tiny-2 train.shard=true --gpus 16 --machines 4 --gpu-memory 80")
     assert "16 GPUs;" in capsys.readouterr().out and asked == [4, 16]
-    with pytest.raises(ConfigError, match=r"train.shard=hybrid: .* how many machines the 16 GPUs are in, such as --machines 1"):
+    with pytest.raises(ConfigError, match=r"train.shard=hybrid: .* give the number of machines for the 16 GPUs, such as --machines 1"):
         doctor("--config vision/tiny-2 train.shard=hybrid --gpus 16")
     with pytest.raises(ConfigError, match=r"--gpus 8 --machines 3: expected the same number of GPUs on each machine"):
         doctor("--config vision/tiny-2 train.shard=hybrid --gpus 8 --machines 3")

@@ -93,7 +93,8 @@ def segments(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) ->
     """Boundaries of segments in the flattened (B, T): for each sample its positions, then its padding. (2·B + 1,) int32.
 
     Because padding forms separate segments, torch's flash attention for sequences of different lengths runs directly on a
-    padded batch. Nothing is packed, and no size depends on the lengths. Padding attends to padding; no other result depends on it.
+    padded batch. Nothing is packed, and no size depends on the lengths. Padding attends to padding; no other result depends on
+    it.
 
     Args:
         attention_mask: (B, T) bool, True = attend; padding must be on the right, or the device stops with an assertion.

@@ -635,10 +635,10 @@ def loss(
         target_mean: Compute the mean of the targets over T.
 
     Returns:
-        loss () fp32; d Σ error / d predictions, contiguous, in shape and dtype of the predictions; the factor () fp32 still
-        to be multiplied with it; count () fp32; moments (4, C) fp32 = mean and summed squared deviation of targets, then of predictions, per
-        channel over scored positions, (4, 0) without `stats`; mean of the targets over positions that are not padding
-        (B, C) fp32, (B, 0) without `target_mean`.
+        loss () fp32; d Σ error / d predictions, contiguous, in shape and dtype of the predictions; factor () fp32, by which
+        this must still be multiplied; count () fp32; moments (4, C) fp32 = mean and summed squared deviation of targets, then
+        of predictions, per channel over scored positions, (4, 0) without `stats`; mean of the targets over positions that are
+        not padding (B, C) fp32, (B, 0) without `target_mean`.
     """
     batch, length, channels = layers[0].shape
     layers = _uniform(layers)
