@@ -36,7 +36,7 @@ def add(archive, name, content, **how):
 
 @pytest.fixture
 def samples(request):
-    """Forty images by name, or as many as the test asks for."""
+    """Forty images by name, or as many as the test requests."""
     content = {}
     for i in range(getattr(request, "param", 40)):
         file = io.BytesIO()
@@ -179,12 +179,12 @@ def test_damaged_archives(shards, caplog):
     assert all(source.read(i).size[0] == 24 for i in range(len(source)))
     caplog.clear()
     open_images(str(shards))
-    assert "0.tar: cannot be read after 1 files" in caplog.text  # each time
+    assert "0.tar: cannot be read after 1 files" in caplog.text  # logged each time
 
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_an_archive_that_ends_with_its_last_file(tmp_path, missing, caplog):
-    """Without an end marker; the file is read if all of it is there."""
+    """Without an end marker; a complete file is still read."""
     file = io.BytesIO()
     picture(0).save(file, "PNG")
     content = file.getvalue().ljust(2048, b"\0")  # whole blocks: nothing follows it
