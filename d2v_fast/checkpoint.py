@@ -374,7 +374,7 @@ def complete(temporary: Path, files: Files) -> Checkpoint:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that a process killed meanwhile leaves no incomplete folder named step-N."""
+    """Delete a checkpoint. It is renamed first, so that a killed process leaves no incomplete folder named step-N."""
     with suppress(OSError):
         shutil.rmtree(folder.rename(folder.with_suffix(".old.tmp")))
 

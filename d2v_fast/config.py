@@ -606,7 +606,7 @@ def _refuse_bombs(text: str) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"*{event.anchor}: an alias; write out what it stands for")
+            raise ValueError(f"*{event.anchor}: an alias; write out its content")
         if depth > 20:
             raise ValueError("nested more than 20 deep")
 
@@ -620,7 +620,7 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_replaced(settings: dict[str, Any], later: dict[str, Any]) -> None:
-    """Remove from `settings` whatever belongs to a mask, encoder or run length that `later` (flat keys) replaces."""
+    """Remove from `settings` all settings of a mask, encoder or run length that `later` (flat keys) replaces."""
     encoder, mask = settings.get("encoder", {}), settings.get("mask", {})
     known = MODALITIES.get(settings.get("modality", ""))
     default = known and known.masks[0]
@@ -915,7 +915,7 @@ def _finish(config: Any, known: list[str], run: str | None, named: bool) -> Conf
     """Resolve the output folder of `config`.
 
     Args:
-        config: As parsed.
+        config: The parsed config.
         known: All valid settings.
         run: Folder of the run whose config.yaml was read, if any.
         named: Whether the command sets train.output.

@@ -334,7 +334,7 @@ def from_fairseq(file: str, eat: bool = False) -> Released:
         eat: Whether it is a checkpoint of EAT.
 
     Raises:
-        ValueError: Not such a checkpoint, or there is no class for its model; the message says why.
+        ValueError: Not such a checkpoint, or there is no class for its model; the message gives the reason.
     """
     checkpoint = load_checkpoint(file)
     if not isinstance(checkpoint.get("model"), dict):

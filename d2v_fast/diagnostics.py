@@ -118,7 +118,7 @@ def constant_loss(target: Moments, beta: float, scale: float) -> Tensor:
 
 
 class Seen(NamedTuple):
-    """What the figures need from a micro-batch."""
+    """The data of a micro-batch from which figures are computed."""
 
     target: Moments
     prediction: Moments
@@ -214,7 +214,7 @@ class Monitor:
         batch, length = output.features.shape[:2]
         padding = mask.new_zeros(batch, length) if padding is None else padding
         index = mask.flatten().nonzero().squeeze(1) if index is None else index
-        index = index // (mask.numel() // batch) * length + index % length  # position in the batch, whatever the view
+        index = index // (mask.numel() // batch) * length + index % length  # position in the batch, for any view
         # The other target layers are already freed; the last one represents them.
         norms = model.loss_settings["norm"], model.loss_settings["target_norm"]
         last = make_targets([output.teacher_states], *norms, padding)

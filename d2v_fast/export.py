@@ -173,7 +173,7 @@ def retype(model: Any, as_type: str) -> Any:
     """The same weights under another model type of the same architecture.
 
     Raises:
-        ConfigError: The architectures differ; the message says how.
+        ConfigError: The architectures differ; the message gives the difference.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -387,7 +387,7 @@ def export_run(
         metadata: Model card metadata: `license`, `language` and other fields of `huggingface_hub.ModelCardData`.
 
     Raises:
-        ConfigError: The run has no trained weights, or its encoder cannot be exported exactly; the message says why.
+        ConfigError: The run has no trained weights, or its encoder cannot be exported exactly; the message gives the reason.
         OSError: The folder cannot be written; its previous content is kept.
     """
     run, to = Path(run), Path(to)

@@ -154,7 +154,7 @@ FIGURES = {
         Rule(
             "decay",
             False,
-            "the teacher stands still",
+            "the teacher does not move",
             "try a lower ema.start and ema.end; if they are below 1, check that the teacher is updated after each step",
             unless=("update",),
         ),

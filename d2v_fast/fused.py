@@ -28,7 +28,7 @@ def fuse(model: Data2Vec, device: torch.device, parts: Iterable[str] | None = No
         parts: Names from `PARTS`; all of them by default. "padding" needs masks whose padding is on the right.
 
     Raises:
-        ValueError: No fused loss runs on this device, or `loss.impl` names a different one; the message says why.
+        ValueError: No fused loss runs on this device, or `loss.impl` names a different one; the message gives the reason.
     """
     done = [PARTS[name](model, device) for name in (PARTS if parts is None else parts)]
     return [applied for applied in done if applied]

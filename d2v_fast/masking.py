@@ -48,7 +48,7 @@ class Draws:
 
     @cached_property
     def _keys(self) -> np.ndarray:
-        """Of each sample, (B,) uint64."""
+        """The key of each sample, (B,) uint64."""
         key = np.asarray(self.samples, dtype=np.uint64)
         with np.errstate(over="ignore"):
             for part in (self.seed, self.epoch):

@@ -3,7 +3,7 @@
 Each rank keeps a shard of every parameter, its gradient, its moments and the teacher's copy. A block is gathered while it runs;
 modules outside the blocks are gathered for the whole step.
 
-In a checkpoint each rank writes its shards to safetensors files of its own, in the format of torch.distributed.checkpoint's
+In a checkpoint each rank writes its shards to separate safetensors files, in the format of torch.distributed.checkpoint's
 HuggingFaceStorageWriter(save_distributed=True), which its HuggingFaceStorageReader reads. The writer itself is not used: it
 serializes a file in memory before it writes it, so a rank would hold its shards twice; it plans in collectives, which must not
 run in a thread while training continues; and its files have no checksums.

@@ -58,7 +58,7 @@ template <int N> D2V_INLINE inline float total(const Vec (&s)[N]) {
 }
 
 // P rows at once, to hide the latency of each other's sums. The shift is the mean of the first sixteen values; because they are
-// part of the row, cancellation is bounded by n / 16. `next` is prefetched meanwhile; m2 is Σ(x - mean)², if requested.
+// part of the row, cancellation is bounded by n / 16. `next` is prefetched at the same time; m2 is Σ(x - mean)², if requested.
 template <int P, class R> void row_stats(const R *rows, const R *next, int64_t n, Affine *f, float *m2 = nullptr) {
     constexpr int SUMS = 4 / P;
     const int64_t first = std::min(n, W);

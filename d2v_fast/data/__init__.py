@@ -39,7 +39,7 @@ EDGE = 2**16  # bytes at the start and at the end of a file that are compared
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message says what to change."""
+    """Data that cannot be used. The message gives the remedy."""
 
 
 @dataclass

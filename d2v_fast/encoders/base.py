@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         hidden_size: Channels C; default is `model.hidden_size` or `model.config.hidden_size`.
 
     Raises:
-        ValueError: The blocks, the FFN or the hidden size cannot be found; the message says how to name them.
+        ValueError: The blocks, the FFN or the hidden size cannot be found; the message gives the setting for it.
     """
 
     model: Any  # an nn.Module whose parts are known only by name

@@ -160,7 +160,7 @@ class SplicedEncoder(Encoder):
     # The model with other features
 
     def run(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Last states (B, E + T, C) of the model, run on a dummy input with `features` (B, T, C) in place of its own."""
+        """Last states (B, E + T, C) of the model, run on a dummy input with its features replaced by `features` (B, T, C)."""
         splice, (batch, length) = self.splice, features.shape[:2]
         if self.reads == "text":
             inputs = torch.full((batch, length), self.ids[0], device=features.device)

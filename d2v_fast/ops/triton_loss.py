@@ -55,7 +55,7 @@ def _select(x_ptrs, k, K: tl.constexpr):
 
 @_jit
 def _error(z, y, scored, beta, SQUARED: tl.constexpr):
-    """Loss and its derivative by the prediction z; 0 where not scored, whatever z and y hold."""
+    """Loss and its derivative by the prediction z; 0 where not scored, for any z and y."""
     e = tl.where(scored, z - y, 0.0)
     if SQUARED:
         value = e * e

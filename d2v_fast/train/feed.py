@@ -59,7 +59,7 @@ class Feed:
         try:
             return [next(self.batches) for _ in range(number)]
         except Exception as error:
-            # An error raised in a worker says "Caught …". These errors without it mean that the connection broke.
+            # The message of an error raised in a worker starts with "Caught". Otherwise these errors mean a broken connection.
             disconnected = isinstance(error, ConnectionError | EOFError | FileNotFoundError) and "Caught" not in str(error)
             if (disconnected and self.workers) or "DataLoader worker (pid" in str(error):
                 raise WorkerDied(f"a data loading process died: {first_line(error)}") from error

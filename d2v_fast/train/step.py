@@ -130,7 +130,7 @@ class Pending(NamedTuple):
     Attributes:
         step: Its number.
         micro_batches: The entries that `SkippedSteps` needs, without tensors.
-        loss, grad_norm: As in `Outcome`.
+        loss, grad_norm: Those of `Outcome`.
         finite: A copy of the flag in host memory, valid after `copied`.
         copied: Event after the copy; None on a CPU.
     """
