@@ -1,4 +1,4 @@
-"""Spliced encoders (whole models with replaced local features) against plain transformers models and hand-written hooks.
+"""Spliced encoders (whole models with replaced local features) compared with plain models and hand-written hooks.
 
 Module paths of each model are written down by hand, so that the search that finds them does not check itself.
 """
@@ -432,7 +432,7 @@ MODERNBERT = transformers.ModernBertConfig(**TEXT)
 
 
 class Averaging(nn.Module):
-    """Features that are not local: each contains the mean of all."""
+    """Features that are not local: each contains the mean of all features."""
 
     def __init__(self, inner):
         super().__init__()
@@ -468,7 +468,7 @@ def averaging():
 
 
 class Averaged(nn.Linear):
-    """Frames that contain the mean of all."""
+    """Frames that contain the mean of all frames."""
 
     def forward(self, x):
         x = super().forward(x)
@@ -738,7 +738,7 @@ def test_a_run_of_a_decoder_only_model(tmp_path):
 
 @pytest.mark.parametrize("name, more", [("dinov3_vit", dict(image_size=64)), ("modernbert", {}), ("siglip_vision_model", {})])
 def test_probing_costs_less_than_six_samples(name, more):
-    """Counted in multiplications of Linear layers, for a model of 24 layers."""
+    """The cost is counted in multiplications of Linear layers, for a model of 24 layers."""
     config = FAMILIES[name].config | dict(num_hidden_layers=24) | more
     model = getattr(transformers, f"{FAMILIES[name].cls}Model")(transformers.CONFIG_MAPPING[name](**config)).eval()
     work = []
