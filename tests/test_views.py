@@ -126,7 +126,7 @@ class TestVisiblePositions:
         st.integers(0, 99),
     )
     def test_against_a_plain_loop(self, name, lengths, views, seed):
-        """Each row has its visible positions in ascending order, then its first padding positions; none is masked or repeated."""
+        """Each row has its visible positions in ascending order, then its first padding; none is masked or repeated."""
         size, sizes = max(lengths), np.repeat(lengths, views)
         mask = MASKS[name](Draws(seed, 0, range(len(lengths)), views), size, sizes).reshape(len(lengths), views, size)
         padding = np.arange(size) >= np.array(lengths)[:, None]

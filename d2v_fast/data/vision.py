@@ -56,7 +56,7 @@ def read_image(file: str | io.BytesIO) -> Image.Image:
 
 
 def read_crop(file: str | io.BytesIO, size: int, choose: Callable[[int, int], Box]) -> Image.Image:
-    """Like `crop_to` after `read_image`, but decodes a JPEG at 1/2, 1/4 or 1/8 if the box stays at least `size` pixels wide.
+    """Like `crop_to` after `read_image`, but decodes a JPEG at 1/2, 1/4 or 1/8 if both sides of the box keep `size` pixels.
 
     Args:
         file: Path or bytes.
