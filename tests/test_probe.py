@@ -148,7 +148,7 @@ def test_states_that_are_not_finite(runs):
     for modality, name in (("vision", "probe_labels"), ("text", "probe_cloze")):
         found = opened(runs[modality].folder)
         next(found.encoder.parameters()).data.fill_(float("nan"))
-        with pytest.raises(ConfigError, match="states of the encoder are not finite"):
+        with pytest.raises(ConfigError, match="the encoder's states are not finite"):
             getattr(probe, name)(found.config, States({"trained": found.encoder}), "builtin", None, 50)
 
 
