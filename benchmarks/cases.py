@@ -85,7 +85,7 @@ class StepCase:
     batch: int
     shape: tuple[int, ...]  # of one input: (tokens,), (3, side, side) or (waveform samples,)
     masked: float
-    targets: TargetsConfig  # this and the next three as in the published recipe
+    targets: TargetsConfig  # this and the next three follow the published recipe
     loss: LossConfig = LossConfig()
     head: HeadConfig = HeadConfig()
     ema: EMAConfig = EMAConfig()

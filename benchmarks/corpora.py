@@ -1,10 +1,10 @@
 """Measure the cost of reading a corpus, in CPU seconds and memory, on synthetic corpora in a temporary folder.
 
-python -m benchmarks.corpora          print a table; a quarter of an hour of CPU time, 3 GB of disk
-python -m benchmarks.corpora --full   with 1 GB of text as well, and write benchmarks/results/cpu-corpora.json
+python -m benchmarks.corpora          print a table; takes a quarter of an hour of CPU time and 3 GB of disk
+python -m benchmarks.corpora --full   add 1 GB of text, and write benchmarks/results/cpu-corpora.json
 
-Each measurement runs in a separate process. CPU seconds (user and system, of all threads and children) exclude waiting, and
-other load changes them little. They exclude imports: a tiny corpus of the same kind is read first. Memory is the peak resident
+Each measurement runs in a separate process. CPU seconds (user and system, of all threads and children) exclude waiting and
+depend little on other load. They exclude imports: a tiny corpus of the same kind is read first. Memory is the peak resident
 size minus that of a process that has only imported torch, so other imports count.
 """
 
@@ -30,7 +30,7 @@ from benchmarks.report import RESULTS, corpora_table
 
 MB = 10**6
 RATE = 16_000  # Hz of the recordings
-TURNS = 3  # of each measurement of images, in turn; the median counts
+TURNS = 3  # measurements of images take turns; the median is reported
 PHOTO, LARGE = (500, 375), (4000, 3000)  # the median photo of ImageNet, and 12 megapixels
 
 
@@ -43,7 +43,7 @@ class Cost(NamedTuple):
 
 
 def alone(call: Callable[..., Any], *args: Any, warm: tuple = (), ranks: int = 1) -> list[Cost]:
-    """Run a call in `ranks` new processes at once; in each, `call(*warm)` runs first and its time is not counted."""
+    """Run a call in `ranks` new processes at once. In each, `call(*warm)` runs first and is not counted."""
     context = multiprocessing.get_context("spawn")
     ends = []
     for _ in range(ranks):
@@ -93,7 +93,7 @@ def words(size: int, rng: np.random.Generator) -> Iterator[str]:
 
 
 def write_text(folder: Path, size: int, document: int) -> Path:
-    """JSON lines of `size` characters in total, in documents of `document` characters, in files of at most 100 MB."""
+    """Write `size` characters as JSON lines, in documents of `document` characters, in files of at most 100 MB of text."""
     folder.mkdir()
     rng, left = np.random.default_rng(0), ""
     for number, begin in enumerate(range(0, size, 100 * MB)):
@@ -107,7 +107,7 @@ def write_text(folder: Path, size: int, document: int) -> Path:
 
 
 def open_text(path: Path, tokenizer: Path, cache: Path) -> int:
-    """Open a corpus as a run does and read a hundred blocks; returns the number of blocks."""
+    """Open a corpus as a run does and read a hundred blocks; return the number of blocks."""
     from d2v_fast.data.text import TextData
     from d2v_fast.masking import TokenMask
 
@@ -128,29 +128,29 @@ def text(root: Path, full: bool) -> Iterator[dict[str, Any]]:
     (second,) = alone(open_text, paragraphs, tokenizer, cache, warm=warm)
     four = alone(open_text, paragraphs, tokenizer, root / "cache-4", warm=warm, ranks=4)
     yield row("100 MB of text, first start", first.seconds, "cpu-s", blocks=first.result)
-    yield row("its peak of memory above torch", first.peak / MB, "MB", "< 150")
+    yield row("its peak memory above torch", first.peak / MB, "MB", "< 150")
     yield row("second start", second.seconds, "cpu-s", "< 0.5")
-    yield row("its peak of memory above torch", second.peak / MB, "MB", "< 150")
-    yield row("first start of 4 ranks, of that of one", sum(x.seconds for x in four) / first.seconds, "×", "≤ 1.3")
+    yield row("its peak memory above torch", second.peak / MB, "MB", "< 150")
+    yield row("first start of 4 ranks, relative to one", sum(x.seconds for x in four) / first.seconds, "×", "≤ 1.3")
     documents = write_text(root / "documents", 100 * MB, 400_000)
     (long,) = alone(open_text, documents, tokenizer, cache, warm=warm)
-    yield row("250 documents of 400 KB, of paragraphs", long.seconds / first.seconds, "×", "≤ 1.3")
-    yield row("their peak of memory above torch", long.peak / MB, "MB", "< 150")
+    yield row("first start on 250 documents of 400 KB, relative to paragraphs", long.seconds / first.seconds, "×", "≤ 1.3")
+    yield row("their peak memory above torch", long.peak / MB, "MB", "< 150")
     if full:
         large = write_text(root / "large", 1000 * MB, 600)
         (first,) = alone(open_text, large, tokenizer, cache, warm=warm)
         (second,) = alone(open_text, large, tokenizer, cache, warm=warm)
         yield row("1 GB of text, first start", first.seconds, "cpu-s", blocks=first.result)
-        yield row("its peak of memory above torch", first.peak / MB, "MB", "< 150")
+        yield row("its peak memory above torch", first.peak / MB, "MB", "< 150")
         yield row("second start", second.seconds, "cpu-s")
-        yield row("its peak of memory above torch", second.peak / MB, "MB", "< 150")
+        yield row("its peak memory above torch", second.peak / MB, "MB", "< 150")
 
 
 # Images
 
 
 def write_images(folder: Path, size: tuple[int, int], count: int) -> Path:
-    """JPEGs of quality 90: smooth shapes with the noise of a camera."""
+    """Write JPEGs of quality 90: smooth shapes with camera noise."""
     from PIL import Image
 
     folder.mkdir()
@@ -164,7 +164,7 @@ def write_images(folder: Path, size: tuple[int, int], count: int) -> Path:
 
 
 def decode_images(path: Path, shrink: int) -> None:
-    """Decode JPEGs at 1/`shrink`; at 1/8 hardly more than the entropy code, which a crop needs whole too."""
+    """Decode JPEGs at 1/`shrink`. At 1/8 this is little more than the entropy-coded data, which every crop needs in full."""
     from PIL import Image
 
     for file in sorted(path.iterdir()):
@@ -174,7 +174,7 @@ def decode_images(path: Path, shrink: int) -> None:
 
 
 def by_pillow(file: Path, index: int, augment: bool) -> Any:
-    """An image as `train_images` makes it, by nothing but calls of Pillow."""
+    """An image as `train_images` makes it, using only Pillow."""
     from PIL import Image, ImageEnhance
 
     from d2v_fast.data.vision import random_box
@@ -202,7 +202,7 @@ def crop_images(path: Path, augment: bool) -> None:
 
 
 def train_images(path: Path) -> None:
-    """Batches of eight images of vision/beit-base, with masks, as a loader worker makes them for a CPU."""
+    """Make the batches of a loader worker of vision/beit-base for a CPU: eight images, with masks."""
     from d2v_fast.data.vision import ImageData
     from d2v_fast.masking import BlockMask
 
@@ -222,19 +222,19 @@ def images(root: Path, full: bool) -> Iterator[dict[str, Any]]:
         calls += [(decode_images, 1), (decode_images, 8)]
         turns = [[count / alone(call, path, *how, warm=(few, *how))[0].seconds for call, *how in calls] for _ in range(TURNS)]
         trained, augmented, cropped, decoded, shrunk = np.median(turns, axis=0).tolist()
-        yield row(f"{name}, decoded, cropped, jittered, masked", trained, "a cpu-s", aim, file_bytes=weight)
-        yield row("the same by Pillow alone, without masks", augmented, "a cpu-s")
-        yield row("our rate, of that by Pillow alone", 100 * float(np.median([turn[0] / turn[1] for turn in turns])), "%")
-        yield row("the same crops by Pillow alone: decoded, resized", cropped, "a cpu-s")
-        yield row("the same JPEGs only decoded", decoded, "a cpu-s")
-        yield row("the same JPEGs only decoded, at 1/8", shrunk, "a cpu-s")
+        yield row(f"{name}, decoded, cropped, jittered, masked", trained, "per cpu-s", aim, file_bytes=weight)
+        yield row("the same with Pillow alone, without masks", augmented, "per cpu-s")
+        yield row("our rate relative to Pillow alone", 100 * float(np.median([turn[0] / turn[1] for turn in turns])), "%")
+        yield row("the same crops with Pillow alone, only decoded and resized", cropped, "per cpu-s")
+        yield row("the same JPEGs, only decoded", decoded, "per cpu-s")
+        yield row("the same JPEGs, only decoded at 1/8", shrunk, "per cpu-s")
 
 
 # Speech
 
 
 def open_manifest(path: Path) -> tuple[int, int]:
-    """Number of samples, and of files opened below the folder of the recordings."""
+    """Number of samples, and of files opened in the folder of the recordings."""
     from d2v_fast.data.audio import AudioData
     from d2v_fast.masking import SpanMask
 
@@ -243,7 +243,7 @@ def open_manifest(path: Path) -> tuple[int, int]:
     sys.addaudithook(lambda event, args: event == "open" and str(args[0]).startswith(recordings) and opened.append(args[0]))
     data = AudioData(mask=SpanMask(), path=str(path), cache=str(path.parent / "cache"))
     data.contents()
-    # The recordings do not exist, so a length read by libsndfile, which the hook does not see, would be 0.
+    # The hook does not see files that libsndfile opens. The recordings do not exist, so a length read by libsndfile would be 0.
     return len(data), len(opened) + int((data.durations == 0).sum())
 
 
@@ -263,7 +263,7 @@ def resume_at(epoch: int, utterances: int) -> Any:
 
 
 def write_recordings(folder: Path, hours: int) -> Path:
-    """FLACs of an hour each: tones of a voice, four syllables a second, with noise."""
+    """Write FLACs of an hour each: voiced tones, four syllables per second, with noise."""
     import soundfile
 
     folder.mkdir()
@@ -277,7 +277,7 @@ def write_recordings(folder: Path, hours: int) -> Path:
 
 
 def read_epoch(path: Path) -> float:
-    """All batches of an epoch, as one loader worker of audio/data2vec-base makes them; returns their seconds of audio."""
+    """Make all batches of an epoch as one loader worker of audio/data2vec-base does; return their seconds of audio."""
     from d2v_fast.data import EpochBatches
     from d2v_fast.data.audio import AudioData
     from d2v_fast.masking import SpanMask
@@ -295,16 +295,16 @@ def speech(root: Path, full: bool) -> Iterator[dict[str, Any]]:
     few.mkdir()
     lines = 50_000
     (found,) = alone(open_manifest, write_manifest(root / "train.tsv", lines), warm=(write_manifest(few / "train.tsv", 10),))
-    yield row("manifest of 50,000 lines with lengths, start", found.seconds, "cpu-s", "< 1", samples=found.result[0])
-    yield row("recordings opened by it", found.result[1], "", "0")
+    yield row("start from a manifest of 50,000 lines with lengths", found.seconds, "cpu-s", "< 1", samples=found.result[0])
+    yield row("recordings opened meanwhile", found.result[1], "", "0")
     (found,) = alone(resume_at, 400, 281_000, warm=(0, 100))
     yield row("first batch of epoch 400 of 281,000 utterances", found.seconds, "cpu-s", "< 2")
     hours = 12
     path, warm = write_recordings(root / "hours", hours), (write_recordings(root / "hour", 1),)
     (found,) = alone(read_epoch, path, warm=warm)
-    yield row("12 FLACs of an hour each, an epoch", found.result / found.seconds, "s of audio a cpu-s", "≥ 2,000")
-    yield row("peak of memory above torch of its worker", found.peak / MB, "MB", "< 500")
-    yield row("of the audio in an epoch", 100 * found.result / (3600 * hours), "%", "≥ 95")
+    yield row("an epoch of 12 FLACs of an hour each", found.result / found.seconds, "s of audio per cpu-s", "≥ 2,000")
+    yield row("its worker's peak memory above torch", found.peak / MB, "MB", "< 500")
+    yield row("share of the audio in an epoch", 100 * found.result / (3600 * hours), "%", "≥ 95")
 
 
 def machine_info(found: list[dict[str, float]]) -> dict[str, Any]:
@@ -320,9 +320,9 @@ def machine_info(found: list[dict[str, float]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="1 GB of text as well; write the result")
+    parser.add_argument("--full", action="store_true", help="add 1 GB of text, and write the result")
     parser.add_argument("--only", choices=[each.__name__ for each in KINDS], help="one kind of data; writes nothing")
-    parser.add_argument("--folder", type=Path, help="where the corpora are made; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder for the corpora")
     arguments = parser.parse_args()
     from pytest_benchmark.utils import get_commit_info
 

@@ -1,10 +1,10 @@
 """`make gpu`: the tests and benchmarks that need a GPU, in one command.
 
-python -m benchmarks.gpu          tests/gpu; compute-sanitizer if it is installed; benchmarks of loss, EMA and step in at most
-                                  10 minutes; results in benchmarks/results/, and the tables of README and docs from them
-python -m benchmarks.gpu --full   all tests and all cases, without a limit: hours
-python -m benchmarks.gpu --dry    the same commands on a fake GPU (tests/fake_device.py), results in build/dry/, no tables:
-                                  shows on any machine that they start, select their cases, and fit into 70 GB
+python -m benchmarks.gpu          run tests/gpu, compute-sanitizer if it is installed, and at most 10 minutes of benchmarks of
+                                  loss, EMA and step; write benchmarks/results/ and update the tables of README and docs
+python -m benchmarks.gpu --full   run all tests and all cases without a limit, which takes hours
+python -m benchmarks.gpu --dry    run the same commands on a fake GPU (tests/fake_device.py), with results in build/dry/ and no
+                                  tables, to show on any machine that they start, select their cases and fit into 70 GB
 
 It needs a driver, a C compiler and Python's headers, but no CUDA toolkit. On a GPU with less than 70 GB, cases that do not fit
 are skipped. It uses the first GPU; CUDA_VISIBLE_DEVICES=1 selects another.
@@ -30,7 +30,7 @@ BUILD = ROOT / "build"
 MINUTES = 10  # for all benchmarks together
 PATIENCE = 30  # minutes for each command of the tests, which take about 5; a kernel that hangs would wait forever
 GRACE = 120.0  # seconds to write results after an interrupt
-SUBSET = {  # cases by benchmark, as pytest's -k
+SUBSET = {  # cases of each benchmark, selected by pytest's -k
     "loss": "bf16 and (text-32x512-31 or vision-128x197 or audio-16x780 or image-16x16x196)",
     "ema": "",
     "step": "test_step[text-8x128] or test_step[vision-8x224] or test_step[audio-4x5s] "
@@ -123,7 +123,7 @@ def tests(full: bool, dry: bool) -> dict[str, list[str]]:
 def benchmark(name: str, chosen: str, result: Path, dry: bool) -> list[str]:
     """The command that writes the cases of a benchmark that -k `chosen` selects to `result`."""
     options = ["--device", "cuda", "--benchmark-columns=median", f"--benchmark-json={result}", *["--seconds", "0"][: 2 * dry]]
-    # With warnings as errors, a run without results would end before it gives the reason.
+    # Warnings are errors, so this one would end a run without results before it gives the reason.
     options += ["-W", "ignore:Not saving anything", "-rs", "-k", chosen]
     return pytest(f"benchmarks/test_bench_{name}.py", *options, dry=dry)
 

@@ -1,10 +1,10 @@
-"""Registers, shared memory, spills and instructions of the GPU kernels, and launches and bytes of a call of the loss.
+"""Registers, shared memory, spills and instructions of the GPU kernels, and launches and bytes of each loss call.
 
-The kernels are compiled without a GPU; nothing is measured.
+The kernels are compiled without a GPU; nothing is timed.
 
 python -m benchmarks.kernels                 compile the recipes' kernels for three GPUs, write results/kernels.json, print them
-python -m benchmarks.kernels --only audio    recipes whose names contain this; print only
-python -m benchmarks.kernels --against OLD   also list what differs from OLD.json, or from the results of a commit
+python -m benchmarks.kernels --only audio    only recipes whose names contain this; print without writing
+python -m benchmarks.kernels --against OLD   also list differences from OLD, a result file or a commit
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ class LossShape(NamedTuple):
     target_mean: bool = False
 
     def call(self, stats: bool, batch: int = 1) -> Call:
-        """Inputs without values, and what runs the forward on them and returns the backward."""
+        """A function that runs the forward on uninitialised inputs and returns one that runs the backward."""
         mask = (torch.arange(self.length) % 2 == 0).repeat(batch, *([self.views] if self.views else []), 1)
         layers = [torch.empty(batch, self.length, self.channels, dtype=self.dtype) for _ in range(self.k)]
         z = torch.empty(int(mask.sum()), self.channels, dtype=self.dtype_z, requires_grad=True)
         padding = torch.zeros(batch, self.length, dtype=torch.bool) if self.padded else None
         norms = dict(norm=self.norm, target_norm=self.target_norm, beta=self.beta, scale=1.0, padding_mask=padding)
         extra = dict(reduction="mean", stats=stats, target_mean=self.target_mean)
-        zero = torch.zeros(())  # a factor of 1 would need no launch on a CPU
+        zero = torch.zeros(())  # with a factor of 1 the backward would launch nothing on a CPU
 
         def forward() -> Callable[[], object]:
             loss, *_ = loss_implementation("triton", z, layers)(z, layers, mask, **norms, **extra)
@@ -89,7 +89,7 @@ class ConvShape(NamedTuple):
     dtype: torch.dtype = BF16
 
     def call(self, stats: bool = False, batch: int = 2) -> Call:
-        """Inputs without values, and what runs the forward on them and returns the backward."""
+        """A function that runs the forward on uninitialised inputs and returns one that runs the backward."""
         x = torch.empty(batch, *self.grid, self.c_in, dtype=self.dtype, requires_grad=True)
         weight = torch.empty(self.c_out, self.c_in // self.groups, *self.kernel, requires_grad=True)
         inputs = x, weight, torch.empty(self.c_out, requires_grad=True)
@@ -139,7 +139,7 @@ class Launch(NamedTuple):
 
 @contextmanager
 def recorded(module: Any, names: Iterable[str]) -> Iterator[list[Launch]]:
-    """A list of launches that grows instead of these kernels of the module running."""
+    """Record launches of these kernels of the module in a list instead of running them."""
     launches: list[Launch] = []
 
     class Recorder:
@@ -155,8 +155,9 @@ def recorded(module: Any, names: Iterable[str]) -> Iterator[list[Launch]]:
 
 
 class Operations(TorchDispatchMode):
-    """Reports each operation of torch that launches something, also inside our operators, and the tensors of its arguments and
-    results. Allocations, views and empty results launch nothing.
+    """Report each torch operation that launches a kernel, with the tensors of its arguments and results.
+
+    This includes operations inside our operators. Allocations, views and empty results launch nothing.
     """
 
     FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -192,7 +193,7 @@ def launches(shape: LossShape | ConvShape, stats: bool = False) -> list[Launch]:
 
 
 def traffic(launch: Launch) -> int:
-    """Bytes of the tensors that a launch of the loss reads or writes, each counted once; unscored teacher rows only if read."""
+    """Bytes of the tensors that a launch of the loss reads or writes, each counted once. Teacher rows count only if read."""
     arguments = dict(launch.arguments)
     layers = arguments.pop("x_ptrs", ())
     if not arguments.get("PADDED"):
@@ -205,7 +206,7 @@ def traffic(launch: Launch) -> int:
 
 
 def call(shape: LossShape, stats: bool, batch: int = 8) -> dict[str, Any]:
-    """How many kernels of ours and operations of torch a call of the loss and its backward launch, and the bytes they touch."""
+    """Number of launches (our kernels and torch operations) of a loss call and its backward, and the bytes that they touch."""
     found: list[list[int]] = [[]]
 
     def operation(function: Any, tensors: list[Tensor]) -> None:
@@ -228,7 +229,7 @@ def call(shape: LossShape, stats: bool, batch: int = 8) -> dict[str, Any]:
 
 
 def compiled(launch: Launch, arch: int) -> Any:
-    """What the JIT would make of this launch on a GPU of compute capability `arch` / 10."""
+    """The kernel that the JIT would compile for this launch on a GPU of compute capability `arch` / 10."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -284,10 +285,10 @@ def instructions(code: str) -> tuple[int, int]:
 
 
 def described(made: Any) -> dict[str, Any]:
-    """What a compiled kernel is made of.
+    """Resources of a compiled kernel.
 
-    Sizes are bytes, registers per thread. `loads` counts the global loads by width in bits, `copies` are the widths in bytes of
-    asynchronous copies to shared memory.
+    Sizes are in bytes; registers are per thread. `loads` counts global loads by width in bits; `copies` lists the widths in
+    bytes of asynchronous copies to shared memory.
     """
     usage, code = dumped(made.asm["cubin"])
     ptx = made.asm["ptx"]
@@ -308,7 +309,7 @@ def described(made: Any) -> dict[str, Any]:
 
 
 def offline(arch: int, shapes: dict[str, LossShape] | dict[str, ConvShape]) -> list[dict]:
-    """Rows of every kernel of these shapes for sm_`arch`, each kernel once, under the first shape that launches it."""
+    """A row for each kernel of these shapes, compiled for sm_`arch`. A shared kernel is listed under the first shape only."""
     table, seen = [], set()
     for name, shape in shapes.items():
         for stats in (False, True) if isinstance(shape, LossShape) else (False,):
@@ -324,7 +325,7 @@ def offline(arch: int, shapes: dict[str, LossShape] | dict[str, ConvShape]) -> l
 
 
 def calls(shapes: dict[str, LossShape]) -> list[dict]:
-    """Rows of every call of these shapes, without and with statistics."""
+    """A row for each call of these shapes, without and with statistics."""
     about = ((name, shape, stats) for name, shape in shapes.items() for stats in (False, True))
     return [
         dict(case=name, dtype=str(shape.dtype).removeprefix("torch."), stats=stats) | call(shape, stats)
@@ -356,7 +357,7 @@ def main() -> None:
     from benchmarks.report import RESULTS, calls_table, kernels_table, rows
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="part of the names of recipes; writes nothing")
+    parser.add_argument("--only", help="only recipes whose names contain this; writes nothing")
     parser.add_argument("--against", help="a result file, or a commit")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

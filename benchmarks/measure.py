@@ -38,8 +38,8 @@ def interleaved(
     """Median seconds of each variant.
 
     The variants take turns, so that drift of the machine affects all of them. In its turn a variant runs `calls` times after
-    one uncounted call, which absorbs what the previous variant did to the allocator and the threads. A slow variant runs
-    once.
+    one uncounted call, which absorbs the effect of the previous variant on the allocator and the threads. A slow variant runs
+    only once per turn.
     """
     slow = set()
     for name, call in variants.items():
@@ -115,7 +115,7 @@ def copy(device: str, size: int = 256 << 20) -> Callable[[], object]:
 
 
 def rates(device: str) -> dict[str, float]:
-    """Current rates of the machine: bytes/s of a long copy, FLOP/s of large products; and the load average before."""
+    """Current rates of the machine: bytes/s of a long copy and FLOP/s of large products; also the load average before."""
     return {
         "load": os.getloadavg()[0],
         "copy": 2 * (256 << 20) / interleaved({"copy": copy(device)}, device, seconds=1.0)["copy"],

@@ -37,7 +37,7 @@ def read(path: Path) -> dict:
     """
     found = json.loads(path.read_text(encoding="utf-8"))
     if found["machine_info"].get("dry_run"):
-        sys.exit(f"{path}: of a dry run, which measures nothing; make gpu on a machine with a GPU measures")
+        sys.exit(f"{path}: written by a dry run, which measures nothing; run make gpu on a machine with a GPU")
     return found
 
 
@@ -55,7 +55,7 @@ def ratios(row: dict, test: str, seconds: str = "seconds") -> dict[str, float]:
 
 
 def alone(row: dict, seconds: str = "seconds") -> float:
-    """Seconds of ours; on a GPU without launch overhead, which dominates small inputs."""
+    """Seconds of our implementation; on a GPU without launch overhead, which dominates small inputs."""
     return row[seconds].get("fused, graph", row[seconds]["fused"])
 
 
@@ -69,7 +69,7 @@ def hardware(about: dict) -> str:
 
 
 def found_rates(about: dict) -> dict[str, float]:
-    """The lowest rates of the machine in a run, of those before its first case and after its last."""
+    """The machine's rates in a run: the lower ones of those before its first case and after its last."""
     found = about.get("rates", [])
     return {name: min(rates[name] for rates in found) for name in ("copy", "fp32", "bf16") if found}
 
@@ -111,7 +111,7 @@ def reads_rows(row: dict) -> bool:
 
 
 def loss_table(path: Path, seconds: str = "seconds") -> str:
-    """Loss and gradient; with `seconds_reused` (one input for all calls) no bandwidth shares, which caches distort."""
+    """Loss and gradient. `seconds_reused` (one input for all calls) omits bandwidth shares, which caches distort."""
     found = [row for row in rows(path, "test_loss") if seconds in row]
     if not found:
         return ""
@@ -188,7 +188,7 @@ def step_2_table(path: Path) -> str:
 
 
 def targets_table(path: Path) -> str:
-    """Masked targets per second, one line per case; each ratio is within one run, and 2.0 fused is that of the run with 1.0."""
+    """Masked targets per second, one line per case. Ratios are within one run; that with 1.0 gives the rate of 2.0 fused."""
     baselines = ("1.0 today", "1.0 fused", "2.0 as released, bf16")
     rates: dict[str, dict[str, float]] = {}
     ratios: dict[str, dict[str, float]] = {}
@@ -251,7 +251,7 @@ def monitor_table(path: Path) -> str:
         step, line = row["seconds_a_step"], row["seconds_a_line"]
         share = line / row["log_every"] / step
         lines.append([row["case"], f"{step * 1e3:.0f}", f"{line * 1e3:.1f}", str(row["log_every"]), f"{share:.2%}"])
-    return markdown(["run", "ms a step", "ms a line of the log", "steps a line", "monitor's share"], lines)
+    return markdown(["run", "ms per step", "ms per log line", "steps per log line", "monitor's share"], lines)
 
 
 def corpora_table(path: Path) -> str:
@@ -261,7 +261,7 @@ def corpora_table(path: Path) -> str:
     return markdown(["what", "figure", "unit", "aim"], lines)
 
 
-# The kernels of a page's table: the large ones of the published recipes.
+# The kernels in the table of docs/speed.md: the large ones of the published recipes.
 KERNELS_SHOWN = (
     *("text", "text, large", "vision", "vision, huge", "audio", "audio, 5 s"),
     *("vision, 16 views", "audio, 8 views", "text, 8 views", "text, 8 views, layer"),
@@ -271,7 +271,7 @@ KERNELS_SMALL = ("_order_kernel", "_channel_stats_kernel", "_target_mean_kernel"
 
 
 def kernel_figure(row: dict, name: str) -> str:
-    """A figure as text; a dash for a loop that is unrolled and for a kernel that is not compiled for a GPU."""
+    """A figure as text; a dash for an unrolled loop and for a kernel that was not compiled for this GPU."""
     return "–" if name not in row or (name == "loop" and not row[name]) else str(row[name])
 
 
@@ -293,12 +293,15 @@ def kernels_table(path: Path, everything: bool = False) -> str:
 
 
 KERNEL_FIGURES = dict(
-    warps="warps", registers="registers", shared="shared memory, B", spills="spills, B", loop="instructions a loop"
+    warps="warps", registers="registers", shared="shared memory, B", spills="spills, B", loop="instructions per loop"
 )
 
 
 def calls_table(path: Path, before: Path | None = None) -> str:
-    """Calls of the loss and their main kernel on sm_90, before → after: NAME-before.json and NAME.json, or all of two files."""
+    """Calls of the loss and their main kernel on sm_90, before → after.
+
+    Compares NAME-before.json with NAME.json, or all calls of two given files.
+    """
     files = before or path.with_name(f"{path.stem}-before{path.suffix}"), path
     if not files[0].exists():
         return ""
@@ -316,7 +319,7 @@ def calls_table(path: Path, before: Path | None = None) -> str:
 def calls(path: Path) -> dict[tuple, dict[str, str]]:
     """Figures of each call of the loss and of its main kernel on sm_90, as text, by recipe and statistics.
 
-    A kernel that several recipes share is recorded under the first of them; the calls of the others are left out.
+    A kernel that several recipes share is recorded under the first of them; the other recipes are left out.
     """
     recorded = {(row["case"], row["stats"]): row for row in rows(path, "calls")}
     found = {}

@@ -1,4 +1,4 @@
-"""Loss and gradient: ours compared with eager, the published formulation, a gather-first one, compiled versions, and a copy."""
+"""Loss and gradient: the fused loss compared with eager, published and gather-first versions, compiled ones, and a copy."""
 
 import gc
 import itertools

@@ -117,10 +117,10 @@ class Today(Variant):
 
 
 class Ours(Variant):
-    """Our model in bf16 autocast with sdpa, fused AdamW and foreach EMA; `parts` selects parts of --fused to add, and
-    "one pass" is `optimizer.one_pass`.
+    """Our model in bf16 autocast with SDPA, fused AdamW and foreach EMA.
 
-    With `features`, the path of its local feature module, the model runs whole.
+    `parts` adds parts of --fused, and "one pass" adds `optimizer.one_pass`. `features` is the path of the local feature module;
+    with it the model runs whole.
     """
 
     def __init__(self, case, device, parts, features=None):
@@ -339,7 +339,7 @@ def test_step_2(case, baseline, device, seconds, benchmark):
 
 @pytest.mark.parametrize("case", [*STEP_CASES, *STEP_CASES_2], ids=lambda case: case.name)
 def test_parts(case, device, seconds, benchmark):
-    """Worth of each part of --fused that applies here: the full step compared with a step without that part."""
+    """Effect of each part of --fused that applies here: the full step compared with a step without that part."""
     case = case.on(device)
     whole = Worker(Ours, case, device, ALL)
     used, parts = whole("used_parts"), ALL

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from d2v_fast.nets import Data2Vec2VisionForImageClassification as Data2Vec2VisionForImageClassification
     from d2v_fast.nets import Data2Vec2VisionModel as Data2Vec2VisionModel
     from d2v_fast.train.callbacks import Callback as Callback
-else:  # hidden from type checkers, for which it would make an Any of every misspelt name
+else:  # hidden from type checkers, which would otherwise accept any misspelt name as Any
 
     def __getattr__(name: str) -> Any:
         # Lazy, so that importing the loss does not import transformers.

@@ -52,7 +52,7 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 Tensors = dict[str, dict[str, Tensor]]  # by file, by name
 Files = dict[str, dict[str, Any]]  # size and SHA-256 by file name
-Part = tuple[int, Files, str]  # step, what a rank has written of its checkpoint, and why it failed or ""
+Part = tuple[int, Files, str]  # step, files that a rank has written, and the reason of a failure or ""
 
 
 class CheckpointError(ValueError):
@@ -64,10 +64,10 @@ class Checkpoint:
 
     Args:
         folder: RUN/checkpoints/step-N.
-        checksums: Whether to compute them; otherwise only the sizes of the files are compared.
+        checksums: Whether to verify checksums; otherwise only file sizes are compared.
 
     Raises:
-        CheckpointError: A file is missing, damaged or outside the folder, or the checkpoint is of another version.
+        CheckpointError: A file is missing, damaged or outside the folder, or the checkpoint has another version.
     """
 
     def __init__(self, folder: Path, checksums: bool = True):
@@ -104,7 +104,7 @@ class Checkpoint:
 
         Args:
             name: student, teacher, optimizer, rng or samples.
-            like: Gives for the name of a tensor one that it is sharded like; then only this rank's shard is read.
+            like: Maps a tensor's name to a tensor with the wanted sharding; then only this rank's shard is read.
 
         Raises:
             CheckpointError: A file is missing, malformed or not a safetensors file.
@@ -132,7 +132,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: not a valid version {VERSION} checkpoint: {reason}") from error
 
     def compare(self, part: str, now: dict[str, Any], allowed: Iterable[str] = ()) -> None:
-        """Raise CheckpointError if `part` of the state differs from `now` in keys that are not `allowed` or below one."""
+        """Raise CheckpointError if `part` of the state differs from `now` in keys other than `allowed` ones and those below."""
         with self.reading():
             was, now = _flat(self.state[part]), _flat(now)
         differ = [key for key in {**was, **now} if was.get(key, "nothing") != now.get(key, "nothing")]
@@ -204,7 +204,7 @@ class Checkpoints:
         return [_step(folder) for folder in _finished(self.folder)]
 
     def reserve(self, tensors: Tensors) -> None:
-        """Allocate the memory of the copies in the thread: allocation is the slowest part of a copy."""
+        """Allocate memory for the copies in the thread, because allocation is the slowest part of a copy."""
 
         def touch() -> None:
             self._copies = {
@@ -233,14 +233,14 @@ class Checkpoints:
     ) -> None:
         """Copy a rank's part of a sharded run, then write it in the thread.
 
-        The checkpoint is complete once rank 0 has called `finish` with what `part` returns on each rank. No rank may call this
-        before rank 0 has called `begin`.
+        The checkpoint is complete once rank 0 has called `finish` with the results of `part` from all ranks. No rank may call
+        this before rank 0 has called `begin`.
 
         Args:
             step: Steps so far.
             rank: Rank of this process.
-            tensors: By file, which must have different names on each rank.
-            metadata: Of each file.
+            tensors: Tensors by file; file names must differ between ranks.
+            metadata: Metadata of each file.
             state: JSON-serializable; None on all ranks but one.
         """
         self._copy(tensors)
@@ -249,7 +249,7 @@ class Checkpoints:
         def write_part() -> Part:
             try:
                 folder = self.folder / f"step-{step}.tmp"
-                folder.mkdir(parents=True, exist_ok=True)  # again, for the reason if `begin` has failed
+                folder.mkdir(parents=True, exist_ok=True)  # if `begin` has failed, this raises the reason
                 return step, write_files(folder, self._copies, metadata, text), ""
             except Exception as error:
                 return step, {}, f"rank {rank}: {error}"
@@ -257,7 +257,7 @@ class Checkpoints:
         self._part = self._job = self._thread.submit(write_part)
 
     def part(self) -> Part | None:
-        """What the last `save_part` has written, once; waits for it. None without one."""
+        """The result of the last `save_part`, once; waits for it. None if there is none."""
         part, self._part = self._part, None
         return None if part is None else part.result()
 
@@ -338,7 +338,7 @@ def new_folder(folder: Path, step: int) -> Path:
 
 
 def write_files(folder: Path, tensors: Tensors, metadata: dict[str, dict[str, str]], state: str | None) -> Files:
-    """Write tensors, with the metadata of their files, and the state, if any, to disk; returns what a manifest says of them."""
+    """Write tensors, with metadata for their files, and any state to disk; return the files' manifest entries."""
     for name, values in tensors.items():
         save_file(values, folder / f"{name}.safetensors", metadata.get(name))
     names = [f"{name}.safetensors" for name in tensors]
@@ -360,7 +360,7 @@ def complete(temporary: Path, files: Files) -> Checkpoint:
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         sync(temporary / MANIFEST)
         sync(temporary)
-        _remove(target)  # a damaged checkpoint of the same step
+        _remove(target)  # may be a damaged checkpoint of the same step
         os.replace(temporary, target)
         sync(folder)
     except BaseException:
@@ -374,7 +374,7 @@ def complete(temporary: Path, files: Files) -> Checkpoint:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that a process killed meanwhile leaves no incomplete folder named step-N."""
+    """Delete a checkpoint. It is renamed first, so that a killed process leaves no incomplete folder named step-N."""
     with suppress(OSError):
         shutil.rmtree(folder.rename(folder.with_suffix(".old.tmp")))
 
@@ -382,7 +382,7 @@ def _remove(folder: Path) -> None:
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk, so that they survive a power cut."""
     folder = path.is_dir()
-    if folder and sys.platform == "win32":  # opens no folders
+    if folder and sys.platform == "win32":  # Windows cannot open folders
         return
     handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes only files open for writing
     try:

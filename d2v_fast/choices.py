@@ -1,4 +1,4 @@
-"""Settings with a choice of words, a range, or the name of a class. Needs no torch, so that the command line starts quickly."""
+"""Validation of settings: choices, ranges and class names. Does not import torch, so that the command line starts quickly."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CLSReduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class Range:
-    """The valid interval of a number, in the annotation of its type; in that of a list or mapping, of each number in it.
+    """The valid interval of a number, as an annotation of its type. On a list or mapping it applies to each number in it.
 
     Args:
-        interval: Such as [0, 1). A round bracket excludes the bound.
+        interval: For example "[0, 1)". A round bracket excludes the bound.
         zero: Whether 0 is valid too.
     """
 
@@ -53,7 +53,7 @@ Finite = Annotated[float, Range("(-inf, inf)")]
 NonNegativeFloat = Annotated[float, Range("[0, inf)")]
 ClosedUnitInterval = Annotated[float, Range("[0, 1]")]
 OpenUnitInterval = Annotated[float, Range("(0, 1)")]
-Beta = Annotated[float, Range("[1e-30, 1e30]", zero=True)]  # of smooth-L1: both β and 1/β must be numbers of fp32
+Beta = Annotated[float, Range("[1e-30, 1e30]", zero=True)]  # of smooth-L1; fp32 must be able to represent both β and 1/β
 
 
 def arguments(cls: type) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def arguments(cls: type) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     bases: Any = reversed(cls.__mro__)
     for base in bases:
-        with suppress(NameError):  # an annotation may name what only a type checker imports
+        with suppress(NameError):  # an annotation may use a name that is only imported for type checkers
             hints |= get_type_hints(base.__init__, include_extras=True)
     return hints
 
@@ -91,7 +91,7 @@ def _is_container(hint: Any) -> bool:
 
 
 def _kinds(hint: Any) -> Iterator[Any]:
-    """The alternatives in a hint; those of the elements of a list or tuple, and of the values of a mapping."""
+    """The alternatives in a hint. For a list, tuple or mapping, those of its elements or values."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (None, Literal):
         yield hint
@@ -110,7 +110,7 @@ def _elements(value: Any) -> Iterator[Any]:
 
 
 class Rule:
-    """What an annotation allows by its Literal and `Range`; in a container, of each element. Anything if it has neither."""
+    """The values that the Literal and `Range` in an annotation allow, for each element of a container; any value if none."""
 
     def __init__(self, hint: Any):
         kinds = list(_kinds(hint))
@@ -122,7 +122,7 @@ class Rule:
         self.open = (self.range is None and not self.words) or len(self.classes) < len(others)
 
     def check(self, name: str, value: Any) -> None:
-        """Raise a ValueError that says what is expected unless `value` is allowed."""
+        """Raise a ValueError that gives the valid values unless `value` is one of them."""
         if self.open:
             return
         for element in _elements(value) if self.container else (value,):
@@ -158,8 +158,8 @@ def import_class(setting: str, name: str, base: type, public: str, error: type[V
     """The class that a setting names as "package.module:Class".
 
     Args:
-        setting: For messages.
-        name: Its value.
+        setting: Name of the setting, for messages.
+        name: Value of the setting.
         base: Required base class. Without it, someone else's config could call os:system.
         public: The name of `base` for messages.
         error: What to raise.
@@ -185,7 +185,7 @@ class Checked:
     """Base class of dataclasses that checks their fields at construction, by the Literal and the `Range` in their types.
 
     Raises:
-        ValueError: A word or number is not valid; the message names the field, the value and what is expected.
+        ValueError: A field is not valid; the message names the field, its value and what is expected.
     """
 
     def __post_init__(self) -> None:

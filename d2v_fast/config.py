@@ -1,4 +1,4 @@
-"""One run as typed dataclasses, from a preset or YAML file and dotted overrides.
+"""The settings of a run as typed dataclasses, from a preset or YAML file and dotted overrides.
 
 The settings under `data` and `mask` are the arguments of the classes in `d2v_fast.data` and `d2v_fast.masking`. `modality` and
 `mask.kind` select the class; `data.class` names a data set class of your own.
@@ -68,8 +68,8 @@ class Modality:
         masks: The mask kinds it accepts, the default first.
         axes: Number of axes of its positions.
         reads: Accepted values of `Encoder.reads`.
-        task: The hub's name of what a model of it is probed on.
-        pipeline: The hub's name of what an exported encoder does.
+        task: The hub's name of the task on which a model is probed.
+        pipeline: The hub's name of the pipeline for an exported encoder.
     """
 
     data: str | None
@@ -259,15 +259,15 @@ class OptimizerConfig(Checked):
     """The optimizer.
 
     Args:
-        kind: adamw, or lamb for large batches: the update of each tensor has the norm of the tensor times lr. On a GPU it is
-            NVIDIA apex's FusedLAMB, if apex is installed.
+        kind: adamw, or lamb for large batches: the update of each tensor has the norm of the tensor times lr. On a GPU lamb
+            uses NVIDIA apex's FusedLAMB, if apex is installed.
         lr: Peak learning rate.
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay.
         decay_1d: Apply weight decay to biases, norms and other vectors too, as fairseq does.
         lr_scale: Learning rate factors by parameter name pattern, such as {"*feature_extractor*": 0.1}.
-        one_pass: With --fused on a GPU, AdamW moves the teacher too, in one pass over memory; not yet measured.
+        one_pass: With --fused on a GPU, AdamW also updates the teacher, in one pass over memory; not yet measured.
     """
 
     kind: Literal["adamw", "lamb"] = "adamw"
@@ -313,7 +313,7 @@ class TrainConfig(Checked):
         precision: Compute precision; the weights of student and teacher stay in fp32.
         device: auto = GPU if there is one. CUDA_VISIBLE_DEVICES=1 selects one of several.
         graphs: With --fused on one GPU, replay passes over batches of the same shape as CUDA graphs, which speeds up small
-            batches; each shape keeps its own set of gradients, at most four sets.
+            batches; each shape keeps its own set of gradients, up to four sets.
         checkpointing: Keep only the input of each student block for the backward pass and recompute the rest: less memory, the
             same gradients, about a third more time.
         shard: On several ranks, shard weights, gradients, optimizer and teacher across them (FSDP2); hybrid = shard within a
@@ -378,7 +378,7 @@ class CollapseConfig(Checked):
         distance: Minimum distance between teacher and student, relative to the student's weights.
         decay: Maximum decay of the teacher, as measured on its weights.
         update: Minimum change of the weights per step at the peak learning rate, relative to their norm.
-        gradient: Maximum norm of the gradient, as a multiple of its usual value before.
+        gradient: Maximum norm of the gradient, as a multiple of its previous usual value.
         after: Steps before the rules apply; default is 5000, in a shorter run a tenth of its steps but at least 100, and never
             before the end of the warm-up.
         action: What to do when a rule is broken.
@@ -473,7 +473,7 @@ class Config:
         for name, hint in arguments(data_class(self.modality, self.data["class"])).items():
             if name in self.data:
                 in_section("data", Rule(hint).check, name, self.data[name])
-        if self.own_data:  # its settings may share a name with ours and mean something else
+        if self.own_data:  # its settings may share a name with built-in ones and mean something else
             values = {key: value for key, value in values.items() if not key.startswith("data.") or key == "data.views"}
         for key in ("data.crop_scale", "data.crop_ratio"):
             if key in values and values[key][0] > values[key][1]:
@@ -601,14 +601,14 @@ def load_yaml(text: str) -> Any:
 
 
 def _refuse_bombs(text: str) -> None:
-    """Raise ValueError for aliases and deep nesting, by which a few lines of YAML can exhaust memory or the stack."""
+    """Raise ValueError for aliases and deep nesting, with which a few lines of YAML can exhaust memory or the stack."""
     import yaml
 
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"*{event.anchor}: an alias; write out what it stands for")
+            raise ValueError(f"*{event.anchor}: an alias; write out its content")
         if depth > 20:
             raise ValueError("nested more than 20 deep")
 
@@ -622,7 +622,7 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_replaced(settings: dict[str, Any], later: dict[str, Any]) -> None:
-    """Remove from `settings` whatever belongs to a mask, encoder or run length that `later` (flat keys) replaces."""
+    """Remove from `settings` all settings of a mask, encoder or run length that `later` (flat keys) replaces."""
     encoder, mask = settings.get("encoder", {}), settings.get("mask", {})
     known = MODALITIES.get(settings.get("modality", ""))
     default = known and known.masks[0]
@@ -643,7 +643,7 @@ def _drop_replaced(settings: dict[str, Any], later: dict[str, Any]) -> None:
 
 
 def _fit_data(settings: dict[str, Any], later: dict[str, Any]) -> None:
-    """Replace data `settings` by those that the pretrained encoder in `later` was trained with, where they are known.
+    """Replace data `settings` by those with which the pretrained encoder in `later` was trained, where known.
 
     Data settings given in `later` itself are kept.
     """
@@ -941,7 +941,7 @@ def _finish(config: Any, known: list[str], run: str | None, named: bool) -> Conf
     """Resolve the output folder of `config`.
 
     Args:
-        config: As parsed.
+        config: The parsed config.
         known: All valid settings.
         run: Folder of the run whose config.yaml was read, if any.
         named: Whether the command sets train.output.

@@ -67,7 +67,7 @@ BLOCK_2: Rules = [  # data2vec 2.0, whose blocks follow timm's
     (r"blocks\.(\d+)\.mlp\.(fc[12])\.(.+)", r"layers.\1.\2.\3"),
     (r"blocks\.(\d+)\.norm2\.(.+)", r"layers.\1.final_layer_norm.\2"),
 ]
-# Rules for a modality encoder of 2.0: first to the names of v1 where it has the module, from these to those of transformers.
+# Rules for a modality encoder of 2.0: first to names of v1 where v1 has the module, then to those of transformers.
 NAMES_2: dict[str, tuple[Rules, Rules]] = {
     "IMAGE": (
         [
@@ -103,11 +103,11 @@ HEAD_2: dict[str, Rules] = {  # heads of fine-tuned models
     "AUDIO": [(r"w2v_encoder\.proj\.(.+)", r"lm_head.\1")],
     "TEXT": [(r"classification_heads\.\w+\.((?:dense|out_proj)\..+)", r"classifier.\1")],
 }
-# Prefixes of the weights and of the pre-training settings in a checkpoint; all but the first are those of fine-tuned models.
+# Prefixes of weights and of pre-training settings in a checkpoint; all but the first occur in fine-tuned models.
 BODIES_2 = ("", "model.", "w2v_encoder.w2v_model.")
 RUNS_2 = ("model.", "model.pretrained_model_args.model.", "model.w2v_args.model.")
 # Settings of 2.0 that no published model changes: modalities, name ("own." for settings of the modality), the only supported
-# value, and what any other value means.
+# value, and the meaning of any other value.
 ONLY_2: list[tuple[str, str, Any, str]] = [
     ("AUDIO IMAGE TEXT", "layer_norm_first", False, "its blocks normalise before attention and FFN, ours after them"),
     ("AUDIO IMAGE TEXT", "own.learned_alibi", False, "its attention bias is a learned table"),
@@ -174,8 +174,8 @@ class Released:
         settings: Arguments of the run under flat, dotted names, such as model.average_top_k_layers; empty if there are none.
         decoder: Weights of `ConvDecoder` in fp32, for a pre-trained data2vec 2.0.
         decoder_settings: Arguments of that `ConvDecoder`, except `hidden_size`.
-        teacher: Weights of its teacher in fp32, if saved, under the names of the student's `state_dict`. What a teacher of 2.0
-            does not own is the student's (method 1.6).
+        teacher: Weights of its teacher in fp32, if saved, under the names of the student's `state_dict`. Those that a teacher
+            of 2.0 lacks are the student's (method 1.6).
         licence: Hub identifier of the licence under which the authors of 2.0 and EAT released their weights. It does not apply
             to weights that you trained yourself.
     """
@@ -334,14 +334,14 @@ def from_fairseq(file: str, eat: bool = False) -> Released:
         eat: Whether it is a checkpoint of EAT.
 
     Raises:
-        ValueError: Not such a checkpoint, or there is no class for its model; the message says why.
+        ValueError: Not such a checkpoint, or there is no class for its model; the message gives the reason.
     """
     checkpoint = load_checkpoint(file)
     if not isinstance(checkpoint.get("model"), dict):
         raise ValueError(f"{file}: holds {list(checkpoint)[:8]}, expected 'model' as in a checkpoint of fairseq")
     with error_context(file, "its weights and settings do not form a model"):
         settings = _settings(checkpoint.get("cfg") or checkpoint.get("args") or {})
-        # The teacher is a separate dict among the weights.
+        # The teacher is a dict stored among the weights.
         state = {k: v for k, v in checkpoint["model"].items() if isinstance(v, Tensor) and "_ema." not in k}
         _check_whole(state, file)
         if any("modality_encoders." in k for k in state):
@@ -369,7 +369,7 @@ def _heads(settings: dict[str, Any], hidden_size: int, file: str) -> int:
 
 
 def _depth(state: State, pattern: str) -> int:
-    """Number of layers. They are counted, because a single name with a large index could otherwise demand that many."""
+    """Number of layers. They are counted, because a single name with a large index could otherwise demand a huge model."""
     return len({m[1] for key in state if (m := re.match(pattern, key))})
 
 
@@ -741,11 +741,11 @@ def _decoder_2(state: State, hidden_size: int, axes: int, cfg: dict[str, Any], f
 
 
 def _teacher_2(student: State, ema: Any, modality: str, file: str) -> State:
-    """Weights of a complete teacher under the original names: what it does not own is the student's (method 1.6, 6.2)."""
+    """Weights of a complete teacher under the original names; those that it lacks are the student's (method 1.6, 6.2)."""
     if not isinstance(ema, dict) or not all(isinstance(value, Tensor) for value in ema.values()):
         raise ValueError(f"{file}: _ema: is not a dict of the teacher's weights")
     names = {key: key.removeprefix(f"modality_encoders.{modality}.") for key in ema}
-    # A teacher of only the blocks names them 0, 1, ….
+    # A teacher that consists only of the blocks names them 0, 1, ….
     own = {f"blocks.{name}" if re.match(r"\d", name) else name: ema[key] for key, name in names.items()}
     if unknown := sorted(own.keys() - student.keys()):
         raise ValueError(f"{file}: _ema: the teacher has {', '.join(unknown[:5])}, which the student lacks")

@@ -36,13 +36,14 @@ def _zero_init(linear: nn.Module) -> None:
 class ConvDecoder(nn.Module):
     """Convolutions over all positions, visible and masked, then a projection to the width of the targets (method 4.5).
 
-    Each layer is a convolution, a norm over channels without affine parameters and GELU, with a residual if the width is equal.
+    Each layer is a convolution, a norm over channels without affine parameters and GELU, with a residual if the width is
+    unchanged.
 
     Args:
         hidden_size: Channels C of the encoder and of the targets.
         axes: Axes of the grid of positions: 1 for text and speech, 2 for images and spectrograms.
         width: Channels of the convolutions.
-        kernel: Kernel size along each axis; an even one reaches one position further to the left.
+        kernel: Kernel size along each axis; an even kernel reaches one position further to the left.
         layers: Number of convolutions.
         groups: Channel groups of each convolution.
         residual: Add a layer's input to its output.

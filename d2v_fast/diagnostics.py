@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 RANK_ROWS = 512  # states used for the effective rank, and therefore its upper bound
 MIN_ROWS = 64  # scored positions needed for the rank; for the position share, in addition to one per position
 COMPARED = 16  # samples compared before the first step
-LINES = 100  # log lines that give the usual gradient norm
+LINES = 100  # log lines that determine the usual gradient norm
 CLEAR = 1.5  # hysteresis: a rule that has warned re-arms at this many times its bound
 
 
@@ -118,7 +118,7 @@ def constant_loss(target: Moments, beta: float, scale: float) -> Tensor:
 
 
 class Seen(NamedTuple):
-    """What the figures need from a micro-batch."""
+    """The data of a micro-batch from which figures are computed."""
 
     target: Moments
     prediction: Moments
@@ -214,11 +214,11 @@ class Monitor:
         batch, length = output.features.shape[:2]
         padding = mask.new_zeros(batch, length) if padding is None else padding
         index = mask.flatten().nonzero().squeeze(1) if index is None else index
-        index = index // (mask.numel() // batch) * length + index % length  # position in the batch, whatever the view
+        index = index // (mask.numel() // batch) * length + index % length  # position in the batch, for any view
         # The other target layers are already freed; the last one represents them.
         norms = model.loss_settings["norm"], model.loss_settings["target_norm"]
         last = make_targets([output.teacher_states], *norms, padding)
-        # Each position counts once, however many views score it: duplicate rows would inflate the share that position explains.
+        # Each position counts once even if several views score it: duplicates would inflate the share that position explains.
         scored = mask.view(batch, -1, length).any(1)
         position = torch.arange(length, device=mask.device).where(scored, length)
         features = output.features.float().masked_fill(padding.unsqueeze(-1), 0)
@@ -416,7 +416,7 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
         if importlib.util.find_spec(package):
             try:
                 importlib.import_module(package)
-            except Exception as error:  # transformers would only say that it cannot import a model
+            except Exception as error:  # transformers would only report that it cannot import a model
                 warnings.append(
                     f"{package} {_version(package)} cannot be imported: {error}; install a build for torch "
                     f"{torch.__version__}, or pip uninstall {package}"
@@ -484,8 +484,8 @@ def doctor(args: list[str]) -> None:
         return main(args)
     parser = argparse.ArgumentParser(
         prog="d2v-doctor",
-        description="Facts for a bug report, and warnings about what would make a run slow or wrong on this machine. "
-        "d2v-doctor --memory --config PRESET|FILE [--gpus N] [key=value ...]: the memory that a run needs on each GPU.",
+        description="Show facts for a bug report, and warn about problems that make a run slow or wrong on this machine. "
+        "d2v-doctor --memory --config PRESET|FILE [--gpus N] [key=value ...] shows the memory that a run needs on each GPU.",
     )
     parser.add_argument("folder", nargs="?", default=".", type=Path, help="Where runs are written; default: here.")
     found = environment(parser.parse_args(args).folder)

@@ -25,12 +25,12 @@ def linear_decay(step: int, start: float, end: float, anneal_steps: int) -> floa
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by all of their names."""
+    """Parameters and buffers by name; tied ones appear under each of their names."""
     return dict(chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)))
 
 
 def lerp_unless(skip: Tensor, ours: list[Tensor], theirs: list[Tensor], share: float) -> None:
-    """Move `ours` to `theirs` by `share`, unless `skip` () is not 0; `triton_adam.LerpUnless` does so in two launches."""
+    """Move `ours` towards `theirs` by `share` if `skip` () is 0; `triton_adam.LerpUnless` does the same in two launches."""
     for y, x in zip(ours, theirs, strict=True):
         y.copy_(torch.where(skip != 0, y, y.lerp(x.to(y.dtype), share)))
 
@@ -61,12 +61,12 @@ class EMATeacher(nn.Module, Generic[Student]):
         copied: Iterable[str] = (),
     ):
         super().__init__()
-        EMAConfig(start=start, end=end, anneal_steps=anneal_steps)  # checks them
+        EMAConfig(start=start, end=end, anneal_steps=anneal_steps)  # validates the arguments
         if isinstance(copied, str):
             raise ValueError(f"copied: found {copied!r}, expected a list of patterns: [{copied!r}]")
         self.start, self.end, self.anneal_steps = start, end, anneal_steps
         self.step = 0
-        self.moved_by_optimizer = False  # its step averages the parameters, in the pass that updates them
+        self.moved_by_optimizer = False  # whether the optimizer's step also averages the parameters
         self.lerp_unless: Callable[[Tensor, list[Tensor], list[Tensor], float], None] = lerp_unless
         names = [name for name, _ in student.named_parameters()]
         copied = list(copied)
@@ -93,12 +93,12 @@ class EMATeacher(nn.Module, Generic[Student]):
 
         Args:
             student: The module to follow.
-            skip: () fp32 on the teacher's device; anything but 0 leaves the teacher as it is. The host does not wait for it, so
-                the step counts in any case; subtract 1 from `step` once it is known to be skipped.
+            skip: () fp32 on the teacher's device; unless it is 0, the teacher does not change. The host does not wait for it,
+                so the step counts in any case; subtract 1 from `step` once the host knows that it was skipped.
 
         Raises:
             ValueError: A parameter or buffer exists in only one of the two, has another shape, or is averaged in less than
-                fp32. In that case nothing has changed, and the step does not count.
+                fp32. Then nothing changes and the step does not count.
         """
         decay = self.decay(self.step + 1)
         if decay < 1:
@@ -117,13 +117,13 @@ class EMATeacher(nn.Module, Generic[Student]):
         self.step += 1
 
     def pairs(self, student: nn.Module) -> tuple[tuple[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]:
-        """Tensors of the teacher, and those of the student that they follow: the averaged ones, and the copied ones.
+        """Pairs of lists (teacher's tensors, student's tensors): those that are averaged, then those that are copied.
 
         Not cached, because a parameter may be replaced, frozen or cast between two updates. Listing 300 tensors takes 1.4 ms on
-        the host, while the device works.
+        the host, in parallel to the device.
 
         Raises:
-            ValueError: As `update`.
+            ValueError: As for `update`.
         """
         targets, sources = _tensors(self.module), _tensors(student)
         for name in sorted(targets.keys() ^ sources.keys()):

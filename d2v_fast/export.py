@@ -125,7 +125,7 @@ def auto_class(model: PreTrainedModel) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn whatever a library raises on a full or read-only disk into OSError."""
+    """Turn any error that a library raises on a full or read-only disk into an OSError."""
     try:
         yield
     except Exception as error:  # safetensors, tokenizers and torch each raise their own type
@@ -136,10 +136,10 @@ def writing(folder: Path) -> Iterator[None]:
 def whole(to: Path) -> Iterator[Path]:
     """Yield a staging folder whose files are moved to `to` at the end; an error leaves nothing behind.
 
-    It lies inside `to`, hence on the same disk. Leftovers of a killed process are replaced.
+    The folder is inside `to`, so it is on the same disk. Leftovers of a killed process are replaced.
 
     Raises:
-        ConfigError: `to` is in use or cannot be made.
+        ConfigError: `to` is in use or cannot be created.
     """
     staging, created = to / UNFINISHED, not to.exists()
     check_utf8(to)
@@ -168,7 +168,7 @@ def retype(model: Any, as_type: str) -> Any:
     """The same weights under another model type of the same architecture.
 
     Raises:
-        ConfigError: The architectures differ; the message says how.
+        ConfigError: The architectures differ; the message gives the difference.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -382,8 +382,8 @@ def export_run(
         metadata: Model card metadata: `license`, `language` and other fields of `huggingface_hub.ModelCardData`.
 
     Raises:
-        ConfigError: The run has no trained weights, or its encoder cannot be exported exactly; the message says why.
-        OSError: The folder cannot be written; it is left as it was.
+        ConfigError: The run has no trained weights, or its encoder cannot be exported exactly; the message gives the reason.
+        OSError: The folder cannot be written; its previous content is kept.
     """
     run, to = Path(run), Path(to)
     found, exported = open_run(run, checkpoint, teacher)

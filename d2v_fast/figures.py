@@ -9,15 +9,15 @@ from d2v_fast.config import CollapseConfig
 
 @dataclass(frozen=True)
 class Rule:
-    """What the monitor expects of a figure.
+    """The monitor's rule for a figure.
 
     Attributes:
         bound: The setting of `collapse` that holds the bound.
-        least: Whether the bound is a minimum, else a maximum.
-        meaning: What a broken rule means, as the alarm says it.
+        least: Whether the bound is a minimum; otherwise it is a maximum.
+        meaning: Meaning of a broken rule, as worded in the alarm.
         remedy: What to try.
-        unless: Bounds whose breach already explains this one.
-        at_once: Whether it is checked from the first step, even before `collapse.after`.
+        unless: Bounds whose breach already explains a breach of this one.
+        at_once: Whether the rule applies from the first step, even before `collapse.after`.
     """
 
     bound: str
@@ -40,7 +40,7 @@ class Figure:
     Attributes:
         title: Title of its curve, and its name in docs/health.md.
         hint: How to read it.
-        rule: What the monitor expects of it.
+        rule: The monitor's rule for it.
         logarithmic: Whether its curve has a logarithmic axis.
         card: Whether the model card lists it.
     """
@@ -154,7 +154,7 @@ FIGURES = {
         Rule(
             "decay",
             False,
-            "the teacher stands still",
+            "the teacher does not move",
             "try a lower ema.start and ema.end; if they are below 1, check that the teacher is updated after each step",
             unless=("update",),
         ),

@@ -1,8 +1,8 @@
 """The fast implementations that `d2v-train --fused` turns on: the same algorithm, one function per part.
 
 The run's settings add bf16 computation with fp32 weights and an optimizer that updates all tensors in one pass; everything else
-is applied to the model here. Without a fused loss for the device it raises and says why, instead of running slowly.
-`pytest benchmarks/test_bench_step.py -k parts` measures what each part is worth.
+is applied to the model here. If no fused loss runs on the device, this raises an error instead of running slowly.
+`pytest benchmarks/test_bench_step.py -k parts` measures the effect of each part.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def fuse(model: Data2Vec, device: torch.device, parts: Iterable[str] | None = No
     Args:
         model: Student, teacher and head.
         device: Device on which they will run.
-        parts: Names of `PARTS`; all of them by default. "padding" needs masks whose padding is on the right.
+        parts: Names from `PARTS`; all of them by default. "padding" needs masks whose padding is on the right.
 
     Raises:
-        ValueError: No fused loss runs on this device, or `loss.impl` names a different one; the message says why.
+        ValueError: No fused loss runs on this device, or `loss.impl` names a different one; the message gives the reason.
     """
     done = [PARTS[name](model, device) for name in (PARTS if parts is None else parts)]
     return [applied for applied in done if applied]
@@ -66,8 +66,8 @@ def _last_block(model: Data2Vec, device: torch.device) -> str:
 def _memory(model: Data2Vec, device: torch.device) -> str:
     """Stop glibc's allocator from returning memory to the system.
 
-    By default it unmaps every large block that is freed, and the system zeroes the pages of the next one again. Other
-    allocators, preloaded or on other systems, are left alone.
+    By default it unmaps every large block that is freed, and the system must zero the pages of the next one. Other allocators,
+    preloaded or on other systems, are not changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if device.type != "cpu" or mallopt is None:
@@ -90,15 +90,15 @@ def _dropout(model: Data2Vec, device: torch.device) -> str:
 
 def _attention(model: Data2Vec, device: torch.device) -> str:
     if device.type == "cuda" and model.student.reads in ("text", "audio"):
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and their lengths vary from batch to batch
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and lengths vary from batch to batch
     found = {attention.use_fast_attention(encoder.model, device) for encoder in (model.student, model.teacher.module)}
     return f"attention {found.pop()}" if None not in found else ""
 
 
 def _padding(model: Data2Vec, device: torch.device) -> str:
-    """Attend in segments instead of with a padding mask, which must have all padding on the right.
+    """Use attention in segments instead of a padding mask, which must have all padding on the right.
 
-    Only for blocks that are known to pass the mask on unchanged. Images, cropped speech and packed text have no padding.
+    Only for blocks that are known to pass on the mask unchanged. Images, cropped speech and packed text have no padding.
     """
     encoders = [each for each in (model.student, model.teacher.module) if each.halves and each.reads in ("text", "audio")]
     used = [attention.use_segments(encoder.model, device) for encoder in encoders]
@@ -108,8 +108,8 @@ def _padding(model: Data2Vec, device: torch.device) -> str:
 def _compile(model: Data2Vec, device: torch.device) -> str:
     """On a GPU, compile the blocks, the norms of convolutions and the decoder, to fuse the work between matrix products.
 
-    Each block is compiled separately, because most share one graph. A teacher's blocks with unknown halves stay eager: hooks
-    capture their results.
+    Each block is compiled separately, because most share one graph. A teacher's blocks with unknown halves stay eager, because
+    hooks capture their results.
     """
     if device.type != "cuda":
         return ""

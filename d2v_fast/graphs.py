@@ -24,10 +24,10 @@ class Recorded(NamedTuple):
     """A recorded graph and the memory that it reads and writes.
 
     Attributes:
-        replay: Runs it.
-        inputs: By name.
-        outputs: What the pass returns.
-        grads: (parameter, gradient) of each parameter that has one.
+        replay: Runs the graph.
+        inputs: Input tensors by name.
+        outputs: Output tensors of the pass.
+        grads: (parameter, gradient) of each parameter that has a gradient.
     """
 
     replay: Callable[[], None]
@@ -42,9 +42,9 @@ class Graphs:
     Args:
         run: Forward and backward of a batch on the GPU; inputs by name, hashable settings. It returns tensors, never
             synchronises with the host, and starts with gradients set to None.
-        parameters: Those that get gradients.
+        parameters: The parameters that get gradients.
         after: Calls with the same shapes before a graph is recorded; kernels are compiled in the first of them.
-        most: Largest number of graphs; each keeps a set of gradients.
+        most: Maximum number of graphs; each keeps a set of gradients.
     """
 
     def __init__(self, run: Run, parameters: Sequence[nn.Parameter], after: int = 3, most: int = 4):
@@ -57,7 +57,7 @@ class Graphs:
         """As `run`; the next call with these shapes overwrites the returned tensors."""
         key = (settings, *((name, x.shape, x.dtype) for name, x in inputs.items()))
         if key not in self.recorded:
-            if len(self.seen) < 1000:  # lengths that hardly repeat would fill host memory
+            if len(self.seen) < 1000:  # otherwise lengths that hardly repeat would fill host memory
                 self.seen[key] += 1
             if self.seen[key] <= self.after or len(self.recorded) >= self.most:
                 return self.run(inputs, *settings)
@@ -88,7 +88,7 @@ class Graphs:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
-            # Other threads, such as the pin-memory thread of the data loader, may do meanwhile what a capture forbids.
+            # Other threads, such as the data loader's pin-memory thread, may make calls that a global capture forbids.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 outputs = run()
         except RuntimeError:

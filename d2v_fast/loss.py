@@ -91,23 +91,23 @@ def data2vec_loss(
             targets, with predictions (N, C).
         norm: Normalisation of each layer: "layer" over C, "instance" over T, "batch" over B and T, "group" over T and C.
             No affine, eps 1e-5, biased variance, at least fp32.
-        target_norm: The same for the average.
+        target_norm: Normalisation of the average.
         beta: 0 = squared error without ½; otherwise smooth-L1 that is quadratic below `beta`, 1e-30 to 1e30.
         scale: Factor of the summed error, above 0; None = 1/√C.
-        padding_mask: (B, T) bool, True = padding: left out of the statistics over T and never scored.
+        padding_mask: (B, T) bool, True = padding: excluded from the statistics over T and never scored.
         reduction: "mean" over scored positions (C is summed), or "sum".
         layout: Memory layout of the teacher layers.
         impl: "auto", "eager", "compile", "native" (CPU) or "triton" (GPU); see `d2v_fast.ops` for the choice of "auto".
         return_stats: Also return the moments of targets and predictions at the scored positions, a `LossStats`.
         return_target_mean: Also return the mean of the targets over all positions that are not padding, (B, C) in the dtype
-            of the loss: what the CLS token of data2vec 2.0 learns (method 4.7).
+            of the loss: the target of the CLS token in data2vec 2.0 (method 4.7).
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 predictions); or a tuple of the loss and what is requested, stats first.
         An empty mask gives 0 and zero gradients; a layer whose variance overflows gives NaN.
 
     Raises:
-        ValueError: A shape, dtype, device or choice does not fit; the message names argument, found and expected.
+        ValueError: A shape, dtype, device or choice does not fit; the message names the argument and what was expected.
     """
     check_settings(norm=norm, target_norm=target_norm, beta=beta, scale=scale, reduction=reduction, layout=layout, impl=impl)
     if isinstance(teacher_layers, Tensor):
@@ -172,7 +172,7 @@ def _check_tensors(
     if predictions.ndim not in ((2, 3) if mask.ndim == 2 else (2,)):
         expected = "(N, C) or (B, T, C)" if mask.ndim == 2 else "(N, C) for a mask (B, M, T)"
         raise ValueError(f"predictions: found shape {tuple(predictions.shape)}, expected {expected}")
-    # Counting the mask would break a graph and sync with a GPU; there the caller must get N right.
+    # Counting the mask would break a compiled graph and sync with a GPU; in these cases the caller must get N right.
     countable = mask.device.type == "cpu" and not torch.compiler.is_compiling()
     if predictions.ndim == 2 and countable and len(predictions) != int(mask.sum()):
         raise ValueError(f"predictions: found {len(predictions)} rows, expected {int(mask.sum())}, the masked positions")

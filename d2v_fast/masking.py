@@ -48,7 +48,7 @@ class Draws:
 
     @cached_property
     def _keys(self) -> np.ndarray:
-        """Of each sample, (B,) uint64."""
+        """The key of each sample, (B,) uint64."""
         key = np.asarray(self.samples, dtype=np.uint64)
         with np.errstate(over="ignore"):
             for part in (self.seed, self.epoch):
@@ -87,7 +87,7 @@ def _paint(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _keep_one_visible(mask: np.ndarray, valid: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Unmask one random position of each fully masked sample, which would have nothing to predict from."""
+    """Unmask one random position of each fully masked sample, because a prediction needs something visible."""
     full = (mask | ~valid).all(axis=1)
     return mask & ~(full[:, None] & _choose(scores, valid, np.ones(len(mask), dtype=np.int64)))
 
@@ -145,7 +145,7 @@ class SpanMask(Checked):
             configs with `no_mask_overlap`.
         min_space: Minimum distance between spans that do not overlap, for wav2vec 2.0 configs with `mask_min_space`.
         same_count: Give every sample of a batch the "min" or the "max" count by unmasking or masking random positions;
-            "none" leaves counts ragged. This is the only setting with which a mask depends on its batch.
+            "none" leaves counts ragged. Only with this setting does a mask depend on its batch.
         dropout: Share of masked positions to unmask again.
         last_start: Whether the last possible start may be drawn; the reference code never draws it, so it never masks the
             last frame.
@@ -180,7 +180,7 @@ class SpanMask(Checked):
             mask = self._disjoint(draws, sizes, spans, span_lengths, size) & valid
         mask = _keep_one_visible(mask, valid, draws.uniform(3, size))
         if self.same_count != "none":
-            count = np.minimum(getattr(mask.sum(axis=1), self.same_count)(), sizes - 1)  # one of each stays visible
+            count = np.minimum(getattr(mask.sum(axis=1), self.same_count)(), sizes - 1)  # leaves one position visible
             # Masked positions have the smallest scores: a random subset of them is kept, or random others are added.
             mask = _choose(draws.uniform(4, size) - mask, valid, count)
         if self.dropout > 0:
@@ -401,7 +401,7 @@ class TokenMask(Checked):
         length_std: Standard deviation of the span length, 0 = always `length`.
         random_prob: Share of selected tokens that become a random token.
         keep_prob: Share of selected tokens that stay unchanged.
-        whole_words: Choose words and mask all their tokens, as whole-word BERT models were trained.
+        whole_words: Choose words and mask all their tokens, as in the training of whole-word BERT models.
         keep_special: Never select special tokens; the reference code may mask <s> and </s>.
         frequency_weighted: Draw random tokens by their frequency in the corpus instead of uniformly, for fairseq
             configs with `freq_weighted_replacement`; needs random_prob.

@@ -1,8 +1,9 @@
 """Estimate the GPU memory of a run without a GPU, data or weights: `d2v-doctor --memory --config …`.
 
-Weights are counted on the meta device. Activations are what autograd saves in a pass over FakeTensors, which have shapes but no
-values. Attention and dropout save what they would on a GPU: attention its inputs and output but no scores, dropout one byte per
-value. An encoder whose blocks are not known is first built with weights, on the CPU, because `encoders.trial` needs them.
+Weights are counted on the meta device. Activations are the tensors that autograd saves in a pass over FakeTensors, which have
+shapes but no values. Attention and dropout save the same as on a GPU: attention its inputs and output but no scores, dropout
+one byte per value. An encoder whose blocks are not known is first built with weights, on the CPU, because `encoders.trial`
+needs them.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Saved:
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Patch attention and dropout to save what they save on a GPU; the values they compute do not matter here."""
+    """Patch attention and dropout to save the same as on a GPU; the values that they compute do not matter."""
     attend = F.scaled_dot_product_attention
 
     def attention(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
@@ -164,7 +165,7 @@ def model_on_meta(config: Config) -> Data2Vec:
 def _encoder_on_meta(config: Config, tokens: dict[str, int] | None) -> Encoder:
     from d2v_fast.train.build import make_encoder
 
-    # Only of known blocks, or of your own class, is it certain without values how the encoder runs.
+    # Without values, only known blocks and custom classes are certain to run in the same way.
     with suppress(Exception), torch.device("meta"):
         encoder = make_encoder(config, tokens)
         if encoder.halves is not None or type(encoder) is Encoder:
@@ -239,7 +240,7 @@ def need(config: Config | SeveralConfig, ranks: int = 1) -> dict[str, Memory]:
 
     Args:
         config: Settings of the run.
-        ranks: Number of GPUs that a model is sharded over: all, or with train.shard=hybrid those of a machine.
+        ranks: Number of GPUs that a model is sharded over: all of them, or with train.shard=hybrid those of one machine.
 
     Raises:
         ConfigError: The memory of this encoder or data, or of several modalities, cannot be estimated.
@@ -278,7 +279,7 @@ def _memory(model: Data2Vec, kept: dict[str, float], recomputed: float, ranks: i
         backward["a recomputed block"] = recomputed
     if ranks > 1:
         always, update = ({name: value / ranks for name, value in part.items()} for part in (always, update))
-        # The gradients of a block take the place of its activations.
+        # The gradients of a block replace its activations.
         gradients = always.pop("gradients") - kept["blocks"]
         if gradients > 0:
             backward["gradients"] = gradients
@@ -330,12 +331,12 @@ def main(args: list[str]) -> None:
 
 
 def shards(gpus: int, machines: int | None, hybrid: bool) -> int:
-    """Number of GPUs that train.shard spreads a model over. ConfigError if that is not known."""
+    """Number of GPUs that train.shard shards a model over. Raises ConfigError if it is not known."""
     if gpus < 1 or (machines is not None and (machines < 1 or gpus % machines)):
         raise ConfigError(f"--gpus {gpus} --machines {machines}: expected the same number of GPUs on each machine")
     if hybrid and machines is None:
         raise ConfigError(
-            f"train.shard=hybrid: shards a model within each machine; say how many machines the {gpus} GPUs are in, such as "
+            f"train.shard=hybrid: shards a model within each machine; give the number of machines for the {gpus} GPUs, such as "
             "--machines 1"
         )
     return gpus // machines if hybrid and machines else gpus

@@ -1,4 +1,4 @@
-"""data2vec: a student that sees a masked input predicts what its EMA teacher computes from all of it.
+"""data2vec: a student that sees a masked input predicts what its EMA teacher computes from the whole input.
 
 Baevski et al. 2022, section 3, and for 2.0 Baevski et al. 2023; method 1 and 4. The input may be text, an image,
 speech or anything else with positions.
@@ -27,12 +27,12 @@ class Data2VecOutput:
     """Loss of a batch and the tensors that the monitor reads.
 
     Attributes:
-        loss: Scalar; the sum over scored positions divided by `num_targets` where given, else by their number.
-        stats: Moments of targets and predictions at the scored positions, on the device; None if not asked for.
+        loss: Scalar; the sum over scored positions divided by `num_targets` if given, else by their number.
+        stats: Moments of targets and predictions at the scored positions, on the device; None if not requested.
         features: Local features (B, T, C) of the student, detached.
-        states: Of the student at the masked positions, or with a decoder at the visible ones; (rows, C), detached.
-        teacher_states: Result of the teacher's last layer (B, T, C); in place only masked positions count.
-        cls_loss: The part of `loss` that comes from the extra token, detached; None without.
+        states: Student states (rows, C) at the masked positions, or with a decoder at the visible ones; detached.
+        teacher_states: Result of the teacher's last layer (B, T, C); without a decoder only masked positions are valid.
+        cls_loss: The part of `loss` that comes from the extra token, detached; None if there is none.
     """
 
     loss: Tensor
@@ -47,19 +47,19 @@ class Data2Vec(nn.Module):
     """Student, teacher and predictor around one encoder.
 
     With a `HeadConfig` as predictor it is data2vec 1.0. With a decoder it is data2vec 2.0: the student encodes the visible
-    positions of several masked views of each sample, and the decoder predicts the rest. Only d2v-train reads
-    `HeadConfig.pretrained` and `LossConfig.reduction`.
+    positions of several masked views of each sample, and the decoder predicts the rest. `HeadConfig.pretrained` and
+    `LossConfig.reduction` only have an effect in d2v-train.
 
     Args:
-        encoder: The student. The teacher is a copy of it, made here: build before `accelerate.prepare` or DDP.
-        predictor: The regression head to build, of kind linear (method 3.2, 3.3), or a decoder (method 4.5).
+        encoder: The student. The teacher is a copy made here, so create the model before `accelerate.prepare` or DDP.
+        predictor: Settings of a regression head of kind linear (method 3.2, 3.3), or a decoder (method 4.5).
         targets: What the student predicts (method 1.2, 1.3).
-        loss: How predictions are scored (method 1.4). `cls_weight`, with a decoder, weighs the loss by which the first extra
-            token (CLS) learns the mean of the targets over all positions (method 4.7).
+        loss: How predictions are scored (method 1.4). With a decoder, `cls_weight` is the weight of the loss that trains the
+            first extra token (CLS) to predict the mean of the targets over all positions (method 4.7).
         ema: How the teacher follows the student (method 1.5, 1.6).
 
     Raises:
-        ValueError: Settings that do not fit the encoder, or a `HeadConfig` of kind conv: it does not know the decoder's axes.
+        ValueError: Settings do not fit the encoder, or `predictor` is a `HeadConfig` of kind conv, which lacks the axes.
     """
 
     def __init__(
@@ -134,20 +134,20 @@ class Data2Vec(nn.Module):
         """One pass of student and teacher.
 
         Args:
-            source: What the student sees, as its encoder takes it. In place it is masked already if `target` is given.
+            source: The student's input. Without a decoder, if `target` is given, it must already be masked.
             mask: (B, T) bool, True = masked = scored; with a decoder (B, M, T), M views of each sample.
-            target: What the teacher sees where that is another input (text in place: the unmasked ids); default is `source`.
+            target: The teacher's input if it differs (for text without a decoder, the unmasked ids); default is `source`.
             index: (N,) int64, `mask.flatten().nonzero()`; precomputed by the data loader to avoid a GPU sync.
-            visible: (B·M, V) int64, `masking.visible_positions(mask, padding_mask)`; the same.
+            visible: (B·M, V) int64, `masking.visible_positions(mask, padding_mask)`; precomputed for the same reason.
             padding_mask: (B, T) bool, True = padding.
-            target_padding_mask: The same for `target`, where it differs.
+            target_padding_mask: Padding mask of `target`, if it differs.
             channel_mask: (B, C) bool, channels set to zero for the student.
-            num_targets: Number of scored positions to divide the loss by, such as that of all micro-batches of all ranks,
+            num_targets: Number of scored positions to divide the loss by, such as the total over all micro-batches and ranks
                 divided by the number of ranks (method 1.4).
             stats: Compute the moments. On a GPU they take registers, which slows the loss down.
 
         Raises:
-            ValueError: A mask that does not fit the model, or views with different numbers of visible positions.
+            ValueError: The mask does not fit the model, or views have different numbers of visible positions.
         """
         if mask.ndim != (3 if self.sparse else 2):
             expected = "(B, M, T), M views of each sample" if self.sparse else "(B, T); several views need a decoder"
@@ -222,7 +222,7 @@ class Data2Vec(nn.Module):
         return visible_only(self.student, decoder, features, mask, index, visible, grid, padding_mask)
 
     def _cls_loss(self, extra: Any, mean: Tensor) -> Tensor:
-        """Weighted error of each view's first extra token against the mean target (B, C) of its sample (method 4.7)."""
+        """Weighted error of each view's first extra token relative to the mean target (B, C) of its sample (method 4.7)."""
         error = extra[:, 0].to(mean.dtype) - mean.repeat_interleave(len(extra) // len(mean), 0)
         values = errors(error, self.loss_settings["beta"]).sum(1) * self.loss_settings["scale"]
         return self.cls_weight * getattr(values, self.cls_reduction)()
@@ -250,7 +250,7 @@ class Data2Vec(nn.Module):
             return teacher.transform(x, padding_mask, layers=self.top_k, source=self.source, rows=index).layers
 
     def update_teacher(self, skip: Tensor | None = None) -> None:
-        """Move the teacher; once after each successful optimizer step. `skip` is that of `EMATeacher.update`."""
+        """Update the teacher; call once after each successful optimizer step. `skip` is as for `EMATeacher.update`."""
         self.teacher.update(self.student, skip)
 
 

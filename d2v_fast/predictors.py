@@ -18,8 +18,8 @@ class Predicted(NamedTuple):
     """The student's output.
 
     Attributes:
-        predictions: (N, C), one for each masked position in the order of (B, M, T).
-        states: (rows, C), encoded states: of the masked positions (`in_place`) or of the visible ones (`visible_only`).
+        predictions: (N, C), one row for each masked position in the order of (B, M, T).
+        states: (rows, C), encoded states of the masked positions (`in_place`) or of the visible ones (`visible_only`).
         extra: (B·M, E, C), states of extra tokens such as CLS; None for `in_place`.
     """
 

@@ -92,7 +92,7 @@ def progress(what: str | None, total: int, unit: str) -> Any:
 def _finite(states: list[Tensor]) -> np.ndarray:
     found = torch.cat(states).numpy()
     if not np.isfinite(found).all():
-        raise ConfigError("states of the encoder are not finite: its weights are broken; log.jsonl of the run shows since when")
+        raise ConfigError("the encoder's states are not finite: its weights are broken; the run's log.jsonl shows since when")
     return found
 
 
@@ -123,7 +123,7 @@ def knn_accuracy(
 
 
 def split_sources(open_split: Callable[..., Source], data: str, name: str | None) -> tuple[Source, Source]:
-    """Train and test sources: the folders or splits of these names, or a random fifth for testing.
+    """Train and test sources: the folders or splits with these names, or a random fifth for testing.
 
     Raises:
         DataError: No labels.
@@ -323,7 +323,7 @@ def probe_cloze(config: Config, states: States, data: str, name: str | None, lim
 
 
 def _split_path(data: str, split: str) -> str:
-    """Path of a split of local `data`, a folder or a file pattern; other data sets are returned as they are."""
+    """Path of a split of local `data`, a folder or a file pattern; the names of other data sets are returned unchanged."""
     if not is_local(data):
         return data
     if (Path(data) / split).is_dir():
@@ -403,12 +403,12 @@ def main(args: list[str]) -> None:
         torch.set_num_threads(options.threads)
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU; d2v-doctor may say why")
+        raise ConfigError("--device cuda: torch sees no GPU; d2v-doctor may show why")
     run = Path(os.path.expanduser(options.run))
     config = trained.read_config(run)
     if options.data is None and not config.own_data and config.data["path"] != "builtin":
         raise ConfigError(
-            f"--data: missing; the run learned from {config.data['path']}, so name a set to probe on: a folder with "
+            f"--data: missing; the run was trained on {config.data['path']}, so name a set to probe on: a folder with "
             "train/ and test/, a Hugging Face set, or builtin"
         )
     default = config.data["class"] if config.own_data else "builtin"

@@ -149,7 +149,7 @@ def _alarms(path: Path, last: int) -> list[tuple[int, str]]:
 def _environment(path: Path) -> tuple[dict[str, str], list[str]]:
     found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise ValueError(f"found {type(found).__name__}, expected what d2v-doctor prints")
+        raise ValueError(f"found {type(found).__name__}, expected the output of d2v-doctor")
     return {k: str(v) for k, v in found.items() if k != "warnings"}, [str(text) for text in found.get("warnings") or ()]
 
 

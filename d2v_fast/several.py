@@ -1,7 +1,7 @@
 """Several modalities in one model: a shared stack of blocks, and separate inputs and decoders for each modality.
 
 Experimental. Each part is a data2vec 2.0 model with an ordinary config. Its blocks share their parameters with those of the
-first part, in the student and in the teacher. A step trains one part; over time the blocks learn from all of them.
+first part, in the student and in the teacher. A step trains one part; over time the blocks learn from all parts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 NAMES = tuple(name for name in MODALITIES if name != "custom")  # names of parts are their modalities
 WHOLE = ("optimizer", "schedule", "train", "collapse")  # sections of the whole run; the others belong to a part
-# Names of the linear maps and norms in blocks that compute the same, in the same order.
+# Names of the linear maps and norms, in the same order, in blocks that compute the same function.
 LAYOUTS: dict[Any, tuple[str, ...]] = {
     blocks.bert: (
         *(f"attention.self.{name}" for name in ("query", "key", "value")),
@@ -251,7 +251,7 @@ def _check_parts(parts: dict[str, Any], changes: dict[str, list]) -> None:
 def _check_shares(shares: dict[str, float], parts: dict[str, Any]) -> None:
     found = f"several.shares: found {', '.join(f'{name} {share:g}' for name, share in shares.items()) or 'none'}"
     for name in sorted(shares.keys() - parts.keys()):
-        raise ConfigError(f"{found}, but {name} is no part of the run; leave it out, or add several.parts.{name}=PRESET")
+        raise ConfigError(f"{found}, but {name} is not a part of the run; leave it out, or add several.parts.{name}=PRESET")
     for name in sorted(parts.keys() - shares.keys()):
         raise ConfigError(f"{found}, but {name} has no share; {_remedy(dict.fromkeys(parts, 1))}")
     if not all(0 < share < math.inf for share in shares.values()):
@@ -270,7 +270,7 @@ def _remedy(shares: Mapping[str, float]) -> str:
 
 
 def _part(name: str, base: Any, whole: dict[str, Any], changes: list[tuple[str, str]]) -> Config:
-    """An ordinary config: a preset, a file or settings, among them `config` for those below, with the sections of the run."""
+    """The config of a part: a preset, a file or settings (with `config` as their base), plus the run's sections."""
     layers = [read_yaml(base)] if isinstance(base, str) else [check_layer(base, "")]
     if (below := layers[0].pop("config", None)) is not None:
         layers.insert(0, read_yaml(str(below)))

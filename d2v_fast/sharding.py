@@ -3,7 +3,7 @@
 Each rank keeps a shard of every parameter, its gradient, its moments and the teacher's copy. A block is gathered while it runs;
 modules outside the blocks are gathered for the whole step.
 
-In a checkpoint each rank writes its shards to safetensors files of its own, in the format of torch.distributed.checkpoint's
+In a checkpoint each rank writes its shards to separate safetensors files, in the format of torch.distributed.checkpoint's
 HuggingFaceStorageWriter(save_distributed=True), which its HuggingFaceStorageReader reads. The writer itself is not used: it
 serializes a file in memory before it writes it, so a rank would hold its shards twice; it plans in collectives, which must not
 run in a thread while training continues; and its files have no checksums.
@@ -34,11 +34,11 @@ Piece = tuple[list[int], list[int], Any]  # offsets in the full tensor, shape, o
 
 
 def shard(model: Data2Vec, device: torch.device, world: int, hybrid: bool = False) -> None:
-    """Shard the parameters of a model over all ranks; create its optimizer afterwards.
+    """Shard the parameters of a model over all ranks; create the optimizer afterwards.
 
     Args:
-        model: On `device`.
-        device: Where it runs.
+        model: The model, on `device`.
+        device: Device where the model runs.
         world: Number of ranks.
         hybrid: Shard within each machine and replicate across machines.
 
@@ -54,7 +54,7 @@ def shard(model: Data2Vec, device: torch.device, world: int, hybrid: bool = Fals
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
 
     def along(parameter: nn.Parameter) -> Shard | None:
-        # The default is the first axis, which would give a token (1, 1, C) to a single rank.
+        # By default the first axis is sharded, which would put a token (1, 1, C) on a single rank.
         even = [axis for axis, size in enumerate(parameter.shape) if size % local == 0]
         return Shard(max(even, key=lambda axis: parameter.shape[axis])) if even and len(parameter) < local else None
 
@@ -63,7 +63,7 @@ def shard(model: Data2Vec, device: torch.device, world: int, hybrid: bool = Fals
         block: Any
         for block in dict.fromkeys(encoder.blocks):
             fully_shard(block, mesh=mesh, shard_placement_fn=along)
-            if run is not None:  # a second forward, before which FSDP gathers the block too
+            if run is not None:  # another forward before which FSDP must gather the block
                 block.by_halves = MethodType(run, block)
                 register_fsdp_forward_method(block, "by_halves")
         if run is not None:
@@ -77,9 +77,9 @@ def _by_halves(block: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def gathered(module: nn.Module, keep: bool) -> Iterator[None]:
-    """With `keep`, the module's parameters gathered on the CPU. A collective: every rank must call it.
+    """Gather the module's parameters, on the CPU where `keep` is set. A collective: every rank must call it.
 
-    `unshard` does not work here: a `state_dict` would undo it.
+    `unshard` does not work here, because a `state_dict` would undo it.
     """
     spread = [
         (owner, name, parameter)
@@ -112,7 +112,7 @@ def own(tensor: Any) -> Tensor:
 
 
 def spread_as(tensor: Tensor, like: Any) -> Tensor:
-    """A full tensor, equal on all ranks, sharded like `like` without communication."""
+    """Shard a full tensor that is equal on all ranks like `like`, without communication."""
     if hasattr(tensor, "placements") or not hasattr(like, "placements") or tensor.shape != like.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -121,11 +121,11 @@ def spread_as(tensor: Tensor, like: Any) -> Tensor:
 
 
 def parts(tensors: dict[str, Any], rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a rank writes of tensors, some of them sharded, so that all ranks together write each element once.
+    """The share of possibly sharded tensors that a rank writes, so that all ranks together write each element once.
 
     Returns:
-        Its shards, and on rank 0 the tensors that are not sharded, sharing their memory; and the metadata of a safetensors file
-        that holds them: the offsets of each in the full tensor, as HuggingFaceStorageWriter(save_distributed=True) writes them.
+        The rank's shards, and on rank 0 the tensors that are not sharded, without copies; and the metadata of a safetensors
+        file for them: their offsets in the full tensors, as HuggingFaceStorageWriter(save_distributed=True) writes them.
     """
     found: dict[str, Tensor] = {}
     offsets: dict[str, dict[str, list[int]]] = {}
@@ -142,11 +142,11 @@ def read(files: Iterable[Path], like: Callable[[str], Any]) -> dict[str, Tensor]
 
     Args:
         files: All files of the tensors; those without offsets hold full tensors.
-        like: Gives for a name a tensor that is sharded in the same way. Of a tensor with the same shape only this rank's shard
-            is read. Others are read as a whole, on the CPU.
+        like: Maps a name to a tensor with the wanted sharding. If its shape matches, only this rank's shard is read; otherwise
+            the whole tensor is read, on the CPU.
 
     Raises:
-        ValueError: A shard is missing or there twice.
+        ValueError: A shard is missing or duplicated.
         SafetensorError: A file is damaged.
     """
     pieces: dict[str, list[Piece]] = {}
@@ -165,7 +165,7 @@ def _joined(name: str, pieces: list[Piece], like: Any) -> Tensor:
     """A full tensor, or this rank's shard of it if `like` is sharded, from its pieces."""
     shape = [max(ends) for ends in zip(*(map(operator.add, begin, size) for begin, size, _ in pieces), strict=True)]
     if sum(math.prod(size) for _, size, _ in pieces) != math.prod(shape):
-        raise ValueError(f"the shards of {name} do not add up to it")
+        raise ValueError(f"the shards of {name} do not make up the whole tensor")
     sharded = hasattr(like, "placements") and list(like.shape) == shape
     if len(pieces) == 1 and not sharded:
         return pieces[0][2].get_tensor(name)

@@ -26,7 +26,7 @@ class Trained:
         config: The run's settings; `data.tokenizer` is the tokenizer's current location.
         encoder: Student or teacher, in eval mode, on the CPU.
         tokenizer: For text.
-        step: Number of training steps; None if export/ does not say.
+        step: Number of training steps; None if export/ does not record it.
         tokens: For text, the fields of the tokenizer that `make_encoder` needs.
     """
 
@@ -44,7 +44,7 @@ class Trained:
 def check_utf8(folder: Path) -> None:
     """Raise ConfigError for a path that safetensors and tokenizers do not accept."""
     if str(folder).encode(errors="replace").decode() != str(folder):
-        raise ConfigError(f"{str(folder)!r}: is not UTF-8, which files of weights and tokenizers need; rename or link it")
+        raise ConfigError(f"{str(folder)!r}: is not UTF-8, which weight and tokenizer files require; rename or link it")
 
 
 def read_config(run: Path) -> Config:
@@ -80,13 +80,13 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
 
     Args:
         config: The run's settings.
-        run: Its folder.
+        run: Folder of the run.
         checkpoint: Name of the checkpoint to load instead, such as step-1000.
         teacher: Load the teacher's weights.
 
     Raises:
         ConfigError: The run has no such weights, or they do not fit the encoder that its settings describe.
-        CheckpointError: The checkpoint asked for is damaged.
+        CheckpointError: The requested checkpoint is damaged.
     """
     step, saved = _newest(run, checkpoint, teacher)
     weights = saved.tensors("teacher" if teacher else "student") if saved else {}

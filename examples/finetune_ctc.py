@@ -21,7 +21,7 @@ def make_samples(split, count):
 
 
 def spelled(prediction):
-    """Share of words without errors, by best-path decoding; batch size 1, because padding would add letters."""
+    """Share of words without errors, with best-path decoding. The batch size is 1, because padding would add letters."""
     words = [[letter for letter, _ in groupby(row) if letter > 0] for row in prediction.predictions.argmax(-1)]
     return {"spelled": sum(word == list(labels) for word, labels in zip(words, prediction.label_ids, strict=True)) / len(words)}
 

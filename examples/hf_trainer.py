@@ -44,7 +44,7 @@ class Data2VecTrainer(Trainer):
         total, stats = self.criterion(predictions, layers, inputs["labels"] != -100, inputs["attention_mask"] == 0)
         # num_items_in_batch counts labels ≠ -100, the scored positions, over all micro-batches of the step and all ranks.
         # Trainer then does not divide by the accumulation steps, but DDP still divides by the number of ranks. A mean here
-        # would weight micro-batches equally, however many positions they mask.
+        # would weight micro-batches equally, regardless of the number of masked positions.
         loss = total / num_items_in_batch * self.accelerator.num_processes
         self.target_std = stats.target.std
         return (loss, (loss, predictions)) if return_outputs else loss

@@ -28,8 +28,8 @@ namespace D2V_ISA {
 constexpr float EPS = 1e-5f;
 constexpr int64_t ROWS = 16;      // scored positions per thread and turn under layer norm
 constexpr int TOGETHER = 8;       // rows summed in one pass over the block
-constexpr int64_t AHEAD = 16;     // rows prefetched: one cannot hide the memory latency
-constexpr int64_t AHEAD_SCORED = 4;  // the same for predictions and gradients, whose rows within a view are contiguous
+constexpr int64_t AHEAD = 16;     // rows to prefetch ahead; a single one cannot hide the memory latency
+constexpr int64_t AHEAD_SCORED = 4;  // likewise for predictions and gradients, whose rows within a view are contiguous
 // Bytes of a thread's block. Splitting rows to shrink it costs more than leaving the L2 cache: memory is fast in long runs.
 constexpr int64_t BLOCK = 1280 << 10;
 constexpr int64_t BLOCK_OF_VIEWS = 1 << 20;  // with several views most positions are scored, so blocks are full
@@ -58,7 +58,7 @@ template <int N> D2V_INLINE inline float total(const Vec (&s)[N]) {
 }
 
 // P rows at once, to hide the latency of each other's sums. The shift is the mean of the first sixteen values; because they are
-// part of the row, cancellation is bounded by n / 16. `next` is prefetched meanwhile; m2 is Σ(x - mean)², if requested.
+// part of the row, cancellation is bounded by n / 16. `next` is prefetched at the same time; m2 is Σ(x - mean)², if requested.
 template <int P, class R> void row_stats(const R *rows, const R *next, int64_t n, Affine *f, float *m2 = nullptr) {
     constexpr int SUMS = 4 / P;
     const int64_t first = std::min(n, W);

@@ -143,7 +143,7 @@ template <class T> struct StridedRow {
     D2V_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i * stride, 0, 2); }
 };
 
-// body(i, whole) for every sixteenth column; the type of `whole` says whether all sixteen exist.
+// body(i, whole) for every sixteenth column; the type of `whole` tells whether all sixteen columns exist.
 template <class F> D2V_INLINE inline void sixteens(int64_t n, F body) {
     int64_t i = 0;
     for (; i + W <= n; i += W) body(i, std::true_type());

@@ -32,7 +32,7 @@ def poisoned_empty(monkeypatch):
         def made(*args, **kwargs):
             tensor = make(*args, **kwargs)
             if tensor.is_floating_point() and not tensor.is_meta:
-                tensor.detach().fill_(float("nan"))  # torch 2.11 makes some that require a gradient
+                tensor.detach().fill_(float("nan"))  # torch 2.11 creates some that require a gradient
             return tensor
 
         return made

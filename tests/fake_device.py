@@ -1,10 +1,10 @@
-"""A pytest plugin in place of a GPU: benchmarks run through, measure nothing, and show the memory that they would need.
+"""A pytest plugin that replaces a GPU: benchmarks run without measuring anything, and report the memory that they would need.
 
     FAKE_GPU=fake_gpu.so python -m pytest -p tests.fake_device benchmarks/test_bench_step.py --device cuda --seconds 0
 
-Tensors on "cuda" have shape and dtype but no data, except for those computed from integers of the host alone: the baselines
-read their values. Our own variants must not read any, nor copy from the host. Graphs replay nothing, and what would be compiled
-runs as it is written, which needs more memory. A case fails if it needs more than LIMIT.
+Tensors on "cuda" have shape and dtype but no data, except for those computed only from integers of the host: the baselines
+read their values. Our variants must not read any, nor copy from the host. Graphs replay nothing, and code to be compiled runs
+eagerly, which needs more memory. A case fails if it needs more than LIMIT.
 """
 
 # ruff: noqa: E402
@@ -110,7 +110,7 @@ def _on_gpu(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> FakeTenso
 
 
 def _value(x: Any) -> Any:
-    """The values of a tensor if it has any; what is no tensor stays as it is."""
+    """The values of a tensor if it has any; anything else is returned unchanged."""
     return getattr(x, "value", None) if isinstance(x, FakeTensor) else x
 
 
@@ -211,7 +211,7 @@ def rates(device: str) -> dict[str, float]:
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
-    """The kernel that torch takes in fp32 or with a bias. Flash attention saves as much for the backward."""
+    """The kernel that torch uses in fp32 or with a bias. Flash attention saves the same amount for the backward."""
     if not isinstance(query, FakeTensor):
         return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
     bias = attn_mask
@@ -223,7 +223,7 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 
 
 def _deepcopy(self: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
-    """torch's own looks at the address of the data."""
+    """torch's version reads the address of the data."""
     copied = self.detach().clone()
     if isinstance(self, torch.nn.Parameter):
         copied = torch.nn.Parameter(copied, self.requires_grad)
@@ -237,7 +237,7 @@ def _install() -> None:
     FakeTensor.__deepcopy__ = _deepcopy
     encoders.hub._check_states = lambda encoder: None  # reads values
     torch._subclasses.fake_tensor.init_gpu_context = lambda device: None  # torch 2.11 would allocate a tensor on the GPU
-    # transformers takes fake tensors for tracing and would skip the checks that read values.
+    # transformers treats fake tensors as tracing and would skip the checks that read values.
     transformers.masking_utils.is_tracing = lambda *args: False
     triton_loss.obstacle = lambda device: None
     ops_attention._agrees = lambda device: True

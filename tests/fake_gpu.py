@@ -46,7 +46,7 @@ torch.backends.cuda.is_flash_attention_available = lambda: True
 triton_loss.obstacle = lambda device: None
 attention._agrees = lambda device: True
 encoders.hub._check_states = lambda encoder: None  # transformers would cache results from it, computed on real tensors
-# transformers takes fake tensors for tracing and would skip the checks that read values.
+# transformers treats fake tensors as tracing and would skip the checks that read values.
 transformers.masking_utils.is_tracing = lambda *args: False
 torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) then copies in a way that NoWaits sees
 
@@ -161,7 +161,7 @@ def trainer(modality: str, kind: str) -> None:
 
 
 class Event:
-    """In place of an event of CUDA."""
+    """Stands in for a CUDA event."""
 
     recorded = False
 
@@ -181,7 +181,7 @@ def was_taken(pending) -> bool:
 
 
 class Launch:
-    """In place of a kernel; does nothing."""
+    """Stands in for a kernel and does nothing."""
 
     def __getitem__(self, grid):
         assert all(isinstance(size, int) and size > 0 for size in grid), grid

@@ -27,11 +27,11 @@ class Case(NamedTuple):
     padded: bool = False
     masked: float = 0.5
     location: float = 0.0  # |mean| / σ of the layers
-    location_z: float = 0.0  # of the predictions
+    location_z: float = 0.0  # the same for the predictions
     batch: int = 2
     reduction: str = "mean"
     magnitude: float = 1.0  # factor of the layers
-    magnitude_z: float = 1.0  # of the predictions
+    magnitude_z: float = 1.0  # the same for the predictions
     views: int = 0  # M of a mask (B, M, T); 0 = (B, T)
     expanded: bool = False  # the same mask for all views, stored once
 

@@ -1,7 +1,7 @@
 """Mutants of a module, each of which a test should detect (`make mutants MODULE=ema.py TESTS=tests/test_ema.py`).
 
-A mutant differs from the module in one operator, constant, condition or statement. Text of messages and annotations stays as
-it is. The tests run in forks of a process that has imported torch and transformers, so a mutant takes seconds.
+A mutant differs from the module in one operator, constant, condition or statement. Messages and annotations stay as
+they are. The tests run in forks of a process that has imported torch and transformers, so a mutant takes seconds.
 """
 
 import argparse
@@ -29,7 +29,7 @@ OTHER = {a: b for pair in SWAPS for a, b in (pair, pair[::-1])} | {ast.Div: ast.
 
 
 def changes(node):
-    """What may stand in place of a node of the syntax tree."""
+    """Possible replacements of a node of the syntax tree."""
     match node:
         case ast.operator() | ast.boolop() | ast.cmpop() if type(node) in OTHER:
             return [OTHER[type(node)]()]
@@ -78,7 +78,7 @@ def failed(folder, tests, limit):
         os.chdir(folder)
         sys.path.insert(0, str(folder))
         for name in [name for name in sys.modules if name.startswith(("d2v_fast", "tests"))]:
-            del sys.modules[name]  # those of the folder are imported in their place
+            del sys.modules[name]  # so that those in the folder are imported
         os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore:Module already imported", *tests])))
     return os.waitpid(child, 0)[1] != 0
 

@@ -1,4 +1,4 @@
-"""d2v-train in processes that may be killed. They are forked from a server with all imports done, so they start at once."""
+"""d2v-train in processes that may be killed, forked from a server with all imports done, so that they start quickly."""
 
 import hashlib
 import json

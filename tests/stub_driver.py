@@ -1,4 +1,4 @@
-"""The GPU kernels through Triton's own compiler and launcher, on a stub of the CUDA driver that computes nothing.
+"""Run the GPU kernels through Triton's own compiler and launcher, on a stub of the CUDA driver that computes nothing.
 
 Triton asks the driver once for the shared memory of a block and refuses kernels that need more. So run it in a separate
 process for each device, as `python -m tests.stub_driver libcuda.so.1 ARCH BYTES CASE …`. Prints JSON by case: what forward and

@@ -149,7 +149,7 @@ class TestLengths:
     @pytest.mark.parametrize("value", ["", "-1", "nan", "inf", "long", "0"])
     def test_unusable_lengths(self, tmp_path, clips, value):
         (tmp_path / "m.csv").write_text(f"file_name,duration\n{clips[0]},0.5\n{clips[1]},{value}\n")
-        assert audio_data(str(tmp_path / "m.csv")).lengths.tolist() == [4000, 4000]  # by their headers
+        assert audio_data(str(tmp_path / "m.csv")).lengths.tolist() == [4000, 4000]  # from their headers
 
     def test_recordings_that_are_shorter(self, tmp_path, clips):
         (tmp_path / "m.csv").write_text("file_name,duration\n" + "".join(f"{file},100\n" for file in clips))
@@ -372,7 +372,7 @@ class TestLeftOut:
 
 
 def test_names_that_are_not_utf8(tmp_path, monkeypatch):
-    """From the list of files to the last message, and after a resume."""
+    """They work from the list of files to the last message, and after a resume."""
     monkeypatch.chdir(tmp_path)
     for i in range(3):
         write_wave(f"waves/{i}.wav", noise(seed=i))
@@ -407,7 +407,7 @@ def test_parquet_that_datasets_did_not_write(tmp_path, clips, column):
 
 
 class TestDigests:
-    """Digests, by which a resumed run checks that its samples are the same."""
+    """Digests, with which a resumed run checks that its samples are the same."""
 
     def changed(self, before, after):
         return np.flatnonzero(before != after).tolist()
@@ -465,7 +465,7 @@ class TestDigests:
         assert self.changed(before, audio_data(str(tmp_path), join_seconds=1.0).contents()[1]) == [0]
 
     def test_hashes_of_names(self):
-        """Without their common beginning; more names than the 1000 that a thread takes at a time."""
+        """Names are hashed without their common prefix; there are more than the 1000 that a thread hashes at a time."""
         expected = [hashlib.blake2b(b"%d" % i, digest_size=8).digest() for i in range(2500)]
         assert Source([f"set/{i}" for i in range(2500)], None).digests().tobytes() == b"".join(expected)
 

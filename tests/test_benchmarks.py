@@ -90,7 +90,7 @@ def test_the_tables_hold_the_figures(tmp_path):
     assert "| text | fp32 | 1 | 10 | 50% | 100% | 0.0 MB | 4.0 | 3.0 | 20.0 | 5.0 |" in report.loss_table(path)
     assert "| text | fp32 | 0.5 | 20 | 4.0 | 3.0 | 20.0 | 5.0 |" in report.reused_loss_table(path)
     row = loss_row()
-    row["seconds"]["fused, graph"] = row["seconds"]["fused"] / 2  # on a GPU: the time without launches; ratios include them
+    row["seconds"]["fused, graph"] = row["seconds"]["fused"] / 2  # on a GPU, the time without launches; ratios include launches
     graphed = report.loss_table(results(tmp_path / "gpu.json", "test_loss", row | {"norm": "instance"}))
     assert "| text | fp32 | 0.5 | 20 | 100% | – | 0.0 MB | 4.0 | 3.0 | 20.0 | 5.0 |" in graphed
     assert report.machine(path) == "a processor, 2 threads; torch 2.13.0; commit 0123456"
@@ -173,7 +173,7 @@ def test_calls_before_and_after(tmp_path):
 
 def test_launches_and_bytes_of_a_call(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.undo()  # NaN in empty tensors would be counted
+    monkeypatch.undo()  # otherwise the writes of NaN to empty tensors are counted
     shape = kernels.LossShape(channels=64, length=8, k=2)
     found = kernels.call(shape, False, batch=3)  # 12 of 24 positions are scored, 128 bytes each
     rows, partial = 12 * 128, 8  # predictions, their gradient, rows of a layer; loss and count of one program
@@ -225,10 +225,10 @@ def test_a_table_without_results_says_so():
 def test_a_dry_run_gives_no_table(tmp_path, monkeypatch):
     path = results(tmp_path / "dry.json", "test_loss", loss_row(), dry_run=True)
     for read in (report.loss_table, report.machine, report.slow_rates, lambda path: report.regressions(path, path)):
-        with pytest.raises(SystemExit, match=r"dry\.json: of a dry run"):
+        with pytest.raises(SystemExit, match=r"dry\.json: written by a dry run"):
             read(path)
     monkeypatch.setattr(sys, "argv", ["report", str(path), "--plot", str(tmp_path / "dry.svg")])
-    with pytest.raises(SystemExit, match="of a dry run"):
+    with pytest.raises(SystemExit, match="written by a dry run"):
         report.main()
     assert not (tmp_path / "dry.svg").exists()
 
@@ -291,10 +291,10 @@ def test_corpora_are_as_large_as_asked_for_and_costs_are_those_of_the_call(tmp_p
     (cost,) = corpora.alone(corpora.open_manifest, manifest, warm=(manifest,))
     assert cost.result == (20, 0) and cost.peak > corpora.MB
     (tmp_path / "recordings").mkdir()
-    manifest.write_text(manifest.read_text().replace("\t", "\tunknown"))  # then the recordings are opened for their lengths
+    manifest.write_text(manifest.read_text().replace("\t", "\tunknown"))  # so that recordings are opened for their lengths
     (cold,) = corpora.alone(corpora.open_manifest, manifest)
     assert cold.result[1] >= 20
-    assert cold.seconds > cost.seconds > 0  # imports count unless there was a call before
+    assert cold.seconds > cost.seconds > 0  # imports count unless an earlier call made them
 
 
 @pytest.mark.parametrize("size", [corpora.PHOTO, (1500, 1200)])

@@ -1,4 +1,4 @@
-"""The token cache: built once for all processes, gives the same blocks as in memory, is rebuilt when invalid."""
+"""The token cache is built once for all processes, gives the same blocks as in memory, and is rebuilt when invalid."""
 
 import errno
 import json
@@ -43,7 +43,7 @@ def opened(tmp_path, corpus):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Names what is read and made from now on."""
+    """Records the names of files that are read and created from now on."""
     from d2v_fast.data import documents
 
     done = []
@@ -93,7 +93,7 @@ class TestOnce:
             opened(max_broken=0.5)
             assert "9.txt: cannot be read: 'utf-8' codec" in caplog.text
             caplog.clear()
-        with pytest.raises(DataError, match=r"1 of 4 files cannot be read"):  # another limit is another question
+        with pytest.raises(DataError, match=r"1 of 4 files cannot be read"):  # the cache depends on the limit
             opened()
 
 
@@ -101,7 +101,7 @@ class TestAgain:
     def test_changed_text_invalidates_the_cache(self, opened, corpus, caplog):
         before = opened()
         text = (corpus / "1.txt").read_text()
-        (corpus / "1.txt").write_text(text.replace("alpha", "omega", 1))  # of the same size
+        (corpus / "1.txt").write_text(text.replace("alpha", "omega", 1))  # the size stays the same
         after = opened(tokenizer="train")
         assert "the data have changed since it was built; rebuilding it" in caplog.text
         assert before.contents()[1] != after.contents()[1]
@@ -182,7 +182,7 @@ class TestDisk:
 
 class TestState:
     def test_of_files(self, tmp_path):
-        """It follows the content and the names within the folder, and not the folder; a dangling link has one too."""
+        """It depends on content and names within the folder, but not on the folder's path; a dangling link has one too."""
 
         def state(folder="set"):
             return files_state(str(tmp_path / folder), [str(tmp_path / folder / name) for name in "ab"])
@@ -260,7 +260,7 @@ class TestProcesses:
 @pytest.mark.parametrize("cross_documents", [True, False])
 @pytest.mark.parametrize("block_size", [5, 16])
 def test_blocks_by_arithmetic(opened, corpus, cross_documents, block_size):
-    """Against the tokens of each document, joined and cut in memory."""
+    """The reference joins the tokens of all documents and cuts them in memory."""
     rng = np.random.default_rng(0)
     lines = [" ".join(["dog"] * n) for n in (*rng.integers(1, 40, 60), 1, 2, 3, 13, 14, 15, 28)]
     (corpus / "2.txt").write_text("\n".join(lines))
@@ -280,7 +280,7 @@ def test_blocks_by_arithmetic(opened, corpus, cross_documents, block_size):
 
 
 def test_a_document_of_no_token(tmp_path):
-    """A normalizer may leave nothing of a text."""
+    """A normalizer may remove a whole text."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

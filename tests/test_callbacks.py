@@ -124,7 +124,7 @@ def test_each_checkpoint_is_told_of_once_it_is_written(monkeypatch):
 
 
 def test_a_resumed_run_may_add_or_drop_callbacks():
-    """They are no part of what a run is, and its settings of before did not know them."""
+    """Callbacks are not compared on resume, and older settings did not have them."""
     assert train(config("vision", "run", "train.callbacks=[mine:Notes]")) == 0
     Path("notes.txt").unlink()
     on = replace(resumed("train.callbacks=[]", "train.steps=5"), resume_allow=["train.steps"])
@@ -244,7 +244,7 @@ class TestTrackers:
 
 class TestProbe:
     def test_knn_by_hand(self):
-        """Three neighbours at cosines 1, 0.6 and 0.6: e^(0.4/0.07) outweighs two, at a temperature of 1 it does not."""
+        """Three neighbours at cosines 1, 0.6 and 0.6: the first outweighs the others at temperature 0.07, but not at 1."""
         train, labels = np.array([[2.0, 0], [3, 4], [3, -4]]), ["a", "b", "b"]
         test = np.array([[5.0, 0]])
         assert knn_accuracy(train, labels, test, ["a"]) == 1 and knn_accuracy(train, labels, test, ["b"]) == 0
@@ -265,7 +265,7 @@ class TestProbe:
 
     @pytest.mark.parametrize("modality", ["vision", "audio"])
     def test_the_probe_does_not_change_training(self, modality, monkeypatch, caplog):
-        """With dropout, every bit of the losses and of the weights, while the probe draws random numbers as it likes."""
+        """With dropout, losses and weights keep every bit although the probe draws random numbers."""
         caplog.set_level("INFO")
         monkeypatch.setattr("d2v_fast.train.online_probe.SAMPLES", 12)
         accuracy = OnlineProbe._accuracy
@@ -287,7 +287,7 @@ class TestProbe:
         assert all(0 <= r["probe_knn"] <= 1 for r in probed if "probe_knn" in r)
 
     def test_the_probe_separates_distinct_classes(self):
-        """One class is dark and one is bright, which any encoder tells."""
+        """One class is dark and one is bright, which any encoder distinguishes."""
         rng = np.random.default_rng(0)
         for split, label, i in np.ndindex(2, 2, 6):
             file = Path("set", ("train", "test")[split], "ab"[label], f"{i}.png")

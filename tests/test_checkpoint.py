@@ -79,7 +79,7 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
 
 
 def test_files_are_flushed_on_windows(tmp_path, monkeypatch):
-    """It opens no folders, and flushes only what is open for writing."""
+    """Windows cannot open folders, and flushes only files that are open for writing."""
     done, opened = [], {}
     real_open, real_sync = os.open, os.fsync
 
@@ -293,7 +293,7 @@ def test_a_full_disk_loses_that_checkpoint_only_and_leaves_no_temporary_files(tm
 
 
 def save_parts(ranks, step):
-    """Save on two ranks, of which each has half of the student."""
+    """Save on two ranks, each of which has half of the student."""
     ranks[0].begin(step)
     for rank, each in enumerate(ranks):
         half = {"a": torch.full((2, 3), float(step + rank))}
@@ -404,7 +404,7 @@ class TestHostile:
             Checkpoint(self.altered(tmp_path, files={"state.json": entry}))
 
     def test_a_pickle_in_place_of_tensors(self, tmp_path):
-        """Its checksum is right, but only safetensors are loaded."""
+        """The checksum is right, but only safetensors are loaded."""
 
         class Bomb:
             def __reduce__(self):

@@ -213,7 +213,7 @@ class TestMessages:
     def test_a_device_that_is_not_there(self, monkeypatch):
         monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
         message = train(monkeypatch, *VISION, "train.device=cuda")
-        assert message.startswith("d2v-train: train.device=cuda: torch") and "finds no GPU; d2v-doctor may say why" in message
+        assert message.startswith("d2v-train: train.device=cuda: torch") and "finds no GPU; d2v-doctor may show why" in message
 
     def test_a_tilde_is_expanded_in_every_path(self, monkeypatch, tmp_path):
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -227,7 +227,7 @@ class TestMessages:
             assert f"{tmp_path}/{shown}" in run(monkeypatch, command, *args)
 
     def test_control_characters_in_names_are_escaped(self, monkeypatch):
-        """Neither those in the message of the end nor those in the log."""
+        """Both in the final message and in the log."""
 
         def refuse(args):
             raise DataError("\x1b[2J\x9b\udce9é.png:\n  a\tb")
@@ -292,7 +292,7 @@ class TestInformation:
 
     @pytest.mark.parametrize("command", ["train --help", "doctor"])
     def test_output_in_an_old_encoding(self, command):
-        """As Windows writes it to a pipe."""
+        """An encoding that Windows uses for pipes."""
         name, *args = command.split()
         code = f"import sys; sys.argv[1:] = {args}; from d2v_fast import cli; cli.{name}()"
         environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}

@@ -26,7 +26,7 @@ SPECTROGRAM = ["modality=spectrogram", "encoder.model=vit"]
 
 
 def values(config):
-    """A config as plain settings, without what depends on the clock."""
+    """A config as plain settings, without those that depend on the clock."""
     settings = {name: vars(getattr(config, name)) for name in (*SECTIONS, "mask")} | {"data": config.data}
     return settings | {"train": settings["train"] | {"output": None}, "modality": config.modality}
 
@@ -181,7 +181,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("args", [TEXT, VISION, AUDIO, SPECTROGRAM])
     def test_defaults(self, args):
-        """Settings that are not given have the defaults by which a run from before a setting resumes."""
+        """Missing settings have the defaults with which older runs resume."""
         config, _ = parse(args)
         settings, defaults = (json.loads(json.dumps(each, default=str)) for each in (config.settings(), config.defaults()))
         differ = {key for key, value in settings.items() if defaults.get(key, ...) != value}
@@ -192,7 +192,7 @@ class TestSettings:
 
 
 class TestLengthMultiple:
-    """Null becomes what suits the device, so that a checkpoint knows it."""
+    """Null is replaced by the value for the device, so that checkpoints contain it."""
 
     @pytest.mark.parametrize(
         "args, cpu, cuda",
@@ -289,7 +289,7 @@ class TestRefusals:
 
 
 def parameters():
-    """Every setting there is, with the arguments that lead to it."""
+    """Every setting, with the command-line arguments that select its parser."""
     for args in (TEXT, VISION, AUDIO, SPECTROGRAM):
         modality = args[0].partition("=")[2]
         for kind in MODALITIES[modality].masks:
@@ -302,7 +302,7 @@ def parameters():
             yield f"{section}.{field.name}", VISION
 
 
-# Independent of the annotations: the last value that makes sense, and the first that does not.
+# Written independently of the annotations: the last valid value, and the first invalid one.
 BOUNDS = [
     ("mask.prob", 0.99, 1),
     ("mask.prob", 0.01, 0),
@@ -495,6 +495,6 @@ class TestArxyzan:
 
 @pytest.mark.parametrize("key", ["data.path", "train.output", "encoder.pretrained"])
 def test_a_name_that_config_yaml_cannot_hold(key):
-    """Else a run could neither be resumed nor exported."""
+    """Otherwise a run could neither be resumed nor exported."""
     with pytest.raises(ConfigError, match=rf"^{key}: found 'caf\\udce9', which is not UTF-8, .* rename or link it$"):
         parse(["--config", "vision/tiny", f"{key}={os.fsdecode(b'caf' + bytes([0xE9]))}"])

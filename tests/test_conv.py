@@ -47,7 +47,7 @@ def stacks(name="data2vec-audio", **config):
 @pytest.mark.parametrize("batch, samples", [(1, 1000), (3, 1237)])
 def test_features_and_gradients_are_those_of_transformers(name, config, batch, samples):
     plain, fast = stacks(name, **config)
-    plain.double().eval()  # in training it cannot do with a waveform that has a gradient
+    plain.double().eval()  # in train mode it does not accept a waveform that requires a gradient
     wave = torch.randn(batch, samples, requires_grad=True)
     exact = wave.detach().double().requires_grad_()
     expected, found = plain(exact), fast(wave)
@@ -63,7 +63,7 @@ def test_features_and_gradients_are_those_of_transformers(name, config, batch, s
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("kernel, stride", [(10, 5), (3, 2), (2, 2), (8, 3)])
 def test_a_convolution_and_its_gradients(channels, kernel, stride):
-    """Of one channel too, which no stack has behind a norm that would leave nothing of it."""
+    """One channel is included; no stack has that after a norm, which would zero it."""
     inputs = [torch.randn(shape, requires_grad=True) for shape in ((61, channels), (4, channels, kernel), (4,))]
     x, weight, bias = (tensor.double() for tensor in inputs)
     expected, found = F.conv1d(x.t(), weight, bias, stride).t(), conv._Convolution.apply(*inputs, stride)
@@ -187,12 +187,12 @@ def test_norm_and_gelu_against_float64(dtype, rows, columns, location):
 def test_the_default_dtype_does_not_matter(default_dtype):
     x, weight, bias = torch.randn(3, 8, 8, dtype=torch.float32)
     y, stats = native.norm_gelu(x, weight[0], bias[0], 1e-5)
-    assert stats.dtype == torch.float32  # what the kernel writes
+    assert stats.dtype == torch.float32  # written by the kernel
     torch.testing.assert_close(y, reference(x, weight[0], bias[0]))
 
 
 def test_the_whole_range_of_gelu():
-    """Values far out, infinite and NaN: through a norm whose weight is 0 and whose bias is the value."""
+    """Large, infinite and NaN values, made by a norm whose weight is 0 and whose bias is the value."""
     values = torch.cat([torch.linspace(-12, 12, 997), torch.tensor([-1e4, 1e4, 90.0, -90.0, float("inf"), float("nan"), 0.0])])
     y, _ = native.norm_gelu(torch.zeros(1, len(values)), torch.zeros(len(values)), values, 1e-5)
     expected = F.gelu(values.double())
@@ -226,7 +226,7 @@ def test_every_build_gives_the_same(isa):
 
 
 def test_a_second_derivative_is_refused_when_asked_for():
-    """Also of a sum, whose own gradient comes in without a graph."""
+    """Also for a sum, whose incoming gradient has no graph."""
     _, fast = stacks()
     wave = torch.randn(1, 1000, requires_grad=True)
     (grad,) = torch.autograd.grad(fast.eval()(wave).sum(), wave, create_graph=True)

@@ -368,7 +368,7 @@ class TestPickles:
         assert not os.path.exists("struck")
 
     def test_classes_of_fairseq_are_not_imported(self, monkeypatch):
-        """Not even one that is installed and runs code when it is unpickled."""
+        """This includes a class that is installed and would run code when unpickled."""
         module = types.ModuleType("fairseq.meters")
 
         class Meter:
@@ -387,7 +387,7 @@ class TestPickles:
 
     @pytest.mark.parametrize("pickled", [b"", b".", b"N.", b"\x80\x02h\x05.", b"\x80\x02K\x01K\x02\x86R.", b"(" * 9 + b"}s."])
     def test_damaged_ones(self, pickled):
-        """Some of them raise errors that torch does not expect."""
+        """Some of these files raise errors that torch does not expect."""
         with zipfile.ZipFile("damaged.pt", "w") as archive:
             archive.writestr("archive/data.pkl", pickled)
             archive.writestr("archive/version", "3")
@@ -429,7 +429,7 @@ class TestData2VecPytorch:
 
         model = RobertaModel(
             RobertaConfig(**CONFIGS["roberta"], type_vocab_size=1, layer_norm_eps=1e-5)
-        ).eval()  # with a pooler, as AutoModel makes it there
+        ).eval()  # with a pooler, as AutoModel creates it in that project
         model.config.save_pretrained("config")
         head = torch.nn.Sequential(torch.nn.Linear(C, 2 * C), torch.nn.GELU(), torch.nn.Linear(2 * C, C))
         whole = {f"encoder.encoder.{k}": v for k, v in model.state_dict().items()}
@@ -448,7 +448,7 @@ class TestData2VecPytorch:
             torch.testing.assert_close(found, roberta[0](ids).last_hidden_state)
 
     def test_training_continues(self, roberta, caplog):
-        """From encoder and head, by d2v-train."""
+        """d2v-train continues from encoder and head."""
         import_checkpoint("20.pt", "out", "data2vec-pytorch", encoder="config")
         settings = ["--config", "text/tiny", "encoder.pretrained=out", "head.pretrained=out", "head.layers=2"]
         config, _ = parse(settings)

@@ -194,7 +194,7 @@ class TestPreTrained:
 
     @pytest.mark.parametrize("package", ["examples.data2vec", "data2vec"])
     def test_enumerations(self, monkeypatch, package):
-        """Enums as fairseq and omegaconf pickle them, by class and number, and typing.List; neither is installed here."""
+        """Enums as fairseq and omegaconf pickle them (class and number), and typing.List; neither package is installed here."""
 
         def fake_class(module, name):
             made = types.ModuleType(module)
@@ -236,7 +236,7 @@ class TestPreTrained:
         assert found == {"image": "cc-by-nc-4.0", "audio": "mit", "text": "mit"}
 
     def test_decoder_settings_of_the_run(self):
-        """Those that do not follow from the weights."""
+        """Settings that cannot be derived from the weights."""
         changed = dict(mask_noise_std=0.03, decoder=dict(input_dropout=0.2, decoder_residual=False))
         found = from_fairseq(save(make("audio", changed))).decoder_settings
         assert (found["noise"], found["dropout"], found["residual"]) == (0.03, 0.2, False)

@@ -1,4 +1,4 @@
-"""Data sets against files whose content is known: what is read, cut, packed, masked, and by whom."""
+"""Data sets compared with files of known content: what is read, cut, packed and masked, and on which rank."""
 
 import collections
 import csv
@@ -54,7 +54,7 @@ WORDLIST = "alpha beta gamma delta dog runs over under épsilon 日本 ñandú n
 
 
 class Encoder:
-    """What data ask of an encoder, without one: 4×4 patches, a frame of 400 samples every 320."""
+    """Stands in for an encoder: 4×4 patches, or a frame of 400 samples every 320."""
 
     hidden_size = 12
 
@@ -133,7 +133,7 @@ class TestEpochBatches:
         assert order(3, 7) != order(4, 7)
 
     def test_the_order_is_drawn_by_numpy(self):
-        """Written out, because a run resumes at a position in the order of the version that began it."""
+        """The reference is written out, because a resumed run depends on the order never changing between versions."""
         drawn = np.random.default_rng([3, 7]).permutation(11).tolist()
         assert [batch.tolist() for batch in EpochBatches(11, 4, 3).epoch(7)] == [drawn[:4], drawn[4:8]]
         assert EpochBatches(11, 11, -1).epoch(7)[0].tolist() == np.random.default_rng([2**64 - 1, 7]).permutation(11).tolist()
@@ -154,7 +154,7 @@ class TestEpochBatches:
     @pytest.mark.parametrize("start", [0, 3, 12])
     @pytest.mark.parametrize("world", [2, 3, 4])
     def test_a_step_of_several_ranks_is_one_of_a_single_rank(self, world, start):
-        """12 batches a step; an epoch has 5, so that steps end in its midst, and ranks are at different epochs."""
+        """A step has 12 batches and an epoch 5, so steps end within epochs and ranks are in different ones."""
         each = 12 // world
         ranks = [iter(EpochBatches(22, 4, rank=rank, world=world, start=start * each)) for rank in range(world)]
         alone = iter(EpochBatches(22, 4, start=start * 12))
@@ -212,9 +212,9 @@ class TestEpochBatches:
 
     @pytest.mark.parametrize("limit", [20, 64, 100, 300, 9000])
     def test_filled_batches_are_as_many_in_every_epoch(self, limit):
-        """And hold all samples, none longer together than the limit, whose lengths are alike."""
+        """They hold all samples, stay within the limit, and group similar lengths."""
         lengths = np.random.default_rng(0).gamma(4, 5, 3000).clip(1, 60).astype(int)
-        lengths[:7] = 0  # of which the header cannot be read
+        lengths[:7] = 0  # their headers cannot be read
         order = EpochBatches(3000, 8, lengths=lengths, max_batch_length=limit)
         epochs = [order.epoch(epoch) for epoch in range(4)]
         assert len({len(batches) for batches in epochs}) == 1 and len({batches[0].tobytes() for batches in epochs}) == 4
@@ -432,7 +432,7 @@ class TestFiles:
         for name in ("t-08.txt", "t-09.txt", "t-10.txt", "t-11.txt", "u-1.txt", "{x,y}.txt"):
             (tmp_path / name).write_text(name)
         assert set(load_documents(f"{tmp_path}/t-{{08..10}}.txt")) == {"t-08.txt", "t-09.txt", "t-10.txt"}
-        assert len(find_files(f"{tmp_path}/{{t-0*,t-?8,u-1}}.txt", (".txt",))) == 3  # one matches twice
+        assert len(find_files(f"{tmp_path}/{{t-0*,t-?8,u-1}}.txt", (".txt",))) == 3  # one file matches twice
         assert list(load_documents(f"{tmp_path}/{{x,y}}.txt")) == ["{x,y}.txt"]
         with pytest.raises(DataError, match=r"2 of the 6 files it names do not exist: .*/t-07\.txt, .*/t-12\.txt$"):
             load_documents(f"{tmp_path}/t-{{07..12}}.txt")
@@ -510,13 +510,13 @@ class TestFiles:
 class TestImages:
     def test_crops_keep_to_area_and_aspect(self):
         y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
-        image = Image.fromarray(np.stack([x, y, x], axis=2))  # a pixel says where it is from
+        image = Image.fromarray(np.stack([x, y, x], axis=2))  # each pixel encodes its position
         rng = np.random.default_rng(0)
         areas, aspects, places = [], [], []
         for _ in range(400):
             crop = np.asarray(random_crop(image, 8, (0.2, 0.6), (3 / 4, 4 / 3), rng), dtype=float)
             assert crop.shape == (8, 8, 3)
-            # Away from the edges a pixel of the crop is w/8 (h/8) wide.
+            # Away from the edges, a pixel of the crop is w/8 wide and h/8 high.
             wide, high = (crop[4, 5, 0] - crop[4, 2, 0]) * 8 / 3, (crop[5, 4, 1] - crop[2, 4, 1]) * 8 / 3
             areas.append(wide * high / 200**2)
             aspects.append(wide / high)
@@ -561,7 +561,7 @@ class TestImages:
             assert np.ptp(crop[..., 1]) == 8
 
     def test_boxes_by_hand(self):
-        """Draws are the share of the area, the logarithm of the aspect, and the corner: here the last that is possible."""
+        """The draws are the share of the area, the log aspect, and the corner: here the last possible one."""
 
         class Drawn:
             def __init__(self, *values):
@@ -656,7 +656,7 @@ class TestImages:
 
         rng = SimpleNamespace(permutation=lambda count: order, uniform=uniform)
         found = np.asarray(color_jitter(Image.fromarray(pixels), 0.4, rng), dtype=float)
-        assert np.abs(found - expected).max() <= 4  # each of the three rounds
+        assert np.abs(found - expected).max() <= 4  # each of the three operations rounds
         color_jitter(Image.fromarray(pixels), 1.5, rng)
         assert asked == [(0.6, 1.4)] * 3 + [(0.0, 2.5)] * 3
 
@@ -710,7 +710,7 @@ class TestImages:
             with open(f"{images}/{name}", "wb") as file:
                 file.write(content)
         data = image_data(images)
-        batch = data.__getitems__([(0, i) for i in reversed(range(len(data)))])  # the broken ones first
+        batch = data.__getitems__([(0, i) for i in reversed(range(len(data)))])  # broken samples first
         assert len(data) == 15 and len(batch["samples"]) == len(batch["source"]) == len(batch["mask"]) == 12
         assert sorted(os.path.basename(message.split(":")[0]) for _, message in batch["broken"]) == [
             "text.jpg",
@@ -791,7 +791,7 @@ class TestAudio:
 
     @pytest.mark.parametrize("rate, channels, most", [(16_000, 1, 4000), (16_000, 2, 2000), (8000, 1, 2000), (32_000, 1, 4000)])
     def test_the_longest_that_is_read_whole(self, tmp_path, rate, channels, most, monkeypatch):
-        """As many values as the limit, as read or as resampled."""
+        """The limit counts values both as read and as resampled."""
         monkeypatch.setattr("d2v_fast.data.audio.MAX_VALUES", 4000)
         wave = 0.1 * np.random.default_rng(0).normal(size=(most + 1, channels))
         assert len(read_audio(write_wave(tmp_path / "a.wav", wave[:-1], rate), RATE)) == most * RATE // rate
@@ -799,7 +799,7 @@ class TestAudio:
             read_audio(write_wave(tmp_path / "a.wav", wave, rate), RATE)
 
     def test_lengths_at_the_limits(self, tmp_path):
-        """Of exactly min_seconds, of exactly whole_seconds, and one sample more or less; two frames are enough."""
+        """Exactly min_seconds or whole_seconds, and one sample more or less; two frames are enough."""
         for i, size in enumerate((1599, 1600, 48_000, 48_001)):
             write_wave(tmp_path / "set" / f"{i}.wav", 0.1 * np.random.default_rng(i).normal(size=size))
         data = audio_data(str(tmp_path / "set"), min_seconds=0.1, whole_seconds=3)
@@ -922,14 +922,14 @@ class TestAudio:
 
     @pytest.mark.parametrize("crop, frames", [(True, [8, 12, 16, 3, 4]), (False, [12, 16, 16, 4, 4])])
     def test_frames_of_a_batch_are_a_multiple(self, tmp_path, crop, frames):
-        """Of 4: cut from 11, 15 and 16 frames if cropped, else padded; 3 frames cannot be cut, 4 need not be."""
+        """The multiple is 4. 11, 15 and 16 frames are cut if cropped, else padded; 3 cannot be cut, 4 need not be."""
         lengths = [400 + 320 * (n - 1) + 17 for n in (11, 15, 16, 3, 4)]
         for i, n in enumerate(lengths):
             write_wave(tmp_path / f"{i}.wav", 0.1 * np.random.default_rng(i).normal(size=n))
         data = audio_data(str(tmp_path), crop=crop, length_multiple=4)
         assert audio_data(str(tmp_path), crop=crop).__getitems__([(0, 0)])["source"].shape[1] == lengths[0]
         for i, wanted in enumerate(frames):
-            other = lengths.index(max(lengths) if crop else min(lengths))  # decides nothing about the length
+            other = lengths.index(max(lengths) if crop else min(lengths))  # does not affect the length
             batch = data.__getitems__([(0, i), (0, other)])
             wave, row, seen = data.load(i, np.random.default_rng(0)), batch["source"][0].numpy(), (lengths[i] - 400) // 320 + 1
             assert batch["mask"].shape == (2, wanted)
@@ -1017,7 +1017,7 @@ class TestAudio:
     def test_channel_masks_do_not_depend_on_masks_of_frames(self, tmp_path):
         path = write_wave(
             tmp_path / "a.wav", np.random.default_rng(0).normal(size=400 + 320 * 11)
-        )  # as many frames as channels
+        )  # there are as many frames as channels
         data = audio_data(path, SpanMask(0.5, 2), channel_prob=0.5, channel_length=2)
         batches = [data.__getitems__([(epoch, 0)]) for epoch in range(300)]
         frames, channels = (torch.cat([b[name] for b in batches]).float() for name in ("mask", "channel_mask"))

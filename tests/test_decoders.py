@@ -66,7 +66,7 @@ def test_against_plain_loops(grid, settings):
 
 
 def test_defaults_are_those_of_speech():
-    """The base model of method 5.2, and one Linear that does not start at zero."""
+    """The defaults are the base model of method 5.2, with one Linear that does not start at zero."""
     decoder = ConvDecoder(32)
     first, *others = decoder.convolutions
     assert len(others) == 3 and all(isinstance(each, torch.nn.Conv1d) for each in decoder.convolutions)

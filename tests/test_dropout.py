@@ -1,4 +1,4 @@
-"""The fast dropout against a second transcription of its hash, against statistics, and inside wrappers of modules."""
+"""The fast dropout compared with a second transcription of its hash and with statistics, and inside module wrappers."""
 
 import copy
 import os
@@ -48,7 +48,7 @@ def kept(seed, p, n) -> np.ndarray:
 
 
 def wide_sweep():
-    """Big enough for two blocks for each of five threads, and no multiple of anything."""
+    """Large enough for two blocks on each of five threads, and not a multiple of anything."""
     return torch.randn(3, 31_337).add_(0.1)
 
 
@@ -78,7 +78,7 @@ def test_values_and_tails_of_every_dtype(dtype):
         mask = torch.from_numpy(hashes(7, n) >= round(0.3 * 2**32))
         expected = torch.where(mask, x.float() * np.float32(1 / (1 - 0.3)), 0.0).to(dtype)
         assert same(op(x, 0.3, 7), expected)
-    if dtype != torch.float32:  # infinities, NaN, subnormals; what is dropped is zero
+    if dtype != torch.float32:  # infinities, NaN, subnormals; dropped values are zero
         x = everything.view(dtype)
         mask = torch.from_numpy(hashes(7, 2**16) >= round(0.3 * 2**32))
         expected = torch.where(mask, x.float() * np.float32(1 / (1 - 0.3)), 0.0).to(dtype)
@@ -100,7 +100,7 @@ def test_the_rate_is_exact(p):
     mask = kept(3, p, n)
     bound = 4.5 * (n * p * (1 - p)) ** 0.5
     assert abs(n - mask.sum() - n * p) < bound
-    for period in (16, 64, 768, 4096):  # no lane, column or place in a block is dropped more often
+    for period in (16, 64, 768, 4096):  # no lane, column or position in a block is dropped more often
         rows = mask[: n // period * period].reshape(-1, period)
         z = (rows.sum(0) - len(rows) * (1 - p)) / (len(rows) * p * (1 - p)) ** 0.5
         assert abs(z).max() < 5.5 and abs(z.var() - 1) < 8 * (2 / period) ** 0.5
@@ -387,7 +387,7 @@ def test_replace_touches_only_plain_dropout():
     assert type(clone["a"]) is Dropout and clone["a"] is clone["b"][0] and clone["a"].p == 0.2
     x = torch.ones(100)
     clone["b"][1].train()
-    assert clone["b"][1](x) is x and (x == 0).any()  # in place, as it was asked for
+    assert clone["b"][1](x) is x and (x == 0).any()  # in place, as requested
     alone = nn.Dropout(0.5)
     assert replace_dropout(alone) == 1 and type(alone) is Dropout
 
@@ -402,7 +402,7 @@ def test_replace_in_a_model():
     assert replace_dropout(model) == plain > 4
     assert not any(type(m) is nn.Dropout for m in model.modules()) and list(model.state_dict()) == keys
     assert same(model(ids).last_hidden_state, expected)
-    # On the embeddings dropout acts last: their mean over many masks is what they are without it.
+    # Dropout comes last in the embeddings, so their mean over many masks equals the embeddings without dropout.
     clean = model.embeddings(ids)
     model.train()
     with torch.no_grad():

@@ -121,7 +121,7 @@ def test_a_flag_on_the_device_skips_an_update(dtype):
             assert not torch.equal(x, teacher.module.state_dict()[name]), name
     for name, x in teacher.module.state_dict().items():
         assert torch.equal(x, skipped.module.state_dict()[name]), name
-    student.norm.running_mean.fill_(float("nan"))  # of a step that is not finite
+    student.norm.running_mean.fill_(float("nan"))  # as after a step that is not finite
     skipped.update(student, torch.tensor(1.0))
     assert torch.equal(skipped.module.norm.running_mean, teacher.module.norm.running_mean)
 
@@ -152,7 +152,7 @@ def test_buffers_are_paired_by_name():
     student.register_buffer("other", torch.arange(10))
     teacher = EMATeacher(student, 0.9, 0.9, 1)
     del student.ids
-    student.register_buffer("ids", torch.arange(10) + 1)  # behind the other one now
+    student.register_buffer("ids", torch.arange(10) + 1)  # registered after the other buffer
     teacher.update(student)
     assert (teacher.module.ids == student.ids).all() and (teacher.module.other == student.other).all()
 
@@ -233,7 +233,7 @@ def test_a_student_of_another_structure_is_named_and_moves_nothing(handed, named
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_teacher_below_fp32_is_refused(dtype):
-    """It would never move."""
+    """Its small updates would be rounded away."""
     student = Student()
     teacher = EMATeacher(student, 0.9999, 0.9999)
     around = nn.ModuleList([student, teacher]).to(dtype)

@@ -17,7 +17,7 @@ def half_padded(length, batch=2):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_split_equals_the_whole_model(name):
-    """embed → contextualize is the forward of transformers, to the bit."""
+    """embed → contextualize is bit-identical to the forward of transformers."""
     encoder, x = make(name).eval(), inputs(name)
     with torch.no_grad():
         ours, theirs = encoder(x), encoder.model(x).last_hidden_state
@@ -86,7 +86,7 @@ def test_masked_frames_equal_the_models_own_masking(name):
 
 @pytest.mark.parametrize("name", WAVES)
 def test_dropout_of_the_projection_is_the_students(name):
-    """What `embed` gives is the teacher's too, where its scope is not "all" (method 1.6)."""
+    """The teacher also uses the result of `embed` unless its scope is "all" (method 1.6)."""
     encoder, x = make(name), inputs(name)
     encoder.model.feature_projection.dropout.p = 0.5
     features, mask = encoder.embed(x), torch.zeros(2, encoder.positions(400), dtype=torch.bool)
@@ -122,7 +122,7 @@ FFN_OUTPUT = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ffn_taps_are_what_the_specification_names(name):
-    """Against hooks set by hand on modules named by hand."""
+    """The reference is hooks set by hand on modules named by hand."""
     encoder, x = make(name).eval(), inputs(name)
     seen = []
     for i in (1, 2):
@@ -161,7 +161,7 @@ def test_block_taps_equal_hidden_states(name):
     ],
 )
 def test_more_families_by_token_ids(name, more):
-    """The encoder is compared with the whole model when it is made; RobertaPreLayerNorm has a norm after its blocks."""
+    """The encoder is compared with the whole model when created; RobertaPreLayerNorm has a norm after its blocks."""
     encoder = build_encoder(name, config=CONFIGS["roberta"] | dict(pad_token_id=1) | more).eval()
     x = torch.randint(5, 60, (2, 12))
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_a_custom_encoder_is_saved_and_loaded(tmp_path):
 
 
 def test_scopes_of_the_teacher():
-    """Method 1.6: what is copied and not averaged."""
+    """The parameters that are copied rather than averaged (method 1.6)."""
 
     def copied(name, scope):
         encoder = make(name)

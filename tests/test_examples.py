@@ -25,11 +25,11 @@ def load(path):
 
 
 class Calls(list):
-    """What the loss was called with and gave, with the gradient that reached the predictions."""
+    """Records arguments and results of the loss, and the gradient that reached the predictions."""
 
     def __init__(self):
         self.update = None
-        self.seen = []  # by the teacher
+        self.seen = []  # inputs of the teacher
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def calls(monkeypatch, tmp_path):
 
 
 def check(call, expected_loss, weight):
-    """`expected_loss` of the predictions against the call; `weight` is the loss's share of what was differentiated."""
+    """Compare a call with `expected_loss`; `weight` is the factor of the loss in what was differentiated."""
     predictions = call["predictions"].requires_grad_()
     expected = expected_loss(predictions)
     (gradient,) = torch.autograd.grad(expected * weight, predictions)
@@ -99,7 +99,7 @@ def test_bare_loop(calls):
     check(call, lambda p: (p - torch.cat(rows)).pow(2).sum(1).mean() / channels**0.5, 1)
     check_teacher(calls)
     loss, std = history[-1]
-    assert loss < 0.75 * channels**0.5 * std**2  # what a constant prediction would give; so do rows in another order
+    assert loss < 0.75 * channels**0.5 * std**2  # the loss of a constant prediction, and of rows in another order
     assert std > 0.5
 
 
@@ -132,7 +132,7 @@ def test_accumulation_in_the_trainer_changes_nothing(calls):
 
 
 def test_three_loops_train_alike(calls, monkeypatch):
-    """Plain PyTorch, Trainer and Lightning: same seed, same losses, and a teacher that moves once a step."""
+    """Plain PyTorch, Trainer and Lightning: with one seed, equal losses and one teacher update per step."""
     monkeypatch.syspath_prepend(EXAMPLES)
     losses = {}
     for name in ("plain_loop", "trainer_loop", "lightning_loop"):
@@ -145,7 +145,7 @@ def test_three_loops_train_alike(calls, monkeypatch):
 
 
 def test_plain_loop_of_2(calls, monkeypatch):
-    """It learns more than a constant would, its teacher moves, and no word that is masked is encoded."""
+    """It beats a constant prediction, its teacher moves, and masked words are not encoded."""
     monkeypatch.syspath_prepend(EXAMPLES)
     example, lengths = importlib.import_module("plain_loop_2"), []
     transform = Encoder.transform
@@ -162,7 +162,7 @@ def test_plain_loop_of_2(calls, monkeypatch):
     loss, std = history[-1]
     assert loss < 0.9 * 64**0.5 * std**2 and std > 0.2
     expected = [loss for loss, _ in example.main(steps=10)]
-    for name in ("trainer_loop", "lightning_loop"):  # which draw other noise
+    for name in ("trainer_loop", "lightning_loop"):  # they draw other noise
         other = importlib.import_module(name)
         for part in ("make_model", "make_samples"):
             monkeypatch.setattr(other, part, getattr(example, part))
@@ -174,7 +174,7 @@ FINE_TUNING = {"finetune_text": "text", "finetune_images": "vision", "finetune_s
 
 @pytest.mark.parametrize("name", FINE_TUNING)
 def test_fine_tuning_starts_from_the_run(name, runs, monkeypatch, tmp_path):
-    """And from other weights where it starts from scratch; they are trained."""
+    """Training from scratch starts from other weights; in both cases weights change."""
     from transformers import Trainer
 
     from d2v_fast.export import export_run
@@ -190,7 +190,7 @@ def test_fine_tuning_starts_from_the_run(name, runs, monkeypatch, tmp_path):
         same.append(sum(found) / len(found))
         train(self)
         moved = [not torch.equal(p, begin[k]) for k, p in self.model.base_model.named_parameters() if k in expected]
-        assert sum(moved) / len(moved) > 0.5  # with CTC the convolutions of the run stay
+        assert sum(moved) / len(moved) > 0.5  # with CTC the convolutions are frozen
 
     monkeypatch.setattr(Trainer, "train", spied)
     found = load(EXAMPLES / f"{name}.py").main("encoder", count=64, epochs=1)  # at the first step the learning rate is 0

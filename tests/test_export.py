@@ -102,7 +102,7 @@ class TestArchitectures:
         assert "but bert is another architecture" in export(monkeypatch, run, "--to", "out", "--as", "bert")
 
     def test_another_result_is_noticed(self, tmp_path):
-        """As with a version of transformers that computes something else."""
+        """For example, a version of transformers may compute something else."""
         encoder = make("roberta")
         leave = encoder._leave
         encoder._leave = lambda x: leave(x) + 1e-4
@@ -118,7 +118,7 @@ class TestArchitectures:
 
 
 class TestInputs:
-    """Tokenizer and processors prepare what the encoder saw in pre-training."""
+    """Tokenizer and processors prepare inputs as in pre-training."""
 
     def test_text(self, runs):
         export_run(runs["text"].folder, "out")
@@ -181,7 +181,7 @@ def test_the_card_describes_the_run(runs):
 
 
 class TestForTheHub:
-    """The head of the card is what the hub reads; nothing tells of this machine."""
+    """The card's metadata is valid for the hub, and nothing reveals this machine."""
 
     def head(self, folder="out"):
         from huggingface_hub import ModelCard
@@ -212,7 +212,7 @@ class TestForTheHub:
             (run / "probe.json").unlink()
         (model,) = self.head()["model-index"]
         assert model["name"] == "out"
-        (result,) = model["results"]  # of step 2 only, without the untrained encoder
+        (result,) = model["results"]  # only for step 2, without the untrained encoder
         assert result["task"] == {"type": "image-classification"}
         assert result["dataset"] == {"name": "cifar10", "type": "cifar10", "split": "test"}
         assert [(each["type"], each["value"], each["name"]) for each in result["metrics"]] == [

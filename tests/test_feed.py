@@ -34,7 +34,7 @@ def images():
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor that says it is not on the CPU."""
+    """A tensor that claims not to be on the CPU."""
 
     device = torch.device("cuda", 0)
 
@@ -51,7 +51,7 @@ def test_images_are_normalised_on_the_device_to_the_same_bits(images, monkeypatc
     for _ in range(2):
         found = images.finish(levels | {"source": levels["source"].as_subclass(Elsewhere)})["source"]
         assert torch.equal(found.as_subclass(torch.Tensor), expected)
-        monkeypatch.setattr("d2v_fast.data.vision.tables", None)  # they are made once
+        monkeypatch.setattr("d2v_fast.data.vision.tables", None)  # workers create them once
     assert torch.equal(levels["mask"], plain["mask"])
 
 
@@ -85,7 +85,7 @@ class Stream:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU of which only streams exist: tensors stay on the CPU."""
+    """A fake GPU that only has streams; tensors stay on the CPU."""
     events = []
     main, side = Stream(events, "main"), Stream(events, "side")
     thread = threading.local()  # the current stream is a property of a thread
@@ -233,7 +233,7 @@ def test_a_stream_that_is_copied_ahead_keeps_its_position(gpu, no_pinning, tmp_p
 
 
 def test_the_share_of_broken_samples_of_a_stream_is_of_those_read(monkeypatch, tmp_path):
-    """Of at least LEAST, because the first ones say little."""
+    """At least LEAST samples count, because the first few say little."""
     monkeypatch.setattr("d2v_fast.train.feed.LEAST", 3)
     (tmp_path / "set.parquet").write_bytes(parquet(*range(8)))
     data = image_data(str(tmp_path / "set.parquet"), streaming=True, shuffle_buffer=3)

@@ -106,7 +106,7 @@ def test_attention_that_cannot_be_replaced_is_left():
 
 
 def attend_in_turn(query, key, value, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None):
-    """What torch's operator for sequences of different lengths computes, in plain torch: (rows, H, D), one after the other."""
+    """torch's operator for sequences of different lengths in plain torch, one sequence after the other: (rows, H, D)."""
     assert cu_q is cu_k and cu_q.dtype == torch.int32 and cu_q[0] == 0 and cu_q[-1] == len(query)
     assert query.is_contiguous() and key.is_contiguous() and value.is_contiguous()
     sizes = cu_q.diff().tolist()
@@ -295,7 +295,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(attention, "LONG", 4)  # the teacher attends through torch, as both do on a GPU
     torch._dynamo.reset()
     counters.clear()
-    # Both restore on exit what is set meanwhile.
+    # Both restore on exit the values set here.
     with config.patch(recompile_limit=config.recompile_limit), functorch.patch(RECOMPUTED):
         yield counters
     torch._dynamo.reset()
@@ -405,7 +405,7 @@ def with_dropout(name, parts, bf16=True):
 
 
 def saved_for_backward(model, step):
-    """Bytes that autograd saves, without the weights."""
+    """Bytes that autograd saves, excluding the weights."""
     torch._dynamo.reset()
     step().backward()  # compiles
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -417,7 +417,7 @@ def saved_for_backward(model, step):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        loss = step()  # its graph keeps the storages alive, so no address repeats
+        loss = step()  # its graph keeps storages alive, so no address is reused
     loss.backward()
     return sum(size for address, size in saved.items() if address not in weights)
 

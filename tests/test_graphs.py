@@ -11,7 +11,7 @@ from d2v_fast.graphs import Graphs
 
 
 class Again(Graphs):
-    """Writes into the tensors of the first run, as a graph does, and into no other."""
+    """Writes only into the tensors of the first run, as a graph does."""
 
     def capture(self, run):
         with torch.random.fork_rng(devices=[]):  # nothing is drawn while a graph is recorded
@@ -25,7 +25,7 @@ class Again(Graphs):
                 kept.copy_(new)
             for p, kept in grads:
                 kept.copy_(p.grad)
-                p.grad = None  # a graph knows nothing of parameters
+                p.grad = None  # a graph does not set parameters' gradients
 
         return replay, outputs
 
@@ -48,7 +48,7 @@ def training(wrap):
 
     def step(size, scale=2.0):
         (loss,) = graphs(dict(x=torch.randn(size, 6), y=torch.randn(size, 3)), scale)
-        loss = float(loss)  # read before the next call writes it again
+        loss = float(loss)  # read it before the next call overwrites it
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

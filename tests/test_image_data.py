@@ -1,4 +1,4 @@
-"""Image files of every kind against pixels that are known, and the data sets that hold them."""
+"""Image files of every kind compared with known pixels, and the data sets that contain them."""
 
 import io
 import logging
@@ -34,7 +34,7 @@ def pixels(content):
 
 
 def grey_levels(values, dtype=np.uint16):
-    """The grey level that each integer becomes, by way of `to_rgb`."""
+    """The grey level to which `to_rgb` maps each integer."""
     rgb = np.asarray(to_rgb(Image.fromarray(np.array([values], dtype=dtype))))
     assert rgb.dtype == np.uint8 and (rgb == rgb[..., :1]).all()
     return rgb[0, :, 0].tolist()
@@ -44,7 +44,7 @@ def row(*values):
     return np.array([values], dtype=np.uint8)
 
 
-# Where the first row and the first column of the stored pixels are seen, as the EXIF standard lists it.
+# Where the first row and the first column of the stored pixels appear, from the EXIF standard.
 SEEN = {
     1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left",
     5: "left top", 6: "right top", 7: "right bottom", 8: "left bottom",
@@ -96,7 +96,7 @@ class TestOrientation:
 
 @pytest.fixture
 def picture():
-    """Waves so steep that a shift by a pixel would be ten levels; 403 × 301, which no power of two divides."""
+    """Waves so steep that a shift by one pixel is ten levels; 403 × 301, which no power of two divides."""
     y, x = np.mgrid[0:301, 0:403]
     return Image.fromarray((127 + 127 * np.sin(np.dstack([x, y, x + y]) / 13)).astype(np.uint8))
 

@@ -34,7 +34,7 @@ def train_all(run, late, spoiled):
         part.state.late = late
 
     def spoiling(state, micro_batches):
-        run.checkpoints.wait()  # a checkpoint that is due while another is written comes later
+        run.checkpoints.wait()  # a checkpoint that is due while another is being written is delayed
         if state.done + 1 in spoiled:
             micro_batches[0]["source"].view(-1)[0] = float("inf")
         return step(state, micro_batches)
@@ -46,7 +46,7 @@ def train_all(run, late, spoiled):
 
 
 def left(folder):
-    """What a run leaves behind, without times."""
+    """The files of a run, without times."""
     found = {}
     for path in sorted(folder.glob("checkpoints/step-*")):
         checkpoint = Checkpoint(path)
@@ -106,7 +106,7 @@ def test_what_the_host_knows_between_two_steps(tmp_path):
     taken, skipped = step(state, batches[:1]), step(state, batches[1:2])
     assert taken.finite.dtype == torch.bool and bool(taken.finite) and not bool(skipped.finite)
     assert state.pending.step == 2 and state.skipped.count == 0
-    assert state.pending.micro_batches[0].keys() <= {"epoch", "samples"}  # no tensor is kept for longer
+    assert state.pending.micro_batches[0].keys() <= {"epoch", "samples"}  # no tensor is kept alive
     state.settle()
     assert state.pending is None and state.skipped.count == 1 and state.core.teacher.step == 1
     assert state.skipped.suspects[0]["step"] == 2 and state.skipped.suspects[0]["loss"] == "nan"

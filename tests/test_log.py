@@ -29,7 +29,7 @@ def outcome(loss, cls_loss, finite=True):
 
 
 def test_a_window_adds_up_steps_and_seconds(clock):
-    """The loss of a skipped step is left out, but its samples and its time are not."""
+    """A skipped step's loss is left out, but its samples and time count."""
     window = Window(CPU)
     window.add(outcome(2.0, 0.5), 4)
     window.add(outcome(math.nan, math.inf, False), 4)
@@ -68,7 +68,7 @@ def test_a_line_has_means_over_the_window(tmp_path, clock):
 
 
 class Board:
-    """In place of TensorBoard's writer."""
+    """Stands in for TensorBoard's writer."""
 
     full = False
 
@@ -144,7 +144,7 @@ def test_the_time_left(clock, capsys):
 
 
 def test_unreadable_samples_are_counted_over_all_ranks(tmp_path, monkeypatch):
-    """Of 4000 images 40 may be; each rank has seen 21."""
+    """40 of 4000 images may be unreadable; each rank has seen 21."""
     run = build(config("vision", tmp_path / "run"))
     run.broken.note([(i, f"{i}.png: empty") for i in range(21)])
     others = {i: f"{i}.png: empty" for i in range(100, 121)}

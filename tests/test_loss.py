@@ -68,7 +68,7 @@ def test_against_a_second_transcription(norm, target_norm, beta, padded, dtype, 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("norm, target_norm", list(itertools.product(NORMS, NORMS[:3])))
 def test_views_against_a_second_transcription(norm, target_norm, padded, dtype, tolerance):
-    """Three views a sample: unequal counts, a position that none masks, one that all mask, and a view that masks nothing."""
+    """Three views per sample: unequal counts, a position masked in none, one masked in all, and a view without masks."""
     _, layers, _, padding = case(padded=padded)
     rng = np.random.default_rng(1)
     mask, predictions = rng.random((2, 3, 7)) < 0.5, rng.normal(0.0, 2.0, (2, 3, 7, 5))

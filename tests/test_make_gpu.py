@@ -29,7 +29,7 @@ def library(tmp_path_factory):
 
 def dry(library, *command):
     """The benchmark command on the fake GPU; returns exit code and output."""
-    # pytest-benchmark writes nothing in a worker of xdist.
+    # pytest-benchmark writes nothing in a pytest-xdist worker.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment |= {"FAKE_GPU": str(library), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -54,11 +54,11 @@ def test_a_case_of_the_loss_and_the_teacher_update(library, tmp_path):
     (row,) = measured(library, "ema", "test_ema", tmp_path / "ema.json").values()
     assert row["bytes"] < row["needed_bytes"] < 5 * GB
     code, output = dry(library, sys.executable, "-m", "benchmarks.report", tmp_path / "ema.json")
-    assert code == 1 and "of a dry run, which measures nothing" in output
+    assert code == 1 and "written by a dry run, which measures nothing" in output
 
 
 def close_to_the_measured(found):
-    """The memory that a step adds, as on an H200: benchmarks/results/gpu-step.json."""
+    """The memory that a step adds matches that on an H200 (benchmarks/results/gpu-step.json)."""
     entries = json.loads((ROOT / "benchmarks" / "results" / "gpu-step.json").read_text())["benchmarks"]
     compared = 0
     for entry in entries:
@@ -152,7 +152,7 @@ SMALL_CASES = "test_step or graphs or test_conv and float64 and 1-3 or test_loss
 
 @pytest.mark.parametrize("chosen", ["test_training and not graphs", pytest.param(SMALL_CASES, marks=pytest.mark.slow)])
 def test_the_tests_of_a_gpu_run_on_a_cpu(chosen):
-    """As far as a CPU can, with Triton's interpreter; the others are collected."""
+    """Tests that a CPU can run use Triton's interpreter; the others are only collected."""
     environment = os.environ | {"TEST_DEVICE": "cpu", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "tests/gpu", "-k", chosen]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -162,7 +162,7 @@ def test_the_tests_of_a_gpu_run_on_a_cpu(chosen):
 
 @pytest.fixture
 def commands(monkeypatch, tmp_path):
-    """The commands of `make gpu`, which are not run; its folders are empty. `commands.codes` has exit codes by benchmark."""
+    """The commands of `make gpu`, without running them; its folders are empty. `commands.codes` sets exit codes."""
 
     class Commands(list):
         codes: ClassVar[dict[str, int | None]] = {}

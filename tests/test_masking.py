@@ -84,7 +84,7 @@ def test_padding_is_never_masked_and_something_stays_visible(lengths, seed):
 
 
 def test_span_coverage():
-    # 1 - (1 - p/l)^l: what independent starts would cover (method 2.1).
+    # 1 - (1 - p/l)^l is the coverage of independent starts (method 2.1).
     mask = SpanMask(0.65, 10)(Draws(0, 0, range(300)), 1500)
     assert mask.mean() == pytest.approx(0.489, abs=0.01)
     assert SpanMask(0.35, 4)(Draws(0, 0, range(300)), 1500).mean() == pytest.approx(0.307, abs=0.01)
@@ -104,7 +104,7 @@ def test_static_spans_have_their_length_or_are_merged():
 @pytest.mark.parametrize("kind", ["static", "uniform", "poisson"])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_each_sample_has_its_span(kind, overlap):
-    """However short span or sample come out."""
+    """No matter how short span or sample are."""
     mask = SpanMask(0.01, 3 if kind == "static" else 1, length_kind=kind, overlap=overlap)(Draws(0, 0, range(500)), 3)
     assert mask.any(1).all() and not mask.all(1).any()
 
@@ -209,7 +209,7 @@ def test_blocks_are_distributed_as_the_sequential_algorithm(setting):
     theirs = np.stack([reference_blocks(rng, 8, 12, *setting) for _ in range(4000)])
     assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 0.05  # where
     assert ours.sum((1, 2)).mean() == pytest.approx(theirs.sum((1, 2)).mean(), abs=0.15)  # how many
-    # How clumped: neighbours that are masked together.
+    # How clustered: neighbours that are masked together.
     pairs = [(m[:, :, 1:] & m[:, :, :-1]).sum((1, 2)).mean() for m in (ours, theirs)]
     assert pairs[0] == pytest.approx(pairs[1], rel=0.02)
 
@@ -219,7 +219,7 @@ def test_blocks_are_distributed_as_the_sequential_algorithm(setting):
     [((120, 16, 196, 0.3), (14, 14)), ((60, 1, 2, 0.5), (8, 12)), ((40, 12, 30, 0.9), (12, 8)), ((20, 4, 9, 0.05), (5, 5))],
 )
 def test_blocks_are_those_of_sets_with_the_same_numbers(setting, grid):
-    """Method 2.2 again with sets of patches; the second setting takes more attempts than are drawn at once."""
+    """The reference is method 2.2 with sets; the second setting needs more attempts than are drawn at once."""
     (count, min_area, max_area, min_aspect), (high, wide), draws = setting, grid, Draws(2, 1, range(20), views=2)
     attempts = []
     for row, found in enumerate(BlockMask(*setting)(draws, grid).reshape(-1, *grid)):
@@ -268,7 +268,7 @@ def test_bert_masking_is_80_10_10():
     masked = (source[selected] == VOCABULARY.mask_id).mean()
     kept = (source[selected] == ids[selected]).mean()
     assert masked == pytest.approx(0.8, abs=0.01)
-    assert kept == pytest.approx(0.1 + 0.1 / 55, abs=0.01)  # a random token may be the same
+    assert kept == pytest.approx(0.1 + 0.1 / 55, abs=0.01)  # a random token may equal the original
     assert (source[~selected] == ids[~selected]).all()
     assert (source[selected & (source != 4)] >= 5).all(), "a random token is never a special one"
     scored = TokenMask(0.15, 1, random_prob=0.1, keep_prob=0.1, keep_special=True)(Draws(0, 0, range(2000)), ids, VOCABULARY)[1]
@@ -279,7 +279,7 @@ def test_spans_of_tokens_vary_in_length():
     found = {}
     for std in (0.0, 2.0):
         _, mask = TokenMask(0.02, 8, length_std=std)(Draws(0, 0, range(2000)), tokens(2000, 200), VOCABULARY)
-        # A span that another one meets or the end cuts off is left out.
+        # Exclude spans that touch another one or are cut off at the end.
         found[std] = np.array([length[0] for row in mask if len(length := runs(row)) == 1 and not row[-30:].any()])
     assert set(found[0.0]) == {8}
     assert found[2.0].mean() == pytest.approx(8, abs=0.3) and found[2.0].std() == pytest.approx(2, abs=0.3)
@@ -322,7 +322,7 @@ def test_blocks_of_data2vec_2(name):
 
 
 def test_drawn_blocks_are_those_of_plain_loops():
-    """Method 2.5 again, one position at a time, with the same random numbers."""
+    """The reference is method 2.5, one position at a time, with the same random numbers."""
     for length, grid in ((3, (6, 9)), (2, (5, 4)), (4, (30,)), (3, (4, 5, 6))):
         mask, draws = ExactBlockMask(0.6, length, 0.1, inverse=False, dropout=0.1), Draws(2, 1, range(5), views=3)
         total = int(np.prod(grid))
@@ -344,8 +344,8 @@ def test_drawn_blocks_are_those_of_plain_loops():
 
 
 def test_the_exact_count_keeps_blocks_where_it_can():
-    few = ExactBlockMask(0.5, 3, -0.3, inverse=False)  # too few are drawn, so that all of them stay
-    many = ExactBlockMask(0.5, 3, 1.0, inverse=False, dropout=0.9)  # too many, so that nothing else is masked
+    few = ExactBlockMask(0.5, 3, -0.3, inverse=False)  # too few are drawn, so all of them stay masked
+    many = ExactBlockMask(0.5, 3, 1.0, inverse=False, dropout=0.9)  # too many are drawn, so nothing else is masked
     draws = Draws(0, 0, range(50))
     for mask, inside in ((few, True), (many, False)):
         drawn, found = mask._blocks(draws, (8, 8), np.full(50, 64)).reshape(50, 64), mask(draws, (8, 8))
@@ -373,7 +373,7 @@ def test_views_are_of_their_own_and_the_first_is_that_of_a_single_view():
 
 
 def test_defaults_are_the_published_settings():
-    """Those of data2vec for speech, text and images, and of data2vec 2.0 for images (method 2)."""
+    """The settings of data2vec for speech, text and images, and of data2vec 2.0 for images (method 2)."""
     spans, tokens, blocks, exact = SpanMask(), TokenMask(), BlockMask(), ExactBlockMask()
     assert (spans.prob, spans.length) == (0.65, 10) and (tokens.prob, tokens.length) == (0.35, 4)
     assert (blocks.count, blocks.min_area, blocks.min_aspect) == (120, 16, 0.3)

@@ -1,4 +1,4 @@
-"""Masks again in plain Python, one sample and one position at a time, from the same random numbers (method 2)."""
+"""Masks compared with plain Python, one sample and position at a time, with the same random numbers (method 2)."""
 
 import collections
 import itertools
@@ -26,7 +26,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def smallest(scores, places, count):
-    """The `count` places with the smallest scores."""
+    """The `count` positions with the smallest scores."""
     return sorted(places, key=lambda place: scores[place])[: max(count, 0)]
 
 
@@ -99,7 +99,7 @@ def test_poisson_deviates_are_quantiles(rate):
 
 
 def test_defaults_are_the_published_settings():
-    """Those of speech, images and text of 1.0 and images of 2.0, without anything that they do not mention (method 2)."""
+    """The settings of speech, images and text of 1.0 and images of 2.0; features that they lack are off (method 2)."""
     assert SpanMask() == SpanMask(0.65, 10, "static", 0.0, 1, True, 0, "none", 0.0, True)
     assert BlockMask() == BlockMask(120, 16, 196, 0.3)
     assert TokenMask() == TokenMask(0.35, 4, 0.0, 0.0, 0.0, False, False, False, "mask_token")
@@ -171,7 +171,7 @@ def test_spans_apart_are_uniform_over_all_arrangements():
 
 
 def test_spans_apart_that_do_not_fit_are_dropped():
-    """One position stays free, so that two spans of 3 need 7 positions."""
+    """One position stays visible, so two spans of 3 need 7 positions."""
     mask = SpanMask(0.99, 3, overlap=False)(Draws(0, 0, range(60)), 8, [6, 7, 8] * 20)
     assert set(mask[::3].sum(axis=1)) == {3} and set(mask[1::3].sum(axis=1)) == {6}
     spaced = SpanMask(0.99, 3, overlap=False, min_space=1)(Draws(0, 0, range(60)), 8, [7, 8, 8] * 20)
@@ -266,7 +266,7 @@ def test_tiles(settings, count):
 
 
 def test_random_positions_of_padded_samples():
-    """floor(.4 · T) stay visible, and at least one."""
+    """floor(.4 · T) positions, and at least one, stay visible."""
     draws, lengths = Draws(0, 0, range(6)), [20, 11, 5, 3, 2, 1]
     scores, found = draws.uniform(0, 20), RandomMask(0.6)(draws, 20, lengths)
     assert found.sum(axis=1).tolist() == [12, 7, 3, 2, 1, 0]
@@ -325,7 +325,7 @@ def test_tokens(mask):
 
 
 def test_spans_of_tokens_may_be_empty():
-    """Two spans of length round(N(1, 2²)): both are empty in Φ(-¼)² of the rows."""
+    """With two spans of length round(N(1, 2²)), both are empty in Φ(-¼)² of the rows."""
     mask = TokenMask(0.02, 1, 2.0)(Draws(0, 0, range(3000)), np.full((3000, 100), 9), VOCABULARY)[1]
     assert (~mask.any(axis=1)).mean() == pytest.approx(stats.norm.cdf(-0.25) ** 2, abs=0.02)
 

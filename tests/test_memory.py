@@ -1,4 +1,4 @@
-"""What `d2v-doctor --memory` computes, against the bytes that are alive in a step on tensors without values."""
+"""The estimates of `d2v-doctor --memory` compared with the bytes alive in a step on tensors without values."""
 
 import weakref
 from functools import partial
@@ -21,10 +21,10 @@ WORLD = 8
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive, by their storages, and the most of them so far.
+    """Counts the bytes of live tensors, by storage, and their maximum so far.
 
     Args:
-        tensors: Those that exist already.
+        tensors: Tensors that already exist.
     """
 
     def __init__(self, tensors):
@@ -40,7 +40,7 @@ class Live(TorchDispatchMode):
             resize(storage, size)
             self.note(storage)
 
-        # FSDP frees and allocates gathered parameters in this way, which is not dispatched.
+        # FSDP frees and allocates gathered parameters this way, without dispatching.
         self.resizes = mock.patch.object(torch.UntypedStorage, "resize_", resized)
         self.resizes.start()
         return super().__enter__()
@@ -62,7 +62,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if DTensor in types:
-            return NotImplemented  # first comes down to operations on its shards
+            return NotImplemented  # wait for the operations on its shards
         out = func(*args, **kwargs or {})
         for each in tree_leaves(out):
             if isinstance(each, torch.Tensor):
@@ -72,14 +72,14 @@ class Live(TorchDispatchMode):
 
 @pytest.fixture
 def ranks():
-    """The first of several ranks, which exchange nothing."""
+    """The first of several ranks that exchange nothing."""
     torch.distributed.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
     yield
     torch.distributed.destroy_process_group()
 
 
 def counted(config, checkpointing, ranks=1, hybrid=False):
-    """Bytes on a GPU in a logged step: of weights, moments and teacher; the most in the passes; the most in the update."""
+    """Bytes on a GPU in a logged step: weights, moments and teacher; the peak in the passes; the peak in the update."""
     model = memory.model_on_meta(config)
     if checkpointing:
         model.student.checkpoint_blocks()
@@ -99,7 +99,7 @@ def counted(config, checkpointing, ranks=1, hybrid=False):
         optimizer.zero_grad()
         if ranks == 1:
             for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)  # as DistributedDataParallel has them from the start
+                parameter.grad = torch.zeros_like(parameter)  # DistributedDataParallel allocates them at the start
         live = Live([*local.values(), *moments, *(p.grad for p in trained if p.grad is not None)])
         always = live.bytes
         with live:
@@ -113,7 +113,7 @@ def counted(config, checkpointing, ranks=1, hybrid=False):
             with torch.no_grad():
                 for parameter, shard in trained.items():
                     shard.grad = own(parameter.grad)
-                before = [[x.clone() for x in side] for side in sides]  # as the monitor
+                before = [[x.clone() for x in side] for side in sides]  # as the monitor does
                 optimizer.step()
                 model.update_teacher()
                 if ranks > 1:
@@ -128,7 +128,7 @@ def counted(config, checkpointing, ranks=1, hybrid=False):
 LARGE = "encoder.config.num_attention_heads=16 encoder.config.hidden_size={} encoder.config.num_hidden_layers={} "
 LARGE += "encoder.config.intermediate_size={}"
 COUNTED = {
-    # Of fewer parameters than activations, as where memory is short.
+    # More activations than parameters, as in runs that are short of memory.
     **{
         name: f"{name} train.precision=fp32 encoder.config.num_hidden_layers=6"
         for name in ("vision/tiny-2", "text/tiny", "audio/tiny")
@@ -137,7 +137,7 @@ COUNTED = {
     "XLS-R 1B": "audio/data2vec-base --config audio/wav2vec2-base encoder.config.do_stable_layer_norm=true "
     "encoder.config.layerdrop=0 encoder.config.conv_bias=true " + LARGE.format(1280, 48, 5120),
 }
-# Encoders that run whole, which the trial of `encoders.trial` has to run first.
+# Encoders that run whole, so `encoders.trial` runs first.
 SMALL = "train.precision=fp32 encoder.config.hidden_size=64 encoder.config.num_hidden_layers=6 "
 SMALL += "encoder.config.num_attention_heads=2 encoder.config.intermediate_size=128 encoder.model="
 WHOLE = {
@@ -159,7 +159,7 @@ def slow(names, fast):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("name", slow(COUNTED, COUNTED.keys() - {"ViT-g/14", "XLS-R 1B"}))
 def test_the_estimate_equals_the_peak_of_a_step(name, checkpointing):
-    """Counted in a whole step, backward and update included; the doctor has run a forward alone."""
+    """The count covers a whole step with backward and update; the estimate only runs a forward."""
     if name == "timm":
         pytest.importorskip("timm")
     config, _ = parse(["--config", *COUNTED[name].split()])
@@ -172,7 +172,7 @@ def test_the_estimate_equals_the_peak_of_a_step(name, checkpointing):
     check_table(name, found, checkpointing, max(passes, update))
 
 
-# Of more parameters than activations, where it matters what is gathered.
+# More parameters than activations, so that gathered parameters matter.
 WIDE = "train.batch_size=2 encoder.config.hidden_size=256 encoder.config.num_attention_heads=4 "
 WIDE += "encoder.config.intermediate_size=1024 encoder.config.num_hidden_layers=6 "
 SHARDED = {
@@ -196,7 +196,7 @@ def test_the_estimate_equals_the_peak_of_a_sharded_step(name, checkpointing, ran
 
 
 def test_the_estimate_of_a_hybrid_run(ranks, monkeypatch):
-    """On two machines of four ranks."""
+    """Two machines with four ranks each."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     config, _ = parse(["--config", *SHARDED["wide"].split()])
     doctor = memory.need(config, 4)["train.shard"]
@@ -207,7 +207,7 @@ def test_the_estimate_of_a_hybrid_run(ranks, monkeypatch):
 
 
 def check_table(name, found, column, peak):
-    """The row of docs/training.md: what is computed and what was counted."""
+    """Check the row in docs/training.md, the estimates and the counts."""
     if name[0] not in "VX":
         return
     page = (Path(__file__).parents[1] / "docs/training.md").read_text()
@@ -238,7 +238,7 @@ def test_the_doctor_divides_a_hybrid_run_by_the_ranks_of_a_machine(capsys, monke
     assert "16 GPUs, sharded over 4;" in capsys.readouterr().out and asked == [4]
     doctor("--config vision/tiny-2 train.shard=true --gpus 16 --machines 4 --gpu-memory 80")
     assert "16 GPUs;" in capsys.readouterr().out and asked == [4, 16]
-    with pytest.raises(ConfigError, match=r"train.shard=hybrid: .* how many machines the 16 GPUs are in, such as --machines 1"):
+    with pytest.raises(ConfigError, match=r"train.shard=hybrid: .* number of machines for the 16 GPUs, such as --machines 1"):
         doctor("--config vision/tiny-2 train.shard=hybrid --gpus 16")
     with pytest.raises(ConfigError, match=r"--gpus 8 --machines 3: expected the same number of GPUs on each machine"):
         doctor("--config vision/tiny-2 train.shard=hybrid --gpus 8 --machines 3")

@@ -88,7 +88,7 @@ def test_loss_against_the_specification(name, settings):
 
 @pytest.mark.parametrize("name", ["roberta", "beit", "data2vec-audio"])
 def test_the_teacher_sees_the_whole_input(name):
-    """The last layer of the teacher in a forward pass is that of a pass without a mask."""
+    """The teacher's last layer in a forward pass equals that of a pass without a mask."""
     encoder = make(name)
     model = Data2Vec(encoder, targets=TargetsConfig(top_k=2), ema=EMAConfig(scope="encoder")).eval()
     data = batch(name, encoder)
@@ -146,7 +146,7 @@ def test_padding_does_not_change_the_loss():
 
 
 def test_target_padding_mask_hides_tokens_from_the_teacher_only():
-    """As for text with teacher_input=masked_only; the reference is transformers with that attention mask."""
+    """For text with teacher_input=masked_only; the reference is transformers with that attention mask."""
     model = Data2Vec(make("roberta"), targets=TargetsConfig(top_k=1)).eval()
     data = batch("roberta", model.student)
     mask, found = data["mask"], []

@@ -745,7 +745,7 @@ def run(mask, **given):
 
 
 def of(*masked):
-    """(2, len(masked), 12), that many masked in each view."""
+    """A mask (2, len(masked), 12) with this many masked positions in each view."""
     return torch.stack([torch.arange(12) < count for count in masked]).expand(2, -1, -1)
 
 

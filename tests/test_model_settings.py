@@ -1,4 +1,4 @@
-"""Each setting of the model has its effect, and a pass returns what its documentation says."""
+"""Each setting of the model has its effect, and a pass returns the documented values."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_the_head_has_its_layers_and_starts_as_asked():
 
 
 def test_the_implementation_is_the_one_asked_for():
-    """No kernel computes in float64."""
+    """float64 shows it, because no kernel supports it."""
     model, batch = in_place("vision/tiny", "loss.impl=native")
     with pytest.raises(ValueError, match=r"impl='native' cannot run: found torch\.float64"):
         model(**batch)
@@ -128,7 +128,7 @@ def test_moments_are_left_out_on_request(preset, divisor):
 
 @pytest.mark.parametrize("preset", VIEWS)
 def test_given_positions_are_used(preset):
-    """The order of visible positions does not matter to a loss without dropout; that of the predictions does."""
+    """Without dropout the order of visible positions does not change the loss; that of the predictions does."""
     model, batch = sparse(preset)
     expected = model(**batch)
     visible = torch.from_numpy(visible_positions(batch["mask"].numpy())).flip(1)
@@ -178,7 +178,7 @@ def test_the_teacher_computes_in_the_precision_asked_for(preset):
 
 
 def test_a_separate_target_image_reaches_the_teacher_in_place():
-    """For every EMA scope; the image is masked already."""
+    """For every EMA scope; the image is already masked."""
     for scope in ("all", "encoder", "layers"):
         model, batch = in_place("vision/tiny", f"ema.scope={scope}")
         source, mask = batch["source"], batch["mask"]
@@ -189,7 +189,7 @@ def test_a_separate_target_image_reaches_the_teacher_in_place():
 
 @pytest.mark.parametrize("target_norm", ["none", "instance"])
 def test_a_padded_batch_of_speech_equals_its_samples_one_by_one(target_norm):
-    """With masked frames in place; as in test_model_2.py."""
+    """With the mask vector at masked frames; otherwise as in test_model_2.py."""
     encoder = build_encoder("wav2vec2", config=CONFIGS["wav2vec2"] | dict(feat_extract_norm="layer"))
     config = make_config("audio/tiny", "targets.norm=instance", f"targets.target_norm={target_norm}")
     model, sizes = make_model(config, encoder).double(), [400, 250, 320]
@@ -216,7 +216,7 @@ def test_a_padded_batch_of_speech_equals_its_samples_one_by_one(target_norm):
 
 
 def test_masked_channels_are_zero_for_the_student():
-    """After masking, so that the mask vector has zeros there too."""
+    """This happens after masking, so the mask vector is zero there too."""
     model, batch = in_place("audio/tiny")
     channels, mask = torch.rand(2, 32) < 0.5, batch["mask"]
     features = torch.where(mask[..., None], model.student.mask_token, model.student.embed(batch["source"]))

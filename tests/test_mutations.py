@@ -414,7 +414,7 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
 
 
 def files_for(file):
-    """The tests of which one must fail: those of the mutated file, or else those of the model."""
+    """The tests among which one must fail: those of the mutated file, or else those of the model."""
     if file.startswith("train/"):
         return ["tests/test_training.py", "tests/test_late.py", "tests/test_resume.py"]
     if file.startswith("data/"):

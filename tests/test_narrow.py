@@ -51,7 +51,7 @@ def assert_equal(plain, narrow):
     second.loss.backward()
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
-        # The bias of keys has no gradient but rounding: a constant added to all scores of a query changes nothing.
+        # The key bias has a gradient of only rounding: a constant added to all scores of a query changes nothing.
         if p.grad is not None and p.grad.norm() > 1e-5:
             assert (p.grad - q.grad).norm() < 1e-5 * p.grad.norm(), name
 
@@ -83,7 +83,7 @@ def test_the_ffn_sees_the_scored_rows_alone(name):
 @pytest.mark.parametrize("name", models.CONFIGS)
 @pytest.mark.parametrize("source", ["ffn", "block_output", "block_input"])
 def test_the_triton_loss_copies_no_layer(name, source):
-    """It takes layers of equal strides, and those of an encoder with a CLS token lie among the results of that token."""
+    """It needs layers with equal strides; with a CLS token, layers are views of results that include the token."""
     (_, _), (model, _) = both(name, source=source)
     x = models.inputs(name)
     rows = torch.arange(0, 2 * model.student.embed(x).shape[1], 3)
@@ -93,7 +93,7 @@ def test_the_triton_loss_copies_no_layer(name, source):
 
 @pytest.mark.parametrize("name", ["roberta", "vit", "wav2vec2"])
 def test_the_backward_of_the_rows_needs_no_sort(name):
-    """As that of indexing does on a GPU."""
+    """The backward of indexing sorts on a GPU."""
     seen = set()
 
     class Seen(TorchDispatchMode):
@@ -115,7 +115,7 @@ def test_what_runs_in_between_sees_all_positions():
 
 
 def test_an_error_in_forward_restores_the_model(monkeypatch):
-    """Otherwise the next call, of an export or a probe, would return only rows."""
+    """Otherwise the next call, by an export or a probe, would return only rows."""
     encoder = narrowed(models.make("roberta").eval())
     expected = encoder(x := models.inputs("roberta"))
 
@@ -141,7 +141,7 @@ def test_a_layer_that_is_dropped_leaves_the_others_rows():
 @pytest.mark.parametrize("name", models.CONFIGS)
 @pytest.mark.parametrize("way", ["checkpoint_wrapper", "gradient_checkpointing"])
 def test_activation_checkpointing_changes_no_bit(name, way):
-    """Blocks are run again in the backward, when nothing of the forward is known but their arguments."""
+    """Blocks run again in the backward, where only their arguments are known."""
     _, (narrow, _) = both(name)
     again = copy.deepcopy(narrow)
     if way == "checkpoint_wrapper":
@@ -163,7 +163,7 @@ def test_activation_checkpointing_changes_no_bit(name, way):
 
 @pytest.mark.parametrize("name", ["roberta", "wavlm"])
 def test_an_encoder_whose_layers_were_read_with_gradients_can_be_copied(name):
-    """Nothing of a forward stays on its modules; `wavlm` has blocks that are read by hooks."""
+    """A forward leaves nothing on the modules; blocks of `wavlm` are read by hooks."""
     encoder = build_encoder(name, config=models.CONFIGS["wav2vec2" if name == "wavlm" else name])
     assert (encoder.halves is None) == (name == "wavlm")
     x = models.inputs("wav2vec2" if name == "wavlm" else name)
@@ -216,7 +216,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("training", [False, True])
 def test_halves_are_what_a_block_computes(family, training):
-    """To the bit, dropout included, with weights that no initialisation makes harmless; the FFN by a hook set by hand."""
+    """Bit-identical, including dropout, with random weights throughout; a hook set by hand captures the FFN."""
     name, config = FAMILIES[family]
     config = {
         key: 0.1 if "drop" in key and key not in ("layerdrop", "drop_path_rate") else value for key, value in config.items()

@@ -273,7 +273,7 @@ def threads():
         *(Case(norm, channels=200, length=70, batch=3, padded=True) for norm in NORMS),
         Case("layer", "instance", channels=200, length=70, batch=3),
         Case("instance", "layer", channels=200, length=70, batch=3),
-        *(Case(norm, channels=700, length=800, k=1, masked=1.0) for norm in ("instance", "batch")),  # the columns are cut
+        *(Case(norm, channels=700, length=800, k=1, masked=1.0) for norm in ("instance", "batch")),  # the columns are split
     ],
     ids=str,
 )
@@ -338,7 +338,7 @@ def test_a_mean_far_away_costs_less_than_in_eager(norm):
 
 
 def test_fp16_gradients_at_the_ends_of_the_range():
-    """Twice the error would overflow, and 1/(√C·N) of it underflow."""
+    """Twice the error would overflow, and the error times 1/(√C·N) would underflow."""
     z, layers, mask, _ = inputs(Case(dense=True, length=400, dtype_z=FP16))
     for factor in (1e-3, 1.0, 1e4):
         assert compared((z * factor).clamp(-65504, 65504), layers, mask) == []
@@ -681,7 +681,7 @@ def loss_and_gradient(case, z, layers, mask, padding=None, **more):
     return loss.detach(), z.grad
 
 
-# A norm over few, nearly equal values magnifies rounding by up to 1/√eps.
+# A norm over few nearly equal values magnifies rounding by up to 1/√eps.
 close = dict(rtol=1e-4, atol=1e-4)
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

@@ -1,4 +1,4 @@
-"""data2vec 2.0's own models against formulas written out in float64, and against what transformers promises of its models."""
+"""data2vec 2.0's own models compared with formulas in float64, and checked for the behaviour of transformers models."""
 
 import math
 import os
@@ -121,7 +121,7 @@ def alibi_by_hand(slopes, scale, length):
 
 
 def speech_states(model, wave, slopes):
-    """Of one recording without padding."""
+    """States of one recording without padding."""
     config, encoder = model.config, model.encoder
     x = wave[None, None]
     for layer, stride in zip(model.feature_extractor.conv_layers, config.conv_stride, strict=True):
@@ -525,7 +525,7 @@ kept = torch.load(folder + "/kept.pt")
 model = getattr(transformers, auto).from_pretrained(folder + "/model", trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules"), type(model)
 torch.testing.assert_close(model(kept["inputs"])[0], kept["output"], rtol=0, atol=1e-5)
-# A head is put on from the same folder.
+# A head is added to the weights in the same folder.
 other = dict(AutoModelForCTC="AutoModelForAudioClassification").get(auto, "AutoModel")
 getattr(transformers, other).from_pretrained(folder + "/model", trust_remote_code=True)(kept["inputs"])
 try:
@@ -597,7 +597,7 @@ def test_images_in_pieces_are_the_whole():
 @torch.no_grad()
 @pytest.mark.parametrize("cls", [Data2Vec2VisionModel, Data2Vec2AudioModel])
 def test_visible_positions_keep_their_places(cls):
-    """All positions visible, in any order, are the whole sequence in that order."""
+    """With all positions visible, in any order, the states are those of the whole sequence in that order."""
     model, x = make(cls), inputs(cls)
     encoder = wrap(model).eval()
     features = encoder.embed(x)

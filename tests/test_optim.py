@@ -1,4 +1,4 @@
-"""LAMB against the paper, and apex's FusedLAMB behind the same state and checkpoints."""
+"""LAMB compared with the paper, and apex's FusedLAMB with the same state and checkpoints."""
 
 import importlib
 import sys
@@ -41,7 +41,7 @@ def layers():
 @pytest.mark.parametrize("scale", [1, 1e-3])
 @pytest.mark.parametrize("decay_1d", [False, True])
 def test_lamb_is_that_of_the_paper(decay_1d, scale):
-    """Also where norms of weights and updates are far below 1."""
+    """Also if the norms of weights and updates are far below 1."""
     model = layers()
     for p in model.parameters():
         p.data.mul_(scale)

@@ -39,9 +39,9 @@ class Fields(PretrainingData):
 
     Args:
         sides: Positions along each axis, each of two samples.
-        speed: Of the waves.
+        speed: Speed of the waves.
         split: train or test.
-        labelled: Whether it tells the classes.
+        labelled: Whether labels are given.
     """
 
     def __init__(self, *, sides: list[int], speed: float = 1.0, split: str = "train", labelled: bool = True, **common):
@@ -332,7 +332,7 @@ class TestProbe:
             probe.main(["run", "--name", "x"])
 
     def test_splits_and_path_of_the_class(self, monkeypatch):
-        """Fitted on train and tested on test, at the given path."""
+        """The probe is fitted on train and tested on test, at the given path."""
         code = """
 class Files(Fields):
     def __init__(self, *, path: str = "a", **more):
@@ -384,7 +384,7 @@ def test_a_run_resumes_only_with_its_class_and_settings():
 
 
 def test_runs_from_before_a_setting_resume_if_it_has_its_default(monkeypatch):
-    """Their checkpoints have no data.class, for example, nor has config.yaml."""
+    """For example, their checkpoints and config.yaml have no data.class."""
     small = [f"encoder.config.{name}" for name in ("hidden_size=16", "num_hidden_layers=3", "num_attention_heads=2")]
     settings = Config.settings
     with monkeypatch.context() as before:

@@ -47,7 +47,7 @@ def test_loss_teacher_and_model_need_torch_alone():
 
 
 def test_no_package_called_kernels():
-    """transformers would import it in place of Hugging Face's."""
+    """transformers would import it instead of Hugging Face's."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
@@ -74,7 +74,7 @@ def test_presets_and_guides_are_in_the_wheel():
 
 
 def test_every_command_is_installed():
-    """And answers to --version: test_cli.py."""
+    """test_cli.py checks their --version."""
     commands = PROJECT["project"]["scripts"]
     assert list(commands) == ["d2v-train", "d2v-probe", "d2v-export", "d2v-report", "d2v-doctor"]
     for command, target in commands.items():

@@ -1,4 +1,4 @@
-"""Parquet files read in place, against the values that were written."""
+"""Parquet files read in place, compared with the values that were written."""
 
 import io
 import os
@@ -39,7 +39,7 @@ PLAIN = {"compression": "none", "use_dictionary": False, "row_group_size": 40}
     "settings, placed",
     [
         (PLAIN, True),
-        (PLAIN | {"data_page_size": 5000, "write_batch_size": 3}, True),  # several pages a group
+        (PLAIN | {"data_page_size": 5000, "write_batch_size": 3}, True),  # several pages per group
         (PLAIN | {"data_page_version": "2.0", "data_page_size": 5000, "write_batch_size": 3}, True),
         (PLAIN | {"use_content_defined_chunking": True, "write_page_index": True, "write_page_checksum": True}, True),
         (PLAIN | {"compression": "snappy"}, False),

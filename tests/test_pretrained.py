@@ -132,7 +132,7 @@ class TestPreprocessing:
 
 class TestWeights:
     def test_of_another_model_are_refused(self, text):
-        """Its blocks have some names in common with ViT's."""
+        """Its blocks share some names with ViT's."""
         ViTConfig(image_size=16, patch_size=4, **SIZES).save_pretrained("text")
         with pytest.raises(
             ValueError, match=r"encoder\.pretrained=text: lacks \d+ of the \d+ weights of ViTModel: embeddings\.cls"
@@ -226,7 +226,7 @@ class TestReleased:
             self.model()
 
     def test_a_checkpoint_of_our_own_goes_before(self, released, caplog):
-        """A resumed run has a head and a teacher already."""
+        """A resumed run already has a head and a teacher."""
         caplog.set_level("INFO")
         more = ["encoder.pretrained=out", "data.image_size=16", "targets.top_k=2"]
         config = replace(settings("vision/tiny-2", *more), resume=True)

@@ -31,7 +31,7 @@ def opened(run):
 
 
 def results(run):
-    """Those of the last probe."""
+    """Results of the last probe."""
     return json.loads((run / "probe.json").read_text())[-1]["results"]
 
 
@@ -86,7 +86,7 @@ def test_the_command_on_builtin_data(modality, tmp_path, capsys):
 
 
 def test_the_unigram_floor_by_hand(tmp_path):
-    """Two tokens, three to one: the floor's accuracy is 3/4, its cross-entropy the entropy of the shares."""
+    """With two tokens, three to one, the floor's accuracy is 3/4 and its cross-entropy the entropy of the shares."""
     words = (["aa"] * 3 + ["bb"]) * 700
     for split in ("train", "test"):
         rng = np.random.default_rng(len(split))
@@ -148,7 +148,7 @@ def test_states_that_are_not_finite(runs):
     for modality, name in (("vision", "probe_labels"), ("text", "probe_cloze")):
         found = opened(runs[modality].folder)
         next(found.encoder.parameters()).data.fill_(float("nan"))
-        with pytest.raises(ConfigError, match="states of the encoder are not finite"):
+        with pytest.raises(ConfigError, match="the encoder's states are not finite"):
             getattr(probe, name)(found.config, States({"trained": found.encoder}), "builtin", None, 50)
 
 
@@ -160,14 +160,14 @@ def test_numbers_are_not_too_small(option, least, capsys):
 
 
 class TestWhichData:
-    """Results say what they were measured on, and those of other data stay."""
+    """Results record their data, and those for other data are kept."""
 
     def test_a_run_on_other_data_is_not_probed_on_builtin_ones_unasked(self, runs, tmp_path):
         run = tmp_path / "run"
         shutil.copytree(runs["vision"].folder, run)
         config = (run / "config.yaml").read_text()
         (run / "config.yaml").write_text(config.replace("path: builtin", "path: photos/"))
-        with pytest.raises(ConfigError, match=r"--data: missing; the run learned from photos/, .* or builtin"):
+        with pytest.raises(ConfigError, match=r"--data: missing; the run was trained on photos/, .* or builtin"):
             probe.main([str(run)])
         probe.main([str(run), "--data", "builtin", "--limit", "40"])
         assert [each["data"] for each in read_probes(run / "probe.json")] == ["builtin"]
@@ -244,7 +244,7 @@ class TestWhichWeights:
         assert skipped.step == 2 and all(torch.equal(value, older[n]) for n, value in skipped.encoder.state_dict().items())
 
     def test_are_the_newer_ones(self, tmp_path):
-        """Of export/ and checkpoints: a run may have been killed, or its disk full, after either."""
+        """Either export/ or a checkpoint may be newer, if the run was killed or its disk was full."""
         run = tmp_path / "run"
         train("vision", run, "train.save_every=2")
 
@@ -308,7 +308,7 @@ def test_splits_in_a_folder_with_an_odd_name(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("modality, steps, gain", [("text", 500, 0.05), ("vision", 400, 0.06), ("audio", 400, 0.25)])
 def test_training_teaches(modality, steps, gain, tmp_path):
-    """A minute or two of the tiny presets on builtin data beats the untrained encoder clearly, --fused no less than without."""
+    """A minute or two of the tiny presets on builtin data clearly beats the untrained encoder, with and without --fused."""
     column = "accuracy" if modality == "text" else "linear"
     found = []
     for fused in (False, True):

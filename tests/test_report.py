@@ -93,7 +93,7 @@ def test_the_page_is_self_contained(make_run):
 
 
 def test_report_of_an_unfinished_run(make_run):
-    """Half a line, a line that a killed process broke off, and numbers that JSON does not know or that are missing."""
+    """Half a line, a line cut off by a kill, and numbers that are missing or that JSON does not support."""
     whole = [line(1), line(50)[:40], line(100, loss=None), line(150, grad_norm=math.nan), line(200)[:-9]]
     folder = make_run(lines=whole, alarms_jsonl='{"step": 100, "alarms": ["of 100"]}\n{"step": 150, "ala')
     run = read_run(folder, "red")
@@ -124,7 +124,7 @@ def one_curve(monkeypatch):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.usefixtures("one_curve")
 class TestDamaged:
-    """What a run's folder holds may be half written, edited or hostile; a page is made of the rest."""
+    """Files of a run may be half written, edited or hostile; the page shows the rest."""
 
     @pytest.mark.parametrize("step", ['"x"', "1e999", "NaN", "[1]", "-1", "null", "1" + "0" * 400])
     def test_steps_of_the_log(self, step, make_run):

@@ -86,7 +86,7 @@ def assert_same(one, other):
     ],
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(modality, more):
-    """12 steps compared with: 5 (or 3) saved steps, some more, SIGKILL, resume; two threads, in mid-epoch."""
+    """12 steps, compared with 5 (or 3) saved steps, some more, SIGKILL and a resume; two threads, in mid-epoch."""
     more = ["train.steps=12", "train.save_every=5", *more]
     killed_and_resumed(lambda name: arguments(modality, name, *more), k=5 if "train.save_every=3" not in more else 3)
 
@@ -243,7 +243,7 @@ cli.train()
 
 
 def test_if_one_of_two_ranks_cannot_load_both_save_and_one_process_resumes():
-    """Rank 1 fails in step 6 of 20. Both ranks have trained on five batches; one process has their ten behind it."""
+    """Rank 1 fails in step 6 of 20. Both ranks have trained on five batches, so one process resumes after ten."""
     Path("failing.py").write_text(FAILING)
     process = torchrun(*arguments("vision", "run", "train.steps=20", "train.save_every=1000"), script=("failing.py",))
     said = process.communicate(timeout=120)[1]
@@ -262,7 +262,7 @@ def test_if_one_of_two_ranks_cannot_load_both_save_and_one_process_resumes():
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_stops_the_ranks_with_a_checkpoint():
-    """As a container's first process gets it."""
+    """A container's first process receives it in this way."""
     process = torchrun(*arguments("vision", "run", "train.steps=100000", "train.save_every=100000"))
     until_logged(process)
     process.send_signal(signal.SIGTERM)
@@ -348,7 +348,7 @@ def test_a_stream_on_two_ranks_resumes_after_a_kill(modality, files):
 STAND_INS = {
     "torchrun": 'exec "$PYTHON" -m torch.distributed.run "$@"',
     "scontrol": 'if [ "$1" = requeue ]; then echo "$2" >> requeued; else printf "127.0.0.1\\n127.0.0.1\\n"; fi',
-    # Two nodes, to which it passes the signal.
+    # Two nodes; the stand-in passes the signal to both.
     "srun": """
         "$@" & one=$!
         "$@" & other=$!
@@ -396,7 +396,7 @@ def test_the_slurm_job_of_the_guide_is_queued_again_and_resumes(monkeypatch):
 
 @pytest.mark.slow
 def test_accelerate_launch_starts_the_ranks():
-    """As the guide says: two with --multi_gpu; its other settings are named and ignored."""
+    """As in the guide: two ranks with --multi_gpu; other settings are named and ignored."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -436,7 +436,7 @@ cli.train()
 
 @pytest.mark.slow
 def test_preparing_the_data_may_take_longer_than_the_ranks_wait_for_each_other():
-    """60 s, where a collective fails after 15 s."""
+    """Preparation takes 60 s, while collectives fail after 15 s."""
     Path("slow.py").write_text(SLOW_START)
     begin = time.monotonic()
     more = ["train.steps=2", "train.timeout_minutes=0.25", "data.cache=cache"]
@@ -485,7 +485,7 @@ class TestStopSignals:
         run.until(lambda: logged("run"))
         for _ in range(3):
             run.send(signal.SIGINT)
-            time.sleep(0.01)  # one signal would be delivered for several that are pending
+            time.sleep(0.01)  # several pending signals would be delivered as one
         assert run.wait()[0] == 130
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides weights, which settings may differ from it, and what an export leaves."""
+"""The contents of a checkpoint besides weights, the settings that may differ on resume, and the files of an export."""
 
 import json
 import os
@@ -36,12 +36,12 @@ from tests.test_training import config
 
 
 def test_every_generator_continues():
-    """Python's and numpy's too, which callbacks and encoders of one's own may use."""
+    """Including Python's and numpy's, which callbacks and custom encoders may use."""
 
     def draw():
         return random.random(), random.gauss(), np.random.rand(), np.random.randn(), torch.rand(()).item()
 
-    draw()  # numpy keeps the second of a pair of normal numbers
+    draw()  # numpy caches the second of each pair of normal deviates
     cpu = torch.device("cpu")
     numbers, tensors = generator_states(cpu)
     expected = [draw(), draw()]
@@ -66,12 +66,12 @@ def test_the_factor_of_loss_scaling_continues(tmp_path):
         (4, 2, 3, "start 4, with torchrun --nproc-per-node=4 .*; or train.accumulate=6, for as many batches per step, or --"),
         (4, 5, 3, "start 4, with torchrun --nproc-per-node=4 on one machine, or plain d2v-train for one; or --resume-allow"),
         (1, 2, 3, "its run had 1 process, this one has 2; start 1"),
-        (4, 2, 6, ""),  # as many micro-batches a step
+        (4, 2, 6, ""),  # the same number of micro-batches per step
         (4, 4, 6, ""),
     ],
 )
 def test_another_number_of_processes(was, now, accumulate, message):
-    """The run had three micro-batches a step on each."""
+    """Each process of the run had three micro-batches per step."""
     compared = []
     saved = SimpleNamespace(
         folder="x",
@@ -89,7 +89,7 @@ def test_another_number_of_processes(was, now, accumulate, message):
 
 
 def test_only_settings_unknown_to_the_checkpoint_may_have_their_default():
-    """Not those that were changed back to it."""
+    """A setting that was changed back to its default is still a difference."""
     compared, known = [], {"processes": 1, "train.accumulate": 1}
     saved = SimpleNamespace(
         reading=nullcontext,

@@ -69,14 +69,14 @@ class TestSettings:
 
     @pytest.mark.parametrize("model", ["os:mkdir", "subprocess:Popen", "builtins:exec", "d2v_fast.train:train"])
     def test_an_encoder_that_is_none(self, model):
-        """A preset from elsewhere may name any function; only modules of a network are called."""
+        """A preset from elsewhere may name any function; only nn.Module classes are called."""
         with pytest.raises(ValueError, match=r"expected a class that derives from nn\.Module"):
             build_encoder(model, config={"path": "exploded"})
 
 
 @pytest.fixture
 def remote():
-    """A model that brings its own code."""
+    """A model that ships its own code."""
     Path("remote").mkdir()
     maps = {"AutoConfig": "code.Config", "AutoModel": "code.Model", "AutoTokenizer": ["code.Tokenizer", None]}
     Path("remote/config.json").write_text(json.dumps({"model_type": "unheard-of", "auto_map": maps}))
@@ -87,10 +87,10 @@ def remote():
 
 class TestWeights:
     def test_code_that_comes_with_a_model(self, remote, monkeypatch):
-        monkeypatch.setattr("builtins.input", lambda *args: "y")  # transformers would ask
+        monkeypatch.setattr("builtins.input", lambda *args: "y")  # transformers asks the user
         with pytest.raises(ValueError, match="custom code"):
             build_encoder(pretrained=remote)
-        with pytest.raises(ValueError, match=r"encoder\.config\.trust_remote_code: code that comes with a model is not run"):
+        with pytest.raises(ValueError, match=r"encoder\.config\.trust_remote_code: code shipped with a model is not run"):
             build_encoder(pretrained=remote, config={"trust_remote_code": True})
         with pytest.raises(DataError, match="custom code"):
             load_tokenizer(remote)
@@ -159,7 +159,7 @@ class TestData:
         Path("set/metadata.csv").write_text(f"file_name,label\n{name},x\n")
         with pytest.raises(DataError, match=r"set/metadata\.csv: names .*secret\.wav, which is outside the folder"):
             open_audio("set")
-        assert len(open_audio("set/metadata.csv")) == 1  # named by the user, who may mean it
+        assert len(open_audio("set/metadata.csv")) == 1  # allowed, because the user names it
 
     def test_a_decompression_bomb_image(self):
         """200 kB of PNG that would take 4.8 GB."""
@@ -183,7 +183,7 @@ class TestData:
         Path("bin/gs").write_text("#!/bin/sh\nmkdir exploded\n")
         Path("bin/gs").chmod(0o755)
         monkeypatch.setenv("PATH", f"{Path('bin').resolve()}:{os.environ['PATH']}")
-        monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # which is looked for once in a process
+        monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for it once per process
         script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
         Path("images").mkdir()
         Path("images/holiday.jpg").write_bytes(script)

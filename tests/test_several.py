@@ -1,4 +1,4 @@
-"""Several modalities in one model: shared blocks, turns by shares, and what a run of them leaves."""
+"""Several modalities in one model: shared blocks, turns by shares, and the files of a run."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ OWN = {
     "text": ["data.vocab_size=300", "data.block_size=16"],
 }
 RUN = ["train.batch_size=2", "train.workers=0", "train.precision=fp32", "train.log_every=3", "train.steps=9"]
-BLOCK = {  # the same maps and norms, as blocks of BERT and of wav2vec 2.0 call them
+BLOCK = {  # the same maps and norms, as named in blocks of BERT and of wav2vec 2.0
     "attention.self.query": "attention.q_proj",
     "attention.self.key": "attention.k_proj",
     "attention.self.value": "attention.v_proj",
@@ -50,7 +50,7 @@ BLOCK = {  # the same maps and norms, as blocks of BERT and of wav2vec 2.0 call 
 
 @pytest.fixture(scope="module", autouse=True)
 def data(tmp_path_factory):
-    """Some images and waves of two classes, where each test is at work."""
+    """Images and waves of two classes in each test's working folder."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for split, i in itertools.product(("train", "test"), range(12)):
         for kind in ("images", "waves"):
@@ -77,7 +77,7 @@ def records(folder):
 
 
 def figures(folder):
-    """The log without what a clock says."""
+    """The log without time-dependent figures."""
     return [{k: v for k, v in line.items() if k not in ("time", "samples_per_s", "data_wait")} for line in records(folder)]
 
 
@@ -138,7 +138,7 @@ class TestBlocks:
             expected = expected[0] if isinstance(expected, tuple) else expected
             found = theirs(x)
             found = found[0] if isinstance(found, tuple) else found
-            assert torch.allclose(found, expected, atol=1e-4)  # their norms have an eps of their own
+            assert torch.allclose(found, expected, atol=1e-4)  # their norms have different eps
 
     @pytest.mark.parametrize("part", ["vision", "audio"])
     def test_the_loss_is_that_of_a_model_of_one_modality(self, part, tmp_path):
@@ -361,7 +361,7 @@ class TestSettings:
 
 
 def test_text_too(tmp_path):
-    """Three parts; the blocks of RoBERTa are those of BERT. A tokenizer is trained for its part."""
+    """Three parts; RoBERTa has the blocks of BERT. A tokenizer is trained for the text part."""
     more = ["several.parts.text=text/tiny-2", "several.shares={vision: 0.25, audio: 0.25, text: 0.5}"]
     assert train(config(tmp_path / "run", *more, parts=("vision", "audio", "text"))) == 0
     assert [line["step"] for line in records(tmp_path / "run/text")]
@@ -382,7 +382,7 @@ class TestErrors:
             (["several.shares={vision: 1, audio: 0}"], "found vision 1, audio 0, expected numbers above 0"),
             (["several.shares={vision: .inf, audio: 1}"], "found vision inf, audio 1, expected numbers above 0"),
             (["several.shares={vision: 1}"], "found vision 1, but audio has no share; set several.shares.vision=0.5"),
-            (["several.shares.text=0.1"], "but text is no part of the run; leave it out, or add several.parts.text=PRESET"),
+            (["several.shares.text=0.1"], "but text is not a part of the run; leave it out, or add several.parts.text=PRESET"),
             (["several.shares={}"], "several.shares: found none, but audio has no share; set"),
             (["several.shares={vision: .nan, audio: 1}"], "found vision nan, audio 1, expected numbers above 0"),
             *[
@@ -493,7 +493,7 @@ def test_parts_whose_steps_the_device_skips(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_draw_the_same_part(tmp_path):
-    """The log of images says of each step what one process with twice the batch says."""
+    """The log of images has the same figures for each step as one process with twice the batch."""
     still = ["several.parts.vision.data.flip=0", "several.parts.vision.encoder.config.hidden_dropout_prob=0"]
     still += [f"several.parts.{part}.head.noise=0" for part in ("vision", "audio")]
     for ranks in (1, 2):

@@ -1,4 +1,4 @@
-"""What makes a model fit: blocks computed again in the backward, and weights spread over ranks."""
+"""Saving memory: blocks recomputed in the backward, and weights sharded over ranks."""
 
 import functools
 import itertools
@@ -69,7 +69,7 @@ def test_gradients_of_checkpointed_blocks_are_the_same_bits(modality, version, f
     again, found = gradients(run, batch)
     assert torch.equal(again, loss) and found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
-    assert len(calls) <= len(run.state.core.student.blocks)  # what hooks a block is not done twice
+    assert len(calls) <= len(run.state.core.student.blocks)  # hooks on a block do not run twice
 
 
 def test_checkpointing_keeps_no_cast_weights(tmp_path):
@@ -92,7 +92,7 @@ def test_checkpointing_keeps_no_cast_weights(tmp_path):
 
 
 def torchrun(ranks, cases, *machine):
-    """Run cases, [name, arguments of d2v-train, fused], one by one on `ranks`, `machine` a machine; returns the log."""
+    """Run cases, [name, arguments of d2v-train, fused], in turn on `ranks` ranks, `machine` per machine; return the log."""
     Path("cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -104,7 +104,7 @@ def torchrun(ranks, cases, *machine):
 
 
 def two_torchruns(ranks, cases, folders=(".", ".")):
-    """Run cases as `torchrun` does, on two torchruns of `ranks` each, in `folders`; returns exit code and log of both."""
+    """Run cases like `torchrun`, on two torchruns of `ranks` each, in `folders`; return exit code and log of both."""
     for folder in folders:
         Path(folder, "cases.json").write_text(json.dumps(cases))
     with socket.socket() as free:
@@ -131,9 +131,9 @@ def two_torchruns(ranks, cases, folders=(".", ".")):
 
 
 def side_by_side(modality, version, fused, *more):
-    """A case with DistributedDataParallel and one that is sharded."""
+    """A case with DistributedDataParallel, and the same case sharded."""
     args = (test_training.arguments, test_training_2.arguments)[version - 1]
-    # Of a block that one rank may leave out no other could gather its part.
+    # A block that one rank skips could not be gathered by the others.
     more = [*more, "head.zero_init=false", "train.log_every=1", *["encoder.config.layerdrop=0"] * (modality == "audio")]
     name = f"{modality}-{version}-{fused}"
     return [[f"{name}-{s}", [*args(modality, f"{name}-{s}", *more), f"train.shard={s}"], fused] for s in ("false", "true")]
@@ -221,14 +221,14 @@ def test_every_modality_is_the_same_sharded(here):
 @pytest.mark.slow
 @pytest.mark.parametrize("modality, version", [("text", 1), ("vision", 1), ("audio", 1), ("text", 2), ("vision", 2)])
 def test_a_spliced_encoder_is_the_same_sharded(modality, version, here):
-    """Its forward ends early in a hook of the first block, which FSDP may have gathered by then."""
+    """Its forward ends early in a hook of the first block, when FSDP may already have gathered the block."""
     torchrun(2, side_by_side(modality, version, False, *test_spliced.RUNS[modality].split()))
     assert_the_same_run(modality, version, False)
 
 
 @pytest.mark.slow
 def test_hybrid_sharding_on_two_machines_is_the_same_run(here):
-    """hybrid, on four ranks, as if two of them were on each machine."""
+    """train.shard=hybrid on four ranks, as if each machine had two of them."""
     cases = side_by_side("vision", 2, False)
     cases[1][1][-1] = "train.shard=hybrid"
     torchrun(4, cases, "2")
@@ -238,7 +238,7 @@ def test_hybrid_sharding_on_two_machines_is_the_same_run(here):
 @pytest.mark.slow
 @pytest.mark.parametrize("local", [1, 2])
 def test_hybrid_sharding_over_two_torchruns_goes_on_with_one_process(local, here):
-    """As two machines on loopback, each with `local` ranks; against one process that takes as many micro-batches a step."""
+    """Two machines on loopback, each with `local` ranks, compared with one process with as many micro-batches per step."""
     more = ["schedule.kind=constant", "schedule.warmup=0", "train.batch_size=2", "optimizer.lr=1e-3", "train.log_every=1"]
     steps = ["train.steps=2", f"train.accumulate={4 // local}"]
     args = [*test_training.arguments("vision", "run", *more), "train.shard=hybrid", *steps]
@@ -267,7 +267,7 @@ def test_hybrid_sharding_of_unequal_machines_is_refused(here):
 
 @pytest.mark.slow
 def test_sharded_in_bf16_it_trains_as_unsharded_resumes_and_exports(here):
-    """--fused, which says what it leaves out; resumed after two of four steps with the same bits."""
+    """With --fused, which logs what it leaves out; resumed after two of four steps, bit-identical."""
     more = ["train.precision=bf16", "train.log_every=1", "schedule.kind=constant", "schedule.warmup=0", "optimizer.lr=1e-3"]
     args = functools.partial(test_training_2.arguments, "vision")
     cases = [[name, [*args(name, *more), f"train.shard={s}"], True] for name, s in (("plain", "false"), ("whole", "true"))]
@@ -297,7 +297,7 @@ AXES = {"even": 1, "uneven": 0, "short": 0}
 
 @contextmanager
 def as_rank(rank, world, machines=1):
-    """FULL as one rank has it, sharded within each machine, in a process group that exchanges nothing."""
+    """One rank's view of FULL, sharded within each machine, in a process group that exchanges nothing."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -325,7 +325,7 @@ def write_parts(folder, world, machines=1):
 
 @pytest.fixture
 def elements(monkeypatch):
-    """Counts elements that are read from files."""
+    """Counts the elements read from files."""
     counted = []
 
     class Slice:
@@ -400,9 +400,9 @@ def test_torch_reads_the_files_too(tmp_path):
 
 def test_shards_that_are_missing_or_malformed_are_refused(tmp_path):
     files = write_parts(tmp_path, 3)
-    with pytest.raises(ValueError, match="the shards of even do not add up to it"):
+    with pytest.raises(ValueError, match="the shards of even do not make up the whole tensor"):
         sharding.read(files[1:], lambda name: None)
-    with pytest.raises(ValueError, match="do not add up"):
+    with pytest.raises(ValueError, match="do not make up"):
         sharding.read([*files, files[0]], lambda name: None)
     for offsets in ("{}", '{"x": {"saved_offsets": null}}', '{"x": {"saved_offsets": [1, 2]}}', "7", "{"):
         (tmp_path / "step-1").mkdir(exist_ok=True)
@@ -434,7 +434,7 @@ def save_file(values, path, metadata=None):
         os.kill(os.getpid(), signal.SIGKILL)
 
 def waiting(*args):
-    run.checkpoints.wait()  # so that a checkpoint is saved in the step in which it is due
+    run.checkpoints.wait()  # so that each checkpoint is saved in the step in which it is due
     return step(*args)
 
 checkpoint.save_file, loops.step = save_file, waiting
@@ -466,7 +466,7 @@ def test_a_rank_whose_disk_is_full_or_that_is_killed_while_it_writes_leaves_no_c
 
 @pytest.mark.slow
 def test_a_folder_that_a_rank_does_not_see_is_refused(here):
-    """Two torchruns in different working folders, as two machines with disks of their own."""
+    """Two torchruns in different working folders, like two machines with separate disks."""
     args = [*test_training.arguments("vision", "run"), "train.shard=true"]
     Path("other").mkdir()
     for code, said in two_torchruns([1, 1], [["run", args, False]], [".", "other"]):
@@ -475,7 +475,7 @@ def test_a_folder_that_a_rank_does_not_see_is_refused(here):
 
 
 class Count:
-    """Bytes of all tensors that autograd saves, each storage once; parameters, which are there anyway, do not count."""
+    """Counts the bytes of tensors that autograd saves, each storage once, excluding parameters."""
 
     def __init__(self, parameters):
         self.known = {p.untyped_storage().data_ptr() for p in parameters}
@@ -502,7 +502,7 @@ def saved_by(encoder, x):
 
 @pytest.mark.parametrize("name", models.CONFIGS)
 def test_a_checkpointed_layer_saves_a_fifteenth(name):
-    """At a quarter of the base size's width, without dropout, which would save more. Two depths differ by their layers."""
+    """At a quarter of base width, without dropout, which saves more. Two depths give the memory per layer."""
     config = models.CONFIGS[name] | dict(hidden_size=192, num_attention_heads=3, intermediate_size=768)
     found = {}
     for depth in (2, 4):
@@ -526,7 +526,7 @@ def ranks(*counts):
 def test_another_number_of_ranks_has_an_equal_share_of_what_was():
     saved = ranks(12, 12)
     assert share(saved, 1, 2) is saved[1]
-    assert share(ranks(12, 13), 0, 5)["batches"] == 5  # the step that one rank took more for is not done again
+    assert share(ranks(12, 13), 0, 5)["batches"] == 5  # the extra batch of one rank is not repeated
     found = share(ranks(12, 14), 2, 4)
     assert found["batches"] == 6
     assert found["broken"] == [[7, "a.png"], [12, "12.png"], [14, "14.png"]]
@@ -585,7 +585,7 @@ class Scalar(models.Handwritten):
     "model, why", [(Reaching, "mixed torch.Tensor and DTensor"), (Scalar, "scalar parameters"), (None, "")]
 )
 def test_blocks_that_cannot_be_gathered_are_named(model, why, monkeypatch):
-    """In a group of one process, where a block is gathered as anywhere."""
+    """In a group of one process, which gathers blocks in the same way."""
     core = Data2Vec(wrap((model or models.Handwritten)(), "blocks", "mlp.2"), targets=TargetsConfig(top_k=2))
     batch = {"source": torch.randn(2, 8, 6), "mask": torch.arange(8).expand(2, 8) < 4}
     batch["index"] = batch["mask"].flatten().nonzero().squeeze(1)

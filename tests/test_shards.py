@@ -36,7 +36,7 @@ def add(archive, name, content, **how):
 
 @pytest.fixture
 def samples(request):
-    """Forty images by name, or as many as the test asks for."""
+    """Forty images by name, or as many as the test requests."""
     content = {}
     for i in range(getattr(request, "param", 40)):
         file = io.BytesIO()
@@ -158,7 +158,7 @@ def test_names_that_lead_out_and_links(tmp_path, samples, caplog):
     source = open_images(str(tmp_path / "a.tar"))
     assert list(source.names) == [f"{tmp_path}/a.tar/in/caf\udce9 \n.jpg"] and source.read(0).size == (24, 20)
     for name in ("../../out.jpg", "/etc/out.jpg", "a/../../out.jpg"):
-        assert f"a.tar: its member '{name}' leads out of the archive" in caplog.text
+        assert f"a.tar: its member '{name}' points outside the archive" in caplog.text
 
 
 def test_damaged_archives(shards, caplog):
@@ -179,7 +179,7 @@ def test_damaged_archives(shards, caplog):
     assert all(source.read(i).size[0] == 24 for i in range(len(source)))
     caplog.clear()
     open_images(str(shards))
-    assert "0.tar: cannot be read after 1 files" in caplog.text  # each time
+    assert "0.tar: cannot be read after 1 files" in caplog.text  # logged each time
 
 
 def test_a_damaged_header_before_zeros(tmp_path, samples, caplog):
@@ -212,7 +212,7 @@ def test_labels_are_those_of_all_files_or_none(tmp_path, count, classes, labels)
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_an_archive_that_ends_with_its_last_file(tmp_path, missing, caplog):
-    """Without an end marker; the file is read if all of it is there."""
+    """Without an end marker; a complete file is still read."""
     file = io.BytesIO()
     picture(0).save(file, "PNG")
     content = file.getvalue().ljust(2048, b"\0")  # whole blocks: nothing follows it

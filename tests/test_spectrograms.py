@@ -1,4 +1,4 @@
-"""Sounds as spectrograms: the filter banks, batches of them, runs, and what these leave."""
+"""Sounds as spectrograms: filter banks, batches, runs and exports."""
 
 import json
 import logging
@@ -106,7 +106,7 @@ class TestFilterBanks:
 class TestData:
     @pytest.mark.parametrize("model, grid", [("data2vec2-vision", (4, 8)), ("vit", (4, 8)), (AST, (8, 4))])
     def test_positions_are_where_the_sound_is(self, model, grid):
-        """A patch of a batch that changes is one feature that changes, the one at its place of the grid."""
+        """Changing one patch changes only the feature at its position in the grid."""
         made, student = data(views=2), encoder(model)
         made.fit_to(student)
         assert made.grid == grid
@@ -294,7 +294,7 @@ class TestRuns:
 
     def test_a_probe_sees_what_an_export_would(self, monkeypatch):
         trainer = train("vit", *TWO.split(), "data.path=sounds/train", "encoder.init=sincos")
-        seen = []  # of the patches, then of CLS
+        seen = []  # features of the patches, then of CLS
         monkeypatch.setattr(probe, "score", lambda train, *rest: {"samples": seen.append(train)})
         config = trained.read_config(Path("run"))
         probe.probe_labels(config, probe.States({"trained": trainer.state.core.student.eval()}), "sounds", None, 100)
@@ -348,7 +348,7 @@ class TestRuns:
 
 @pytest.mark.slow
 def test_training_teaches():
-    """The tiny preset on builtin words, some minutes: the untrained encoder is far from its k-NN."""
+    """The tiny preset on builtin words, for some minutes: its k-NN is far above that of the untrained encoder."""
     loop(build(parse(["--config", "spectrogram/tiny-2", "train.output=run"])[0]))
     probe.main(["run"])
     results = json.loads(Path("run/probe.json").read_text())[-1]["results"]

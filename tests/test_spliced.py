@@ -1,4 +1,4 @@
-"""Spliced encoders (whole models with replaced local features) against plain transformers models and hand-written hooks.
+"""Spliced encoders (whole models with replaced local features) compared with plain models and hand-written hooks.
 
 Module paths of each model are written down by hand, so that the search that finds them does not check itself.
 """
@@ -372,7 +372,7 @@ def test_gradients_of_checkpointed_blocks_are_the_same_bits(name, version):
 
 
 def test_local_and_positional_parameters():
-    """Teachers copy those of the features, and with scope "layers" those of positions and extra tokens too; method 1.6."""
+    """Teachers copy the parameters of features, and with scope "layers" also positions and extra tokens (method 1.6)."""
     encoder = wrap(plain("dinov2_with_registers"))
     projection = {f"embeddings.patch_embeddings.projection.{n}" for n in ("weight", "bias")}
     assert set(encoder.local) == projection | {"embeddings.mask_token"}
@@ -432,7 +432,7 @@ MODERNBERT = transformers.ModernBertConfig(**TEXT)
 
 
 class Averaging(nn.Module):
-    """Features that are not local: each contains the mean of all."""
+    """Features that are not local: each contains the mean of all features."""
 
     def __init__(self, inner):
         super().__init__()
@@ -468,7 +468,7 @@ def averaging():
 
 
 class Averaged(nn.Linear):
-    """Frames that contain the mean of all."""
+    """Frames that contain the mean of all frames."""
 
     def forward(self, x):
         x = super().forward(x)
@@ -738,7 +738,7 @@ def test_a_run_of_a_decoder_only_model(tmp_path):
 
 @pytest.mark.parametrize("name, more", [("dinov3_vit", dict(image_size=64)), ("modernbert", {}), ("siglip_vision_model", {})])
 def test_probing_costs_less_than_six_samples(name, more):
-    """Counted in multiplications of Linear layers, for a model of 24 layers."""
+    """The cost is counted in multiplications of Linear layers, for a model of 24 layers."""
     config = FAMILIES[name].config | dict(num_hidden_layers=24) | more
     model = getattr(transformers, f"{FAMILIES[name].cls}Model")(transformers.CONFIG_MAPPING[name](**config)).eval()
     work = []
@@ -779,7 +779,7 @@ def four_layers():
 
 @pytest.mark.parametrize("attribute", [dict(layer_idx=2), dict(strength=0.5), dict(kinds={"neighbours": True})])
 def test_blocks_that_differ_by_an_attribute_alone_are_probed(attribute):
-    """Of one class with the same shapes; what differs is an index, a float or a dict."""
+    """The blocks have the same class and shapes, but differ in an index, a float or a dict."""
     model = four_layers()
     name, value = next(iter(attribute.items()))
 
@@ -948,7 +948,7 @@ TIMM = {
 
 
 def test_the_table_of_timm(monkeypatch, tmp_path, capsys):
-    """With a stand-in for timm, whose models are those of transformers and take no `depth`."""
+    """With a stand-in for timm that returns transformers models and takes no `depth`."""
     timm, made = types.ModuleType("timm"), []
 
     def create_model(name, num_classes, **fields):

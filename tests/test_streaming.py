@@ -1,4 +1,4 @@
-"""Streams from memory, files and misbehaving servers, against the same data read locally."""
+"""Streams from memory, files and misbehaving servers, compared with the same data read locally."""
 
 import functools
 import gzip
@@ -88,7 +88,7 @@ class TestText:
         settings = settings | {"block_size": 12, "cross_documents": cross_documents}
         local, stream = text_data(path, **settings), text_data(path, streaming=True, shuffle_buffer=1, **settings)
         expected = sorted(tuple(local.load(i, None)) for i in range(len(local)))
-        samples = sorted(taken(stream, len(local) + 3)[0], key=lambda sample: sample[1])  # as they were read
+        samples = sorted(taken(stream, len(local) + 3)[0], key=lambda sample: sample[1])  # in the order of reading
         stream.stream.pending = {number: ids for _, number, ids in samples}
         found = [tuple(stream.load(number, None)) for _, number, _ in samples]
         epochs = [epoch for epoch, *_ in samples]
@@ -224,7 +224,7 @@ class TestImages:
             taken(data, 1, rank=1, world=2)
 
     def test_pixels_are_those_of_the_files(self, images, tmp_path):
-        """With the number of a sample in place of its index, all augmentations are the same."""
+        """All augmentations are the same, with a sample's number in place of its index."""
         for i in range(24):
             (tmp_path / f"{i:02d}.png").write_bytes(content(i))
         local, data = image_data(str(tmp_path)), image_data(images, shuffle_buffer=5)
@@ -305,7 +305,7 @@ class TestResume:
 
     @pytest.mark.parametrize("kind", ["images", "parquet", "jsonl"])
     def test_a_run(self, kind, corpus, tmp_path, monkeypatch):
-        """Of images in three files; of text in two, which is given by name."""
+        """Images in three files; text in two, given by name."""
         monkeypatch.chdir(tmp_path)
         if kind == "images":
             for i in range(3):
@@ -450,18 +450,18 @@ class TestSettings:
                 parse(["--config", "vision/tiny", "train.epochs=2", *more])
 
     def test_recordings_are_refused(self):
-        """For a reason that also holds for spectrograms, whose batches are of one size."""
-        reason = r"recordings are not streamed, because their lengths decide which samples there are .*; download them"
+        """This includes spectrograms, although their batches have one size."""
+        reason = r"recordings are not streamed, because the samples depend on all of their lengths .*; download them"
         with pytest.raises(DataError, match=reason):
             open_audio("hf://datasets/user/name")
         with pytest.raises(DataError, match=reason):
             SpectrogramData(path="hf://datasets/user/name", mask=RandomMask(0.5))
 
     def test_missing_packages_are_named(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(documents, "COMPRESSED", (".gz", ".zst"))  # as where zstandard is installed
+        monkeypatch.setattr(documents, "COMPRESSED", (".gz", ".zst"))  # as if zstandard were installed
         with pytest.raises(DataError, match=r"b\.txt\.zst: no such file or folder$"):
             documents.find_documents(str(tmp_path / "b.txt.zst"))
-        monkeypatch.setattr(documents, "COMPRESSED", (".gz", ".bz2", ".xz"))  # as where zstandard is not installed
+        monkeypatch.setattr(documents, "COMPRESSED", (".gz", ".bz2", ".xz"))  # as if zstandard were not installed
         monkeypatch.setattr(documents, "SUFFIXES", tuple(each for each in documents.SUFFIXES if not each.endswith(".zst")))
         (tmp_path / "a.txt.zst").write_bytes(b"")
         with pytest.raises(DataError, match=r"no file with one of .*; to read \.zst files: pip install zstandard"):

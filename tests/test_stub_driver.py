@@ -1,4 +1,4 @@
-"""A call launches few kernels, and none asks for more shared memory than a GPU has; checked without one by `stub_driver.py`."""
+"""A call launches few kernels, and none needs more shared memory than a GPU has; `stub_driver.py` checks it without a GPU."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ DEVICES = {  # compute capability, bytes of shared memory that a block may have
     "none such": (80, 32 << 10),
 }
 GPUS = list(DEVICES)[:3]
-# Those that take the most shared memory, each kernel, and the launches of a call.
+# The cases with the most shared memory, for each kernel, and the launches of a call.
 FAST = (
     *("text", "text, stats", "text, 8 views, layer", "vision, 16 views, stats"),
     *("audio, fp32", "audio batch 1280 bfloat16", "batch 4096 bfloat16", "image decoder, base", "step"),

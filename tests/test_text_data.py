@@ -1,4 +1,4 @@
-"""Documents as they stand in files, and what a tokenizer makes of them."""
+"""Documents in files of all kinds, and their tokens."""
 
 import bz2
 import csv
@@ -26,7 +26,7 @@ from d2v_fast.train.loop import loop
 from tests import models
 from tests.test_cli import TEXT
 
-ODD = ["one\x85two", "a\u2028b\u2029c", "x\x0cy\x0bz\x1cw\x1dv\x1eu", "plain"]  # str.splitlines() makes more of each
+ODD = ["one\x85two", "a\u2028b\u2029c", "x\x0cy\x0bz\x1cw\x1dv\x1eu", "plain"]  # str.splitlines() would split each of them
 WORDS = "alpha beta gamma delta dog runs over under".split()
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
@@ -144,7 +144,7 @@ class TestFormats:
 
 
 class TestShards:
-    """Files of one corpus need nothing in common but the column of the text."""
+    """Files of one corpus only need to share the text column."""
 
     @pytest.mark.parametrize(
         "others", [[{"meta": {"url": "u"}}, {"meta": {"url": None, "n": 1}}], [{"id": 1}, {"id": "x", "lang": "en"}], [{}, {}]]
@@ -232,7 +232,7 @@ class TestBrokenFiles:
 
 
 def unigram(folder):
-    """As SentencePiece models are converted: the special tokens are pieces too, and better ones than any other."""
+    """Like a converted SentencePiece model: special tokens are pieces too, with the best scores."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -338,7 +338,7 @@ def spaced(folder):
 
 
 class TestPieces:
-    """Long documents are encoded in pieces, where that is known to give the tokens of the whole."""
+    """Long documents are encoded in pieces if that is known to leave the tokens unchanged."""
 
     def document(self, words, seed=0):
         return "".join(np.random.default_rng(seed).choice([part + " " * (i % 4 != 3) for i, part in enumerate(PARTS)], words))
@@ -364,7 +364,7 @@ class TestPieces:
         assert sum(map(len, text._batches(documents, cut=True))) > 500
 
     def test_more_documents_than_are_encoded_at_a_time(self, tmp_path):
-        """A thousand; each block is still of its own document."""
+        """More than a thousand; each block still belongs to one document."""
         lines = [f"{WORDS[i % 8]} {i}" for i in range(2500)]
         (tmp_path / "a.txt").write_text("\n".join(lines))
         data = text_data(tmp_path / "a.txt", cross_documents=False, block_size=32)
@@ -397,7 +397,7 @@ class TestPieces:
         for family in (unigram, words, added, normalized):
             backend = corpus_backend(family(tmp_path))
             assert not can_cut(backend), family
-            if family in (added, normalized):  # and has other tokens in pieces
+            if family in (added, normalized):  # their tokens change when cut
                 whole, *parts = (
                     backend.encode(each, add_special_tokens=False).ids for each in ("a dog runs", "a dog", " runs")
                 )
@@ -411,7 +411,7 @@ def test_a_read_is_of_about_4_mib():
 
 
 def test_a_trained_tokenizer_is_like_robertas():
-    """Ids of the special tokens, those around a text and around a pair, and a first word like any other."""
+    """Ids of special tokens, tokens around a text and a pair, and the first word, which has no special form."""
     tokenizer = bytewise(None)
     dog, runs = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("dog", "runs"))
     assert tokenizer.convert_tokens_to_ids(SPECIAL) == [0, 1, 2, 3, 4]

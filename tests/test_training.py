@@ -37,7 +37,7 @@ from d2v_fast.train.parallel import check_restarts, check_slurm, on_any, start
 from d2v_fast.train.step import clip, step
 from tests import models
 
-# torch: the schedule is a function of the step, so it moves when the optimizer skips the first one.
+# torch warns because the schedule, a function of the step, advances even if the optimizer skips the first step.
 FIRST_SKIPPED = "ignore:Detected call of .lr_scheduler.step"
 SMALL = {
     "text": "encoder.config.hidden_size=32 encoder.config.num_hidden_layers=3 encoder.config.num_attention_heads=2 "
@@ -199,12 +199,12 @@ def test_a_step_with_a_non_finite_gradient_is_skipped(tmp_path):
     assert all(torch.equal(p, before[n]) for n, p in trainer.state.core.named_parameters())
     step(trainer.state, [trainer.feed.take(1)[0]])
     assert trainer.state.core.teacher.step == 1 and all(p.isfinite().all() for p in trainer.state.core.parameters())
-    assert trainer.state.skipped.count == 1 and not trainer.state.skipped.suspects  # those in a row start anew
+    assert trainer.state.skipped.count == 1 and not trainer.state.skipped.suspects  # the count in a row starts again
 
 
 @pytest.mark.filterwarnings(FIRST_SKIPPED)
 def test_a_step_with_an_infinite_loss_is_skipped(tmp_path, monkeypatch):
-    """Also if the gradient is finite, as where a factor of the loss is 0."""
+    """Also if the gradient is finite, for example because a factor of the loss is 0."""
     trainer = build(config("vision", tmp_path / "run"))
     monkeypatch.setattr("d2v_fast.train.step._accumulate", lambda *args: (torch.tensor(math.inf), torch.tensor(0.0)))
     outcome = step(trainer.state, [trainer.feed.take(1)[0]])
@@ -248,7 +248,7 @@ def test_loss_scaling_sees_each_step_and_may_skip_it(tmp_path, monkeypatch):
 
 
 def test_the_norm_is_that_of_unscaled_gradients(tmp_path, monkeypatch):
-    """Without clipping too, which would unscale them."""
+    """Even without clipping, which would unscale them."""
     state = build(config("vision", tmp_path / "run", "train.clip_norm=0")).state
     for p in state.parameters:
         p.grad = torch.randn_like(p)
@@ -272,7 +272,7 @@ def test_learning_rate_schedules():
     assert lr_factor(0, 1000, tri) == pytest.approx(0.01 + 0.99 / 31)
     assert lr_factor(500, 1000, tri) == 1 and lr_factor(930, 1000, tri) == 1
     assert lr_factor(965, 1000, tri) == pytest.approx(0.1) and lr_factor(1000, 1000, tri) == pytest.approx(0.01)
-    to_zero = ScheduleConfig("tri_stage", warmup=0.1, hold=0.5)  # which no exponential reaches: linear
+    to_zero = ScheduleConfig("tri_stage", warmup=0.1, hold=0.5)  # no exponential reaches 0, so the decay is linear
     assert [lr_factor(i, 100, to_zero) for i in (60, 80, 100, 120)] == pytest.approx([1, 0.5, 0, 0])
 
 
@@ -296,7 +296,7 @@ def test_weight_decay_and_lr_scale_of_parameter_groups():
 
 
 def test_biases_and_factors_of_alibi_do_not_decay():
-    """Not even those of several dimensions, such as factors for each layer (method 4.8)."""
+    """Not even those with several dimensions, such as factors per layer (method 4.8)."""
     encoder = build_encoder("data2vec2-audio", config=models.CONFIGS["data2vec-audio"] | {"alibi_per_layer": True})
     encoder.register_module("own", torch.nn.Module())
     encoder.own.bias = torch.nn.Parameter(torch.zeros(3, 4))
@@ -548,7 +548,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
 
 
 def test_batches_have_as_many_recordings_as_the_settings_say(tmp_path):
-    """Of eight of a quarter of a second and four of half a second: so many in a batch, or so many seconds."""
+    """Eight recordings of a quarter and four of half a second: batches have the given number, or the given seconds."""
     (tmp_path / "waves").mkdir()
     for i in range(12):
         wave = 0.1 * np.random.default_rng(i).normal(size=4000 if i < 8 else 8000)
@@ -675,7 +675,7 @@ class TestStopRequest:
             assert not stop.asked
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
-            os.kill(os.getpid(), signal.SIGTERM)  # would end this process if it counted as the second signal
+            os.kill(os.getpid(), signal.SIGTERM)  # this would end the process if it counted as the second signal
             assert stop.asked
         assert (signal.getsignal(number), signal.getsignal(signal.SIGTERM)) == before
 
@@ -715,7 +715,7 @@ class TestStopRequest:
 
 def test_srun_without_torchrun_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(ConfigError, match=r"srun has started 4 processes, which would be 4 runs; .* torchrun once a node"):
+    with pytest.raises(ConfigError, match=r"srun has started 4 processes, which would be 4 runs; .* torchrun once per node"):
         build(config("vision", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "4")  # as torchrun sets it

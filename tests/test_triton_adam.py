@@ -1,6 +1,6 @@
-"""AdamW and teacher in one pass without a GPU: interpreted against float64 and torch, and compiled for three GPUs.
+"""AdamW and teacher in one pass without a GPU: interpreted and compared with float64 and torch, and compiled for three GPUs.
 
-As in tests/test_triton_loss.py each of the two works in a process of its own; tests/gpu/test_adam.py has a real GPU.
+As in tests/test_triton_loss.py, each of the two runs in a separate process; tests/gpu/test_adam.py uses a real GPU.
 """
 
 import copy
@@ -27,7 +27,7 @@ SETTINGS = OptimizerConfig(lr=2e-2, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.
 
 
 def make(scope="all", device="cpu", start=0.9):
-    """A model with a head that no teacher follows, a tensor of more than a program's elements and tensors of odd sizes."""
+    """A model with a head that has no teacher, a tensor larger than one program's share, and tensors of odd sizes."""
     torch.manual_seed(0)
     encoder = build_encoder("vit", config=models.CONFIGS["vit"] | dict(num_hidden_layers=2))
     ema = EMAConfig(scope=scope, start=start, end=0.95, anneal_steps=3)
@@ -41,7 +41,7 @@ def make(scope="all", device="cpu", start=0.9):
 
 
 def gradients(model: nn.Module, step: int) -> dict[str, Tensor | None]:
-    """Gradients of a step; tensors of a block have none in steps 0 and 2, as with layer-drop."""
+    """Gradients of a step. The tensors of a block have none in steps 0 and 2, as with layer-drop."""
     generator = torch.Generator().manual_seed(step)
     found = {}
     for name, p in model.named_parameters():
@@ -62,7 +62,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 
 def expected(model: Data2Vec, steps: int) -> dict[str, Tensor]:
-    """All tensors after `steps`, by AdamW and the average written out in float64."""
+    """All tensors after `steps`, from AdamW and the average written out in float64."""
     (beta1, beta2), eps = SETTINGS.betas, SETTINGS.eps
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     zeros = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -112,7 +112,7 @@ def test_against_float64(interpreted, scope):
 
 
 def in_turn(first: bool, then: bool, device: str = "cpu") -> tuple[dict, dict, dict, dict]:
-    """Weights and optimizer state after four steps: by torch alone, and by one then the other, through a state dict."""
+    """Weights and optimizer state after four steps: by torch alone, and by both in turn through a state dict."""
     whole, parts = make(device=device), make(device=device)
     optimizer = make_optimizer(whole, SETTINGS, fused=True)
     train(whole, optimizer, range(4))
@@ -129,7 +129,7 @@ def in_turn(first: bool, then: bool, device: str = "cpu") -> tuple[dict, dict, d
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """To rounding of the largest value."""
+    """Whether tensors agree to the rounding of the largest value."""
     return a.dtype == b.dtype and a.shape == b.shape and bool((a - b).abs().max() <= 3e-6 * b.abs().max())
 
 
@@ -203,7 +203,7 @@ def test_a_teacher_that_does_not_move(interpreted):
 
 
 def one_step(offset: int, size: int) -> list[Tensor]:
-    """Weight, moments and teacher after a step, in memory at an offset of `offset` elements; what follows it."""
+    """Weight, moments and teacher after a step in memory at an offset of `offset` elements, and the memory after them."""
     from d2v_fast.ops.triton_adam import OnePass, Slot
 
     torch.manual_seed(0)
@@ -315,7 +315,7 @@ def run(folder: Path, one_pass: bool, resume: bool = False, stop: int = 3) -> li
 
 
 def runs(folder: Path) -> list[list[float]]:
-    """Losses of a run by torch, by one pass, and by one and then the other."""
+    """Losses of a run with torch, with one pass, and with one after the other."""
     found = [run(folder / "whole", False, stop=3), run(folder / "one", True, stop=3)]
     for first, then in ((True, True), (True, False), (False, True)):
         part = folder / f"{first}-{then}"
@@ -332,7 +332,7 @@ def test_a_run_resumes_either_way(interpreted, tmp_path):
 
 
 def teacher_alone() -> dict[str, Tensor]:
-    """What `LerpUnless` makes of tensors of several sizes, with a flag of 0 and of 1, and in other memory."""
+    """Results of `LerpUnless` for tensors of several sizes, with a flag of 0 and of 1, and in other memory."""
     from d2v_fast.ops.triton_adam import LerpUnless
 
     torch.manual_seed(0)
@@ -378,7 +378,7 @@ def test_a_teacher_moves_as_by_torch(interpreted):
 
 
 def launches() -> list[kernels.Launch]:
-    """Of a step without a gate, and of one with it."""
+    """The launches of a step without and with a gate."""
     from d2v_fast.ops import triton_adam
 
     model = make()
@@ -402,7 +402,7 @@ def test_two_launches_a_step(interpreted):
 
 
 def compile_offline(arch: int) -> list[dict]:
-    """What both kernels are made of, without and with a gate."""
+    """Resources of both kernels, without and with a gate."""
     return [dict(kernel=each.kernel.__name__) | kernels.described(kernels.compiled(each, arch)) for each in launches()]
 
 

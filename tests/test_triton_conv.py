@@ -77,7 +77,7 @@ def expected(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Ten
 
 
 def outcome(case: Case, device: str = "cpu", exact: bool = False) -> dict[str, Tensor]:
-    """Output and gradients, by torch in float64 if `exact`."""
+    """Output and gradients; from torch in float64 if `exact`."""
     from d2v_fast.ops.triton_conv import conv
 
     x, weight, bias, grad = inputs(case, device)

@@ -177,7 +177,7 @@ def _finish(losses: Tensor, counts: Tensor, moments: Tensor) -> tuple[Tensor, ..
 
 
 def test_many_partial_results(interpreted):
-    """More than the last kernel reads at once, some of them of no rows, with means far from 0 and from each other."""
+    """More results than the last kernel reads at once, some without rows, with means far from 0 and from each other."""
     losses, counts, moments = torch.rand(2500), torch.randint(0, 5, (1300,)).float(), torch.rand(4, 1300, 40)
     moments[0] += 300
     loss, factor, count, (*found,) = interpreted(_finish, losses, counts, moments)

@@ -1,4 +1,4 @@
-"""What a type checker sees of the public names, and the same mistakes at run time."""
+"""The types of the public names, and errors for the same mistakes at run time."""
 
 import ast
 import re

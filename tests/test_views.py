@@ -1,4 +1,4 @@
-"""Several masked views of a sample: their counts, what they depend on, and what data sets hand to the model."""
+"""Several masked views of a sample: their counts, their dependences, and the batches that data sets pass to the model."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ MASKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Counting(Draws):
-    """Draws that remember how many random numbers were asked for, by stream."""
+    """Draws that record how many random numbers were requested, by stream."""
 
     asked: dict = dataclasses.field(default_factory=dict)
 
@@ -61,7 +61,7 @@ class TestCounts:
 
     @given(st.integers(1, 300), st.floats(0.05, 0.95), st.booleans())
     def test_any_length(self, size, prob, inverse):
-        """Method 2.5, 2.4, and at least one position that can be seen."""
+        """Method 2.5 and 2.4, with at least one visible position."""
         blocks = ExactBlockMask(prob, 3, 0.1, inverse=inverse)(Draws(1, 2, [3, 4], 3), size)
         kept = int(size * (1 - prob))
         masked = min(size - kept if inverse else int(size * prob), size - 1)
@@ -69,7 +69,7 @@ class TestCounts:
         assert (RandomMask(prob)(Draws(1, 2, [3, 4], 3), size).sum(1) == size - max(int(np.floor(size * (1 - prob))), 1)).all()
 
     def test_blocks_are_what_is_visible_only_if_inverse(self):
-        """Neighbours of what is visible are visible more often than the share says, by blocks; masked ones the other way."""
+        """With inverse, visible positions cluster in blocks; otherwise masked positions do."""
         for inverse in (True, False):
             mask = ExactBlockMask(0.75 if inverse else 0.25, 3, 0.1, inverse=inverse)
             found = mask(Draws(0, 0, range(300), 2), (14, 14)).reshape(-1, 14, 14)
@@ -82,7 +82,7 @@ class TestCounts:
 class TestDependence:
     @pytest.mark.parametrize("name", MASKS)
     def test_on_seed_epoch_sample_and_view_alone(self, name):
-        """Whatever the others of a batch, their order, their lengths and their number, and the number of views."""
+        """Masks do not depend on the rest of the batch, its order, lengths or size, nor on the number of views."""
         mask, lengths = MASKS[name], {7: 40, 1: 33, 90_001: 21, 4: 40}
 
         def masks(samples, views=5, seed=3, epoch=6):
@@ -109,7 +109,7 @@ class TestDependence:
         found = MASKS[name](Draws(0, 0, range(400), 4), 60).reshape(400, 4, 60).astype(float)
         share = found.mean()
         for i in range(4):
-            # Shares, and how often two views mask the same position, or one view of two samples.
+            # The shares, and how often two views, or views of two samples, mask the same position.
             assert found[:, i].mean() == pytest.approx(share, abs=1e-12)
             for j in range(i):
                 together = (found[:, i] * found[:, j]).mean()
@@ -126,7 +126,7 @@ class TestVisiblePositions:
         st.integers(0, 99),
     )
     def test_against_a_plain_loop(self, name, lengths, views, seed):
-        """Of every row what is visible in ascending order, then the first of its padding; nothing masked, nothing twice."""
+        """Each row has its visible positions in ascending order, then its first padding; none is masked or repeated."""
         size, sizes = max(lengths), np.repeat(lengths, views)
         mask = MASKS[name](Draws(seed, 0, range(len(lengths)), views), size, sizes).reshape(len(lengths), views, size)
         padding = np.arange(size) >= np.array(lengths)[:, None]
@@ -243,7 +243,7 @@ def test_a_batch_is_of_one_piece(name, kind, waves, tmp_path):
 
 @pytest.mark.parametrize("name", DATA)
 def test_a_sample_is_the_same_in_any_batch(name, waves, tmp_path):
-    """Its masks too, and its first view is the mask of a data set without views (for speech only if cut to that length)."""
+    """Masks are too, and the first view equals the mask without views (for speech only if cut to the same length)."""
     data, *_ = DATA[name](KINDS["blocks"], 3, waves, tmp_path)
     one, *_ = DATA[name](KINDS["blocks"], None, waves, tmp_path)
     whole, other = data.__getitems__([(1, i) for i in (0, 3, 1, 2)]), data.__getitems__([(1, i) for i in (2, 0)])

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml: add files from outside docs/, and a page of the API."""
+"""mkdocs hooks that add files from outside docs/ and an API page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def home() -> str:
 
 
 def api() -> str:
-    """The page of the API in the notation of mkdocstrings."""
+    """The API page, in mkdocstrings syntax."""
     names = [f"{d2v_fast._HOME[name]}.{name}" for name in d2v_fast.__all__ if name in d2v_fast._HOME]
     return "# API\n\n" + "\n".join(f"::: {name}" for name in [*names, *MODULES])
 

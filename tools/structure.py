@@ -1,7 +1,7 @@
 """Draw the structure of the package from its imports: `python -m tools.structure` writes docs/structure.svg.
 
-A box is a module or a folder of modules. It stands above everything that it imports when it is loaded. Imports inside functions
-serve only some runs and are not drawn. An arrow that follows from others (a imports b, b imports c, a imports c) is left out.
+A box is a module or a folder of modules, drawn above everything that it imports when it is loaded. Imports inside functions
+run only in some cases and are not drawn. An arrow implied by others (a imports b, b imports c, a imports c) is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WIDTH, HEIGHT, GAP, LEVEL = 112, 40, 16, 92  # of a box, between boxes, from one
 
 
 def loaded(node: ast.AST) -> Iterator[ast.AST]:
-    """The statements that run when a module is loaded: all outside of functions and `if TYPE_CHECKING`."""
+    """The statements that run when a module is loaded: all those outside functions and `if TYPE_CHECKING`."""
     for child in ast.iter_child_nodes(node):
         for_types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
         if not for_types and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -30,7 +30,7 @@ def loaded(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def imports(package: Path = PACKAGE) -> dict[str, set[str]]:
-    """For each box of the package, those that it imports. A command in a folder, as `encoders.table`, is a box too."""
+    """For each box, the boxes that it imports. A command in a folder, such as `encoders.table`, is a separate box."""
     trees = {}
     for file in sorted(package.rglob("*.py")):
         source = file.read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def imports(package: Path = PACKAGE) -> dict[str, set[str]]:
 
 
 def layers(graph: dict[str, set[str]]) -> dict[str, int]:
-    """The layer of each box, 0 at the bottom; what nothing imports is at the top. Raises CycleError, which names the cycle."""
+    """The layer of each box, 0 at the bottom; boxes that nothing imports are at the top. Raises CycleError on a cycle."""
     layer: dict[str, int] = {}
     for box in graphlib.TopologicalSorter(graph).static_order():
         layer[box] = 1 + max((layer[below] for below in graph[box]), default=-1)
@@ -63,7 +63,7 @@ def layers(graph: dict[str, set[str]]) -> dict[str, int]:
 
 
 def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The graph without arrows that follow from others."""
+    """The graph without arrows implied by others (transitive reduction)."""
     below: dict[str, set[str]] = {}
     for box in graphlib.TopologicalSorter(graph).static_order():
         below[box] = graph[box].union(*(below[other] for other in graph[box]))
@@ -71,14 +71,14 @@ def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def paths(graph: dict[str, set[str]], layer: dict[str, int]) -> list[list[tuple[str, int]]]:
-    """For each arrow its points (name, layer): both boxes, and in the layers between them a gap to pass through."""
+    """The points (name, layer) of each arrow: both boxes, and a gap to pass through in each layer between them."""
     arrows = [(above, below) for above in sorted(graph) for below in sorted(graph[above])]
     between = {(a, b): [(f"{a}>{b}", level) for level in range(layer[a] - 1, layer[b], -1)] for a, b in arrows}
     return [[(a, layer[a]), *between[a, b], (b, layer[b])] for a, b in arrows]
 
 
 def order(points: set[tuple[str, int]], arrows: list[list[tuple[str, int]]]) -> list[list[str]]:
-    """The names of each layer from left to right, each near the mean of its neighbours, for few crossings."""
+    """The names of each layer from left to right, each near the mean of its neighbours to reduce crossings."""
     rows = [sorted(name for name, level in points if level == row) for row in range(1 + max(level for _, level in points))]
     steps = [step for arrow in arrows for step in itertools.pairwise(arrow)]
     for down in [True, False] * 8:

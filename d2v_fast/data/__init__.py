@@ -1,6 +1,6 @@
 """From samples to batches: the parts that all modalities share.
 
-A batch is a dict of tensors named after the arguments of `Data2Vec.forward`: `source`, `mask`, `index`, and where they apply
+A batch is a dict of tensors named after the arguments of `Data2Vec.forward`: `source`, `mask`, `index`, and if needed
 `visible`, `target`, `padding_mask`, `target_padding_mask`, `channel_mask`. `broken` lists the samples that could not be read.
 """
 
@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Any]
 Key = tuple[int, int]  # (epoch, sample)
 Plain = tuple[np.ndarray, np.ndarray | None]  # samples without augmentation, and their padding mask
-COMPARED = 10_000  # samples of a data set whose content is compared when a run resumes
+COMPARED = 10_000  # maximum number of samples whose content is compared when a run resumes
 EDGE = 2**16  # bytes at the start and at the end of a file that are compared
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message says what to change."""
+    """Data that cannot be used. The message gives the remedy."""
 
 
 @dataclass
@@ -76,8 +76,8 @@ class Source:
     def digests(self, more: np.ndarray | None = None) -> np.ndarray:
         """(samples,) int64, a hash of each sample's name and, for up to `COMPARED` evenly spaced samples, of its content.
 
-        The common prefix of the names is ignored, so the data set may be moved. Of the content only the file size and the first
-        and last `EDGE` bytes are hashed, which bounds the time for large data sets.
+        The common prefix of the names is ignored, so the data set may be moved. Only the file size and the first and last
+        `EDGE` bytes of the content are hashed, which bounds the time for large data sets.
 
         Args:
             more: (samples, any) int64, hashed with each sample.
@@ -174,7 +174,7 @@ class PretrainingData(Dataset[Any]):
         return mask.reshape(len(draws), self.views, -1)
 
     def fit_to(self, encoder: Any) -> None:
-        """Read what the data need from the encoder, such as its number of positions.
+        """Read what the data set needs from the encoder, such as its number of positions.
 
         Raises:
             DataError: Data and encoder do not fit together.
@@ -223,9 +223,9 @@ class PretrainingData(Dataset[Any]):
         return self.source.names, self.source.digests()
 
     def finish(self, batch: Batch) -> Batch:
-        """Complete a batch of `collate`, as tensors; by default it is complete.
+        """Complete a batch from `collate`, now tensors; by default it is returned unchanged.
 
-        With a GPU this runs there, after the copy, so that workers and copy handle less: images as uint8, for instance.
+        On a GPU this runs after the copy to the device, so that workers and copy handle less data, such as images in uint8.
         """
         return batch
 
@@ -237,7 +237,7 @@ class PretrainingData(Dataset[Any]):
         epoch = keys[0][0]
         draws = Draws(self.seed, epoch, [index for _, index in keys])
 
-        # All at once, while their code is in the cache, from which decoding an image evicts it.
+        # Create all generators at once, while their code is in the CPU cache; decoding an image evicts it.
         generators = [draws.generator(row) for row in range(len(keys))]
 
         def load(row: int) -> Any:
@@ -361,8 +361,8 @@ class EpochBatches:
     def _by_total_length(self, order: np.ndarray) -> list[np.ndarray]:
         """Fill batches up to `max_batch_length`.
 
-        Samples are bucketed by how many of their length fit into a batch. What does not fill a batch moves to the bucket with
-        the next longer samples. The number of batches does not depend on the order.
+        Samples are bucketed by how many of their length fit into a batch. A remainder that does not fill a batch moves to the
+        bucket with the next longer samples. The number of batches does not depend on the order.
         """
         fitting = np.maximum(1, self.max_batch_length // np.maximum(1, self.lengths[order])).astype(np.int64)
         batches, rest = [], order[:0]
@@ -386,7 +386,7 @@ def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
 def make_loader(
     data: PretrainingData | Unfinished, batches: EpochBatches | IterableDataset[Any], workers: int, pin_memory: bool = False
 ) -> DataLoader[Any]:
-    """A DataLoader over whole batches; one worker for those of a stream (`StreamBatches`), whose threads decode."""
+    """A DataLoader over whole batches. A stream (`StreamBatches`) has one worker, whose threads decode."""
     if workers and "fork" not in multiprocessing.get_all_start_methods():
         log.warning("train.workers=%d: this system cannot fork processes; the training process loads the data", workers)
         workers = 0
@@ -396,9 +396,9 @@ def make_loader(
         cast(Any, batches if streamed else data),
         **{"batch_size": None} if streamed else {"batch_sampler": batches},
         num_workers=workers,
-        # Other start methods would pickle the functions that read samples, which is not possible.
+        # Other start methods pickle the functions that read samples, which is not possible.
         multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),  # the default one is dropout's, and a resumed run would advance it once more
+        generator=torch.Generator(),  # dropout uses the default one, which a resumed run would advance once more
         collate_fn=_share_memory,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
@@ -426,9 +426,9 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The strings that a pattern with braces stands for, as in bash: "{a,b}", "{0000..0099}", "{0..90..10}", nested ones.
+    """Expand a pattern with braces as bash does: "{a,b}", "{0000..0099}", "{0..90..10}", also nested.
 
-    Braces without comma or range stand for themselves.
+    Braces without a comma or range are kept.
     """
     for opened, inner, closed in _braces(pattern):
         if numbers := re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", inner):
@@ -445,7 +445,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _braces(pattern: str) -> Iterator[tuple[int, str, int]]:
-    """Start, content and end of the pairs of braces, outer ones before those inside."""
+    """Start, content and end of each pair of braces, outer pairs before inner ones."""
     for opened, character in enumerate(pattern):
         depth = 0
         for i in range(opened, len(pattern) if character == "{" else opened):
@@ -468,12 +468,12 @@ def _split_commas(text: str) -> list[str]:
 
 
 def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
-    """Sorted files with one of `suffixes`: those below a folder (hidden ones excepted), or those that match a path or pattern.
+    """Sorted files with one of `suffixes`: those below a folder except hidden ones, or those that match a path or pattern.
 
     Patterns may have braces (`expand_braces`), wildcards, or both. Other files are counted in the log.
 
     Raises:
-        DataError: The path or a member of braces does not exist, or no file has one of the suffixes.
+        DataError: The path, or one that the braces expand to, does not exist, or no file has one of the suffixes.
     """
     if os.path.isdir(path):
         found: Iterable[str | os.DirEntry[str]] = _walk(path, set())
@@ -580,7 +580,7 @@ def load_hub(path: str, name: str | None, split: str) -> Any:
     """A Hugging Face data set, from its name, local parquet files or a folder written by `save_to_disk`.
 
     Raises:
-        DataError: It cannot be loaded; the message says what was tried.
+        DataError: It cannot be loaded; the message gives what was tried.
     """
     import datasets
 
@@ -613,8 +613,7 @@ def load_media(path: str, name: str | None, split: str, kind: type, cache: str |
     """A data set, and its rows as a `Source` of undecoded files, as bytes or paths; `read` returns them too.
 
     Local parquet files are read in place (`Parquet`), everything else by `load_hub`. Files are taken from the first column of
-    type `kind` or, failing that, from the first column of bytes or of structs {bytes, path}, as in parquet files of other
-    writers.
+    type `kind` or, failing that, from the first column of bytes or of structs {bytes, path}, as other tools write them.
 
     Args:
         kind: `datasets.Image` or `datasets.Audio`.
@@ -685,7 +684,7 @@ def _local_parquet(path: str, name: str | None, split: str) -> tuple[list[str], 
     if not os.path.isdir(path):
         return find_files(path, (".parquet",)), None
     with _loading(path, name, split):
-        builder = datasets.load_dataset_builder(path, name)  # knows which files are of which split
+        builder = datasets.load_dataset_builder(path, name)  # assigns files to splits
     files = (builder.config.data_files or {}).get(split)
     return (list(files), builder.info.features) if files and isinstance(builder, Parquet) else None
 
@@ -696,7 +695,7 @@ def _holds_bytes(feature: Any) -> bool:
 
 
 def read_preprocessing(read: Callable[[str], Any], name: str) -> dict[str, Any]:
-    """The preprocessor_config.json of a pretrained encoder, by a function of transformers; empty if it has none."""
+    """The preprocessor_config.json of a pretrained encoder, read by a function of transformers; empty if it has none."""
     try:
         return read(name)[0]
     except OSError:

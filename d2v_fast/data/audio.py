@@ -144,7 +144,7 @@ def _open(file: str | io.BytesIO) -> Any:
     # The name as bytes: soundfile encodes strings strictly, and not every file name is UTF-8.
     recording = soundfile.SoundFile(os.fsencode(check_regular(file)) if isinstance(file, str) else file)
     if recording.frames == 0 and recording.format in ("WAV", "WAVEX"):
-        # The recorder was killed before it wrote the lengths. With a RIFF length of 8, libsndfile reads to the end of the file.
+        # The recording program did not write the lengths. With a RIFF length of 8, libsndfile reads to the end of the file.
         with open(file, "rb") if isinstance(file, str) else file as stream:
             stream.seek(0)
             content = bytearray(stream.read(4 * MAX_VALUES))
@@ -230,8 +230,8 @@ def open_audio(
 ) -> Source:
     """Open "builtin", a folder (with metadata.csv: file_name, label, speaker), a manifest, tar archives or a Hugging Face set.
 
-    Manifests may have the columns of `FILES` and `SPEAKERS`, and label. Without metadata the folder of a file is its label and
-    its speaker.
+    Manifests may have the columns in `FILES` and `SPEAKERS`, and `label`. Without metadata, a file's folder is both its label
+    and its speaker.
 
     Raises:
         DataError: No recordings were found.
@@ -240,7 +240,7 @@ def open_audio(
         return builtin_speech(split)
     if "://" in path:
         raise DataError(
-            f"data.path={path}: recordings are not streamed, because their lengths decide which samples there are "
+            f"data.path={path}: recordings are not streamed, because the samples depend on all of their lengths "
             "(data.min_seconds, join_seconds, whole_seconds); download them, or name the Hugging Face data set, which does"
         )
     path = os.path.expanduser(path)
@@ -341,10 +341,10 @@ class AudioData(PretrainingData):
         whole_seconds: Longer recordings are split into equal parts of at most max_seconds; each part is a sample and is read
             without the rest.
         crop: Crop a batch to its shortest recording, as the authors do; otherwise recordings are padded.
-        length_multiple: Frames of a batch are a multiple of this: crops are cut further, padded recordings are padded further.
+        length_multiple: Make the number of frames a multiple of this, by cutting crops or padding recordings further.
             null = 32 on a GPU, so that few shapes occur, else 1.
         join_seconds: Join recordings of one speaker until they are this long, for data sets of short clips; 0 disables it.
-        normalize: Normalise each recording, or part of a long one, to zero mean and unit variance before cropping.
+        normalize: Normalise each recording, or each part of a long one, to zero mean and unit variance before cropping.
         batch_seconds: Fill batches up to this many seconds instead of up to train.batch_size samples.
         channel_prob: Share of the student's feature channels to zero in spans, if spans did not overlap.
         channel_length: Channels per span.
@@ -473,7 +473,7 @@ class AudioData(PretrainingData):
 
     @staticmethod
     def read_files(name: str) -> dict[str, Any]:
-        """The settings in `files` of the pretrained encoder `name`, as far as its files say."""
+        """The settings in `files` of the pretrained encoder `name`, as far as its files contain them."""
         from transformers import FeatureExtractionMixin
 
         found = read_preprocessing(FeatureExtractionMixin.get_feature_extractor_dict, name)
@@ -489,7 +489,7 @@ class AudioData(PretrainingData):
 
     @staticmethod
     def for_probe(encoder: Any, settings: dict[str, Any]) -> tuple[Callable[..., Source], Callable[[list[Any]], Plain]]:
-        """For a probe: functions that open recordings by path, name and split, and stack them whole, up to max_seconds."""
+        """For a probe: functions that open recordings by path, name and split, and stack them uncropped, up to max_seconds."""
         frames = encoder.positions
         longest = round(settings["max_seconds"] * settings["sample_rate"])
 
@@ -562,7 +562,7 @@ class AudioData(PretrainingData):
         return standardize(wave) if self.normalize else wave
 
     def _rounded(self, samples: int) -> int:
-        """Length of a batch whose shortest crop, or longest recording, has so many samples; the same for the same frames."""
+        """Length of a batch whose shortest crop or longest recording has this many samples; equal for equal frames."""
         frames, multiple = self.frames(samples), self.length_multiple
         if multiple == 1 or (self.crop and frames < multiple):
             return samples

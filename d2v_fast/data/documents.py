@@ -59,8 +59,8 @@ def find_documents(
 ) -> tuple[str, Callable[[float], Documents]]:
     """Find documents without reading them: a fingerprint that changes with their content, and a function that opens them.
 
-    Only names, sizes and times of local files are looked at. The returned function takes the largest allowed share of
-    unreadable files; it reads every file once to the end, leaves out the unreadable ones and raises DataError above that share.
+    Only names, sizes and times of local files are inspected. The returned function takes the maximum share of unreadable
+    files; it reads every file once to the end, leaves out the unreadable ones and raises DataError above that share.
 
     Args:
         path: "builtin", a file, folder or pattern, the name of a Hugging Face data set, or a folder written by `save_to_disk`.
@@ -100,7 +100,7 @@ def load_documents(
 
 
 def rows_per_read(size: int, rows: int) -> int:
-    """Number of rows for a read of about 4 MiB, given `rows` rows of `size` bytes in total: a row may be a word or a novel."""
+    """Number of rows in a read of about 4 MiB, if `rows` rows take `size` bytes: a row may be a word or a novel."""
     return max(1, min(1000, 2**22 * rows // max(1, size)))
 
 
@@ -122,7 +122,7 @@ def choose_column(path: str, types: dict[str, str], column: str | None) -> str:
     wanted = column or (TEXT if TEXT in texts else texts[0] if len(texts) == 1 else None)
     if wanted not in texts:
         raise DataError(f"data.column: found {column}, expected one of the text columns in {path}: {', '.join(texts)}")
-    if list(types) != [TEXT]:  # shows whether the first row of a table without a header was taken for one
+    if list(types) != [TEXT]:  # reveals a table without a header whose first row was taken for one
         log.info("data.path=%s: the text is in column %r of %s", path, wanted, list(types))
     return wanted
 
@@ -180,7 +180,7 @@ def suffix(file: str) -> str:
 
 
 def missing_package(ending: str) -> str:
-    """What to install to read compressed files that end in `ending`; empty if nothing is missing."""
+    """How to install the package that reads compressed files ending in `ending`; empty if it is not missing."""
     if ending in COMPRESSED or ending not in PACKAGES:
         return ""
     return f"; to read {ending} files: pip install {PACKAGES[ending]}"

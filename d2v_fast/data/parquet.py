@@ -34,7 +34,7 @@ PLAIN = 0  # encoding
 class Parquet:
     """Rows of parquet files with the same columns. Files that cannot be read are logged and left out.
 
-    The footers are read at once, row groups on demand. Files are opened for each read and not mapped: a process that reads a
+    Footers are read immediately, row groups on demand. Files are opened for each read and not mapped: a process that reads a
     mapped file after it was truncated would be killed.
 
     Args:
@@ -122,7 +122,7 @@ class Parquet:
         return np.array(found, dtype=np.int64).reshape(-1, 2)
 
     def value(self, row: int, column: str, place: tuple[int, int] = (-1, -1)) -> Any:
-        """One value, from its place in the index, or else from its row group, which is kept for the next calls."""
+        """One value, read at its place in the index or else from its row group, which is kept for later calls."""
         group = bisect_right(self.ends, row)
         begin = self.ends[group - 1] if group else 0
         offset, size = place
@@ -160,7 +160,7 @@ class Parquet:
         number, i = self.groups[group]
         with open(self.files[number], "rb") as raw:  # pyarrow rejects names that are not UTF-8
             parquet = pyarrow.parquet.ParquetFile(raw, metadata=self.metadata[number])
-            # A pool of threads does not survive the fork of a worker.
+            # A thread pool does not survive the fork of a worker.
             return parquet.read_row_group(i, columns=[column], use_threads=False)[column].combine_chunks()
 
 

@@ -26,8 +26,8 @@ def open_tars(
     """Index tar archives: names of their files in archive order, a function that reads one, and their labels.
 
     The label of `x.jpg` is the content of `x.cls`; labels are None unless all files have one. The index is built once
-    and cached. Members with other extensions are left out. The log names truncated members, members whose names lead out of the
-    archive, and damaged archives.
+    and cached. Members with other extensions are left out. The log names truncated members, members whose names point outside
+    the archive, and damaged archives.
 
     Args:
         path: Location of the archives, for messages.
@@ -89,7 +89,7 @@ def _members(tar: str, suffixes: Sequence[str], left_out: list[str]) -> tuple[li
                 if not member.isreg() or member.issparse() or not wanted or PurePosixPath(name).name.startswith("."):
                     continue
                 if ".." in PurePosixPath(name).parts or name.startswith("/"):
-                    left_out.append(f"{tar}: its member {name!r} leads out of the archive")
+                    left_out.append(f"{tar}: its member {name!r} points outside the archive")
                 elif end > length:
                     left_out.append(f"{tar}: its member {name!r} is cut off, {end - length} bytes are missing")
                 elif name.lower().endswith(".cls"):
@@ -98,7 +98,7 @@ def _members(tar: str, suffixes: Sequence[str], left_out: list[str]) -> tuple[li
                 else:
                     found.append((name, member.offset_data, member.size))
             archive.fileobj.seek(archive.offset)
-            # tarfile takes an invalid or missing header for the end of the archive.
+            # tarfile treats an invalid or missing header as the end of the archive.
             if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("found neither a header nor an end marker")
     except (tarfile.TarError, EOFError, UnicodeError) as error:

@@ -1,9 +1,9 @@
 """Remote data, streamed through `datasets`: files are not downloaded first, and the number of samples is unknown.
 
 Each rank reads its part of the stream (`split_dataset_by_node`) into windows of about `shuffle_buffer` samples and shuffles
-within a window. A window can be read again from the state of the stream at its start, so a checkpoint holds a few numbers and
-a resumed run continues with exactly the next sample. Masks and augmentations depend on (seed, epoch, number of the sample) as
-in other data sets, but the order and the numbers depend on the number of ranks.
+within a window. A window can be read again from the state of the stream at its start, so a checkpoint holds only a few numbers
+and a resumed run continues with exactly the next sample. As in other data sets, masks and augmentations depend on (seed, epoch,
+number of the sample), but here the order and the numbers depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Stream:
         self.pending: dict[int, Any] = {}
 
     def digest(self, more: Any = None) -> np.ndarray:
-        """(1,) int64, a hash of the location of the data, whose content is unknown."""
+        """(1,) int64, a hash of the location of the data, because the content is unknown."""
         found = fingerprint([self.path, self.name, self.split, more])
         return np.frombuffer(bytes.fromhex(found)[:8], dtype=np.int64)
 
@@ -129,7 +129,7 @@ class Stream:
             following, after = _Window(reader, buffer), reader.state()
             order = np.random.default_rng([seed % 2**64, begin["number"]]).permutation(len(window.samples))
             for position, i in enumerate(order.tolist()):
-                following.fill(position + 1)  # at the same pace, so that no step waits for a whole window
+                following.fill(position + 1)  # a sample at a time, so that no step waits for a whole window
                 if position >= taken:
                     yield window.samples[i], {**begin, "taken": position + 1}
             following.fill(buffer)
@@ -137,7 +137,7 @@ class Stream:
 
 
 class _Window:
-    """Consecutive samples of one epoch; where it ends depends only on the data, not on when they are read."""
+    """Consecutive samples of one epoch. Where a window ends depends only on the data, not on when they are read."""
 
     def __init__(self, reader: _Reader, buffer: int):
         self.reader, self.buffer, self.size, self.closed = reader, buffer, 0, False
@@ -210,7 +210,7 @@ class _Reader:
 
 
 class StreamBatches(IterableDataset):
-    """Batches of a rank, each with the state to resume from after it as "stream". A DataError ends them with {"failed": text}.
+    """Batches of a rank; "stream" holds the state to resume from after each. A DataError ends them with {"failed": text}.
 
     One process reads; `threads` decode the samples of a batch.
 
@@ -248,7 +248,7 @@ class StreamBatches(IterableDataset):
                 load = data.__getitems__ if self.finishes else data.unfinished
                 batch = load([(epoch, number) for (epoch, number, _), _ in taken])
                 yield batch | {"stream": taken[-1][1]}
-        except DataError as error:  # as text, which crosses processes without a traceback
+        except DataError as error:  # passed as text, which gets no traceback between processes
             yield {"failed": str(error)}
         finally:
             if pool:

@@ -97,8 +97,8 @@ def load_tokenizer(name: str) -> Any:
 def corpus_backend(tokenizer: Any) -> Any:
     """A copy of the backend of `tokenizer` that encodes a corpus completely and literally.
 
-    A tokenizer is saved with the truncation, padding and dropout that it was last used with; these are switched off. A special
-    token spelled out in the corpus is encoded as text.
+    A tokenizer is saved with the truncation, padding and dropout of its last use; these are switched off. A special token
+    spelled out in the corpus is encoded as text.
     """
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import Sequence, Split
@@ -134,7 +134,7 @@ def limit_length(tokenizer: Any, encoder: Any) -> Any:
 
 
 def _batches(texts: Iterable[str], cut: bool, rows: int = 1000, characters: int = 2**18) -> Iterator[list[tuple[str, bool]]]:
-    """Group texts into lists to encode at once: pieces of texts, and whether a piece is the last one of its text."""
+    """Group pieces of texts into lists to encode together, each with a flag for the last piece of its text."""
     batch: list[tuple[str, bool]] = []
     size = 0
     for text in texts:
@@ -178,7 +178,7 @@ class TextData(PretrainingData):
 
     Args:
         path: "builtin", a file, folder or pattern of text, parquet, JSON lines, CSV or TSV, the name of a Hugging Face data
-            set, a URL (hf://datasets/…, s3://…), or a folder written by its `save_to_disk`.
+            set, a URL (hf://datasets/…, s3://…), or a folder written by `save_to_disk`.
         name: Configuration of the Hugging Face data set, such as wikitext-103-raw-v1.
         split: Split of the Hugging Face data set.
         column: Column of the text; detected if there is only one.
@@ -194,7 +194,7 @@ class TextData(PretrainingData):
         views: Masked views of each sample, for data2vec 2.0; null for a single mask, as in 1.0.
         seed: Seed of masks and order.
         cache: Folder for the tokens; defaults to a folder in the Hugging Face cache.
-        streaming: Read the Hugging Face data set as a stream, without downloading it first; URLs always are.
+        streaming: Read the Hugging Face data set as a stream, without downloading it first; URLs are always streamed.
         shuffle_buffer: Blocks of a stream to shuffle at a time.
         stream_timeout: Seconds to wait for the remote of a stream.
         max_broken: Maximum share of unreadable files; set by `train.max_broken` in a run.
@@ -262,7 +262,7 @@ class TextData(PretrainingData):
         return [self.name], np.frombuffer(bytes.fromhex(digest)[:8], dtype=np.int64)
 
     def fit_to(self, encoder: Any) -> None:
-        if hasattr(encoder, "mask_embedding"):  # unused, as ids are masked and not features; DDP would wait for its gradient
+        if hasattr(encoder, "mask_embedding"):  # unused, because ids are masked; DDP would wait for its gradient
             encoder.mask_embedding.requires_grad_(False)
         config = getattr(encoder.model, "config", None)
         rows = [m.num_embeddings for m in encoder.model.modules() if isinstance(m, torch.nn.Embedding)]
@@ -464,8 +464,8 @@ class TextData(PretrainingData):
 
 
 def _continuations(tokenizer: Any, size: int) -> np.ndarray:
-    """Which ids continue a word, judged by the prefix that each family of tokenizers puts on tokens."""
-    names = {i: token for token, i in tokenizer.get_vocab().items()}  # there may be ids of no token
+    """Which ids continue a word, judged by the prefix that each tokenizer family puts on tokens."""
+    names = {i: token for token, i in tokenizer.get_vocab().items()}  # some ids may have no token
     tokens = [names.get(i, "") for i in range(size)]
     if any(token.startswith("##") for token in tokens):
         return np.array([token.startswith("##") for token in tokens])

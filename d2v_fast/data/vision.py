@@ -56,7 +56,7 @@ def read_image(file: str | io.BytesIO) -> Image.Image:
 
 
 def read_crop(file: str | io.BytesIO, size: int, choose: Callable[[int, int], Box]) -> Image.Image:
-    """Like `crop_to` after `read_image`, but decodes a JPEG at 1/2, 1/4 or 1/8 if the box keeps at least `size` pixels a side.
+    """Like `crop_to` after `read_image`, but decodes a JPEG at 1/2, 1/4 or 1/8 if both sides of the box keep `size` pixels.
 
     Args:
         file: Path or bytes.
@@ -187,7 +187,7 @@ def stream_images(path: str, name: str | None, split: str, buffer: int, timeout:
 
 
 def random_box(wide: int, high: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator) -> Box:
-    """A box of random area and aspect within an image; after ten failed tries the largest centred one that fits."""
+    """A box of random area and aspect within an image; after ten failed tries, the largest centred box that fits."""
     for _ in range(10):
         area = wide * high * rng.uniform(*scale)
         aspect = np.exp(rng.uniform(*np.log(ratio)))
@@ -211,7 +211,7 @@ def crop_to(image: Image.Image, size: int, box: Box) -> Image.Image:
 def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast and saturation of an RGB image, each scaled by U(1 - strength, 1 + strength), in random order.
 
-    The bits are those of Pillow's `ImageEnhance`, which makes more copies.
+    The result is bit-identical to that of Pillow's `ImageEnhance`, which makes more copies.
     """
     for i in rng.permutation(3):
         factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
@@ -254,7 +254,7 @@ def normalize(levels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
     """Levels uint8 (B, 3, H, W) → float32, normalised by channel."""
     pixels = np.empty(levels.shape, dtype=np.float32)
     for channel in range(3):
-        for plane, level in zip(pixels[:, channel], levels[:, channel], strict=True):  # one at a time stays in the cache
+        for plane, level in zip(pixels[:, channel], levels[:, channel], strict=True):  # one plane fits into the CPU cache
             np.divide(level, np.float32(255), out=plane, dtype=np.float32)
             plane -= np.float32(mean[channel])
             plane /= np.float32(std[channel])
@@ -267,7 +267,7 @@ def to_pixels(images: list[Image.Image], mean: tuple[float, ...], std: tuple[flo
 
 
 def image_processor(image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
-    """An image processor of transformers that does the same as `center_crop` and `to_pixels`."""
+    """A transformers image processor equivalent to `center_crop` and `to_pixels`."""
     from transformers import ViTImageProcessorPil  # needs no torchvision; the saved config names no backend
 
     side = {"height": image_size, "width": image_size}
@@ -295,10 +295,10 @@ class ImageData(PretrainingData):
         crop_ratio: Minimum and maximum aspect ratio of a crop.
         flip: Probability of a horizontal flip.
         jitter: Strength of brightness, contrast and saturation jitter, 0 for none.
-        mean: Subtracted from each channel, ImageNet's by default.
-        std: Each channel is divided by it, ImageNet's by default.
+        mean: Mean to subtract from each channel; defaults to ImageNet's.
+        std: Standard deviation to divide each channel by; defaults to ImageNet's.
         cache: Folder for the index of tar archives and parquet files; defaults to a folder in the Hugging Face cache.
-        streaming: Read the Hugging Face data set as a stream, without downloading it first; URLs always are.
+        streaming: Read the Hugging Face data set as a stream, without downloading it first; URLs are always streamed.
         shuffle_buffer: Samples of a stream to shuffle at a time.
         stream_timeout: Seconds to wait for the remote of a stream.
         mask: How patches are masked.
@@ -356,13 +356,13 @@ class ImageData(PretrainingData):
 
     @staticmethod
     def read_files(name: str) -> dict[str, Any]:
-        """The settings in `files` of the pretrained encoder `name`, as far as its files say."""
+        """The settings in `files` of the pretrained encoder `name`, as far as its files contain them."""
         from transformers import AutoConfig, ImageProcessingMixin
 
         found = read_preprocessing(ImageProcessingMixin.get_image_processor_dict, name)
         try:
             size = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "image_size", None)
-        except (OSError, ValueError):  # loading the model reports the error later
+        except (OSError, ValueError):  # reported later, when the model is loaded
             size = None
         mean, std = found.get("image_mean"), found.get("image_std")
         if not found.get("do_normalize", True):
@@ -398,7 +398,7 @@ class ImageData(PretrainingData):
         return {"source": to_levels(samples), "mask": self.make_mask(draws, self.grid)}
 
     def finish(self, batch: Batch) -> Batch:
-        """Normalise uint8 images, by table: the bits are the same on every device."""
+        """Normalise uint8 images with a table, which gives the same bits on every device."""
         levels = batch.get("source")
         if levels is None or levels.dtype != torch.uint8:
             return batch

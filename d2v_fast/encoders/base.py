@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         hidden_size: Channels C; default is `model.hidden_size` or `model.config.hidden_size`.
 
     Raises:
-        ValueError: The blocks, the FFN or the hidden size cannot be found; the message says how to name them.
+        ValueError: The blocks, the FFN or the hidden size cannot be found; the message gives the setting for it.
     """
 
     model: Any  # an nn.Module whose parts are known only by name
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
         """Local features (B, T, C), before masking and without context.
 
         Raises:
-            ValueError: The model's `embed` returns another layout.
+            ValueError: The model's `embed` returns a different layout.
         """
         features = self.model.embed(inputs)
         found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -123,7 +123,7 @@ class Encoder(nn.Module):
         return features
 
     def mask_features(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Put the learned mask vector at masked positions; features (B, T, C), mask (B, T) bool."""
+        """Replace features (B, T, C) at masked positions, mask (B, T) bool, by the learned mask vector."""
         return torch.where(mask.unsqueeze(-1), self.mask_token.to(features.dtype), features)
 
     def place(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -175,7 +175,7 @@ class Encoder(nn.Module):
             layers: Number K of last blocks whose results are returned.
             source: Which result of a block to return (method 1.3): its FFN's output, its own output, or its input.
             rows: (N,) int64, positions of the flattened (B, T) whose states are returned; all by default. With `narrow`, the
-                last of `layers` is zero elsewhere.
+                result of the last block is zero elsewhere.
 
         Raises:
             ValueError: There are fewer blocks than `layers`, or one of them was not called.
@@ -212,7 +212,7 @@ class Encoder(nn.Module):
             if left < layers and source != "block_input":
                 result = self._scaled(x if ffn is None or source != "ffn" else ffn, block, source)
                 if narrowed is not None:
-                    # With room for extra tokens, so that all results have the same strides: the Triton loss copies others.
+                    # Leave room for extra tokens, so that all results have the same strides; otherwise the Triton loss copies.
                     whole = result.new_zeros(batch * (extra + length), result.shape[-1])
                     result = whole.index_copy_(0, narrowed, result[0]).view(batch, extra + length, -1)
                 results.append(result[:, -length:])
@@ -227,7 +227,7 @@ class Encoder(nn.Module):
         return self.transform(self.place(features, padding_mask), padding_mask).states
 
     def encode(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Encoded:
-        """Encode an unmasked input, as a probe does."""
+        """Encode an unmasked input, for example for a probe."""
         return self.transform(self.place(self.embed(inputs), padding_mask), padding_mask)
 
     def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -253,7 +253,7 @@ class Encoder(nn.Module):
         self._compiled_halves = self.halves and torch.compile(self.halves)
 
     def checkpoint_blocks(self) -> None:
-        """Activation checkpointing: keep only the input of each block and recompute the block in the backward.
+        """Activation checkpointing: keep only the input of each block and recompute the block in the backward pass.
 
         Wraps `block.forward`, so module hooks do not run twice. Call it after `fuse` and before `sharding.shard`.
         """
@@ -298,7 +298,7 @@ class Encoder(nn.Module):
         return False
 
     def _narrows(self, block: nn.Module) -> bool:
-        # Stochastic depth drops whole samples, but `take` merges all samples into one.
+        # Stochastic depth drops whole samples, but `take` merges all samples into one batch entry.
         return self.narrow and not (block.training and any(getattr(m, "drop_prob", None) for m in block.modules()))
 
     @staticmethod

@@ -20,7 +20,7 @@ Halves = Callable[..., tuple[Tensor, Tensor]]
 
 
 def first(output: Any) -> Tensor:
-    """A block's result; some return it in a tuple."""
+    """A block's result; some blocks return it in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -35,7 +35,7 @@ def select(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
-    """x (B, T, C) at `rows`, as a batch of one sample."""
+    """x (B, T, C) at `rows`, as a batch of one sample; all of x without rows."""
     return x if rows is None else select(x, rows).unsqueeze(0)
 
 

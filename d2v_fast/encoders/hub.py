@@ -54,7 +54,7 @@ def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None, fe
     Known families run in pieces. Other Hugging Face models run whole, with the output of the module `features` replaced.
 
     Raises:
-        ValueError: The model is neither, or it cannot be run this way.
+        ValueError: The model is of neither kind, or it cannot be run this way.
     """
     if hasattr(model, "embed") and hasattr(model, "contextualize"):
         if features is not None:
@@ -75,7 +75,7 @@ def wrap(model: nn.Module, layers: str | None = None, ffn: str | None = None, fe
 
 
 def _in_pieces(model: nn.Module, adapter: type[Encoder], layers: str | None, ffn: str | None) -> Encoder:
-    """Wrap a model of a known family; ValueError if it does not fit."""
+    """Wrap a model of a known family. Raises ValueError if it does not fit."""
     for part in adapter.local:
         if part != adapter.mask_token_name and not hasattr(model, part):
             raise ValueError(f"{type(model).__name__} has no {part!r}")
@@ -147,7 +147,7 @@ def model_class(config: type) -> Any:
 
 def class_arguments(cls: type[nn.Module]) -> dict[str, bool]:
     """Constructor arguments, in addition to the config, that give a model exactly the weights an encoder needs."""
-    # Poolers get no gradient. The mask token of ViT and DeiT is an argument, not a config field.
+    # Poolers get no gradient. The mask token of ViT and DeiT is a constructor argument, not a config field.
     wanted = dict(add_pooling_layer=False, use_mask_token=True)
     return {name: value for name, value in wanted.items() if name in inspect.signature(cls.__init__).parameters}
 
@@ -209,7 +209,7 @@ def build_encoder(
     nets.register()
     if "trust_remote_code" in config:
         raise ValueError(
-            "encoder.config.trust_remote_code: code that comes with a model is not run; to use a class that you have read, set "
+            "encoder.config.trust_remote_code: code shipped with a model is not run; to use a class that you have read, set "
             "encoder.model=package.module:Class"
         )
     if pretrained is not None:
@@ -246,7 +246,7 @@ def build_encoder(
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"encoder.pretrained={pretrained}: its weights are a pickle with other objects in it, which could run arbitrary "
-            "code, so it is not loaded. Ask the author for safetensors, which save_pretrained writes"
+            "code, so it is not loaded. Ask the author for safetensors, the format of save_pretrained"
         ) from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"encoder.pretrained={pretrained}: its weights cannot be read: {first_line(error)}") from error
@@ -268,7 +268,7 @@ def build_encoder(
     encoder = wrap(hf_model, layers, ffn, features)
     if isinstance(encoder, WaveEncoder):
         encoder.feature_grad_mult = feature_grad_mult
-        if feature_grad_mult == 0:  # or DDP would wait for gradients
+        if feature_grad_mult == 0:  # otherwise DDP waits for gradients
             encoder.model.feature_extractor.requires_grad_(False)
     if init != "hf" and pretrained is None:
         spliced = init == "sincos" and isinstance(encoder, SplicedEncoder) and isinstance(encoder.positions(0), tuple)
@@ -340,7 +340,7 @@ def _new_config(model: str, fields: dict[str, Any]) -> Any:
 
 
 def describe(encoder: Encoder) -> str:
-    """One line for the log."""
+    """A one-line description of the encoder for the log."""
     parameters = sum(p.numel() for p in encoder.parameters())
     return json.dumps(
         {

@@ -89,7 +89,7 @@ class PatchEncoder(Encoder):
         return bias[0][:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)
 
     def _leave(self, x: Tensor) -> Tensor:
-        norm = getattr(self.model, "layernorm", None)  # our model in `nets` has its norm before the blocks
+        norm = getattr(self.model, "layernorm", None)  # the model in `nets` has its norm before the blocks
         return x if norm is None else norm(x)
 
     def _whole(self, x: Tensor, padding_mask: Tensor | None, visible: Tensor | None = None) -> Tensor:
@@ -112,7 +112,7 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 @torch.no_grad()
 def init_data2vec(encoder: Encoder) -> None:
-    """Truncated normal, std 0.02, cut at one std; the output projections of block i are divided by √(2i) (method 3.3)."""
+    """Truncated normal weights, std 0.02 cut at one std; output projections of block i are divided by √(2i) (method 3.3)."""
 
     def draw(weight: Tensor) -> None:
         nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)

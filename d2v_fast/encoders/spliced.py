@@ -1,6 +1,6 @@
 """Run any transformers encoder whole, with the output of its local-features module replaced.
 
-The model is a black box: a `Splice` holds what `trial` found out about it. The model itself handles everything after the
+The model is a black box: a `Splice` holds the properties that `trial` found. The model itself handles everything after the
 features, such as absolute, rotary or relative positions, CLS and register tokens.
 """
 
@@ -25,17 +25,17 @@ TOKENS = 13  # length of the trial's text input; no axis of a model has this siz
 
 @dataclass
 class Splice:
-    """What is needed to run a model with other features.
+    """The properties of a model that are needed to run it with replaced features.
 
     Attributes:
-        reads: Its input: text (token ids), vision (pixels), audio (waveforms) or spectrogram.
+        reads: Kind of input: text (token ids), vision (pixels), audio (waveforms) or spectrogram.
         features: Dotted path of the module that computes the local features.
         shape: Shape of one input; () for text.
         order: Batch, position and channel axes of that module's output.
         rest: Number of further items in its output tuple; None if it returns a bare tensor.
         width: Number of channels of the features.
         grid: Grid of positions; () if their number depends on the input.
-        per_step: Samples or frames for the first position, and for each further one; None if there is no such rule.
+        per_step: Samples or frames for the first position, and for each further position; None if there is no such rule.
         extra: Number of extra tokens in front of the positions.
         stem: Path of the module that takes the raw audio input, if it is not the features module.
         squeeze: Number of positions that share one block output.
@@ -73,7 +73,7 @@ class Splice:
 
 
 class StopForward(Exception):
-    """Ends a forward pass early; may hold a tensor."""
+    """Ends a forward pass early; may carry a tensor."""
 
 
 class SplicedEncoder(Encoder):
@@ -160,7 +160,7 @@ class SplicedEncoder(Encoder):
     # The model with other features
 
     def run(self, features: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Last states (B, E + T, C) of the model, run on a dummy input with `features` (B, T, C) in place of its own."""
+        """Last states (B, E + T, C) of the model, run on a dummy input with its features replaced by `features` (B, T, C)."""
         splice, (batch, length) = self.splice, features.shape[:2]
         if self.reads == "text":
             inputs = torch.full((batch, length), self.ids[0], device=features.device)
@@ -206,7 +206,7 @@ class SplicedEncoder(Encoder):
         if not augments:
             return self._in_rows(self.model(**arguments).last_hidden_state)
         try:
-            config.apply_spec_augment = False  # or the model would mask its input in train mode
+            config.apply_spec_augment = False  # otherwise the model masks its input in train mode
             return self.model(**arguments).last_hidden_state
         finally:
             config.apply_spec_augment = augments
@@ -239,7 +239,7 @@ class SplicedEncoder(Encoder):
         return dict(device=parameter.device, dtype=parameter.dtype)
 
     def _in_rows(self, states: Tensor) -> Tensor:
-        """States (B, T, C), also of a model that returns (B, H, W, C) or (B, C, H, W)."""
+        """States (B, T, C); converts those of a model that returns (B, H, W, C) or (B, C, H, W)."""
         if states.ndim == 4 and states.shape[1] == self.hidden_size:
             return states.flatten(2).transpose(1, 2)
         return blocks.flat(states) if states.shape[-1] == self.hidden_size else states
@@ -273,7 +273,7 @@ class SplicedEncoder(Encoder):
 
     @contextmanager
     def _gathering(self, x: Tensor, visible: Tensor, length: int) -> Iterator[None]:
-        """Give the first block x (B, V, C) behind the extra tokens, and gather the other arguments of all blocks at `visible`.
+        """Pass x (B, V, C) to the first block, after the extra tokens, and gather the other block arguments at `visible`.
 
         Args:
             x: Placed features of the visible positions.
@@ -321,7 +321,7 @@ def _on_one_sample(forward: Callable) -> Callable:
 @contextmanager
 def override_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Temporarily replace the module's forward."""
-    before = vars(module).get("forward")  # accelerate may have put one there
+    before = vars(module).get("forward")  # accelerate may have replaced it too
     module.forward = forward
     try:
         yield

@@ -1,9 +1,9 @@
-"""Which encoders of the installed transformers or timm work: each is tried on a tiny configuration with random weights.
+"""Find out which encoders of the installed transformers or timm work, on tiny configurations with random weights.
 
-python -m d2v_fast.encoders.table                     prints the table of docs/encoders.md
-python -m d2v_fast.encoders.table docs/encoders.md    writes it there
-python -m d2v_fast.encoders.table modernbert swin     tries these alone
-python -m d2v_fast.encoders.table --timm              the same for transformers of timm, also with PAGE.md or models
+python -m d2v_fast.encoders.table                     print the table of docs/encoders.md
+python -m d2v_fast.encoders.table docs/encoders.md    write it to the page
+python -m d2v_fast.encoders.table modernbert swin     try only these
+python -m d2v_fast.encoders.table --timm              the same for vision transformers of timm; also takes PAGE.md or models
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from d2v_fast.model import Data2Vec
 
 LARGEST = 100_000_000  # parameters; a configuration that cannot be made small is not tried
 
-# Encoders that are in none of the lists below.
+# Encoders that transformers' own lists lack.
 OTHERS = (
     "IJepaModel",
     "WhisperModel",
@@ -40,14 +40,14 @@ OTHERS = (
     "PixioModel",
 )
 
-# Decoder-only models, and others whose attention is causal: with `encoder.bidirectional=true`.
+# Decoder-only models and others with causal attention, which are tried with `encoder.bidirectional=true`.
 CAUSAL = (
     *("bloom", "clip_text_model", "codegen", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neo"),
     *("gpt_neox", "gpt_oss", "gptj", "granite", "helium", "llama", "mamba", "mistral", "mixtral", "mpt", "nemotron", "olmo2"),
     *("opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2", "xglm"),
 )
 
-# Fields by which configurations are made small, where they have them.
+# Fields that make a configuration small, if it has them.
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "dim", "embedding_size", "emb_dim", "embed_dim"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer", "encoder_layers", "num_layers"), 3),
@@ -101,9 +101,9 @@ MORE: dict[str, dict[str, Any]] = {
     "vit_mae": dict(mask_ratio=0.0),
     "xmod": dict(languages=("en_XX",), default_language="en_XX"),
 }
-FFN = {"mobilebert": "output.bottleneck.dense"}  # of models whose FFN must be named
+FFN = {"mobilebert": "output.bottleneck.dense"}  # FFN modules that are not found automatically
 
-# The same for timm: arguments for the models that accept them, and further ones that a family needs.
+# The same for timm: arguments for all models that accept them, and arguments that a single family needs.
 HYBRID = dict.fromkeys(("img_size", "patch_size"))  # patches of a ResNet's features
 SMALL_TIMM = dict(img_size=32, patch_size=8, embed_dim=48, num_heads=4, depth=3)
 MORE_TIMM: dict[str, dict[str, Any]] = {
@@ -112,13 +112,13 @@ MORE_TIMM: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("tnt_*", "tnt_*_legacy_*"), dict.fromkeys(SMALL_TIMM)),
     **dict.fromkeys((f"vit_*_{stem}_*" for stem in ("r", "r26", "r50", "resnet26d", "resnet50d")), HYBRID),
 }
-# Parts of names that are sizes, smallest first.
+# Name parts that denote sizes, smallest first.
 SIZES = """atto femto pico nano xxtiny xxs xs xtiny tiny ti t wee pwee dwee dpwee little dlittle xsmall s small medium mediumd
 betwixt m base b plus so150m so150m2 intern300m so400m l large large2 xl xlarge huge h giant giantopt gigantic enormous"""
 
 
 class Row(NamedTuple):
-    """Result for a model type: what it reads, how it is run, and why 1.0 and 2.0 reject it ("" if they work)."""
+    """Result for a model type: its input, how it runs, and why 1.0 and 2.0 reject it ("" if they work)."""
 
     reads: str
     name: str
@@ -129,7 +129,7 @@ class Row(NamedTuple):
 
 
 def names() -> list[str]:
-    """Model types of transformers that are encoders of one modality, by what their classes are used for."""
+    """Model types of transformers that are encoders of one modality, from its Auto class lists and those above."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto as auto
 
@@ -205,7 +205,7 @@ def attempt(name: str) -> Row:
 
 
 def family(name: str) -> str:
-    """The name of a timm model with stars in place of sizes."""
+    """The name of a timm model with stars for sizes."""
 
     def starred(part: str) -> str:
         size = part in SIZES.split() or re.fullmatch(r"(?!r\d|reg\d)([a-z]{0,3}|patch|window)\d\w*", part)
@@ -216,7 +216,7 @@ def family(name: str) -> str:
 
 
 def families() -> dict[str, str]:
-    """The smallest model of each family of timm with attention."""
+    """The smallest model of each timm family that has attention."""
     import timm
 
     order, found = SIZES.split(), dict[str, str]()
@@ -321,7 +321,7 @@ def report(found: list[Row]) -> str:
 
 
 def report_timm(found: list[Row]) -> str:
-    """The table of timm as Markdown; families of one class with one result share a row."""
+    """The timm table as Markdown. Families with the same class and result share a row."""
     import timm
 
     first = [row for row in found if row.way and not row.first]
@@ -345,7 +345,7 @@ def main(arguments: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="python -m d2v_fast.encoders.table", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("arguments", nargs="*", metavar="TYPE|PAGE.md", help="model types to try, default all; pages to update")
-    parser.add_argument("--timm", action="store_true", help="models of timm, one of each family; types are then model names")
+    parser.add_argument("--timm", action="store_true", help="try one model of each timm family; arguments are timm names")
     options = parser.parse_args(arguments)
     files = [Path(argument) for argument in options.arguments if argument.endswith(".md")]
     chosen = [argument for argument in options.arguments if not argument.endswith(".md")]
@@ -362,7 +362,7 @@ def main(arguments: list[str]) -> None:
         page = file.read_text(encoding="utf-8")
         before, _, rest = page.partition(begin)
         if end not in rest:
-            sys.exit(f"{file}: found no {begin} … {end}, between which the table goes")
+            sys.exit(f"{file}: found no markers {begin} … {end} for the table")
         file.write_text(f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}", encoding="utf-8")
     if not files:
         print(text, end="")

@@ -45,7 +45,7 @@ class WaveEncoder(Encoder):
         if padding_mask is not None:
             features = features.masked_fill(padding_mask.unsqueeze(-1), 0)
         encoder = self.model.encoder
-        zeroed = (padding_mask,) if hasattr(encoder, "alibi") else ()  # our model in `nets` zeroes padding in each convolution
+        zeroed = (padding_mask,) if hasattr(encoder, "alibi") else ()  # the model in `nets` zeroes padding in each convolution
         return features + encoder.pos_conv_embed(features, *zeroed)
 
     def place_visible(self, features: Tensor, mask: Tensor, visible: Tensor, padding_mask: Tensor | None = None) -> Tensor:

@@ -172,7 +172,7 @@ class Data2Vec2AudioModel(Data2Vec2AudioPreTrainedModel, Data2VecAudioModel):
         self.feature_projection = Data2VecAudioFeatureProjection(config)
         if config.mask_time_prob > 0 or config.mask_feature_prob > 0:  # SpecAugment in fine-tuning
             self.masked_spec_embed = nn.Parameter(torch.zeros(config.hidden_size))
-        self.encoder = Data2Vec2AudioEncoder(config)  # type: ignore[assignment]  # in place of transformers' own
+        self.encoder = Data2Vec2AudioEncoder(config)  # type: ignore[assignment]  # replaces transformers' encoder
         self.adapter = None
         self.post_init()
 

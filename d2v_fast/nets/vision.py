@@ -119,7 +119,7 @@ class Data2Vec2VisionPreTrainedModel(PreTrainedModel):
     config_class = Data2Vec2VisionConfig
     base_model_prefix = "data2vec2_vision"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)  # type: ignore[assignment]  # so in the models of transformers
+    input_modalities = ("image",)  # type: ignore[assignment]  # a tuple, as in transformers' models
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True

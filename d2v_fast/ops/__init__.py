@@ -1,4 +1,4 @@
-"""One operator, several implementations: which exist, which runs, and why.
+"""The implementations of the loss, and the choice between them.
 
 | impl    | runs on      | what it is                                                              |
 |---------|--------------|-------------------------------------------------------------------------|
@@ -7,7 +7,7 @@
 | native  | CPU          | `kernels/loss.cpp` through `native.py`                                  |
 | triton  | CUDA         | `triton_loss.py`; on a CPU with TRITON_INTERPRET=1                      |
 
-"auto" takes the last two where they can run and eager where not, and logs its choice once.
+"auto" selects one of the last two where it can run, otherwise eager, and logs the choice once.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _scaled_fake(x, factor, weight, impl):
 def once_differentiable(backward: Callable) -> Callable:
     """Make a double backward raise instead of dropping terms, for kernels without a second derivative.
 
-    torch's own decorator does not raise where the incoming gradient has no graph, as that of a loss.
+    torch's own decorator does not raise if the incoming gradient has no graph, which is the case for a loss.
     """
 
     @functools.wraps(backward)
@@ -145,9 +145,9 @@ def obstacle(kernel: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[t
     return importlib.import_module(KERNELS[kernel]).obstacle(torch.device(device))
 
 
-@torch.compiler.assume_constant_result  # a graph has one device and one set of dtypes
+@torch.compiler.assume_constant_result  # device and dtypes are fixed within a graph
 def choose(impl: str, device: str, dtype: torch.dtype, layer_dtypes: tuple[torch.dtype, ...]) -> str:
-    """Resolve `impl`; "auto" is the fastest implementation that works on such tensors.
+    """Resolve `impl`; "auto" gives the fastest implementation that works on such tensors.
 
     Raises:
         ValueError: `impl` cannot run on such tensors.

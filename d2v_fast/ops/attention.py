@@ -2,9 +2,9 @@
 
 On a CPU `scaled_dot_product_attention` has no fast path with dropout and is slow at data2vec's lengths, especially in the
 backward. Two matrix products with a softmax and the fast dropout in between are faster, except for long inputs without
-gradients. On a GPU, flash-attn is used if installed, else torch's own choice of kernels. With a padding mask torch chooses none
-of its flash kernels; `segments` gives these the lengths instead. No value of a mask is read on the host, because that would
-synchronise with it.
+gradients. On a GPU, flash-attn is used if installed, else the kernels that torch chooses. With a padding mask torch chooses
+none of its flash kernels; `segments` gives them the lengths instead. No mask value is read on the host, because that would
+synchronise with the GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from d2v_fast.ops.dropout import dropout as fast_dropout
 log = logging.getLogger(__name__)
 
 NAME, SEGMENTS = "d2v_fast", "d2v_fast_segments"
-LONG = 512  # above this length the scores of all pairs no longer fit in the cache
+LONG = 512  # above this length the scores of all pairs no longer fit into the CPU cache
 
 
 def attention(
@@ -62,7 +62,7 @@ def attention(
             return flash(*(x.transpose(1, 2) for x in (query, key, value)), dropout, scaling), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        kwargs["is_causal"] = False  # else taken as True for a module without the attribute
+        kwargs["is_causal"] = False  # transformers assumes True for a module without the attribute
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2))
     if attention_mask is not None and attention_mask.dtype == torch.bool:
@@ -77,8 +77,8 @@ def attention(
 def padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """The mask of transformers' sdpa from a padding mask (B, T) bool, True = attend.
 
-    transformers first checks whether the mask pads at all, which synchronises with the GPU; our batches have a mask only if it
-    does. Causal masks are always materialised, because `attention` has no other way to be causal.
+    transformers first checks whether the mask contains padding, which synchronises with the GPU; our batches only have a mask
+    if it does. Causal masks are always materialised, because `attention` has no other way to be causal.
     """
     from transformers.masking_utils import sdpa_mask
 
@@ -92,8 +92,9 @@ def padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> 
 def segments(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """Boundaries of segments in the flattened (B, T): for each sample its positions, then its padding. (2·B + 1,) int32.
 
-    With padding as segments of its own, torch's flash attention for sequences of different lengths runs on a padded batch as it
-    is. Nothing is packed, and no size depends on the lengths. Padding attends to padding; no other result depends on it.
+    Because padding forms separate segments, torch's flash attention for sequences of different lengths runs directly on a
+    padded batch. Nothing is packed, and no size depends on the lengths. Padding attends to padding; no other result depends on
+    it.
 
     Args:
         attention_mask: (B, T) bool, True = attend; padding must be on the right, or the device stops with an assertion.
@@ -115,7 +116,7 @@ def _has_kernel(query: Tensor) -> bool:
 def _attend_in_segments(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, dropout: float, scaling: float | None
 ) -> Tensor:
-    """Attention within segments, (B, T, H, D). Torch's public function on this operator, `varlen_attn`, has no dropout."""
+    """Attention within segments, (B, T, H, D). torch's public function for this operator, `varlen_attn`, has no dropout."""
     length = query.shape[2]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     rows = [x.flatten(0, 1) for x in (query, key, value)]
@@ -157,7 +158,7 @@ def use_fast_attention(model: nn.Module, device: torch.device) -> str | None:
 
 @functools.cache  # student and teacher ask for the same device
 def _agrees(device: torch.device) -> bool:
-    """Whether torch's kernels for segments give what a mask gives, in values and gradients, on a small batch."""
+    """Whether torch's kernels for segments give the same values and gradients as a mask, on a small batch."""
     inputs = (
         torch.randn(3, 2, 2, 40, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16).requires_grad_()
     )
@@ -170,7 +171,7 @@ def _agrees(device: torch.device) -> bool:
 
 
 def use_segments(model: nn.Module, device: torch.device) -> bool:
-    """Give a model with this attention `segments` as its masks if torch has the kernels for this device; returns whether.
+    """Make a model with this attention use `segments` if torch has the kernels for this device; return whether it does.
 
     The kernels are called through an operator that torch does not document, so they are first compared with a mask.
     """

@@ -18,9 +18,9 @@ from d2v_fast.ops import native, once_differentiable, triton_conv
 
 
 def _pieces(x: Tensor, kernel: int, stride: int, written: bool = False) -> list[tuple[slice, Tensor]]:
-    """Frames (L', kernel·C) of contiguous x (L, C) in pieces of at most `stride` taps: (columns, view) of each.
+    """Frames (L', kernel·C) of contiguous x (L, C) in pieces of at most `stride` taps: a list of (columns, view).
 
-    With one channel there is a single piece. It is a copy unless it will be `written` to.
+    With one channel there is a single piece, which is a copy unless it will be `written` to.
     """
     length, channels = x.shape
     frames = (length - kernel) // stride + 1
@@ -89,13 +89,13 @@ class _NormGelu(torch.autograd.Function):
 
 
 def norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """GELU of the layer norm of x (L, C), like x. The kernel needs a CPU and fp32 parameters; torch handles the rest."""
+    """GELU of the layer norm of x (L, C), like x. The kernel needs a CPU and fp32 parameters; torch handles other cases."""
     if x.device.type == "cpu" and x.dtype in native.DTYPES and weight.dtype == bias.dtype == torch.float32:
         return _NormGelu.apply(x, weight, bias, eps)
     return F.gelu(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
 
 
-# The base of mixins for type checkers; at run time the other base class is the module.
+# Base class of mixins for type checkers; at run time the other base class is the module.
 if TYPE_CHECKING:
     _Module = nn.Module
 else:
@@ -112,7 +112,7 @@ class FeatureEncoder(_Module):
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Features (B, C, T) of waveforms (B, S); a ValueError if S is shorter than one frame's receptive field."""
-        if waveforms.device.type != "cpu" or not len(waveforms):  # moved to another device since; the rest is for a CPU
+        if waveforms.device.type != "cpu" or not len(waveforms):  # the model has been moved to another device
             return super().forward(waveforms)
         batch, samples = waveforms.shape
         convolutions = [layer.conv for layer in self.conv_layers]
@@ -125,7 +125,7 @@ class FeatureEncoder(_Module):
                 f"waveforms: found {samples} samples, expected at least {reach}, the receptive field of one frame; pad them"
             )
         kept = (samples - reach) // stride + 1
-        read = (kept - 1) * stride + reach  # the rest may hold anything
+        read = (kept - 1) * stride + reach  # values beyond this may be arbitrary
         frames = -(-samples // stride)  # per sample, including those that reach into the next
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else convolutions[0].weight.dtype
         x = waveforms.new_zeros(batch * frames * stride + max(0, reach - stride), dtype=dtype)
@@ -139,7 +139,7 @@ class FeatureEncoder(_Module):
 
 
 def use_matrix_products(extractor: Any) -> bool:
-    """Switch a feature encoder to matrix products; False, unchanged, for other layers or without the C++ library."""
+    """Switch a feature encoder to matrix products. Returns False, without a change, for other layers or without the library."""
     layers = getattr(extractor, "conv_layers", [])
     if native.obstacle(torch.device("cpu")) or not layers or not all(_fits(layer) for layer in layers):
         return False
@@ -154,7 +154,7 @@ def _fast(kind: Any) -> type:
 
 
 def _made(kind: Any) -> nn.Module:
-    """An empty module of the kind, fast if the library is available; pickle fills it."""
+    """An empty module of this kind for pickle to fill, fast if the library is available."""
     fast: Any = kind if native.obstacle(torch.device("cpu")) else _fast(kind)
     return fast.__new__(fast)
 
@@ -198,7 +198,7 @@ class Grouped2d(_Grouped, nn.Conv2d):
 
 
 def use_channels_last(module: nn.Module) -> bool:
-    """Switch dense 1-D and grouped convolutions to channels last; False if there are none."""
+    """Switch dense 1-D and grouped convolutions to channels last. Returns False if there are none."""
     changed = 0
     each: Any
     for each in module.modules():

@@ -1,7 +1,7 @@
-"""Dropout cheaper than the preceding matmul: `kernels/dropout.cpp`, whose mask is a function of (seed, position).
+"""Counter-based dropout for CPUs: `kernels/dropout.cpp`, whose mask is a function of (seed, position).
 
-On a CPU torch draws masks one number after the other. Here the numbers are hashes of positions, computed sixteen at a time, and
-as the backward can compute them again, no mask is stored.
+On a CPU torch draws masks one number after the other. Here the numbers are hashes of positions, computed sixteen at a time. The
+backward computes them again, so no mask is stored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from d2v_fast.ops import native
 
-# The seed is a tensor, so that a compiled graph draws a new one at every call.
+# The seed is a tensor, so that a compiled graph draws a new seed at every call.
 torch.library.define("d2v_fast::dropout", "(Tensor x, float p, Tensor seed) -> Tensor")
 
 
@@ -47,7 +47,7 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """`F.dropout`: each value becomes 0 with probability p, else x / (1 - p).
 
     Args:
-        x: Any shape. The kernel takes fp32, bf16 and fp16 on a CPU; all else is left to torch.
+        x: Any shape. The kernel takes fp32, bf16 and fp16 on a CPU; torch handles everything else.
         p: Probability of a zero, exact to 2^-33.
         training: If false, x is returned unchanged.
 
@@ -64,14 +64,14 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` through `dropout`; torch handles in-place ones."""
+    """`nn.Dropout` through `dropout`; torch handles in-place dropout."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.inplace else dropout(x, self.p, self.training)
 
 
 def replace_dropout(module: nn.Module) -> int:
-    """Turn every `nn.Dropout` in the module, but no subclass, into a `Dropout`; returns their number."""
+    """Turn every `nn.Dropout` in the module, but no instance of a subclass, into a `Dropout`; return their number."""
     found = [child for child in module.modules() if type(child) is nn.Dropout]
     for child in found:
         child.__class__ = Dropout  # the same object, so settings, hooks and references stay

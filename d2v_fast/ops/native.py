@@ -32,7 +32,7 @@ class _Loss(ctypes.Structure):
 
 @functools.cache
 def library() -> Any:
-    """The library, a `ctypes.CDLL`, or as a string why there is none."""
+    """The library, a `ctypes.CDLL`, or a string with the reason why there is none."""
     path = Path(__file__).with_name("libd2v_fast.so")
     if not path.exists():
         return "the C++ library is not built; `pip install .` builds it where cmake and a C++ compiler are found"
@@ -121,13 +121,13 @@ def loss(
     if failed == 2:
         raise ValueError(f"predictions: found {len(predictions)} rows, expected {int(mask.sum())}, the masked positions")
     if failed == 4:
-        raise ValueError(f"norm={norm}, target_norm={target_norm}: the C++ library does not know one of them")
+        raise ValueError(f"norm={norm}, target_norm={target_norm}: one of them is unknown to the C++ library")
     return total, grad, factor, count, moments, means
 
 
 def scaled(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
-    """x · factor · weight, contiguous and in the dtype of x; both numbers are () fp32."""
-    return x.contiguous() * (factor * weight).item()  # a Python number keeps fp32 inside
+    """x · factor · weight, contiguous and in the dtype of x; factor and weight are () fp32."""
+    return x.contiguous() * (factor * weight).item()  # torch multiplies by a Python number in fp32
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
@@ -142,7 +142,7 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
 
 
 def norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """GELU of the layer norm of contiguous x (N, C), like x; and mean and 1/σ of each row, (N, 2) fp32. Parameters fp32."""
+    """GELU of the layer norm of contiguous x (N, C), like x, and mean and 1/σ of each row, (N, 2) fp32. Parameters are fp32."""
     y, stats = torch.empty_like(x), torch.empty(len(x), 2, dtype=torch.float32)
     parameters = (weight.data_ptr(), bias.data_ptr())
     library().d2v_norm_gelu(

@@ -28,7 +28,7 @@ class Moments(NamedTuple):
 
     @property
     def std(self) -> Tensor:
-        """Mean over channels of sqrt(unbiased variance + 1e-6), the collapse figure of method 1.7; 0 below two rows."""
+        """Mean over channels of sqrt(unbiased variance + 1e-6), the collapse figure of method 1.7; 0 for less than two rows."""
         variance = self.m2 / (self.count - 1).clamp(min=1)
         return torch.where(self.count > 1, (variance + 1e-6).sqrt().mean(), 0.0)
 
@@ -49,7 +49,7 @@ class LossStats(NamedTuple):
 
 
 def inverse_std(variance: Tensor) -> Tensor:
-    """1/σ; NaN where the variance overflowed, because a factor of 0 would silently give targets of 0."""
+    """1/σ. NaN where the variance overflowed, because a factor of 0 would silently give targets of 0."""
     return (variance.masked_fill(variance.isinf(), torch.nan) + EPS).rsqrt()
 
 
@@ -83,7 +83,7 @@ def make_targets(
 
 
 def mean_over_time(targets: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-    """Mean of targets (B, T, C) over the positions that are not padding, (B, C): what CLS learns (method 4.7)."""
+    """Mean of targets (B, T, C) over the positions that are not padding, (B, C): the target of CLS (method 4.7)."""
     if padding_mask is None:
         return targets.sum(1) / max(targets.shape[1], 1)
     padding = padding_mask.unsqueeze(-1)

@@ -1,11 +1,11 @@
-"""AdamW that also moves the EMA teacher, in one pass over memory, on a GPU.
+"""AdamW that also updates the EMA teacher, in one pass over memory, on a GPU.
 
-Per weight, AdamW moves 28 bytes: it reads gradient, weight and both moments, and writes all but the gradient. The teacher alone
-moves 12, of which 4 read the weight again; here it adds 8.
+Per weight, AdamW moves 28 bytes: it reads gradient, weight and both moments, and writes all but the gradient. A separate
+teacher update moves 12, of which 4 read the weight again; here it adds 8.
 
-`_begin_kernel` counts the steps and computes what depends on them. `_adamw_kernel` updates all tensors: a program owns CHUNK
-elements of one tensor, whose row in a table on the device holds the addresses. What changes from step to step is read from the
-device, so a CUDA graph can replay both.
+`_begin_kernel` counts the steps and computes the values that depend on them. `_adamw_kernel` updates all tensors: a program
+owns CHUNK elements of one tensor, whose row in a table on the device holds the addresses. Values that change from step to step
+are read from the device, so a CUDA graph can replay both kernels.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ BLOCK, CHUNK = 1024, 8192
 
 
 class Slot(NamedTuple):
-    """The memory that belongs to a weight: contiguous, of its shape, fp32 by default.
+    """A weight and the tensors that belong to it, contiguous and of its shape, fp32 by default.
 
     Attributes:
         group: Number of its parameter group.
         parameter: The weight.
         exp_avg, exp_avg_sq, step: AdamW's state, `step` () fp32; None until there is a gradient.
-        teacher: Moves towards the new weight; None if it has no teacher.
+        teacher: The teacher's tensor, which moves towards the new weight; None if there is none.
     """
 
     group: int
@@ -157,16 +157,16 @@ def _adamw_kernel(
 
 
 class OnePass:
-    """Updates weights in two launches, however many tensors there are.
+    """Updates weights in two launches, regardless of the number of tensors.
 
-    `fill` writes gradients and learning rates to the device, `launch` updates. A CUDA graph holds `launch`; `fill` comes before
-    each replay.
+    `fill` copies gradients' addresses and learning rates to the device, and `launch` updates the weights. A CUDA graph contains
+    only `launch`; call `fill` before each replay.
 
     Args:
         slots: The weights; at least one.
 
     Raises:
-        ValueError: A tensor of another dtype, shape or device, or one that is not contiguous.
+        ValueError: A tensor has another dtype, shape or device, or is not contiguous.
     """
 
     def __init__(self, slots: Sequence[Slot]):
@@ -190,10 +190,10 @@ class OnePass:
         self.addresses: list[int] = []
 
     def fill(self, grads: Sequence[Tensor | None], groups: Sequence[dict[str, Any]], share: float) -> None:
-        """Copy what a step needs to the device, without waiting for it.
+        """Copy the values that a step needs to the device, without waiting for it.
 
         Args:
-            grads: Contiguous gradient of each weight, kept by the caller until the launch; None leaves weight and state alone.
+            grads: Contiguous gradient of each weight, kept by the caller until the launch; None skips weight and state.
             groups: Parameter groups of `torch.optim.AdamW`.
             share: 1 - τ, the share of the new weight in the teacher.
         """
@@ -209,7 +209,7 @@ class OnePass:
         self.numbers.copy_(_pinned(torch.tensor(numbers, dtype=torch.float64), self.numbers.device), non_blocking=True)
 
     def launch(self, skip: Tensor | None = None) -> None:
-        """Update everything, unless `skip` () fp32, on the device, is not 0."""
+        """Update everything, unless `skip`, () fp32 on the device, is not 0."""
         given = (self.table, self.grads, self.numbers)
         skipped = self.scalars if skip is None else skip
         gated = dict(GATED=skip is not None)
@@ -231,14 +231,14 @@ def _pinned(x: Tensor, device: torch.device) -> Tensor:
 
 
 class LerpUnless:
-    """Moves a teacher in two launches, unless a flag on the device is set. As `ema.lerp_unless`.
+    """Updates a teacher in two launches, unless a flag on the device is set; equivalent to `ema.lerp_unless`.
 
     Args:
         ours: Tensors of the teacher; at least one.
-        theirs: Those that they follow.
+        theirs: The student's tensors that they follow.
 
     Raises:
-        ValueError: As `OnePass`.
+        ValueError: As for `OnePass`.
     """
 
     def __init__(self, ours: list[Tensor], theirs: list[Tensor]):
@@ -247,7 +247,7 @@ class LerpUnless:
         self._prepare(ours, theirs)
 
     def __call__(self, skip: Tensor, ours: list[Tensor], theirs: list[Tensor], share: float) -> None:
-        """Move `ours` to `theirs` by `share`, unless `skip` () fp32 is not 0."""
+        """Move `ours` towards `theirs` by `share` if `skip`, () fp32, is 0."""
         self._prepare(ours, theirs)
         self.one_pass.fill([None] * len(ours), [self.group], share)
         self.one_pass.launch(skip)
@@ -260,14 +260,14 @@ class LerpUnless:
 
 
 class AdamWOnePass(torch.optim.AdamW):
-    """AdamW whose step moves the teacher too. Groups and state are those of `torch.optim.AdamW(fused=True)`.
+    """AdamW whose step also updates the teacher. Groups and state are those of `torch.optim.AdamW(fused=True)`.
 
-    `model.update_teacher()` afterwards counts the step and copies what is not averaged.
+    `model.update_teacher()` afterwards counts the step and copies the tensors that are not averaged.
 
     Args:
         params: Parameters or groups; all fp32, contiguous, on one GPU.
         model: Student and teacher.
-        settings: Of AdamW.
+        settings: Settings of AdamW.
     """
 
     def __init__(self, params: Any, model: Data2Vec, **settings: Any):
@@ -306,7 +306,7 @@ class AdamWOnePass(torch.optim.AdamW):
         ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in AdamW; also accepts the state of an unfused AdamW, which counts steps on the host."""
+        """Load a state as AdamW does, including that of an unfused AdamW, which counts steps on the host."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             group["fused"] = True

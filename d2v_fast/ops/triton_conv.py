@@ -36,7 +36,7 @@ _INTERPRETED = triton and tl.constexpr(triton_loss.INTERPRETED)
 @_jit
 def _patches(x_ptr, start, end, i, k, height, width, C: tl.constexpr, C_IN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
              TURNED: tl.constexpr):  # fmt: skip
-    """Inputs of columns k (1, K) at positions start + i, i (M, 1); zero outside the sample and from `end` on."""
+    """Inputs of columns k (1, K) at positions start + i, i (M, 1); zero outside the sample and at `end` and later."""
     position = start + i
     tap = k // C_IN
     down = tap // KW - KH // 2
@@ -58,7 +58,7 @@ def _patches(x_ptr, start, end, i, k, height, width, C: tl.constexpr, C_IN: tl.c
 
 @_jit
 def _dot(a, b, total):
-    if _INTERPRETED:  # the interpreter would multiply the bit patterns of bf16
+    if _INTERPRETED:  # the interpreter multiplies the bit patterns of bf16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total)
@@ -149,7 +149,7 @@ def weight_grad_tile(columns: int, channels: int) -> dict:
 
 
 def _matrices(weight: Tensor, groups: int, dtype: torch.dtype, turned: bool) -> Tensor:
-    """Weight (C_out, C_in / G, kh, kw) as one matrix (K, columns) per group; with `turned` its rows are output channels."""
+    """Weight (C_out, C_in / G, kh, kw) as one matrix (K, columns) per group. If `turned`, the rows are output channels."""
     grouped = weight.unflatten(0, (groups, -1)).permute(0, 3, 4, *((1, 2) if turned else (2, 1)))
     return torch.empty(grouped.shape, dtype=dtype, device=weight.device).copy_(grouped)
 
@@ -160,7 +160,7 @@ torch.library.define("d2v_fast::conv_weight_grad", "(Tensor x, Tensor grad, SymI
 
 @torch.library.impl("d2v_fast::conv", "CompositeExplicitAutograd")
 def _conv(x, weight, bias, groups, turned):
-    """y of contiguous x, or with `turned` the gradient of x from that of y."""
+    """y of contiguous x; if `turned`, the gradient of x from that of y."""
     matrices = _matrices(weight, groups, x.dtype, turned)
     _, kh, kw, c_in, c_out = matrices.shape
     y = x.new_empty((*x.shape[:3], groups * c_out))
@@ -258,16 +258,16 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1)
     """Convolution of stride 1 whose output has the positions of its input; an even kernel reaches further left.
 
     Args:
-        x: (N, H, W, C_in) bf16 or fp16, copied where not contiguous; H = 1 for one axis.
-        weight: (C_out, C_in / groups, kh, kw), used in the dtype of x; its gradient has its own.
+        x: (N, H, W, C_in) bf16 or fp16, copied if not contiguous; H = 1 for one axis.
+        weight: (C_out, C_in / groups, kh, kw), cast to the dtype of x; its gradient has the weight's dtype.
         bias: (C_out,) or None.
-        groups: Groups of channels that are kept apart.
+        groups: Number of channel groups.
 
     Returns:
         (N, H, W, C_out) in the dtype of x, summed in fp32.
 
     Raises:
-        ValueError: Tensors on which it cannot run, see `obstacle`, or shapes that do not fit.
+        ValueError: It cannot run on these tensors (see `obstacle`), or the shapes do not fit.
     """
     if why := obstacle(x.device, x.dtype):
         raise ValueError(f"conv cannot run: {why}; torch.nn.functional.conv2d takes any tensor")

@@ -55,7 +55,7 @@ def _select(x_ptrs, k, K: tl.constexpr):
 
 @_jit
 def _error(z, y, scored, beta, SQUARED: tl.constexpr):
-    """Loss and its derivative by the prediction z; 0 where not scored, whatever z and y hold."""
+    """Loss and its derivative by the prediction z; 0 where not scored, for any z and y."""
     e = tl.where(scored, z - y, 0.0)
     if SQUARED:
         value = e * e
@@ -120,7 +120,7 @@ def _order_kernel(
     n, n_rows, n_views, n_time,
     DENSE: tl.constexpr, BY_ROW: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Numbers the masked positions. Every program counts all positions itself: the mask is small, and it saves a launch."""
+    """Numbers the masked positions. Every program counts all positions: the mask is small, and this saves a launch."""
     lane = tl.arange(0, BLOCK)
     first = tl.program_id(0) * BLOCK
     i = first + lane
@@ -335,7 +335,7 @@ def _loss_instance_kernel(
     batch = tl.program_id(1)
     n_batch = tl.num_programs(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    # 1-D until loaded: for (BLOCK_T, 1) Triton picks a layout in which most threads load the same element.
+    # 1-D until loaded, because for (BLOCK_T, 1) Triton picks a layout in which most threads load the same element.
     time = tl.arange(0, BLOCK_T)
     exists = time < n_time
     present = exists
@@ -439,7 +439,7 @@ def _channel_stats_kernel(
 
 @_jit
 def _scale_kernel(x_ptr, factor_ptr, weight_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    """out = x · factor · weight over n elements; the two are fp32 numbers on the device."""
+    """out = x · factor · weight over n elements; factor and weight are fp32 numbers on the device."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < n).to(tl.float32)
     y = x * (tl.load(factor_ptr) * tl.load(weight_ptr))
@@ -459,7 +459,7 @@ def _finish_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, MEAN: tl.constexpr, WITH_STATS: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = 4096
-    ROWS: tl.constexpr = 128  # many at once, because the loads of one iteration wait for the previous one
+    ROWS: tl.constexpr = 128  # many rows at once, because each iteration's loads wait for those of the previous one
     loss = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_losses, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -542,7 +542,7 @@ def _order(mask: Tensor, padding_mask: Tensor | None, n_rows: int, dense: bool, 
 
 
 def _alignment(x: Tensor) -> int:
-    """The power of two, at most 16 bytes of elements, that divides where the rows of x (B, T, C) start."""
+    """The largest power of two, in elements up to 16 bytes, that divides the start offsets of the rows of x (B, T, C)."""
     return math.gcd(16 // x.element_size(), x.stride(0), x.stride(1))
 
 
@@ -625,9 +625,9 @@ def loss(
         predictions: (N, C), one row for each masked position in the order of `mask.flatten()`, or (B, T, C); no fp64.
         layers: K tensors (B, T, C) of any strides, all fp32, bf16 or fp16.
         mask: (B, T) or (B, M, T) bool, True = scored.
-        padding_mask: (B, T) bool or None, True = left out of the statistics and never scored.
+        padding_mask: (B, T) bool or None, True = excluded from the statistics and never scored.
         norm: "none", "layer", "instance", "batch" or "group".
-        target_norm: "none", "layer" or "instance", of the average.
+        target_norm: "none", "layer" or "instance", for the average.
         beta: 0 = squared error, otherwise smooth-L1.
         scale: Factor of the summed error.
         mean: Divide by the number of scored positions.
@@ -635,10 +635,10 @@ def loss(
         target_mean: Compute the mean of the targets over T.
 
     Returns:
-        loss () fp32; d Σ error / d predictions, contiguous, in shape and dtype of the predictions; factor () fp32 that it
-        lacks; count () fp32; moments (4, C) fp32 = mean and summed squared deviation of targets, then of predictions, per
-        channel over scored positions, (4, 0) without `stats`; mean of the targets over positions that are not padding
-        (B, C) fp32, (B, 0) without `target_mean`.
+        loss () fp32; d Σ error / d predictions, contiguous, in shape and dtype of the predictions; factor () fp32, by which
+        this must still be multiplied; count () fp32; moments (4, C) fp32 = mean and summed squared deviation of targets, then
+        of predictions, per channel over scored positions, (4, 0) without `stats`; mean of the targets over positions that are
+        not padding (B, C) fp32, (B, 0) without `target_mean`.
     """
     batch, length, channels = layers[0].shape
     layers = _uniform(layers)
@@ -690,7 +690,7 @@ def loss(
             block_n = tile["BLOCK_N"]
             n_tiles = triton.cdiv(n_rows, block_n) if by_row else batch * triton.cdiv(length, block_n)
             programs = max(n_tiles, 1)
-            if stats:  # as many as run concurrently, because each writes moments
+            if stats:  # only as many programs as run concurrently, because each writes moments
                 programs = min(programs, (8 // tile["num_warps"] or 1) * _n_processors(z.device))
             statistics = (z, z)
             if norm in POOLED:
@@ -754,7 +754,7 @@ def loss(
 
 
 def scaled(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
-    """x · factor · weight in the dtype of x, computed in fp32; both numbers are () fp32 and stay on the device."""
+    """x · factor · weight in the dtype of x, computed in fp32; factor and weight are () fp32 and stay on the device."""
     x = x.contiguous()
     out = torch.empty_like(x)
     if x.numel():

@@ -6,17 +6,17 @@
     step.py           one optimizer step, and the state that it changes
     feed.py           batches in order, from the loader
     optim.py          optimizer and learning rate
-    guards.py         what stops a run: broken samples, steps that are not finite, signals
+    guards.py         reasons to stop: broken samples, steps that are not finite, signals
     log.py            log.jsonl, TensorBoard and other trackers, progress
-    callbacks.py      your own objects that a run calls
+    callbacks.py      user-defined hooks
     online_probe.py   k-NN probe of the teacher during training
     save.py           checkpoints, resuming and the export
     folder.py         the folder of a run
     parallel.py       devices and ranks, through accelerate
 
 One optimizer step = `accumulate` micro-batches on each of R ranks. Their loss is divided by the total number of masked
-positions, so that each position has the same weight on whichever rank it is (method 1.4). Then come clipping, optimizer,
-schedule and teacher, in this order.
+positions, so each position has the same weight on every rank (method 1.4). Then follow clipping, optimizer, schedule and
+teacher, in this order.
 """
 
 from __future__ import annotations

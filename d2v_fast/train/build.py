@@ -62,10 +62,10 @@ class Run:
         samples: Identity of the samples, compared on resume.
         feed: The batches.
         broken: Samples that could not be read.
-        state: What a step reads and changes.
+        state: The state that a step reads and changes.
         window: Statistics since the last line of the log.
         steps: Total number of steps.
-        fused: What --fused changed, in words.
+        fused: Descriptions of what --fused changed.
         callbacks: The callbacks.
         saved: Step of the newest checkpoint.
         changed: Whether settings differ from those of the newest checkpoint.
@@ -246,7 +246,7 @@ def set_length_multiple(config: Any, device: torch.device) -> Any:
 def begin(
     config: Config | SeveralConfig, fused: bool, accelerator: Accelerator, folder: RunFolder
 ) -> tuple[dict[str, Any], Checkpoints, Checkpoint | None]:
-    """The settings as a checkpoint stores them, the checkpoints, and the one to resume from."""
+    """The settings in the form that checkpoints store, the checkpoints, and the one to resume from."""
     settings = {"modality": config.modality, "fused": fused, "processes": accelerator.num_processes, **config.settings()}
     settings["train.output"] = folder.name
     settings = json.loads(json.dumps(settings, default=str))
@@ -379,7 +379,7 @@ def _fit(data: PretrainingData, encoder: Encoder, config: Config) -> Samples:
 
 
 def make_core(config: Config, data: PretrainingData, encoder: Encoder, accelerator: Accelerator) -> Data2Vec:
-    """Student, teacher and head. Tries a batch where that gives a better error: on several ranks and for own data classes."""
+    """Student, teacher and head. With several ranks or a custom data class, tries a batch, which gives better errors."""
     own = config.data["class"]
     shapes = _try_collate(config, data, encoder) if own else ""
     core = make_model(config, encoder, data.axes).to(accelerator.device)  # before the optimizer, which apex requires
@@ -430,7 +430,7 @@ def _shard(core: Data2Vec, config: Config, data: PretrainingData, accelerator: A
 
 
 def check_machines(world: int) -> None:
-    """Raise ConfigError, on all ranks, unless all machines have the same number of them."""
+    """Raise ConfigError, on all ranks, unless all machines have the same number of ranks."""
     from accelerate.utils import gather_object
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -443,7 +443,7 @@ def check_machines(world: int) -> None:
 
 
 def _try_collate(config: Config, data: PretrainingData, encoder: Encoder) -> str:
-    """Check a first batch of your own data class; returns its dtypes and shapes in words."""
+    """Check the first batch of a custom data class; returns a description of its dtypes and shapes."""
     own = config.data["class"]
     data.check_mask()
     with error_context(own, type(data), "collate fails on its first samples"):
@@ -500,7 +500,7 @@ def make_data(config: Config, folder: Path | None = None) -> PretrainingData:
 
     Raises:
         ConfigError: Inconsistent settings.
-        DataError: Unusable data, or an incomplete data class of your own.
+        DataError: Unusable data, or an incomplete custom data class.
     """
     data = dict(config.data)
     own = data.pop("class")
@@ -530,7 +530,7 @@ def make_encoder(config: Config, tokens: dict[str, int] | None = None) -> Encode
             encoder.config win.
 
     Raises:
-        ConfigError: The encoder has no vocabulary for text, or is of another modality.
+        ConfigError: The encoder has no vocabulary for text, or is for another modality.
     """
     from transformers import CONFIG_MAPPING
 
@@ -618,13 +618,13 @@ def _start_from_pretrained(model: Data2Vec, config: Config) -> None:
 
 
 def _in_one_line(error: Exception) -> str:
-    """The first two lines of an error in one line; of several weights that do not fit, this names the first."""
+    """The first two lines of an error as one. If several weights do not fit, this names the first."""
     return " ".join(line.strip().rstrip(".") for line in str(error).splitlines()[:2])
 
 
 def first_batch(data: PretrainingData) -> Batch | None:
-    """A batch of up to two readable samples with something to score; None if there is none, which the first step reports."""
-    if data.stream:  # tells before the first step if the remote does not answer
+    """A batch of up to two readable samples with masked positions, or None; the first step then reports the reason."""
+    if data.stream:  # fails before the first step if the remote does not answer
         batch = next(iter(StreamBatches(data, 2, buffer=2)))
         if "failed" in batch:
             raise DataError(batch["failed"])

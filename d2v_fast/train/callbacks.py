@@ -34,7 +34,7 @@ class Callback:
     settings and `run.folder.path` the folder. `run.stop = True` ends the run after the current step, as Ctrl-C does.
 
     Attributes:
-        every_rank: Call it on all ranks, each with its own run, instead of on the first rank only.
+        every_rank: Call the callback on all ranks, each with its own run, instead of on the first rank only.
     """
 
     every_rank = False

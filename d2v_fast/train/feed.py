@@ -19,7 +19,7 @@ from d2v_fast.train.guards import BrokenSamples, WorkerDied, in_main_thread
 log = logging.getLogger(__name__)
 
 LEAST = 1000  # samples of a stream, whose number is unknown, of which a share may be unreadable
-EMPTY = 100  # batches in a row without masked positions before the mask is blamed; with short samples, one may occur
+EMPTY = 100  # consecutive batches without masked positions that are an error; with short samples a single one may occur
 
 
 class Feed:
@@ -29,7 +29,7 @@ class Feed:
         data: The data set.
         order: The samples of each batch, starting with the first batch to train on.
         workers: Number of loading processes; they start with the first batch.
-        device: Where batches are needed. To a GPU the next batch is copied while the step runs.
+        device: Where batches are needed. For a GPU, the next batch is copied while the step runs.
         broken: Records samples that cannot be read.
     """
 
@@ -47,19 +47,19 @@ class Feed:
             order.finishes = device.type == "cpu"
         self.loader = make_loader(loaded, order, workers, pin_memory=device.type == "cuda")
         self.taken = self.trained = order.start  # batches handed over or skipped, and those used by finished steps
-        self.position = self.trained_position = getattr(order, "state", None)  # the same of a stream
+        self.position = self.trained_position = getattr(order, "state", None)  # likewise for a stream
         self.batches = self._prefetched() if device.type == "cuda" else self._synchronous()
 
     def take(self, number: int) -> list[Batch]:
         """The next batches.
 
         Raises:
-            DataError: The data cannot be read, or nothing is masked; a WorkerDied if a loading process has died.
+            DataError: The data cannot be read, or nothing is masked; WorkerDied if a loading process has died.
         """
         try:
             return [next(self.batches) for _ in range(number)]
         except Exception as error:
-            # An error raised in a worker says "Caught …". These errors without it mean that the connection broke.
+            # The message of an error raised in a worker starts with "Caught". Otherwise these errors mean a broken connection.
             disconnected = isinstance(error, ConnectionError | EOFError | FileNotFoundError) and "Caught" not in str(error)
             if (disconnected and self.workers) or "DataLoader worker (pid" in str(error):
                 raise WorkerDied(f"a data loading process died: {first_line(error)}") from error
@@ -83,9 +83,9 @@ class Feed:
                 yield batch if self.device.type == "cpu" else self._move(batch)
 
     def _prefetched(self) -> Generator[Batch, None, None]:
-        """Each batch is loaded and copied by a thread, on a second stream, while the step before it runs.
+        """Load and copy each batch in a thread, on a second stream, while the previous step runs.
 
-        Only what is handed over counts as taken.
+        A batch counts as taken only once it is yielded.
         """
         stream = torch.cuda.Stream(self.device)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer"  # folder of the tokenizer trained for the run
 STEP = "step.json"  # in export/: the step its weights are from
-HEAD, TEACHER = "head.safetensors", "teacher.safetensors"  # saved with the encoder of another project's checkpoint
+HEAD, TEACHER = "head.safetensors", "teacher.safetensors"  # saved when another project's checkpoint is converted
 
 
 class RunFolder:
@@ -47,7 +47,7 @@ class RunFolder:
             chosen = str(new_folder(config.name))
         self.name = from_main(chosen)
         self.path = Path(self.name)
-        # A killed process releases its lock. Runs of one process share it: a run that was never started would keep it.
+        # A killed process releases its lock. Runs in one process share it, so that a run that never starts blocks no other.
         self.lock = FileLock(self.path / ".lock", timeout=0, is_singleton=True)
         self.resume, self.parts = config.resume, ("", *config.parts)
         if main and (self.path.exists() or config.resume is not True):
@@ -109,7 +109,7 @@ class RunFolder:
 
 
 def new_folder(name: str) -> Path:
-    """Create a folder in runs/ for a run without train.output. Runs that start in the same second get different ones."""
+    """Create a folder in runs/ for a run without train.output. Runs that start in the same second get different folders."""
     base = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, number = Path(base), 1
     while True:

@@ -1,4 +1,4 @@
-"""What a run tolerates and what stops it: broken samples, steps that are not finite, full disks, signals."""
+"""How a run handles broken samples, steps that are not finite, full disks and signals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BrokenSamples:
 
     Args:
         total: Number of samples.
-        limit: Maximum share of unreadable ones.
+        limit: Maximum share of unreadable samples.
     """
 
     def __init__(self, total: int, limit: float):
@@ -49,7 +49,7 @@ class BrokenSamples:
         self.judge(self.seen)
 
     def judge(self, seen: dict[int, str]) -> None:
-        """Raise DataError if `seen`, from this rank or all ranks, holds too many samples."""
+        """Raise DataError if `seen`, from this rank or from all ranks, holds too many samples."""
         if len(seen) > self.limit * self.total or len(seen) == self.total:
             first = "\n  ".join(list(seen.values())[:5])
             raise DataError(
@@ -136,7 +136,7 @@ def in_main_thread() -> bool:
 class StopRequest:
     """SIGTERM, Ctrl-C and SIGHUP end the run after the current step, with a checkpoint; a second one ends it at once.
 
-    So do SIGUSR1 and SIGUSR2, with which SLURM announces the end of a job's time, unless they have another handler. They never
+    So do SIGUSR1 and SIGUSR2, which SLURM can send before a job's time limit, unless they already have a handler. They never
     count as the second signal, because SIGTERM follows them.
     """
 

@@ -174,7 +174,7 @@ class Progress:
 
     Args:
         steps: Total number of steps.
-        done: Steps done before the run resumes.
+        done: Steps done before the run was resumed.
         main: Whether this is the first rank.
     """
 
@@ -307,7 +307,7 @@ class Logs:
         self.progress.step()
 
     def write(self, part: Run, outcome: Outcome, epoch: int) -> None:
-        """Log the steps of a part since its last line. The monitor judges them, which may raise CollapseError."""
+        """Write a log line for a part's steps since the previous one. The monitor checks it and may raise CollapseError."""
         part.record = record = make_record(part.state, part.window, part.broken, epoch, outcome.grad_norm)
         part.window.clear()
         part.callbacks.call("on_log", part, record)
@@ -318,7 +318,7 @@ class Logs:
 
 @contextmanager
 def open_logs(run: Run) -> Iterator[Logs]:
-    """Open the log of each part and show the progress. The monitor judges how distinct the samples are."""
+    """Open the log of each part and show progress. The monitor checks that samples are distinct."""
     main, begin, board = run.accelerator.is_main_process, run.state.done, "tensorboard" not in run.config.train.trackers
     files = {}
     with ExitStack() as opened, Progress(run.steps, begin, main) as progress:

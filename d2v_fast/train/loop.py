@@ -52,7 +52,7 @@ def _steps(run: Run) -> bool:
             end.stopped, busy, failed = on_any(run.accelerator, *flags)
             if end.stopped:
                 break
-            if failed:  # the other ranks learn of it here and join the save
+            if failed:  # on any rank; all ranks join the save
                 end.save()
                 raise failure or DataError("another rank could not load its batches; its message gives the reason")
             busy = busy or finish(run)  # all ranks have written their parts of a sharded checkpoint
@@ -79,7 +79,7 @@ def _steps(run: Run) -> bool:
 
 @dataclass
 class Ending:
-    """How the steps end.
+    """How training ends.
 
     Attributes:
         run: The run.
@@ -99,7 +99,7 @@ class Ending:
 
 @contextmanager
 def _ending(run: Run, stop: StopRequest) -> Iterator[Ending]:
-    """Keep what was learned, whatever ends the steps."""
+    """Save a checkpoint and the export, if possible, however training ends."""
     end = Ending(run)
     try:
         yield end
@@ -121,7 +121,7 @@ def _ending(run: Run, stop: StopRequest) -> Iterator[Ending]:
         # One rank alone cannot gather a sharded model.
         if run.state.done and (end.together or not run.config.train.shard):
             _export(run)
-        if end.together:  # else torchrun would end the first rank during the export, once another has exited with an error
+        if end.together:  # otherwise torchrun kills the first rank during the export once another has exited with an error
             run.accelerator.wait_for_everyone()
 
 

@@ -27,8 +27,8 @@ SAMPLES = 1000  # maximum number of training samples, and of test samples
 class OnlineProbe(Callback):
     """Adds `probe_knn` to the log: to the first line after every `interval` steps, and to the last line.
 
-    The value is the test accuracy of a k-NN on the teacher's mean states, weighted as in DINO. It leaves the random number
-    generators of the training unchanged.
+    The value is the test accuracy of a k-NN on the teacher's mean states, weighted as in DINO. The probe leaves the random
+    number generators of training unchanged.
 
     Args:
         config: Config of the run, with `train.probe_every` and `train.probe_data`.

@@ -27,8 +27,8 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool 
     Args:
         model: On the device where it is trained.
         config: The settings.
-        fused: AdamW in one pass per tensor. LAMB is NVIDIA apex's on a GPU, if apex is installed.
-        one_pass: AdamW that moves the teacher too; `one_pass_obstacle` says where it cannot.
+        fused: Run AdamW in one pass per tensor. On a GPU, LAMB is NVIDIA apex's if apex is installed.
+        one_pass: Run an AdamW that also updates the teacher; `one_pass_obstacle` tells whether it can.
 
     Raises:
         ConfigError: A pattern of `lr_scale` matches no parameter.
@@ -62,7 +62,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, fused: bool 
         obstacle = apex_obstacle()
         if not obstacle:
             log.info("LAMB runs as apex's FusedLAMB")
-            # Its own clipping is off: train.clip_norm clips.
+            # An infinite norm turns off its own clipping; train.clip_norm clips.
             return _apex_lamb()(described, betas=betas, eps=eps, max_grad_norm=math.inf)
         log.info("LAMB runs as torch operations: %s", obstacle)
     return Lamb(described, betas=betas, eps=eps)
@@ -73,7 +73,7 @@ def _on_gpu(model: torch.nn.Module) -> bool:
 
 
 def one_pass_obstacle(model: torch.nn.Module, config: OptimizerConfig, train: TrainConfig, fused: bool) -> str | None:
-    """Why the optimizer cannot move the teacher in the same pass, or None if it can."""
+    """Why the optimizer cannot update the teacher in the same pass, or None if it can."""
     if not fused:
         return "it needs --fused"
     if config.kind != "adamw":
@@ -170,7 +170,7 @@ def _apex_lamb() -> Any:
 
 
 def apex_obstacle() -> str:
-    """Why NVIDIA apex cannot be used, or "". The package named apex on PyPI is another one; it is never imported."""
+    """Why NVIDIA apex cannot be used, or "". The package named apex on PyPI is unrelated and never imported."""
     found = importlib.util.find_spec("apex")
     if found is None:
         return "apex is not installed"

@@ -23,7 +23,7 @@ def start(train: TrainConfig) -> Accelerator:
     """Select the device and join the other ranks, if any.
 
     Raises:
-        ConfigError: No such device, or parallelism other than data parallelism through torchrun.
+        ConfigError: The device does not exist, or parallelism other than data parallelism through torchrun is requested.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -59,7 +59,7 @@ def check_device(wanted: str) -> None:
     found = torch.accelerator.current_accelerator(check_available=True)
     if wanted not in ("auto", "cpu", found and found.type):
         raise ConfigError(
-            f"train.device={wanted}: torch {torch.__version__} finds {found.type if found else 'no GPU'}; d2v-doctor may say "
+            f"train.device={wanted}: torch {torch.__version__} finds {found.type if found else 'no GPU'}; d2v-doctor may show "
             "why; train.device=auto uses what is available"
         )
 
@@ -69,9 +69,10 @@ def check_slurm() -> None:
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1" and "WORLD_SIZE" not in os.environ:
         raise ConfigError(
-            f"SLURM_STEP_NUM_TASKS={tasks}: srun has started {tasks} processes, which would be {tasks} runs; for one run start "
-            "torchrun once a node: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_JOB_NUM_NODES --nproc-per-node=GPUS "
-            "--rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 -m d2v_fast.cli …; for separate runs unset it"
+            f"SLURM_STEP_NUM_TASKS={tasks}: srun has started {tasks} processes, which would be {tasks} runs; for one run, "
+            "start torchrun once per node: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_JOB_NUM_NODES "
+            "--nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 -m d2v_fast.cli …; for separate runs, "
+            "unset the variable"
         )
 
 
@@ -88,7 +89,7 @@ def check_restarts() -> None:
 
 @contextmanager
 def without_accelerate_variables() -> Iterator[dict[str, str]]:
-    """Hide the environment variables that configure accelerate, so that a run depends only on its config; yields them.
+    """Hide the environment variables that configure accelerate, so that a run depends only on its config; yield them.
 
     Raises:
         ConfigError: A variable requests FSDP, DeepSpeed or similar.

@@ -74,7 +74,7 @@ def newest(checkpoints: Checkpoints, main: bool, shared: bool) -> Checkpoint:
 
 
 def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config | SeveralConfig) -> None:
-    """Raise CheckpointError for settings that must not differ.
+    """Raise CheckpointError if settings that must not differ do.
 
     Settings that did not exist when the checkpoint was written are ignored if they have their default. A different number of
     processes is allowed if train.accumulate changes such that a step has as many micro-batches as before.
@@ -98,7 +98,7 @@ def compare_settings(saved: Checkpoint, settings: dict[str, Any], config: Config
 
 
 def share(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
-    """The saved state for one rank. If the number of ranks has changed, each gets an equal share of the work of all.
+    """The saved state for one rank. If the number of ranks has changed, the total work done is divided equally.
 
     Args:
         ranks: Rank states of a checkpoint, as `save` writes them.
@@ -123,11 +123,11 @@ def share(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
 
 
 def save(run: Run, wait: bool = True) -> None:
-    """Save a checkpoint unless there is one of this step. Called on all ranks together, between two steps.
+    """Save a checkpoint unless this step has one. Called on all ranks together, between two steps.
 
     Args:
         run: The run.
-        wait: Return once it is on disk. Otherwise a sharded run needs `finish` after later steps.
+        wait: Return only once it is on disk. Otherwise a sharded run needs `finish` after later steps.
     """
     for part in run.each:
         part.state.settle()
@@ -140,7 +140,7 @@ def save(run: Run, wait: bool = True) -> None:
 
 
 def complete(run: Run) -> None:
-    """Wait until the last checkpoint is on disk. If the run is sharded, called on all ranks together."""
+    """Wait until the last checkpoint is on disk. In a sharded run, called on all ranks together."""
     run.checkpoints.wait()
     if finish(run):
         run.checkpoints.wait()
@@ -149,7 +149,7 @@ def complete(run: Run) -> None:
 def finish(run: Run) -> bool:
     """Finish the checkpoint of a sharded run once all ranks have written their parts; returns whether there is one.
 
-    Called on all ranks together. Only rank 0 has work left, which its thread does.
+    Called on all ranks together. Only rank 0 has work left, which runs in its thread.
     """
     from accelerate.utils import gather_object
 
@@ -164,7 +164,7 @@ def finish(run: Run) -> bool:
 
 
 def reserve(run: Run) -> None:
-    """Allocate the memory of the copies for checkpoints."""
+    """Allocate memory for the copies that checkpoints are written from."""
     if run.config.train.shard:
         run.checkpoints.reserve(_parts(run, run.state.tensors())[0])
     elif run.accelerator.is_main_process:
@@ -197,7 +197,7 @@ def _save(run: Run) -> None:
 
 
 def _state(run: Run, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """The state of a run that is not tensors."""
+    """The part of a run's state that is not tensors."""
     scaler = run.accelerator.scaler
     written: dict[str, Any] = {
         **run.state_dict(),
@@ -212,14 +212,14 @@ def _state(run: Run, ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _parts(run: Run, tensors: Tensors) -> tuple[Tensors, dict[str, dict[str, str]]]:
-    """What this rank writes of a sharded run, by file, and the metadata of the files."""
+    """The tensors of a sharded run that this rank writes, by file, and the metadata of the files."""
     rank = run.accelerator.process_index
     found = {f"{file}-{rank}": parts(values, rank) for file, values in tensors.items()}
     return {file: own for file, (own, _) in found.items() if own}, {file: each for file, (_, each) in found.items()}
 
 
 def _await(run: Run, step: int) -> None:
-    """Have the callbacks called once the checkpoint is written. config.yaml takes over allowed changes once it has them."""
+    """Arrange for callbacks, and for config.yaml to adopt allowed changes, once the checkpoint is written."""
     run.callbacks.awaited = step
     if run.changed:
         run.checkpoints.wait()
@@ -229,7 +229,7 @@ def _await(run: Run, step: int) -> None:
 
 
 def write_settings(run: Run) -> None:
-    """Write config.yaml. The folder of a part gets its settings as those of an independent run."""
+    """Write config.yaml. In the folder of a part, it holds the settings of the equivalent single-modality run."""
     for each in (run, *(part for part in run.each if part is not run)):
         each.folder.path.mkdir(exist_ok=True)
         write_text(each.folder.path / "config.yaml", each.config.yaml)

@@ -1,10 +1,10 @@
 """A run of several modalities. Its parts are runs that share blocks, optimizer and checkpoints, and take turns.
 
-A step draws all its micro-batches, on all ranks, from one part. So the loss is over positions of one kind, any shares are
-possible, a step costs the same as in a run of that modality only, and ranks need no coordination.
+A step draws all its micro-batches, on all ranks, from one part. So a loss covers positions of one kind, any shares are
+possible, a step costs the same as in a single-modality run, and ranks need no coordination.
 
-    RUN/config.yaml, checkpoints/, environment.json     of all parts
-    RUN/vision/config.yaml, log.jsonl, export/, …       as for a run of images alone, for d2v-probe, d2v-export and d2v-report
+    RUN/config.yaml, checkpoints/, environment.json     for all parts
+    RUN/vision/config.yaml, log.jsonl, export/, …       as in a run of images alone, for d2v-probe, d2v-export and d2v-report
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def turns(shares: Mapping[str, float], steps: int, seed: int) -> np.ndarray:
     """The index of the part that trains in each step: (steps,) int64.
 
     A pure function of (seed, step). The fractional parts of multiples of the golden ratio fill the unit interval evenly (Weyl),
-    and the shares divide that interval. For any number of steps, each part gets its share to within a few steps, and there is
-    no period that could coincide with that of the log.
+    and the shares divide that interval. After any number of steps, each part has had its share to within a few steps, and no
+    period can coincide with that of the log.
     """
     points = (np.random.default_rng(seed % 2**64).random() + GOLDEN * np.arange(steps)) % 1
     return np.searchsorted(np.cumsum(list(shares.values()))[:-1], points, side="right")
@@ -59,8 +59,8 @@ class SeveralRun(Run):
     """A run whose parts take turns.
 
     Attributes:
-        parts: The parts by name. Each has its own data, feed, window, broken samples, monitor and skipped steps. The run itself
-            holds those of the first part and does not use them.
+        parts: The parts by name. Each has its own data, feed, window, broken samples, monitor and skipped steps. The run's own
+            attributes of these names are those of the first part and are not used.
     """
 
     parts: dict[str, Run] = field(default_factory=dict)
@@ -111,7 +111,7 @@ def build_parts(
     found = {name: read(part, folder.inside(name).path) for name, part in config.parts.items()}
     if streamed := [name for name, (data, _, _) in found.items() if data.stream]:
         raise ConfigError(
-            f"several.parts.{streamed[0]}.data: is streamed, which only a run of one modality can be; use local data"
+            f"several.parts.{streamed[0]}.data: is streamed, which only works in a run of one modality; use local data"
         )
     samples = Samples.joined([samples for _, _, samples in found.values()])
     if saved:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class State:
-    """What a step reads and changes.
+    """The state that a step reads and changes.
 
     Attributes:
         core: Student, teacher and head.
@@ -37,13 +37,13 @@ class State:
         monitor: Observes each output of the model.
         skipped: Counts steps that are not finite.
         arguments: Arguments of the model in addition to a batch.
-        reduction: What the loss is divided by, as `loss.reduction`.
+        reduction: How the loss is averaged, as in `loss.reduction`.
         clip_norm: Maximum norm of the gradient, 0 = no clipping.
         graphs: Replays passes as CUDA graphs; None runs them eagerly.
         done: Number of steps so far.
         late: Whether the device itself skips steps that are not finite; the host reads the flag one step later.
         pending: The last step, while the host does not know whether it was taken.
-        device, world: Device of the accelerator, and its number of processes.
+        device, world: The accelerator's device and number of processes.
     """
 
     core: Data2Vec
@@ -85,7 +85,7 @@ class State:
         }
 
     def load_tensors(self, tensors: Tensors) -> None:
-        """Restore the result of `tensors`. The schedules need no state, as functions of the step."""
+        """Restore the result of `tensors`. The schedules need no state, because they are functions of the step."""
         parameters = dict(self.core.named_parameters())
         numbers = {p: i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
         kept: dict[int, dict[str, Tensor]] = {}
@@ -129,8 +129,8 @@ class Pending(NamedTuple):
 
     Attributes:
         step: Its number.
-        micro_batches: What `SkippedSteps` needs of them, without tensors.
-        loss, grad_norm: As in `Outcome`.
+        micro_batches: The entries that `SkippedSteps` needs, without tensors.
+        loss, grad_norm: Those of `Outcome`.
         finite: A copy of the flag in host memory, valid after `copied`.
         copied: Event after the copy; None on a CPU.
     """
@@ -143,17 +143,18 @@ class Pending(NamedTuple):
     copied: torch.cuda.Event | None
 
     def wait(self) -> bool:
-        """Whether the step was taken. Waits for the end of that step only."""
+        """Whether the step was taken. Waits only until that step has ended."""
         if self.copied is not None:
             self.copied.synchronize()
         return bool(self.finite)
 
 
 def step(state: State, micro_batches: list[Batch]) -> Outcome:
-    """Forward and backward of all micro-batches, then optimizer, schedule and teacher, unless something is not finite.
+    """Forward and backward of all micro-batches, then optimizer, schedule and teacher if loss and gradient are finite.
 
-    If `state.late`, the device skips the updates by itself and the host does not wait. It reads the flag in the next step, once
-    the passes of that step are queued, or in `state.settle()`. Steps that are logged or may end the run are settled at once.
+    If `state.late`, the device itself skips the updates and the host does not wait. The host reads the flag in the next step,
+    once the passes of that step are queued, or in `state.settle()`. Steps that are logged or may end the run are settled at
+    once.
     """
     loss, cls_loss = _accumulate(state, micro_batches)
     grad_norm = clip(state)
@@ -181,7 +182,7 @@ def step(state: State, micro_batches: list[Batch]) -> Outcome:
 
 
 def _update_late(state: State, finite: Tensor) -> None:
-    """Update weights and teacher, which stay as they are if the flag on the device is not set."""
+    """Update weights and teacher on the device, unless the flag there is not set."""
     optimizer: Any = state.optimizer.optimizer
     optimizer.found_inf = skip = 1 - finite.float()  # torch's protocol of loss scaling
     state.optimizer.step()
@@ -200,7 +201,7 @@ def _to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 
 def _accumulate(state: State, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
-    """Add up the gradients; returns the loss and the part of it that is CLS."""
+    """Accumulate the gradients; returns the loss and the part of it that comes from CLS."""
     num_targets = None
     if state.reduction == "global":
         # Known on the host; only several ranks need to communicate.
@@ -226,7 +227,7 @@ def _accumulate(state: State, micro_batches: list[Batch]) -> tuple[Tensor, Tenso
 def forward_backward(
     state: State, inputs: dict[str, Tensor], num_targets: Tensor | float | None, parts: int
 ) -> tuple[Tensor, Tensor]:
-    """Run a micro-batch; returns what it adds to the loss of the step, and the part of it that is CLS."""
+    """Run a micro-batch; returns its contribution to the step's loss, and the part of that from CLS."""
     output = state.model(**inputs, **state.arguments, num_targets=num_targets, stats=state.monitor.due)
     share = output.loss / parts
     state.accelerator.backward(share)
@@ -250,7 +251,7 @@ def _finite(state: State, loss: Tensor, grad_norm: Tensor) -> Tensor:
 
 
 def make_graphs(state: State, train: TrainConfig) -> Graphs | None:
-    """CUDA graphs for one process on a GPU, if no pass depends on the host, as layer-drop and a model's own forward may."""
+    """CUDA graphs for one process on a GPU; None if a pass may depend on the host (layer-drop, a model's own forward)."""
     student = state.core.student
     alone = state.device.type == "cuda" and state.world == 1
     simple = train.accumulate == 1 and state.accelerator.scaler is None and student.halves is not None
@@ -260,10 +261,10 @@ def make_graphs(state: State, train: TrainConfig) -> Graphs | None:
 
 
 def can_be_late(state: State) -> bool:
-    """Whether the device can skip a step by itself; then the teacher is prepared for that.
+    """Whether the device itself can skip a step; if so, this prepares the teacher.
 
-    That takes a GPU with Triton, AdamW in one pass per tensor and fp32 weights. Several ranks exchange whether to stop in each
-    step, for which they wait anyway. Loss scaling has its own way to skip steps.
+    This needs a GPU with Triton, AdamW in one pass per tensor, and fp32 weights. Several ranks exchange in each step whether to
+    stop, so they wait anyway. Loss scaling skips steps in its own way.
     """
     from d2v_fast.ops import triton_adam, triton_loss
 

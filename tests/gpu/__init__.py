@@ -1,4 +1,4 @@
-"""Tests on a GPU. `TEST_DEVICE=cpu TRITON_INTERPRET=1` runs what a CPU can: their own code, not what they are for."""
+"""Tests on a GPU. `TEST_DEVICE=cpu TRITON_INTERPRET=1` runs those that a CPU can, which checks only their own code."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""AdamW and teacher in one pass on a real GPU: as torch to rounding, the same bits twice and in a graph, no synchronisation."""
+"""AdamW and teacher in one pass on a real GPU: equal to torch up to rounding, reproducible, also in a graph, asynchronous."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_a_step_does_not_synchronise():
 
 @needs_gpu
 def test_inside_a_graph():
-    """Three replayed launches, each with its own learning rate, against three steps."""
+    """Three replayed launches, each with its own learning rate, equal three steps."""
     plain, replayed = make(device=DEVICE), make(device=DEVICE)
     optimizers = [make_optimizer(model, SETTINGS, fused=True, one_pass=True) for model in (plain, replayed)]
     for model, optimizer in zip((plain, replayed), optimizers, strict=True):

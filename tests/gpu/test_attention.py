@@ -14,7 +14,7 @@ if torch.cuda.get_device_capability() < (8, 0):
 
 
 def make(lengths, longest, heads=12, size=64):
-    """Query, key and value (B, H, T, D) as a layer makes them, and the padding mask."""
+    """Query, key and value (B, H, T, D) as a layer produces them, and the padding mask."""
     torch.manual_seed(0)
     shape = (len(lengths), longest, heads, size)
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(3)]

@@ -1,4 +1,4 @@
-"""The grouped convolution on a real GPU: the gate of tests/test_triton_conv.py at real sizes, and what that cannot show."""
+"""The grouped convolution on a real GPU: the gate of tests/test_triton_conv.py at real sizes, and GPU-only properties."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ REAL = [
 
 @pytest.mark.parametrize("case", [*CASES, *REAL], ids=str)
 def test_against_float64(case):
-    assert gate(case, DEVICE, sums=1e-4) == []  # the sums of a tensor core are cut, not rounded
+    assert gate(case, DEVICE, sums=1e-4) == []  # tensor cores truncate sums instead of rounding
 
 
 @pytest.mark.parametrize("case", REAL[:4], ids=str)
@@ -52,7 +52,7 @@ def test_inside_a_compiled_step(case):
     compiled_leaves, compiled_step = _step(case, torch.compile(triton_conv.conv, fullgraph=True))
     compiled_step()
     for leaf, compiled, tolerance in zip(leaves, compiled_leaves, (0, 0, 1e-4), strict=True):
-        # The kernels are the same; the bias has a sum of the compiler's own, in another order.
+        # The kernels are the same; the compiler sums the bias gradient in another order.
         torch.testing.assert_close(compiled.grad, leaf.grad, rtol=tolerance, atol=tolerance)
 
 

@@ -1,4 +1,4 @@
-"""The fused loss on a real GPU: the gate of tests/test_triton_loss.py at real sizes, and what an interpreter cannot show."""
+"""The fused loss on a real GPU: the gate of tests/test_triton_loss.py at real sizes, and GPU-only properties."""
 
 from itertools import product
 

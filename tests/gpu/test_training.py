@@ -1,4 +1,4 @@
-"""What `d2v-train` does in its own way on a GPU: batches copied ahead, images normalised there, LAMB, checkpointing, graphs."""
+"""Parts of `d2v-train` that differ on a GPU: batches copied ahead, images normalised there, LAMB, checkpointing, graphs."""
 
 import copy
 import shutil
@@ -45,7 +45,7 @@ def tensors(batch):
 
 
 def test_batches_that_are_copied_ahead_arrive_whole(images):
-    """The stream that reads them is far behind the one that copies; memory that is reused too early would show."""
+    """The stream that reads them is far behind the one that copies, so reusing memory too early would be detected."""
     expected, found = feed(images, "cpu"), feed(images, DEVICE)
     work = torch.randn(*[2048 if DEVICE == "cuda" else 32] * 2, device=DEVICE)
     read = []
@@ -67,7 +67,7 @@ def test_images_are_normalised_on_the_device_to_the_same_bits(images):
     levels = images.unfinished(keys)
     moved = to_device(levels, torch.device(DEVICE))
     assert moved["source"].dtype == torch.uint8
-    images.finish(levels | moved)  # moves the tables
+    images.finish(levels | moved)  # moves the tables to the device
     with nothing_waits():
         found = images.finish(levels | moved)["source"]
     assert found.device.type == DEVICE and torch.equal(found.cpu(), images.__getitems__(keys)["source"])
@@ -114,7 +114,7 @@ def d2v_train(*args):
 
 
 def test_the_gpu_skips_a_step_of_which_the_host_learns_later(tmp_path):
-    """Third and fourth step with a NaN. The others do not synchronise; the result is that of a host that asks at once."""
+    """The third and fourth steps have a NaN. No other step synchronises; the result is as if the host read the flag at once."""
     found = []
     for late in (True, False):
         run = build(parse(arguments("vision", tmp_path / str(late), f"train.device={DEVICE}"))[0], fused=True)
@@ -124,7 +124,7 @@ def test_the_gpu_skips_a_step_of_which_the_host_learns_later(tmp_path):
             batches = run.feed.take(1)
             if number in (3, 4):
                 batches[0]["source"][0, 0, 0, 0] = float("nan")
-            # The first compiles kernels. After a skipped one the host reads its loss, and the fourth records a graph.
+            # The first step compiles kernels. After a skipped step the host reads its loss, and the fourth records a graph.
             with nothing_waits() if late and number in (2, 3, 6) else nullcontext():
                 train_step(run.state, batches)
         run.state.settle()
