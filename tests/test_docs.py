@@ -22,9 +22,10 @@ from torch import nn
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 import d2v_fast
-from d2v_fast import cli
-from d2v_fast.config import CollapseConfig, parse
-from d2v_fast.data.text import train_tokenizer
+from d2v_fast import cli, files
+from d2v_fast.config import MODALITIES, CollapseConfig, parse
+from d2v_fast.data.audio import AudioData
+from d2v_fast.data.text import TextData, train_tokenizer
 from d2v_fast.figures import FIGURES, RULES
 from tests import released, test_convert
 from tools import lines, site, structure
@@ -234,6 +235,19 @@ def test_the_guide_to_health_has_the_figures_of_the_report_and_the_alarms_of_the
     meanings = [rule.meaning for rule in RULES.values()]
     assert all(any(name in meaning for meaning in meanings) for name in names["alarm"])
     assert all(any(name in meaning for name in names["alarm"]) for meaning in meanings)
+
+
+def test_the_guide_to_training_lists_the_files_of_a_run():
+    rows = re.search(r"^\| file \| what \|\n((?:\|.*\n)+)", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)[1]
+    in_others = {"STEP", "HEAD", "TEACHER"}
+    expected = {value for name, value in vars(files).items() if name.isupper() and name not in in_others}
+    assert set(re.findall(r"`([\w.]+)[`/]", rows.replace("run/", ""))) == expected | {"tensorboard"}
+
+
+@pytest.mark.parametrize("cls", [TextData, AudioData])
+def test_the_help_of_a_data_set_has_the_default_of_its_modality(cls):
+    (modality,) = (m for m in MODALITIES.values() if m.data and m.data.endswith(f":{cls.__name__}"))
+    assert f"null = {modality.length_multiple} on a GPU" in inspect.getdoc(cls)
 
 
 def test_the_site_has_every_guide():
