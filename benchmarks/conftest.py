@@ -1,6 +1,8 @@
+import json
 import platform
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,14 @@ CPU = ("brand_raw", "arch", "l2_cache_size", "l3_cache_size")  # what is recorde
 def pytest_addoption(parser):
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.addoption("--seconds", type=float, default=3.0, help="time for all variants of one case")
+    parser.addoption("--cases-of", type=Path, metavar="FILE.json", help="only the cases of this result file")
+
+
+def pytest_collection_modifyitems(config, items):
+    if path := config.getoption("--cases-of"):
+        names = {entry["name"] for entry in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]}
+        config.hook.pytest_deselected(items=[item for item in items if item.name not in names])
+        items[:] = [item for item in items if item.name in names]
 
 
 @pytest.fixture(scope="session", autouse=True)
