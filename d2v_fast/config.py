@@ -416,8 +416,6 @@ SECTIONS = {
     "train": TrainConfig,
     "collapse": CollapseConfig,
 }
-
-
 GROUPS = {*SECTIONS, "mask", "data"}
 
 
@@ -495,6 +493,10 @@ class Config:
             raise ConfigError(f"mask.random_prob + mask.keep_prob: found {replaced}, expected at most 1")
         if values.get("data.block_size") == 2 and not values["data.cross_documents"]:
             raise ConfigError("data.block_size: found 2, expected at least 3 without data.cross_documents: <s>, a token, </s>")
+        self._check_combinations(values)
+
+    def _check_combinations(self, values: dict[str, Any]) -> None:
+        """Raise ConfigError for sections that do not fit together; `values` are the settings by their dotted keys."""
         conv, views = self.head.kind == "conv", values.get("data.views")
         if conv != (views is not None):
             raise ConfigError(
@@ -537,7 +539,7 @@ class Config:
             raise ConfigError("data.path: found nothing, expected builtin, a file, a folder or the name of a Hugging Face set")
         if (self.encoder.model is None) == (self.encoder.pretrained is None) and not (self.encoder.model or "").count(":"):
             raise ConfigError("encoder: give either encoder.model (random weights) or encoder.pretrained")
-        if self.mask.__class__ not in [MASKS[kind] for kind in MODALITIES[self.modality].masks]:
+        if type(self.mask) not in [MASKS[kind] for kind in MODALITIES[self.modality].masks]:
             raise ConfigError(f"mask.kind: modality {self.modality} takes one of {MODALITIES[self.modality].masks}")
 
 
@@ -704,13 +706,10 @@ def _drop_unknown_fields(encoder: dict[str, Any], model: str) -> None:
     encoder["config"] = {name: value for name, value in config.items() if name not in unknown}
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        if key in GROUPS and not prefix:
-            flat |= _flat(value, f"{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if key in GROUPS else {str(key): value}
     return flat
 
 
@@ -830,33 +829,13 @@ def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Confi
     Raises:
         ConfigError: An invalid key or value.
     """
+    args, resume, resume_allow = _resume(args)
+    files, rest = _split(args)
     settings: dict[str, Any] = {}
-    for layer in layers:
+    for layer in [*layers, *map(read_yaml, files)]:
         _drop_replaced(settings, _flat(layer))
         settings = _merge(settings, layer)
-    names: list[str] = []
-    rest: list[str] = []
-    args, resume, resume_allow = _resume(args)
-    run = None
-    arguments = iter(args)
-    for argument in arguments:
-        if argument == "--config" or argument.startswith("--config="):
-            name = argument.partition("=")[2] or next(arguments, "")
-            names.append(Path(name).stem if Path(name).is_file() else name.replace("/", "-"))
-            layer = read_yaml(name)
-            if Path(name).with_name(LOG).exists() or Path(name).with_name(CHECKPOINTS).exists():
-                run = str(Path(name).parent)
-                names[-1] = Path(run).resolve().name
-            _drop_replaced(settings, _flat(layer))
-            settings = _merge(settings, layer)
-        elif argument in FLAGS or argument.startswith("--print_config="):
-            rest.append(argument)
-        elif "=" in argument:
-            rest.append(argument if argument.startswith("-") else f"--{argument}")
-        elif argument.startswith("--"):
-            rest.append(f"{argument}={next(arguments, '')}")
-        else:
-            raise ConfigError(f"{argument!r}: expected key=value, such as train.steps=1000")
+    name, run = _name(files)
     overrides: dict[str, Any] = {a[2:].partition("=")[0]: a.partition("=")[2] for a in rest if "=" in a}
     overrides.pop("print_config", None)
     if overrides.get("data.class") == "null":
@@ -873,7 +852,7 @@ def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Confi
     if modality == "several":
         from d2v_fast.several import configure
 
-        several, fused, known = configure(settings, rest, "-".join(names), resume, resume_allow)
+        several, fused, known = configure(settings, rest, name, resume, resume_allow)
         return _finish(several, known, run, "train.output" in overrides), fused
     cls = data_class(modality, own)
     masks = MODALITIES[modality].masks
@@ -890,12 +869,7 @@ def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Confi
         if key not in known and not key.startswith(("encoder.config.", "optimizer.lr_scale.")):
             accepted = f"; {own} takes {', '.join(sorted(data_settings(cls)))}" if own and key.startswith("data.") else ""
             raise ConfigError(f"{key}: no such setting{accepted}{nearest(key, known)}")
-    try:
-        namespace = parser.parse_args(["--config", json.dumps(settings, default=str), *rest])
-    except argparse.ArgumentError as error:
-        raise ConfigError(_readable(str(error), given | overrides, parser)) from None
-    if namespace.fused and "train.precision" not in given | overrides:
-        namespace.train.precision = "bf16"
+    namespace = parse_settings(parser, settings, rest, given | overrides)
     values = namespace.as_dict()
     fused = values["fused"]
     kind = values["mask"].pop("kind")
@@ -909,12 +883,64 @@ def parse(args: list[str], layers: Iterable[dict[str, Any]] = ()) -> tuple[Confi
         data=values["data"],
         own_data=not built_in,
         yaml=parser.dump(namespace, skip_unset=False),
-        name="-".join(names) or values["modality"],
+        name=name or values["modality"],
         resume=resume,
         resume_allow=resume_allow,
     )
     config.check()
     return _finish(config, known, run, "train.output" in overrides), fused
+
+
+def _split(args: list[str]) -> tuple[list[str], list[str]]:
+    """The values of --config, and all other arguments as flags or --key=value."""
+    files: list[str] = []
+    rest: list[str] = []
+    remaining = iter(args)
+    for argument in remaining:
+        if argument == "--config" or argument.startswith("--config="):
+            files.append(argument.partition("=")[2] or next(remaining, ""))
+        elif argument in FLAGS or argument.startswith("--print_config="):
+            rest.append(argument)
+        elif "=" in argument:
+            rest.append(argument if argument.startswith("-") else f"--{argument}")
+        elif argument.startswith("--"):
+            rest.append(f"{argument}={next(remaining, '')}")
+        else:
+            raise ConfigError(f"{argument!r}: expected key=value, such as train.steps=1000")
+    return files, rest
+
+
+def _name(files: list[str]) -> tuple[str, str | None]:
+    """The name of a run of these files, and the folder of the run that one of them belongs to, if any."""
+    names: list[str] = []
+    run: str | None = None
+    for file in files:
+        names.append(Path(file).stem if Path(file).is_file() else file.replace("/", "-"))
+        if Path(file).with_name(LOG).exists() or Path(file).with_name(CHECKPOINTS).exists():
+            run = str(Path(file).parent)
+            names[-1] = Path(run).resolve().name
+    return "-".join(names), run
+
+
+def parse_settings(parser: ArgumentParser, settings: dict[str, Any], rest: list[str], given: dict[str, Any]) -> Any:
+    """The namespace of `settings`, overridden by the arguments `rest`; --fused makes bf16 the default.
+
+    Args:
+        parser: From `new_parser`.
+        settings: From presets and files.
+        rest: Flags and --key=value.
+        given: All settings that either of them sets, by their dotted keys.
+
+    Raises:
+        ConfigError: An invalid value.
+    """
+    try:
+        namespace = parser.parse_args(["--config", json.dumps(settings, default=str), *rest])
+    except argparse.ArgumentError as error:
+        raise ConfigError(_readable(str(error), given, parser)) from None
+    if namespace.fused and "train.precision" not in given:
+        namespace.train.precision = "bf16"
+    return namespace
 
 
 def _finish(config: Any, known: list[str], run: str | None, named: bool) -> Config:

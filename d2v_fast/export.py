@@ -69,12 +69,7 @@ class Exported:
         model: The fine-tuned model with its head; default: the encoder's model.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        processor: Any = None,
-        model: PreTrainedModel | None = None,
-    ):
+    def __init__(self, encoder: Encoder, processor: Any = None, model: PreTrainedModel | None = None):
         limits = processor is not None and encoder.reads == "text"
         self.encoder, self.processor = encoder.eval(), limit_length(processor, encoder) if limits else processor
         self.model = encoder.model if model is None else model.eval()
@@ -418,6 +413,28 @@ def export_run(
     return difference
 
 
+def _with_processor(encoder: Encoder, released: Released, source: str, tokenizer: str | None) -> Exported:
+    """The model of another project with the processor that its settings describe; for text, with `tokenizer`."""
+    model, settings = released.model, released.settings
+    if isinstance(encoder, TokenEncoder):
+        exported = Exported(encoder, tokenizer and load_tokenizer(tokenizer), model)
+        if tokenizer and len(exported.processor) > model.config.vocab_size:
+            raise ConfigError(
+                f"--tokenizer {tokenizer}: its {len(exported.processor)} tokens exceed the model's {model.config.vocab_size}"
+            )
+        return exported
+    if source == "eat":
+        norm = next((EAT_NORMS[name] for name in EAT_NORMS if settings.get(name)), (SOUND_MEAN, SOUND_STD))
+        length, bins = model.config.image_size
+        return Exported(encoder, spectrogram_extractor(length, bins, *norm), model)
+    if isinstance(encoder, PatchEncoder):
+        inception = settings.get("imagenet_default_mean_and_std", True) is False
+        mean, std = ((0.5,) * 3, (0.5,) * 3) if inception else (MEAN, STD)
+        return Exported(encoder, image_processor(encoder._image_size()[0], mean, std), model)
+    normalize = settings.get("task.normalize", settings.get("normalize", True))
+    return Exported(encoder, feature_extractor(encoder, 16_000, normalize), model)
+
+
 def import_checkpoint(
     file: str | Path,
     to: str | Path,
@@ -456,27 +473,12 @@ def import_checkpoint(
     else:
         model, head = from_data2vec_pytorch(file, encoder)
         released = Released(model, {}, decoder=head)
-    model, settings = released.model, released.settings
     with error_context(file, "its settings do not form a model"):
-        loaded = wrap(model.base_model)
-    if isinstance(loaded, TokenEncoder):
-        exported = Exported(loaded, tokenizer and load_tokenizer(tokenizer), model)
-        if tokenizer and len(exported.processor) > model.config.vocab_size:
-            raise ConfigError(
-                f"--tokenizer {tokenizer}: its {len(exported.processor)} tokens exceed the model's {model.config.vocab_size}"
-            )
-    elif source == "eat":
-        norm = next((EAT_NORMS[name] for name in EAT_NORMS if settings.get(name)), (SOUND_MEAN, SOUND_STD))
-        length, bins = model.config.image_size
-        exported = Exported(loaded, spectrogram_extractor(length, bins, *norm), model)
-        metadata["pipeline_tag"] = "feature-extraction" if model is model.base_model else "audio-classification"
-    elif isinstance(loaded, PatchEncoder):
-        inception = settings.get("imagenet_default_mean_and_std", True) is False
-        mean, std = ((0.5,) * 3, (0.5,) * 3) if inception else (MEAN, STD)
-        exported = Exported(loaded, image_processor(loaded._image_size()[0], mean, std), model)
-    else:
-        normalize = settings.get("task.normalize", settings.get("normalize", True))
-        exported = Exported(loaded, feature_extractor(loaded, 16_000, normalize), model)
+        loaded = wrap(released.model.base_model)
+    exported, settings = _with_processor(loaded, released, source, tokenizer), released.settings
+    if source == "eat":
+        headless = exported.model is loaded.model
+        metadata["pipeline_tag"] = "feature-extraction" if headless else "audio-classification"
     facts = {
         "data": public(settings.get("task.data", settings.get("data_path", "unknown"))),
         "checkpoint": f"{Path(file).name} of {source}",
@@ -547,13 +549,7 @@ class Hub:
         return f"{self.api.endpoint}/{self.name}"
 
 
-def main(args: list[str]) -> None:
-    """The command d2v-export."""
-    from transformers.utils import logging
-
-    # Its warnings about missing poolers and torchvision do not matter here.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="d2v-export",
         usage="d2v-export RUN --to DIR [options]\n"
@@ -589,7 +585,17 @@ def main(args: list[str]) -> None:
         help="upload the folder to the Hugging Face hub as NAME or OWNER/NAME; needs a write token (hf auth login)",
     )
     parser.add_argument("--private", action="store_true", help="with --push-to-hub: create the repository as private")
-    options = parser.parse_args(args)
+    return parser
+
+
+def main(args: list[str]) -> None:
+    """The command d2v-export."""
+    from transformers.utils import logging
+
+    # Its warnings about missing poolers and torchvision do not matter here.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options = _parser().parse_args(args)
     metadata = {"license": options.license, "language": options.language}
     if options.private and not options.push_to_hub:
         raise ConfigError("--private: is only valid with --push-to-hub")

@@ -141,7 +141,7 @@ def model_on_meta(config: Config) -> Data2Vec:
     try:
         encoder = _encoder_on_meta(config, tokens)
         with torch.device("meta"):
-            model = make_model(config, encoder, MODALITIES[config.modality].axes)
+            model = make_model(config, encoder)
     except (MemoryError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(f"encoder: cannot be built for the estimate: {error}; train a few steps instead") from error
     if config.is_text and hasattr(model.student, "mask_embedding"):
@@ -175,7 +175,7 @@ def student_pass(model: Data2Vec, batch: dict[str, Tensor], precision: str) -> t
     # As in a run, train.checkpointing keeps no cast weights. Without it autograd saves them anyway.
     with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32", cache_enabled=False):
         features = model.student.embed(batch["source"])
-        shared = features.detach() if model.shares_features else None
+        shared = features if model.shares_features else None
         layers = model.teacher_layers(batch["source"], shared, None, None if model.sparse else batch["index"])
         if model.student.masks_features and not model.sparse:
             features = model.student.mask_features(features, batch["mask"])
@@ -253,7 +253,7 @@ def _memory(model: Data2Vec, kept: dict[str, float], recomputed: float, ranks: i
     teacher, total = size(model.teacher.module.parameters()), size(model.parameters())
     always = {"weights": total - teacher, "gradients": trained, "optimizer": 2 * trained, "teacher": teacher}
     # The monitor keeps the previous weights and computes differences.
-    update = {"previous weights": total - teacher + teacher, "differences": total - teacher}
+    update = {"previous weights": total, "differences": total - teacher}
     forward = {
         "activations": kept["features"] + kept["blocks"] + kept["head"],
         "teacher's results": kept["teacher's results"],

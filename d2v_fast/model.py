@@ -160,12 +160,13 @@ class Data2Vec(nn.Module):
             raise ValueError(f"mask: {sizes}, those of the encoder's features; its positions(size) must return that number")
         layers = self.teacher_layers(
             source if target is None else target,
-            features.detach() if self.shares_features and target is None else None,
+            features if self.shares_features and target is None else None,
             padding_mask if target_padding_mask is None else target_padding_mask,
             None if self.sparse else index,
         )
-        masked = target is not None and not self.sparse
-        student_features = self.student.mask_features(features, mask) if not (masked or self.sparse) else features
+        student_features = features
+        if target is None and not self.sparse:  # else the source is masked already, or only the visible positions are encoded
+            student_features = self.student.mask_features(features, mask)
         if channel_mask is not None:
             student_features = student_features.masked_fill(channel_mask.unsqueeze(1), 0)
         predicted = self.predict(source, student_features, mask, index, visible, padding_mask)

@@ -42,6 +42,7 @@ CLS = ", CLS"  # title suffix of results from the CLS token only
 ADJACENT = ", adjacent"  # title suffix of results from the tokens to the left and right of a hidden one
 CLOZE_TOKENS = 300  # the cloze probe classifies this many of the most frequent tokens
 CLOZE_L2 = 0.03  # per token; with less, it overfits the states of an untrained encoder
+BATCH_SIZE, CLOZE_BATCH_SIZE = 64, 32
 
 
 @dataclass
@@ -58,7 +59,7 @@ class States:
     encoders: dict[str, Encoder]
     device: str = "cpu"
     precision: str = "fp32"
-    batch_size: int = 64
+    batch_size: int = BATCH_SIZE
 
     def __post_init__(self):
         for encoder in self.encoders.values():
@@ -360,8 +361,7 @@ def _save_result(file: Path, probe: dict[str, Any]) -> None:
     write_text(file, json.dumps([*others, probe], indent=2) + "\n")
 
 
-def main(args: list[str]) -> None:
-    """The command d2v-probe."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="d2v-probe",
         description="k-NN and linear probe of a run's frozen student, compared with the same encoder untrained. "
@@ -387,8 +387,15 @@ def main(args: list[str]) -> None:
     parser.add_argument(
         "--precision", choices=["fp32", "bf16"], default="fp32", help="precision of the encoders (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, help="samples per forward pass (default: 64; text: 32)")
+    sizes = f"default: {BATCH_SIZE}; cloze probe: {CLOZE_BATCH_SIZE}"
+    parser.add_argument("--batch-size", type=int, help=f"samples per forward pass ({sizes})")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's default")
+    return parser
+
+
+def main(args: list[str]) -> None:
+    """The command d2v-probe."""
+    parser = _parser()
     options = parser.parse_args(args)
     for option, least in (("limit", 1), ("batch_size", 1), ("threads", 0)):
         if (value := getattr(options, option)) is not None and value < least:
@@ -409,7 +416,7 @@ def main(args: list[str]) -> None:
     data, file = os.path.expanduser(options.data or default), run / PROBES
     read_probes(file)  # fail early if results cannot be added to it
     found = trained.load(config, run, options.checkpoint)
-    probe, usual = (probe_cloze, 32) if config.is_text else (probe_labels, 64)
+    probe, usual = (probe_cloze, CLOZE_BATCH_SIZE) if config.is_text else (probe_labels, BATCH_SIZE)
     batch_size = options.batch_size or usual
     states = States({"untrained": found.untrained(), "trained": found.encoder}, device, options.precision, batch_size)
     log.info("probing on %s, %s on %s", " ".join(filter(None, (data, options.name))), options.precision, device)

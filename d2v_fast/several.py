@@ -6,8 +6,6 @@ first part, in the student and in the teacher. A step trains one part; over time
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import math
 import sys
@@ -29,12 +27,12 @@ from d2v_fast.config import (
     ScheduleConfig,
     TrainConfig,
     _flat,
-    _readable,
     check_layer,
     in_section,
     load_yaml,
     new_parser,
     parse,
+    parse_settings,
     read_yaml,
 )
 from d2v_fast.encoders import Encoder, blocks
@@ -187,18 +185,12 @@ def configure(
             where = f"; it belongs to a part, several.parts.{next(iter(parts), 'vision')}.{key}"
             hint = where if key.partition(".")[0] in GROUPS.difference(WHOLE) else nearest(key, known)
             raise ConfigError(f"{key}: no such setting of a run of several modalities{hint}")
-    flat = _flat(settings) | overrides
+    whole = settings | {"several": {"shares": shares}}
     try:
-        whole = settings | {"several": {"shares": shares}}
-        namespace = parser.parse_args(
-            ["--config", json.dumps(whole, default=str), *(argument for argument in rest if argument not in asks)]
-        )
-    except argparse.ArgumentError as error:
-        message = _readable(str(error), flat, parser)
-        remedy = f"; {_remedy(dict.fromkeys(parts, 1))}" if message.startswith("several.shares") else ""
-        raise ConfigError(message + remedy) from None
-    if namespace.fused and "train.precision" not in flat:
-        namespace.train.precision = "bf16"
+        namespace = parse_settings(parser, whole, [a for a in rest if a not in asks], _flat(settings) | overrides)
+    except ConfigError as error:
+        remedy = f"; {_remedy(dict.fromkeys(parts, 1))}" if str(error).startswith("several.shares") else ""
+        raise ConfigError(f"{error}{remedy}") from None
     values = namespace.as_dict()
     shares = values["several"]["shares"]
     _check_shares(shares, parts)

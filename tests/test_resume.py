@@ -171,6 +171,15 @@ def torchrun(*args, script=("-m", "d2v_fast.cli"), options=("--standalone", "--n
     return subprocess.Popen([*command, *args], stderr=subprocess.PIPE, text=True, env=env)
 
 
+def until_logged(process, step=1):
+    """Wait until the run, which `process` has started, logs this step."""
+    deadline = time.monotonic() + 240
+    while logged("run") < step:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_ranks_resume_from_different_batch_counts():
     """Unreadable batches make ranks diverge. Each resumes from its own position; broken samples are counted over both."""
     images(12)
@@ -197,10 +206,7 @@ def test_two_ranks_skip_stop_and_resume_together():
     whole = both(*arguments("vision", "whole", *more))
     assert "step 2 skipped: loss or gradient is not finite" in whole.communicate(timeout=120)[1] and whole.returncode == 0
     process = both(*arguments("vision", "run", *more))
-    deadline = time.monotonic() + 120
-    while logged("run") < 3:
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.02)
+    until_logged(process, 3)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGTERM)
     said = process.communicate(timeout=120)[1]
@@ -258,10 +264,7 @@ def test_if_one_of_two_ranks_cannot_load_both_save_and_one_process_resumes():
 def test_sigterm_to_torchrun_stops_the_ranks_with_a_checkpoint():
     """As a container's first process gets it."""
     process = torchrun(*arguments("vision", "run", "train.steps=100000", "train.save_every=100000"))
-    deadline = time.monotonic() + 120
-    while not logged("run"):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    until_logged(process)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[1]
     stopped = int(last("run").name[5:])
@@ -380,10 +383,7 @@ def test_the_slurm_job_of_the_guide_is_queued_again_and_resumes(monkeypatch):
         return subprocess.Popen(["bash", "job.sh"], stderr=subprocess.PIPE, text=True)
 
     process = start("train.steps=100000")
-    deadline = time.monotonic() + 240
-    while not logged("run"):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    until_logged(process)
     process.send_signal(signal.SIGUSR1)
     said = process.communicate(timeout=240)[1]
     assert process.returncode == 0 and Path("requeued").read_text() == "77\n" and "stopped at step" in said, said

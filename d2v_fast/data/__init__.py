@@ -384,11 +384,7 @@ def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def make_loader(
-    data: PretrainingData | Unfinished,
-    batches: EpochBatches | IterableDataset[Any],
-    workers: int,
-    prefetch: int = 4,
-    pin_memory: bool = False,
+    data: PretrainingData | Unfinished, batches: EpochBatches | IterableDataset[Any], workers: int, pin_memory: bool = False
 ) -> DataLoader[Any]:
     """A DataLoader over whole batches; one worker for those of a stream (`StreamBatches`), whose threads decode."""
     if workers and "fork" not in multiprocessing.get_all_start_methods():
@@ -405,7 +401,7 @@ def make_loader(
         generator=torch.Generator(),  # the default one is dropout's, and a resumed run would advance it once more
         collate_fn=_share_memory,
         pin_memory=pin_memory,
-        prefetch_factor=prefetch if workers else None,
+        prefetch_factor=4 if workers else None,
     )
 
 
@@ -595,9 +591,7 @@ def load_hub(path: str, name: str | None, split: str) -> Any:
             if split not in splits:
                 raise DataError(f"data.split={split}: {path} has {', '.join(splits)}; choose one of them")
             return splits[split].with_format(None)
-        if os.path.isdir(path):
-            return datasets.load_dataset(path, name, split=split)
-        if is_local(path):
+        if is_local(path) and not os.path.isdir(path):
             return datasets.load_dataset("parquet", data_files=as_patterns(find_files(path, (".parquet",))), split="train")
         return datasets.load_dataset(path, name, split=split)
 
