@@ -10,6 +10,7 @@ import torch
 from benchmarks.measure import rates
 
 CPU = ("brand_raw", "arch", "l2_cache_size", "l3_cache_size")  # what is recorded of the processor
+NEEDED = 70e9  # bytes of GPU memory into which every case fits
 
 
 def pytest_addoption(parser):
@@ -29,6 +30,18 @@ def pytest_collection_modifyitems(config, items):
 def before(request):
     """Measure the machine's rates before the first case; those after the last case are added to the result."""
     request.config.rates = [rates(request.config.getoption("--device"))]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Skip a case that does not fit into a GPU with less memory than the cases are made for."""
+    try:
+        return (yield)
+    except torch.OutOfMemoryError as error:
+        size = torch.cuda.get_device_properties(0).total_memory
+        if size >= NEEDED:
+            raise
+        pytest.skip(f"{item.name}: does not fit into {size / 1e9:.0f} GB: {error}".partition("\n")[0])
 
 
 @pytest.fixture

@@ -84,11 +84,16 @@ class Worker:
 
 
 def _serve(connection: Any, make: Callable[..., object], args: tuple) -> None:
-    served = make(*args)
+    try:
+        served: Any = make(*args)
+    except Exception as error:
+        served = error
     try:
         while True:
             method, arguments = connection.recv()
             try:
+                if isinstance(served, Exception):
+                    raise served
                 connection.send(getattr(served, method)(*arguments))
             except Exception as error:
                 connection.send(error)

@@ -289,17 +289,19 @@ def turns(variants, device, seconds):
     """
     gc.collect()
     running = {name: Worker(made, case, device, *rest) for name, (made, case, *rest) in variants.items()}
-    for _ in range(2):  # the first steps create the optimizer state and fill the allocator
+    try:
+        for _ in range(2):  # the first steps create the optimizer state and fill the allocator
+            for variant in running.values():
+                variant("seconds")
+        times = {name: [] for name in running}
+        end = time.monotonic() + 10 * seconds
+        while min(map(len, times.values())) < 3 or time.monotonic() < end:
+            for name, variant in running.items():
+                times[name].append(variant("seconds"))
+        yield running, {name: statistics.median(values) for name, values in times.items()}
+    finally:  # else they would keep the memory that the next case needs
         for variant in running.values():
-            variant("seconds")
-    times = {name: [] for name in running}
-    end = time.monotonic() + 10 * seconds
-    while min(map(len, times.values())) < 3 or time.monotonic() < end:
-        for name, variant in running.items():
-            times[name].append(variant("seconds"))
-    yield running, {name: statistics.median(values) for name, values in times.items()}
-    for variant in running.values():
-        variant.close()
+            variant.close()
 
 
 @pytest.mark.parametrize("case", STEP_CASES, ids=lambda case: case.name)

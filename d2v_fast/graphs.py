@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -84,9 +85,18 @@ class Graphs:
 
     def capture(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         """A callable that replays `run`, and its outputs, which are not filled yet."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the pin-memory thread of the data loader, may do meanwhile what a capture forbids.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            outputs = run()
-        self.pool = graph.pool()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        try:
+            # Other threads, such as the pin-memory thread of the data loader, may do meanwhile what a capture forbids.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                outputs = run()
+        except RuntimeError:
+            # After a failed capture torch stays on its stream, and its allocator in capture: memory that two streams used, such
+            # as a batch, would never be free again.
+            torch.cuda.set_stream(stream)
+            with suppress(RuntimeError):  # the capture itself ended without an error
+                torch._C._cuda_endAllocateToPool(stream.device_index, self.pool)
+                torch._C._cuda_releasePool(stream.device_index, self.pool)
+            raise
         return graph.replay, outputs

@@ -25,7 +25,6 @@ import torch
 import transformers.masking_utils
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from d2v_fast import Data2Vec, EMAConfig, LossConfig, TargetsConfig, encoders, train
 from d2v_fast.config import parse
@@ -37,8 +36,7 @@ from d2v_fast.train.build import build
 from d2v_fast.train.log import Window
 from d2v_fast.train.optim import make_optimizer
 from d2v_fast.train.step import can_be_late
-from tests import models
-from tests.test_training import arguments
+from tests import models, test_training, test_training_2, waits
 
 MODE = FakeTensorMode()
 torch.cuda.is_available = lambda: True
@@ -51,10 +49,11 @@ attention._agrees = lambda device: True
 encoders.hub._check_states = lambda encoder: None  # transformers would cache results from it, computed on real tensors
 # transformers takes fake tensors for tracing and would skip the checks that read values.
 transformers.masking_utils.is_tracing = lambda *args: False
+torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) then copies in a way that NoWaits sees
 
 
-class NoCopies(TorchDispatchMode):
-    """Refuse blocking copies from the host, including indices; non-blocking copies and Python scalars are allowed.
+class NoWaits(TorchDispatchMode):
+    """Refuse what makes the host wait: reading a value, and blocking copies, including those of indices.
 
     Counts the calls of the attention that takes lengths.
     """
@@ -64,11 +63,8 @@ class NoCopies(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.segmented += function is torch.ops.aten._flash_attention_forward.default
-        devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim}
-        devices |= {torch.device(kwargs["device"]).type} if kwargs.get("device") else set()
-        waits = not kwargs.get("non_blocking", function is torch.ops.aten.copy_.default and args[2:] == (True,))
-        if devices == {"cpu", "cuda"} and waits:
-            raise AssertionError(f"{function} copies from the host")
+        if found := waits.why(function, args, kwargs):
+            raise AssertionError(found)
         return function(*args, **kwargs)
 
 
@@ -104,7 +100,7 @@ def step(name: str, precision: str, kind: str) -> None:
         del on_device["index"]
     move(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with MODE, NoCopies() as watched:
+    with MODE, NoWaits() as watched:
         optimizer = torch.optim.AdamW(parameters, fused=True)
         for _ in range(2):
             with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
@@ -127,6 +123,8 @@ def trainer(modality: str, kind: str) -> None:
     The flags of the others are read in the next step, through a copy and an event.
     """
     with tempfile.TemporaryDirectory() as folder:
+        modality, _, version = modality.partition("-")
+        arguments = test_training_2.arguments if version else test_training.arguments
         config = parse(arguments(modality, folder, "loss.impl=triton", "train.device=cpu"))[0]
         run = build(config)
         batch = run.data.unfinished([(0, i) for i in range(4)])  # as the feed copies it to a GPU
@@ -147,7 +145,7 @@ def trainer(modality: str, kind: str) -> None:
     torch.cuda.Event, Event.waited = Event, 0
     read = mock.Mock(return_value=True)
     train.step.Pending.wait = was_taken
-    with MODE, NoCopies():
+    with MODE, NoWaits():
         state.late = can_be_late(state)
         assert state.late and (kind == "one pass") != isinstance(state.core.teacher.lerp_unless, triton_adam.LerpUnless)
         on_host = {k: MODE.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -213,6 +211,13 @@ def loss(norm: str, target_norm: str, kind: str) -> None:
             torch.ops.d2v_fast.scaled(outputs[1], outputs[2], outputs[0], "triton")
 
 
+def wait(group: str, name: str) -> None:
+    """A call of `waits.py`."""
+    x, y = on_gpu(torch.empty(4, 3)), MODE.from_tensor(torch.empty(4, 3))
+    with MODE, NoWaits():
+        getattr(waits, group)[name](x, y)
+
+
 def fuse_for_gpu(model) -> None:
     fuse(model, torch.device("cuda"), [part for part in PARTS if part != "compile"])  # fake tensors cannot be compiled
 
@@ -237,6 +242,8 @@ for case in sys.argv[2:]:
             loss(second, *kind.split())
         elif first == "trainer":
             trainer(second, kind)
+        elif first == "wait":
+            wait(second, kind)
         else:
             step(first, second, kind)
         found[case] = None

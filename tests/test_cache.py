@@ -1,6 +1,8 @@
 """The token cache: built once for all processes, gives the same blocks as in memory, is rebuilt when invalid."""
 
+import errno
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from d2v_fast.data import DataError, cache
 from d2v_fast.data.cache import cached, files_state
@@ -156,8 +159,25 @@ class TestDisk:
             opened(cache=str(tmp_path / "file"))
 
     def test_an_error_of_the_data_is_not_the_caches(self, tmp_path):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError) as caught:
             cached(str(tmp_path), "x", 1, 1, lambda folder: open(tmp_path / "gone"))
+        FileLock(f"{tmp_path}/x-{cache.fingerprint(1)}.lock").acquire(timeout=0)  # released, not merely collected
+        assert caught.traceback
+
+    def test_an_error_within_the_folder_is_the_caches(self, tmp_path):
+        def denied(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder / "ids"))
+
+        with pytest.raises(DataError, match=r"data.cache=.*: cannot be written: Permission denied; .* set another folder"):
+            cached(str(tmp_path), "x", 1, 1, denied)
+
+    def test_a_file_system_without_locks(self, tmp_path, monkeypatch):
+        def acquire(*args, **kwargs):
+            raise NotImplementedError("no flock here")
+
+        monkeypatch.setattr(cache.FileLock, "acquire", acquire)
+        with pytest.raises(DataError, match=r"data.cache=.*: cannot be written: no flock here; .* set another folder"):
+            cached(str(tmp_path), "x", 1, 1, lambda folder: {})
 
 
 class TestState:
@@ -195,15 +215,23 @@ class TestProcesses:
         return processes
 
     def test_one_process_builds_while_others_wait(self, tmp_path):
-        ready = FORK.Barrier(4)
+        ready, waiting = FORK.Barrier(4), FORK.Event()
+
+        class Waiting(logging.Handler):
+            def emit(self, record):
+                if "waiting for another process" in record.getMessage():
+                    waiting.set()
 
         def make(folder):
+            assert waiting.wait(20)
             with open(tmp_path / "made", "a") as file:
                 file.write(f"{os.getpid()}\n")
             (folder / "part").write_text("x" * 1000)
             return {"answer": 42}
 
         def task():
+            cache.log.addHandler(Waiting())
+            cache.log.setLevel("INFO")
             ready.wait(20)
             folder, made = cached(str(tmp_path / "kept"), "x", 1, 1, make)
             (tmp_path / f"done-{os.getpid()}").write_text(f"{made['answer']} {len((folder / 'part').read_text())}")

@@ -40,7 +40,6 @@ from d2v_fast.data.vision import (
     center_crop,
     color_jitter,
     crop_to,
-    image_processor,
     open_images,
     random_box,
     to_pixels,
@@ -558,12 +557,15 @@ class TestImages:
         color_jitter(Image.fromarray(pixels), 1.5, rng)
         assert asked == [(0.6, 1.4)] * 3 + [(0.0, 2.5)] * 3
 
-    def test_the_exported_processor_crops_as_a_probe_does(self):
+    def test_the_exported_processor_does_what_a_probe_does(self):
+        settings = dict(image_size=16, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+        process, (_, stack) = ImageData(mask=RandomMask(), **settings).processor(None), ImageData.for_probe(None, settings)
         pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
         for image in (Image.fromarray(pixels), Image.fromarray(pixels.transpose(1, 0, 2).copy())):
-            expected = to_pixels([center_crop(image, 16)], (0, 0, 0), (1, 1, 1))
-            found = image_processor(16, (0, 0, 0), (1, 1, 1))(image, return_tensors="np")["pixel_values"]
-            assert found.shape == (1, 3, 16, 16) and np.abs(found - expected).max() < 0.01
+            expected, padding = stack([image, image])
+            found = process([image, image], return_tensors="np")["pixel_values"]
+            assert found.shape == expected.shape == (2, 3, 16, 16) and padding is None
+            assert np.abs(found - expected).max() < 0.01 / 0.4
 
     @pytest.mark.parametrize("flip", [0.0, 1.0])
     def test_whole_image_without_augmentation(self, tmp_path, flip):
@@ -638,8 +640,13 @@ class TestImages:
 
     def test_size_must_be_the_encoders(self, images):
         data = ImageData(path=images, mask=RandomMask(), image_size=16)
-        with pytest.raises(DataError, match=r"data.image_size=16: the encoder takes 32"):
-            data.fit_to(Encoder("image", image_size=32))
+        for size in (16, (16, 16), [16, 16]):
+            data.fit_to(Encoder("image", image_size=size))
+        for size, found in ((32, "32"), ([16, 32], r"\[16, 32\]"), ((32, 16), r"\(32, 16\)")):
+            with pytest.raises(DataError, match=rf"data.image_size=16: the encoder takes {found}"):
+                data.fit_to(Encoder("image", image_size=size))
+        with pytest.raises(DataError, match=r"needs a method positions\(image_size\) that returns"):
+            data.fit_to(Encoder())  # its positions are frames
 
 
 class TestAudio:

@@ -1,5 +1,8 @@
 """Passes that are replayed: the same training as without, with a recording that runs the pass again in place of a GPU."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -112,3 +115,40 @@ def test_failed_recording_falls_back_to_eager(caplog):
         curves.append([step(4) for _ in range(5)])
     assert curves[0] == curves[1] and len(calls) == 6
     assert caplog.messages == ["no CUDA graphs: a pass could not be recorded: operation not permitted when stream is capturing"]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_torch_is_left_as_it_was_after_a_failed_capture(ended, monkeypatch):
+    """A stand-in for torch's capture, of which either the end fails too, or only the pass inside."""
+    stream, pools, done = SimpleNamespace(device_index=1), [], []
+
+    @contextmanager
+    def capture(graph, pool, capture_error_mode):
+        pools.append(pool)
+        yield
+
+    def clean(name):
+        def call(*args):
+            if ended:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            done.append((name, *args))
+
+        return call
+
+    def fail():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    handles = iter([(0, 7), (0, 8)])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=len))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda current: done.append(current))
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, clean(name), raising=False)
+    graphs = Graphs(lambda inputs: (), [])
+    assert graphs.capture(tuple) == (len, ()) and done == []
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphs.capture(fail)
+    cleaned = [("_cuda_endAllocateToPool", 1, (0, 7)), ("_cuda_releasePool", 1, (0, 7))]
+    assert pools == [(0, 7), (0, 7)] and done == [stream, *([] if ended else cleaned)]

@@ -130,6 +130,18 @@ class TestDraft:
         expected = crop_to(read_image(io.BytesIO(content)), 32, (1, 0, 1 + side, side))
         assert np.array_equal(np.asarray(found), np.asarray(expected))
 
+    @pytest.mark.parametrize("side, shrink", [(256, 8), (255, 4), (128, 4), (127, 2), (64, 2), (63, 1)])
+    @pytest.mark.parametrize("upright", [True, False])
+    def test_the_shorter_side_keeps_the_pixels_of_the_crop(self, picture, side, shrink, upright, monkeypatch):
+        """32 of them: 256 / 8, 128 / 4 and 64 / 2 are just enough."""
+        sizes = []
+        monkeypatch.setattr(
+            "d2v_fast.data.vision.crop_to", lambda image, *how: sizes.append(image.size) or crop_to(image, *how)
+        )
+        wide, high = (side, 280) if upright else (280, side)
+        read_crop(io.BytesIO(encoded(picture, "JPEG")), 32, lambda *size: (20, 10, 20 + wide, 10 + high))
+        assert sizes == [(-(-403 // shrink), -(-301 // shrink))]
+
     @pytest.mark.parametrize("mode", ["L", "CMYK"])
     def test_other_modes(self, picture, mode):
         content = encoded(picture.convert(mode), "JPEG")
@@ -188,9 +200,10 @@ class TestRange:
             )
 
         assert pixels(png(0, 0x8000, 0xFFFF)).tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
-        assert pixels(png(0, 0)).max() == 0
-        with pytest.raises(ValueError, match="its colours fill 12 of 16 bits or fewer"):
-            pixels(png(0, 4095))
+        assert pixels(png(0, 0)).max() == 0 and pixels(png(0, 4096)).max() == 16
+        for most in (256, 4095):
+            with pytest.raises(ValueError, match="its colours fill 12 of 16 bits or fewer"):
+                pixels(png(0, most))
 
 
 class TestModes:

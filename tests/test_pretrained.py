@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,10 +111,14 @@ class TestPreprocessing:
         make_data(config).fit_to(make_encoder(config))
 
     def test_images_that_are_not_normalised(self, vision):
-        said = json.load(open("vision/preprocessor_config.json"))
-        json.dump(said | {"do_normalize": False}, open("vision/preprocessor_config.json", "w"))
+        file = Path("vision/preprocessor_config.json")
+        said = json.loads(file.read_text())
+        file.write_text(json.dumps(said | {"do_normalize": False}))
         data = settings("vision/tiny", "encoder.pretrained=vision").data
         assert (data["mean"], data["std"]) == ((0.0,) * 3, (1.0,) * 3)
+        del said["do_normalize"]  # which is true by default
+        file.write_text(json.dumps(said))
+        assert settings("vision/tiny", "encoder.pretrained=vision").data["mean"] == (0.5,) * 3
 
     def test_speech(self, audio):
         data = settings("audio/tiny", "encoder.pretrained=audio").data

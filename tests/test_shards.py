@@ -182,6 +182,34 @@ def test_damaged_archives(shards, caplog):
     assert "0.tar: cannot be read after 1 files" in caplog.text  # each time
 
 
+def test_a_damaged_header_before_zeros(tmp_path, samples, caplog):
+    """The zeros are the content of a file, not the end of the archive."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "a.jpg", samples["00000.jpg"])
+        add(archive, "b.jpg", bytes(1024))
+    content = (tmp_path / "a.tar").read_bytes()
+    header = content.rindex(b"b.jpg")
+    (tmp_path / "a.tar").write_bytes(content[:header] + b"\xff" * 512 + content[header + 512 :])
+    assert open_images(str(tmp_path)).names == [f"{tmp_path}/a.tar/a.jpg"]
+    assert "a.tar: cannot be read after 1 files: found neither a header nor an end marker" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "count, classes, labels", [(2, [0, 1], ["voice 0", "voice 1"]), (2, [0], None), (2, [], None), (1, [], None)]
+)
+def test_labels_are_those_of_all_files_or_none(tmp_path, count, classes, labels):
+    """A sample is what has the same name up to the first dot, in the same folder."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(count):
+            file = io.BytesIO()
+            picture(i).save(file, "PNG")
+            add(archive, f"v1.0/{i}.left.png", file.getvalue())
+            add(archive, f"v1.1/{i}.cls", b"of another folder")
+        for i in classes:
+            add(archive, f"v1.0/{i}.cls", b" voice %d\n" % i)
+    assert open_images(str(tmp_path)).labels == labels
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_an_archive_that_ends_with_its_last_file(tmp_path, missing, caplog):
     """Without an end marker; the file is read if all of it is there."""

@@ -15,7 +15,7 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTModel, AutoFeatureEx
 from d2v_fast import probe, trained, wrap
 from d2v_fast.config import ConfigError, parse
 from d2v_fast.data import DataError
-from d2v_fast.data.spectrograms import SpectrogramData, frames, log_mel, spectrogram
+from d2v_fast.data.spectrograms import SpectrogramData, frames, log_mel, spectrogram, spectrogram_extractor
 from d2v_fast.encoders import build_encoder
 from d2v_fast.export import export_run
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask
@@ -91,9 +91,10 @@ class TestFilterBanks:
     @pytest.mark.parametrize("bins", [128, 64])
     def test_as_the_extractor_that_is_exported(self, samples, bins):
         wave = noise(samples)
-        extractor = ASTFeatureExtractor(num_mel_bins=bins, max_length=64, mean=-3.0, std=2.0)
+        extractor = spectrogram_extractor(64, bins, -3.0, 2.0)
         expected = extractor(wave, sampling_rate=16_000, return_tensors="np").input_values[0]
         found = spectrogram(wave, 64, bins, -3.0, 2.0)
+        assert isinstance(extractor, ASTFeatureExtractor)
         assert found.dtype == np.float32 and found.shape == (64, bins)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
@@ -163,6 +164,17 @@ class TestData:
         data(target_length=200, join_seconds=2.0)
         assert not caplog.text
 
+    def test_half_padding_is_not_told(self, caplog):
+        """A recording of half of 199 * 160 + 400 samples; those of unknown length do not count."""
+        Path("half").mkdir()
+        for name in "abc":
+            Path("half", f"{name}.wav").write_bytes(b"rubbish")
+        data("half", target_length=200)
+        for samples, told in ((16_120, False), (16_119, True)):
+            soundfile.write("half/d.wav", noise(samples), 16_000)
+            data("half", target_length=200)
+            assert ("data.target_length=200" in caplog.text) == told
+
 
 class TestRefused:
     @pytest.mark.parametrize(
@@ -194,7 +206,7 @@ class TestRefused:
                 return size // 4
 
         with pytest.raises(DataError, match="Frames has positions 8, expected a grid of patches: use audio-spectrogram"):
-            data().fit_to(wrap(Frames(), layers="blocks"))
+            data(target_length=33).fit_to(wrap(Frames(), layers="blocks"))  # without a config, so without a patch_size
 
     def test_another_rate(self):
         with pytest.raises(DataError, match=r"data\.sample_rate=32000: spectrograms are made at 16000 Hz.*; leave it at 16000"):
@@ -207,6 +219,23 @@ class TestRefused:
         assert made.__getitems__([(0, 0)])["broken"] == [(0, "click.wav: is too short: 500 samples")]
         with pytest.raises(DataError, match=r"data\.min_seconds=0\.1; the longest has 0\.03 s\. Lower it, or join"):
             data("click.wav")
+
+    @pytest.mark.parametrize("model, shape", [("vit", (1, 1, 32, 64)), (AST, (1, 32, 64))])
+    def test_a_clip_of_a_probe_without_a_window(self, model, shape):
+        """One of a single window is read as by the extractor of transformers."""
+        Path("clips").mkdir()
+        for samples in (399, 400):
+            soundfile.write(f"clips/{samples}.wav", noise(samples), 16_000, subtype="FLOAT")
+        settings = dict(sample_rate=16_000, target_length=32, mel_bins=64, mean=-3.0, std=2.0)
+        opened, stack = SpectrogramData.for_probe(encoder(model), settings)
+        source = opened("clips")
+        with pytest.raises(ValueError, match="is too short: 399 samples"):
+            source.read(0)
+        found, padding = stack([source.read(1)])
+        extractor = ASTFeatureExtractor(num_mel_bins=64, max_length=32, mean=-3.0, std=2.0)
+        expected = extractor(noise(400), sampling_rate=16_000, return_tensors="np").input_values
+        assert found.shape == shape and padding is None
+        np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=0, atol=1e-5)
 
     def test_an_encoder_of_waveforms(self):
         config, _ = parse(["--config", "spectrogram/tiny-2", "encoder.model=wav2vec2"])
@@ -300,6 +329,11 @@ class TestRuns:
         ASTFeatureExtractor(num_mel_bins=64, max_length=32, do_normalize=False).save_pretrained("ast")
         config, _ = parse(["--config", "spectrogram/tiny-2", "encoder.pretrained=ast"])
         assert (config.data["mean"], config.data["std"]) == (0, 0.5)
+        said = json.loads(Path("ast/preprocessor_config.json").read_text())
+        del said["do_normalize"]  # which is true by default
+        Path("ast/preprocessor_config.json").write_text(json.dumps(said | {"mean": -1.0}))
+        config, _ = parse(["--config", "spectrogram/tiny-2", "encoder.pretrained=ast"])
+        assert config.data["mean"] == -1.0
         shutil.rmtree("ast")
         ASTModel(ASTConfig(**fields)).save_pretrained("ast")
         Wav2Vec2FeatureExtractor(sampling_rate=8000).save_pretrained("ast")

@@ -12,6 +12,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import fsspec
@@ -100,6 +101,20 @@ class TestText:
         else:
             assert sorted(found[: len(local)]) == expected and epochs == [0] * len(local) + [1] * 3
 
+    def test_a_block_of_several_epochs(self, corpus, tmp_path):
+        """A document shorter than a block is repeated until it fills one."""
+        _, settings = corpus
+        (tmp_path / "[0].txt").write_text("dog runs")  # the name is no pattern
+        data = text_data(str(tmp_path / "[0].txt"), streaming=True, **settings)
+        samples, _ = taken(data, 3)
+        document = [*data.tokenizer("dog runs", add_special_tokens=False)["input_ids"], data.tokenizer.sep_token_id]
+        assert len(document) < 15 and [ids for *_, ids in samples] == np.resize(document, (3, 15)).tolist()
+
+    def test_a_file_without_a_row(self, corpus, tmp_path):
+        (tmp_path / "empty.txt").touch()
+        with pytest.raises(DataError, match=r"empty\.txt: holds no rows$"):
+            text_data(f"file://{tmp_path}/empty.txt", **corpus[1])
+
     def test_a_batch(self, corpus):
         path, settings = corpus
         data = text_data(path, streaming=True, **settings)
@@ -141,6 +156,72 @@ class TestImages:
         assert [epoch for epoch, *_ in samples] == [0] * 24 + [1] * 24
         assert sorted(number for _, number, _ in samples) == list(range(48))
         assert taken(data, 48, seed=1)[0] != samples == taken(data, 48)[0]
+
+    def test_the_order_is_drawn_by_numpy(self, images, monkeypatch):
+        """Written out, because a run resumes at a position in the order of the version that began it."""
+        epochs, set_epoch = [], datasets.IterableDataset.set_epoch
+        monkeypatch.setattr(
+            datasets.IterableDataset, "set_epoch", lambda self, epoch: epochs.append(epoch) or set_epoch(self, epoch)
+        )
+        data = image_data("memory://set/*.parquet", shuffle_buffer=6)
+        found = [number for _, number, _ in taken(data, 30, seed=-3)[0]]
+        windows = [np.random.default_rng([2**64 - 3, begin]).permutation(6) + begin for begin in range(0, 30, 6)]
+        assert found == np.concatenate(windows).tolist()
+        assert epochs == [np.random.SeedSequence([2**64 - 3, epoch]).generate_state(1)[0] for epoch in (0, 1)]
+
+    def test_a_window_is_read_while_the_one_before_is_used(self, images, monkeypatch):
+        """One row for each sample, so that no step waits for a whole window."""
+        reads, read = [], streaming._Reader.read
+        monkeypatch.setattr(streaming._Reader, "read", lambda reader: reads.append(1) or read(reader))
+        samples = image_data(images).stream.samples(0, 0, 1, None, 5)
+        assert [next(samples) and len(reads) for _ in range(12)] == list(range(6, 18))
+
+    def test_windows_of_large_samples_are_shorter(self, images, monkeypatch):
+        data = image_data(images)
+        sizes = [len(each) for _, _, each in sorted(taken(data, 24)[0], key=lambda sample: sample[1])]
+        monkeypatch.setattr(streaming, "LARGEST", sum(sizes[:3]))  # of the first three
+        expected, begin = [], 0
+        while begin < 24:
+            ends = [end for end in range(begin + 1, 24) if sum(sizes[begin:end]) >= sum(sizes[:3])]
+            end = min(ends, default=24)
+            expected += (np.random.default_rng([0, begin]).permutation(end - begin) + begin).tolist()
+            begin = end
+        assert [number for _, number, _ in taken(data, 24)[0]] == expected
+
+    def test_a_row_that_fails_is_read_again(self, images, monkeypatch):
+        """After 1, 2 and 4 seconds."""
+        data = image_data(images, shuffle_buffer=3)
+        expected, pauses, rows, fetch = taken(data, 30)[0], [], itertools.count(), streaming._fetch
+
+        def fetch_or_fail(row):
+            if next(rows) in (0, 5, 6, 7, 20):
+                raise OSError("reset")
+            return fetch(row)
+
+        monkeypatch.setattr(streaming, "_fetch", fetch_or_fail)
+        monkeypatch.setattr(streaming, "time", SimpleNamespace(sleep=pauses.append))
+        assert taken(data, 30)[0] == expected and pauses == [1, 1, 2, 4, 1]
+
+    def test_files_that_a_table_names(self, tmp_path):
+        fsspec.filesystem("memory").pipe("/files/0.png", content(0))
+        (tmp_path / "1.png").write_bytes(content(1))
+        rows = [
+            {"bytes": None, "path": "memory://files/0.png"},
+            {"bytes": None, "path": str(tmp_path / "1.png")},
+            {"bytes": content(2), "path": "memory://gone/2.png"},
+        ]
+        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        pq.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "a.parquet")
+        data = image_data(f"file://{tmp_path}/a.parquet", shuffle_buffer=1)
+        data.stream.pending = {number: found for _, number, found in taken(data, 3)[0]}
+        assert all(np.array_equal(np.asarray(data.source.read(i)), np.asarray(picture(i))) for i in range(3))
+
+    def test_a_rank_without_a_sample(self):
+        fsspec.filesystem("memory").pipe("/one/a.parquet", parquet(0))
+        data = image_data("memory://one/a.parquet")
+        assert len(taken(data, 2, world=2)[0]) == 2
+        with pytest.raises(DataError, match=r"data.path=memory://one/a.parquet: holds no sample for rank 1 of 2"):
+            taken(data, 1, rank=1, world=2)
 
     def test_pixels_are_those_of_the_files(self, images, tmp_path):
         """With the number of a sample in place of its index, all augmentations are the same."""
@@ -191,6 +272,9 @@ class TestImages:
         alone = list(itertools.islice(make_loader(data, StreamBatches(data, 5), 0), 6))
         batches = iter(make_loader(data, StreamBatches(data, 5, threads=3), 3))
         assert all(same(one, other) for one, other in zip(alone, itertools.islice(batches, 6), strict=True))
+        numbers = [number for _, number, _ in taken(data, 30, seed=0)[0]]
+        assert [number for batch in alone for number in batch["samples"]] == numbers
+        assert alone[0]["source"].dtype == torch.float32  # finished
 
 
 def data_formats():
@@ -317,6 +401,7 @@ class TestServers:
 
         server, url = serve(whole)
         data = image_data(url, stream_timeout=0.5)
+        assert data.stream.with_timeout(lambda: threading.current_thread().daemon)  # one that is left does not keep the process
         server.send = slow
         message = rf"data.path={url}: the remote has not answered within data.stream_timeout=0.5 seconds; check"
         (batch,) = StreamBatches(data, 4)
@@ -373,6 +458,9 @@ class TestSettings:
             SpectrogramData(path="hf://datasets/user/name", mask=RandomMask(0.5))
 
     def test_missing_packages_are_named(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(documents, "COMPRESSED", (".gz", ".zst"))  # as where zstandard is installed
+        with pytest.raises(DataError, match=r"b\.txt\.zst: no such file or folder$"):
+            documents.find_documents(str(tmp_path / "b.txt.zst"))
         monkeypatch.setattr(documents, "COMPRESSED", (".gz", ".bz2", ".xz"))  # as where zstandard is not installed
         monkeypatch.setattr(documents, "SUFFIXES", tuple(each for each in documents.SUFFIXES if not each.endswith(".zst")))
         (tmp_path / "a.txt.zst").write_bytes(b"")
@@ -389,6 +477,7 @@ class TestSettings:
 
         def load(*args, **settings):
             asked.append((args, settings.get("revision"), settings.get("data_files")))
+            assert settings["streaming"] is True
             raise OSError("offline")
 
         monkeypatch.setattr(datasets, "load_dataset", load)
@@ -401,5 +490,11 @@ class TestSettings:
             (("json",), None, ["hf://datasets/u/n/x-0.jsonl.gz", "hf://datasets/u/n/x-1.jsonl.gz"]),
             (("webdataset",), None, ["s3://b/a.tar"]),
         ]
-        with pytest.raises(DataError, match=r"s3://b/folder: a stream needs files of one type among \.parquet, "):
-            image_data("s3://b/folder")
+        for path in ("s3://b/folder", "s3://b/{a.parquet,b.tar}"):
+            with pytest.raises(DataError, match=rf"{path}: a stream needs files of one type among \.parquet, "):
+                image_data(path)
+
+    def test_a_folder_of_save_to_disk(self, tmp_path):
+        datasets.Dataset.from_dict({"image": [b""]}).save_to_disk(tmp_path / "saved")
+        with pytest.raises(DataError, match=r"streaming=true: .*/saved is local and was written by save_to_disk; use data.str"):
+            image_data(str(tmp_path / "saved"), streaming=True)

@@ -15,6 +15,7 @@ import torch
 triton = pytest.importorskip("triton")
 from benchmarks import kernels  # noqa: E402
 from tests import stub_driver  # noqa: E402
+from tests.gate import NORMS  # noqa: E402
 
 if torch.cuda.is_available():
     pytest.skip("there is a GPU: tests/gpu", allow_module_level=True)
@@ -31,8 +32,10 @@ GPUS = list(DEVICES)[:3]
 # Those that take the most shared memory, each kernel, and the launches of a call.
 FAST = (
     *("text", "text, stats", "text, 8 views, layer", "vision, 16 views, stats"),
-    *("audio, fp32", "audio batch 1280 bfloat16", "batch 4096 bfloat16", "image decoder, base"),
+    *("audio, fp32", "audio batch 1280 bfloat16", "batch 4096 bfloat16", "image decoder, base", "step"),
 )
+ADAM_KERNELS = ("_begin_kernel", "_adamw_kernel")
+ALL_KERNELS = {*kernels.LOSS_KERNELS, *kernels.CONV_KERNELS, *ADAM_KERNELS}
 LAYER_NORM = ("text", "text, stats", "text, 8 views, layer")
 
 
@@ -57,21 +60,29 @@ def launched(tmp_path_factory):
 
 
 def fits(found, shared_memory):
+    """Asserts that all cases could be launched; returns the kernels."""
     assert {name: launches for name, launches in found.items() if isinstance(launches, str)} == {}
     launches = [launch for each in found.values() for part in each.values() for launch in part if len(launch) > 1]
     assert max(shared for *_, shared in launches) <= shared_memory
-    assert {kernel for kernel, *_ in launches} == {*kernels.LOSS_KERNELS, *kernels.CONV_KERNELS}
+    return {kernel for kernel, *_ in launches}
 
 
 @pytest.mark.parametrize("device", GPUS)
 def test_every_kernel_fits_the_device(launched, device):
-    fits(launched(device, FAST), DEVICES[device][1])
+    assert fits(launched(device, FAST), DEVICES[device][1]) == ALL_KERNELS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", GPUS)
-def test_every_norm_and_recipe_fits_the_device(launched, device):
-    fits(launched(device, tuple(stub_driver.cases())), DEVICES[device][1])
+def test_every_recipe_fits_the_device(launched, device):
+    assert fits(launched(device, tuple(stub_driver.recipes())), DEVICES[device][1]) == ALL_KERNELS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("device", GPUS)
+def test_every_norm_fits_the_device(launched, device, norm):
+    fits(launched(device, tuple(stub_driver.cases_of(norm))), DEVICES[device][1])
 
 
 def test_a_device_with_less_memory_refuses(launched):
@@ -84,3 +95,9 @@ def test_the_loss_of_layer_norm_is_three_launches_and_one(launched, case):
     found = launched("H100", FAST)[case]
     names = {part: [launch[0] for launch in launches] for part, launches in found.items()}
     assert names == dict(forward=["_order_kernel", "_loss_rows_kernel", "_finish_kernel"], backward=["_scale_kernel"])
+
+
+def test_a_step_of_the_optimizer_is_two_launches_and_so_is_the_teacher_alone(launched):
+    found = launched("H100", FAST)["step"]
+    names = {part: [launch[0] for launch in launches if len(launch) > 1] for part, launches in found.items()}
+    assert names == dict(forward=2 * list(ADAM_KERNELS), backward=list(ADAM_KERNELS))

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 
 import numpy as np
 import pytest
@@ -79,6 +80,8 @@ class TestFormats:
     def test_a_short_row_and_tabs(self, tmp_path):
         (tmp_path / "a.csv").write_text("text,id\none,1\ntwo\n\n")
         assert texts(tmp_path / "a.csv") == ["one", "two"]
+        (tmp_path / "a.csv").write_text("text,id\none\ntwo\n")
+        assert texts(tmp_path / "a.csv") == ["one", "two"]
         (tmp_path / "a.tsv").write_text('id\ttext\n1\tan "odd quote\n2\t"b", c\n')
         assert texts(tmp_path / "a.tsv") == ['an "odd quote', '"b", c']
 
@@ -100,12 +103,16 @@ class TestFormats:
         with pytest.raises(DataError, match=message):
             texts(tmp_path)
 
-    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
-    def test_a_line_without_end(self, written, monkeypatch, name):
-        file = written(name, ["short", "x" * 1000])
+    @pytest.mark.parametrize("name, number", [("a.txt", 2), ("a.jsonl", 2), ("a.csv", 3)])
+    def test_a_line_without_end(self, written, monkeypatch, name, number):
+        file, longest = written(name, ["short", "x" * 1000]), written("longest.txt", ["short", "x" * 500])
         monkeypatch.setattr(documents, "LONGEST", 500)
-        with pytest.raises(DataError, match="has more than 500 characters"):
+        with pytest.raises(DataError, match=f"cannot be read: line {number} has more than 500 characters"):
             texts(file)
+        assert texts(longest) == ["short", "x" * 500]
+
+    def test_a_field_is_as_long_as_a_line(self, written):
+        assert texts(written("a.csv", ["x" * 200_000])) == ["x" * 200_000]  # Python's limit is 131 072
 
     def test_json_in_its_other_forms(self, tmp_path):
         for name, content in {
@@ -132,7 +139,7 @@ class TestFormats:
 
     def test_cut_off_while_it_was_compressed(self, tmp_path):
         (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"line\n" * 1000)[:-20])
-        with pytest.raises(DataError, match=r"a\.txt\.gz: cannot be read: Compressed file ended"):
+        with pytest.raises(DataError, match=rf"^data\.path={tmp_path}/a\.txt\.gz: cannot be read: Compressed file ended"):
             texts(tmp_path)
 
 
@@ -179,6 +186,9 @@ class TestShards:
         pq.write_table(pa.table({"id": [1], "image": [{"bytes": b"x"}]}), tmp_path / "none.parquet")
         with pytest.raises(DataError, match=r"no text column, found id \(int64\), image \(struct<bytes: binary>\)"):
             texts(tmp_path / "none.parquet")
+        pq.write_table(pa.table({"body": ["b"], "n": [1]}), tmp_path / "words2.parquet")
+        with pytest.raises(DataError, match=r"words2\.parquet: .*: no text column 'text', found body \(text\), n \(int64\)"):
+            texts(tmp_path / "words*.parquet")
 
 
 class TestBrokenFiles:
@@ -200,6 +210,13 @@ class TestBrokenFiles:
         (tmp_path / "a.txt").write_bytes(b"\xe9")
         with pytest.raises(DataError, match="2 of 2 files cannot be read"):
             texts(tmp_path, max_broken=1.0)
+
+    def test_five_of_more_are_named(self, tmp_path):
+        for i in range(7):
+            (tmp_path / f"{i}.txt").write_bytes(b"\xe9")
+        with pytest.raises(DataError, match="7 of 7 files cannot be read") as caught:
+            texts(tmp_path)
+        assert re.findall(r"(\d)\.txt: cannot be read", str(caught.value)) == [*"01234"]
 
     def test_empty_files_are_counted(self, tmp_path, caplog):
         for name, content in zip("abc", ("text", "", ""), strict=True):

@@ -74,7 +74,7 @@ def open_tars(
             raise ValueError(f"is cut off: found {len(content)} of {size} bytes")
         return io.BytesIO(content)
 
-    return names, file, labels if len(labels) == len(names) else None
+    return names, file, labels if any(labels) and len(labels) == len(names) else None
 
 
 def _members(tar: str, suffixes: Sequence[str], left_out: list[str]) -> tuple[list[tuple[str, int, int]], dict[str, str]]:

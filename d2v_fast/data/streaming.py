@@ -77,7 +77,10 @@ class Stream:
     def __init__(self, path: str, name: str | None, split: str, buffer: int, timeout: float):
         self.path, self.name, self.split, self.buffer, self.timeout = path, name, split, buffer, timeout
         self.data = self.with_timeout(lambda: _load(path, name, split))
-        self.features = self.data.features or self.with_timeout(lambda: self.data._resolve_features().features)
+        try:
+            self.features = self.data.features or self.with_timeout(lambda: self.data._resolve_features().features)
+        except StopIteration:  # of `datasets`, which reads the first row
+            self.features = None
         if self.features is None:
             raise DataError(f"data.path={path}: holds no rows")
         self.convert: Callable[[Any, list], tuple[list, list]] = lambda row, rest: ([row], rest)

@@ -6,7 +6,7 @@ import torch
 from d2v_fast import Data2Vec, LossConfig, TargetsConfig
 from d2v_fast.fused import PARTS, fuse
 from d2v_fast.graphs import Graphs
-from tests import models
+from tests import models, waits
 from tests.gpu import ABSENT, DEVICE, needs_gpu, nothing_waits
 
 if ABSENT:
@@ -86,3 +86,51 @@ def test_replayed_passes_train_the_same(name, parts):
         torch.manual_seed(1)
         losses.append([step("bf16") for _ in range(12)])
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+
+
+@needs_gpu
+def test_a_run_continues_after_a_pass_that_cannot_be_recorded():
+    """Its random numbers, its stream, and the reuse of memory that two streams used."""
+    weight = torch.nn.Parameter(torch.ones(1 << 20, device=GPU))
+
+    def run(inputs):
+        loss = torch.nn.functional.dropout(weight * inputs["x"]).sum()
+        if torch.cuda.is_current_stream_capturing():
+            loss.item()
+        loss.backward()
+        return (loss.detach(),)
+
+    graphs, stream, other = Graphs(run, [weight], after=1), torch.cuda.current_stream(), torch.cuda.Stream()
+    losses = []
+    for _ in range(4):
+        weight.grad = None
+        losses.append(float(graphs({"x": torch.ones(1 << 20, device=GPU)})[0]))
+    assert graphs.most == 0 and not graphs.recorded and len(set(losses)) == 4
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved()
+    for _ in range(20):
+        x = torch.empty(256 << 20, dtype=torch.uint8, device=GPU)
+        x.record_stream(other)
+        del x
+        torch.cuda.synchronize()
+    assert torch.cuda.memory_reserved() - before <= 2 * (256 << 20)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", waits.WAITS)
+def test_what_waits(name):
+    """The rule by which the fake GPUs of the other tests recognise it."""
+    x, y = torch.rand(4, 3, device=GPU), torch.rand(4, 3)
+    waits.WAITS[name](x, y)
+    with pytest.raises(RuntimeError, match="synchronizing"), nothing_waits():
+        waits.WAITS[name](x, y)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", waits.RUNS_ON)
+def test_what_does_not_wait(name):
+    x, y = torch.rand(4, 3, device=GPU), torch.rand(4, 3).pin_memory()
+    waits.RUNS_ON[name](x, y)
+    with nothing_waits():
+        waits.RUNS_ON[name](x, y)
