@@ -16,6 +16,7 @@ Norm = Literal["none", "layer", "instance", "batch", "group"]
 TargetNorm = Literal["none", "layer", "instance"]
 Implementation = Literal["auto", "eager", "compile", "native", "triton"]
 LayerSource = Literal["ffn", "block_output", "block_input"]
+Init = Literal["hf", "data2vec", "sincos"]
 EMAScope = Literal["all", "encoder", "layers"]
 CLSReduction = Literal["mean", "sum"]
 

@@ -25,6 +25,7 @@ from d2v_fast.choices import (
     CLSReduction,
     EMAScope,
     Implementation,
+    Init,
     LayerSource,
     NonNegativeFloat,
     NonNegativeInt,
@@ -39,6 +40,7 @@ from d2v_fast.choices import (
     nearest,
     ranges,
 )
+from d2v_fast.files import CHECKPOINTS, CONFIG, LOG
 from d2v_fast.masking import BlockMask, ExactBlockMask, RandomMask, SpanMask, TokenMask
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class Modality:
         reads: Accepted values of `Encoder.reads`.
         task: The hub's name of the task on which a model is probed.
         pipeline: The hub's name of the pipeline for an exported encoder.
+        length_multiple: Default of data.length_multiple on a GPU; None if all samples have one length.
     """
 
     data: str | None
@@ -78,6 +81,7 @@ class Modality:
     reads: tuple[str, ...] = ()
     task: str = "feature-extraction"
     pipeline: str = "feature-extraction"
+    length_multiple: int | None = None
 
 
 MODALITIES = {
@@ -86,6 +90,7 @@ MODALITIES = {
         ("token", "random", "exact"),
         reads=("text",),
         task="fill-mask",
+        length_multiple=8,
     ),
     "vision": Modality(
         "vision:ImageData",
@@ -100,6 +105,7 @@ MODALITIES = {
         ("span", "random", "exact"),
         reads=("audio",),
         task="audio-classification",
+        length_multiple=32,
     ),
     "spectrogram": Modality(
         "spectrograms:SpectrogramData",
@@ -152,7 +158,7 @@ class EncoderConfig(Checked):
     model: str | None = None
     pretrained: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    init: Literal["hf", "data2vec", "sincos"] = "hf"
+    init: Init = "hf"
     layers: str | None = None
     ffn: str | None = None
     feature_grad_mult: NonNegativeFloat = 1.0
@@ -553,8 +559,8 @@ def read_yaml(name: str) -> dict[str, Any]:
     if not name:
         raise ConfigError(f"--config: found nothing, expected a YAML file or one of {', '.join(presets())}")
     file = Path(name).expanduser()
-    if (file / "config.yaml").is_file():
-        raise ConfigError(f"--config {name}: is a folder; its settings are in {file / 'config.yaml'}")
+    if (file / CONFIG).is_file():
+        raise ConfigError(f"--config {name}: is a folder; its settings are in {file / CONFIG}")
     if not file.is_file():
         file = PRESETS / f"{name}.yaml"
     if not file.is_file():
@@ -910,7 +916,7 @@ def _name(files: list[str]) -> tuple[str, str | None]:
     run: str | None = None
     for file in files:
         names.append(Path(file).stem if Path(file).is_file() else file.replace("/", "-"))
-        if Path(file).with_name("log.jsonl").exists() or Path(file).with_name("checkpoints").exists():
+        if Path(file).with_name(LOG).exists() or Path(file).with_name(CHECKPOINTS).exists():
             run = str(Path(file).parent)
             names[-1] = Path(run).resolve().name
     return "-".join(names), run
@@ -978,9 +984,9 @@ def _resume(args: list[str]) -> tuple[list[str], bool | Literal["auto"], list[st
         from d2v_fast.checkpoint import refuse_pickle
 
         refuse_pickle(run)
-        if not os.path.isfile(os.path.join(run, "config.yaml")):
+        if not os.path.isfile(os.path.join(run, CONFIG)):
             raise ConfigError(f"--resume {run}: holds no config.yaml, so it is not the folder of a run")
-        rest = ["--config", os.path.join(run, "config.yaml"), *rest, f"train.output={run}"]
+        rest = ["--config", os.path.join(run, CONFIG), *rest, f"train.output={run}"]
     return rest, run is not None, found.resume_allow
 
 

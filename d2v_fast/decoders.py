@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -129,3 +130,6 @@ class ConvDecoder(nn.Module):
             x = x + y if self.residual and x.shape == y.shape else y
         x = x.flatten(2).transpose(1, 2)
         return self.projection(x if rows is None else x.flatten(0, 1).index_select(0, rows))
+
+    if TYPE_CHECKING:
+        __call__ = forward  # that of nn.Module takes and returns anything

@@ -29,6 +29,7 @@ from d2v_fast import __version__, ops
 from d2v_fast.config import CollapseConfig
 from d2v_fast.data import PretrainingData
 from d2v_fast.figures import RULES
+from d2v_fast.files import ALARMS
 from d2v_fast.model import Data2Vec, Data2VecOutput
 from d2v_fast.ops import native
 from d2v_fast.ops.reference import Moments, make_targets, moments_of
@@ -343,7 +344,7 @@ class Monitor:
     def _raise(self, step: int, alarms: list[str]) -> None:
         if self.folder is not None:
             with contextlib.suppress(OSError):  # the alarms are printed anyway
-                with (self.folder / "alarms.jsonl").open("a", encoding="utf-8") as file:
+                with (self.folder / ALARMS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, "alarms": alarms}) + "\n")
         if self.config.action == "stop":
             raise CollapseError("\n  ".join([f"step {step}: {alarms[0]}", *alarms[1:]]))

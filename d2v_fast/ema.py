@@ -6,15 +6,16 @@ import copy
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar  # with a default; torch needs it too
 
 from d2v_fast.config import EMAConfig
 from d2v_fast.sharding import own
 
-Student = TypeVar("Student", bound=nn.Module)
+Student = TypeVar("Student", bound=nn.Module, default=Any)
 
 
 def linear_decay(step: int, start: float, end: float, anneal_steps: int) -> float:

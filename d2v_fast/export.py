@@ -35,8 +35,8 @@ from d2v_fast.data.text import limit_length, load_tokenizer
 from d2v_fast.data.vision import MEAN, STD, image_processor
 from d2v_fast.encoders import Encoder, PatchEncoder, TokenEncoder, class_arguments, example, off_by, wrap
 from d2v_fast.figures import FIGURES
+from d2v_fast.files import HEAD, LOG, PROBES, TEACHER
 from d2v_fast.report import read_lines, read_probes
-from d2v_fast.train.folder import HEAD, TEACHER
 from d2v_fast.trained import Trained, check_utf8
 
 OLDER = "data2vec-pytorch"
@@ -292,7 +292,7 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
         ConfigError: probe.json is damaged.
     """
     config, step = found.config, found.step
-    records = [line for line in read_lines(run / "log.jsonl") if step is None or line["step"] <= step]
+    records = [line for line in read_lines(run / LOG) if step is None or line["step"] <= step]
     last = step or (records[-1]["step"] if records else "unknown")
     data, train, targets, parent = public(config.data), config.train, config.targets, trained.parent_run(run)
     start = f", from {public(config.encoder.pretrained)}" if config.encoder.pretrained else ""
@@ -310,7 +310,7 @@ def run_sections(run: Path, found: Trained) -> tuple[dict[str, Any], list[str]]:
         facts["steps"] += ", over all modalities"
         facts["blocks"] = f"an experiment: shared and trained jointly with {' and '.join(others)}"
     sections = []
-    for probe in read_probes(run / "probe.json"):
+    for probe in read_probes(run / PROBES):
         if probe["step"] == step:
             on = " ".join(filter(None, (public(probe["data"]), probe["name"])))
             sections.append(
@@ -342,7 +342,7 @@ def eval_results(run: Path, found: Trained) -> list[Any]:
             metric_name=f"{MEASURES.get(measure, measure)}, frozen",
             metric_value=round(value, 4),
         )
-        for probe in read_probes(run / "probe.json")
+        for probe in read_probes(run / PROBES)
         if probe["step"] == found.step
         for measure, value in probe["results"].get("trained", {}).items()
     ]

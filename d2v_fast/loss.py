@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, Unpack, get_type_hints, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, Unpack, get_type_hints, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar  # with a default; torch needs it too
 
 from d2v_fast.choices import Beta, Implementation, Norm, PositiveFloat, Rule, TargetNorm
 from d2v_fast.ops import loss_implementation
@@ -14,6 +15,7 @@ from d2v_fast.ops.reference import LossStats
 
 Reduction = Literal["mean", "sum"]
 Layout = Literal["BTC", "TBC"]
+Result = TypeVar("Result", default=Any)
 
 
 class LossSettings(TypedDict, total=False):
@@ -183,8 +185,38 @@ def _check_tensors(
         raise ValueError("scale: found None for 0 channels, expected a number, because 1/√C is undefined")
 
 
-class Data2VecLoss(nn.Module):
+class Data2VecLoss(nn.Module, Generic[Result]):
     """`data2vec_loss` as a module that holds the settings, checked at construction; see there for arguments and errors."""
+
+    @overload
+    def __init__(
+        self: Data2VecLoss[Tensor],
+        *,
+        return_stats: Literal[False] = False,
+        return_target_mean: Literal[False] = False,
+        **settings: Unpack[LossSettings],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Data2VecLoss[tuple[Tensor, LossStats]],
+        *,
+        return_stats: Literal[True],
+        return_target_mean: Literal[False] = False,
+        **settings: Unpack[LossSettings],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Data2VecLoss[Any],
+        norm: Norm = ...,
+        target_norm: TargetNorm = ...,
+        beta: float = ...,
+        scale: float | None = ...,
+        reduction: Reduction = ...,
+        layout: Layout = ...,
+        impl: Implementation = ...,
+        return_stats: bool = ...,
+        return_target_mean: bool = ...,
+    ) -> None: ...
 
     def __init__(
         self,
@@ -211,8 +243,11 @@ class Data2VecLoss(nn.Module):
         teacher_layers: Sequence[Tensor],
         mask: Tensor,
         padding_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor | LossStats, ...]:
+    ) -> Result:
         return data2vec_loss(predictions, teacher_layers, mask, padding_mask=padding_mask, **self.settings)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # that of nn.Module takes and returns anything
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

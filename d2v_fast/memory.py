@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from d2v_fast.config import Config, ConfigError, TokenMask, parse
+from d2v_fast.config import MODALITIES, Config, ConfigError, TokenMask, data_class, parse
 from d2v_fast.data import PretrainingData, first_line
 from d2v_fast.encoders import Encoder
 from d2v_fast.masking import Draws, visible_positions
@@ -102,23 +102,11 @@ def example(config: Config, encoder: Encoder) -> dict[str, Tensor]:
     Raises:
         ConfigError: Custom data, whose sizes are not known.
     """
-    size, data = config.train.batch_size, config.data
-    if config.own_data or config.modality == "custom":
+    if config.own_data or MODALITIES[config.modality].data is None:
         raise ConfigError(f"modality={config.modality}: the batch size of custom data is not known; train a few steps instead")
-    if config.modality == "text":
-        source, grid = torch.empty(size, data["block_size"], dtype=torch.int64), data["block_size"]
-    elif config.modality == "audio":
-        if data["batch_seconds"]:
-            size = max(1, int(data["batch_seconds"] / data["max_seconds"]))
-        source = torch.empty(size, round(data["max_seconds"] * data["sample_rate"]))
-        grid = encoder.positions(source.shape[1])
-    elif config.modality == "vision":
-        source = torch.empty(size, 3, data["image_size"], data["image_size"])
-        grid = encoder.positions(data["image_size"])
-    else:
-        shape = (data["target_length"], data["mel_bins"])
-        source = torch.empty(size, *(() if encoder.reads == "spectrogram" else (1,)), *shape)
-        grid = encoder.positions(data["target_length"])
+    data, built_in = config.data, cast(Any, data_class(config.modality))
+    shape, grid = built_in.largest_batch(data, encoder, config.train.batch_size)
+    source, size = torch.empty(shape, dtype=torch.int64 if config.is_text else torch.float32), shape[0]
     positions = math.prod(grid) if isinstance(grid, tuple) else grid
     if isinstance(config.mask, TokenMask):  # needs real tokens; this masks as many positions as it does on average
         mask = np.arange(positions) < np.full((size, 1), round(config.mask.prob * positions))
@@ -142,7 +130,7 @@ def model_on_meta(config: Config) -> Data2Vec:
     from d2v_fast.train.build import make_model
 
     tokens = None
-    if config.modality == "text" and config.encoder.pretrained is None:
+    if config.is_text and config.encoder.pretrained is None:
         name = config.data["tokenizer"]
         if name == "train":
             trained = SimpleNamespace(cls_token_id=0, pad_token_id=1, sep_token_id=2)  # as `data.text` numbers them
@@ -157,7 +145,7 @@ def model_on_meta(config: Config) -> Data2Vec:
             model = make_model(config, encoder)
     except (MemoryError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(f"encoder: cannot be built for the estimate: {error}; train a few steps instead") from error
-    if config.modality == "text" and hasattr(model.student, "mask_embedding"):
+    if config.is_text and hasattr(model.student, "mask_embedding"):
         model.student.mask_embedding.requires_grad_(False)
     return model.train().to("meta")  # also what transformers creates with torch.Tensor(size)
 

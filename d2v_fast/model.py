@@ -7,7 +7,7 @@ speech or anything else with positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -199,6 +199,9 @@ class Data2Vec(nn.Module):
             layers[-1],
             None if cls_loss is None else cls_loss.detach(),
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # that of nn.Module takes and returns anything
 
     def predict(
         self,

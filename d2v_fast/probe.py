@@ -30,6 +30,7 @@ from d2v_fast.checkpoint import write_text
 from d2v_fast.config import Config, ConfigError, data_class
 from d2v_fast.data import DataError, Source, first_line, is_local
 from d2v_fast.encoders import Encoder
+from d2v_fast.files import PROBES
 from d2v_fast.masking import Draws, TokenMask
 from d2v_fast.report import measure, read_probes
 from d2v_fast.train.build import make_data
@@ -412,7 +413,7 @@ def main(args: list[str]) -> None:
             "train/ and test/, a Hugging Face set, or builtin"
         )
     default = config.data["class"] if config.own_data else "builtin"
-    data, file = os.path.expanduser(options.data or default), run / "probe.json"
+    data, file = os.path.expanduser(options.data or default), run / PROBES
     read_probes(file)  # fail early if results cannot be added to it
     found = trained.load(config, run, options.checkpoint)
     probe, usual = (probe_cloze, CLOZE_BATCH_SIZE) if config.is_text else (probe_labels, BATCH_SIZE)

@@ -17,6 +17,7 @@ import numpy as np
 from d2v_fast import __version__
 from d2v_fast.config import ConfigError, load_yaml
 from d2v_fast.figures import FIGURES
+from d2v_fast.files import ALARMS, CONFIG, ENVIRONMENT, LOG, PROBES
 
 POINTS = 400  # per curve; longer curves are binned and drawn as mean and range
 COLORS = ("#2563b0", "#d9730d", "#2a8a4a", "#8b45b5", "#c0304f", "#12808f", "#7a6a1f", "#555555")
@@ -107,7 +108,7 @@ def measure(name: str, value: float) -> str:
 
 def parts(run: Path) -> list[Path]:
     """Folders of the parts of a run of several modalities; empty for any other run."""
-    logs = [] if (run / "log.jsonl").is_file() or not (run / "config.yaml").is_file() else sorted(run.glob("*/log.jsonl"))
+    logs = [] if (run / LOG).is_file() or not (run / CONFIG).is_file() else sorted(run.glob(f"*/{LOG}"))
     return [log.parent for log in logs]
 
 
@@ -117,9 +118,9 @@ def read_run(folder: Path, color: str) -> Run:
     Raises:
         ValueError: log.jsonl is missing or has no complete line yet.
     """
-    if not (folder / "log.jsonl").is_file():
+    if not (folder / LOG).is_file():
         raise ValueError(f"{folder}: has no log.jsonl; expected the folder of a run")
-    log = [{k: v for k, v in line.items() if _can_be_drawn(v)} for line in read_lines(folder / "log.jsonl")]
+    log = [{k: v for k, v in line.items() if _can_be_drawn(v)} for line in read_lines(folder / LOG)]
     if not log:
         raise ValueError(f"{folder}/log.jsonl: no complete line yet; try again after the first step")
     run = Run(str(folder), log, color)
@@ -130,10 +131,10 @@ def read_run(folder: Path, color: str) -> Run:
         except Exception as error:
             run.unread.append(f"{name}: {' '.join(str(error).split())}")
 
-    run.alarms = read("alarms.jsonl", lambda path: _alarms(path, log[-1]["step"])) or []
-    run.config = read("config.yaml", lambda path: dict(_flat(load_yaml(path.read_text(encoding="utf-8"))))) or {}
-    run.environment, run.warnings = read("environment.json", _environment) or ({}, [])
-    run.probes = read("probe.json", read_probes) or []
+    run.alarms = read(ALARMS, lambda path: _alarms(path, log[-1]["step"])) or []
+    run.config = read(CONFIG, lambda path: dict(_flat(load_yaml(path.read_text(encoding="utf-8"))))) or {}
+    run.environment, run.warnings = read(ENVIRONMENT, _environment) or ({}, [])
+    run.probes = read(PROBES, read_probes) or []
     return run
 
 

@@ -12,8 +12,8 @@ from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from d2v_fast.config import Config, ConfigError, load_yaml, parse
 from d2v_fast.data.text import load_tokenizer, token_fields
 from d2v_fast.encoders import Encoder, build_encoder
+from d2v_fast.files import CHECKPOINTS, CONFIG, EXPORT, STEP, TOKENIZER
 from d2v_fast.train.build import make_encoder
-from d2v_fast.train.folder import STEP, TOKENIZER
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ def read_config(run: Path) -> Config:
         ConfigError: `run` is not the folder of a run, or its settings cannot be read.
     """
     check_utf8(run)
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run}: has no config.yaml, so it is not the folder of a run")
-    config, _ = parse(["--config", str(run / "config.yaml")])
+    if not (run / CONFIG).is_file():
+        raise ConfigError(f"{run}: has no {CONFIG}, so it is not the folder of a run")
+    config, _ = parse(["--config", str(run / CONFIG)])
     if config.parts:
         raise ConfigError(
             f"{run}: a run of several modalities; name one: {', '.join(str(run / name) for name in config.parts)}"
@@ -68,7 +68,7 @@ def parent_run(run: Path) -> Path | None:
     """The folder of the multi-modality run that `run` is a part of, if any."""
     parent = run.resolve().parent
     try:
-        settings = load_yaml((parent / "config.yaml").read_text(encoding="utf-8"))
+        settings = load_yaml((parent / CONFIG).read_text(encoding="utf-8"))
     except Exception:  # the parent need not be a run
         return None
     parts = settings.get("several", {}).get("parts", {}) if isinstance(settings, dict) else {}
@@ -92,10 +92,10 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
     weights = saved.tensors("teacher" if teacher else "student") if saved else {}
     tokenizer, tokens = None, None
     if config.is_text:
-        kept = [str(run / name) for name in ("export", TOKENIZER) if (run / name / "tokenizer.json").is_file()]
+        kept = [str(run / name) for name in (EXPORT, TOKENIZER) if (run / name / "tokenizer.json").is_file()]
         config = replace(config, data=config.data | {"tokenizer": next(iter(kept), config.data["tokenizer"])})
         if config.data["tokenizer"] == "train":
-            raise ConfigError(f"{run}: holds no tokenizer, neither in {TOKENIZER}/ nor in export/")
+            raise ConfigError(f"{run}: holds no tokenizer, neither in {TOKENIZER}/ nor in {EXPORT}/")
         tokenizer = load_tokenizer(config.data["tokenizer"])
         size = _vocab_size(weights, run)
         tokens = token_fields(tokenizer, size) if size else None
@@ -110,16 +110,16 @@ def load(config: Config, run: Path, checkpoint: str | None = None, teacher: bool
             encoder.load_state_dict(state)
         except RuntimeError as error:
             raise ConfigError(
-                f"{saved.folder}: does not fit the encoder in config.yaml: {' '.join(str(error).split())}"
+                f"{saved.folder}: does not fit the encoder in {CONFIG}: {' '.join(str(error).split())}"
             ) from error
-    place = saved.folder if saved else run / "export"
+    place = saved.folder if saved else run / EXPORT
     log.info("%s of step %s, from %s", "teacher" if teacher else "student", "unknown" if step is None else step, place)
     return Trained(config, encoder.eval(), tokenizer, step, tokens)
 
 
 def _newest(run: Path, checkpoint: str | None, teacher: bool) -> tuple[int | None, Checkpoint | None]:
     """The step of the weights to load, and their checkpoint, or None for export/."""
-    checkpoints = Checkpoints((parent_run(run) or run) / "checkpoints", keep_last=1)
+    checkpoints = Checkpoints((parent_run(run) or run) / CHECKPOINTS, keep_last=1)
     steps = checkpoints.steps()
     if checkpoint is not None:
         name = Path(checkpoint).name
@@ -128,7 +128,7 @@ def _newest(run: Path, checkpoint: str | None, teacher: bool) -> tuple[int | Non
             raise ConfigError(f"--checkpoint {checkpoint}: not in {checkpoints.folder}; available: {available}")
         named = Checkpoint(checkpoints.folder / name)
         return named.step, named
-    exported = not teacher and any((run / "export").glob("*.safetensors"))
+    exported = not teacher and any((run / EXPORT).glob("*.safetensors"))
     step = _export_step(run) if exported else None
     saved = None
     if steps and (step or 0) < steps[-1]:
@@ -142,20 +142,20 @@ def _newest(run: Path, checkpoint: str | None, teacher: bool) -> tuple[int | Non
         damaged = f"none of its {len(steps)} checkpoints is intact" if steps else "it has no checkpoint"
         if teacher:
             raise ConfigError(f"--teacher: only checkpoints hold the teacher, and {run}: {damaged}")
-        raise ConfigError(f"{run}: {damaged} and no export/, so there are no trained weights")
+        raise ConfigError(f"{run}: {damaged} and no {EXPORT}/, so there are no trained weights")
     return saved.step, saved
 
 
 def _export_step(run: Path) -> int | None:
     try:
-        return int(json.loads((run / "export" / STEP).read_text(encoding="utf-8"))["step"])
+        return int(json.loads((run / EXPORT / STEP).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
         return None
 
 
 def _exported(config: Config, run: Path) -> Encoder:
     own = ":" in (config.encoder.model or "")
-    settings = vars(config.encoder) | {"pretrained": str(run / "export")}
+    settings = vars(config.encoder) | {"pretrained": str(run / EXPORT)}
     return build_encoder(**(settings if own else settings | {"config": {}}))
 
 
@@ -165,5 +165,5 @@ def _vocab_size(weights: dict[str, Any], run: Path) -> int | None:
     rows = [len(value) for name, value in weights.items() if name.endswith(tables)]
     if rows:
         return rows[0]
-    config = run / "export" / "config.json"  # a custom encoder has none and does not need the number
+    config = run / EXPORT / "config.json"  # a custom encoder has none and does not need the number
     return json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None

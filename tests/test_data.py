@@ -18,6 +18,7 @@ import soundfile
 import torch
 from PIL import Image, ImageEnhance
 
+from d2v_fast.config import MODALITIES
 from d2v_fast.data import (
     DataError,
     EpochBatches,
@@ -47,7 +48,6 @@ from d2v_fast.data.vision import (
     to_pixels,
 )
 from d2v_fast.masking import BlockMask, Draws, ExactBlockMask, RandomMask, SpanMask, TokenMask
-from d2v_fast.train.build import MULTIPLES
 
 RATE = 16_000
 WORDLIST = "alpha beta gamma delta dog runs over under épsilon 日本 ñandú naïve".split()
@@ -177,7 +177,7 @@ class TestEpochBatches:
 
         assert padding(EpochBatches(20_000, 8).epoch(0)) > 0.4
         assert padding(EpochBatches(20_000, 8, lengths=lengths).epoch(0)) < 0.02
-        assert padding(EpochBatches(20_000, 8, lengths=lengths).epoch(0), MULTIPLES["text"]) < 0.05
+        assert padding(EpochBatches(20_000, 8, lengths=lengths).epoch(0), MODALITIES["text"].length_multiple) < 0.05
 
     def test_similar_lengths_share_a_batch(self):
         lengths = np.random.default_rng(0).integers(1, 1000, 200)

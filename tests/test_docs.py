@@ -22,12 +22,13 @@ from torch import nn
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 import d2v_fast
-from d2v_fast import cli
-from d2v_fast.config import CollapseConfig, parse
-from d2v_fast.data.text import train_tokenizer
+from d2v_fast import cli, files
+from d2v_fast.config import MODALITIES, CollapseConfig, parse
+from d2v_fast.data.audio import AudioData
+from d2v_fast.data.text import TextData, train_tokenizer
 from d2v_fast.figures import FIGURES, RULES
 from tests import released, test_convert
-from tools import site, structure
+from tools import lines, site, structure
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
@@ -236,6 +237,19 @@ def test_the_guide_to_health_has_the_figures_of_the_report_and_the_alarms_of_the
     assert all(any(name in meaning for name in names["alarm"]) for meaning in meanings)
 
 
+def test_the_guide_to_training_lists_the_files_of_a_run():
+    rows = re.search(r"^\| file \| what \|\n((?:\|.*\n)+)", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)[1]
+    in_others = {"STEP", "HEAD", "TEACHER"}
+    expected = {value for name, value in vars(files).items() if name.isupper() and name not in in_others}
+    assert set(re.findall(r"`([\w.]+)[`/]", rows.replace("run/", ""))) == expected | {"tensorboard"}
+
+
+@pytest.mark.parametrize("cls", [TextData, AudioData])
+def test_the_help_of_a_data_set_has_the_default_of_its_modality(cls):
+    (modality,) = (m for m in MODALITIES.values() if m.data and m.data.endswith(f":{cls.__name__}"))
+    assert f"null = {modality.length_multiple} on a GPU" in inspect.getdoc(cls)
+
+
 def test_the_site_has_every_guide():
     """A page that is missing from `nav` or from docs/ would also fail `make docs`, which takes longer."""
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
@@ -303,6 +317,29 @@ def test_structure_of_a_small_package(tmp_path):
     (package / "middle.py").write_text("from small import low, high\n")
     with pytest.raises(graphlib.CycleError):
         structure.layers(structure.imports(package))
+
+
+def test_lines_of_modules_and_classes_before_and_after(tmp_path):
+    before = {"ema.py": "import x\n\n@x\nclass Teacher:\n    a = 1\n", "old.py": "class Gone: ...\n"}
+    after = {"ema.py": "class Teacher:\n    def f():\n        class Inner: ...\n\n\nclass New:\n    a = 1\n"}
+    (tmp_path / lines.PACKAGE / "data").mkdir(parents=True)
+    for name, source in before.items():
+        (tmp_path / lines.PACKAGE / name).write_text(source)
+    (tmp_path / lines.PACKAGE / "data" / "__init__.py").write_text("é = 1\n", encoding="utf-8")
+    (tmp_path / lines.PACKAGE / "notes.txt").touch()
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert lines.at("HEAD", tmp_path) == lines.in_tree(tmp_path) == before | {"data/__init__.py": "é = 1\n"}
+    assert [row.split() for row in lines.table(before, after).splitlines()] == [
+        ["before", "after"],
+        ["ema.py", "5", "7"],
+        ["Teacher", "3", "3"],
+        ["New", "-", "2"],
+        ["old.py", "1", "-"],
+        ["Gone", "1", "-"],
+        ["total", "6", "7"],
+    ]
 
 
 def test_citations_of_the_method_open():

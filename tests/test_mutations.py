@@ -380,8 +380,8 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
     "random numbers start anew after a resume": ("train/save.py", '    torch.set_rng_state(tensors["cpu"])\n', ""),
     "the teacher is exported": (
         "train/save.py",
-        'student, target = run.state.core.student, run.folder.path / "export"',
-        'student, target = run.state.core.teacher.module, run.folder.path / "export"',
+        "student, target = run.state.core.student, run.folder.path / EXPORT",
+        "student, target = run.state.core.teacher.module, run.folder.path / EXPORT",
     ),
     "samples of the last micro-batch in the log": (
         "train/log.py",

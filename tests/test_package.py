@@ -101,9 +101,12 @@ def test_what_the_workflows_name_exists(file):
             assert set(extras.split(",")) <= set(PROJECT["project"]["optional-dependencies"]), text
         for command in re.findall(r"\bd2v-[a-z]+", text):
             assert command in PROJECT["project"]["scripts"], text
-    for job in parsed.get("jobs", {}).values():
-        for used in [job.get("uses"), *(step.get("uses") for step in job.get("steps", []))]:
-            assert used is None or (ROOT / used).exists() or re.fullmatch(r"[\w-]+/[\w-]+@(v\d+|release/v\d+)", used), used
+    for line in file.read_text(encoding="utf-8").splitlines():  # commits, because a tag can be moved
+        if used := re.search(r"\buses: (.+)", line):
+            local = used[1].startswith(".") and (ROOT / used[1]).exists()
+            assert local or re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}  # v[\d.]+", used[1]), line
+        for tool in re.findall(r"\bpipx run (\S+)", line):
+            assert re.fullmatch(r"[\w-]+==[\d.]+", tool), line
 
 
 def test_workflows_test_the_oldest_versions_allowed():
@@ -122,6 +125,16 @@ def test_the_container_runs_the_commands_of_the_demo():
     commands = re.findall(r"(?<=bin/)d2v-.+", demo)[-2:]
     command = re.search(r'^CMD \["sh", "-c", "(.+)"\]$', (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)[1]
     assert command.replace("/tmp/demo", "runs/demo").split(" && ") == commands
+
+
+def test_pre_commit_runs_what_lint_runs():
+    make = ["make", "-n", "--no-print-directory", "lint"]
+    lint = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    tools = re.findall(r"(?<=bin/)(ruff \w+|mypy)", lint)
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    entries = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
+    assert len(tools) == len(entries) == 3
+    assert all(re.match(rf"(\.venv/bin/)?{tool}\b", entry) for tool, entry in zip(tools, entries, strict=True))
 
 
 def test_the_version_is_stated_once():

@@ -1,6 +1,7 @@
 """The types of the public names, and errors for the same mistakes at run time."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from torch import nn
 
 import d2v_fast
-from d2v_fast import Data2VecLoss, EMATeacher
+from d2v_fast import Data2VecLoss, EMATeacher, build_encoder, data2vec_loss
 from d2v_fast.choices import Range, Rule
 from d2v_fast.config import EMAConfig, LossConfig, OptimizerConfig, TargetsConfig, TrainConfig
 from d2v_fast.masking import SpanMask, TokenMask
@@ -29,6 +30,7 @@ from d2v_fast import Callback, ConvDecoder, Data2Vec, Data2VecLoss, EMATeacher, 
 from d2v_fast import build_encoder, data2vec_loss, wrap
 from d2v_fast.data import PretrainingData
 from d2v_fast.masking import SpanMask
+from d2v_fast.ops.reference import LossStats
 
 predictions, layers, mask = torch.randn(1, 4), [torch.randn(1, 2, 4)], torch.ones(1, 2, dtype=torch.bool)
 loss: Tensor = data2vec_loss(predictions, layers, mask, norm="instance", beta=2)
@@ -46,6 +48,13 @@ data.grid, data.lengths = (4, 6), np.array([3, 2])
 sides: int | tuple[int, ...] | None = data.grid
 
 
+scalar: Tensor = Data2VecLoss(beta=1)(predictions, layers, mask)
+pair: tuple[Tensor, LossStats] = Data2VecLoss(return_stats=True)(predictions, layers, mask)
+total: Tensor = model(predictions, mask).loss
+positional: Data2VecLoss = Data2VecLoss("layer", "none", 2.0)
+followed: EMATeacher = teacher
+
+
 class Mine(Callback):
     every_rank = True
 
@@ -53,9 +62,9 @@ class Mine(Callback):
 Data2VecLoss(norm="group", impl="eager")
 SpanMask(length_kind="normal")
 
-Data2VecLoss(nrm="layer")  # E: call-arg
+Data2VecLoss(nrm="layer")  # E: call-overload
 EMATeacher(modle=nn.Linear(2, 2))  # E: call-arg
-Data2VecLoss(norm="layr")  # E: arg-type
+Data2VecLoss(norm="layr")  # E: call-overload
 data2vec_loss(predictions, layers, mask, norm="layr")  # E: call-overload
 data2vec_loss(predictions, layers)  # E: call-overload
 TargetsConfig(source="fnn")  # E: arg-type
@@ -70,6 +79,15 @@ encoder.positions(size="224")  # E: arg-type
 data.grid = "4 x 6"  # E: assignment
 data.lengths = [3, 2]  # E: assignment
 SpanMask(length="3")  # E: arg-type
+build_encoder("vit", init="sincoss")  # E: arg-type
+Data2VecLoss()(predictions, layers)  # E: call-arg
+Data2VecLoss()(predictions, layers, mask, padding=mask)  # E: call-arg
+count: int = Data2VecLoss()(predictions, layers, mask)  # E: assignment
+Data2VecLoss(return_stats=True)(predictions, layers, mask).backward()  # E: attr-defined
+model(predictions)  # E: call-arg
+model(predictions, mask).los  # E: attr-defined
+encoder(predictions, masks=mask)  # E: call-arg
+ConvDecoder(32)(predictions, 4)  # E: arg-type
 """
 CONFIG = """
 [mypy]
@@ -123,6 +141,7 @@ def test_type_checkers_see_each_public_name_where_it_is():
         (lambda: TargetsConfig(norm="layr"), "norm: found 'layr', expected one of 'none', 'layer', .*; did you mean layer"),
         (lambda: LossConfig(scale="meen"), "scale: found 'meen', expected one of 'auto', 'mean'; did you mean mean"),
         (lambda: TargetsConfig(source="fnn"), "source: found 'fnn', expected one of 'ffn', "),
+        (lambda: build_encoder("vit", init="sincoss"), "init: found 'sincoss', expected one of 'hf', .*; did you mean sincos"),
         (lambda: TrainConfig(trackers=["wandb", "wnadb"]), "trackers: found 'wnadb', expected .*'trackio'; did you mean wandb"),
     ],
 )
@@ -160,6 +179,15 @@ def test_wrong_numbers_are_refused_at_construction(makes, message):
         with pytest.raises(ValueError) as error:
             make()
         assert str(error.value) == message
+
+
+def test_the_loss_has_the_same_defaults_everywhere():
+    function, module = (inspect.signature(each).parameters for each in (data2vec_loss, Data2VecLoss))
+    for name, parameter in module.items():
+        assert function[name].default == parameter.default, name
+    for name, value in [*vars(TargetsConfig()).items(), *vars(LossConfig()).items()]:
+        if name in function and name not in ("scale", "reduction"):  # other words for the same
+            assert function[name].default == value, name
 
 
 Share = Annotated[float, Range("[0, 1]")]

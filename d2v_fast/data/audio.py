@@ -472,6 +472,14 @@ class AudioData(PretrainingData):
     files: tuple[str, ...] = ("sample_rate", "normalize")  # settings that `read_files` may find
 
     @staticmethod
+    def largest_batch(settings: dict[str, Any], encoder: Any, size: int) -> tuple[tuple[int, ...], Any]:
+        """Shape of the largest batch of `size` samples, and its positions."""
+        if settings["batch_seconds"]:
+            size = max(1, int(settings["batch_seconds"] / settings["max_seconds"]))
+        samples = round(settings["max_seconds"] * settings["sample_rate"])
+        return (size, samples), encoder.positions(samples)
+
+    @staticmethod
     def read_files(name: str) -> dict[str, Any]:
         """The settings in `files` of the pretrained encoder `name`, as far as its files contain them."""
         from transformers import FeatureExtractionMixin

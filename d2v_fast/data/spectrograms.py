@@ -187,6 +187,11 @@ class SpectrogramData(AudioData):
     files = ("sample_rate", "target_length", "mel_bins", "mean", "std")
 
     @staticmethod
+    def largest_batch(settings: dict[str, Any], encoder: Any, size: int) -> tuple[tuple[int, ...], Any]:
+        channel = () if encoder.reads == "spectrogram" else (1,)
+        return (size, *channel, settings["target_length"], settings["mel_bins"]), encoder.positions(settings["target_length"])
+
+    @staticmethod
     def read_files(name: str) -> dict[str, Any]:
         from transformers import FeatureExtractionMixin
 

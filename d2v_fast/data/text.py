@@ -282,6 +282,11 @@ class TextData(PretrainingData):
     files = ("tokenizer",)  # settings that `read_files` may find
 
     @staticmethod
+    def largest_batch(settings: dict[str, Any], encoder: Any, size: int) -> tuple[tuple[int, ...], int]:
+        """Shape of the largest batch of `size` samples, and its positions."""
+        return (size, settings["block_size"]), settings["block_size"]
+
+    @staticmethod
     def read_files(name: str) -> dict[str, Any]:
         """The settings in `files` of the pretrained encoder `name`, as far as its files say."""
         try:

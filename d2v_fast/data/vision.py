@@ -355,6 +355,12 @@ class ImageData(PretrainingData):
     files = ("image_size", "mean", "std")  # settings that `read_files` may find
 
     @staticmethod
+    def largest_batch(settings: dict[str, Any], encoder: Any, size: int) -> tuple[tuple[int, ...], Any]:
+        """Shape of the largest batch of `size` samples, and its positions."""
+        side = settings["image_size"]
+        return (size, 3, side, side), encoder.positions(side)
+
+    @staticmethod
     def read_files(name: str) -> dict[str, Any]:
         """The settings in `files` of the pretrained encoder `name`, as far as its files contain them."""
         from transformers import AutoConfig, ImageProcessingMixin

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -233,6 +233,9 @@ class Encoder(nn.Module):
     def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """States (B, T, C) of an unmasked input."""
         return self.encode(inputs, padding_mask).states
+
+    if TYPE_CHECKING:
+        __call__ = forward  # that of nn.Module takes and returns anything
 
     def positions(self, size: int) -> int | tuple[int, ...]:
         """Number of positions for an input of this size (tokens, samples), or the grid of patches for an image side."""

@@ -9,12 +9,13 @@ import logging
 import os
 import pickle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.choices import import_class
+from d2v_fast.choices import Init, import_class
+from d2v_fast.config import EncoderConfig
 from d2v_fast.data import first_line
 from d2v_fast.encoders import blocks
 from d2v_fast.encoders.base import Encoder
@@ -156,11 +157,11 @@ def build_encoder(
     model: str | None = None,
     pretrained: str | None = None,
     config: dict[str, Any] | None = None,
-    init: Literal["hf", "data2vec", "sincos"] = "hf",
+    init: Init = EncoderConfig.init,
     layers: str | None = None,
     ffn: str | None = None,
-    feature_grad_mult: float = 1.0,
-    attention: str = "sdpa",
+    feature_grad_mult: float = EncoderConfig.feature_grad_mult,
+    attention: str = EncoderConfig.attention,
     features: str | None = None,
     bidirectional: bool = False,
 ) -> Encoder:
@@ -184,6 +185,7 @@ def build_encoder(
     Raises:
         ValueError: The model type, config field or class does not exist, or the model cannot be built or loaded.
     """
+    EncoderConfig(init=init, feature_grad_mult=feature_grad_mult)  # checks them
     config = dict(config or {})
     pretrained = pretrained and os.path.expanduser(pretrained)
     if model is not None and ":" in model:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,12 +23,13 @@ from d2v_fast.data.streaming import StreamBatches
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.diagnostics import Monitor
 from d2v_fast.encoders import Encoder, build_encoder
+from d2v_fast.files import CHECKPOINTS, HEAD, TEACHER, TOKENIZER
 from d2v_fast.fused import COMPILED, PARTS, fuse
 from d2v_fast.model import Data2Vec
 from d2v_fast.sharding import shard
 from d2v_fast.train.callbacks import Callback, Callbacks, make_callback
 from d2v_fast.train.feed import EMPTY, Feed
-from d2v_fast.train.folder import HEAD, TEACHER, TOKENIZER, RunFolder
+from d2v_fast.train.folder import RunFolder
 from d2v_fast.train.guards import BrokenSamples, SkippedSteps
 from d2v_fast.train.log import Trackers, Window
 from d2v_fast.train.online_probe import OnlineProbe
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
     from d2v_fast.several import SeveralConfig
 
 log = logging.getLogger(__name__)
-
-MULTIPLES = {"text": 8, "audio": 32}  # data.length_multiple on a GPU
 
 
 @dataclass
@@ -240,7 +239,8 @@ def set_length_multiple(config: Any, device: torch.device) -> Any:
     if config.own_data or config.data.get("length_multiple", 1) is not None:
         return config
     varying = device.type == "cuda" and not config.data.get("cross_documents")  # packed blocks have one length
-    return replace(config, data=config.data | {"length_multiple": MULTIPLES[config.modality] if varying else 1})
+    multiple = MODALITIES[config.modality].length_multiple if varying else 1
+    return replace(config, data=config.data | {"length_multiple": multiple})
 
 
 def begin(
@@ -250,7 +250,7 @@ def begin(
     settings = {"modality": config.modality, "fused": fused, "processes": accelerator.num_processes, **config.settings()}
     settings["train.output"] = folder.name
     settings = json.loads(json.dumps(settings, default=str))
-    checkpoints = Checkpoints(folder.path / "checkpoints", config.train.keep_last)
+    checkpoints = Checkpoints(folder.path / CHECKPOINTS, config.train.keep_last)
     saved = newest(checkpoints, accelerator.is_main_process, bool(config.train.shard)) if config.resume else None
     if saved:
         compare_settings(saved, settings, config)
@@ -419,8 +419,9 @@ def _shard(core: Data2Vec, config: Config, data: PretrainingData, accelerator: A
         if batch is not None:
             core.eval()
             with torch.no_grad(), accelerator.autocast():
-                core(**{key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)})
-            cast(Any, core).reshard()  # FSDPModule's
+                sharded: Any = core  # an FSDPModule
+                sharded(**{key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)})
+            sharded.reshard()
             core.train()
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ConfigError(

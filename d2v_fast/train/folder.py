@@ -1,4 +1,4 @@
-"""The folder of a run: its path, its lock, and the names of its files."""
+"""The folder of a run: its path and its lock."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from typing import TYPE_CHECKING
 
 from d2v_fast.checkpoint import Checkpoints
 from d2v_fast.config import Config, ConfigError
+from d2v_fast.files import ALARMS, CHECKPOINTS, LOG
 from d2v_fast.report import read_lines
 from d2v_fast.train.parallel import from_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-TOKENIZER = "tokenizer"  # folder of the tokenizer trained for the run
-STEP = "step.json"  # in export/: the step its weights are from
-HEAD, TEACHER = "head.safetensors", "teacher.safetensors"  # saved when another project's checkpoint is converted
 
 
 class RunFolder:
@@ -72,13 +69,13 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(self.path, error) from error
         if self.resume == "auto":
-            self.resume = bool(Checkpoints(self.path / "checkpoints", keep_last=1).steps())
+            self.resume = bool(Checkpoints(self.path / CHECKPOINTS, keep_last=1).steps())
             if not self.resume:  # steps before the first checkpoint are trained and logged again
-                for part, name in itertools.product(self.parts, ("log.jsonl", "alarms.jsonl")):
+                for part, name in itertools.product(self.parts, (LOG, ALARMS)):
                     (self.path / part / name).unlink(missing_ok=True)
-                shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        has_checkpoints = (self.path / "checkpoints").exists()
-        if not self.resume and (has_checkpoints or any(read_lines(self.path / part / "log.jsonl") for part in self.parts)):
+                shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+        has_checkpoints = (self.path / CHECKPOINTS).exists()
+        if not self.resume and (has_checkpoints or any(read_lines(self.path / part / LOG) for part in self.parts)):
             self.lock.release()
             remedy = "--resume continues it" if has_checkpoints else "it has no checkpoint to resume from; remove it"
             raise ConfigError(f"train.output={self.path}: already holds a run; {remedy}, or choose another folder")
@@ -103,7 +100,7 @@ class RunFolder:
 
     def leave(self, steps: int) -> None:
         """Release the lock. A new folder of a run without steps is removed, unless it holds alarms."""
-        if self.made and not steps and not (self.path / "alarms.jsonl").exists():
+        if self.made and not steps and not (self.path / ALARMS).exists():
             shutil.rmtree(self.path, ignore_errors=True)
         self.lock.release(force=True)  # also for runs that were built and never started
 

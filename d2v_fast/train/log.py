@@ -21,6 +21,7 @@ from d2v_fast.config import ConfigError
 from d2v_fast.data import Batch, first_line
 from d2v_fast.diagnostics import distinct_share
 from d2v_fast.encoders import describe
+from d2v_fast.files import ALARMS, EXPORT, LOG
 from d2v_fast.report import read_lines
 from d2v_fast.train.callbacks import Callback
 from d2v_fast.train.guards import BrokenSamples, disk_may_fail
@@ -57,9 +58,9 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         if self.folder is not None:
-            file = self.folder / "log.jsonl"
+            file = self.folder / LOG
             if self.step:
-                for each in (file, self.folder / "alarms.jsonl"):
+                for each in (file, self.folder / ALARMS):
                     if each.exists():
                         write_text(
                             each, "".join(f"{json.dumps(line)}\n" for line in read_lines(each) if line["step"] <= self.step)
@@ -73,12 +74,12 @@ class RunLog:
                 self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1 if self.step else None)
             except Exception as error:  # optional; may raise anything, such as for folders that are not UTF-8
                 remedy = "; pip install tensorboard" if isinstance(error, ImportError) else ""
-                log.info("curves are only in log.jsonl: %s%s", error, remedy)
+                log.info("curves are only in %s: %s%s", LOG, error, remedy)
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self.folder is not None:
-            with disk_may_fail("log.jsonl"):
+            with disk_may_fail(LOG):
                 self.file.close()
         if self.board is not None:
             self.board.close()
@@ -86,7 +87,7 @@ class RunLog:
     def write(self, record: dict[str, float]) -> None:
         if self.folder is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
-            with disk_may_fail("log.jsonl"):  # unwritten lines stay in the buffer until the next write
+            with disk_may_fail(LOG):  # unwritten lines stay in the buffer until the next write
                 self.file.write(json.dumps(finite) + "\n")
         if self.board is not None:
             board, self.board = self.board, None  # once it has failed, it keeps failing
@@ -353,11 +354,11 @@ def log_end(run: Run, stopped: bool) -> None:
         CheckpointError: The last checkpoint could not be written.
     """
     done, folder = run.state.done, run.folder.path
-    students = " and ".join(str(part.folder.path / "export") for part in run.each)
+    students = " and ".join(str(part.folder.path / EXPORT) for part in run.each)
     for part in run.each:
         if run.accelerator.is_main_process and part.record:
             title = f"{part.name}, " if part.name else ""
-            log.info(title + SUMMARY.format(folder=part.folder.path / "export", **part.record))
+            log.info(title + SUMMARY.format(folder=part.folder.path / EXPORT, **part.record))
     if run.checkpoints.failed:
         raise CheckpointError(f"{run.checkpoints.failed}; the student is in {students}")
     if stopped and not done:

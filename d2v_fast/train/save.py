@@ -18,8 +18,8 @@ from torch import Tensor
 from d2v_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints, Tensors, sync, write_text
 from d2v_fast.config import FREE, PART, Config
 from d2v_fast.diagnostics import environment
+from d2v_fast.files import CONFIG, ENVIRONMENT, EXPORT, STEP, TOKENIZER
 from d2v_fast.sharding import gathered, parts
-from d2v_fast.train.folder import STEP, TOKENIZER
 from d2v_fast.train.parallel import from_main
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def write_settings(run: Run) -> None:
     """Write config.yaml. In the folder of a part, it holds the settings of the equivalent single-modality run."""
     for each in (run, *(part for part in run.each if part is not run)):
         each.folder.path.mkdir(exist_ok=True)
-        write_text(each.folder.path / "config.yaml", each.config.yaml)
+        write_text(each.folder.path / CONFIG, each.config.yaml)
 
 
 def save_description(run: Run) -> None:
@@ -240,7 +240,7 @@ def save_description(run: Run) -> None:
     folder = run.folder.path
     if not run.changed:
         write_settings(run)
-    write_text(folder / "environment.json", json.dumps(environment(folder), indent=1))
+    write_text(folder / ENVIRONMENT, json.dumps(environment(folder), indent=1))
     for part in run.each:
         target = part.folder.path / TOKENIZER
         if part.config.trains_tokenizer and not (part.config.resume and target.exists()):
@@ -309,7 +309,7 @@ def export(run: Run) -> None:
 
 
 def _export(run: Run) -> None:
-    student, target = run.state.core.student, run.folder.path / "export"
+    student, target = run.state.core.student, run.folder.path / EXPORT
     temporary = target.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
