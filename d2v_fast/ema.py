@@ -50,7 +50,7 @@ class EMATeacher(nn.Module, Generic[Student]):
         copied: Name patterns (`fnmatch`) of parameters that are copied at each step instead of averaged.
 
     Raises:
-        ValueError: A decay outside [0, 1], negative `anneal_steps`, or `copied` is not a list or matches no parameter.
+        ValueError: A decay outside [0, 1], negative `anneal_steps`, or `copied` is not a list or matches no parameter or all.
     """
 
     def __init__(
@@ -75,6 +75,8 @@ class EMATeacher(nn.Module, Generic[Student]):
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"copied: pattern {pattern!r} matches no parameter, expected one of {names}")
         self.copied = frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in copied))
+        if copied and len(self.copied) == len(names):
+            raise ValueError(f"copied: found {copied}, which match every parameter, so nothing is averaged; remove a pattern")
         self.module: Student = copy.deepcopy(student).float().eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> EMATeacher[Student]:

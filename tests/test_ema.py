@@ -316,6 +316,7 @@ def test_the_state_holds_weights_and_step():
         (dict(anneal_steps=None), "anneal_steps: found None"),
         (dict(copied="first.*"), "copied: found 'first.*', expected a list of patterns"),
         (dict(copied=["frist.*"]), "'frist.*'"),
+        (dict(copied=["*"]), "which match every parameter"),
     ],
 )
 def test_impossible_settings_are_named(settings, named):
