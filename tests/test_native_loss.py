@@ -619,7 +619,7 @@ def _of_another_abi(monkeypatch, tmp_path):
 
 def test_a_norm_that_the_library_does_not_know():
     z, layers, mask, _ = inputs(Case())
-    with pytest.raises(ValueError, match=r"norm=layr, target_norm=none: the C\+\+ library does not know"):
+    with pytest.raises(ValueError, match=r"norm=layr, target_norm=none: one of them is unknown to the C\+\+ library"):
         native.loss(z, layers, mask, None, "layr", "none", 0.0, 1.0, True, False, False)
 
 

@@ -229,7 +229,7 @@ def test_padded_samples_in_data2vec_1_and_2():
 def test_help_lists_the_settings_of_the_class(monkeypatch, capsys):
     assert command(monkeypatch, "train", "data.class=mine:Fields", "--help") in (0, None)
     said = " ".join(capsys.readouterr().out.split())
-    assert "--data.speed SPEED Of the waves. (type: float, default: 1.0)" in said
+    assert "--data.speed SPEED Speed of the waves. (type: float, default: 1.0)" in said
     assert "Positions along each axis, each of two samples. (required" in said
     assert "--data.views VIEWS Masked views of each sample" in said and "image_size" not in said
     assert "null for a single mask, as in 1.0. At least 1. (type: int | null, default: null)" in said
