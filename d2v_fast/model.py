@@ -160,7 +160,8 @@ class Data2Vec(nn.Module):
             raise ValueError(f"mask: {sizes}, those of the encoder's features; its positions(size) must return that number")
         layers = self.teacher_layers(
             source if target is None else target,
-            features if self.shares_features and target is None else None,
+            # Detached even though the teacher runs without gradients: hooks in it, such as a FLOP counter's, look for them.
+            features.detach() if self.shares_features and target is None else None,
             padding_mask if target_padding_mask is None else target_padding_mask,
             None if self.sparse else index,
         )

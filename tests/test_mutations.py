@@ -149,8 +149,8 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
     ),
     "the teacher sees what the first view sees": (
         "model.py",
-        "features if self.shares_features and target is None",
-        "features * ~mask[:, 0, :, None] if self.shares_features and target is None",
+        "features.detach() if self.shares_features and target is None",
+        "features.detach() * ~mask[:, 0, :, None] if self.shares_features and target is None",
     ),
     "the teacher copies its blocks": (
         "encoders/base.py",
