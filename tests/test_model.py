@@ -108,6 +108,17 @@ def test_speech_feature_extractor_runs_once_per_step(name):
     assert len(calls) == 1 and calls[0] is model.student
 
 
+def test_hooks_in_the_teacher_see_no_gradients():
+    """Not even of features that it shares with the student: a FLOP counter would look for their gradient function."""
+    encoder = make("data2vec-audio")
+    model = Data2Vec(encoder, targets=TargetsConfig(top_k=2), ema=EMAConfig(scope="encoder")).train()
+    found = []
+    for module in model.teacher.module.modules():
+        module.register_forward_pre_hook(lambda _, args: found.extend(x.requires_grad for x in args if torch.is_tensor(x)))
+    model(**batch("data2vec-audio", encoder))
+    assert found and not any(found)
+
+
 def test_gradients_reach_the_student_only():
     encoder = make("data2vec-audio")
     model = Data2Vec(encoder, targets=TargetsConfig(top_k=2), ema=EMAConfig(scope="encoder"))
