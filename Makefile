@@ -7,7 +7,7 @@
 # make lint   ruff and mypy
 # make docs   README, guides and API as a site in build/docs; a warning is an error
 # make bench        benchmarks the loss against its alternatives, writes $(RESULTS)
-# make bench-check  measures the cases of $(RESULTS) again, and fails if the ratios of a case fell by 15 % or the machine is slow
+# make bench-check  measures the cases of $(RESULTS) again; fails if a ratio fell more than 15 % or the machine is slow
 # make bench-report prints tables and a plot from $(RESULTS), updates the tables of README and docs/speed.md
 # … ONLY="test_splicing" to select tests, RESULTS=FILE.json for another file
 # … BENCH=step      the same for whole steps, their parts and a sweep over sizes; also BENCH=ema, BENCH=monitor

@@ -268,9 +268,9 @@ def test_compiles_without_spills(compiler, arch):
     for row in table:
         print(*row.values(), sep=" | ")
     assert {row["kernel"] for row in table} == set(kernels.LOSS_KERNELS)
-    # Triton 3.6 spills 8 bytes in one kernel for sm_100: fp32 speech with statistics.
-    allowed = 8 if Version(version("triton")) < Version("3.7") else 0
-    assert [row for row in table if row["spills"] > allowed] == []
+    spills = [(row["case"], row["stats"], row["spills"]) for row in table if row["spills"]]
+    known = Version(version("triton")) < Version("3.7") and arch == 100
+    assert spills == ([("audio, fp32", True, 8)] if known else [])
     # The teacher, and nothing else is that large, is read 16 bytes at a time.
     for row in table:
         if row["kernel"] in TEACHER_KERNELS and row["case"] != "C not a multiple of 8":
