@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,20 @@ def linear_decay(step: int, start: float, end: float, anneal_steps: int) -> floa
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name; tied ones appear under each of their names."""
     return dict(chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)))
+
+
+class Pairs(NamedTuple):
+    """What a teacher's update moves, as pairs of equally long lists (teacher's tensors, student's tensors).
+
+    Attributes:
+        averaged: Parameters that are averaged.
+        copied: Parameters that are copied.
+        buffers: Names of the buffers, which are copied too. Modules may replace them at any time, so they are looked up anew.
+    """
+
+    averaged: tuple[list[Tensor], list[Tensor]]
+    copied: tuple[list[Tensor], list[Tensor]]
+    buffers: list[str]
 
 
 def lerp_unless(skip: Tensor, ours: list[Tensor], theirs: list[Tensor], share: float) -> None:
@@ -91,13 +105,14 @@ class EMATeacher(nn.Module, Generic[Student]):
         return linear_decay(step, self.start, self.end, self.anneal_steps)
 
     @torch.no_grad()
-    def update(self, student: nn.Module, skip: Tensor | None = None) -> None:
+    def update(self, student: nn.Module, skip: Tensor | None = None, pairs: Pairs | None = None) -> None:
         """Follow `student`; call once after each successful optimizer step.
 
         Args:
             student: The module to follow.
             skip: () fp32 on the teacher's device; unless it is 0, the teacher does not change. The host does not wait for it,
                 so the step counts in any case; subtract 1 from `step` once the host knows that it was skipped.
+            pairs: `pairs(student)` of an earlier call, valid as long as no parameter of the two is replaced, frozen or cast.
 
         Raises:
             ValueError: A parameter or buffer exists in only one of the two, has another shape, or is averaged in less than
@@ -105,25 +120,24 @@ class EMATeacher(nn.Module, Generic[Student]):
         """
         decay = self.decay(self.step + 1)
         if decay < 1:
-            averaged, copied = self.pairs(student)
+            averaged, (ours, theirs), buffers = self.pairs(student) if pairs is None else pairs
+            ours = ours + [own(self.module.get_buffer(name)) for name in buffers]
+            theirs = theirs + [own(student.get_buffer(name)) for name in buffers]
             moves = averaged[0] and not self.moved_by_optimizer
             if skip is not None:
                 if moves:
                     self.lerp_unless(skip, *averaged, 1 - decay)
-                for ours, theirs in zip(*copied, strict=True):
-                    ours.copy_(torch.where(skip != 0, ours, theirs))
+                for y, x in zip(ours, theirs, strict=True):
+                    y.copy_(torch.where(skip != 0, y, x))
             else:
                 if moves:
                     torch._foreach_lerp_(averaged[0], [x.to(y.dtype) for y, x in zip(*averaged, strict=True)], 1 - decay)
-                if copied[0]:
-                    torch._foreach_copy_(*copied)
+                if ours:
+                    torch._foreach_copy_(ours, theirs)
         self.step += 1
 
-    def pairs(self, student: nn.Module) -> tuple[tuple[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]:
-        """Pairs of lists (teacher's tensors, student's tensors): those that are averaged, then those that are copied.
-
-        Not cached, because a parameter may be replaced, frozen or cast between two updates. Listing 300 tensors takes 1.4 ms on
-        the host, in parallel to the device.
+    def pairs(self, student: nn.Module) -> Pairs:
+        """What an update moves. Listing 300 tensors takes 1.4 ms on the host; a training loop may do so once.
 
         Raises:
             ValueError: As for `update`.
@@ -134,8 +148,7 @@ class EMATeacher(nn.Module, Generic[Student]):
                 f"{name}: found in the {'teacher' if name in targets else 'student'} only; pass the unwrapped student, "
                 "without DistributedDataParallel or torch.compile, and with the structure it had when the teacher was created"
             )
-        averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
-        copied: tuple[list[Tensor], list[Tensor]] = ([], [])
+        pairs = Pairs(([], []), ([], []), [])
         for ours, name in {
             tensor: name for name, tensor in reversed(targets.items())
         }.items():  # tied tensors under their first name
@@ -143,16 +156,19 @@ class EMATeacher(nn.Module, Generic[Student]):
             if ours.shape != theirs.shape:
                 found, expected = tuple(theirs.shape), tuple(ours.shape)
                 raise ValueError(f"{name}: found {found} in the student, expected {expected} as in the teacher")
+            if not isinstance(ours, nn.Parameter):
+                pairs.buffers.append(name)
+                continue
             follows = theirs.requires_grad and name not in self.copied
             if follows and ours.dtype.itemsize < 4:
                 raise ValueError(
                     f"{name}: found {ours.dtype} in the teacher, which rounds small updates away, expected torch.float32; "
                     "cast only the student, or call teacher.float() afterwards"
                 )
-            pair = averaged if follows else copied
+            pair = pairs.averaged if follows else pairs.copied
             pair[0].append(own(ours))  # both are sharded in the same way
             pair[1].append(own(theirs))
-        return averaged, copied
+        return pairs
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.step)

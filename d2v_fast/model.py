@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from d2v_fast.config import EMAConfig, HeadConfig, LossConfig, TargetsConfig
 from d2v_fast.decoders import ConvDecoder, regression_head
-from d2v_fast.ema import EMATeacher
+from d2v_fast.ema import EMATeacher, Pairs
 from d2v_fast.encoders import Encoder
 from d2v_fast.loss import data2vec_loss
 from d2v_fast.masking import visible_positions
@@ -253,9 +253,9 @@ class Data2Vec(nn.Module):
             x = teacher.place(features, padding_mask)
             return teacher.transform(x, padding_mask, layers=self.top_k, source=self.source, rows=index).layers
 
-    def update_teacher(self, skip: Tensor | None = None) -> None:
-        """Update the teacher; call once after each successful optimizer step. `skip` is as for `EMATeacher.update`."""
-        self.teacher.update(self.student, skip)
+    def update_teacher(self, skip: Tensor | None = None, pairs: Pairs | None = None) -> None:
+        """Update the teacher; call once after each successful optimizer step. Arguments are those of `EMATeacher.update`."""
+        self.teacher.update(self.student, skip, pairs)
 
 
 def check_gathers(encoder: Encoder) -> None:

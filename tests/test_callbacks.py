@@ -28,6 +28,8 @@ from d2v_fast.train.step import step
 from tests.test_training import config, records
 
 MINE = """
+import torch
+
 from d2v_fast import Callback
 
 class Notes(Callback):
@@ -73,6 +75,30 @@ class Words(Callback):
         record["mood"] = "fine"
 
 
+class Freezes(Callback):
+    # One parameter before the first step, another later. Both change all the same, so that averaging would differ from copying.
+
+    def on_start(self, run):
+        self.frozen = []
+        self.freeze(run)
+
+    def on_step(self, run, outcome):
+        student, teacher = run.state.core.student, run.state.core.teacher.module
+        copied = [torch.equal(*(dict(x.named_parameters())[name] for x in (student, teacher))) for name in self.frozen]
+        assert copied == [True] * len(self.frozen), self.frozen
+        if run.state.done == 2:
+            self.freeze(run)
+            del run.state.pairs
+        with torch.no_grad():
+            for name, x in student.named_parameters():
+                x += name in self.frozen
+
+    def freeze(self, run):
+        name, x = next((name, x) for name, x in run.state.core.student.named_parameters() if x.requires_grad)
+        x.requires_grad_(False)
+        self.frozen.append(name)
+
+
 class Stops(Callback):
     def on_step(self, run, outcome):
         run.stop = run.state.done == 3
@@ -106,6 +132,16 @@ def test_callbacks_are_called_and_their_state_is_resumed():
     assert train(replace(resumed("train.steps=5"), resume_allow=["train.steps"])) == 0
     assert Path("mine.txt").read_text().splitlines()[:2] == ["start 4 4", "step 5 True"]
     assert records(Path("run"))[-1]["seen"] == 5
+
+
+def test_a_callback_may_freeze_parameters(monkeypatch):
+    """The teacher copies them, although a run lists its pairs once."""
+    run = build(config("vision", "run", "train.steps=4", "train.callbacks=[mine:Freezes]"))
+    listed = []
+    pairs = run.state.core.teacher.pairs
+    monkeypatch.setattr(run.state.core.teacher, "pairs", lambda student: listed.append(run.state.done) or pairs(student))
+    assert loops.loop(run) == 0
+    assert listed == [0, 2]
 
 
 def test_each_checkpoint_is_told_of_once_it_is_written(monkeypatch):

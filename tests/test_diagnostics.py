@@ -206,7 +206,7 @@ class TestFigures:
         for group in trainer.state.optimizer.param_groups:
             group["lr"] = 1e-4 * group["initial_lr"]
         now = {name: p.detach().clone() for name, p in trainer.state.core.named_parameters()}
-        trainer.state.core.update_teacher = lambda: None
+        trainer.state.core.update_teacher = lambda **_: None
         trainer.state.monitor.due = True
         step(trainer.state, batches)
         late = trainer.state.monitor.figures(loss=3.0)
@@ -439,7 +439,7 @@ class TestBrokenRuns:
 
     def test_teacher_that_is_never_updated(self, tmp_path):
         trainer = tiny("vision/tiny", tmp_path / "run", "collapse.after=10", "train.batch_size=8", "train.steps=20")
-        trainer.state.core.update_teacher = lambda: None
+        trainer.state.core.update_teacher = lambda **_: None
         loop(trainer)
         (alarm,) = alarms(tmp_path / "run")
         assert "the teacher does not move: teacher_decay 1 is above" in alarm

@@ -126,6 +126,23 @@ def test_a_flag_on_the_device_skips_an_update(dtype):
     assert torch.equal(skipped.module.norm.running_mean, teacher.module.norm.running_mean)
 
 
+@pytest.mark.parametrize("flag", [None, 0.0])
+def test_pairs_serve_many_updates_while_buffers_are_replaced(flag):
+    student = Student()
+    kept = EMATeacher(student, 0.5, 0.9, 3, copied=["second.*"])
+    anew, pairs = copy.deepcopy(kept), kept.pairs(student)
+    for step in range(3):
+        drift(student, step)
+        student.ids = torch.arange(10) + step
+        student.norm.running_mean = torch.full((3,), float(step))
+        kept.module.norm.running_mean = kept.module.norm.running_mean.clone()
+        for teacher, given in ((kept, pairs), (anew, None)):
+            teacher.update(student, None if flag is None else torch.tensor(flag), given)
+        for name, x in anew.state_dict().items():
+            assert torch.equal(x, kept.state_dict()[name]), name
+        assert torch.equal(kept.module.norm.running_mean, student.norm.running_mean)
+
+
 def test_a_frozen_teacher_does_not_change():
     student = Student()
     teacher = EMATeacher(student, 0.5, 1.0, 1)

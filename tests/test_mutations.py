@@ -315,8 +315,8 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
     "EMA before the optimizer": (
         "train/step.py",
         "        state.optimizer.step()\n        if not state.accelerator.optimizer_step_was_skipped:\n"
-        "            state.core.update_teacher()\n",
-        "        state.core.update_teacher()\n        state.optimizer.step()\n",
+        "            state.core.update_teacher(pairs=state.pairs)\n",
+        "        state.core.update_teacher(pairs=state.pairs)\n        state.optimizer.step()\n",
     ),
     "a skipped step updates the teacher": (
         "train/step.py",

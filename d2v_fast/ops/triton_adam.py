@@ -297,7 +297,7 @@ class AdamWOnePass(torch.optim.AdamW):
         return result
 
     def _slots(self) -> list[Slot]:
-        (ours, theirs), _ = self.model.teacher.pairs(self.model.student)
+        ours, theirs = self.model.teacher.pairs(self.model.student).averaged
         teachers = dict(zip(theirs, ours, strict=True))
         return [
             Slot(number, p, **self.state.get(p, {}), teacher=teachers.get(p))

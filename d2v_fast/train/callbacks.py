@@ -31,7 +31,8 @@ class Callback:
     """Base class of callbacks. Override the methods you need; the others do nothing.
 
     Each method gets the run: `run.state.done` is the number of steps so far, `run.state.core` the model, `run.config` the
-    settings and `run.folder.path` the folder. `run.stop = True` ends the run after the current step, as Ctrl-C does.
+    settings and `run.folder.path` the folder. `run.stop = True` ends the run after the current step, as Ctrl-C does. After
+    freezing a parameter later than in `on_start`, `del run.state.pairs`, so that the teacher copies it.
 
     Attributes:
         every_rank: Call the callback on all ranks, each with its own run, instead of on the first rank only.

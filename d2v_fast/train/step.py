@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from d2v_fast.checkpoint import Tensors
 from d2v_fast.config import TrainConfig
 from d2v_fast.data import Batch, to_device
 from d2v_fast.diagnostics import Monitor
+from d2v_fast.ema import Pairs
 from d2v_fast.graphs import Graphs
 from d2v_fast.model import Data2Vec
 from d2v_fast.sharding import spread_as, whole
@@ -70,6 +71,11 @@ class State:
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters."""
         return [p for p in self.core.parameters() if p.requires_grad]
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """What an update of the teacher moves, listed in the first step. Delete it after freezing or replacing a parameter."""
+        return self.core.teacher.pairs(self.core.student)
 
     def tensors(self) -> Tensors:
         """Weights of student and teacher and the optimizer state, by checkpoint file and by name."""
@@ -168,7 +174,7 @@ def step(state: State, micro_batches: list[Batch]) -> Outcome:
     elif finite:
         state.optimizer.step()
         if not state.accelerator.optimizer_step_was_skipped:
-            state.core.update_teacher()
+            state.core.update_teacher(pairs=state.pairs)
         state.skipped.forget()
     else:
         # Update neither weights nor teacher: a NaN would stay in the average forever.
@@ -187,7 +193,7 @@ def _update_late(state: State, finite: Tensor) -> None:
     optimizer.found_inf = skip = 1 - finite.float()  # torch's protocol of loss scaling
     state.optimizer.step()
     optimizer.found_inf = None
-    state.core.update_teacher(skip)
+    state.core.update_teacher(skip, state.pairs)
 
 
 def _to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
@@ -274,7 +280,7 @@ def can_be_late(state: State) -> bool:
     if not (fused and alone) or triton_loss.obstacle(state.device):
         return False
     teacher = state.core.teacher
-    averaged, _ = teacher.pairs(state.core.student)
+    averaged = teacher.pairs(state.core.student).averaged  # not state.pairs: a callback may still freeze parameters
     if averaged[0] and not teacher.moved_by_optimizer:
         try:
             teacher.lerp_unless = triton_adam.LerpUnless(*averaged)
