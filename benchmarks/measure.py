@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from d2v_fast.config import has_bf16
+
 
 def timed(call: Callable[[], object], device: str) -> float:
     """Seconds of one call; on a GPU, by CUDA events."""
@@ -101,8 +103,9 @@ def _serve(connection: Any, make: Callable[..., object], args: tuple) -> None:
         pass
 
 
-def matmul_rate(device: str, dtype: torch.dtype, size: int = 4096) -> float:
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product, as the machine's upper limit."""
+    size = 512 if dtype == torch.bfloat16 and not has_bf16(device) else 4096  # the large one could take minutes
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / interleaved({"matmul": lambda: a @ b}, device, seconds=1.0, calls=1)["matmul"]
 

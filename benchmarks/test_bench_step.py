@@ -24,6 +24,7 @@ from benchmarks.cases import SPLICED_CASES, STEP_CASES, STEP_CASES_2, SWEEPS
 from benchmarks.measure import Worker, matmul_rate, peak_extra_bytes, timed
 from d2v_fast import Data2Vec, build_encoder
 from d2v_fast import model as model_module
+from d2v_fast.config import has_bf16
 from d2v_fast.decoders import ConvDecoder
 from d2v_fast.fused import PARTS, fuse
 from d2v_fast.graphs import Graphs
@@ -31,6 +32,13 @@ from d2v_fast.ops.triton_adam import AdamWOnePass
 from tests import released
 
 DECAY = 0.9998
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bf16(request):
+    """All variants compute in bf16, so these benchmarks need instructions for it."""
+    if not has_bf16(request.config.getoption("--device")):
+        pytest.exit("the steps compute in bf16, for which this processor has no instructions: each would take minutes", 2)
 
 
 def conv_flops(x, weight, *_, out_shape=None):

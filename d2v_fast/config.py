@@ -316,7 +316,8 @@ class TrainConfig(Checked):
         batch_size: Samples per process in each micro-batch.
         accumulate: Micro-batches per optimizer step on each process.
         clip_norm: Maximum norm of the gradient, 0 = no clipping.
-        precision: Compute precision; the weights of student and teacher stay in fp32.
+        precision: Compute precision; auto = bf16 if the device has instructions for it, else fp32. The weights of student and
+            teacher stay in fp32.
         device: auto = GPU if there is one. CUDA_VISIBLE_DEVICES=1 selects one of several.
         graphs: With --fused on one GPU, replay passes over batches of the same shape as CUDA graphs, which speeds up small
             batches; each shape keeps its own set of gradients, up to four sets.
@@ -348,7 +349,7 @@ class TrainConfig(Checked):
     batch_size: PositiveInt = 16
     accumulate: PositiveInt = 1
     clip_norm: NonNegativeFloat = 0.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     graphs: bool = True
     checkpointing: bool = False
@@ -792,7 +793,9 @@ def new_parser(modality: str, modalities: tuple[str, ...], sections: Iterable[st
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="Preset or YAML file; several are merged.")
-    parser.add_argument("--fused", action="store_true", help="Use fused kernels and bf16, or stop with the reason.")
+    parser.add_argument(
+        "--fused", action="store_true", help="Use fused kernels, and bf16 if the device has it; stop if no kernel runs."
+    )
     parser.add_argument("--modality", type=Literal[modalities], default=modality, help="Modality of the data.")
     for name in sections:
         add_settings(parser, SECTIONS[name], name)
@@ -922,8 +925,21 @@ def _name(files: list[str]) -> tuple[str, str | None]:
     return "-".join(names), run
 
 
+def has_bf16(device: str) -> bool:
+    """Whether `train.device` has instructions for bf16. Without them, products on a CPU can take 100 times as long."""
+    import torch  # not at the top: --help works without it
+
+    if device == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        device = found.type if found else "cpu"
+    if device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    processor = torch.cpu.get_capabilities()
+    return device != "cpu" or bool(processor.get("avx512_bf16") or processor.get("amx_bf16"))
+
+
 def parse_settings(parser: ArgumentParser, settings: dict[str, Any], rest: list[str], given: dict[str, Any]) -> Any:
-    """The namespace of `settings`, overridden by the arguments `rest`; --fused makes bf16 the default.
+    """The namespace of `settings`, overridden by the arguments `rest`, with the precision that "auto" means here.
 
     Args:
         parser: From `new_parser`.
@@ -939,7 +955,9 @@ def parse_settings(parser: ArgumentParser, settings: dict[str, Any], rest: list[
     except argparse.ArgumentError as error:
         raise ConfigError(_readable(str(error), given, parser)) from None
     if namespace.fused and "train.precision" not in given:
-        namespace.train.precision = "bf16"
+        namespace.train.precision = "auto"
+    if namespace.train.precision == "auto":
+        namespace.train.precision = "bf16" if has_bf16(namespace.train.device) else "fp32"
     return namespace
 
 

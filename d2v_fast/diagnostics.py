@@ -389,8 +389,6 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
         warnings.append(f"{threads * ranks} threads share {cores} usable cores: OMP_NUM_THREADS={max(1, cores // ranks)}")
     if not gpus and 2 * threads * ranks <= cores:
         warnings.append(f"torch uses {threads * ranks} of {cores} usable cores: OMP_NUM_THREADS={cores // ranks}")
-    if not gpus and not (processor.get("avx512_bf16") or processor.get("amx_bf16")):
-        warnings.append("the processor has no instructions for bf16: train.precision=fp32 may be faster, also with --fused")
 
     losses = {}
     for kernel, device in (("native", "cpu"), ("triton", "cuda")):

@@ -547,7 +547,6 @@ class TestEnvironment:
         [
             (("d2v_fast.diagnostics.torch.get_num_threads", lambda: 10_000), "10000 threads share"),
             (("joblib.cpu_count", lambda: 64), "of 64 usable cores: OMP_NUM_THREADS=64"),
-            (("torch.cpu.get_capabilities", lambda: {"avx2": True}), "no instructions for bf16"),
             (("d2v_fast.diagnostics.native.library", lambda: "it is not built"), "plain PyTorch on cpu: it is not built"),
             (("torch.utils.collect_env.get_nvidia_driver_version", lambda run: "550.1"), "driver 550.1 is installed"),
         ],

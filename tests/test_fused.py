@@ -477,11 +477,40 @@ def test_two_settings_that_contradict_each_other_are_named():
         fuse(Data2Vec(models.make("roberta"), targets=TargetsConfig(top_k=2), loss=LossConfig(impl="eager")), CPU)
 
 
-def test_fused_means_bf16_unless_set_otherwise():
+@pytest.mark.parametrize(
+    "processor, precision",
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "fp32"), ({"avx2": True}, "fp32")],
+    ids=str,
+)
+def test_fused_means_bf16_where_the_processor_has_it(processor, precision, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: processor)
     given = ["--config", "audio/tiny", "--fused"]
-    assert parse(given)[0].train.precision == "bf16"
-    assert parse([*given, "train.precision=fp32"])[0].train.precision == "fp32"
+    config, _ = parse(given)
+    assert config.train.precision == precision and f"precision: {precision}" in config.yaml
+    assert parse([*given, "train.device=cpu"])[0].train.precision == precision
+    for set_otherwise in ("fp32", "bf16"):
+        assert parse([*given, f"train.precision={set_otherwise}"])[0].train.precision == set_otherwise
     assert parse(given[:2])[0].train.precision == "fp32"
+    assert parse(["--config", "vision/tiny"])[0].train.precision == precision  # the preset says auto
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_fused_means_bf16_where_the_gpu_has_it(gpu, device, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": not gpu})
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: gpu and not including_emulation)
+    config, _ = parse(["--config", "audio/tiny", "--fused", f"train.device={device}"])
+    assert config.train.precision == ("bf16" if gpu else "fp32")
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_bf16_without_instructions_for_it_is_warned_of(bf16, caplog, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": bf16})
+    for precision in ("bf16", "fp32"):
+        build(parse([*arguments("vision", tmp_path / precision), f"train.precision={precision}"])[0])
+    assert caplog.text.count("bf16 is slow: this cpu has no bf16 instructions; use train.precision=fp32") == (not bf16)
 
 
 def test_a_fused_run_is_repeated_by_its_config(tmp_path):

@@ -321,7 +321,8 @@ class TestSettings:
         assert found["optimizer.lr_scale"] == {"head": 0.5} and found["several.parts.audio.ema.start"] == 0.5
         assert found["several.parts.vision.data.image_size"] == 32 and defaults["several.parts.vision.data.image_size"] == 224
 
-    def test_shares_are_equal_and_the_precision_is_as_for_any_run(self, mine):
+    def test_shares_are_equal_and_the_precision_is_as_for_any_run(self, mine, monkeypatch):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
         for args, precision, fused in (
             ([], "fp32", False),
             (["--fused"], "bf16", True),

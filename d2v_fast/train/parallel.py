@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from d2v_fast.config import ConfigError, TrainConfig
+from d2v_fast.config import ConfigError, TrainConfig, has_bf16
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,6 +48,10 @@ def start(train: TrainConfig) -> Accelerator:
         torch.set_num_threads(train.threads)
     if accelerator.is_main_process:
         check_restarts()
+        kind = accelerator.device.type
+        if train.precision == "bf16" and not has_bf16(kind):
+            faster = "fp16" if kind == "cuda" else "fp32"
+            log.warning("train.precision=bf16 is slow: this %s has no bf16 instructions; use train.precision=%s", kind, faster)
     if hidden and accelerator.is_main_process:
         names = ", ".join(f"{name}={value}" for name, value in hidden.items())
         log.warning("%s: ignored, a run takes its settings only from its config", names)
