@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from d2v_fast.choices import (
     Beta,
@@ -43,10 +43,10 @@ from d2v_fast.choices import (
 from d2v_fast.files import CHECKPOINTS, CONFIG, LOG
 from d2v_fast.masking import BlockMask, ExactBlockMask, RandomMask, SpanMask, TokenMask
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
 Made = TypeVar("Made")
+# jsonargparse.ArgumentParser. If this file imported it for type checkers only, jsonargparse would parse this file's source once
+# for each section, which takes longer than everything else in `parse`.
+Parser = Any
 PRESETS = Path(__file__).parent / "presets"
 MASKS = {"span": SpanMask, "block": BlockMask, "random": RandomMask, "token": TokenMask, "exact": ExactBlockMask}
 FLAGS = ("-h", "--help", "--fused", "--print_config")
@@ -777,7 +777,7 @@ presets: """
 WHICH = "--resume: which run? --resume RUN, or train.output=RUN with the settings it was started with"
 
 
-def new_parser(modality: str, modalities: tuple[str, ...], sections: Iterable[str]) -> ArgumentParser:
+def new_parser(modality: str, modalities: tuple[str, ...], sections: Iterable[str]) -> Parser:
     """A command-line parser for these sections."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -802,7 +802,7 @@ def new_parser(modality: str, modalities: tuple[str, ...], sections: Iterable[st
     return parser
 
 
-def add_settings(parser: ArgumentParser, cls: type, section: str, skip: Iterable[str] = ()) -> None:
+def add_settings(parser: Parser, cls: type, section: str, skip: Iterable[str] = ()) -> None:
     """Add the arguments of a class as settings of a section, with their ranges in the help."""
     parser.add_class_arguments(cls, section, skip=set(skip))
     expected = {f"{section}.{name}": str(found) for name, found in ranges(cls).items()}
@@ -812,7 +812,7 @@ def add_settings(parser: ArgumentParser, cls: type, section: str, skip: Iterable
             action.help += f" {words[0].upper()}{words[1:]}."
 
 
-def _parser(modality: str, kind: str, own: str | None = None) -> ArgumentParser:
+def _parser(modality: str, kind: str, own: str | None = None) -> Parser:
     parser = new_parser(modality, tuple(MODALITIES), SECTIONS)
     help = 'Your own data set, "package.module:Class", usually with modality=custom.'
     parser.add_argument("--data.class", type=str | None, default=own, help=help)
@@ -938,7 +938,7 @@ def has_bf16(device: str) -> bool:
     return device != "cpu" or bool(processor.get("avx512_bf16") or processor.get("amx_bf16"))
 
 
-def parse_settings(parser: ArgumentParser, settings: dict[str, Any], rest: list[str], given: dict[str, Any]) -> Any:
+def parse_settings(parser: Parser, settings: dict[str, Any], rest: list[str], given: dict[str, Any]) -> Any:
     """The namespace of `settings`, overridden by the arguments `rest`, with the precision that "auto" means here.
 
     Args:
@@ -1008,7 +1008,7 @@ def _resume(args: list[str]) -> tuple[list[str], bool | Literal["auto"], list[st
     return rest, run is not None, found.resume_allow
 
 
-def _readable(message: str, given: dict[str, Any], parser: ArgumentParser) -> str:
+def _readable(message: str, given: dict[str, Any], parser: Parser) -> str:
     """Rewrite a jsonargparse error as "key: found value, expected …", with the nearest valid value."""
     if missing := message.partition("arguments are required: ")[2]:
         return f"{missing}: missing; {given.get('data.class')} has no default"

@@ -26,16 +26,8 @@ D2V_INLINE inline Bits hash(Bits x, uint32_t first, uint32_t second) {
     return x ^ x >> 14;
 }
 
-D2V_INLINE inline Mask not_less(Bits a, uint32_t b) {
-#ifdef __AVX512F__
-    return a >= b;
-#else
-    return ~(Mask)((~a & b) | ((~a | b) & (a - b))) >> 31;  // the borrow of a - b; GCC compares long vectors element by element
-#endif
-}
-
 template <class T> void drop(const T *x, T *y, int64_t n, uint32_t threshold, float scale, uint64_t seed, int threads) {
-    const Bits lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Bits lane = lane_numbers();
     const int64_t blocks = (n + BLOCK - 1) / BLOCK;
     threads = (int)std::max<int64_t>(1, std::min<int64_t>(threads, blocks / PER_THREAD));
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -47,7 +39,7 @@ template <class T> void drop(const T *x, T *y, int64_t n, uint32_t threshold, fl
         const int64_t size = std::min(BLOCK, n - b * BLOCK);
         for (int64_t i = 0; i < size; i += W) {
             const Vec value = i + W <= size ? widen(in + i) : widen(in + i, size - i);
-            const Mask kept = not_less(hash(lane + (uint32_t)i, first, second), threshold);
+            const Mask kept = hash(lane + (uint32_t)i, first, second) >= threshold;
             narrow(select(kept, value * scale, Vec{}), out + i, size - i);
         }
     }

@@ -57,8 +57,8 @@ template <int N> D2V_INLINE inline float total(const Vec (&s)[N]) {
     else return sum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
-// P rows at once, to hide the latency of each other's sums. The shift is the mean of the first sixteen values; because they are
-// part of the row, cancellation is bounded by n / 16. `next` is prefetched at the same time; m2 is Σ(x - mean)², if requested.
+// P rows at once, to hide the latency of each other's sums. The shift is the mean of the first W values; because they are part
+// of the row, cancellation is bounded by n / W. `next` is prefetched at the same time; m2 is Σ(x - mean)², if requested.
 template <int P, class R> void row_stats(const R *rows, const R *next, int64_t n, Affine *f, float *m2 = nullptr) {
     constexpr int SUMS = 4 / P;
     const int64_t first = std::min(n, W);
@@ -66,7 +66,7 @@ template <int P, class R> void row_stats(const R *rows, const R *next, int64_t n
     Vec d1[P][SUMS] = {}, d2[P][SUMS] = {};
     each(rows[0], n, [&](int64_t i, Vec x, Mask lanes, int u) D2V_INLINE {
         for (int j = 0; j < P; ++j) {
-            if (u * R::bytes % 4 == 0) next[j].prefetch(i);  // once for each 64 bytes
+            if (u * W * R::bytes % 64 == 0) next[j].prefetch(i);  // once for each 64 bytes
             if (j) x = i + W <= n ? rows[j](i) : rows[j].tail(i, n - i);
             const Vec d = select(lanes, x - f[j].shift, Vec{});
             d1[j][u % SUMS] += d;
@@ -92,7 +92,7 @@ template <class R> void add_rows(const R *rows, const Affine *f, int64_t count, 
     with_count(count, [&](auto m) D2V_INLINE {
         float rest = 0;
         for (int j = 0; j < m; ++j) rest -= f[j].delta * f[j].weight;
-        sixteens(n, [&](int64_t i, auto whole) D2V_INLINE {
+        vectors(n, [&](int64_t i, auto whole) D2V_INLINE {
             Vec y = begin ? splat(rest) : widen(block + i) + rest;
             for (int j = 0; j < m; ++j) y += (rows[j](i, n, whole) - f[j].shift) * f[j].weight;
             narrow(y, block + i);
@@ -103,7 +103,7 @@ template <class R> void add_rows(const R *rows, const Affine *f, int64_t count, 
 // Adds each of the rows, normalised by column, to its row of the block.
 template <class R> void add_rows(const R *rows, ColumnAffine f, int64_t count, int64_t n, float *block, int64_t ld) {
     with_count(count, [&](auto m) D2V_INLINE {
-        sixteens(n, [&](int64_t i, auto whole) D2V_INLINE {
+        vectors(n, [&](int64_t i, auto whole) D2V_INLINE {
             const Vec shift = widen(f.shift + i), delta = widen(f.delta + i), weight = widen(f.weight + i);
             for (int j = 0; j < m; ++j) {
                 float *y = block + j * ld + i;
@@ -134,7 +134,7 @@ template <class At> void column_squares(At at, int64_t rows, int64_t n, ColumnAf
     std::fill_n(f.weight, padded(n), 0.0f);
     for (int64_t r = 0; r < rows; r += TOGETHER)
         with_count(take(r, rows), [&](auto m) D2V_INLINE {
-            sixteens(n, [&](int64_t i, auto whole) D2V_INLINE {
+            vectors(n, [&](int64_t i, auto whole) D2V_INLINE {
                 const Vec shift = widen(f.shift + i);
                 Vec delta = widen(f.delta + i), squares = widen(f.weight + i);
                 for (int j = 0; j < m; ++j) {
@@ -339,7 +339,7 @@ template <class T, bool STRIDED> class Loss {
         float *copy = a.moments ? w.prediction.get() : nullptr;
         Vec values[4] = {};
         each(prediction, n, [&](int64_t i, Vec x, Mask lanes, int u) D2V_INLINE {
-            if (u * sizeof(P) % 4 == 0) {
+            if (u * W * sizeof(P) % 64 == 0) {  // once for each 64 bytes
                 __builtin_prefetch(prediction.x + i + AHEAD_SCORED * C, 0, 2);
                 __builtin_prefetch(grad + i + AHEAD_SCORED * C, 1, 2);
             }

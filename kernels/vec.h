@@ -1,11 +1,11 @@
-// Sixteen floats at a time, in the vector extension of GCC and Clang. The compiler turns each line into one AVX-512, two
-// AVX2 or four SSE instructions, so all builds share one source.
+// As many floats at a time as one register holds, in the vector extension of GCC and Clang, so all builds share one source.
+// Longer vectors would work too, but GCC keeps them in memory instead of registers.
 #pragma once
 #include <cmath>
 #include <stdint.h>
 #include <string.h>
 #include <type_traits>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>  // for conversions: GCC 12 emits five instructions instead of one
 #endif
 
@@ -13,26 +13,37 @@
 
 namespace D2V_ISA {
 
+#if defined __AVX512F__
 constexpr int64_t W = 16;
-typedef float Vec __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef int32_t Mask __attribute__((vector_size(64)));
-typedef uint16_t Half __attribute__((vector_size(32)));
+#elif defined __AVX2__
+constexpr int64_t W = 8;
+#else
+constexpr int64_t W = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+typedef int32_t Mask __attribute__((vector_size(4 * W)));
+typedef uint16_t Half __attribute__((vector_size(2 * W)));
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
 inline Bits extend(Half x) {
-#ifdef __AVX512F__
+#if defined __AVX512F__
     return (Bits)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined __AVX2__
+    return (Bits)_mm256_cvtepu16_epi32((__m128i)x);
 #else
     return __builtin_convertvector(x, Bits);
 #endif
 }
 
 inline Half truncate(Bits x) {
-#ifdef __AVX512F__
+#if defined __AVX512F__
     return (Half)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined __AVX2__
+    const __m256i low = (__m256i)(x & 0xffff);
+    return (Half)_mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
 #else
     return __builtin_convertvector(x, Half);
 #endif
@@ -45,21 +56,23 @@ inline Bits select(Mask m, Bits a, Bits b) { return (a & (Bits)m) | (b & ~(Bits)
 inline Vec splat(float x) { return x - Vec{}; }
 inline Bits splat_bits(uint32_t x) { return x - Bits{}; }
 
-inline Mask first_lanes(int64_t n) {
-    const Mask lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return lane < (int32_t)n;
+inline Bits lane_numbers() {
+    Bits lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    return lane;
 }
 
-inline float sum(Vec x) {
-    typedef float Eight __attribute__((vector_size(32)));
-    typedef float Four __attribute__((vector_size(16)));
-    Eight a[2];
-    memcpy(a, &x, sizeof a);
-    a[0] += a[1];
-    Four b[2];
-    memcpy(b, a, sizeof b);
-    b[0] += b[1];
-    return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
+inline Mask first_lanes(int64_t n) { return (Mask)lane_numbers() < (int32_t)n; }
+
+template <int N = W, class V> inline float sum(V x) {
+    if constexpr (N == 4) {
+        return (x[0] + x[2]) + (x[1] + x[3]);
+    } else {
+        typedef float Part __attribute__((vector_size(2 * N)));
+        Part half[2];
+        memcpy(half, &x, sizeof half);
+        return sum<N / 2>(half[0] + half[1]);
+    }
 }
 
 // σ; NaN if the variance overflowed: dividing by infinity would give zeros, a silent error.
@@ -143,14 +156,14 @@ template <class T> struct StridedRow {
     D2V_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i * stride, 0, 2); }
 };
 
-// body(i, whole) for every sixteenth column; the type of `whole` tells whether all sixteen columns exist.
-template <class F> D2V_INLINE inline void sixteens(int64_t n, F body) {
+// body(i, whole) for every W-th column; the type of `whole` tells whether all W columns exist.
+template <class F> D2V_INLINE inline void vectors(int64_t n, F body) {
     int64_t i = 0;
     for (; i + W <= n; i += W) body(i, std::true_type());
     if (i < n) body(i, std::false_type());
 }
 
-// body(i, x, lanes, u): x = sixteen values from column i, lanes = which of them exist, u = 0…3 selects one of four
+// body(i, x, lanes, u): x = W values from column i, lanes = which of them exist, u = 0…3 selects one of four
 // accumulators, so that additions do not depend on each other.
 template <class R, class F> D2V_INLINE inline void each(R row, int64_t n, F body) {
     const Mask all = first_lanes(W);
