@@ -50,9 +50,9 @@ def calls(monkeypatch, tmp_path):
         calls.seen.append(inputs)
         return teacher(self, *inputs)
 
-    def spied_update(self, student, skip=None):
+    def spied_update(self, student, skip=None, pairs=None):
         before = [p.clone() for p in self.module.parameters()]
-        update(self, student, skip)
+        update(self, student, skip, pairs)
         if calls.update is None:
             calls.update = [
                 (old.lerp(theirs.detach(), 1 - self.start), new.clone(), old)

@@ -220,7 +220,8 @@ def doctor(command):
     diagnostics.doctor(["--memory", *command.split()])
 
 
-def test_the_doctors_command(capsys):
+def test_the_doctors_command(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
     doctor("--config vision/tiny-2 --gpus 8 --gpu-memory 80")
     title, head, *rows = capsys.readouterr().out.splitlines()
     assert title == "vision-tiny-2: bf16, 8 GPUs; within 10 %, without CUDA and NCCL"

@@ -327,7 +327,7 @@ MUTATIONS = {  # mistake: file, old text (occurs once), new text
     "a step skipped late counts for the teacher": ("train/step.py", "            self.core.teacher.step -= 1\n", ""),
     "a checkpoint does not know its last step": ("train/save.py", "        part.state.settle()\n", "        pass\n"),
     "the limit is noticed a step late": ("train/guards.py", "len(self.suspects) + 1 >= self.limit", "False"),
-    "the teacher ignores the flag": ("ema.py", "torch.where(skip != 0, y,", "torch.where(skip != skip, y,"),
+    "the teacher ignores the flag": ("ema.py", "torch.where(skip != 0, y, y.lerp", "torch.where(skip != skip, y, y.lerp"),
     "gradients are summed over micro-batches": ("train/step.py", "share = output.loss / parts", "share = output.loss"),
     "targets of one micro-batch": (
         "train/step.py",

@@ -48,8 +48,7 @@ def start(train: TrainConfig) -> Accelerator:
         torch.set_num_threads(train.threads)
     if accelerator.is_main_process:
         check_restarts()
-        kind = accelerator.device.type
-        if train.precision == "bf16" and not has_bf16(kind):
+        if train.precision == "bf16" and not has_bf16(kind := accelerator.device.type):
             faster = "fp16" if kind == "cuda" else "fp32"
             log.warning("train.precision=bf16 is slow: this %s has no bf16 instructions; use train.precision=%s", kind, faster)
     if hidden and accelerator.is_main_process:
