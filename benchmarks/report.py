@@ -75,9 +75,13 @@ def found_rates(about: dict) -> dict[str, float]:
 
 def slow_rates(path: Path) -> list[str]:
     """Rates of a run far below the best of all committed runs on the same hardware, as text."""
+
+    def key(about: dict) -> object:  # processors of one name may differ in their caches and instructions
+        return about.get("gpu") or (about["cpu"], about["threads"])
+
     about = read(path)["machine_info"]
     others = [read(file)["machine_info"] for file in RESULTS.glob("*.json")]
-    same = [rates for other in others if hardware(other) == hardware(about) for rates in other.get("rates", [])]
+    same = [rates for other in others if key(other) == key(about) for rates in other.get("rates", [])]
     best = {name: max((rates[name] for rates in same), default=0.0) for name in found_rates(about)}
     return [
         f"{name} {rate / best[name]:.0%} of the best seen here"

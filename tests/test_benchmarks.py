@@ -255,6 +255,8 @@ def test_a_slow_run_is_marked_and_not_compared(tmp_path, monkeypatch, capsys):
     old = results(tmp_path / "old.json", "test_loss", loss_row(), rates=[rates, rates])
     slow = results(tmp_path / "slow.json", "test_loss", loss_row(), rates=[rates, rates | dict(copy=15e9)])
     assert report.slow_rates(old) == [] and report.slow_rates(slow) == ["copy 50% of the best seen here"]
+    other = dict(cpu=dict(brand_raw="a processor", l2_cache_size=1), rates=[rates | dict(bf16=1e9)] * 2)
+    assert report.slow_rates(results(tmp_path / "other.json", "test_loss", loss_row(), **other)) == []
     assert "copy 30 GB/s, products 200 (fp32) and 400 (bf16) GFLOP/s, load before 0.1" in report.machine(old)
     assert "**slow run**: copy 50%" in report.machine(slow)
     monkeypatch.setattr(sys, "argv", ["report", str(slow), "--against", str(old)])
