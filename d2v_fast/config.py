@@ -793,9 +793,8 @@ def new_parser(modality: str, modalities: tuple[str, ...], sections: Iterable[st
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="Preset or YAML file; several are merged.")
-    parser.add_argument(
-        "--fused", action="store_true", help="Use fused kernels, and bf16 if the device has it; stop if no kernel runs."
-    )
+    help = "Use fused kernels, and bf16 if the device has it, or stop with the reason."
+    parser.add_argument("--fused", action="store_true", help=help)
     parser.add_argument("--modality", type=Literal[modalities], default=modality, help="Modality of the data.")
     for name in sections:
         add_settings(parser, SECTIONS[name], name)

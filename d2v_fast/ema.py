@@ -136,6 +136,7 @@ class EMATeacher(nn.Module, Generic[Student]):
                     torch._foreach_copy_(ours, theirs)
         self.step += 1
 
+    @torch.no_grad()
     def pairs(self, student: nn.Module) -> Pairs:
         """What an update moves. Listing 300 tensors takes 1.4 ms on the host; a training loop may do so once.
 
