@@ -32,7 +32,8 @@ GPUS = list(DEVICES)[:3]
 # The cases with the most shared memory, for each kernel, and the launches of a call.
 FAST = (
     *("text", "text, stats", "text, 8 views, layer", "vision, 16 views, stats"),
-    *("audio, fp32", "audio batch 1280 bfloat16", "batch 4096 bfloat16", "image decoder, base", "step"),
+    *("audio, fp32", "vision instance 768 float32", "audio batch 1280 bfloat16", "batch 4096 bfloat16"),
+    *("image decoder, base", "step"),
 )
 ADAM_KERNELS = ("_begin_kernel", "_adamw_kernel")
 ALL_KERNELS = {*kernels.LOSS_KERNELS, *kernels.CONV_KERNELS, *ADAM_KERNELS}

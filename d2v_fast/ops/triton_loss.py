@@ -33,7 +33,7 @@ except ImportError:
     triton = None
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-LONGEST = 1024  # 16 warps hold that many positions × 32 bytes of channels in registers
+LONGEST = 256  # on an H100 it takes 11 % less time than the two kernels at 250 positions, 13 % more at 512, 29 % at 780
 POOLED = {"instance": (), "batch": (1,), "group": (2,)}  # dimensions of (K, B, C) over which statistics over T are pooled
 _EPS = triton and tl.constexpr(EPS)
 
@@ -69,11 +69,15 @@ def _error(z, y, scored, beta, SQUARED: tl.constexpr):
 
 
 @_jit
-def _welford(mean, m2, x, weight, share):
-    """Moments (R, C) with x `weight` times more, `share` of all rows; E[x²] - μ² would cancel under a large mean."""
+def _welford(mean, m2, x, weight, count):
+    """Moments (R, C) with x `weight` times more, then of `count` rows. E[x²] - μ² would cancel under a large mean.
+
+    The first x must add exactly 0 to m2: `off` is then x itself, and its product with a rounding error may exceed the variance.
+    """
     off = tl.where(weight > 0, x - mean, 0.0)
-    mean += off * share
-    return mean, m2 + off * (x - mean) * weight
+    share = tl.where(weight == count, 1.0, weight / tl.maximum(count, 1.0))
+    step = off * share
+    return mean + step, m2 + off * (off - step) * weight
 
 
 @_jit
@@ -248,13 +252,12 @@ def _loss_rows_kernel(
             ones = scored.to(tl.float32)
             weight += ones
             count += ones
-            share = 1 / tl.maximum(count, 1.0)
             updated = ()
             for i in tl.static_range(CHUNKS):
                 c = i * BLOCK_C + column
                 z = tl.load(z_ptr + z_offset + c, mask=scored & (c < C), other=0).to(tl.float32)
                 if WITH_STATS:
-                    updated += _welford(of_predictions[2 * i], of_predictions[2 * i + 1], z, ones, ones * share)
+                    updated += _welford(of_predictions[2 * i], of_predictions[2 * i + 1], z, ones, count)
                 v, g = _error(z, average[i], scored, beta, SQUARED)
                 errors += v
                 tl.store(grad_ptr + z_offset + c, g.to(grad_ptr.dtype.element_ty), mask=(row >= 0) & (c < C))
@@ -262,12 +265,11 @@ def _loss_rows_kernel(
                 of_predictions = updated
         value += tl.sum(errors, 1, keep_dims=True)
         if WITH_STATS:
-            share = 1 / tl.maximum(count, 1.0)
             updated = ()
             for i in tl.static_range(CHUNKS):
                 # Without BY_ROW, unscored rows may hold anything.
                 target = average[i] if BY_ROW else tl.where(weight > 0, average[i], 0.0)
-                updated += _welford(of_targets[2 * i], of_targets[2 * i + 1], target, weight, weight * share)
+                updated += _welford(of_targets[2 * i], of_targets[2 * i + 1], target, weight, count)
             of_targets = updated
         if WITH_MEAN:
             for i in tl.static_range(CHUNKS):
@@ -564,12 +566,11 @@ def rows_tile(channels: int, itemsize: int, affine: bool, stats: bool) -> dict:
 
 
 def instance_tile(length: int, channels: int, itemsize: int) -> dict:
-    """Launch table of `_loss_instance_kernel`: 32 elements of (T, BLOCK_C) per thread, at least 32 bytes of each row."""
+    """Launch table of `_loss_instance_kernel`: 32 elements of (T, BLOCK_C) per thread."""
     block_t = max(triton.next_power_of_2(length), 16)
-    block_c = min(max(8192 // block_t, 32 // itemsize), 128, triton.next_power_of_2(channels))
+    block_c = min(8192 // block_t, 128, triton.next_power_of_2(channels))
     size = block_t * block_c
-    warps = min(max(size // 1024, 1), 16)
-    return dict(BLOCK_T=block_t, BLOCK_C=block_c, STAGES=_stages(size * itemsize), num_warps=warps)
+    return dict(BLOCK_T=block_t, BLOCK_C=block_c, STAGES=_stages(size * itemsize), num_warps=max(size // 1024, 1))
 
 
 def _channel_statistics(layers: list[Tensor], padding_mask: Tensor | None, norm: str) -> tuple[Tensor, Tensor]:
