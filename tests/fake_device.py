@@ -259,7 +259,8 @@ def _install() -> None:
         "max_memory_allocated": lambda *_: DEVICE.peak,
         "reset_peak_memory_stats": lambda *_: setattr(DEVICE, "peak", DEVICE.live),
         "CUDAGraph": Graph,
-        "current_stream": lambda *_: None,
+        "current_stream": lambda *_: SimpleNamespace(device_index=0),
+        "default_generators": (torch.default_generator,),
         "graph_pool_handle": lambda: (0, 1),
         "graph": capture,
     }.items():

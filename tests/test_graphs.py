@@ -121,6 +121,8 @@ def test_failed_recording_falls_back_to_eager(caplog):
 def test_torch_is_left_as_it_was_after_a_failed_capture(ended, monkeypatch):
     """A stand-in for torch's capture, of which either the end fails too, or only the pass inside."""
     stream, pools, done = SimpleNamespace(device_index=1), [], []
+    generator = SimpleNamespace(device="cpu", get_state=torch.Generator().manual_seed(3).get_state)
+    generator.graphsafe_set_state = lambda state: done.append(state.initial_seed())
 
     @contextmanager
     def capture(graph, pool, capture_error_mode):
@@ -141,6 +143,7 @@ def test_torch_is_left_as_it_was_after_a_failed_capture(ended, monkeypatch):
     handles = iter([(0, 7), (0, 8)])
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=len))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, generator))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda current: done.append(current))
@@ -148,7 +151,9 @@ def test_torch_is_left_as_it_was_after_a_failed_capture(ended, monkeypatch):
         monkeypatch.setattr(torch._C, name, clean(name), raising=False)
     graphs = Graphs(lambda inputs: (), [])
     assert graphs.capture(tuple) == (len, ()) and done == []
+    graphs.recorded["of another shape"] = None
     with pytest.raises(RuntimeError, match="not permitted"):
         graphs.capture(fail)
     cleaned = [("_cuda_endAllocateToPool", 1, (0, 7)), ("_cuda_releasePool", 1, (0, 7))]
-    assert pools == [(0, 7), (0, 7)] and done == [stream, *([] if ended else cleaned)]
+    assert pools == [(0, 7), (0, 7)] and done == [stream, 3, *([] if ended else cleaned)]
+    assert graphs.recorded == {}
