@@ -53,14 +53,9 @@ def ratios(row: dict, test: str, seconds: str = "seconds") -> dict[str, float]:
     return {name: times[name] / times["fused"] for name in BASELINES[test] if name in times}
 
 
-def alone(row: dict, seconds: str = "seconds") -> float:
-    """Seconds of our implementation; on a GPU without launch overhead, which dominates small inputs."""
-    return row[seconds].get("fused, graph", row[seconds]["fused"])
-
-
 def share(row: dict, limit: str) -> float:
     """Achieved share of a bandwidth from the same run: `copy_bandwidth` of one long copy or `row_bandwidth` of row copies."""
-    return row["bytes"] / alone(row) / row[limit]
+    return row["bytes"] / row["seconds"]["fused"] / row[limit]
 
 
 def hardware(about: dict) -> str:
@@ -101,7 +96,8 @@ def machine(path: Path) -> str:
         if slow := slow_rates(path):
             parts.append(f"**slow run**: {', '.join(slow)}")
     parts.append(", ".join(f"{name} {about[name]}" for name in ("driver", "torch", "triton") if name in about))
-    return "; ".join([*parts, f"commit {info['commit_info']['id'][:7]}"])
+    changed = " with changes" if info["commit_info"].get("dirty") else ""
+    return "; ".join([*parts, f"commit {info['commit_info']['id'][:7]}{changed}"])
 
 
 def markdown(columns: list[str], lines: list[list[str]]) -> str:
@@ -114,12 +110,12 @@ def reads_rows(row: dict) -> bool:
 
 
 def loss_table(path: Path, seconds: str = "seconds") -> str:
-    """Loss and gradient. `seconds_reused` (one input for all calls) omits bandwidth shares, which caches distort."""
+    """Loss and gradient. Other times than `seconds` come without shares of the bandwidth, which caches or launches distort."""
     found = [row for row in rows(path, "test_loss") if seconds in row]
     if not found:
         return ""
-    compared, cold = list(ratios(found[0], "test_loss")), seconds == "seconds"
-    columns = ["case", "dtype", "ms", "GB/s", *(["of copy", "of row copy", "memory beyond gradient"] if cold else [])]
+    compared, main = list(ratios(found[0], "test_loss")), seconds == "seconds"
+    columns = ["case", "dtype", "ms", "GB/s", *(["of copy", "of row copy", "memory beyond gradient"] if main else [])]
     columns += [f"× {name}" for name in compared]
     lines = []
     for row in found:
@@ -133,9 +129,9 @@ def loss_table(path: Path, seconds: str = "seconds") -> str:
             [
                 row["case"],
                 row["dtype"].replace("float32", "fp32").replace("bfloat16", "bf16"),
-                f"{alone(row, seconds) * 1e3:.3g}",
-                f"{row['bytes'] / alone(row, seconds) / 1e9:.3g}",
-                *(shares if cold else []),
+                f"{row[seconds]['fused'] * 1e3:.3g}",
+                f"{row['bytes'] / row[seconds]['fused'] / 1e9:.3g}",
+                *(shares if main else []),
                 *(f"{ratio:.1f}" for ratio in ratios(row, "test_loss", seconds).values()),
             ]
         )
@@ -143,7 +139,13 @@ def loss_table(path: Path, seconds: str = "seconds") -> str:
 
 
 def reused_loss_table(path: Path) -> str:
+    """With one input for all calls, on a CPU."""
     return loss_table(path, "seconds_reused")
+
+
+def called_loss_table(path: Path) -> str:
+    """With the time of launches, on a GPU."""
+    return loss_table(path, "seconds_called")
 
 
 def memory(row: dict, name: str) -> str:
@@ -340,7 +342,7 @@ TABLES = {
     "corpora": [corpora_table],
     "kernels": [kernels_table],
     "test_ema": [ema_table],
-    "test_loss": [loss_table, reused_loss_table],
+    "test_loss": [loss_table, reused_loss_table, called_loss_table],
     "test_monitor": [monitor_table],
     "test_step": [step_table, breakdown_table],
     "test_step_2": [step_2_table, breakdown_table],
@@ -411,7 +413,7 @@ def regressions(new: Path, old: Path) -> list[str]:
     """Ratios that fell, as text; ratios rather than times, because the machine's speed drifts."""
     found = []
     for test in BASELINES:
-        for seconds in ("seconds", "seconds_reused"):
+        for seconds in ("seconds", "seconds_reused", "seconds_called"):
             committed: dict[tuple, float] = {
                 (row["case"], row.get("dtype"), name): ratio
                 for row in rows(old, test)
