@@ -108,8 +108,8 @@ def test_loss(case, dtype, device, seconds, benchmark):
 
     copies = {"copy": copy(device), "copy rows": copy_rows(inputs, case)}
     if device == "cuda":  # launches take longer than the kernels, and a run replays them as a graph
-        graphs = {name: replayed(call, len(inputs)) for name, call in variants.items()}
-        times = interleaved(graphs | copies, device, seconds)
+        graphs = {name: replayed(call, len(inputs)) for name, call in (variants | copies).items()}
+        times = interleaved(graphs, device, seconds)
         others = {"seconds_called": interleaved(variants, device, seconds)}
     else:
         times = interleaved(variants | copies, device, seconds)

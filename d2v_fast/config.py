@@ -273,7 +273,7 @@ class OptimizerConfig(Checked):
         weight_decay: Decoupled weight decay.
         decay_1d: Apply weight decay to biases, norms and other vectors too, as fairseq does.
         lr_scale: Learning rate factors by parameter name pattern, such as {"*feature_extractor*": 0.1}.
-        one_pass: With --fused on a GPU, AdamW also updates the teacher, in one pass over memory; not yet measured.
+        one_pass: With --fused on a GPU, AdamW also updates the teacher, in one pass over memory; no gain was measured.
     """
 
     kind: Literal["adamw", "lamb"] = "adamw"

@@ -1,5 +1,6 @@
 """Passes that are replayed: the same training as without, with a recording that runs the pass again in place of a GPU."""
 
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -115,6 +116,29 @@ def test_failed_recording_falls_back_to_eager(caplog):
         curves.append([step(4) for _ in range(5)])
     assert curves[0] == curves[1] and len(calls) == 6
     assert caplog.messages == ["no CUDA graphs: a pass could not be recorded: operation not permitted when stream is capturing"]
+
+
+def test_nothing_of_a_failed_recording_is_left_when_the_pass_runs_again():
+    """Otherwise its gradients would be added up on the stream of the capture."""
+    passes = []
+
+    class Broken(Graphs):
+        def capture(self, run):
+            run()
+            raise AssertionError("the pass did not fail")
+
+    def run(inputs):
+        assert all(earlier() is None for earlier in passes)
+        loss = inputs["x"].sum()
+        passes.append(weakref.ref(loss))
+        if len(passes) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return (loss,)
+
+    graphs = Broken(run, [], after=1)
+    for _ in range(3):
+        graphs(dict(x=torch.ones(2)))
+    assert len(passes) == 4 and graphs.most == 0
 
 
 @pytest.mark.parametrize("ended", [False, True])

@@ -58,13 +58,15 @@ def test_a_case_of_the_loss_and_the_teacher_update(library, tmp_path):
 
 
 def close_to_the_measured(found):
-    """The memory that a step adds matches that on an H200 (benchmarks/results/gpu-step.json)."""
-    entries = json.loads((ROOT / "benchmarks" / "results" / "gpu-step.json").read_text())["benchmarks"]
+    """The memory that a step adds matches that on an H200 and an H100."""
+    files = [ROOT / "benchmarks" / "results" / name for name in ("gpu-step-h200.json", "gpu-step.json")]
+    entries = [entry for file in files for entry in json.loads(file.read_text())["benchmarks"]]
     compared = 0
     for entry in entries:
         row = found.get(entry["name"], {})
         for variant, expected in entry["extra_info"]["extra_bytes"].items():
-            if row.get("case") == entry["extra_info"]["case"]:  # with the same batch
+            # With the same batch. Compiled code, which only "fused" has, recomputes activations.
+            if row.get("case") == entry["extra_info"]["case"] and variant != "fused":
                 assert row["extra_bytes"][variant] == pytest.approx(expected, rel=0.02), (entry["name"], variant)
                 compared += 1
     return compared

@@ -206,7 +206,7 @@ def _build(config: Config, fused: bool, accelerator: Accelerator, folder: RunFol
     accelerator.ddp_handler.find_unused_parameters = getattr(getattr(encoder.model, "config", None), "layerdrop", 0) > 0
     optimizer, scheduler = make_updates(core, config, steps, saved.step if saved else 0, fused)
     if core.teacher.moved_by_optimizer:
-        words.append("optimizer and teacher in one pass, not yet measured")
+        words.append("optimizer and teacher in one pass")
     # FSDP averages gradients itself; evaluation_mode leaves out DistributedDataParallel.
     model, optimizer = accelerator.prepare_model(core, evaluation_mode=bool(train.shard)), accelerator.prepare(optimizer)
     run = make_run(
