@@ -75,7 +75,7 @@ def close_to_the_measured(found):
 @pytest.mark.slow
 def test_steps_fit_and_need_what_was_measured(library, tmp_path):
     found = measured(library, "step", "test_step[text-8x128]", tmp_path / "step.json")
-    assert close_to_the_measured(found) == 2
+    assert close_to_the_measured(found) == 4
     (row,) = found.values()
     assert sum(row["extra_bytes"].values()) < row["needed_bytes"] < 70 * GB
     assert row["seconds"].keys() == row["extra_bytes"].keys() == row["flops"].keys() == {"today", "an hour's work", "fused"}
@@ -90,7 +90,7 @@ def test_no_case_needs_more_than_70_gb(library, tmp_path):
     for name, row in found.items():
         print(f"{row['needed_bytes'] / GB:6.1f} GB {name}")
     assert len(found) == 28 + 1 + 4 + 8 and max(row["needed_bytes"] for row in found.values()) < 70 * GB
-    assert close_to_the_measured(found) == 8
+    assert close_to_the_measured(found) == 14
 
 
 WAITS = """
