@@ -1214,3 +1214,7 @@ class TestBuiltin:
         for i in range(10):
             wave = source.read(i)
             assert 0.2 * RATE < len(wave) < 1.2 * RATE and 0.03 < wave.std() < 0.5 and np.isfinite(wave).all()
+
+    def test_lengths_are_those_of_the_recordings(self):
+        source = builtin_speech("train")
+        assert all(source.size(i) == len(source.read(i)) for i in range(0, len(source), 37))

@@ -122,13 +122,12 @@ SOUNDS = {
 }
 WORDS = ("masi", "luno", "fera", "sozi", "nelu", "zamo", "rifu", "fole", "suna", "mire")
 SPEAKERS = 8
+RATE = 16_000
+HOP = RATE // 100  # samples between frames of the spectrum
 
 
-def _speak(word: str, speaker: int, rng: np.random.Generator, rate: int = 16_000) -> np.ndarray:
-    """Synthesise a word: voice pulses and noise, shaped by a spectrum that glides from sound to sound."""
-    voice = np.random.default_rng([77, speaker])
-    tract, pitch = voice.uniform(0.85, 1.2), voice.uniform(95, 230)
-    hop = rate // 100
+def _glide(word: str, tract: float, rng: np.random.Generator) -> np.ndarray:
+    """The spectrum of a word, gliding from sound to sound: (6, frames, 1), columns as in `SOUNDS`."""
     # A sound is constant between its two knots; between sounds all values are interpolated linearly.
     seconds = rng.uniform(0.7, 1.3) * rng.uniform(0.07, 0.15, len(word))
     begin = np.cumsum(seconds) - seconds + rng.uniform(0.03, 0.1)
@@ -139,37 +138,58 @@ def _speak(word: str, speaker: int, rng: np.random.Generator, rate: int = 16_000
     held = np.pad(held, ((1, 1), (0, 0)), "edge")
     held[[0, -1], 3:] = 0
     knots = np.array([knots[0] - 0.05, *knots, knots[-1] + 0.05])
-    frames = int((knots[-1] + rng.uniform(0.02, 0.1)) * rate / hop)
-    track = np.stack([np.interp(np.arange(frames) * hop / rate, knots, column) for column in held.T])[..., None]
+    frames = int((knots[-1] + rng.uniform(0.02, 0.1)) * RATE / HOP)
+    return np.stack([np.interp(np.arange(frames) * HOP / RATE, knots, column) for column in held.T])[..., None]
 
-    time = np.arange((frames + 1) * hop) / rate
+
+def _speak(word: str, speaker: int, rng: np.random.Generator) -> np.ndarray:
+    """Synthesise a word from voice pulses and noise."""
+    voice = np.random.default_rng([77, speaker])
+    tract, pitch = voice.uniform(0.85, 1.2), voice.uniform(95, 230)
+    track = _glide(word, tract, rng)
+    frames = track.shape[1]
+    time = np.arange((frames + 1) * HOP) / RATE
     f0 = pitch * rng.uniform(0.9, 1.1) * (1 + rng.uniform(-0.3, 0.15) * time)
-    pulses = np.diff(np.floor(np.cumsum(f0) / rate), prepend=0) * np.sqrt(rate / f0)
+    pulses = np.diff(np.floor(np.cumsum(f0) / RATE), prepend=0) * np.sqrt(RATE / f0)
     sources = np.stack([pulses, rng.normal(size=len(time))])
-    windows = np.lib.stride_tricks.sliding_window_view(sources, 2 * hop, axis=1)[:, ::hop]
-    pulses, noise = np.fft.rfft(windows * np.hanning(2 * hop + 1)[:-1])
+    windows = np.lib.stride_tricks.sliding_window_view(sources, 2 * HOP, axis=1)[:, ::HOP]
+    pulses, noise = np.fft.rfft(windows * np.hanning(2 * HOP + 1)[:-1])
 
-    f = np.fft.rfftfreq(2 * hop, 1 / rate)
+    f = np.fft.rfftfreq(2 * HOP, 1 / RATE)
     peaks = [level / (1 + ((f - at) / (50 + 0.05 * at)) ** 2) for at, level in zip(track[:3], (1, 0.6, 0.4), strict=True)]
     hiss = [level * np.exp(-(((f - at * tract) / 1000) ** 2)) for level, at in zip(track[4:], (2800, 5500), strict=True)]
-    microphone = 10 ** np.interp(f, np.linspace(0, rate / 2, 5), rng.normal(0, 0.2, 5))
+    microphone = 10 ** np.interp(f, np.linspace(0, RATE / 2, 5), rng.normal(0, 0.2, 5))
     spectrum = (pulses * track[3] * sum(peaks) / (1 + f / 1000) + noise * sum(hiss)) * microphone
-    pieces = np.fft.irfft(spectrum).reshape(frames, 2, hop)
+    pieces = np.fft.irfft(spectrum).reshape(frames, 2, HOP)
     wave = (pieces[1:, 0] + pieces[:-1, 1]).ravel()
     wave += rng.normal(0, wave.std() * 10 ** rng.uniform(-1.75, -0.75), len(wave))
     return (wave * rng.uniform(0.5, 1) / np.abs(wave).max()).astype(np.float32)
 
 
+def _speech(i: int) -> tuple[str, int]:
+    """Word and speaker of a sample."""
+    return WORDS[i % len(WORDS)], i // len(WORDS) % SPEAKERS
+
+
+@functools.cache
+def _recording(offset: int, i: int) -> np.ndarray:
+    return _speak(*_speech(i), np.random.default_rng([offset, i]))
+
+
+@functools.cache
+def _samples(offset: int, i: int) -> int:
+    """Length of `_recording`, without synthesising it."""
+    return (_glide(_speech(i)[0], 1.0, np.random.default_rng([offset, i])).shape[1] - 1) * HOP
+
+
 def builtin_speech(split: str) -> Source:
     """Ten invented words in eight voices, 16 kHz; a quarter as many samples as images."""
     offset = _offset(split)
-    count = SIZES[split] // 4
-    words = [WORDS[i % len(WORDS)] for i in range(count)]
-    speakers = [i // len(WORDS) % SPEAKERS for i in range(count)]
-
-    @functools.cache
-    def read(i: int) -> np.ndarray:
-        return _speak(words[i], speakers[i], np.random.default_rng([offset, i]))
-
-    names = [f"builtin/{split}/{word}/{i}" for i, word in enumerate(words)]
-    return Source(names, read, words, [f"voice{s}" for s in speakers])
+    words, speakers = zip(*map(_speech, range(SIZES[split] // 4)), strict=True)
+    return Source(
+        names=[f"builtin/{split}/{word}/{i}" for i, word in enumerate(words)],
+        read=functools.partial(_recording, offset),
+        labels=words,
+        groups=[f"voice{s}" for s in speakers],
+        size=functools.partial(_samples, offset),
+    )
