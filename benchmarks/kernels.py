@@ -255,17 +255,15 @@ def compiled(launch: Launch, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def dumped(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code of a kernel, as text."""
+def tool(name: str, option: str, made: Any) -> str:
+    """Output of one of Triton's CUDA tools for a compiled kernel."""
     import triton
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(made.asm["cubin"])
         file.flush()
-        commands = ([tools / "cuobjdump", "--dump-resource-usage", file.name], [tools / "nvdisasm", "-c", file.name])
-        usage, code = (subprocess.run(each, check=True, capture_output=True, text=True).stdout for each in commands)
-    return usage, code
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / name, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def instructions(code: str) -> tuple[int, int]:
@@ -284,31 +282,38 @@ def instructions(code: str) -> tuple[int, int]:
     return len(found), reading[0] if reading else 0
 
 
-def described(made: Any) -> dict[str, Any]:
+def resources(made: Any) -> dict[str, Any]:
     """Resources of a compiled kernel.
 
     Sizes are in bytes; registers are per thread. `loads` counts global loads by width in bits; `copies` lists the widths in
     bytes of asynchronous copies to shared memory.
     """
-    usage, code = dumped(made.asm["cubin"])
+    usage = tool("cuobjdump", "--dump-resource-usage", made)
     ptx = made.asm["ptx"]
     copies = [int(n, 16) for n in re.findall(r"cp\.async\.c\w\.shared\.global .*?, (0x\w+)", ptx)]
     widths = [int(n or 1) * int(bits) for n, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)]
-    everything, loop = instructions(code)
     return dict(
         warps=made.metadata.num_warps,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spills=int(re.search(r"STACK:(\d+)", usage)[1]),
         shared=made.metadata.shared,
-        instructions=everything,
-        loop=loop,
         loads=dict(Counter(widths + [8 * n for n in copies])),
         copies=sorted(set(copies)),
         wgmma="wgmma" in ptx,
     )
 
 
-def offline(arch: int, shapes: dict[str, LossShape] | dict[str, ConvShape]) -> list[dict]:
+def described(made: Any) -> dict[str, Any]:
+    """Resources and instructions of a compiled kernel."""
+    everything, loop = instructions(tool("nvdisasm", "-c", made))
+    return resources(made) | dict(instructions=everything, loop=loop)
+
+
+def offline(
+    arch: int,
+    shapes: dict[str, LossShape] | dict[str, ConvShape],
+    describe: Callable[[Any], dict[str, Any]] = described,
+) -> list[dict]:
     """A row for each kernel of these shapes, compiled for sm_`arch`. A shared kernel is listed under the first shape only."""
     table, seen = [], set()
     for name, shape in shapes.items():
@@ -320,7 +325,7 @@ def offline(arch: int, shapes: dict[str, LossShape] | dict[str, ConvShape]) -> l
                 seen.add(made.hash)
                 dtype = str(shape.dtype).removeprefix("torch.")
                 about = dict(case=name, kernel=launch.kernel.__name__, dtype=dtype, stats=stats, arch=arch)
-                table.append(about | dict(turned=launch.arguments.get("TURNED", False)) | described(made))
+                table.append(about | dict(turned=launch.arguments.get("TURNED", False)) | describe(made))
     return table
 
 

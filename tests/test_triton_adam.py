@@ -403,7 +403,7 @@ def test_two_launches_a_step(interpreted):
 
 def compile_offline(arch: int) -> list[dict]:
     """Resources of both kernels, without and with a gate."""
-    return [dict(kernel=each.kernel.__name__) | kernels.described(kernels.compiled(each, arch)) for each in launches()]
+    return [dict(kernel=each.kernel.__name__) | kernels.resources(kernels.compiled(each, arch)) for each in launches()]
 
 
 @pytest.mark.parametrize("arch", kernels.ARCHITECTURES)

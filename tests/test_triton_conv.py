@@ -283,7 +283,7 @@ RECIPES = {name: Case(*shape[:5], dtype=shape.dtype) for name, shape in kernels.
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiles_without_spills(compiler, arch):
-    table = compiler(kernels.offline, arch, kernels.CONVOLUTIONS)
+    table = compiler(kernels.offline, arch, kernels.CONVOLUTIONS, kernels.resources)
     for row in table:
         print(*row.values(), sep=" | ")
     assert {row["kernel"] for row in table} == set(kernels.CONV_KERNELS)
