@@ -1,10 +1,12 @@
 """d2v-train in processes that may be killed, forked from a server with all imports done, so that they start quickly."""
 
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -75,6 +77,22 @@ class Run:
 
 def train(*args, **settings):
     return Run(*args, **settings).wait()
+
+
+def ranks(args, count=2, before=None):
+    """Train on `count` ranks, with the variables that torchrun sets; return exit code and output of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [Run(args, functools.partial(_as_rank, rank, count, port, before)) for rank in range(count)]
+    return [run.wait(120) for run in started]
+
+
+def _as_rank(rank, count, port, before):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if before is not None:
+        before()
 
 
 def _train(folder, stderr, args, before, threads, own_group):

@@ -41,7 +41,7 @@ ELSEWHERE = {
     "make gpu": "test_make_gpu.py starts its commands without a GPU",
     "make bench": "by hand: it takes the machine for itself",
     "pip install .": "test_package.py builds the wheel",
-    "torchrun": "test_training.py and test_resume.py train on two ranks",
+    "torchrun": "test_sharding.py and test_resume.py train on two ranks",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun": "test_resume.py kills a rank",
     "sbatch": "test_resume.py runs job.sh with stand-ins for srun and scontrol",
     "accelerate launch": "test_resume.py starts two processes on a CPU",

@@ -36,6 +36,7 @@ from d2v_fast.train.optim import lr_factor, make_optimizer
 from d2v_fast.train.parallel import check_restarts, check_slurm, on_any, start
 from d2v_fast.train.step import clip, step
 from tests import models
+from tests.runs import ranks
 
 # torch warns because the schedule, a function of the step, advances even if the optimizer skips the first step.
 FIRST_SKIPPED = "ignore:Detected call of .lr_scheduler.step"
@@ -612,21 +613,18 @@ def test_a_stopped_run_exports_its_student(how, code, tmp_path):
     AutoModel.from_pretrained(run / "export")
 
 
-def test_two_processes_match_one_with_twice_the_batch(tmp_path):
-    """torchrun with two ranks: loss, statistics and gradient norm of each step agree."""
+def test_two_processes_match_one_with_twice_the_batch(here, tmp_path):
+    """Loss, statistics and gradient norm of each step agree."""
     losses = {}
-    for ranks, size in ((1, 4), (2, 2)):
-        run = tmp_path / str(ranks)
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"] if ranks == 2 else []
-        command = [sys.executable, "-m", *torchrun]
+    for n, size in ((1, 4), (2, 2)):
+        run = tmp_path / str(n)
         settings = [f"train.batch_size={size}", "train.log_every=1", "data.flip=0", "data.jitter=0"]
-        subprocess.run(
-            [*command, "d2v_fast.cli", *arguments("vision", run, *settings)],
-            check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        args = arguments("vision", run, *settings)
+        for code, said in ranks(args, n):
+            assert code == 0, said
         pooled = ("loss", "target_std", "grad_norm", "position_share", "content_loss", "feature_std", "feature_variation")
         pooled += ("student_rank", "teacher_rank", "teacher_decay", "gradient_peak", "update_share")
-        losses[ranks] = [[r[name] for name in pooled] for r in records(run)]
+        losses[n] = [[r[name] for name in pooled] for r in records(run)]
     assert len(losses[2]) == 4
     np.testing.assert_allclose(losses[2], losses[1], rtol=1e-3)
 

@@ -27,7 +27,7 @@ from d2v_fast.train.build import build, freeze_unused
 from d2v_fast.train.loop import loop
 from d2v_fast.train.step import forward_backward, make_graphs, step, to_device
 from tests.models import Handwritten
-from tests.runs import Run, train
+from tests.runs import Run, ranks, train
 from tests.test_graphs import Again
 from tests.test_resume import assert_same, killed_and_resumed, last
 
@@ -228,22 +228,17 @@ def test_position_share_counts_each_position_once_for_any_number_of_views():
 
 
 def test_two_processes_match_one_with_twice_the_batch():
-    """torchrun with two ranks: the logged figures of each step agree."""
+    """The logged figures of each step agree."""
     found = {}
-    for ranks, size in ((1, 4), (2, 2)):
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"] if ranks == 2 else []
+    for n, size in ((1, 4), (2, 2)):
         settings = [*OURS["vision"].split(), f"train.batch_size={size}", "train.steps=3", "train.log_every=1", "head.noise=0"]
-        done = subprocess.run(
-            [sys.executable, "-m", *torchrun, "d2v_fast.cli", *arguments("vision", str(ranks), *settings), "data.flip=0",
-             "data.jitter=0"],
-            capture_output=True, text=True, timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert "frozen" not in done.stderr  # the mask vector does not require a gradient
+        args = arguments("vision", str(n), *settings, "data.flip=0", "data.jitter=0")
+        for code, said in ranks(args, n):
+            assert code == 0, said
+            assert "frozen" not in said  # the mask vector does not require a gradient
         pooled = ("loss", "cls_loss", "relative_loss", "target_std", "grad_norm", "position_share", "content_loss")
         pooled += ("feature_std", "student_rank", "teacher_rank", "teacher_decay", "update_share")
-        found[ranks] = [[r[name] for name in pooled] for r in records(str(ranks))]
+        found[n] = [[r[name] for name in pooled] for r in records(str(n))]
     assert len(found[2]) == 3
     np.testing.assert_allclose(found[2], found[1], rtol=1e-3)
 
